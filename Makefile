@@ -1,0 +1,48 @@
+# make demo   set everything up and align a small model, start to finish
+# make test   run the tests
+# make help   the rest
+
+PYTHON ?= python3
+VENV   ?= .venv
+# torch goes in first and alone. On a GPU machine the default wheel is the right one; on a machine without a GPU a CPU
+# wheel is far smaller: make demo TORCH="torch==2.13.0 --index-url <the CPU index that pytorch.org names>"
+TORCH  ?= torch==2.13.0
+# A folder of SmolLM2-135M-Instruct; fetched once into the user cache when not given.
+MODEL  ?=
+
+RUN    := $(VENV)/bin/python
+PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
+
+.PHONY: demo test install model pairs lint check clean help
+
+demo: model
+	MODEL="$(MODEL)" $(RUN) examples/demo/run.py
+
+test: install
+	$(RUN) -m pytest
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@echo "installing into $(VENV) (once; torch is the large part)"
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install $(TORCH)
+	$(PIP) install --constraint constraints.txt --editable '.[peft,tensorboard,trl,demo,dev]'
+	@touch $@
+
+model: install
+	@MODEL="$(MODEL)" $(RUN) examples/demo/get_model.py
+
+# Samples the demo's pairs anew from the model (about 15 minutes on two cores).
+pairs: model
+	MODEL="$(MODEL)" $(RUN) examples/demo/make_pairs.py
+
+lint: install
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+
+clean:
+	rm -rf $(VENV) runs build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
+
+help:
+	@grep -E '^# make|^[a-z]+:' Makefile

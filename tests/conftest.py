@@ -1,0 +1,62 @@
+"""Shared fixtures. Real pairs and the real model are optional: tests that need them skip with a reason."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+pytest_plugins = ["miniature"]
+
+REPO = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """Folder of real preference pairs (`SIMPO_DATA`, else `../shared/data` beside the checkout)."""
+    folder = Path(os.environ.get("SIMPO_DATA", REPO.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"no real preference pairs at {folder}; set SIMPO_DATA to a folder that has them")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def smol_model() -> Path:
+    """Folder of SmolLM2-135M-Instruct as safetensors (`SIMPO_MODEL`, else the user cache that `make demo` fills)."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    folder = Path(os.environ.get("SIMPO_MODEL", cache / "simpo" / "models" / "SmolLM2-135M-Instruct"))
+    if not (folder / "config.json").is_file():
+        pytest.skip(f"no SmolLM2-135M-Instruct at {folder}; run `make model` or set SIMPO_MODEL")
+    return folder
+
+
+def _load_builder():
+    """`tests/tokenizers_for_tests.py`: importlib mode puts no test folder on the path."""
+    spec = importlib.util.spec_from_file_location("tokenizers_for_tests", REPO / "tests" / "tokenizers_for_tests.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="session")
+def build_tokenizer():
+    """Small tokenizers by kind ("chatml", "llama3", "plain", ...); see `tokenizers_for_tests.py`."""
+    return _load_builder().build_tokenizer
+
+
+@pytest.fixture
+def data_recipe(tmp_path: Path):
+    """A recipe from a dataset (path, or {path: fraction}) and keys, with a cache of its own and one process."""
+    from simpo.recipe import load_recipe
+
+    def build(mixer, **keys):
+        mixer = mixer if isinstance(mixer, dict) else {str(mixer): 1.0}
+        base = {"model_name_or_path": "none", "cache_dir": str(tmp_path / "cache"), "preprocessing_num_workers": 1}
+        return load_recipe({**base, "dataset_mixer": mixer, **keys})
+
+    return build
