@@ -1,0 +1,281 @@
+"""The `simpo` command. Imports nothing heavy until the arguments are parsed: torch loads only where it computes.
+
+A ValueError is the user's to mend: it is printed in one line, without a traceback (SIMPO_TRACEBACK=1 shows it), and the
+command exits with 2. An interrupted run exits with 130, a run that met a loss that is no number with 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from simpo.data.audit import PreparedData
+    from simpo.recipe import KeyDoc, Recipe
+
+app = typer.Typer(
+    name="simpo",
+    help="Align language models with preference pairs by SimPO.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+_TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file; see `simpo keys` for what it may hold.")]
+
+_ALWAYS_SHOWN = (
+    *("model_name_or_path", "dataset_mixer", "dataset_splits", "loss_type", "beta", "gamma_beta_ratio", "sft_weight"),
+    *("learning_rate", "lr_scheduler_type", "max_length", "max_prompt_length", "per_device_train_batch_size"),
+    *("gradient_accumulation_steps", "num_train_epochs", "bf16", "master_dtype", "seed", "output_dir"),
+)
+
+
+def main() -> None:
+    """Entry point of the `simpo` script."""
+    app(prog_name="simpo")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"simpo {version('simpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command(context_settings=_TAKES_OVERRIDES)
+def train(context: typer.Context, recipe: RecipeFile) -> None:
+    """Train. Any key can follow the recipe: --learning_rate 5e-7 --output_dir runs/first"""
+    with _one_line_errors():
+        resolved = _load(recipe, context.args)
+        resolved.require("dataset_mixer", "output_dir")
+        from simpo.train import Interrupted, NonFiniteError, Trainer
+
+        try:
+            Trainer(resolved).run()
+        except Interrupted as stopped:
+            typer.secho(str(stopped), fg="yellow", err=True)
+            raise typer.Exit(130) from None
+        except NonFiniteError as error:
+            _print_error(error)
+            raise typer.Exit(1) from None
+
+
+@app.command(context_settings=_TAKES_OVERRIDES)
+def check(
+    context: typer.Context,
+    recipe: RecipeFile,
+    full: Annotated[bool, typer.Option("--full", help="Print every key, as YAML.")] = False,
+    processes: Annotated[int, typer.Option("--processes", min=1, help="Data-parallel processes of the run.")] = 1,
+) -> None:
+    """Check a recipe and print what it resolves to; needs no model, data, network or torch."""
+    with _one_line_errors():
+        resolved = _load(recipe, context.args, processes=processes)
+        typer.echo(resolved.to_yaml() if full else _key_lines(resolved))
+        prefix = "# " if full else ""
+        for line in _effective_lines(resolved, processes):
+            typer.echo(prefix + line)
+
+
+@app.command(context_settings=_TAKES_OVERRIDES)
+def audit(
+    context: typer.Context,
+    recipe: RecipeFile,
+    examples: Annotated[int, typer.Option("--examples", min=0, help="Pairs to print as they will be trained.")] = 0,
+    output: Annotated[str | None, typer.Option("--output", help="File for the ledger, instead of output_dir.")] = None,
+) -> None:
+    """Read and tokenise the data, and account for every row: kept, cut or dropped, and why."""
+    with _one_line_errors():
+        resolved = _load(recipe, context.args)
+        resolved.require("dataset_mixer")
+        from rich.console import Console
+
+        from simpo.data.audit import prepare_pairs
+        from simpo.engine.model import load_tokenizer
+
+        prepared = prepare_pairs(resolved, load_tokenizer(resolved))
+        prepared.ledger.render(Console())
+        _print_examples(prepared, examples)
+        path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            prepared.ledger.save(path)
+            typer.echo(f"ledger: {path}")
+
+
+@app.command(name="eval", context_settings=_TAKES_OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    recipe_or_data: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_DATA", help="A recipe, or a file or folder of pairs.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model to evaluate: a folder or a hub name. [default: the recipe's]")
+    ] = None,
+    compare: Annotated[str | None, typer.Option("--compare", help="A second model, on the same pairs.")] = None,
+    output: Annotated[str | None, typer.Option("--output", help="JSON file for the results.")] = None,
+    generations: Annotated[int, typer.Option("--generations", min=0, help="Prompts to answer and show.")] = 0,
+    max_pairs: Annotated[int | None, typer.Option("--max-pairs", min=1, help="At most this many pairs.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the data to use; test is what is held out.")] = "test",
+) -> None:
+    """Measure a model on held-out pairs: preference accuracy, margins, length bias. Any key can follow."""
+    with _one_line_errors():
+        from simpo.evaluate import run_eval_command
+
+        run_eval_command(
+            recipe_or_data=recipe_or_data,
+            model=model,
+            baseline=compare,
+            output=output,
+            generations=generations,
+            max_pairs=max_pairs,
+            split=split,
+            overrides=context.args,
+        )
+
+
+@app.command()
+def keys(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One key, by any of its names.")] = None,
+) -> None:
+    """Explain the keys of a recipe: meaning, allowed values, default."""
+    with _one_line_errors():
+        from simpo.recipe import KEYS
+
+        if name is not None:
+            typer.echo(_explain_key(name.removeprefix("--").replace("-", "_")))
+            return
+        section = None
+        for doc in KEYS.values():
+            if doc.section != section:
+                typer.echo(f"\n{doc.section.upper()}")
+                section = doc.section
+            typer.echo(_key_text(doc))
+
+
+@app.command()
+def losses() -> None:
+    """List the losses: equation, defaults, source."""
+    from simpo.recipe import LOSS_OPTIONS
+
+    typer.echo("l: summed log-prob of a response; m = l/length; p = exp(m); w chosen, r rejected; M = m_w - m_r;")
+    typer.echo("z = beta (M - gamma_beta_ratio); D: l_w - l_r less the same under the reference; sft = -m_w\n")
+    for name, options in LOSS_OPTIONS.items():
+        defaults = ((key, getattr(options, key)) for key in ("beta", "gamma_beta_ratio", "sft_weight"))
+        shown = ", ".join(f"{key} {value:g}" for key, value in defaults if value is not None)
+        typer.echo(f"{name:<10} {options.equation}")
+        typer.echo(f"{'':<10} reads {', '.join(options.keys) or 'no key'}; default {shown}")
+        needs = "; needs a reference model" if options.needs_reference else ""
+        typer.echo(f"{'':<10} {options.source}{needs}\n")
+
+
+def _load(recipe: str, overrides: list[str], *, processes: int | None = None) -> Recipe:
+    from simpo.recipe import load_recipe
+
+    if recipe.startswith("-"):
+        raise ValueError(f"the recipe comes before its overrides: simpo COMMAND RECIPE {recipe} ...")
+    return load_recipe(recipe, overrides, processes=processes)
+
+
+@contextlib.contextmanager
+def _one_line_errors() -> Iterator[None]:
+    """ValueError -> one line and exit 2; Ctrl-C -> exit 130."""
+    try:
+        yield
+    except ValueError as error:
+        if os.environ.get("SIMPO_TRACEBACK"):
+            raise
+        _print_error(error)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.secho("interrupted", fg="yellow", err=True)
+        raise typer.Exit(130) from None
+
+
+def _print_error(error: Exception) -> None:
+    typer.secho(f"error: {error}", fg="red", err=True)
+
+
+def _key_lines(recipe: Recipe) -> str:
+    """The keys that matter: the important ones first, then those that differ from their defaults."""
+    from simpo.recipe import load_recipe
+
+    values, defaults = recipe.to_dict(), load_recipe({"model_name_or_path": "any"}).to_dict()
+    shown = [name for name in _ALWAYS_SHOWN if values[name] not in (None, {})]
+    shown += [name for name in values if name not in _ALWAYS_SHOWN and values[name] != defaults[name]]
+    unread = {"beta", "gamma_beta_ratio"} - set(recipe.loss_options.keys)
+    width = max(map(len, shown))
+    return "\n".join(f"{name:<{width}}  {_plain(values[name])}" for name in shown if name not in unread)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{name}: {_plain(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    text = {True: "true", False: "false", None: "null"}.get(value) if isinstance(value, bool | None) else str(value)
+    return text if len(text) <= 100 else f"{text[:97]}..."
+
+
+def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
+    """Loss and batch as they will act, notices, and what is still missing to train."""
+    each, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
+    many = f"{processes} processes" if processes > 1 else "1 process"
+    lines = [
+        "",
+        f"loss: {recipe.describe_loss()}",
+        f"      {recipe.loss_options.equation}  [{recipe.loss_options.source}]",
+        f"batch: {recipe.pairs_per_step(processes)} pairs an optimizer step "
+        f"({each} a micro-batch x {accumulation} accumulated x {many})",
+    ]
+    lines += [f"notice: {notice}" for notice in recipe.notices]
+    missing = [name for name in ("dataset_mixer", "output_dir") if not getattr(recipe, name)]
+    lines.append(f"to train, still give: {', '.join(missing)}" if missing else "this recipe can be trained")
+    return lines
+
+
+def _print_examples(prepared: PreparedData, count: int) -> None:
+    """The first training pairs: what is conditioned on, and what is trained."""
+    for row in prepared.train.select(range(min(count, len(prepared.train)))):
+        lengths = {side: len(row[f"{side}_ids"]) - row[f"{side}_start"] for side in ("chosen", "rejected")}
+        typer.secho(f"\n{row['row_id']}", bold=True)
+        typer.echo(f"prompt ({row['chosen_start']} tokens):\n{row['prompt_text']}")
+        for side, length in lengths.items():
+            typer.echo(f"{side} ({length} trained tokens):\n{row[f'{side}_text']}")
+
+
+def _key_text(doc: KeyDoc) -> str:
+    aliases = f"\n      also: {', '.join(doc.aliases)}" if doc.aliases else ""
+    return f"  {doc.name}\n      {doc.meaning}\n      allowed: {doc.allowed}\n      default: {doc.default}{aliases}"
+
+
+def _explain_key(name: str) -> str:
+    from simpo.recipe import KEYS, nearest_key
+    from simpo.recipe_names import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE
+
+    if name in ALIASES:
+        target = ALIASES[name].target
+        return f"  {name} is another name of {target}\n{_explain_key(target)}"
+    if name in INPUT_KEYS:
+        target, meaning = INPUT_KEYS[name]
+        return f"  {name}\n      {meaning}\n{_key_text(KEYS[target])}"
+    if name in KNOWN_ELSEWHERE:
+        return f"  {name}: accepted, not used here ({KNOWN_ELSEWHERE[name]})"
+    if name not in KEYS:
+        raise ValueError(f"unknown key {name[:60]!r}: the nearest known key is {nearest_key(name)!r}")
+    return _key_text(KEYS[name])

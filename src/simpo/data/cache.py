@@ -1,0 +1,183 @@
+"""Owns the store of prepared pairs: its key, its files, and how they are written whole and read back.
+
+One folder for each key under `cache_dir`: an Arrow stream for each split and ledger.json. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from rich.console import Console
+
+from simpo.data import sources as source_files
+from simpo.data.ledger import Ledger
+from simpo.data.sources import Source
+
+_LAYER = ("sources", "files", "preferences", "templates", "tokenize", "ledger", "audit", "cache", "workers")
+_RECIPE_KEYS = (
+    "dataset_splits",
+    "dataset_configs",
+    "validation_fraction",
+    "prompt_column",
+    "chosen_column",
+    "rejected_column",
+    "system_prompt",
+    "auto_insert_empty_system_msg",
+    "max_length",
+    "max_prompt_length",
+    "overlong",
+    "drop_duplicates",
+    "max_train_samples",
+    "max_eval_samples",
+)
+
+_IDS = pa.list_(pa.int32())
+PAIR_COLUMNS = {
+    "row_id": pa.string(),
+    "chosen_ids": _IDS,
+    "chosen_start": pa.int32(),
+    "rejected_ids": _IDS,
+    "rejected_start": pa.int32(),
+    "shared_prefix": pa.int32(),
+    "prompt_text": pa.string(),
+    "chosen_text": pa.string(),
+    "rejected_text": pa.string(),
+}
+"""What a prepared dataset holds for each pair; `*_ids` are prompt and response, `*_start` the first trained token,
+`shared_prefix` how many leading tokens the packed layout computes once."""
+
+
+@dataclass
+class PreparedData:
+    """Token datasets with the columns `PAIR_COLUMNS`, the ledger of how they came about, and the cache key."""
+
+    train: Any  # datasets.Dataset
+    eval: Any  # datasets.Dataset | None
+    ledger: Ledger
+    fingerprint: str
+
+
+def fingerprint_data(recipe: Any, tokenizer: Any, sources: list[Source], template: str | None) -> str:
+    """32 hex digits of everything that decides the prepared tokens."""
+    import tokenizers
+    import transformers
+
+    keys = {name: getattr(recipe, name) for name in _RECIPE_KEYS}
+    if source_files.uses_seed(recipe, sources):
+        keys["seed"] = recipe.seed
+    content = {
+        "keys": keys,
+        "sources": source_files.fingerprint_sources(sources),
+        "tokenizer": _fingerprint_tokenizer(tokenizer),
+        "template": template,
+        "code": _fingerprint_code(),
+        "versions": [transformers.__version__, tokenizers.__version__],
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def _fingerprint_tokenizer(tokenizer: Any) -> str:
+    """Vocabulary, rules and special tokens; not the padding or truncation that a call leaves behind."""
+    if getattr(tokenizer, "is_fast", False):
+        backend = tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        rules = backend.to_str()
+    else:
+        rules = sorted(tokenizer.get_vocab().items())
+    text = json.dumps([type(tokenizer).__name__, rules, tokenizer.special_tokens_map], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint_code() -> str:
+    digest = hashlib.sha256()
+    for name in _LAYER:
+        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    return digest.hexdigest()
+
+
+def cache_folder(recipe: Any) -> Path:
+    if recipe.cache_dir:
+        return Path(recipe.cache_dir).expanduser()
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpo" / "data"
+
+
+def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None:
+    """What an earlier call stored, or None; a broken store is removed with one line said."""
+    if not folder.is_dir():
+        return None
+    try:
+        ledger = Ledger.load(folder / "ledger.json")
+        ledger.check()
+        prepared = _open(folder, ledger)
+        if ledger.fingerprint != key:
+            raise ValueError("it holds other data")
+        return prepared
+    except (OSError, ValueError, KeyError, TypeError, AssertionError, pa.ArrowException) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        console.print(f"data cache {folder} is broken ({reason}); building it again", markup=False, highlight=False)
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+
+def save_cached(folder: Path, tables: dict[str, pa.Table], ledger: Ledger, console: Console) -> PreparedData:
+    """Store aside, then rename. The result is mapped from the store, or in memory where there can be none."""
+    aside = None
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".new-"))
+        for name, table in tables.items():
+            with pa.OSFile(str(aside / f"{name}.arrow"), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+                writer.write_table(table)
+        ledger.save(aside / "ledger.json")
+        _rename_folder(aside, folder)
+        return _open(folder, ledger)
+    except OSError as error:
+        reason = error.strerror or error
+        console.print(f"data cache not written to {folder.parent}: {reason}", markup=False, highlight=False)
+        return _in_memory(tables, ledger)
+    finally:
+        if aside is not None:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _rename_folder(aside: Path, folder: Path) -> None:
+    """Another process may have stored the same meanwhile; then its store stands."""
+    try:
+        os.rename(aside, folder)
+    except OSError:
+        if not (folder / "ledger.json").is_file():
+            raise
+
+
+def _open(folder: Path, ledger: Ledger) -> PreparedData:
+    """The stored datasets, memory-mapped."""
+    from datasets import Dataset
+
+    datasets = {}
+    for name, split in ledger.splits.items():
+        dataset = Dataset.from_file(str(folder / f"{name}.arrow"))
+        if len(dataset) != split.kept or dataset.column_names != list(PAIR_COLUMNS):
+            raise ValueError(f"{name} has {len(dataset)} rows, the ledger {split.kept}")
+        datasets[name] = dataset
+    return _prepared(datasets, ledger)
+
+
+def _in_memory(tables: dict[str, pa.Table], ledger: Ledger) -> PreparedData:
+    from datasets import Dataset
+
+    key = ledger.fingerprint
+    return _prepared({name: Dataset(table, fingerprint=f"{key}-{name}") for name, table in tables.items()}, ledger)
+
+
+def _prepared(datasets: dict[str, Any], ledger: Ledger) -> PreparedData:
+    evaluation = datasets.get("eval")
+    return PreparedData(datasets["train"], evaluation or None, ledger, ledger.fingerprint)

@@ -1,0 +1,155 @@
+"""Owns the reading of one local file of rows: JSON Lines, JSON, CSV, Parquet, gzipped or not.
+
+Returns plain rows; a line that cannot be read among others becomes a `BadRow` for the ledger to count. A file that
+cannot be read at all raises ValueError with its name.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import io
+import json
+import sys
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from simpo.data.preferences import BadRow
+
+FORMATS = (".jsonl", ".json", ".parquet", ".csv")
+
+
+def file_format(path: Path) -> str | None:
+    """The format a file name stands for, or None."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".gz"]:
+        suffixes.pop()
+    return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
+
+
+def file_stem(path: Path) -> str:
+    """The file name without its format's endings."""
+    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
+    return name.rsplit(".", 1)[0]
+
+
+def read_file(path: Path) -> list[Any]:
+    """The rows of one file: mappings, or a `BadRow` for each line that cannot be read.
+
+    Raises:
+        ValueError: the file as a whole cannot be read, or has no rows.
+    """
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    kind = file_format(path)
+    if kind is None:
+        raise ValueError(f"{path}: unknown kind of file; use one of {', '.join(FORMATS)} (or .gz)")
+    rows = list(readers[kind](path))
+    if not rows:
+        raise ValueError(f"{path}: the file has no rows")
+    return rows
+
+
+def _bytes(path: Path) -> bytes:
+    try:
+        data = path.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: cannot be read ({describe_error(error)})") from error
+    return data.removeprefix(b"\xef\xbb\xbf")
+
+
+def _read_jsonl(path: Path) -> Iterator[Any]:
+    for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
+        if line.strip():
+            yield _json_line(line, f"{path.name} line {number}")
+
+
+def _json_line(line: bytes, where: str) -> Any:
+    try:
+        return json.loads(line.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        return BadRow(f"{where}: not JSON ({error.msg} at column {error.colno})")
+    except (ValueError, RecursionError) as error:
+        return BadRow(f"{where}: cannot be read ({describe_error(error)})")
+
+
+def load_json(path: Path) -> Any:
+    """The parsed file, or a list of its lines' rows when it is JSON Lines under another name."""
+    data = _bytes(path)
+    if not data.strip():
+        raise ValueError(f"{path}: the file has no rows")
+    try:
+        return json.loads(data.decode("utf-8"))
+    except json.JSONDecodeError as error:
+        first = data.strip().split(b"\n", 1)[0]
+        if error.msg == "Extra data" and not isinstance(_json_line(first, ""), BadRow):
+            return list(_read_jsonl(path))
+        raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: cannot be read ({describe_error(error)})") from error
+
+
+def _read_json(path: Path) -> list[Any]:
+    return json_rows(load_json(path), path)
+
+
+def json_rows(content: Any, path: Path) -> list[Any]:
+    """The rows of a parsed list, {"data": rows}, {column: values}, or one row."""
+    if isinstance(content, list):
+        return content
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a list of rows, found {type(content).__name__}")
+    values = list(content.values())
+    if len(values) == 1 and isinstance(values[0], list) and all(isinstance(row, dict) for row in values[0]):
+        return values[0]
+    if values and all(isinstance(v, list) for v in values) and len({len(v) for v in values}) == 1:
+        return [dict(zip(content, row)) for row in zip(*values)]
+    return [content]
+
+
+def _read_csv(path: Path) -> Iterator[Any]:
+    try:
+        text = _bytes(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
+    before = csv.field_size_limit(sys.maxsize)
+    try:
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        for row in reader:
+            if None in row:
+                yield BadRow(f"{path.name} line {reader.line_num}: more cells than the header has columns")
+            else:
+                yield row
+    except csv.Error as error:
+        raise ValueError(f"{path}: broken CSV ({describe_error(error)})") from error
+    finally:
+        csv.field_size_limit(before)
+
+
+def _read_parquet(path: Path) -> Iterator[Any]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with open(path, "rb") as stream:
+            yield from pyarrow.parquet.read_table(stream).to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path}: cannot be read as Parquet ({describe_error(error)})") from error
+
+
+def hash_files(files: list[Path]) -> str:
+    digest = hashlib.blake2b(digest_size=32)
+    for file in files:
+        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+        with open(file, "rb") as stream:
+            while block := stream.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+def describe_error(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

@@ -1,0 +1,231 @@
+"""From tokenised pairs to the micro-batches of each optimizer step.
+
+Owns the order of the data. What step k consists of is a pure function of the lengths, the seed and k, so a resumed run
+needs nothing but k, and every rank can work out every other rank's share. Must not import the engine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from simpo.core.batch import PackedPairs, build_batch
+from simpo.core.packing import (
+    PairShape,
+    epoch_order,
+    iterate_steps,
+    num_steps_per_epoch,
+    plan_micro_batches,
+    shared_prefix_length,
+)
+
+if TYPE_CHECKING:
+    import datasets
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPair:
+    """One tokenised pair as it comes out of the data layer (`core.batch.TokenPair`)."""
+
+    row_id: str
+    chosen_ids: list[int]
+    chosen_start: int
+    rejected_ids: list[int]
+    rejected_start: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's tokens, for generation."""
+        return self.chosen_ids[: min(self.chosen_start, self.rejected_start)]
+
+
+class PairStore:
+    """Random access to tokenised pairs, with their shapes worked out once.
+
+    Args:
+        dataset: columns row_id, chosen_ids, chosen_start, rejected_ids, rejected_start; shared_prefix is used if there.
+        share_prompt: whether batches will share prefixes; decides the shapes the plan sees.
+    """
+
+    def __init__(self, dataset: datasets.Dataset, *, share_prompt: bool = True) -> None:
+        self.dataset = dataset
+        self.share_prompt = share_prompt
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> StoredPair:
+        row = self.dataset[index]
+        return StoredPair(**{name: row[name] for name in StoredPair.__dataclass_fields__})
+
+    def texts(self, index: int) -> dict[str, str]:
+        """prompt_text, chosen_text and rejected_text of one pair."""
+        row = self.dataset[index]
+        return {name: row[name] for name in ("prompt_text", "chosen_text", "rejected_text")}
+
+    @cached_property
+    def response_lengths(self) -> np.ndarray:
+        """[num_pairs, 2] trained tokens of chosen and rejected."""
+        sequence_lengths = self._sequence_lengths
+        starts = np.stack([self._column("chosen_start"), self._column("rejected_start")], axis=1)
+        return sequence_lengths - starts
+
+    @cached_property
+    def shapes(self) -> list[PairShape]:
+        """Shape of each pair as it will be computed."""
+        chosen, rejected = self._sequence_lengths.T.tolist()
+        prefixes = self._shared_prefixes() if self.share_prompt else [0] * len(chosen)
+        return [PairShape(p, c - p, r - p) for p, c, r in zip(prefixes, chosen, rejected, strict=True)]
+
+    @cached_property
+    def _sequence_lengths(self) -> np.ndarray:
+        # Read from Arrow's offsets: no token is copied to count them.
+        import pyarrow.compute as pc
+
+        table = self.dataset.with_format("arrow")[:]
+        return np.stack([pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")], 1)
+
+    def _shared_prefixes(self) -> list[int]:
+        if "shared_prefix" in self.dataset.column_names:
+            return self._column("shared_prefix").tolist()
+        return [shared_prefix_length(row["chosen_ids"], row["rejected_ids"]) for row in self.dataset]
+
+    def _column(self, name: str) -> np.ndarray:
+        return self.dataset.with_format("numpy")[name][:]
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass computes: the batch, and which pairs of the store it holds."""
+
+    pairs: PackedPairs
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step, before any tensor exists.
+
+    Attributes:
+        step: optimizer step, 0-based, counted over all epochs.
+        epoch: which pass over the data it belongs to, 0-based.
+        num_pairs: pairs in the step, over all ranks.
+        num_chosen_tokens: trained tokens of the chosen responses in the step, over all ranks.
+        micro_batches: this rank's micro-batches as indices into the store; may hold empty ones.
+    """
+
+    step: int
+    epoch: int
+    num_pairs: int
+    num_chosen_tokens: int
+    micro_batches: tuple[tuple[int, ...], ...]
+
+
+class StepLoader:
+    """Plans optimizer steps and builds their micro-batches.
+
+    Args:
+        store: the training pairs.
+        pairs_per_step: pairs in an optimizer step over all ranks; the last step of an epoch may hold fewer.
+        num_micro_batches: micro-batches per rank and step; when max_tokens is set, the least number.
+        max_tokens: packed tokens a micro-batch may hold; None = no limit.
+        pack, share_prompt, pad_token_id: layout, see `core.batch.build_batch`.
+        seed: of the order.
+        hidden_size: weighs attention against the rest when micro-batches are evened out.
+        rank, num_ranks: this data-parallel rank and their number.
+    """
+
+    def __init__(
+        self,
+        store: PairStore,
+        *,
+        pairs_per_step: int,
+        num_micro_batches: int,
+        max_tokens: int | None = None,
+        pack: bool = True,
+        pad_token_id: int = 0,
+        seed: int = 0,
+        hidden_size: int | None = None,
+        rank: int = 0,
+        num_ranks: int = 1,
+    ) -> None:
+        self.store = store
+        self.pairs_per_step = pairs_per_step
+        self.num_micro_batches = num_micro_batches
+        self.max_tokens = max_tokens
+        self.pack = pack
+        self.pad_token_id = pad_token_id
+        self.seed = seed
+        self.attention_weight = 0.0 if hidden_size is None else 1 / (6 * hidden_size)
+        self.rank, self.num_ranks = rank, num_ranks
+        if max_tokens is not None:
+            self._check_budget(max_tokens)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return num_steps_per_epoch(len(self.store), pairs_per_step=self.pairs_per_step)
+
+    def plans(self, start: int, stop: int) -> Iterator[StepPlan]:
+        """Plans of the optimizer steps start..stop-1, over as many epochs as that takes."""
+        step = start
+        while step < stop:
+            epoch, within = divmod(step, self.steps_per_epoch)
+            order = epoch_order(len(self.store), seed=self.seed, epoch=epoch)
+            for index, pairs in enumerate(iterate_steps(order, pairs_per_step=self.pairs_per_step)):
+                if index < within:
+                    continue
+                if step >= stop:
+                    return
+                yield self._plan(step, epoch, pairs)
+                step += 1
+
+    def micro_batches(self, plan: StepPlan) -> Iterator[MicroBatch]:
+        """Build a step's micro-batches one at a time; empty ones are left out."""
+        for indices in plan.micro_batches:
+            if indices:
+                yield self.build(indices)
+
+    def build(self, indices: Sequence[int]) -> MicroBatch:
+        """One micro-batch of the given pairs."""
+        batch = build_batch(
+            [self.store[i] for i in indices],
+            pack=self.pack,
+            share_prompt=self.store.share_prompt,
+            pad_token_id=self.pad_token_id,
+        )
+        return MicroBatch(batch, tuple(indices))
+
+    def _plan(self, step: int, epoch: int, pairs: Sequence[int]) -> StepPlan:
+        shares = plan_micro_batches(
+            [self.store.shapes[i] for i in pairs],
+            num_ranks=self.num_ranks,
+            num_micro_batches=self.num_micro_batches,
+            max_tokens=self.max_tokens,
+            attention_weight=self.attention_weight,
+        )
+        return StepPlan(
+            step=step,
+            epoch=epoch,
+            num_pairs=len(pairs),
+            num_chosen_tokens=int(self.store.response_lengths[list(pairs), 0].sum()),
+            micro_batches=tuple(tuple(pairs[i] for i in items) for items in shares[self.rank]),
+        )
+
+    def _check_budget(self, max_tokens: int) -> None:
+        longest = max(range(len(self.store)), key=lambda i: self.store.shapes[i].tokens)
+        tokens = self.store.shapes[longest].tokens
+        if tokens > max_tokens:
+            raise ValueError(
+                f"max_tokens_per_micro_batch: {max_tokens} is too small for pair {self.store[longest].row_id}, which "
+                f"takes {tokens} tokens; raise it to at least {tokens} or lower max_length"
+            )
+
+
+def evaluation_batches(store: PairStore, *, pairs_per_batch: int) -> list[list[int]]:
+    """Every pair once, in batches of similar length."""
+    order = sorted(range(len(store)), key=lambda i: (store.shapes[i].tokens, i))
+    return [order[start : start + pairs_per_batch] for start in range(0, len(order), pairs_per_batch)]

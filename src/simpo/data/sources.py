@@ -1,0 +1,404 @@
+"""Owns where rows come from: local files and folders, saved datasets, hub datasets; the mixer and the splits.
+
+Rows are handed on as they are, each with an id such as "NAME/train#12" (the 12th row of that source, counted from 0).
+What cannot be read is either an error that names the file, or, for one broken line among others, a `BadRow` that the
+ledger counts. Knows nothing of tokenizers or models.
+
+Choosing is seeded and by row: the rows kept stay in the order of their files; the loader shuffles.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from simpo.data.files import (
+    FORMATS,
+    describe_error,
+    file_format,
+    file_stem,
+    hash_files,
+    json_rows,
+    load_json,
+    read_file,
+)
+from simpo.data.preferences import RowError, pair_from_row
+
+TRAIN_NAMES = ("train", "train_prefs", "training")
+EVAL_NAMES = ("test", "test_prefs", "validation", "eval", "valid", "val", "dev", "evaluation", "eval_prefs")
+
+_EVAL_WORD = re.compile(r"(?:^|[-_.])(?:test|valid\w*|eval\w*|val|dev)(?:$|[-_.\d])")
+_SHARD = re.compile(r"[-_.]?\d+-of-\d+$")
+
+
+class RawRow(NamedTuple):
+    """One row as read: `row` is a mapping of columns, or a `BadRow`."""
+
+    row_id: str
+    row: Any
+
+
+@dataclass
+class Splits:
+    """The rows to train on and to evaluate on; `notes` are sentences worth telling the user."""
+
+    train: list[RawRow]
+    eval: list[RawRow]
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One entry of the mixer, found but not read.
+
+    `splits` maps each split to a function that reads its rows; `content` reads as little as it can to tell whether the
+    rows have changed.
+    """
+
+    name: str
+    label: str
+    fraction: float
+    splits: Mapping[str, Callable[[], list[Any]]]
+    content: Callable[[], str]
+    is_plain_file: bool = False
+
+
+def find_sources(recipe: Any) -> list[Source]:
+    """The mixer's entries, checked to exist; nothing is parsed yet.
+
+    Args:
+        recipe: reads `dataset_mixer` and `dataset_configs`.
+    Raises:
+        ValueError: no entry, a bad fraction, or an entry that is neither a local path nor a reachable hub dataset.
+    """
+    mixer = recipe.dataset_mixer
+    if not mixer:
+        raise ValueError("dataset_mixer: no dataset is named; give {path or hub name: fraction}")
+    labels = _labels(list(mixer))
+    configs = _configs(recipe.dataset_configs, list(mixer))
+    sources = []
+    for name, fraction in mixer.items():
+        if not fraction >= 0 or fraction == float("inf"):
+            raise ValueError(f"dataset_mixer: {name!r} has fraction {fraction!r}; it must be a number >= 0")
+        sources.append(_find_source(name, labels[name], float(fraction), configs[name]))
+    return sources
+
+
+def fingerprint_sources(sources: list[Source]) -> str:
+    """Hash of every source's content, in the order of the mixer."""
+    digest = hashlib.sha256()
+    for source in sources:
+        digest.update(json.dumps([source.label, source.fraction, source.content()]).encode())
+    return digest.hexdigest()
+
+
+def uses_seed(recipe: Any, sources: list[Source]) -> bool:
+    """Whether the seed decides which rows are taken: a part of a dataset, a limit, or a hold-out."""
+    _, eval_names = _wanted_splits(list(recipe.dataset_splits))
+    parts = any(source.fraction != int(source.fraction) for source in sources)
+    limits = recipe.max_train_samples is not None or recipe.max_eval_samples is not None
+    return parts or limits or not any(_eval_splits(source, eval_names) for source in sources)
+
+
+def load_splits(recipe: Any, sources: list[Source] | None = None) -> Splits:
+    """Read and mix all sources.
+
+    Each source gives its fraction of its train rows, chosen by a seeded shuffle; over 1, whole passes and then the
+    rest, later passes marked "~2", "~3" in the row id. Eval splits are taken whole. Where no source has an eval split,
+    `validation_fraction` of the train rows is held out by prompt: rows with one prompt stay on one side.
+
+    Args:
+        recipe: reads dataset_mixer, dataset_splits, dataset_configs, validation_fraction, max_train_samples,
+            max_eval_samples, seed and the column keys.
+        sources: what `find_sources` gave, if it was called before.
+    Raises:
+        ValueError: as `find_sources`; also a file that cannot be read, an empty one, or a split that is not there.
+    """
+    sources = find_sources(recipe) if sources is None else sources
+    train_names, eval_names = _wanted_splits(list(recipe.dataset_splits))
+    notes: list[str] = []
+    base: list[list[RawRow]] = []
+    eval_rows: list[RawRow] = []
+    for source in sources:
+        base.append([row for name in _train_splits(source, train_names) for row in _read(source, name)])
+        for name in _eval_splits(source, eval_names):
+            eval_rows.extend(_read(source, name))
+    if not eval_rows and recipe.validation_fraction > 0:
+        base, eval_rows = _hold_out(base, recipe)
+        if eval_rows:
+            share = f"{recipe.validation_fraction:g} of the train rows ({len(eval_rows)})"
+            notes.append(f"no eval split: {share} held out by prompt (validation_fraction)")
+    train_rows: list[RawRow] = []
+    for source, rows in zip(sources, base):
+        taken = take_fraction(rows, source.fraction, random.Random(f"{recipe.seed} {source.label}"))
+        if not taken and rows and source.fraction:
+            notes.append(f"dataset_mixer: {source.fraction:g} of {len(rows)} rows of {source.name} is no row")
+        train_rows.extend(taken)
+    train_rows = _limit(train_rows, recipe.max_train_samples, recipe.seed)
+    eval_rows = _limit(eval_rows, recipe.max_eval_samples, recipe.seed)
+    return Splits(train_rows, eval_rows, notes)
+
+
+def take_fraction(rows: list[RawRow], fraction: float, rng: random.Random) -> list[RawRow]:
+    """`fraction` of `rows`, in their order; over 1, whole passes first."""
+    passes = int(fraction)
+    count = round((fraction - passes) * len(rows))
+    taken = [_repeated(row, number) for number in range(passes) for row in rows]
+    chosen = sorted(rng.sample(range(len(rows)), count))
+    return taken + [_repeated(rows[index], passes) for index in chosen]
+
+
+def _repeated(row: RawRow, number: int) -> RawRow:
+    return row if number == 0 else RawRow(f"{row.row_id}~{number + 1}", row.row)
+
+
+def _limit(rows: list[RawRow], limit: int | None, seed: int) -> list[RawRow]:
+    """A seeded choice of at most `limit` rows, in their order."""
+    if limit is None or limit < 0 or limit >= len(rows):
+        return rows
+    return [rows[index] for index in sorted(random.Random(f"{seed} limit").sample(range(len(rows)), limit))]
+
+
+def _hold_out(base: list[list[RawRow]], recipe: Any) -> tuple[list[list[RawRow]], list[RawRow]]:
+    """Move whole prompts from train to eval until `validation_fraction` of the rows is there."""
+    keys = [[_prompt_key(row, recipe) for row in rows] for rows in base]
+    sizes: dict[str, int] = {}
+    for key in (key for source_keys in keys for key in source_keys):
+        sizes[key] = sizes.get(key, 0) + 1
+    wanted = recipe.validation_fraction * sum(sizes.values())
+    order = list(sizes)
+    random.Random(f"{recipe.seed} hold out").shuffle(order)
+    held: set[str] = set()
+    count = 0
+    for key in order[:-1]:  # at least one prompt is left to train on
+        if count >= wanted:
+            break
+        held.add(key)
+        count += sizes[key]
+    train = [[row for row, key in zip(rows, ks) if key not in held] for rows, ks in zip(base, keys)]
+    evaluation = [row for rows, ks in zip(base, keys) for row, key in zip(rows, ks) if key in held]
+    return train, evaluation
+
+
+def _prompt_key(row: RawRow, recipe: Any) -> str:
+    """The prompt as text; rows that give no pair stand for themselves."""
+    try:
+        pair = pair_from_row(
+            row.row,
+            prompt_column=recipe.prompt_column,
+            chosen_column=recipe.chosen_column,
+            rejected_column=recipe.rejected_column,
+        )
+    except RowError:
+        return row.row_id
+    if isinstance(pair.prompt, str):
+        return json.dumps([{"role": "user", "content": pair.prompt}])
+    return json.dumps(pair.prompt)
+
+
+# --- names and splits ------------------------------------------------------------------------------------------------
+
+
+def _labels(names: list[str]) -> dict[str, str]:
+    """A short name for row ids: the last part of the path, or all of it where two would be the same."""
+    short = {name: re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name for name in names}
+    return {name: label if list(short.values()).count(label) == 1 else name for name, label in short.items()}
+
+
+def _configs(configs: Any, names: list[str]) -> dict[str, str | None]:
+    """The hub config of each dataset, from a mapping by name or a list in the order of the mixer."""
+    if not configs:
+        return dict.fromkeys(names)
+    if isinstance(configs, Mapping):
+        return {name: configs.get(name) for name in names}
+    if len(configs) != len(names):
+        raise ValueError(f"dataset_configs: {len(configs)} entries for {len(names)} datasets; give one for each")
+    return dict(zip(names, configs))
+
+
+def _is_eval_name(name: str) -> bool:
+    return bool(_EVAL_WORD.search(name.lower()))
+
+
+def _wanted_splits(names: list[str]) -> tuple[list[str], list[str]]:
+    """The first name is train; of the others, those that say train are too, and the rest are for evaluation."""
+    if not names:
+        raise ValueError("dataset_splits: empty; give the train split, and the eval split if there is one")
+    train = [names[0]] + [name for name in names[1:] if "train" in name.lower() and not _is_eval_name(name)]
+    return train, [name for name in names[1:] if name not in train]
+
+
+def _train_splits(source: Source, wanted: list[str]) -> list[str]:
+    if source.is_plain_file:
+        return list(source.splits)
+    return [_match(source, name, TRAIN_NAMES, required=True) for name in wanted]
+
+
+def _eval_splits(source: Source, wanted: list[str]) -> list[str]:
+    if source.is_plain_file:
+        return []
+    found = [_match(source, name, EVAL_NAMES, required=name not in EVAL_NAMES[:1]) for name in wanted]
+    return [name for name in found if name is not None]
+
+
+def _match(source: Source, wanted: str, usual: tuple[str, ...], *, required: bool) -> str | None:
+    """The split called `wanted`; for the default names "train" and "test", else one that usually means the same."""
+    if wanted in source.splits:
+        return wanted
+    if wanted == usual[0]:
+        for name in usual:
+            if name in source.splits:
+                return name
+    if not required:
+        return None
+    there = ", ".join(sorted(source.splits)) or "none"
+    raise ValueError(f"dataset_splits: {source.name!r} has no split {wanted!r}; there are: {there}")
+
+
+def _read(source: Source, split: str) -> list[RawRow]:
+    rows = source.splits[split]()
+    if not rows:
+        raise ValueError(f"dataset_mixer: {source.name!r} has no rows in its split {split!r}")
+    return [RawRow(f"{source.label}/{split}#{index}", row) for index, row in enumerate(rows)]
+
+
+# --- finding ---------------------------------------------------------------------------------------------------------
+
+
+def _find_source(name: str, label: str, fraction: float, config: str | None) -> Source:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _file_source(name, label, fraction, path)
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            return _saved_source(name, label, fraction, path)
+        return _folder_source(name, label, fraction, path)
+    if _looks_like_path(name):
+        raise ValueError(f"dataset_mixer: no such file or folder: {name}{_nearest(path)}")
+    return _hub_source(name, label, fraction, config)
+
+
+def _looks_like_path(name: str) -> bool:
+    return (
+        name.startswith((".", "~", "/")) or name.count("/") > 1 or "\\" in name or file_format(Path(name)) is not None
+    )
+
+
+def _nearest(path: Path) -> str:
+    """What is there instead: the first folder above that exists, and its most similar entry."""
+    folder, missing = path.parent, path.name
+    while not folder.is_dir() and folder != folder.parent:
+        folder, missing = folder.parent, folder.name
+    entries = sorted(entry.name for entry in folder.iterdir())
+    near = difflib.get_close_matches(missing, entries, n=1, cutoff=0.4)
+    if near:
+        return f"; did you mean {folder / near[0]}?"
+    listed = ", ".join(entries[:8]) or "nothing"
+    return f"; {folder} holds {listed}"
+
+
+def _file_source(name: str, label: str, fraction: float, path: Path) -> Source:
+    if file_format(path) is None:
+        allowed = ", ".join(FORMATS)
+        raise ValueError(f"dataset_mixer: {name}: unknown kind of file {path.suffix!r}; use one of {allowed} (or .gz)")
+    content = load_json(path) if file_format(path) == ".json" else None
+    if _holds_splits(content):
+        readers = {split: (lambda rows=rows: rows) for split, rows in content.items()}
+        return Source(name, label, fraction, readers, lambda: hash_files([path]))
+    readers = {"train": lambda: read_file(path) if content is None else json_rows(content, path)}
+    return Source(name, label, fraction, readers, lambda: hash_files([path]), is_plain_file=True)
+
+
+def _folder_source(name: str, label: str, fraction: float, path: Path) -> Source:
+    """A folder with a file, several shards, or a folder for each split."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file_format(file) and not _hidden(file, path))
+    if not files:
+        allowed = ", ".join(FORMATS)
+        raise ValueError(f"dataset_mixer: the folder {name} holds no file with rows ({allowed}, or .gz)")
+    splits: dict[str, list[Path]] = {}
+    for file in files:
+        splits.setdefault(_split_of(file, path), []).append(file)
+    if not any(split in splits for split in (*TRAIN_NAMES, *EVAL_NAMES)) and not any("train" in s for s in splits):
+        splits = {"train": files}
+    readers = {
+        split: (lambda parts=parts: [row for part in parts for row in read_file(part)])
+        for split, parts in splits.items()
+    }
+    return Source(name, label, fraction, readers, lambda: hash_files(files))
+
+
+def _hidden(file: Path, folder: Path) -> bool:
+    parts = file.relative_to(folder).parts
+    return any(part.startswith((".", "_")) for part in parts) or file.name in (
+        "dataset_infos.json",
+        "dataset_info.json",
+    )
+
+
+def _split_of(file: Path, folder: Path) -> str:
+    """The split a file belongs to: its own name, or the folder it lies in when that is a split's name."""
+    parent = file.parent.name
+    if file.parent != folder and ("train" in parent.lower() or _is_eval_name(parent)):
+        return parent
+    stem = _SHARD.sub("", file_stem(file))
+    for name in sorted((*TRAIN_NAMES, *EVAL_NAMES), key=len, reverse=True):
+        if re.fullmatch(rf"{name}[-_.]?\d+", stem):
+            return name
+    return stem
+
+
+def _saved_source(name: str, label: str, fraction: float, path: Path) -> Source:
+    """A folder written by `datasets.save_to_disk`."""
+    if (path / "dataset_dict.json").is_file():
+        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        folders = {split: path / split for split in names}
+    else:
+        folders = {"train": path}
+    readers = {split: (lambda folder=folder: _read_saved(folder)) for split, folder in folders.items()}
+    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
+    return Source(
+        name, label, fraction, readers, lambda: hash_files(files), is_plain_file=list(folders.values()) == [path]
+    )
+
+
+def _read_saved(folder: Path) -> list[dict]:
+    from datasets import load_from_disk
+
+    try:
+        return list(load_from_disk(str(folder)))
+    except Exception as error:  # whatever the library raises, the user needs the folder's name
+        raise ValueError(f"dataset_mixer: cannot read the saved dataset {folder}: {describe_error(error)}") from error
+
+
+def _hub_source(name: str, label: str, fraction: float, config: str | None) -> Source:
+    from datasets import load_dataset
+
+    try:
+        loaded = load_dataset(name, config)
+    except Exception as error:  # offline, unknown name, unknown config: many types, one remedy
+        raise ValueError(
+            f"dataset_mixer: {name!r} is no local file or folder, and the hub did not give it "
+            f"({describe_error(error)}); check the name, dataset_configs and the connection, or give a local path"
+        ) from error
+    readers = {split: (lambda rows=rows: list(rows)) for split, rows in loaded.items()}
+    prints = json.dumps({str(split): rows._fingerprint for split, rows in loaded.items()}, sort_keys=True)
+    return Source(name, label, fraction, readers, lambda: prints)
+
+
+def _holds_splits(content: Any) -> bool:
+    """Whether parsed JSON is one object {split name: rows}."""
+    return (
+        isinstance(content, dict)
+        and bool(content)
+        and all(
+            isinstance(rows, list) and ("train" in name.lower() or _is_eval_name(name))
+            for name, rows in content.items()
+        )
+    )

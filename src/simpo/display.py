@@ -1,0 +1,104 @@
+"""What a run shows on the terminal: notices, a progress bar, evaluations, where everything lies.
+
+On a terminal a live bar; elsewhere (a log file, CI) one line per logged step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+
+class Display:
+    """Prints to a rich console; `Display(quiet=True)` prints nothing."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
+        self._live: Progress | None = None
+
+    def say(self, text: str) -> None:
+        """One line."""
+        self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def progress(self, total_steps: int, done: int) -> Iterator[StepBar]:
+        """A bar over optimizer steps, live on a terminal."""
+        if not self.console.is_terminal or self.console.quiet:
+            yield StepBar(None, None)
+            return
+        columns = (
+            TextColumn("[bold]step"),
+            MofNCompleteColumn(),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+        )
+        with Progress(*columns, console=self.console) as bar:
+            task = bar.add_task("train", total=total_steps, completed=done, numbers="")
+            self._live = bar
+            try:
+                yield StepBar(bar, task)
+            finally:
+                self._live = None
+
+    def log_step(self, step: int, total_steps: int, values: Mapping[str, float], *, left_s: float) -> None:
+        """One line for a logged step, where there is no live bar."""
+        if self._live is None:
+            numbers = format_numbers(values)
+            self.say(f"step {step}/{total_steps}  {numbers}  {format_duration(left_s)} left")
+
+    def say_evaluation(self, step: int, values: Mapping[str, float]) -> None:
+        """The held-out numbers of one evaluation."""
+        self.say(
+            f"evaluation at step {step}: loss {values['eval_loss']:.4f}, "
+            f"accuracy {values['eval_rewards/accuracies']:.1%}, margin {values['eval_rewards/margins']:+.4f}, "
+            f"chosen {values['eval_logps/chosen']:.3f} and rejected {values['eval_logps/rejected']:.3f} nats/token "
+            f"({values['eval_pairs']:.0f} pairs, {values['eval_time_s']:.1f} s)"
+        )
+
+    def table(self, title: str, rows: Mapping[str, Any]) -> None:
+        """A two-column table."""
+        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        for key, value in rows.items():
+            table.add_row(key, str(value))
+        self.console.print(table)
+
+
+class StepBar:
+    """The live bar's handle; does nothing without a terminal."""
+
+    def __init__(self, bar: Progress | None, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Show the numbers of the step just done."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, numbers=format_numbers(values))
+
+
+def format_numbers(values: Mapping[str, float]) -> str:
+    """Loss, accuracy, margin and speed, as a short line."""
+    return (
+        f"loss {values['loss']:.4f}  acc {values['rewards/accuracies']:.0%}  "
+        f"margin {values['rewards/margins']:+.3f}  {values['pairs_per_s']:.2f} pairs/s"
+    )
+
+
+def format_duration(seconds: float) -> str:
+    """h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def print_error(text: str) -> None:
+    """One line on standard error."""
+    Console(stderr=True, highlight=False, soft_wrap=True, file=sys.stderr).print(text, style="red", markup=False)

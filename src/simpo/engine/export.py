@@ -1,0 +1,103 @@
+"""The final model as others load it: Hugging Face safetensors, tokenizer, generation config and a model card.
+
+Must not import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from simpo.engine.model import plain_attention, unwrap
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+
+def save_model(
+    model: nn.Module,
+    tokenizer: Any,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    data: Mapping[str, Any],
+    results: Mapping[str, float],
+) -> None:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; whole or not at all.
+
+    Args:
+        model: full weights, or a PEFT model, of which the adapters are saved with their base's name.
+        tokenizer: saved with its chat template.
+        recipe: recorded in the model card.
+        folder: replaced if it exists.
+        dtype: of the saved weights; usually the one the base model came in.
+        data: what it was trained on, for the card.
+        results: evaluation metrics, for the card.
+    """
+    aside = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    base = unwrap(model)
+    state = {name: _as_dtype(value, dtype) for name, value in model.state_dict().items()}
+    with plain_attention(model):
+        model.save_pretrained(aside, state_dict=state)
+    _record_dtype(aside / "config.json", dtype)
+    tokenizer.save_pretrained(aside)
+    if base.generation_config is not None:
+        base.generation_config.save_pretrained(aside)
+    (aside / "README.md").write_text(build_model_card(recipe, data=data, results=results), encoding="utf-8")
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    aside.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _record_dtype(path: Path, dtype: torch.dtype) -> None:
+    """save_pretrained writes the dtype of the model in memory; the files hold another. Adapters have no config.json."""
+    if path.is_file():
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config["dtype"] = str(dtype).removeprefix("torch.")
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _as_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return value.detach().to(dtype) if value.is_floating_point() else value
+
+
+def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mapping[str, float]) -> str:
+    """Markdown with the metadata block that model hubs read: what was trained, on what, how, and what came out."""
+    base = recipe.model_name_or_path
+    header = ["---", f"base_model: {base}", "library_name: transformers", "pipeline_tag: text-generation"]
+    header += ["tags: [simpo, preference-optimization]", "---"]
+    name = recipe.run_name or Path(recipe.output_dir or "model").name
+    lines = [
+        *header,
+        f"# {name}",
+        "",
+        f"`{base}` trained on preference pairs with simpo, loss `{recipe.loss_type}`"
+        " ([SimPO](https://arxiv.org/abs/2405.14734)).",
+        "",
+        "## Data",
+        "",
+        *(f"- {key}: {value}" for key, value in data.items()),
+        "",
+        "## Results",
+        "",
+    ]
+    if results:
+        lines += ["| metric | value |", "|---|---|"]
+        lines += [f"| {key} | {value:.6g} |" for key, value in results.items()]
+    else:
+        lines.append("No evaluation was run.")
+    lines += ["", "## Recipe", "", "```yaml"]
+    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.to_dict().items()]
+    return "\n".join([*lines, "```", ""])

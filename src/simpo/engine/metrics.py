@@ -1,0 +1,194 @@
+"""Metrics as sums and counts, and where they are written.
+
+A mean is formed once, from sums over every pair of every micro-batch: never a mean of means. `metrics.jsonl` is always
+written; TensorBoard, wandb and trackio on request. Must not import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from simpo.core.losses import PairLogps, PairLoss
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+PAIR_METRICS = (
+    "loss",
+    "rewards/chosen",
+    "rewards/rejected",
+    "rewards/margins",
+    "rewards/accuracies",
+    "logps/chosen",
+    "logps/rejected",
+    "sft_loss",
+)
+
+
+def pair_metric_sums(logps: PairLogps, loss: PairLoss, total_losses: Tensor) -> Tensor:
+    """Sums over one micro-batch's pairs, in the order of PAIR_METRICS.
+
+    Args:
+        logps: the pairs' log-probs; `logps/*` are means per token.
+        loss: the preference loss's rewards.
+        total_losses: [P], the loss that is trained, the SFT term included.
+    Returns:
+        [len(PAIR_METRICS)] fp64, detached. A tie counts half in the accuracy.
+    """
+    margins = loss.chosen_rewards - loss.rejected_rewards
+    columns = (
+        total_losses,
+        loss.chosen_rewards,
+        loss.rejected_rewards,
+        margins,
+        0.5 * (torch.sign(margins) + 1),
+        logps.chosen_mean,
+        logps.rejected_mean,
+        -logps.chosen_mean,
+    )
+    return torch.stack([column.detach().double().sum() for column in columns])
+
+
+class PairMeter:
+    """Running sums over pairs; `means()` divides once.
+
+    The sums stay on their device until they are read, so that accumulating does not stall an accelerator.
+    """
+
+    def __init__(self) -> None:
+        self.sums: Tensor | None = None
+        self.num_pairs = 0
+
+    def add(self, sums: Tensor, num_pairs: int) -> None:
+        """Add one micro-batch's sums."""
+        self.sums = sums if self.sums is None else self.sums + sums
+        self.num_pairs += num_pairs
+
+    def means(self) -> dict[str, float]:
+        """Means over every pair added so far; empty when there was none."""
+        if self.sums is None or self.num_pairs == 0:
+            return {}
+        return dict(zip(PAIR_METRICS, (self.sums / self.num_pairs).tolist(), strict=True))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"sums": None if self.sums is None else self.sums.tolist(), "num_pairs": self.num_pairs}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float64)
+        self.num_pairs = state["num_pairs"]
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Peak memory so far: allocated on the GPU, or the process's resident set on CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object a line, and the trackers named in `report_to`.
+
+    Every line has "step"; lines of evaluations have keys that begin with "eval_".
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, *, resume_step: int | None = None) -> None:
+        self.path = path
+        if resume_step is not None:
+            _forget_after(path, resume_step)
+        elif path.exists():
+            path.unlink()
+        self._file = path.open("a", encoding="utf-8")
+        self._trackers = [_TRACKERS[name](recipe, path.parent) for name in recipe.report_to]
+
+    def write(self, values: Mapping[str, Any], *, step: int) -> None:
+        """Write one line, in full or not at all as far as a reader can tell (one write, flushed)."""
+        record = {"step": step, **values}
+        self._file.write(json.dumps(record, allow_nan=True) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step)
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; called before a checkpoint that refers to it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def _forget_after(path: Path, step: int) -> None:
+    """Drop lines of steps that a resumed run will do again, and a last line that a kill cut short."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step:
+            kept.append(line + "\n")
+    aside = path.with_suffix(".jsonl.tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+class _TensorBoard:
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError("report_to: tensorboard needs it installed: pip install 'simpo[tensorboard]'") from error
+        self._writer = SummaryWriter(recipe.logging_dir or str(folder / "tensorboard"))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            # TensorBoard groups by the part before the slash.
+            prefix, bare = ("eval/", name[5:]) if name.startswith("eval_") else ("train/", name)
+            self._writer.add_scalar(prefix + bare, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _RunTracker:
+    """wandb and trackio share one interface: init, log, finish."""
+
+    def __init__(self, name: str, recipe: Recipe) -> None:
+        try:
+            module = __import__(name)
+        except ImportError as error:
+            raise ValueError(f"report_to: {name} needs it installed: pip install 'simpo[{name}]'") from error
+        self._module = module
+        module.init(
+            project=os.environ.get(f"{name.upper()}_PROJECT", "simpo"), name=recipe.run_name, config=recipe.to_dict()
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+_TRACKERS = {
+    "tensorboard": _TensorBoard,
+    "wandb": lambda recipe, folder: _RunTracker("wandb", recipe),
+    "trackio": lambda recipe, folder: _RunTracker("trackio", recipe),
+}

@@ -1,0 +1,502 @@
+"""Hugging Face models for preference training: load, attend to packed rows, read log-probs off the head.
+
+Owns: tokenizer and model loading (LoRA and QLoRA included), registration of packed attention with transformers, the
+log-prob head, and the start-up check that both agree with the model's ordinary forward pass. Must not import data,
+train or evaluate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.masking_utils import AttentionMaskInterface
+from transformers.utils import logging as transformers_logging
+
+from simpo.core.attention import packed_attention
+from simpo.core.batch import PackedPairs, build_batch
+from simpo.core.logprobs import response_logps, token_logps
+from simpo.core.losses import PairLogps
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+PACKED = "simpo_packed"  # the attention implementation's name in transformers
+
+
+# --- attention -------------------------------------------------------------------------------------------------------
+
+
+def _packed_attention_for_transformers(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    packed_blocks: Any = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """transformers' attention signature: query [B, H, T, D] -> [B, T, H, D]. B rows are taken as one flattened row."""
+    if packed_blocks is None:
+        raise RuntimeError(
+            f"attention {PACKED!r} was called on ordinary rows; use engine.model.plain_attention(model) around "
+            "generate() and other ordinary forward passes"
+        )
+    if others.get("s_aux") is not None:
+        raise ValueError(
+            "attention sinks (s_aux) are not supported by packed attention; set pack and share_prompt to false"
+        )
+    if attention_mask is not None and sliding_window is None:
+        _check_local_mask(module, packed_blocks, int(attention_mask))
+    batch, _, width, _ = query.shape
+
+    def flatten(x: Tensor) -> Tensor:
+        return x if batch == 1 else x.transpose(0, 1).flatten(1, 2)[None]
+
+    out = packed_attention(
+        flatten(query),
+        flatten(key),
+        flatten(value),
+        packed_blocks,
+        scale=scaling,
+        sliding_window=sliding_window,
+        softcap=softcap,
+        dropout=dropout,
+    )
+    return out[0].transpose(0, 1).unflatten(0, (batch, width)), None
+
+
+def _packed_mask(*, q_length: int, local_size: int | None = None, **others: Any) -> Tensor | None:
+    """In place of a mask: None, or how far a layer may look where that is less than the row is long."""
+    return None if local_size is None or local_size >= q_length else torch.tensor(local_size)
+
+
+def _check_local_mask(module: nn.Module, blocks: Any, local_size: int) -> None:
+    """Refuse a layer whose window exists in its mask alone (Llama4's chunks, Qwen2-MoE's windows): it would be lost."""
+    longest = max(prefix_end - prefix_start + end - start for prefix_start, prefix_end, start, end in blocks.ranges)
+    if longest > local_size:
+        raise ValueError(
+            f"{type(module).__name__} attends to {local_size} tokens at a time through its mask alone, which packed "
+            f"attention does not read, and a sequence here has {longest} tokens; lower max_length to {local_size}, or "
+            "set pack and share_prompt to false"
+        )
+
+
+AttentionInterface.register(PACKED, _packed_attention_for_transformers)
+# Without a mask function of that name transformers would pass no mask and say nothing.
+AttentionMaskInterface.register(PACKED, _packed_mask)
+
+
+def plain_implementation(model: PreTrainedModel) -> str:
+    """transformers' own attention for this model: eager where scores are soft-capped, which sdpa cannot do."""
+    softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if softcapped else "sdpa"
+
+
+@contextlib.contextmanager
+def plain_attention(model: nn.Module) -> Iterator[None]:
+    """Inside, the model attends as transformers does: for generate() and padded batches."""
+    base = unwrap(model)
+    before = base.config._attn_implementation
+    if before == PACKED:
+        base.set_attn_implementation(plain_implementation(base))
+    try:
+        yield
+    finally:
+        if before == PACKED:
+            base.set_attn_implementation(before)
+
+
+# --- the head --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Transform:
+    """A step after the head that must move into it: where its value is kept, what kind it is, what switches it off."""
+
+    owner: Any
+    attribute: str
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @property
+    def neutral(self) -> float | None:
+        return None if self.softcap is not None else 1.0
+
+
+def _find_transforms(base: PreTrainedModel) -> list[_Transform]:
+    """What this architecture does to logits after `lm_head`, read from its configuration."""
+    config = base.config.get_text_config()
+    found: list[_Transform] = []
+    softcap = getattr(config, "final_logit_softcapping", None)
+    if softcap is not None:
+        found.append(_Transform(config, "final_logit_softcapping", softcap=float(softcap)))
+    scaling = getattr(config, "logits_scaling", None)
+    if scaling not in (None, 1.0):
+        scale = float(scaling) if "hyperclovax" in config.model_type else 1.0 / float(scaling)
+        found.append(_Transform(config, "logits_scaling", scale=scale))
+    if isinstance(getattr(base, "logit_scale", None), int | float):  # Cohere keeps it on the model
+        found.append(_Transform(base, "logit_scale", scale=float(base.logit_scale)))
+    inner = getattr(base, "model", None)
+    if isinstance(getattr(inner, "lm_head_multiplier", None), int | float):  # Falcon-H1
+        found.append(_Transform(inner, "lm_head_multiplier", scale=float(inner.lm_head_multiplier)))
+    return [t for t in found if t.softcap is not None or t.scale != 1.0]
+
+
+@dataclass
+class _HeadRequest:
+    """What the head is to compute during one forward pass."""
+
+    source_rows: Tensor
+    labels: Tensor
+    scale: float
+    softcap: float | None
+    chunk_size: int | None
+
+
+class LogprobHead(nn.Linear):
+    """The model's own `lm_head`, its class swapped: log-probs of given labels when asked for, logits otherwise.
+
+    The parameters, their names and their tying stay as they were, so saving, LoRA and sharding do not notice.
+    """
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [R, T, D] -> logits [R, T, V]; inside `labels_in_head`, token log-probs [1, N] fp32."""
+        request: _HeadRequest | None = self.__dict__.get("_request")
+        if request is None:
+            return super().forward(hidden)
+        rows = hidden.flatten(0, -2).index_select(0, request.source_rows)
+        device_type = hidden.device.type
+        compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        return token_logps(
+            rows,
+            self.weight,
+            request.labels,
+            bias=self.bias,
+            scale=request.scale,
+            softcap=request.softcap,
+            compute_dtype=compute,
+            chunk_size=request.chunk_size,
+        )[None]
+
+
+def unwrap(model: nn.Module) -> PreTrainedModel:
+    """The transformers model inside a PEFT wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def install_head(model: nn.Module) -> LogprobHead:
+    """Swap the class of the model's output embedding for `LogprobHead`; idempotent.
+
+    Raises:
+        ValueError: the head is not a plain nn.Linear (adapters or quantisation on it, or no head at all).
+    """
+    head = unwrap(model).get_output_embeddings()
+    if type(head) not in (nn.Linear, LogprobHead):
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} has a {type(head).__name__} as output embedding, not a plain linear "
+            "layer; remove lm_head from lora_target_modules, lora_modules_to_save and quantisation"
+        )
+    head.__class__ = LogprobHead
+    return head
+
+
+@contextlib.contextmanager
+def labels_in_head(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> Iterator[None]:
+    """Inside, `model(...).logits` are the log-probs of the batch's labels, [1, N].
+
+    Scales and soft-caps that the architecture applies after its head are done in the head and switched off behind it.
+    """
+    base = unwrap(model)
+    head = install_head(model)
+    transforms = _find_transforms(base)
+    scale, softcap = 1.0, None
+    for transform in transforms:
+        scale *= transform.scale
+        softcap = transform.softcap if transform.softcap is not None else softcap
+    saved = [(t, getattr(t.owner, t.attribute)) for t in transforms]
+    for transform in transforms:
+        setattr(transform.owner, transform.attribute, transform.neutral)
+    head.__dict__["_request"] = _HeadRequest(batch.source_rows, batch.labels, scale, softcap, chunk_size)
+    try:
+        yield
+    finally:
+        head.__dict__["_request"] = None
+        for transform, value in saved:
+            setattr(transform.owner, transform.attribute, value)
+
+
+# --- log-probs of a batch --------------------------------------------------------------------------------------------
+
+
+def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> Tensor:
+    """Log-probs of the batch's labels, [N] fp32, through one forward pass.
+
+    Raises:
+        ValueError: rows that share a prefix or are packed, on a model whose attention is not ours. Restarted positions
+            without our mask would silently be taken for separate documents.
+    """
+    base = unwrap(model)
+    implementation = base.config._attn_implementation
+    if batch.blocks is not None and implementation != PACKED:
+        raise ValueError(
+            f"packed or shared-prompt rows need attention {PACKED!r}, not {implementation!r}; load the model with "
+            f"attn_implementation={PACKED!r}, or set pack: false and share_prompt: false"
+        )
+    inputs: dict[str, Any] = {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+    }
+    if batch.blocks is not None:
+        inputs["packed_blocks"] = batch.blocks
+        attention = contextlib.nullcontext()
+    else:
+        inputs["attention_mask"] = batch.attention_mask
+        attention = plain_attention(model)
+    with attention, labels_in_head(model, batch, chunk_size=chunk_size):
+        return model(**inputs).logits[0]
+
+
+def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> PairLogps:
+    """Sums and lengths of every response of the batch, as the losses want them."""
+    sums = response_logps(compute_token_logps(model, batch, chunk_size=chunk_size), batch.response_lengths)
+    lengths = batch.response_lengths
+    return PairLogps(
+        chosen_sum=sums[0::2],
+        rejected_sum=sums[1::2],
+        chosen_length=lengths[0::2],
+        rejected_length=lengths[1::2],
+    )
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def pick_device(requested: str) -> torch.device:
+    """The recipe's `device` as a torch device.
+
+    Raises:
+        ValueError: "cuda" where there is none.
+    """
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no CUDA GPU; use device: auto or cpu")
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(requested)
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The recipe's tokenizer, with the recipe's chat template and a padding token."""
+    name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
+    tokenizer = _from_pretrained(AutoTokenizer, name, recipe, what="tokenizer")
+    if recipe.chat_template is not None:
+        tokenizer.chat_template = recipe.chat_template
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(recipe: Recipe, *, device: torch.device, name: str | None = None, trainable: bool = True) -> nn.Module:
+    """The recipe's model on a device, ready for `compute_pair_logps`.
+
+    Args:
+        recipe: says which model, attention, master dtype, adapters.
+        device: where its weights go.
+        name: another checkpoint to load instead (a reference model, a model to evaluate).
+        trainable: False loads it frozen, in eval mode and without adapters of the recipe.
+    Raises:
+        ValueError: no such model, an adapter or quantisation that cannot be had, or a model whose packed log-probs do
+            not agree with its ordinary forward pass.
+    """
+    packed = recipe.pack or recipe.share_prompt
+    options: dict[str, Any] = {
+        "attn_implementation": PACKED if packed else (recipe.attn_implementation or "sdpa"),
+        "dtype": getattr(torch, recipe.master_dtype),
+    }
+    if recipe.load_in_4bit and trainable:
+        options |= _quantization_options(recipe, device)
+    model = _from_pretrained(AutoModelForCausalLM, name or recipe.model_name_or_path, recipe, what="model", **options)
+    if not packed and recipe.attn_implementation is None:
+        model.set_attn_implementation(plain_implementation(model))
+    if not (recipe.load_in_4bit and trainable):
+        model = model.to(device)
+    if recipe.disable_dropout or not trainable:
+        disable_dropout(model)
+    if trainable and recipe.use_peft:
+        model = _add_adapters(model, recipe)
+    install_head(model)
+    if trainable and recipe.gradient_checkpointing:
+        unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
+    if not trainable:
+        model.requires_grad_(False)
+        model.eval()
+    if packed:
+        check_packed_forward(model)
+    return model
+
+
+def source_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the base model's own checkpoint is stored in; the final model is saved in it."""
+    config = _from_pretrained(AutoConfig, recipe.model_name_or_path, recipe, what="configuration")
+    return config.dtype or torch.float32
+
+
+def _from_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **options: Any) -> Any:
+    if _looks_local(name) and not Path(name).is_dir():
+        raise ValueError(f"model_name_or_path: there is no folder {name!r}; give a folder or a hub name")
+    if Path(name).is_dir():  # a bar for reading local weights is noise beside the run's own; a download keeps its bar
+        transformers_logging.disable_progress_bar()
+    try:
+        return factory.from_pretrained(
+            name,
+            revision=recipe.model_revision or "main",
+            trust_remote_code=recipe.trust_remote_code,
+            **options,
+        )
+    except (OSError, KeyError) as error:  # what transformers raises for a missing or broken checkpoint
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load the {what} {name!r}: {first_line}") from error
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: a policy's log-probs should not depend on the dice."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)
+
+
+def _quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ValueError("load_in_4bit needs bitsandbytes: pip install 'simpo[qlora]'") from error
+    if device.type != "cuda":
+        raise ValueError("load_in_4bit needs a CUDA GPU here; drop load_in_4bit for LoRA on unquantised weights")
+    from transformers import BitsAndBytesConfig
+
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
+        bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    return {"quantization_config": quantization, "device_map": {"": device.index or 0}}
+
+
+def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+    try:
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    except ImportError as error:
+        raise ValueError("use_peft needs peft: pip install 'simpo[peft]'") from error
+    if recipe.load_in_4bit:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    targets = recipe.lora_target_modules
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
+    )
+    torch.manual_seed(recipe.seed)  # the adapters' initial values follow from the seed, whatever ran before
+    with warnings.catch_warnings():
+        # peft 0.21 reads an attribute that transformers 5.23 renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config)
+
+
+# --- the start-up check ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _ProbePair:
+    row_id: str
+    chosen_ids: list[int]
+    chosen_start: int
+    rejected_ids: list[int]
+    rejected_start: int
+
+
+@torch.no_grad()
+def check_packed_forward(
+    model: nn.Module, *, tolerance: float | None = None, pack: bool = True, share_prompt: bool = True
+) -> float:
+    """Compare packed log-probs with the model's ordinary logits on two short pairs.
+
+    Catches architectures that do something after their head, or attend in a way, that this package does not know.
+
+    Args:
+        tolerance: largest accepted difference in nats; None = 1e-3, or 0.1 for half-precision weights.
+        pack, share_prompt: the layout to check; both False is the ordinary padded one.
+    Returns:
+        The largest difference found, in nats.
+    Raises:
+        ValueError: the difference exceeds the tolerance.
+    """
+    base = unwrap(model)
+    device = base.get_input_embeddings().weight.device
+    pairs = _probe_pairs(base.config.get_text_config().vocab_size)
+    was_training = model.training
+    model.eval()
+    batch = build_batch(pairs, pack=pack, share_prompt=share_prompt)
+    packed = compute_token_logps(model, batch.to(device))
+    expected = torch.cat([_plain_logps(model, ids, start) for p in pairs for ids, start in _sides(p)])
+    model.train(was_training)
+    difference = float((packed - expected).abs().max())
+    half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
+    limit = tolerance if tolerance is not None else (0.1 if half else 1e-3)
+    if not difference <= limit:
+        raise ValueError(
+            f"{type(base).__name__}: packed log-probs differ from the model's ordinary ones by {difference:.2g} nats, "
+            "so this architecture does something that packed attention or the log-prob head does not know. Set "
+            "pack: false and share_prompt: false; if that fails too, the architecture is not supported"
+        )
+    return difference
+
+
+def _probe_pairs(vocabulary: int) -> list[_ProbePair]:
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, vocabulary, (count,), generator=generator).tolist()
+
+    first, second = tokens(7), tokens(3)
+    return [
+        _ProbePair("probe-0", first + tokens(5), 7, first + tokens(9), 7),
+        _ProbePair("probe-1", second + tokens(6), 3, second + tokens(2), 3),
+    ]
+
+
+def _sides(pair: _ProbePair) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
+    return (pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)
+
+
+def _plain_logps(model: nn.Module, ids: list[int], start: int) -> Tensor:
+    """Log-probs of one response from ordinary logits of one unpadded sequence."""
+    base = unwrap(model)
+    device = base.get_input_embeddings().weight.device
+    with plain_attention(model):
+        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, start - 1 : -1]
+    labels = torch.tensor(ids[start:], device=device)
+    return torch.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0]

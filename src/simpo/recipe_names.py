@@ -1,0 +1,315 @@
+"""Names that other programs give to keys: aliases of ours, and names that mean nothing here but are not mistakes.
+
+Tables, read by `recipe.py`. Imports nothing but the standard library. Sources of the names: transformers'
+TrainingArguments, the alignment-handbook, the SimPO authors' trainer, TRL (DPO, CPO, ORPO, model and script
+arguments), Megatron-Core and MindSpeed-LLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+class _Unset:
+    """What a conversion returns when the value asks for nothing."""
+
+
+UNSET = _Unset()
+
+Convert = Callable[[Any], Any]
+"""Value under the alias -> value under our key, or UNSET. Raises ValueError for a value that has no equal here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Alias:
+    """Another name of one of our keys.
+
+    Attributes:
+        target: our key, or an input key.
+        convert: changes the value where the other program counts or spells differently.
+        yields: True when our own key beside it is no contradiction: ours then wins, with a notice.
+        notice: printed when the alias is used, with {value}; "" for a plain renaming.
+    """
+
+    target: str
+    convert: Convert | None = None
+    yields: bool = False
+    notice: str = ""
+
+
+def _flag(when_true: Any) -> Convert:
+    """A conversion for a switch: true becomes `when_true`, false asks for nothing."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return when_true if value else UNSET
+
+    return convert
+
+
+def _master_dtype(value: Any) -> Any:
+    names = {"float32": "float32", "fp32": "float32", "torch.float32": "float32"}
+    names |= {"auto": UNSET, "bfloat16": UNSET, "bf16": UNSET, "torch.bfloat16": UNSET}
+    if not isinstance(value, str) or value not in names:
+        raise ValueError(
+            "must be float32, bfloat16, auto or null; float16 weights are not supported "
+            "(bf16: true computes in bfloat16)"
+        )
+    return names[value]
+
+
+def _no_evaluation(value: Any) -> Any:
+    """Megatron's eval_iters: 0 batches is no evaluation; other counts have no equal, since all pairs are used."""
+    return "no" if value == 0 and not isinstance(value, bool) else UNSET
+
+
+BF16_MASTERS_NOTICE = (
+    "fp32 master weights are kept: at small learning rates bf16 weights do not move; "
+    "set master_dtype: bfloat16 to insist"
+)
+
+ALIASES: dict[str, Alias] = {
+    # transformers, older and newer spellings
+    "evaluation_strategy": Alias("eval_strategy"),
+    "dtype": Alias("master_dtype", _master_dtype, yields=True),
+    "torch_dtype": Alias("master_dtype", _master_dtype, yields=True),
+    "use_flash_attention_2": Alias("attn_implementation", _flag("flash_attention_2")),
+    "activation_checkpointing": Alias("gradient_checkpointing"),
+    "activation_checkpointing_kwargs": Alias("gradient_checkpointing_kwargs"),
+    "no_cuda": Alias("device", _flag("cpu")),
+    "use_cpu": Alias("device", _flag("cpu")),
+    # TRL and the alignment-handbook
+    "dataset_num_proc": Alias("preprocessing_num_workers"),
+    "dataset_config_name": Alias("dataset_config"),
+    "use_bnb_nested_quant": Alias("bnb_4bit_use_double_quant"),
+    "cpo_alpha": Alias("sft_weight"),
+    "simpo_gamma": Alias("gamma"),
+    "ref_model": Alias("ref_model_name_or_path"),
+    # Megatron-style SimPO trainers
+    "simpo_beta": Alias("beta"),
+    "simpo_loss_type": Alias("loss_type"),
+    "simpo_label_smoothing": Alias("label_smoothing"),
+    "simpo_gamma_beta_ratio": Alias("gamma_beta_ratio"),
+    "pref_ftx": Alias("sft_weight"),
+    "micro_batch_size": Alias("per_device_train_batch_size"),
+    "lr": Alias("learning_rate"),
+    "lr_decay_style": Alias("lr_scheduler_type"),
+    "lr_warmup_fraction": Alias("warmup_ratio"),
+    "lr_warmup_iters": Alias("warmup_steps"),
+    "clip_grad": Alias("max_grad_norm"),
+    "adam_eps": Alias("adam_epsilon"),
+    "seq_length": Alias("max_length"),
+    "train_iters": Alias("max_steps"),
+    "save_interval": Alias("save_steps"),
+    "eval_interval": Alias("eval_steps"),
+    "log_interval": Alias("logging_steps"),
+    "tensorboard_dir": Alias("logging_dir"),
+    "eval_iters": Alias("eval_strategy", _no_evaluation, yields=True),
+    "load": Alias("model_name_or_path", yields=True, notice="{value} must be in Hugging Face format"),
+    "save": Alias("output_dir", yields=True),
+    "data_path": Alias(
+        "dataset_name",
+        yields=True,
+        notice="{value} must be a file, folder or dataset of pairs, not a Megatron index",
+    ),
+}
+"""Other name -> our key."""
+
+INPUT_KEYS: dict[str, tuple[str, str]] = {
+    "gamma": (
+        "gamma_beta_ratio",
+        "Target reward margin of the paper; becomes gamma_beta_ratio = gamma / beta.",
+    ),
+    "global_batch_size": (
+        "gradient_accumulation_steps",
+        "Pairs in one optimizer step over all processes; becomes gradient_accumulation_steps = "
+        "global_batch_size / (per_device_train_batch_size x processes), which must be whole.",
+    ),
+    "dataset_name": ("dataset_mixer", "One dataset, all of it; the same as dataset_mixer: {NAME: 1.0}."),
+    "dataset_config": ("dataset_configs", "Configuration name of the one dataset."),
+    "dataset_train_split": ("dataset_splits", "Name of the training split (TRL)."),
+    "dataset_test_split": ("dataset_splits", "Name of the evaluation split (TRL)."),
+}
+"""Keys accepted on input and resolved into another: key -> (the key it becomes, meaning). Never both of a pair."""
+
+
+def _is_true(value: Any) -> bool:
+    return value is True
+
+
+def _is_set(value: Any) -> bool:
+    return value not in (None, False, 0, "", "null", "none")
+
+
+REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "push_to_hub": (
+        _is_true,
+        "nothing is uploaded from here; upload the folder `model/` of the run yourself",
+    ),
+    "fp16": (_is_true, "float16 is not supported; use bf16: true, or bf16: false for float32"),
+    "load_in_8bit": (_is_true, "8-bit bases are not supported; use load_in_4bit: true with use_peft: true"),
+    "qlora": (_is_true, "write use_peft: true and load_in_4bit: true"),
+    "is_encoder_decoder": (_is_true, "encoder-decoder models are not supported"),
+    "stage": (lambda value: value not in (None, "simpo"), "only simpo; for other losses set loss_type"),
+    "label_smoothing_factor": (
+        _is_set,
+        "that smooths token labels; for noisy preferences use label_smoothing",
+    ),
+}
+"""Known elsewhere, yet certain values change what is trained: key -> (test of the value, what to do instead)."""
+
+_HUB = "nothing is uploaded"
+_LOADER = "batches are planned ahead"
+_PARALLEL = "parallel layout is not a recipe key here"
+_MODEL = "read from the model's own configuration"
+_PRECISION = "precision is set by bf16 and master_dtype"
+_KERNEL = "kernels are chosen here"
+_LOGGING = "see logging_steps and report_to"
+_ALWAYS = "no other way here"
+
+_BY_HINT: Mapping[str, str] = {
+    _HUB: "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
+    "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_model_revision",
+    _LOADER: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+    "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order group_by_length "
+    "length_column_name train_sampling_strategy remove_unused_columns label_names auto_find_batch_size "
+    "accelerator_config split_batches dispatch_batches even_batches num_workers dataloader_type data_cache_path "
+    "data_impl mmap_bin_files no_shuffle variable_seq_lengths pad_to_multiple_of reset_position_ids "
+    "reset_attention_mask no_create_attention_mask_in_dataloader create_attention_mask_in_dataloader eod_mask_loss",
+    _PARALLEL: "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed "
+    "parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
+    "ddp_backend ddp_timeout local_rank local_process_index tensor_model_parallel_size "
+    "pipeline_model_parallel_size context_parallel_size context_parallel_algo cp_attention_mask_type "
+    "virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage expert_model_parallel_size "
+    "sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather overlap_p2p_communication "
+    "distributed_backend distributed_timeout_minutes use_cp_send_recv_overlap ulysses_degree_in_cp "
+    "noop_layers use_torch_fsdp2 data_parallel_size rank world_size master_addr master_port nnodes node_rank "
+    "nproc_per_node tp_comm_overlap num_distributed_optimizer_instances",
+    _MODEL: "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups "
+    "kv_channels max_position_embeddings make_vocab_size_divisible_by padded_vocab_size vocab_size rotary_base "
+    "rotary_percent rotary_seq_len_interpolation_factor position_embedding_type use_rotary_position_embeddings "
+    "normalization norm_epsilon layernorm_epsilon swiglu untie_embeddings_and_output_weights disable_bias_linear "
+    "add_qkv_bias add_bias_linear qk_layernorm init_method_std initial_loss_scale rope_scaling_type "
+    "rope_scaling_factor low_freq_factor high_freq_factor original_max_position_embeddings tokenizer_type "
+    "tokenizer_model tokenizer_not_use_fast tokenizer_padding_side tokenizer_kwargs vocab_file merge_file "
+    "use_mcore_models spec transformer_impl num_experts moe_router_topk window_size sliding_window "
+    "apply_query_key_layer_scaling hidden_dropout attention_dropout",
+    _PRECISION: "fp16 fp16_full_eval bf16_full_eval fp16_opt_level half_precision_backend fp16_backend "
+    "attention_softmax_in_fp32 accumulate_allreduce_grads_in_fp32 reuse_fp32_param loss_scale fp32_residual_connection "
+    "main_grads_dtype main_params_dtype load_in_8bit fp8_format bnb_4bit_quant_storage bnb_4bit_compute_dtype",
+    _KERNEL: "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel use_liger liger_kernel_config "
+    "jit_mode_eval use_ipex use_flash_attn no_masked_softmax_fusion no_bias_gelu_fusion no_bias_swiglu_fusion "
+    "no_rope_fusion use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb use_fused_mlp "
+    "gradient_accumulation_fusion no_gradient_accumulation_fusion use_mc2 attention_backend swap_attention "
+    "padding_free use_unsloth unsloth use_reentrant_gc torch_empty_cache_steps activation_offloading manual_gc "
+    "manual_gc_interval cross_entropy_loss_fusion transformer_engine enable_recompute_layers_per_pp_rank",
+    _LOGGING: "logging_strategy logging_first_step log_level log_level_replica log_on_each_node disable_tqdm "
+    "logging_nan_inf_filter include_num_input_tokens_seen include_tokens_per_second include_for_metrics "
+    "include_inputs_for_metrics log_throughput log_params_norm log_num_zeros_in_grad log_timers_to_tensorboard "
+    "timing_log_level tensorboard_log_interval tensorboard_queue_size skip_memory_metrics debug project "
+    "trackio_space_id trackio_bucket_id trackio_static_space_id wandb_project wandb_entity wandb_run_group "
+    "wandb_log_unique_prompts use_wandb wandb_exp_name wandb_save_dir profile log_completions",
+    _ALWAYS: "ignore_data_skip restore_callback_states_from_checkpoint full_determinism "
+    "data_seed past_index mp_parameters ray_scope use_cache eval_do_concat_batches eval_use_gather_object "
+    "eval_accumulation_steps batch_eval_metrics prediction_loss_only eval_delay save_on_each_node save_only_model "
+    "save_safetensors enable_jit_checkpoint average_tokens_across_devices neftune_noise_alpha "
+    "use_legacy_prediction_loop overwrite_output_dir use_mps_device tpu_num_cores no_load_optim no_load_rng "
+    "no_save_optim no_save_rng finetune use_checkpoint_args exit_on_missing_checkpoint ckpt_format "
+    "override_opt_param_scheduler use_tpu model_init_kwargs ref_model_init_kwargs base_model_revision "
+    "model_code_revision use_auth_token token lora_task_type lora_target_parameters lora_fusion lora_load "
+    "lora_modules_scaling layers_to_transform initial_eval eval_packing assistant_only_loss router_aux_loss_coef",
+}
+
+_HINTS: Mapping[str, str] = {
+    "do_train": "the command says what is done",
+    "do_eval": "set eval_strategy or eval_steps",
+    "do_predict": "the command says what is done",
+    "optim_args": "see adam_beta1, adam_beta2 and adam_epsilon",
+    "optim_target_modules": "every trainable weight is optimised",
+    "lr_scheduler_kwargs": "the schedules here have no further settings",
+    "min_lr": "linear and cosine decay to 0",
+    "lr_decay_iters": "the decay ends with the last step",
+    "lr_warmup_init": "the warm-up starts at 0",
+    "lr_warmup_samples": "see warmup_ratio and warmup_steps",
+    "train_samples": "see num_train_epochs and max_steps",
+    "epochs": "see num_train_epochs",
+    "optimizer": "see optim",
+    "generate_during_eval": "set num_eval_generations to the number of answers to sample",
+    "stage": "this is SimPO",
+    "is_encoder_decoder": "decoder-only models",
+    "label_smoothing_factor": "see label_smoothing",
+    "max_completion_length": "responses have no limit of their own; see max_length",
+    "max_target_length": "responses have no limit of their own; see max_length",
+    "truncation_mode": "prompts are cut on the left, responses on the right; see overlong",
+    "truncation_side": "prompts are cut on the left, responses on the right; see overlong",
+    "label_pad_token_id": "nothing is padded",
+    "padding_value": "nothing is padded",
+    "pad_token": "nothing is padded",
+    "padding_side": "nothing is padded",
+    "pad_to_max_length": "nothing is padded",
+    "no_pad_to_seq_lengths": "nothing is padded",
+    "eos_token": "the chat template ends a turn",
+    "model_adapter_name": "one adapter",
+    "ref_adapter_name": "the reference is a model of its own",
+    "model_parallel": "see the launcher",
+    "precompute_ref_log_probs": "always done, once, for the losses that need it",
+    "precompute_ref_batch_size": "see per_device_eval_batch_size",
+    "reference_free": "see loss_type",
+    "force_use_ref_model": "see loss_type",
+    "sync_ref_model": "the reference stays fixed",
+    "ref_model_mixup_alpha": "the reference stays fixed",
+    "ref_model_sync_steps": "the reference stays fixed",
+    "refer_model_iter": "the reference stays fixed",
+    "rpo_alpha": "the same idea here is sft_weight",
+    "ld_alpha": "not implemented",
+    "discopop_tau": "not implemented",
+    "f_divergence_type": "not implemented",
+    "f_alpha_divergence_coef": "not implemented",
+    "loss_weights": "one loss at a time",
+    "use_weighting": "not implemented",
+    "alpha": "AlphaPO is loss_type: alphapo with alphapo_alpha",
+    "use_logits_to_keep": "always so: only response tokens reach the vocabulary projection",
+    "use_num_logits_to_keep": "always so: only response tokens reach the vocabulary projection",
+    "base_model_attribute_name": "found from the model",
+    "use_rslora": "not implemented: lora_alpha / lora_r scales the adapters",
+    "use_dora": "not implemented: plain LoRA",
+    "use_dora_quant": "not implemented: plain LoRA",
+    "qlora": "see use_peft and load_in_4bit",
+    "qlora_save_dequantize": "see load_in_4bit",
+    "text_column": "see prompt_column, chosen_column and rejected_column",
+    "dataset_streaming": "data is read whole, so that its audit is complete",
+    "ignore_bias_buffers": "no distributed wrapper needs it",
+    "max_samples": "see max_train_samples",
+    "split": "see dataset_splits and validation_fraction",
+    "train_data_path": "name the pairs in dataset_name or dataset_mixer",
+    "valid_data_path": "name the pairs in dataset_name or dataset_mixer",
+    "is_pairwise_dataset": "data is always pairs",
+    "is_instruction_dataset": "data is always pairs",
+    "prompt_type": "the tokenizer's chat template is used; see chat_template",
+    "prompt_type_path": "the tokenizer's chat template is used; see chat_template",
+    "tokenized_path": "see cache_dir",
+    "decoder_seq_length": "see max_length",
+    "encoder_seq_length": "see max_length",
+    "cut_max_seqlen": "see overlong",
+    "pack_samples": "see pack",
+    "packing": "see pack",
+    "rampup_batch_size": "the batch size is constant",
+    "recompute_granularity": "see gradient_checkpointing",
+    "recompute_method": "see gradient_checkpointing",
+    "recompute_num_layers": "see gradient_checkpointing",
+    "recompute_activations": "see gradient_checkpointing",
+    "recompute_norm": "see gradient_checkpointing",
+    "recompute_activation_function": "see gradient_checkpointing",
+    "dpo_beta": "see beta",
+    "dpo_loss_type": "see loss_type",
+    "dpo_label_smoothing": "see label_smoothing",
+    "dpo_ftx": "see sft_weight",
+}
+
+KNOWN_ELSEWHERE: dict[str, str] = {name: hint for hint, names in _BY_HINT.items() for name in names.split()} | dict(
+    _HINTS
+)
+"""Name -> why it means nothing here, or which key to use."""

@@ -1,0 +1,104 @@
+"""Log-probs of a frozen reference model, computed once ahead of training and cached.
+
+Only losses that need a reference come here; for all others no second model is ever loaded. Uses the same packed
+forward pass as training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from simpo.core.batch import build_batch
+from simpo.data.loader import PairStore, evaluation_batches
+from simpo.engine.model import compute_pair_logps, load_model
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class ReferenceLogps:
+    """Summed reference log-probs of every pair of a store: [num_pairs, 2] fp32, chosen and rejected, nats."""
+
+    sums: np.ndarray
+
+    def lookup(self, indices: Sequence[int], *, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected sums [P] of the given pairs."""
+        rows = torch.from_numpy(self.sums[list(indices)]).to(device)
+        return rows[:, 0], rows[:, 1]
+
+
+def compute_reference_logps(
+    recipe: Recipe, stores: Mapping[str, PairStore], *, device: torch.device, fingerprint: str
+) -> dict[str, ReferenceLogps]:
+    """Reference log-probs of every store, from the cache where they are known.
+
+    Args:
+        recipe: names the reference (`ref_model_name_or_path`, else the initial policy `model_name_or_path`).
+        stores: split name -> pairs.
+        device: where the reference runs; it is freed afterwards.
+        fingerprint: of the tokenised data; with the model's it keys the cache.
+    """
+    name = recipe.ref_model_name_or_path or recipe.model_name_or_path
+    paths = {split: _cache_path(recipe, name, fingerprint, split) for split in stores}
+    found = {split: _read(path, len(stores[split])) for split, path in paths.items()}
+    missing = [split for split, logps in found.items() if logps is None]
+    if missing:
+        model = load_model(recipe, device=device, name=name, trainable=False)
+        for split in missing:
+            found[split] = ReferenceLogps(_forward_all(model, stores[split], recipe, device))
+            _write(paths[split], found[split])
+        del model
+    return {split: logps for split, logps in found.items() if logps is not None}
+
+
+@torch.no_grad()
+def _forward_all(model: nn.Module, store: PairStore, recipe: Recipe, device: torch.device) -> np.ndarray:
+    sums = np.empty((len(store), 2), dtype=np.float32)
+    for indices in evaluation_batches(store, pairs_per_batch=recipe.per_device_eval_batch_size):
+        batch = build_batch([store[i] for i in indices], pack=recipe.pack, share_prompt=recipe.share_prompt)
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
+            logps = compute_pair_logps(model, batch.to(device), chunk_size=recipe.logits_chunk_size)
+        sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).float().cpu().numpy()
+    return sums
+
+
+def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path:
+    root = recipe.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "simpo")
+    settings = f"{_model_fingerprint(name, recipe.model_revision)}|{fingerprint}|{split}|{recipe.bf16}"
+    key = hashlib.sha256(settings.encode()).hexdigest()[:20]
+    return Path(root) / "reference" / f"{key}.npy"
+
+
+def _model_fingerprint(name: str, revision: str | None) -> str:
+    """A local model by the names, sizes and times of its weight files; a hub model by name and revision."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{revision}"
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
+    return "|".join([str(folder.resolve()), *(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)])
+
+
+def _read(path: Path, num_pairs: int) -> ReferenceLogps | None:
+    try:
+        sums = np.load(path)
+    except (OSError, ValueError):  # not there, or cut short: computed again
+        return None
+    return ReferenceLogps(sums) if sums.shape == (num_pairs, 2) and np.isfinite(sums).all() else None
+
+
+def _write(path: Path, logps: ReferenceLogps) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        np.save(file, logps.sums)
+    os.replace(aside, path)

@@ -1,0 +1,512 @@
+"""The trainer: from a recipe to a run directory with an aligned model.
+
+    for each step's plan:
+        for each micro-batch: forward, one loss per pair, backward of (their sum / pairs in the whole step)
+        stop if anything is not finite; clip; update; log; evaluate; save
+
+Every pair of a step weighs the same, however the step is cut into micro-batches. A run may be killed at any moment: it
+goes on from its last checkpoint bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses
+from simpo.data.audit import prepare_pairs
+from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan, evaluation_batches
+from simpo.display import Display
+from simpo.engine import checkpoint as checkpoints
+from simpo.engine.checkpoint import Checkpoint
+from simpo.engine.export import save_model
+from simpo.engine.metrics import MetricsLog, PairMeter, pair_metric_sums, peak_memory_gib
+from simpo.engine.model import compute_pair_logps, load_model, load_tokenizer, pick_device, source_dtype, unwrap
+from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
+from simpo.generate import generate_greedy, save_generations
+from simpo.recipe import LOSS_OPTIONS, Recipe
+from simpo.reference import ReferenceLogps, compute_reference_logps
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient is not a number; nothing was updated. The message names the step and its rows."""
+
+
+class Interrupted(RuntimeError):
+    """The run was asked to stop, has saved itself, and says how to go on."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves.
+
+    Attributes:
+        output_dir: the run directory.
+        model_dir: the final model, loadable by transformers.
+        steps: optimizer steps done.
+        metrics: of the last evaluation (`eval_*`); empty without held-out pairs.
+        best_step, best_metric: of the best evaluation by `metric_for_best_model`; None without one.
+    """
+
+    output_dir: Path
+    model_dir: Path
+    steps: int
+    metrics: dict[str, float]
+    best_step: int | None
+    best_metric: float | None
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it goes into a checkpoint."""
+
+    step: int = 0
+    pairs_seen: int = 0
+    tokens_seen: int = 0
+    train_time_s: float = 0.0
+    best_step: int | None = None
+    best_metric: float | None = None
+    last_eval_step: int | None = None
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """One run of preference optimization.
+
+    Args:
+        recipe: what to train, how, and where to write; see `simpo.recipe`.
+        display: where progress is shown; None = the terminal.
+    Raises:
+        ValueError: data, model, device, run directory or checkpoint do not fit the recipe.
+    """
+
+    def __init__(self, recipe: Recipe, *, display: Display | None = None) -> None:
+        if recipe.output_dir is None:
+            raise ValueError("output_dir: a run needs a folder to write to, for example --output_dir runs/first")
+        self.recipe = recipe
+        self.display = display or Display()
+        self.output_dir = Path(recipe.output_dir)
+        self.checkpoint_dir = self.output_dir / "checkpoints"
+        resume = find_checkpoint(recipe)
+        for notice in recipe.notices:
+            self.display.say(notice)
+
+        self.device = pick_device(recipe.device)
+        set_threads(recipe.num_threads)
+        seed_everything(recipe.seed)
+        self.tokenizer = load_tokenizer(recipe)
+        self.data = prepare_pairs(recipe, self.tokenizer)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        recipe.save(self.output_dir / "recipe.yaml")
+        self.data.ledger.save(self.output_dir / "audit.json")
+
+        self.model = load_model(recipe, device=self.device)
+        self.model.train()
+        self.loader = self._build_loader(self.data.train)
+        self.eval_loader = self._build_loader(self.data.eval) if self.data.eval is not None else None
+        self.total_steps = count_steps(recipe, self.loader.steps_per_epoch)
+        self.optimizer = build_optimizer(self.model, recipe)
+        self.reference = self._prepare_reference()
+        self.progress = Progress()
+        self.window = PairMeter()  # pairs since the last logged step
+        self.log: MetricsLog | None = None  # opened by run()
+        self._stop = threading.Event()
+        if resume is not None:
+            self._restore(resume)
+
+    # --- the run -----------------------------------------------------------------------------------------------------
+
+    def run(self) -> TrainResult:
+        """Train to the last step and save the final model.
+
+        Raises:
+            Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved first.
+            NonFiniteError: a loss or gradient is not finite.
+        """
+        self.display.table("training", self._summary())
+        log = MetricsLog(self.output_dir / "metrics.jsonl", self.recipe, resume_step=self.progress.step or None)
+        with contextlib.closing(log) as self.log, self._stop_on_signals():
+            if self.recipe.eval_on_start and self.progress.step == 0:
+                self._evaluate_and_log()
+            with self.display.progress(self.total_steps, self.progress.step) as bar:
+                for plan in self.loader.plans(self.progress.step, self.total_steps):
+                    values = self.train_step(plan)
+                    bar.update(self.progress.step, values)
+                    self._after_step(values)
+        return self._finish()
+
+    def train_step(self, plan: StepPlan) -> dict[str, float]:
+        """One optimizer step over the plan's pairs; returns their means, the gradient norm and the speed."""
+        started = time.perf_counter()
+        meter, losses = PairMeter(), []
+        for micro_batch in self.loader.micro_batches(plan):
+            pair_losses, metric_sums = self.forward(micro_batch, plan)
+            # Each backward adds this micro-batch's share of the gradient of the mean over *all* pairs of the step.
+            (pair_losses.sum() / plan.num_pairs).backward()
+            meter.add(metric_sums, len(micro_batch.indices))
+            losses.append((micro_batch.pairs.row_ids, pair_losses.detach()))
+            self.progress.tokens_seen += micro_batch.pairs.num_tokens
+        self._stop_unless_finite(plan, losses)
+        grad_norm = clip_gradients(self.model, self.recipe.max_grad_norm)
+        if not math.isfinite(grad_norm):
+            rows = [row for row_ids, _ in losses for row in row_ids]
+            raise self._not_finite(plan, f"the gradient norm is {grad_norm}", rows)
+        learning_rate = learning_rate_at(plan.step, self.total_steps, self.recipe)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+        step_time_s = time.perf_counter() - started
+        self.window.add(meter.sums, plan.num_pairs)
+        self.progress.step = plan.step + 1
+        self.progress.pairs_seen += plan.num_pairs
+        self.progress.train_time_s += step_time_s
+        return meter.means() | {
+            "grad_norm": grad_norm,
+            "learning_rate": learning_rate,
+            "step_time_s": step_time_s,
+            "pairs_per_s": plan.num_pairs / step_time_s,
+        }
+
+    def forward(
+        self, micro_batch: MicroBatch, plan: StepPlan | None = None, *, split: str = "train"
+    ) -> tuple[Tensor, Tensor]:
+        """The trained loss of each pair [P], SFT term included, and the sums of its metrics."""
+        recipe = self.recipe
+        batch = micro_batch.pairs.to(self.device)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
+            logps = compute_pair_logps(self.model, batch, chunk_size=recipe.logits_chunk_size)
+        if self.reference is not None:
+            chosen, rejected = self.reference[split].lookup(micro_batch.indices, device=self.device)
+            logps = dataclasses.replace(logps, ref_chosen_sum=chosen, ref_rejected_sum=rejected)
+        options = {name: getattr(recipe, name) for name in loss_options(recipe.loss_type)}
+        loss = LOSSES[recipe.loss_type](logps, **options)
+        total = loss.losses
+        if recipe.sft_weight:
+            total = total + recipe.sft_weight * self._sft_term(logps, plan)
+        return total, pair_metric_sums(logps, loss, total)
+
+    def _sft_term(self, logps: PairLogps, plan: StepPlan | None) -> Tensor:
+        if self.recipe.sft_reduction == "tokens" and plan is not None:
+            # The step's token mean, written so that (sum over pairs) / num_pairs gives it.
+            return -logps.chosen_sum * (plan.num_pairs / plan.num_chosen_tokens)
+        return sft_losses(logps)
+
+    def _after_step(self, values: Mapping[str, float]) -> None:
+        """Between steps, in this order: log, evaluate, save, stop if asked to."""
+        recipe, step, last = self.recipe, self.progress.step, self.progress.step == self.total_steps
+        if step % recipe.logging_steps == 0 or last:
+            self._log_window(values)
+        if self._is_due(recipe.eval_strategy, self._eval_every) or (last and recipe.eval_strategy != "no"):
+            self._evaluate_and_log()
+        if self._is_due(recipe.save_strategy, recipe.save_steps) or (last and recipe.save_strategy != "no"):
+            self.save()
+        if self._stop.is_set() and not last:
+            saved = self.save()
+            raise Interrupted(
+                f"stopped after step {step} of {self.total_steps} and saved {saved.folder}; "
+                "to go on, run the same command with --resume_from_checkpoint true"
+            )
+
+    def _finish(self) -> TrainResult:
+        progress = self.progress
+        results, kept_step = progress.last_eval, progress.step
+        if self.recipe.load_best_model_at_end and progress.best_step not in (None, progress.step):
+            best = next(c for c in checkpoints.list_checkpoints(self.checkpoint_dir) if c.step == progress.best_step)
+            checkpoints.load_weights(best, model=self.model)
+            results, kept_step = checkpoints.read_state(best)["progress"]["last_eval"], best.step
+            self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
+        model_dir = self.output_dir / "model"
+        data = {
+            "training pairs": len(self.data.train),
+            "held-out pairs": 0 if self.data.eval is None else len(self.data.eval),
+            "data fingerprint": self.data.fingerprint,
+            "optimizer step of these weights": f"{kept_step} of {self.total_steps}",
+        }
+        dtype = source_dtype(self.recipe)
+        save_model(self.model, self.tokenizer, self.recipe, model_dir, dtype=dtype, data=data, results=results)
+        self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": self.output_dir / "metrics.jsonl"})
+        return TrainResult(
+            self.output_dir, model_dir, progress.step, progress.last_eval, progress.best_step, progress.best_metric
+        )
+
+    # --- evaluation --------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Means over all held-out pairs, with `eval_` in front; empty without held-out pairs."""
+        if self.eval_loader is None:
+            return {}
+        started, meter = time.perf_counter(), PairMeter()
+        self.model.eval()
+        for indices in evaluation_batches(
+            self.eval_loader.store, pairs_per_batch=self.recipe.per_device_eval_batch_size
+        ):
+            _, sums = self.forward(self.eval_loader.build(indices), split="eval")
+            meter.add(sums, len(indices))
+        self.model.train()
+        values = {f"eval_{name}": value for name, value in meter.means().items()}
+        return values | {"eval_pairs": meter.num_pairs, "eval_time_s": time.perf_counter() - started}
+
+    def _evaluate_and_log(self) -> None:
+        if self.progress.last_eval_step == self.progress.step:
+            return
+        values = self.evaluate()
+        if not values:
+            return
+        self.progress.last_eval_step, self.progress.last_eval = self.progress.step, values
+        self._track_best(values)
+        self._write(values | {"epoch": self._epoch})
+        self.display.say_evaluation(self.progress.step, values)
+        if self.recipe.num_eval_generations:
+            self._generate_samples()
+
+    def _track_best(self, values: Mapping[str, float]) -> None:
+        name, best = self.recipe.metric_for_best_model, self.progress.best_metric
+        if name not in values:
+            raise ValueError(f"metric_for_best_model: {name!r} is not one of {', '.join(sorted(values))}")
+        if best is None or (values[name] > best if self.recipe.greater_is_better else values[name] < best):
+            self.progress.best_metric, self.progress.best_step = values[name], self.progress.step
+
+    def _generate_samples(self) -> None:
+        store = self.eval_loader.store
+        indices = range(min(self.recipe.num_eval_generations, len(store)))
+        responses = generate_greedy(
+            self.model,
+            self.tokenizer,
+            [store[i].prompt_ids for i in indices],
+            max_new_tokens=self.recipe.eval_generation_max_new_tokens,
+        )
+        save_generations(
+            self.output_dir / "generations.jsonl",
+            step=self.progress.step,
+            row_ids=[store[i].row_id for i in indices],
+            prompts=[store.texts(i)["prompt_text"] for i in indices],
+            responses=responses,
+        )
+
+    # --- saving and resuming -----------------------------------------------------------------------------------------
+
+    def save(self) -> Checkpoint:
+        """Write a checkpoint of this moment, unless this step has one; returns it."""
+        step = self.progress.step
+        for existing in checkpoints.list_checkpoints(self.checkpoint_dir):
+            if existing.step == step:
+                return existing
+        if self.log is not None:
+            self.log.sync()
+        state = {
+            "progress": dataclasses.asdict(self.progress),
+            "window": self.window.state_dict(),
+            **self._identity(),
+        }
+        saved = checkpoints.save_checkpoint(
+            self.checkpoint_dir, step=step, model=self.model, optimizer=self.optimizer, state=state
+        )
+        if self.recipe.save_total_limit is not None:
+            protect = self.progress.best_step if self.recipe.load_best_model_at_end else None
+            checkpoints.prune_checkpoints(self.checkpoint_dir, keep=self.recipe.save_total_limit, protect=protect)
+        return saved
+
+    def _restore(self, checkpoint: Checkpoint) -> None:
+        state = checkpoints.read_state(checkpoint)
+        _check_same_run(state, self._identity(), checkpoint)
+        checkpoints.forget_after(self.checkpoint_dir, checkpoint)
+        checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
+        self.progress = Progress(**state["progress"])
+        self.window.load_state_dict(state["window"])
+        self.display.say(f"resumed from {checkpoint.folder}: step {checkpoint.step} of {self.total_steps} is done")
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be continued bit for bit."""
+        recipe = {k: v for k, v in self.recipe.to_dict().items() if k not in _MAY_CHANGE_ON_RESUME}
+        return {"recipe": recipe, "data_fingerprint": self.data.fingerprint, "total_steps": self.total_steps}
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    @property
+    def _epoch(self) -> float:
+        return self.progress.pairs_seen / len(self.loader.store)
+
+    @property
+    def _eval_every(self) -> int | None:
+        every = self.recipe.eval_steps
+        if every is None or every >= 1:
+            return None if every is None else int(every)
+        return max(1, math.ceil(every * self.total_steps))  # a share of the run, as in transformers
+
+    def _is_due(self, strategy: str, every: int | None) -> bool:
+        if strategy == "epoch":
+            return self.progress.step % self.loader.steps_per_epoch == 0
+        return strategy == "steps" and every is not None and self.progress.step % every == 0
+
+    def _build_loader(self, dataset: Any) -> StepLoader:
+        recipe = self.recipe
+        return StepLoader(
+            PairStore(dataset, share_prompt=recipe.share_prompt),
+            pairs_per_step=recipe.pairs_per_step(),
+            num_micro_batches=recipe.gradient_accumulation_steps,
+            max_tokens=recipe.max_tokens_per_micro_batch,
+            pack=recipe.pack,
+            pad_token_id=self.tokenizer.pad_token_id or 0,
+            seed=recipe.seed,
+            hidden_size=unwrap(self.model).config.get_text_config().hidden_size,
+        )
+
+    def _prepare_reference(self) -> dict[str, ReferenceLogps] | None:
+        if not LOSS_OPTIONS[self.recipe.loss_type].needs_reference:
+            return None  # a reference-free loss never loads a second model
+        stores = {"train": self.loader.store}
+        if self.eval_loader is not None:
+            stores["eval"] = self.eval_loader.store
+        return compute_reference_logps(self.recipe, stores, device=self.device, fingerprint=self.data.fingerprint)
+
+    def _log_window(self, step_values: Mapping[str, float]) -> None:
+        progress = self.progress
+        values = self.window.means() | {
+            name: step_values[name] for name in ("grad_norm", "learning_rate", "step_time_s", "pairs_per_s")
+        }
+        values |= {"epoch": self._epoch, "pairs_seen": progress.pairs_seen, "tokens_seen": progress.tokens_seen}
+        values["memory_gib"] = peak_memory_gib(self.device)
+        self.window = PairMeter()
+        self._write(values)
+        left_s = progress.train_time_s / progress.step * (self.total_steps - progress.step)
+        self.display.log_step(progress.step, self.total_steps, values, left_s=left_s)
+
+    def _write(self, values: Mapping[str, Any]) -> None:
+        if self.log is not None:
+            self.log.write(values, step=self.progress.step)
+
+    def _stop_unless_finite(self, plan: StepPlan, losses: list[tuple[tuple[str, ...], Tensor]]) -> None:
+        finite = [(row_ids, torch.isfinite(values).tolist()) for row_ids, values in losses]
+        rows = [row for row_ids, fine in finite for row, ok in zip(row_ids, fine, strict=True) if not ok]
+        if rows:
+            raise self._not_finite(plan, f"the loss of {len(rows)} pair(s) is not finite", rows)
+
+    def _not_finite(self, plan: StepPlan, what: str, rows: list[str]) -> NonFiniteError:
+        saved = checkpoints.list_checkpoints(self.checkpoint_dir)
+        last = f"The last good checkpoint is {saved[-1].folder}" if saved else "There is no checkpoint yet"
+        more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
+        return NonFiniteError(
+            f"step {plan.step + 1}: {what}; nothing was updated. Rows: {', '.join(rows[:16])}{more}. {last}. "
+            "Look at these rows with simpo audit, or lower learning_rate or beta"
+        )
+
+    def _summary(self) -> dict[str, Any]:
+        recipe, trainable = self.recipe, sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        layout = "packed" if recipe.pack else "padded"
+        options = {name: getattr(recipe, name) for name in loss_options(recipe.loss_type)}
+        if "gamma_beta_ratio" in options and "beta" in options:
+            options["gamma"] = recipe.gamma
+        options["sft_weight"] = recipe.sft_weight
+        return {
+            "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
+            "device": f"{self.device}, {torch.get_num_threads()} threads, {'bf16' if recipe.bf16 else 'fp32'} compute",
+            "pairs": f"{len(self.data.train)} to train, {0 if self.data.eval is None else len(self.data.eval)} held out",
+            "rows": f"{layout}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
+            "steps": f"{self.total_steps} of {recipe.pairs_per_step()} pairs",
+            "loss": f"{recipe.loss_type}: {', '.join(f'{name} {value}' for name, value in options.items())}",
+            "predicted loss": f"{recipe.loss_at_zero_margin():.4f} at zero margin, SFT term left out",
+        }
+
+    @contextlib.contextmanager
+    def _stop_on_signals(self) -> Iterator[None]:
+        """The first Ctrl-C or SIGTERM asks to stop after this step; a second Ctrl-C stops at once."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def request_stop(number: int, frame: Any) -> None:
+            if self._stop.is_set() and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self._stop.set()
+            self.display.say("stopping after this step; once more to stop at once without saving")
+
+        before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+# Keys that change what is written and shown, never what is computed.
+_MAY_CHANGE_ON_RESUME = frozenset(
+    {
+        "output_dir",
+        "run_name",
+        "report_to",
+        "logging_dir",
+        "logging_steps",
+        "save_strategy",
+        "save_steps",
+        "save_total_limit",
+        "resume_from_checkpoint",
+        "eval_strategy",
+        "eval_steps",
+        "eval_on_start",
+        "num_eval_generations",
+        "eval_generation_max_new_tokens",
+        "preprocessing_num_workers",
+        "cache_dir",
+    }
+)
+
+
+def count_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run: `max_steps`, or `num_train_epochs` passes over the data, rounded up."""
+    return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * steps_per_epoch)
+
+
+def find_checkpoint(recipe: Recipe) -> Checkpoint | None:
+    """The checkpoint that `resume_from_checkpoint` means; None to start afresh.
+
+    Raises:
+        ValueError: the checkpoint does not exist, or the run directory already holds a run that would be overwritten.
+    """
+    folder, wanted = Path(recipe.output_dir) / "checkpoints", recipe.resume_from_checkpoint
+    existing = checkpoints.list_checkpoints(folder)
+    if not wanted:
+        if existing:
+            raise ValueError(
+                f"output_dir: {recipe.output_dir} already holds a run (step {existing[-1].step}); add "
+                "--resume_from_checkpoint true to go on with it, or choose another output_dir"
+            )
+        return None
+    if wanted is True:
+        return existing[-1] if existing else None  # a run killed before its first checkpoint starts over
+    path = Path(wanted)
+    match = [c for c in checkpoints.list_checkpoints(path.parent) if c.folder.name == path.name]
+    if not match:
+        names = ", ".join(c.folder.name for c in existing) or "none"
+        raise ValueError(f"resume_from_checkpoint: no complete checkpoint at {path}; in {folder} there is: {names}")
+    return match[0]
+
+
+def _check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Checkpoint) -> None:
+    changed = [
+        f"{key} (was {saved['recipe'].get(key)!r}, is {value!r})"
+        for key, value in current["recipe"].items()
+        if saved["recipe"].get(key) != value
+    ]
+    if saved["data_fingerprint"] != current["data_fingerprint"]:
+        changed.append("the training data or its tokenisation")
+    if saved["total_steps"] != current["total_steps"]:
+        changed.append(f"the number of steps (was {saved['total_steps']}, is {current['total_steps']})")
+    if changed:
+        raise ValueError(
+            f"{checkpoint.folder} belongs to a run with other settings: {'; '.join(changed)}. "
+            "Restore them to go on, or start afresh in another output_dir"
+        )

@@ -1,0 +1,203 @@
+"""A run that was stopped, killed or cut off ends in the same bits as one that never was."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from simpo.display import Display
+from simpo.engine.checkpoint import list_checkpoints
+from simpo.recipe import load_recipe
+from simpo.train import Interrupted, Trainer
+
+Settings = dict[str, Any]
+TIMES = {"step_time_s", "pairs_per_s", "memory_gib", "eval_time_s"}
+
+
+def build(settings: Settings, **changes: Any) -> Trainer:
+    return Trainer(load_recipe({**settings, **changes}), display=Display(quiet=True))
+
+
+def final_bits(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors.torch import load_file
+
+    return load_file(folder / "model" / "model.safetensors")
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    ours, theirs = final_bits(one), final_bits(other)
+    assert ours.keys() == theirs.keys()
+    for name in ours:
+        assert torch.equal(ours[name], theirs[name]), name
+    assert metrics(one) == metrics(other)
+
+
+@pytest.fixture
+def uninterrupted(tiny_recipe: Settings, tmp_path: Path) -> Path:
+    folder = tmp_path / "uninterrupted"
+    build(tiny_recipe, output_dir=str(folder)).run()
+    return folder
+
+
+def stop_after(trainer: Trainer, step: int) -> None:
+    """Let a run come to its end at `step` as Ctrl-C would."""
+    original = trainer.train_step
+
+    def train_step(plan: Any) -> dict[str, float]:
+        values = original(plan)
+        if trainer.progress.step == step:
+            os.kill(os.getpid(), signal.SIGINT)
+        return values
+
+    trainer.train_step = train_step
+
+
+@pytest.mark.parametrize("step", [1, 5, 7])
+def test_stopped_and_resumed_run_equals_uninterrupted_bit_for_bit(
+    tiny_recipe: Settings, uninterrupted: Path, step: int
+) -> None:
+    trainer = build(tiny_recipe)
+    stop_after(trainer, step)
+    with pytest.raises(Interrupted, match=rf"after step {step} of 10.*resume_from_checkpoint"):
+        trainer.run()
+    build(tiny_recipe, resume_from_checkpoint=True).run()
+    assert_same_run(Path(tiny_recipe["output_dir"]), uninterrupted)
+
+
+def test_dropout_and_logging_windows_survive_a_resume(tiny_recipe: Settings, tmp_path: Path) -> None:
+    settings = {**tiny_recipe, "use_peft": True, "lora_dropout": 0.2, "disable_dropout": False, "logging_steps": 3}
+    build(settings, output_dir=str(tmp_path / "whole")).run()
+    trainer = build(settings)
+    stop_after(trainer, 4)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    build(settings, resume_from_checkpoint=True).run()
+    assert metrics(Path(settings["output_dir"])) == metrics(tmp_path / "whole")
+
+
+def test_resume_from_a_named_earlier_checkpoint_repeats_the_rest(tiny_recipe: Settings, uninterrupted: Path) -> None:
+    build(tiny_recipe).run()
+    folder = Path(tiny_recipe["output_dir"])
+    build(tiny_recipe, resume_from_checkpoint=str(folder / "checkpoints" / "step-4")).run()
+    assert_same_run(folder, uninterrupted)
+    assert (folder / "checkpoints" / "step-8.superseded").is_dir()
+
+
+def test_optimizer_moments_are_restored(tiny_recipe: Settings) -> None:
+    trainer = build(tiny_recipe)
+    stop_after(trainer, 3)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    before = [state for state in trainer.optimizer.state.values()]
+    after = [state for state in build(tiny_recipe, resume_from_checkpoint=True).optimizer.state.values()]
+    assert len(before) == len(after) > 0
+    for one, other in zip(before, after, strict=True):
+        for name in ("exp_avg", "exp_avg_sq", "step"):
+            assert torch.equal(one[name], other[name]), name
+
+
+@pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"beta": 3.0}, {"seed": 7}, {"max_steps": 12}])
+def test_resume_under_other_settings_is_refused_by_name(tiny_recipe: Settings, change: Settings) -> None:
+    trainer = build(tiny_recipe)
+    stop_after(trainer, 2)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    name = "number of steps" if "max_steps" in change else next(iter(change))
+    with pytest.raises(ValueError, match=f"other settings.*{name}"):
+        build({**tiny_recipe, **change}, resume_from_checkpoint=True)
+
+
+def test_resume_on_other_data_is_refused(tiny_recipe: Settings, pair_files: Path, tmp_path: Path) -> None:
+    trainer = build(tiny_recipe)
+    stop_after(trainer, 2)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    other = tmp_path / pair_files.name
+    other.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (other / name).write_text((pair_files / name).read_text().replace("water", "river"), encoding="utf-8")
+    with pytest.raises(ValueError, match="other settings"):
+        build({**tiny_recipe, "dataset_mixer": {str(other): 1.0}}, resume_from_checkpoint=True)
+
+
+def test_damaged_checkpoint_is_noticed(tiny_recipe: Settings) -> None:
+    build(tiny_recipe).run()
+    newest = list_checkpoints(Path(tiny_recipe["output_dir"]) / "checkpoints")[-1]
+    victim = max((newest.folder / "tensors").rglob("*.distcp"), key=lambda p: p.stat().st_size)
+    content = bytearray(victim.read_bytes())
+    middle = len(content) // 2
+    content[middle : middle + 64] = bytes(64)
+    victim.write_bytes(bytes(content))
+    with pytest.raises(ValueError, match="damaged|cannot be loaded"):
+        build(tiny_recipe, resume_from_checkpoint=True)
+
+
+def test_missing_checkpoint_is_one_clear_line(tiny_recipe: Settings) -> None:
+    with pytest.raises(ValueError, match="resume_from_checkpoint: no complete checkpoint at .*step-99"):
+        build(tiny_recipe, resume_from_checkpoint=str(Path(tiny_recipe["output_dir"]) / "checkpoints" / "step-99"))
+
+
+def command(recipe_path: Path, *more: str) -> list[str]:
+    return [sys.executable, "-m", "simpo", "train", str(recipe_path), *more]
+
+
+def test_killed_at_random_moments_ends_in_the_same_bits(
+    tiny_recipe: Settings, uninterrupted: Path, tmp_path: Path
+) -> None:
+    # One step is stretched so that the kills fall on steps, evaluations and checkpoints alike.
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**tiny_recipe, "save_steps": 1, "save_total_limit": 3}), encoding="utf-8")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    folder, rng = Path(tiny_recipe["output_dir"]), random.Random(3)
+    for _ in range(3):
+        process = subprocess.Popen(
+            command(path, "--resume_from_checkpoint", "true"),
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        seen, deadline = newest_step(folder), time.monotonic() + 120
+        while newest_step(folder) == seen and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.1)
+        process.kill()
+        process.wait()
+    subprocess.run(command(path, "--resume_from_checkpoint", "true"), env=environment, check=True, capture_output=True)
+    assert_same_run(folder, uninterrupted)
+
+
+def newest_step(folder: Path) -> int:
+    found = list_checkpoints(folder / "checkpoints")
+    return found[-1].step if found else 0
+
+
+def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_recipe: Settings, tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**tiny_recipe, "num_train_epochs": 200}), encoding="utf-8")
+    process = subprocess.Popen(
+        command(path), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.monotonic() + 120
+    while not newest_step(Path(tiny_recipe["output_dir"])) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=60)[0].decode()
+    assert process.returncode == 130, output
+    assert "--resume_from_checkpoint true" in output
+    assert "Traceback" not in output

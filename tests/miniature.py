@@ -1,0 +1,106 @@
+"""A whole run in miniature: a tiny random Llama, a small tokenizer with a chat template, forty pairs, one recipe."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+WORDS = ["the", "a", "of", "and", "to", "in", "is", "was", "for", "on", "with", "as", "by", "at", "from", "it", "an", "be", "this", "that", "which", "or", "are", "not", "have", "has", "had", "were", "one", "two", "water", "light", "river", "stone", "bread", "paper", "glass", "green", "quick", "slow", "open", "close", "short", "long", "answer", "question", "write", "read", "think"]
+TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _sentence(rng: random.Random, low: int, high: int) -> str:
+    return " ".join(rng.choice(WORDS) for _ in range(rng.randint(low, high)))
+
+
+def write_pairs(path: Path, count: int, *, seed: int) -> Path:
+    """Pairs in which the chosen answer speaks of water and the rejected one of stone: learnable in a few steps."""
+    rng = random.Random(seed)
+    rows = [
+        {
+            "prompt": f"{_sentence(rng, 3, 12)}?",
+            "chosen": "water " + _sentence(rng, 2, 9),
+            "rejected": "stone " + _sentence(rng, 2, 9),
+        }
+        for _ in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a two-layer Llama (9 query and 3 KV heads, tied embeddings) and its tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=420,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator([" ".join(WORDS)] * 4, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<|im_start|>", eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = TEMPLATE
+    fast.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=72,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.08,
+        bos_token_id=fast.bos_token_id,
+        eos_token_id=fast.eos_token_id,
+        pad_token_id=fast.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pair_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl (40 pairs) and test.jsonl (10)."""
+    folder = tmp_path_factory.mktemp("pairs")
+    write_pairs(folder / "train.jsonl", 40, seed=1)
+    write_pairs(folder / "test.jsonl", 10, seed=2)
+    return folder
+
+
+@pytest.fixture
+def tiny_recipe(tiny_model: Path, pair_files: Path, tmp_path: Path) -> dict[str, Any]:
+    """Ten optimizer steps of four pairs in fp32; takes about a second."""
+    return {
+        "model_name_or_path": str(tiny_model),
+        "dataset_mixer": {str(pair_files): 1.0},
+        "output_dir": str(tmp_path / "run"),
+        "cache_dir": str(tmp_path / "cache"),
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 2e-3,
+        "max_length": 96,
+        "max_prompt_length": 64,
+        "bf16": False,
+        "save_steps": 4,
+        "eval_steps": 5,
+        "num_threads": 1,
+        "preprocessing_num_workers": 1,
+    }

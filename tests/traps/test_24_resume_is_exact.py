@@ -1,0 +1,28 @@
+"""Trap 24: resume skips or repeats samples, or loses moments silently. Here the data of a resumed run is exactly the
+rest, every pair once an epoch; equality of weights, moments and metrics is in tests/e2e/test_resume.py."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from simpo.display import Display
+from simpo.recipe import load_recipe
+from simpo.train import Trainer
+
+
+@pytest.mark.parametrize("pairs_per_step", [3, 4, 7, 40, 64])
+@pytest.mark.parametrize("stop", [0, 1, 5, 9])
+def test_plans_after_a_resume_are_the_rest_of_the_plans(
+    tiny_recipe: dict[str, Any], pairs_per_step: int, stop: int
+) -> None:
+    settings = {**tiny_recipe, "per_device_train_batch_size": pairs_per_step, "gradient_accumulation_steps": 1}
+    loader = Trainer(load_recipe(settings), display=Display(quiet=True)).loader
+    total = 3 * loader.steps_per_epoch
+    whole = list(loader.plans(0, total))
+    assert whole[:stop] + list(loader.plans(min(stop, total), total)) == whole
+    for epoch in range(3):
+        seen = Counter(i for plan in whole if plan.epoch == epoch for items in plan.micro_batches for i in items)
+        assert seen == Counter(range(40))

@@ -1,0 +1,68 @@
+"""Trap 29: a save overwrites the previous checkpoint before the new one is whole. Here it is written aside."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch.distributed.checkpoint.api import CheckpointException
+
+from simpo.display import Display
+from simpo.engine import checkpoint as checkpoints
+from simpo.recipe import load_recipe
+from simpo.train import Trainer
+
+
+class PowerCut(Exception):
+    """What the tests raise where the machine would have died."""
+
+
+@pytest.mark.parametrize("at", ["dcp.save", "torch.save", "_sync_tree", "rename"])
+def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
+    tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    trainer = Trainer(load_recipe(tiny_recipe), display=Display(quiet=True))
+    plans = list(trainer.loader.plans(0, 2))
+    trainer.train_step(plans[0])
+    good = trainer.save()
+    trainer.train_step(plans[1])
+
+    def die(*args: Any, **kwargs: Any) -> None:
+        raise PowerCut
+
+    with monkeypatch.context() as patch:
+        if at == "rename":
+            patch.setattr(Path, "rename", die)
+        elif at == "_sync_tree":
+            patch.setattr(checkpoints, at, die)
+        else:
+            module, name = at.split(".")
+            patch.setattr(checkpoints.dcp if module == "dcp" else checkpoints.torch, name, die)
+        with pytest.raises((PowerCut, CheckpointException)):  # dcp wraps what goes wrong inside it
+            trainer.save()
+    assert [c.step for c in checkpoints.list_checkpoints(trainer.checkpoint_dir)] == [1]
+    again = Trainer(load_recipe({**tiny_recipe, "resume_from_checkpoint": True}), display=Display(quiet=True))
+    assert again.progress.step == 1
+    assert good.folder.is_dir()
+    assert again.run().steps == 10  # and the half-written leftovers are in nobody's way
+
+
+def test_files_are_synced_before_the_rename(tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer(load_recipe(tiny_recipe), display=Display(quiet=True))
+    trainer.train_step(next(trainer.loader.plans(0, 1)))
+    events: list[str] = []
+    fsync, rename = os.fsync, Path.rename
+    monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("sync"), fsync(descriptor))[1])
+
+    def record(path: Path, target: Path) -> Path:
+        if Path(target).name == "step-1":
+            events.append("rename")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", record)
+    trainer.save()
+    first_rename = events.index("rename")
+    assert events[:first_rename].count("sync") >= 4  # tensors, their index, RNG, state
+    assert events[first_rename + 1 :] == ["sync"]  # and the folder that holds the new name
