@@ -149,7 +149,7 @@ def evaluate(
         )
 
 
-@app.command()
+@app.command(context_settings={"ignore_unknown_options": True})
 def keys(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One key, by any of its names.")] = None,
 ) -> None:

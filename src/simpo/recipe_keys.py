@@ -348,7 +348,7 @@ class Recipe(BaseModel):
     optim: Literal["adamw_torch_fused", "adamw_torch"] = _optimisation(
         "adamw_torch_fused", "The optimizer; both compute AdamW.", "adamw_torch_fused or adamw_torch")
     weight_decay: Number = _optimisation(
-        0.0, "AdamW's decoupled weight decay.", "x >= 0", ge=0)
+        0.0, "AdamW's decoupled weight decay; biases and norms are spared.", "x >= 0", ge=0)
     adam_beta1: Number = _optimisation(
         0.9, "AdamW's decay of the first moment.", "0 <= x < 1", ge=0, lt=1)
     adam_beta2: Number = _optimisation(

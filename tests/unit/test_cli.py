@@ -1,0 +1,261 @@
+"""The command line: fast, light, and clear when something is wrong."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from simpo.cli import app
+from simpo.recipe import KEYS, LOSS_OPTIONS, Recipe, load_recipe
+
+REPO = Path(__file__).resolve().parents[2]
+WILD = Path(__file__).parent / "recipes_in_the_wild"
+HEAVY = ("torch", "transformers", "datasets", "numpy")
+
+
+@pytest.fixture
+def recipe_file(tmp_path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"model_name_or_path: m\ndataset_name: pairs.jsonl\noutput_dir: {tmp_path / 'run'}\n")
+    return path
+
+
+def run(*words: object):
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def fails(*words: object) -> str:
+    """The one line on stderr of a command that exits with 2."""
+    result = run(*words)
+    assert result.exit_code == 2, result.output
+    assert "Traceback" not in result.output
+    assert result.stderr.startswith("error: ")
+    assert len(result.stderr.splitlines()) == 1
+    return result.stderr
+
+
+def stand_in(monkeypatch, name: str, **contents: object) -> None:
+    """A module `name` that holds only `contents`, for as long as the test runs."""
+    module = types.ModuleType(name)
+    module.__dict__.update(contents)
+    monkeypatch.setitem(sys.modules, name, module)
+
+
+# --- light -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["keys"], ["losses"], ["check", "RECIPE"]])
+def test_commands_that_compute_nothing_load_no_framework_and_are_fast(words, recipe_file):
+    words = [str(recipe_file) if word == "RECIPE" else word for word in words]
+    code = (
+        "import sys, time, contextlib, io\n"
+        "from simpo.cli import main\n"
+        f"sys.argv = ['simpo', *{words!r}]\n"
+        "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"
+        f"print(time.process_time(), *[name for name in {HEAVY!r} if name in sys.modules])"
+    )
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
+    assert all(len(done.stdout.split()) == 1 for done in runs), runs[0].stdout
+    assert (
+        min(float(done.stdout) for done in runs) < 0.5
+    )  # seconds of processor, so that a busy machine does not matter
+
+
+def test_python_m_simpo_is_the_command():
+    done = subprocess.run([sys.executable, "-m", "simpo", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("simpo ")
+
+
+# --- check -----------------------------------------------------------------------------------------------------------
+
+
+def test_check_shows_effective_values_and_the_loss_they_predict(recipe_file):
+    result = run(
+        "check", recipe_file, "--gamma", "1.6", "--global-batch-size=128", "--processes", "4", "--log_level", "info"
+    )
+    assert result.exit_code == 0, result.output
+    assert "beta 2, gamma/beta 0.8, gamma 1.6, 1.7839 nats at zero margin" in result.output
+    assert "128 pairs an optimizer step" in result.output
+    assert result.output.count("notice: ") == 1
+    assert "log_level" in result.output
+    assert "this recipe can be trained" in result.output
+
+
+def test_check_full_is_a_recipe_again(recipe_file, tmp_path):
+    result = run("check", recipe_file, "--full", "--beta", "3", "--max_steps", "-1")
+    again = tmp_path / "again.yaml"
+    again.write_text(result.output)
+    assert load_recipe(again) == load_recipe(recipe_file, {"beta": 3})
+
+
+def test_check_says_what_is_still_needed_to_train(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model_name_or_path: m\n")
+    assert "to train, still give: dataset_mixer, output_dir" in run("check", path).output
+
+
+def test_check_passes_every_recipe_in_the_wild_and_here():
+    for path in [*WILD.glob("*.yaml"), *(REPO / "recipes").glob("*.yaml")]:
+        assert run("check", path).exit_code == 0, path
+    words = [
+        w for line in (WILD / "megatron-options.txt").read_text().splitlines() if line[0] != "#" for w in line.split()
+    ]
+    result = run("check", REPO / "recipes" / "demo.yaml", *words)
+    assert result.exit_code == 0, result.output
+    assert "gamma/beta 1.4" in result.output
+
+
+def test_short_values_that_begin_with_a_dash_are_values(recipe_file):
+    assert run("check", recipe_file, "--alphapo_alpha", "-1e-3", "--loss_type", "alphapo").exit_code == 0
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+def test_wrong_recipes_exit_with_2_and_one_line(recipe_file, tmp_path):
+    assert "no such recipe file" in fails("check", tmp_path / "none.yaml")
+    assert "nearest known key is 'beta'" in fails("check", recipe_file, "--bta", "3")
+    assert "beta = -1" in fails("train", recipe_file, "--beta", "-1")
+    assert "the recipe comes before" in fails("check", "--beta", "3", recipe_file)
+    assert "nearest known key is 'beta'" in fails("keys", "betta")
+
+
+def test_train_needs_data_and_a_folder_before_anything_is_loaded(tmp_path):
+    path = tmp_path / "recipe.yaml"
+    path.write_text("model_name_or_path: m\n")
+    assert "dataset_mixer and output_dir must be set" in fails("train", path)
+
+
+def test_a_traceback_is_shown_when_asked_for(monkeypatch, tmp_path):
+    monkeypatch.setenv("SIMPO_TRACEBACK", "1")
+    assert isinstance(run("check", tmp_path / "none.yaml").exception, ValueError)
+
+
+# --- train, audit, eval: what they hand on ---------------------------------------------------------------------------
+
+
+class Interrupted(RuntimeError):
+    pass
+
+
+class NonFiniteError(RuntimeError):
+    pass
+
+
+def trainer_that(behaviour):
+    class Trainer:
+        def __init__(self, recipe: Recipe) -> None:
+            self.recipe = recipe
+
+        def run(self) -> None:
+            behaviour(self.recipe)
+
+    return {"Trainer": Trainer, "Interrupted": Interrupted, "NonFiniteError": NonFiniteError}
+
+
+def test_train_runs_the_trainer_with_the_overridden_recipe(monkeypatch, recipe_file):
+    seen = []
+    stand_in(monkeypatch, "simpo.train", **trainer_that(seen.append))
+    result = run("train", recipe_file, "--lr", "5e-7", "--use_peft")
+    assert result.exit_code == 0, result.output
+    assert (seen[0].learning_rate, seen[0].use_peft) == (5e-7, True)
+
+
+@pytest.mark.parametrize(
+    ("raised", "exit_code"),
+    [(Interrupted("saved"), 130), (KeyboardInterrupt(), 130), (NonFiniteError("row 3"), 1), (ValueError("bad"), 2)],
+)
+def test_how_a_run_ends_is_its_exit_code(monkeypatch, recipe_file, raised, exit_code):
+    def behaviour(recipe):
+        raise raised
+
+    stand_in(monkeypatch, "simpo.train", **trainer_that(behaviour))
+    result = run("train", recipe_file)
+    assert result.exit_code == exit_code
+    assert str(raised) in result.stderr
+    assert "Traceback" not in result.output
+
+
+class Rows(list):
+    def select(self, indices):
+        return [self[i] for i in indices]
+
+
+class Ledger:
+    def render(self, console) -> None:
+        console.print("1 row kept")
+
+    def save(self, path) -> None:
+        Path(path).write_text(json.dumps({"kept": 1}))
+
+
+@pytest.fixture
+def prepared(monkeypatch):
+    row = {
+        "row_id": "pairs#0",
+        "prompt_text": "Hi",
+        "chosen_text": "Hello.",
+        "rejected_text": "No.",
+        "chosen_ids": [1] * 9,
+    }
+    row |= {"chosen_start": 4, "rejected_ids": [1] * 6, "rejected_start": 4}
+    found = types.SimpleNamespace(train=Rows([row]), eval=None, ledger=Ledger(), fingerprint="f")
+    stand_in(monkeypatch, "simpo.data.audit", prepare_pairs=lambda recipe, tokenizer: found)
+    stand_in(monkeypatch, "simpo.engine.model", load_tokenizer=lambda recipe: None)
+
+
+@pytest.mark.usefixtures("prepared")
+def test_audit_prints_the_ledger_and_saves_it_with_the_run(recipe_file, tmp_path):
+    result = run("audit", recipe_file, "--examples", "3")
+    assert result.exit_code == 0, result.output
+    assert "1 row kept" in result.output
+    assert "chosen (5 trained tokens)" in result.output
+    assert json.loads((tmp_path / "run" / "audit.json").read_text()) == {"kept": 1}
+
+
+@pytest.mark.usefixtures("prepared")
+def test_audit_saves_where_it_is_told(recipe_file, tmp_path):
+    assert run("audit", recipe_file, "--output", tmp_path / "deep" / "ledger.json", "--max_length", "64").exit_code == 0
+    assert (tmp_path / "deep" / "ledger.json").is_file()
+    assert not (tmp_path / "run").exists()
+
+
+def test_eval_hands_its_options_on(monkeypatch):
+    seen = {}
+    stand_in(monkeypatch, "simpo.evaluate", run_eval_command=lambda **options: seen.update(options))
+    result = run("eval", "pairs.jsonl", "--model", "m", "--compare", "n", "--max-pairs", "5", "--max_length", "64")
+    assert result.exit_code == 0, result.output
+    assert seen == {
+        "recipe_or_data": "pairs.jsonl",
+        "model": "m",
+        "baseline": "n",
+        "output": None,
+        "generations": 0,
+        "max_pairs": 5,
+        "split": "test",
+        "overrides": ["--max_length", "64"],
+    }
+
+
+# --- keys, losses ----------------------------------------------------------------------------------------------------
+
+
+def test_keys_explains_every_key_and_each_by_any_name():
+    listed = run("keys").output
+    assert all(f"\n  {name}\n" in listed for name in KEYS)
+    assert "learning_rate" in run("keys", "lr").output
+    assert "gamma / beta" in run("keys", "--gamma").output
+    assert "not used here" in run("keys", "log-level").output
+
+
+def test_losses_lists_every_loss_with_its_source():
+    output = run("losses").output
+    for name, options in LOSS_OPTIONS.items():
+        assert f"{name:<10} {options.equation}" in output
+        assert options.source in output
