@@ -42,6 +42,7 @@ from simpo.engine.model import (
     pick_device,
     unwrap,
 )
+from simpo.engine.optim import set_threads
 from simpo.generate import generate_greedy
 from simpo.recipe import Recipe, load_recipe
 from simpo.results import (
@@ -156,6 +157,7 @@ def run_eval_command(
     settings, data = _settings(recipe.model_name_or_path, None, recipe)
     if not _is_recipe_file(recipe_or_data):
         data = recipe_or_data
+    set_threads(settings.num_threads)
     tokenizer = _load_tokenizer(settings, settings.model_name_or_path)
     pairs = _choose(_load_pairs(data, settings, tokenizer, split=split), max_pairs, seed=settings.seed)
 
@@ -390,9 +392,7 @@ def _evaluate_pairs(
 
 
 @contextlib.contextmanager
-def _ready_model(
-    model: str | Path | nn.Module, settings: Recipe
-) -> Iterator[tuple[nn.Module, bool, tuple[str, ...]]]:
+def _ready_model(model: str | Path | nn.Module, settings: Recipe) -> Iterator[tuple[nn.Module, bool, tuple[str, ...]]]:
     """The model in eval mode, whether it takes packed rows, and notes; a loaded model is put back as it was."""
     if not _is_loaded(model):
         # Loaded for ordinary attention first: whether packed rows fit is found out below, with a way back.
@@ -454,9 +454,7 @@ def _run_pairs(
             sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).double().cpu().numpy()
             advance(len(indices))
     lengths = store.response_lengths.tolist()
-    return [
-        PairRecord(pair.row_id, *map(float, sums[i]), *map(int, lengths[i])) for i, pair in enumerate(stored)
-    ]
+    return [PairRecord(pair.row_id, *map(float, sums[i]), *map(int, lengths[i])) for i, pair in enumerate(stored)]
 
 
 def _generate(
@@ -474,9 +472,7 @@ def _generate(
         for start in range(0, len(stored), batch_size):
             part = stored[start : start + batch_size]
             prompts = [pair.prompt_ids for pair in part]
-            responses = generate_greedy(
-                model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size
-            )
+            responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
             for index, (pair, response) in enumerate(zip(part, responses, strict=True), start=start):
                 has_text = "prompt_text" in store.dataset.column_names
                 prompt = store.dataset[index]["prompt_text"] if has_text else tokenizer.decode(pair.prompt_ids)

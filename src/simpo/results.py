@@ -331,10 +331,10 @@ def _aligned(pairs_a: Sequence[PairRecord], pairs_b: Sequence[PairRecord]) -> li
     if len(by_id) < len(pairs_b) or len(ids) < len(pairs_a):
         raise ValueError("two models are compared pair by pair, but some pairs have the same row_id; make them unique")
     if ids != set(by_id):
-        only = sorted(ids ^ set(by_id))
+        only, total = sorted(ids ^ set(by_id)), len(ids | set(by_id))
         raise ValueError(
-            f"two models are compared on the same pairs, but {len(only)} of {len(ids | set(by_id))} pairs were evaluated "
-            f"for one of them only, for example {only[0]}; use the same data, split and max_pairs for both"
+            f"two models are compared on the same pairs, but {len(only)} of {total} pairs were evaluated for one model "
+            f"alone, for example {only[0]}; use the same data, split and max_pairs for both"
         )
     return [by_id[pair.row_id] for pair in pairs_a]
 

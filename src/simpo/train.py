@@ -31,12 +31,13 @@ from simpo.display import Display
 from simpo.engine import checkpoint as checkpoints
 from simpo.engine.checkpoint import Checkpoint
 from simpo.engine.export import save_model
-from simpo.engine.metrics import MetricsLog, PairMeter, pair_metric_sums, peak_memory_gib
+from simpo.engine.metrics import MetricsLog, PairMeter, check_trackers, pair_metric_sums, peak_memory_gib
 from simpo.engine.model import compute_pair_logps, load_model, load_tokenizer, pick_device, source_dtype, unwrap
 from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
 from simpo.generate import generate_greedy, save_generations
 from simpo.recipe import LOSS_OPTIONS, Recipe
 from simpo.reference import ReferenceLogps, compute_reference_logps
+from simpo.resume import check_same_run, find_checkpoint, recipe_identity
 
 
 class NonFiniteError(RuntimeError):
@@ -95,6 +96,7 @@ class Trainer:
         if recipe.output_dir is None:
             raise ValueError("output_dir: a run needs a folder to write to, for example --output_dir runs/first")
         self.recipe = recipe
+        check_trackers(recipe.report_to)
         self.display = display or Display()
         self.output_dir = Path(recipe.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
@@ -103,6 +105,8 @@ class Trainer:
             self.display.say(notice)
 
         self.device = pick_device(recipe.device)
+        if recipe.tf32 is not None:
+            torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
         set_threads(recipe.num_threads)
         seed_everything(recipe.seed)
         self.tokenizer = load_tokenizer(recipe)
@@ -231,13 +235,14 @@ class Trainer:
         model_dir = self.output_dir / "model"
         data = {
             "training pairs": len(self.data.train),
-            "held-out pairs": 0 if self.data.eval is None else len(self.data.eval),
+            "held-out pairs": len(self.data.eval or ()),
             "data fingerprint": self.data.fingerprint,
             "optimizer step of these weights": f"{kept_step} of {self.total_steps}",
         }
         dtype = source_dtype(self.recipe)
         save_model(self.model, self.tokenizer, self.recipe, model_dir, dtype=dtype, data=data, results=results)
-        self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": self.output_dir / "metrics.jsonl"})
+        metrics = self.output_dir / "metrics.jsonl"
+        self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
         return TrainResult(
             self.output_dir, model_dir, progress.step, progress.last_eval, progress.best_step, progress.best_metric
         )
@@ -322,7 +327,7 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoints.read_state(checkpoint)
-        _check_same_run(state, self._identity(), checkpoint)
+        check_same_run(state, self._identity(), checkpoint)
         checkpoints.forget_after(self.checkpoint_dir, checkpoint)
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
         self.progress = Progress(**state["progress"])
@@ -331,8 +336,11 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued bit for bit."""
-        recipe = {k: v for k, v in self.recipe.to_dict().items() if k not in _MAY_CHANGE_ON_RESUME}
-        return {"recipe": recipe, "data_fingerprint": self.data.fingerprint, "total_steps": self.total_steps}
+        return {
+            "recipe": recipe_identity(self.recipe),
+            "data_fingerprint": self.data.fingerprint,
+            "total_steps": self.total_steps,
+        }
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -407,18 +415,13 @@ class Trainer:
     def _summary(self) -> dict[str, Any]:
         recipe, trainable = self.recipe, sum(p.numel() for p in self.model.parameters() if p.requires_grad)
         layout = "packed" if recipe.pack else "padded"
-        options = {name: getattr(recipe, name) for name in loss_options(recipe.loss_type)}
-        if "gamma_beta_ratio" in options and "beta" in options:
-            options["gamma"] = recipe.gamma
-        options["sft_weight"] = recipe.sft_weight
         return {
             "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
             "device": f"{self.device}, {torch.get_num_threads()} threads, {'bf16' if recipe.bf16 else 'fp32'} compute",
-            "pairs": f"{len(self.data.train)} to train, {0 if self.data.eval is None else len(self.data.eval)} held out",
+            "pairs": f"{len(self.data.train)} to train, {len(self.data.eval or ())} held out",
             "rows": f"{layout}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
             "steps": f"{self.total_steps} of {recipe.pairs_per_step()} pairs",
-            "loss": f"{recipe.loss_type}: {', '.join(f'{name} {value}' for name, value in options.items())}",
-            "predicted loss": f"{recipe.loss_at_zero_margin():.4f} at zero margin, SFT term left out",
+            "loss": recipe.describe_loss(),
         }
 
     @contextlib.contextmanager
@@ -442,71 +445,6 @@ class Trainer:
                 signal.signal(number, handler)
 
 
-# Keys that change what is written and shown, never what is computed.
-_MAY_CHANGE_ON_RESUME = frozenset(
-    {
-        "output_dir",
-        "run_name",
-        "report_to",
-        "logging_dir",
-        "logging_steps",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "resume_from_checkpoint",
-        "eval_strategy",
-        "eval_steps",
-        "eval_on_start",
-        "num_eval_generations",
-        "eval_generation_max_new_tokens",
-        "preprocessing_num_workers",
-        "cache_dir",
-    }
-)
-
-
 def count_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     """Optimizer steps of the run: `max_steps`, or `num_train_epochs` passes over the data, rounded up."""
     return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * steps_per_epoch)
-
-
-def find_checkpoint(recipe: Recipe) -> Checkpoint | None:
-    """The checkpoint that `resume_from_checkpoint` means; None to start afresh.
-
-    Raises:
-        ValueError: the checkpoint does not exist, or the run directory already holds a run that would be overwritten.
-    """
-    folder, wanted = Path(recipe.output_dir) / "checkpoints", recipe.resume_from_checkpoint
-    existing = checkpoints.list_checkpoints(folder)
-    if not wanted:
-        if existing:
-            raise ValueError(
-                f"output_dir: {recipe.output_dir} already holds a run (step {existing[-1].step}); add "
-                "--resume_from_checkpoint true to go on with it, or choose another output_dir"
-            )
-        return None
-    if wanted is True:
-        return existing[-1] if existing else None  # a run killed before its first checkpoint starts over
-    path = Path(wanted)
-    match = [c for c in checkpoints.list_checkpoints(path.parent) if c.folder.name == path.name]
-    if not match:
-        names = ", ".join(c.folder.name for c in existing) or "none"
-        raise ValueError(f"resume_from_checkpoint: no complete checkpoint at {path}; in {folder} there is: {names}")
-    return match[0]
-
-
-def _check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    changed = [
-        f"{key} (was {saved['recipe'].get(key)!r}, is {value!r})"
-        for key, value in current["recipe"].items()
-        if saved["recipe"].get(key) != value
-    ]
-    if saved["data_fingerprint"] != current["data_fingerprint"]:
-        changed.append("the training data or its tokenisation")
-    if saved["total_steps"] != current["total_steps"]:
-        changed.append(f"the number of steps (was {saved['total_steps']}, is {current['total_steps']})")
-    if changed:
-        raise ValueError(
-            f"{checkpoint.folder} belongs to a run with other settings: {'; '.join(changed)}. "
-            "Restore them to go on, or start afresh in another output_dir"
-        )

@@ -170,8 +170,9 @@ def accuracy_by_length(
     chosen, rejected = _column(chosen_lengths), _column(rejected_lengths)
     difference = chosen - rejected
     alike = difference.abs() <= similar * torch.maximum(chosen, rejected)
+    shorter, longer = ~alike & (difference < 0), ~alike & (difference > 0)
     buckets = []
-    for name, mask in (("shorter", ~alike & (difference < 0)), ("similar", alike), ("longer", ~alike & (difference > 0))):
+    for name, mask in (("shorter", shorter), ("similar", alike), ("longer", longer)):
         count = int(mask.sum())
         accuracy = wilson_interval(float(scores[mask].sum()), count, confidence=confidence) if count else None
         buckets.append(LengthBucket(name, count, accuracy))

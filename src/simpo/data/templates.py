@@ -78,21 +78,27 @@ def _render(tokenizer: Any, template: str, dialogues: list[list[Message]], *, he
 class TemplateRenderer:
     """Pairs to text through a chat template.
 
+    The prompt's text is the rendering with the generation header. Where the template writes more in front of every
+    finished answer (an empty thinking block, a channel name), that belongs to the prompt too: it is not the response.
+
     Raises:
         ValueError: the template cannot render a user turn and an answer.
     """
 
     def __init__(self, tokenizer: Any, template: str, end_markers: Sequence[str]):
         self.tokenizer, self.template = tokenizer, template
-        self.suffix = self._probe_suffix()
+        self.sample = str(self._render_one([_turn("user", PROBE_USER)], header=True))
+        before, self.suffix = self._probe_answer()
         kept, marker = _split_suffix(self.suffix, end_markers)
         self.kept_suffix = self.suffix[:kept]
         self.adds_end = marker is not None
         self.end_text = marker or tokenizer.eos_token
-        self.sample = self._render_one([_turn("user", PROBE_USER)], header=True)
+        # Blanks alone in front of an answer stay with it: they are part of its first token.
+        extra = before[len(self.sample) :] if before.startswith(self.sample) else ""
+        self.answer_opening = extra if extra.strip() else ""
 
-    def _probe_suffix(self) -> str:
-        """What the template writes behind the text of an answer."""
+    def _probe_answer(self) -> tuple[str, str]:
+        """What the template writes before and behind the text of an answer."""
         try:
             dialogues = [[_turn("user", PROBE_USER), _turn("assistant", answer)] for answer in PROBE_ANSWERS]
             first, second = _render(self.tokenizer, self.template, dialogues, header=False)
@@ -104,7 +110,7 @@ class TemplateRenderer:
         suffix = _common_prefix(first[::-1], second[::-1])[::-1]
         if not first.endswith(PROBE_ANSWERS[0] + suffix):
             raise ValueError("chat_template: it does not write an assistant turn's text as it is; set another one")
-        return suffix
+        return first[: len(first) - len(suffix) - len(PROBE_ANSWERS[0])], suffix
 
     def __call__(self, pairs: Sequence[Pair]) -> list[PairTexts | RowError]:
         prompts = [[_turn("user", p.prompt)] if isinstance(p.prompt, str) else p.prompt for p in pairs]
@@ -134,7 +140,10 @@ class TemplateRenderer:
         for text in (header, chosen, rejected):
             if isinstance(text, RowError):
                 return text
-        if not (chosen.startswith(header) and rejected.startswith(header)):
+        opened = header + self.answer_opening
+        if chosen.startswith(opened) and rejected.startswith(opened):
+            header = opened
+        elif not (chosen.startswith(header) and rejected.startswith(header)):
             header = self._answered_header(prompt)
             if header is None or not (chosen.startswith(header) and rejected.startswith(header)):
                 return RowError("template", "the chat template rewrites the prompt when the answer is there")

@@ -5,7 +5,8 @@ their Rust backend.
 
 The rules, in order:
 1. With a chat template, the prompt is rendered with the generation header and each response as the template renders a
-   finished answer; the full rendering must begin with the prompt rendering. Without one: prompt + response, as text.
+   finished answer; the full rendering must begin with the prompt rendering (`templates.py` says what happens with
+   templates that answer behind another header). Without a template: prompt + response, as text.
 2. Tokens are those of the full text. The first trained token is the first one that ends behind the seam, so a token
    that straddles the seam is trained.
 3. BOS is what the template writes; without a template, what the tokenizer adds.
@@ -208,7 +209,7 @@ class PairTokenizer:
         self.special_ids = frozenset(tokenizer.all_special_ids) | frozenset(
             index for index, token in tokenizer.added_tokens_decoder.items() if token.special
         )
-        self.encode = _Encoder(tokenizer, str(self.render.sample))
+        self.encode = _Encoder(tokenizer, self.render.sample)
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | RowError]:
         """The tokens of each pair, in order, or the `RowError` that says why there are none."""
@@ -318,10 +319,15 @@ class _Encoder:
 
     def __init__(self, tokenizer: Any, sample: str):
         self.tokenizer = tokenizer
-        self.backend = self._usable_backend(tokenizer)
-        self.anchors = _anchors(tokenizer, sample) if self.backend is not None else []
         self.remembered: dict[str, list[int]] = {}
         self._exact_offsets: Any = None
+        self.backend = self._usable_backend(tokenizer)
+        self.anchors = _anchors(tokenizer, sample) if self.backend is not None else []
+        # Most prompts begin with one text (a default system turn, up to the header of the user's); encode it once.
+        before_user = sample[: sample.find(PROBE_USER)] if PROBE_USER in sample else ""
+        at = self._anchor(before_user)
+        self.opening, self.opening_ids = before_user[:at], self._encode_many([before_user[:at]])[0]
+        self.opening_mark = before_user if at else None
 
     @staticmethod
     def _usable_backend(tokenizer: Any) -> Any:
@@ -335,7 +341,7 @@ class _Encoder:
 
     def __call__(self, texts: Sequence[PairTexts]) -> list[_Tokens]:
         splits = [self._anchor(text.prompt) for text in texts]
-        heads = self._encode_many([text.prompt[:at] for text, at in zip(texts, splits)])
+        heads = self._heads([text.prompt[:at] for text, at in zip(texts, splits)], texts)
         tails = self._remembered_many([text.prompt[at:] for text, at in zip(texts, splits)])
         chosens = self._encode_many([text.chosen[at:] for text, at in zip(texts, splits)])
         rejecteds = self._encode_many([text.rejected[at:] for text, at in zip(texts, splits)])
@@ -344,6 +350,16 @@ class _Encoder:
     def _anchor(self, prompt: str) -> int:
         """Where the prompt may be cut without changing a token; 0 where nowhere."""
         return max(0, *(prompt.rfind(token) for token in self.anchors)) if self.anchors else 0
+
+    def _heads(self, heads: list[str], texts: Sequence[PairTexts]) -> list[list[int]]:
+        """Tokens of the prompts' first parts."""
+        skip = [len(self.opening) if self._opens(head, text.prompt) else 0 for head, text in zip(heads, texts)]
+        rests = self._encode_many([head[count:] for head, count in zip(heads, skip)])
+        return [self.opening_ids + rest if count else rest for rest, count in zip(rests, skip)]
+
+    def _opens(self, head: str, prompt: str) -> bool:
+        """Whether the prompt begins with the usual opening, followed by the special token that closes it off."""
+        return self.opening_mark is not None and len(head) >= len(self.opening) and prompt.startswith(self.opening_mark)
 
     def _join(
         self, texts: PairTexts, at: int, head: list[int], tail: list[int], chosen: list[int], rejected: list[int]

@@ -6,12 +6,14 @@ written; TensorBoard, wandb and trackio on request. Must not import data, train 
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import json
 import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,8 +110,8 @@ class MetricsLog:
             _forget_after(path, resume_step)
         elif path.exists():
             path.unlink()
-        self._file = path.open("a", encoding="utf-8")
         self._trackers = [_TRACKERS[name](recipe, path.parent) for name in recipe.report_to]
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, values: Mapping[str, Any], *, step: int) -> None:
         """Write one line, in full or not at all as far as a reader can tell (one write, flushed)."""
@@ -148,12 +150,17 @@ def _forget_after(path: Path, step: int) -> None:
     os.replace(aside, path)
 
 
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a tracker that is not installed, before a run spends time on anything else."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to: {name} is not installed: pip install 'simpo[{name}]'")
+
+
 class _TensorBoard:
     def __init__(self, recipe: Recipe, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError("report_to: tensorboard needs it installed: pip install 'simpo[tensorboard]'") from error
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer = SummaryWriter(recipe.logging_dir or str(folder / "tensorboard"))
 
     def log(self, values: Mapping[str, float], step: int) -> None:
@@ -171,10 +178,7 @@ class _RunTracker:
     """wandb and trackio share one interface: init, log, finish."""
 
     def __init__(self, name: str, recipe: Recipe) -> None:
-        try:
-            module = __import__(name)
-        except ImportError as error:
-            raise ValueError(f"report_to: {name} needs it installed: pip install 'simpo[{name}]'") from error
+        module = importlib.import_module(name)
         self._module = module
         module.init(
             project=os.environ.get(f"{name.upper()}_PROJECT", "simpo"), name=recipe.run_name, config=recipe.to_dict()

@@ -100,9 +100,9 @@ AttentionMaskInterface.register(PACKED, _packed_mask)
 
 
 def plain_implementation(model: PreTrainedModel) -> str:
-    """transformers' own attention for this model: eager where scores are soft-capped, which sdpa cannot do."""
+    """transformers' own attention for this model: sdpa, or eager where sdpa cannot do what it needs (soft-caps)."""
     softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
-    return "eager" if softcapped else "sdpa"
+    return "sdpa" if model._supports_sdpa and not softcapped else "eager"
 
 
 @contextlib.contextmanager
@@ -318,12 +318,12 @@ def load_model(recipe: Recipe, *, device: torch.device, name: str | None = None,
         name: another checkpoint to load instead (a reference model, a model to evaluate).
         trainable: False loads it frozen, in eval mode and without adapters of the recipe.
     Raises:
-        ValueError: no such model, an adapter or quantisation that cannot be had, or a model whose packed log-probs do
+        ValueError: no such model, an adapter or quantisation that cannot be had, or a model whose log-probs here do
             not agree with its ordinary forward pass.
     """
     packed = recipe.pack or recipe.share_prompt
     options: dict[str, Any] = {
-        "attn_implementation": PACKED if packed else (recipe.attn_implementation or "sdpa"),
+        "attn_implementation": PACKED if packed else recipe.attn_implementation,
         "dtype": getattr(torch, recipe.master_dtype),
     }
     if recipe.load_in_4bit and trainable:
@@ -339,12 +339,16 @@ def load_model(recipe: Recipe, *, device: torch.device, name: str | None = None,
         model = _add_adapters(model, recipe)
     install_head(model)
     if trainable and recipe.gradient_checkpointing:
-        unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
+        unwrap(model).activation_checkpointing_enable(
+            {**(recipe.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
+        )
     if not trainable:
         model.requires_grad_(False)
         model.eval()
     if packed:
         check_packed_forward(model)
+    elif recipe.attn_implementation in (None, "sdpa", "eager"):  # flash kernels take no fp32 weights outside autocast
+        check_packed_forward(model, pack=False, share_prompt=False)
     return model
 
 
@@ -467,10 +471,12 @@ def check_packed_forward(
     half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
     limit = tolerance if tolerance is not None else (0.1 if half else 1e-3)
     if not difference <= limit:
+        layout, advice = "packed", "; set pack and share_prompt to false, and if that fails too, it is not supported"
+        if batch.blocks is None:
+            layout, advice = "padded", " and is not supported"
         raise ValueError(
-            f"{type(base).__name__}: packed log-probs differ from the model's ordinary ones by {difference:.2g} nats, "
-            "so this architecture does something that packed attention or the log-prob head does not know. Set "
-            "pack: false and share_prompt: false; if that fails too, the architecture is not supported"
+            f"{type(base).__name__}: {layout} log-probs differ from the model's ordinary ones by {difference:.2g} "
+            f"nats: this architecture does something that the log-prob head or packed attention does not know{advice}"
         )
     return difference
 
