@@ -323,11 +323,6 @@ class _Encoder:
         self._exact_offsets: Any = None
         self.backend = self._usable_backend(tokenizer)
         self.anchors = _anchors(tokenizer, sample) if self.backend is not None else []
-        # Most prompts begin with one text (a default system turn, up to the header of the user's); encode it once.
-        before_user = sample[: sample.find(PROBE_USER)] if PROBE_USER in sample else ""
-        at = self._anchor(before_user)
-        self.opening, self.opening_ids = before_user[:at], self._encode_many([before_user[:at]])[0]
-        self.opening_mark = before_user if at else None
 
     @staticmethod
     def _usable_backend(tokenizer: Any) -> Any:
@@ -341,7 +336,7 @@ class _Encoder:
 
     def __call__(self, texts: Sequence[PairTexts]) -> list[_Tokens]:
         splits = [self._anchor(text.prompt) for text in texts]
-        heads = self._heads([text.prompt[:at] for text, at in zip(texts, splits)], texts)
+        heads = self._encode_many([text.prompt[:at] for text, at in zip(texts, splits)])
         tails = self._remembered_many([text.prompt[at:] for text, at in zip(texts, splits)])
         chosens = self._encode_many([text.chosen[at:] for text, at in zip(texts, splits)])
         rejecteds = self._encode_many([text.rejected[at:] for text, at in zip(texts, splits)])
@@ -350,16 +345,6 @@ class _Encoder:
     def _anchor(self, prompt: str) -> int:
         """Where the prompt may be cut without changing a token; 0 where nowhere."""
         return max(0, *(prompt.rfind(token) for token in self.anchors)) if self.anchors else 0
-
-    def _heads(self, heads: list[str], texts: Sequence[PairTexts]) -> list[list[int]]:
-        """Tokens of the prompts' first parts."""
-        skip = [len(self.opening) if self._opens(head, text.prompt) else 0 for head, text in zip(heads, texts)]
-        rests = self._encode_many([head[count:] for head, count in zip(heads, skip)])
-        return [self.opening_ids + rest if count else rest for rest, count in zip(rests, skip)]
-
-    def _opens(self, head: str, prompt: str) -> bool:
-        """Whether the prompt begins with the usual opening, followed by the special token that closes it off."""
-        return self.opening_mark is not None and len(head) >= len(self.opening) and prompt.startswith(self.opening_mark)
 
     def _join(
         self, texts: PairTexts, at: int, head: list[int], tail: list[int], chosen: list[int], rejected: list[int]
