@@ -1,0 +1,201 @@
+"""Every accepted row shape gives the same canonical pair; every other row says why it gives none."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from simpo.data.preferences import BadRow, RowError, pair_from_row
+
+USER = {"role": "user", "content": "Why?"}
+TURNS = [USER, {"role": "assistant", "content": "Because."}, {"role": "user", "content": "Really?"}]
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+def say(content):
+    return {"role": "assistant", "content": content}
+
+
+def gpt(value, who="gpt"):
+    return {"from": who, "value": value}
+
+
+HH = "\n\nHuman: Why?\n\nAssistant: Because.\n\nHuman: Really?\n\nAssistant:"
+
+SHAPES = {
+    "strings": ({"prompt": "Why?", "chosen": "Yes.", "rejected": "No."}, "Why?"),
+    "message lists": ({"prompt": [USER], "chosen": [say("Yes.")], "rejected": [say("No.")]}, [USER]),
+    "one message, not a list": ({"prompt": [USER], "chosen": say("Yes."), "rejected": say("No.")}, [USER]),
+    "text parts": (
+        {
+            "prompt": [{"role": "user", "content": [{"type": "text", "text": "Why"}, {"type": "text", "text": "?"}]}],
+            "chosen": "Yes.",
+            "rejected": "No.",
+        },
+        [USER],
+    ),
+    "messages": ({"messages": TURNS, "chosen": "Yes.", "rejected": "No."}, TURNS),
+    "implicit prompt": ({"chosen": [*TURNS, say("Yes.")], "rejected": [*TURNS, say("No.")]}, TURNS),
+    "implicit prompt beside a null prompt": (
+        {"prompt": None, "chosen": [*TURNS, say("Yes.")], "rejected": [*TURNS, say("No.")]},
+        TURNS,
+    ),
+    "prompt and whole dialogues": (
+        {"prompt": "Why?", "chosen": [USER, say("Yes.")], "rejected": [USER, say("No.")]},
+        "Why?",
+    ),
+    "prompt and whole dialogues with a system turn": (
+        {"prompt": "Why?", "chosen": [SYSTEM, USER, say("Yes.")], "rejected": [SYSTEM, USER, say("No.")]},
+        [SYSTEM, USER],
+    ),
+    "transcripts": ({"chosen": HH + " Yes.", "rejected": HH + " No."}, TURNS),
+    "transcript prompt, plain responses": ({"prompt": HH, "chosen": "Yes.", "rejected": "No."}, TURNS),
+    "transcript prompt and transcripts": ({"prompt": HH, "chosen": HH + " Yes.", "rejected": HH + " No."}, TURNS),
+    "Alpaca pair": ({"instruction": "Why?", "input": "", "output": ["Yes.", "No."]}, "Why?"),
+    "Alpaca pair with input": ({"instruction": "Why?", "input": "It is.", "output": ["Yes.", "No."]}, "Why?\nIt is."),
+    "Alpaca columns": ({"instruction": "Why?", "input": "It is.", "chosen": "Yes.", "rejected": "No."}, "Why?\nIt is."),
+    "Alpaca history": (
+        {"instruction": "Really?", "history": [["Why?", "Because."]], "chosen": "Yes.", "rejected": "No."},
+        TURNS,
+    ),
+    "ShareGPT": (
+        {
+            "conversations": [gpt("Why?", "human"), gpt("Because."), gpt("Really?", "human")],
+            "chosen": gpt("Yes."),
+            "rejected": gpt("No."),
+        },
+        TURNS,
+    ),
+    "ShareGPT with system": (
+        {"conversations": [gpt("Be brief.", "system"), gpt("Why?", "human")], "chosen": "Yes.", "rejected": "No."},
+        [SYSTEM, USER],
+    ),
+    "scored list": (
+        {"prompt": "Why?", "all_generated_responses": ["Hm.", "Yes.", "No."], "all_rm_scores": [0.5, 2, -1.0]},
+        "Why?",
+    ),
+    "question, response_*": ({"question": "Why?", "response_chosen": "Yes.", "response_rejected": "No."}, "Why?"),
+    "input, winner, loser": ({"input": "Why?", "winner": "Yes.", "loser": "No."}, "Why?"),
+    "query, preferred": ({"query": "Why?", "preferred": "Yes.", "rejected_response": "No."}, "Why?"),
+    "*_response": ({"prompt": "Why?", "chosen_response": "Yes.", "rejected_response": "No."}, "Why?"),
+    "JSON in cells": (
+        {"prompt": json.dumps(TURNS), "chosen": json.dumps([say("Yes.")]), "rejected": json.dumps(say("No."))},
+        TURNS,
+    ),
+    "Python literals in cells": ({"prompt": str(TURNS), "chosen": str([say("Yes.")]), "rejected": "No."}, TURNS),
+    "JSON in Alpaca cells": ({"instruction": "Why?", "input": None, "output": '["Yes.", "No."]'}, "Why?"),
+}
+
+
+@pytest.mark.parametrize(("row", "prompt"), SHAPES.values(), ids=SHAPES.keys())
+def test_shape_gives_the_canonical_pair(row, prompt):
+    pair = pair_from_row(row, row_id="x/train#1")
+    assert (pair.row_id, pair.prompt, pair.chosen, pair.rejected) == ("x/train#1", prompt, "Yes.", "No.")
+
+
+REFUSED = {
+    "unreadable line": (BadRow("a.jsonl line 3: not JSON"), "malformed", "line 3"),
+    "not an object": ([1, 2], "malformed", "a list"),
+    "no columns": ({}, "missing column", "no columns"),
+    "no prompt": ({"chosen": "Yes.", "rejected": "No."}, "missing column", "no prompt column"),
+    "no rejected": ({"prompt": "Why?", "chosen": "Yes."}, "missing column", "no rejected column"),
+    "null prompt": ({"prompt": None, "chosen": "Yes.", "rejected": "No."}, "empty", "prompt"),
+    "null chosen": ({"prompt": "Why?", "chosen": None, "rejected": "No."}, "empty", "chosen"),
+    "blank prompt": ({"prompt": " ", "chosen": "Yes.", "rejected": "No."}, "empty", "prompt"),
+    "no turns": ({"prompt": [], "chosen": "Yes.", "rejected": "No."}, "empty", "prompt"),
+    "blank response": ({"prompt": "Why?", "chosen": "Yes.", "rejected": " \n"}, "empty", "rejected"),
+    "same": ({"prompt": "Why?", "chosen": "Yes.", "rejected": "Yes. "}, "identical", "same"),
+    "number": ({"prompt": "Why?", "chosen": 5, "rejected": "No."}, "malformed", "a number"),
+    "label": ({"prompt": "Why?", "chosen": True, "rejected": False}, "malformed", "true/false"),
+    "prompt ends with assistant": ({"prompt": [USER, say("x")], "chosen": "a", "rejected": "b"}, "malformed", "assist"),
+    "prompt ends with system": ({"prompt": [SYSTEM], "chosen": "a", "rejected": "b"}, "malformed", "system turn"),
+    "late system": ({"prompt": [USER, SYSTEM, USER], "chosen": "a", "rejected": "b"}, "malformed", "not the first"),
+    "unknown role": (
+        {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
+        "malformed",
+        "too",
+    ),
+    "null content": ({"prompt": [USER], "chosen": [say(None)], "rejected": "b"}, "malformed", "content is null"),
+    "image part": (
+        {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
+        "malformed",
+        "content is a list",
+    ),
+    "response by the user": ({"prompt": "Why?", "chosen": [USER], "rejected": "b"}, "malformed", "user turn"),
+    "other dialogue": ({"prompt": "Who?", "chosen": [USER, say("a")], "rejected": "b"}, "malformed", "begin with"),
+    "forked dialogues": (
+        {"chosen": [USER, say("a")], "rejected": [{"role": "user", "content": "How?"}, say("b")]},
+        "malformed",
+        "share no prompt",
+    ),
+    "three outputs": ({"instruction": "Why?", "output": ["a", "b", "c"]}, "malformed", "3 entries"),
+    "all scores equal": (
+        {"prompt": "Why?", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, 1]},
+        "tie",
+        "1",
+    ),
+    "NaN": (
+        {"prompt": "Why?", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, float("nan")]},
+        "malformed",
+        "NaN",
+    ),
+    "too few scores": (
+        {"prompt": "Why?", "all_generated_responses": ["a", "b"], "all_rm_scores": [1]},
+        "malformed",
+        "2 responses but 1 scores",
+    ),
+    "one response": (
+        {"prompt": "Why?", "all_generated_responses": ["a"], "all_rm_scores": [1]},
+        "malformed",
+        "at least",
+    ),
+    "lone surrogate": ({"prompt": "Why?", "chosen": "a\ud800", "rejected": "b"}, "malformed", "Unicode"),
+    "system is a number": ({"prompt": "Why?", "system": 3, "chosen": "a", "rejected": "b"}, "malformed", "system"),
+}
+
+
+@pytest.mark.parametrize(("row", "reason", "detail"), REFUSED.values(), ids=REFUSED.keys())
+def test_refused_row_says_why(row, reason, detail):
+    with pytest.raises(RowError) as caught:
+        pair_from_row(row)
+    assert caught.value.reason == reason
+    assert detail in caught.value.detail
+
+
+def test_named_columns_are_the_only_ones_looked_at():
+    row = {"prompt": "wrong", "q": "Why?", "chosen": "wrong", "good": "Yes.", "bad": "No."}
+    pair = pair_from_row(row, prompt_column="q", chosen_column="good", rejected_column="bad")
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("Why?", "Yes.", "No.")
+    with pytest.raises(RowError, match=r"missing column.*nope.*the row has prompt, q, chosen"):
+        pair_from_row(row, prompt_column="nope", chosen_column="good", rejected_column="bad")
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "prompt"),
+    [
+        ({"prompt": "Why?"}, {"system_prompt": "Be brief."}, [SYSTEM, USER]),
+        ({"prompt": [USER]}, {"system_prompt": "Be brief."}, [SYSTEM, USER]),
+        ({"prompt": "Why?", "system": "Be brief."}, {"system_prompt": "unused"}, [SYSTEM, USER]),
+        ({"prompt": [SYSTEM, USER], "system": "unused"}, {"system_prompt": "unused"}, [SYSTEM, USER]),
+        ({"prompt": "Why?"}, {"empty_system": True}, [{"role": "system", "content": ""}, USER]),
+        ({"prompt": [SYSTEM, USER]}, {"empty_system": True}, [SYSTEM, USER]),
+        ({"prompt": "Why?", "system": ""}, {}, "Why?"),
+    ],
+)
+def test_system_turn_comes_from_the_row_then_the_recipe(row, arguments, prompt):
+    assert pair_from_row({**row, "chosen": "a", "rejected": "b"}, **arguments).prompt == prompt
+
+
+def test_text_that_only_looks_like_a_list_stays_text():
+    row = {"prompt": "[1, 2, 3]", "chosen": '{"answer": 6}', "rejected": "[{'a': 1}]"}
+    pair = pair_from_row(row)
+    assert (pair.prompt, pair.chosen, pair.rejected) == ("[1, 2, 3]", '{"answer": 6}', "[{'a': 1}]")
+
+
+def test_every_real_row_gives_a_pair(real_data):
+    from simpo.data.files import read_file
+
+    for file in sorted(real_data.glob("*/test.jsonl.gz")):
+        for row in read_file(file):
+            assert pair_from_row(row).prompt == row["prompt"]
