@@ -273,8 +273,8 @@ class Recipe(BaseModel):
     max_length: Whole = _data(
         2048, "Longest prompt + response, in tokens.", "whole, >= 2", ge=2)
     max_prompt_length: Whole | None = _data(
-        None, "Longest prompt, in tokens, applied only to pairs that exceed max_length; cut on the left.",
-        "whole, >= 1 and < max_length; null = no limit of its own",
+        None, "How far, in tokens, a prompt is cut (on the left) in a pair that exceeds max_length.",
+        "whole, >= 1 and < max_length; null = half of max_length",
         derived="1800, or half of max_length where that is 1800 or less", ge=1)
     overlong: Literal["truncate", "drop", "error"] = _data(
         "truncate", "What happens to a pair that exceeds max_length; always counted in audit.json.",
@@ -622,6 +622,11 @@ def _resolve_lengths(recipe: Recipe, given: set[str], notices: list[str]) -> dic
 def _resolve_steps(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
     if recipe.max_steps == 0:
         raise ValueError("max_steps = 0: must be >= 1, or -1 to train for num_train_epochs")
+    if recipe.max_tokens_per_micro_batch is not None and not recipe.pack:
+        raise ValueError(
+            "max_tokens_per_micro_batch counts packed tokens, and pack is false; set pack: true, or leave it out and "
+            "choose per_device_train_batch_size"
+        )
     return {}
 
 

@@ -667,3 +667,8 @@ def test_a_recipe_with_overrides_keeps_its_given_keys_and_derives_the_rest_anew(
 def test_mapping_overrides_take_python_values():
     r = recipe({"output_dir": Path("runs/x"), "dataset_mixer.a": 0.5, "lora_target_modules": ("q", "v")})
     assert (r.output_dir, r.dataset_mixer, r.lora_target_modules) == ("runs/x", {"a": 0.5}, ["q", "v"])
+
+
+def test_token_budget_without_packing_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_tokens_per_micro_batch counts packed tokens, and pack is false"):
+        load_recipe({"model_name_or_path": "m", "pack": False, "max_tokens_per_micro_batch": 4096})

@@ -1,0 +1,246 @@
+"""core.attention: the portable and the CUDA path against `reference_attention`, and the mask against its definition."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from simpo.core import attention
+from simpo.core.attention import AttentionBlocks, dense_mask, packed_attention, reference_attention
+
+reproducible = settings(deadline=None, derandomize=True, max_examples=40)
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6}  # relative to the largest value of the tensor
+
+# Padding at the start, between and at the end; three responses that share one prefix; a one-token block; a block whose
+# prefix is only the start of the sequence before it.
+BLOCKS = AttentionBlocks(
+    ((2, 2, 2, 9), (2, 5, 9, 13), (2, 5, 13, 14), (2, 5, 14, 20), (22, 22, 22, 30), (22, 29, 30, 35), (35, 35, 35, 36))
+)
+NUM_TOKENS = 39
+PADDING = [0, 1, 20, 21, 36, 37, 38]
+
+
+def random_qkv(
+    num_tokens: int, *, dtype: torch.dtype, heads: tuple[int, int] = (9, 3), size: int = 8, seed: int = 0
+) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(1, count, num_tokens, size) for count in (heads[0], heads[1], heads[1])]
+    return [torch.randn(shape, generator=generator, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def output_and_gradients(function, tensors: list[Tensor], *args, **options) -> list[Tensor]:
+    out = function(*tensors, *args, **options)
+    generator = torch.Generator().manual_seed(99)
+    direction = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out)
+    return [out.detach(), *torch.autograd.grad(out, tensors, direction)]
+
+
+def assert_close(actual: list[Tensor], expected: list[Tensor], *, tolerance: float) -> None:
+    for name, a, e in zip(("output", "d query", "d key", "d value"), actual, expected, strict=True):
+        limit = tolerance * max(1.0, float(e.abs().max()))
+        assert float((a - e).abs().max()) <= limit, name
+
+
+@st.composite
+def block_layouts(draw) -> tuple[AttentionBlocks, int]:
+    """Random groups of responses that share a prefix, with random padding around them."""
+    ranges, at = [], 0
+    for _ in range(draw(st.integers(1, 3))):
+        at += draw(st.integers(0, 2))
+        group = at
+        at += draw(st.integers(1, 8))
+        ranges.append((group, group, group, at))
+        first_end = at
+        for _ in range(draw(st.integers(0, 3))):
+            at += draw(st.integers(0, 1))
+            length = draw(st.integers(1, 6))
+            ranges.append((group, group + draw(st.integers(0, first_end - group)), at, at + length))
+            at += length
+    return AttentionBlocks(tuple(ranges)), at + draw(st.integers(0, 3))
+
+
+windows = st.one_of(st.none(), st.integers(1, 9))
+
+
+@reproducible
+@given(block_layouts(), windows)
+def test_dense_mask_equals_the_rule_applied_to_each_sequence_of_tokens(layout, window):
+    blocks, num_tokens = layout
+    expected = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
+    for prefix_start, prefix_end, start, end in blocks.ranges:
+        sequence = list(range(prefix_start, prefix_end)) + list(range(start, end))  # this response as one document
+        for (i, row), (j, column) in itertools.product(enumerate(sequence), repeat=2):
+            if row >= start and j <= i and (window is None or i - j < window):
+                expected[row, column] = True
+    assert torch.equal(dense_mask(blocks, num_tokens, sliding_window=window), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("heads", [(9, 3), (2, 2)])
+def test_packed_attention_equals_the_reference_in_values_and_gradients(dtype, softcap, window, heads):
+    tensors = random_qkv(NUM_TOKENS, dtype=dtype, heads=heads)
+    options = {"sliding_window": window, "softcap": softcap}
+    packed = output_and_gradients(packed_attention, tensors, BLOCKS, **options)
+    reference = output_and_gradients(reference_attention, tensors, BLOCKS, **options)
+    assert_close(packed, reference, tolerance=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_the_scale_is_used_in_both_paths(softcap):
+    tensors = random_qkv(NUM_TOKENS, dtype=torch.float64)
+    packed = output_and_gradients(packed_attention, tensors, BLOCKS, scale=0.7, softcap=softcap)
+    reference = output_and_gradients(reference_attention, tensors, BLOCKS, scale=0.7, softcap=softcap)
+    assert_close(packed, reference, tolerance=1e-10)
+    assert not torch.allclose(packed[0], packed_attention(*tensors, BLOCKS, softcap=softcap))
+
+
+@reproducible
+@given(block_layouts(), windows, st.sampled_from([None, 1.0]), st.integers(0, 1000))
+def test_packed_attention_equals_the_reference_on_random_layouts(layout, window, softcap, seed):
+    blocks, num_tokens = layout
+    tensors = random_qkv(num_tokens, dtype=torch.float64, heads=(2, 1), size=4, seed=seed)
+    options = {"sliding_window": window, "softcap": softcap}
+    packed = output_and_gradients(packed_attention, tensors, blocks, **options)
+    assert_close(packed, output_and_gradients(reference_attention, tensors, blocks, **options), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("softcap", [None, 1.5])
+def test_packed_attention_equals_each_sequence_attended_alone(softcap):
+    """Independent of the reference's mask: every response written out as its own document."""
+    tensors = random_qkv(NUM_TOKENS, dtype=torch.float64)
+    packed = packed_attention(*tensors, BLOCKS, softcap=softcap)
+    query, key, value = (t[0].repeat_interleave(9 // t.shape[1], 0) for t in tensors)
+    for prefix_start, prefix_end, start, end in BLOCKS.ranges:
+        rows = [*range(prefix_start, prefix_end), *range(start, end)]
+        scores = query[:, rows] @ key[:, rows].transpose(1, 2) / 8**0.5
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        scores += torch.full((len(rows), len(rows)), float("-inf"), dtype=torch.float64).triu(1)
+        alone = scores.softmax(-1) @ value[:, rows]
+        assert torch.allclose(packed[0, :, start:end], alone[:, prefix_end - prefix_start :], rtol=0, atol=1e-12)
+
+
+def test_padding_rows_are_zero_and_take_no_gradient():
+    for softcap in (None, 1.5):
+        tensors = random_qkv(NUM_TOKENS, dtype=torch.float64)
+        for result in output_and_gradients(packed_attention, tensors, BLOCKS, softcap=softcap):
+            assert torch.equal(result[:, :, PADDING], torch.zeros_like(result[:, :, PADDING]))
+
+
+def test_nothing_leaks_between_pairs_nor_between_responses_of_a_pair():
+    """The gradient of one block's output with respect to what it must not see is exactly 0."""
+    for prefix_start, prefix_end, start, end in BLOCKS.ranges:
+        tensors = random_qkv(NUM_TOKENS, dtype=torch.float64)
+        out = packed_attention(*tensors, BLOCKS)[:, :, start:end]
+        hidden = sorted(set(range(NUM_TOKENS)) - set(range(prefix_start, prefix_end)) - set(range(start, end)))
+        seen = sorted(set(range(NUM_TOKENS)) - set(hidden))
+        d_key, d_value = torch.autograd.grad(out.square().sum(), tensors[1:])
+        assert torch.count_nonzero(d_key[:, :, hidden]) == torch.count_nonzero(d_value[:, :, hidden]) == 0
+        assert (d_value[:, :, seen].abs().sum(dim=(0, 1, 3)) > 0).all()
+
+
+def test_dropout_reaches_every_block():
+    query, key, value = random_qkv(NUM_TOKENS, dtype=torch.float64)
+    for softcap in (None, 1.5):
+        torch.manual_seed(0)
+        out = packed_attention(query, key, torch.ones_like(value), BLOCKS, softcap=softcap, dropout=0.5)
+        sums = out[0, 0, :, 0]  # with all values 1, kept weights scaled by 2 no longer sum to 1
+        assert all((sums[start:end] - 1).abs().max() > 1e-3 for _, _, start, end in BLOCKS.ranges)
+
+
+@pytest.mark.parametrize(
+    "ranges",
+    [
+        ((0, 0, 0, 4), (0, 2, 3, 6)),  # overlap
+        ((0, 0, 0, 0),),  # empty
+        ((0, 0, 4, 6), (0, 0, 0, 4)),  # not ascending
+        ((0, 5, 4, 6),),  # prefix reaches into the block
+        ((3, 2, 4, 6),),
+        ((-1, 0, 0, 2),),
+    ],
+)
+def test_blocks_that_make_no_sense_are_refused(ranges):
+    with pytest.raises(ValueError, match="overlaps or is empty"):
+        AttentionBlocks(ranges)
+
+
+# --- the CUDA path ---------------------------------------------------------------------------------------------------
+
+
+def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
+    """What torch's varlen_attn computes, one sequence at a time: causal at the bottom right, left window included."""
+    left, right = window_size
+    assert right == 0
+    assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
+    assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (query.shape[0], key.shape[0])
+    assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    outputs = []
+    for q0, q1, k0, k1 in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False):
+        q, k, v = query[q0:q1], key[k0:k1], value[k0:k1]
+        scores = torch.einsum("qhd,khd->hqk", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+        i, j = torch.arange(len(q))[:, None] + len(k) - len(q), torch.arange(len(k))[None, :]
+        hidden = (j > i) | ((j < i - left) if left >= 0 else torch.zeros_like(j > i))
+        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(hidden, float("-inf")).softmax(-1), v))
+    return torch.cat(outputs)
+
+
+def slow_varlen_gqa(query, key, value, *args, scale=None, window_size=(-1, -1), enable_gqa=False):
+    groups = query.shape[1] // key.shape[1]
+    assert enable_gqa == (groups > 1)
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    return slow_varlen(query, key, value, *args, scale=scale, window_size=window_size)
+
+
+@pytest.fixture(params=[slow_varlen, slow_varlen_gqa], ids=["without enable_gqa", "with enable_gqa"])
+def fake_varlen(request, monkeypatch):
+    pytest.importorskip("torch.nn.attention.varlen")
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param)
+    attention._varlen_options.cache_clear()
+    yield
+    attention._varlen_options.cache_clear()
+
+
+def varlen_path(query, key, value, blocks, *, scale=None, sliding_window=None):
+    return attention._varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
+
+
+@pytest.mark.usefixtures("fake_varlen")
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("heads", [(9, 3), (2, 2)])
+def test_varlen_layout_equals_the_reference(window, heads):
+    tensors = random_qkv(NUM_TOKENS, dtype=torch.float64, heads=heads)
+    options = {"sliding_window": window, "scale": 0.5}
+    varlen = output_and_gradients(varlen_path, tensors, BLOCKS, **options)
+    assert_close(varlen, output_and_gradients(reference_attention, tensors, BLOCKS, **options), tolerance=1e-10)
+
+
+@pytest.mark.usefixtures("fake_varlen")
+def test_varlen_layout_without_padding_equals_the_reference():
+    blocks = AttentionBlocks(((0, 0, 0, 5), (0, 3, 5, 9)))
+    tensors = random_qkv(9, dtype=torch.float64)
+    varlen = output_and_gradients(varlen_path, tensors, blocks)
+    assert_close(varlen, output_and_gradients(reference_attention, tensors, blocks), tolerance=1e-10)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("heads", [(9, 3), (2, 2)])
+def test_cuda_varlen_kernel_equals_the_reference_to_bf16(window, heads):
+    """bf16 keeps 8 bits: values within 2e-2 and gradients within 3e-2 of the largest, against fp32 on bf16 inputs."""
+    exact = random_qkv(NUM_TOKENS, dtype=torch.float32, heads=heads, size=64)
+    half = [t.detach().to("cuda", torch.bfloat16).requires_grad_() for t in exact]
+    assert attention._can_use_varlen(*half, None, 0.0)
+    expected = output_and_gradients(
+        reference_attention, [t.detach().float().requires_grad_() for t in half], BLOCKS, sliding_window=window
+    )
+    actual = output_and_gradients(packed_attention, half, BLOCKS, sliding_window=window)
+    assert_close([t.float() for t in actual], expected, tolerance=3e-2)
+    assert torch.count_nonzero(actual[0][:, :, PADDING]) == 0

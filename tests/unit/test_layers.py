@@ -1,0 +1,124 @@
+"""The house's layers: imports point only downwards, and what must load fast loads nothing heavy."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[2] / "src" / "simpo"
+FILES = sorted(SOURCE.rglob("*.py"))
+
+# A module may import its own layer and those with a smaller number. `recipe*` is beside them: any of them but core may
+# import it, and it imports none. The package's __init__ only hands out names lazily.
+LAYERS = {
+    "core": 1,
+    "engine": 2,
+    "data": 3,
+    "generate": 4,
+    "reference": 4,
+    "display": 4,
+    "results": 4,
+    "resume": 4,
+    "train": 5,
+    "evaluate": 5,
+    "cli": 6,
+    "__main__": 7,
+}
+HEAVY = {"torch", "transformers", "datasets", "numpy", "pyarrow", "peft", "accelerate"}
+
+
+def module_name(path: Path) -> str:
+    parts = ("simpo", *path.relative_to(SOURCE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def layer_of(module: str) -> str:
+    """The part after "simpo.": "data" for simpo.data.loader, "recipe" for every recipe module, "" for the package."""
+    part = [*module.split("."), ""][1]
+    return "recipe" if part.startswith("recipe") else part
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
+
+
+def walk(node: ast.AST, *, inside_functions: bool) -> Iterator[ast.AST]:
+    """Every node that runs: at import, or at all. Blocks for type checkers never run."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if not inside_functions and isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            continue
+        yield child
+        yield from walk(child, inside_functions=inside_functions)
+
+
+def imported_modules(path: Path, *, inside_functions: bool = True) -> set[str]:
+    found: set[str] = set()
+    for node in walk(ast.parse(path.read_text(encoding="utf-8")), inside_functions=inside_functions):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import; write the full name"
+            # `from simpo import recipe` imports a module; `from simpo.recipe import Recipe` a name.
+            found |= {f"simpo.{alias.name}" for alias in node.names} if node.module == "simpo" else {node.module}
+    return found
+
+
+def top_level(modules: set[str]) -> set[str]:
+    return {module.split(".")[0] for module in modules}
+
+
+def files_of(layer: str) -> list[Path]:
+    return [path for path in FILES if layer_of(module_name(path)) == layer]
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_point_only_downwards(path):
+    layer = layer_of(module_name(path))
+    if layer == "":
+        return
+    assert layer == "recipe" or layer in LAYERS, f"give {module_name(path)} a layer in this test and in the design"
+    for module in imported_modules(path):
+        if not module.startswith("simpo."):
+            continue
+        target = layer_of(module)
+        if layer in ("recipe", "core"):
+            assert target == layer, f"{module_name(path)} imports {module}"
+        elif target != "recipe":
+            assert target in LAYERS, f"{module_name(path)} imports {module}, which has no layer"
+            assert LAYERS[target] <= LAYERS[layer], f"{module_name(path)} imports {module}, which is above it"
+
+
+def test_core_imports_torch_and_the_standard_library_alone():
+    for path in files_of("core"):
+        assert top_level(imported_modules(path)) - set(sys.stdlib_module_names) <= {"torch", "simpo"}, path.name
+
+
+def test_the_batch_plan_imports_no_torch():
+    assert top_level(imported_modules(SOURCE / "core" / "packing.py")) <= set(sys.stdlib_module_names)
+
+
+def test_the_recipe_imports_nothing_heavy_anywhere():
+    assert files_of("recipe")
+    for path in files_of("recipe"):
+        assert not top_level(imported_modules(path)) & HEAVY, path.name
+
+
+def test_nothing_heavy_is_imported_before_the_arguments_are_parsed():
+    """At import the command line and the package reach only modules that reach nothing heavy."""
+    by_name = {module_name(path): path for path in FILES}
+    pending = [name for name in ("simpo", "simpo.cli", "simpo.__main__", "simpo.recipe") if name in by_name]
+    reached: set[str] = set()
+    while pending:
+        name = pending.pop()
+        if name in reached:
+            continue
+        reached.add(name)
+        imports = imported_modules(by_name[name], inside_functions=False)
+        assert not top_level(imports) & HEAVY, f"{name} imports {sorted(top_level(imports) & HEAVY)} when imported"
+        pending += [module for module in imports if module in by_name]

@@ -1,0 +1,366 @@
+"""core.losses: each loss against its formula in plain Python, numeric gradients, limits, and the papers' examples."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses, simpo_loss
+from simpo.recipe import LOSS_OPTIONS
+from simpo.recipe_losses import ZeroMargin
+
+OPTIONS = {
+    "beta": 1.7,
+    "gamma_beta_ratio": 0.4,
+    "label_smoothing": 0.1,
+    "orpo_lambda": 0.6,
+    "alphapo_alpha": 0.25,
+    "slic_delta": 1.3,
+}
+
+
+def options_of(name: str, **changes: float) -> dict[str, float]:
+    return {key: value for key, value in (OPTIONS | changes).items() if key in loss_options(name)}
+
+
+def log_sigmoid(x: float) -> float:
+    return -math.log1p(math.exp(-x)) if x > 0 else x - math.log1p(math.exp(x))
+
+
+def smoothed(z: float, e: float = OPTIONS["label_smoothing"]) -> float:
+    return -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+
+
+def alphapo_reward(m: float) -> float:
+    return OPTIONS["beta"] * (1 - math.exp(m) ** -OPTIONS["alphapo_alpha"]) / OPTIONS["alphapo_alpha"]
+
+
+def log_odds(m: float) -> float:
+    return math.log(math.exp(m) / (1 - math.exp(m)))
+
+
+# name -> (loss, chosen reward, rejected reward) of one pair, from summed log-probs l, lengths n and reference sums f.
+Formula = Callable[[float, float, int, int, float, float], tuple[float, float, float]]
+B, R, LAMBDA, DELTA = OPTIONS["beta"], OPTIONS["gamma_beta_ratio"], OPTIONS["orpo_lambda"], OPTIONS["slic_delta"]
+
+
+def simpo_formula(shape: Callable[[float], float]) -> Formula:
+    return lambda lw, lr, nw, nr, fw, fr: (shape(lw / nw - lr / nr), B * lw / nw, B * lr / nr)
+
+
+def dpo_formula(lw: float, lr: float, nw: int, nr: int, fw: float, fr: float) -> tuple[float, float, float]:
+    return smoothed(B * ((lw - fw) - (lr - fr))), B * (lw - fw), B * (lr - fr)
+
+
+def orpo_formula(lw: float, lr: float, nw: int, nr: int, fw: float, fr: float) -> tuple[float, float, float]:
+    mw, mr = lw / nw, lr / nr
+    return -mw - LAMBDA * log_sigmoid(log_odds(mw) - log_odds(mr)), LAMBDA * mw, LAMBDA * mr
+
+
+def alphapo_formula(lw: float, lr: float, nw: int, nr: int, fw: float, fr: float) -> tuple[float, float, float]:
+    rw, rr = alphapo_reward(lw / nw), alphapo_reward(lr / nr)
+    return -log_sigmoid(rw - rr - B * R), rw, rr
+
+
+FORMULAS: dict[str, Formula] = {
+    "sigmoid": simpo_formula(lambda margin: smoothed(B * margin - B * R)),
+    "cpo_simpo": simpo_formula(lambda margin: smoothed(B * margin - B * R)),
+    "hinge": simpo_formula(lambda margin: max(0.0, 1 - (B * margin - B * R))),
+    "ipo": simpo_formula(lambda margin: (margin - R - 1 / (2 * B)) ** 2),
+    "cpo": lambda lw, lr, nw, nr, fw, fr: (smoothed(B * (lw - lr)), B * lw, B * lr),
+    "orpo": orpo_formula,
+    "alphapo": alphapo_formula,
+    "repo": lambda lw, lr, nw, nr, fw, fr: (max(0.0, R - (lw / nw - lr / nr)), lw / nw, lr / nr),
+    "simper": lambda lw, lr, nw, nr, fw, fr: (
+        -math.exp(lw / nw) + math.exp(lr / nr),
+        math.exp(lw / nw),
+        math.exp(lr / nr),
+    ),
+    "slic": lambda lw, lr, nw, nr, fw, fr: (max(0.0, DELTA - lw + lr), lw, lr),
+    "rrhf": lambda lw, lr, nw, nr, fw, fr: (max(0.0, -(lw / nw - lr / nr)), lw / nw, lr / nr),
+    "dpo": dpo_formula,
+    "dpo_norm": lambda lw, lr, nw, nr, fw, fr: dpo_formula(lw / nw, lr / nr, nw, nr, fw / nw, fr / nr),
+}
+
+
+def random_logps(num_pairs: int = 40, *, seed: int = 0, dtype: torch.dtype = torch.float64) -> PairLogps:
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, 30, (2, num_pairs), generator=generator)
+    means = -3 * torch.rand(4, num_pairs, generator=generator, dtype=torch.float64) - 0.01
+    sums = (means * lengths.repeat(2, 1)).to(dtype)
+    return PairLogps(sums[0].requires_grad_(), sums[1].requires_grad_(), lengths[0], lengths[1], sums[2], sums[3])
+
+
+def mean_logps(chosen: list[float] | Tensor, rejected: list[float] | Tensor, dtype=torch.float64) -> PairLogps:
+    """Pairs of one-token responses: sums are means."""
+    chosen, rejected = (torch.as_tensor(x, dtype=dtype).requires_grad_() for x in (chosen, rejected))
+    ones = torch.ones(len(chosen), dtype=torch.long)
+    return PairLogps(chosen, rejected, ones, ones, torch.zeros_like(chosen), torch.zeros_like(rejected))
+
+
+def test_every_loss_has_a_formula_here():
+    assert FORMULAS.keys() == LOSSES.keys()
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_loss_and_rewards_equal_the_formula_in_plain_python(name):
+    logps = random_logps()
+    result = LOSSES[name](logps, **options_of(name))
+    columns = (
+        logps.chosen_sum,
+        logps.rejected_sum,
+        logps.chosen_length,
+        logps.rejected_length,
+        logps.ref_chosen_sum,
+        logps.ref_rejected_sum,
+    )
+    expected = torch.tensor(
+        [FORMULAS[name](*row) for row in zip(*(c.tolist() for c in columns), strict=True)], dtype=torch.float64
+    )
+    for actual, wanted in zip(result, expected.T, strict=True):
+        assert torch.allclose(actual, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_gradients_equal_numeric_ones(name):
+    logps = random_logps(12, seed=3)
+
+    def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
+        changed = PairLogps(
+            chosen,
+            rejected,
+            logps.chosen_length,
+            logps.rejected_length,
+            logps.ref_chosen_sum,
+            logps.ref_rejected_sum,
+        )
+        return LOSSES[name](changed, **options_of(name)).losses
+
+    assert torch.autograd.gradcheck(losses, (logps.chosen_sum, logps.rejected_sum))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_are_unreduced_and_rewards_detached(name):
+    result = LOSSES[name](random_logps(5), **options_of(name))
+    assert [x.shape for x in result] == [(5,)] * 3
+    assert result.losses.requires_grad
+    assert not result.chosen_rewards.requires_grad
+    assert not result.rejected_rewards.requires_grad
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_pair_depends_on_itself_alone(name):
+    logps = random_logps(6)
+    losses = LOSSES[name](logps, **options_of(name)).losses
+    for pair in range(6):
+        gradients = torch.autograd.grad(losses[pair], (logps.chosen_sum, logps.rejected_sum), retain_graph=True)
+        for gradient in gradients:
+            assert torch.count_nonzero(gradient[torch.arange(6) != pair]) == 0
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_recipe_table_lists_exactly_the_options_each_loss_takes(name):
+    assert LOSS_OPTIONS.keys() == LOSSES.keys()
+    assert set(LOSS_OPTIONS[name].keys) == set(loss_options(name))
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_recipe_table_predicts_the_loss_at_zero_margin(name):
+    logps = mean_logps([-0.8], [-0.8])
+    (loss,) = LOSSES[name](logps, **options_of(name)).losses.tolist()
+    if name == "orpo":  # its table leaves out -m_w, and says so
+        loss -= 0.8
+    fields = ZeroMargin.__dataclass_fields__
+    predicted = LOSS_OPTIONS[name].zero_margin(ZeroMargin(**{k: v for k, v in OPTIONS.items() if k in fields}))
+    assert loss == pytest.approx(predicted, abs=1e-12)
+
+
+# --- worked examples and limits --------------------------------------------------------------------------------------
+
+
+def test_worked_example_with_sums_and_lengths():
+    """beta 2, gamma 1, -6 over 12 tokens against -5.6 over 8: rewards -1.0 and -1.4, z = -0.6, log(1 + e^0.6)."""
+    logps = PairLogps(torch.tensor([-6.0]), torch.tensor([-5.6]), torch.tensor([12]), torch.tensor([8]))
+    result = LOSSES["sigmoid"](logps, beta=2.0, gamma_beta_ratio=0.5)
+    assert result.losses.item() == pytest.approx(1.0374880, abs=5e-7)
+    assert (result.chosen_rewards.item(), result.rejected_rewards.item()) == pytest.approx((-1.0, -1.4), abs=1e-6)
+
+
+def test_worked_example_with_means():
+    """beta 2, ratio 0.5, means -1.2 and -2.5: z = 1.6, log(1 + e^-1.6)."""
+    result = simpo_loss(torch.tensor([-1.2]), torch.tensor([-2.5]), beta=2.0, gamma_beta_ratio=0.5)
+    assert result.losses.item() == pytest.approx(0.1839, abs=5e-5)
+
+
+def test_simpo_gradient_equals_the_papers_formula():
+    """-beta * s * (1/|y_w|, -1/|y_r|) with s = sigmoid(beta*m_r - beta*m_w + gamma)."""
+    logps = random_logps()
+    losses = LOSSES["sigmoid"](logps, beta=2.5, gamma_beta_ratio=0.3).losses
+    chosen, rejected = torch.autograd.grad(losses.sum(), (logps.chosen_sum, logps.rejected_sum))
+    s = torch.sigmoid(2.5 * logps.rejected_mean - 2.5 * logps.chosen_mean + 2.5 * 0.3).detach()
+    assert torch.allclose(chosen, -2.5 * s / logps.chosen_length, rtol=1e-12, atol=0)
+    assert torch.allclose(rejected, 2.5 * s / logps.rejected_length, rtol=1e-12, atol=0)
+
+
+def test_label_smoothing_is_the_loss_of_swapped_labels_with_that_probability():
+    logps = random_logps()
+    plain = simpo_loss(logps.chosen_mean, logps.rejected_mean, beta=2.0, gamma_beta_ratio=0.5).losses
+    z = 2.0 * (logps.chosen_mean - logps.rejected_mean - 0.5)
+    swapped = plain + z  # -log sigmoid(-z) = -log sigmoid(z) + z
+    smooth = LOSSES["sigmoid"](logps, beta=2.0, gamma_beta_ratio=0.5, label_smoothing=0.2).losses
+    assert torch.allclose(smooth, 0.8 * plain + 0.2 * swapped, rtol=1e-12, atol=1e-12)
+
+
+def test_alphapo_becomes_simpo_as_alpha_goes_to_zero():
+    logps = random_logps()
+    simpo = LOSSES["sigmoid"](logps, beta=2.0, gamma_beta_ratio=0.5)
+    for alpha, tolerance in ((0.0, 1e-14), (1e-9, 1e-7), (-1e-9, 1e-7), (1e-3, 0.02)):
+        limit = LOSSES["alphapo"](logps, beta=2.0, gamma_beta_ratio=0.5, alphapo_alpha=alpha)
+        for actual, expected in zip(limit, simpo, strict=True):
+            assert torch.allclose(actual, expected, rtol=0, atol=tolerance)
+
+
+def test_alphapo_near_the_limit_keeps_its_digits_in_fp32():
+    """(1 - p^-alpha)/alpha computed as written loses half its digits at alpha = 1e-4 in fp32."""
+    means = torch.tensor([-0.7, -1.3, -2.9])
+    logps = mean_logps(means, means - 0.5, torch.float32)
+    reward = LOSSES["alphapo"](logps, beta=1.0, gamma_beta_ratio=0.0, alphapo_alpha=1e-4).chosen_rewards.double()
+    exact = -torch.expm1(-1e-4 * means.double()) / 1e-4
+    assert torch.allclose(reward, exact, rtol=1e-6, atol=0)
+    naive = (1 - means.exp() ** -1e-4) / 1e-4
+    assert not torch.allclose(naive.double(), exact, rtol=1e-4, atol=0)
+
+
+def test_repo_is_simpo_over_beta_for_large_beta():
+    logps = random_logps()
+    repo = LOSSES["repo"](logps, gamma_beta_ratio=0.5).losses
+    for beta in (1e2, 1e4, 1e6):
+        simpo = LOSSES["sigmoid"](logps, beta=beta, gamma_beta_ratio=0.5).losses / beta
+        assert float((simpo - repo).detach().abs().max()) <= math.log(2) / beta
+
+
+def test_dpo_equals_cpo_when_the_reference_is_indifferent():
+    logps = random_logps()
+    indifferent = PairLogps(
+        logps.chosen_sum,
+        logps.rejected_sum,
+        logps.chosen_length,
+        logps.rejected_length,
+        torch.full((40,), -7.0, dtype=torch.float64),
+        torch.full((40,), -7.0, dtype=torch.float64),
+    )
+    dpo = LOSSES["dpo"](indifferent, beta=0.3).losses
+    assert torch.allclose(dpo, LOSSES["cpo"](logps, beta=0.3).losses, rtol=1e-12, atol=1e-12)
+
+
+def test_sft_term_is_the_mean_negative_log_likelihood_of_chosen():
+    logps = random_logps()
+    assert torch.equal(sft_losses(logps), -logps.chosen_sum / logps.chosen_length)
+
+
+# --- numbers at the edge ---------------------------------------------------------------------------------------------
+
+EXTREMES = [-1e4, -100.0, -1.0, -1e-4, -1e-8, 0.0]
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "alphapo"])
+def test_extreme_log_probs_give_finite_losses_and_gradients(name):
+    pairs = [(w, r) for w in EXTREMES for r in EXTREMES]
+    logps = mean_logps([w for w, _ in pairs], [r for _, r in pairs], torch.float32)
+    result = LOSSES[name](logps, **options_of(name))
+    gradients = torch.autograd.grad(result.losses.sum(), (logps.chosen_sum, logps.rejected_sum))
+    for tensor in (*result, *gradients):
+        assert torch.isfinite(tensor).all()
+
+
+def test_extreme_log_probs_of_alphapo_are_finite_as_far_as_its_reward_is():
+    """p^-alpha itself overflows fp32 below m = -88/alpha; at alpha 0.25 that is 352 nats per token."""
+    means = [-300.0, -100.0, -1.0, -1e-4, -1e-8, 0.0]
+    logps = mean_logps([w for w in means for _ in means], means * len(means), torch.float32)
+    result = LOSSES["alphapo"](logps, **options_of("alphapo"))
+    gradients = torch.autograd.grad(result.losses.sum(), (logps.chosen_sum, logps.rejected_sum))
+    for tensor in (*result, *gradients):
+        assert torch.isfinite(tensor).all()
+
+
+def test_orpo_keeps_its_digits_for_probabilities_near_one():
+    """Against fp64 with log1p and expm1; the odds as written, p/(1-p), are infinite in fp32 from m = -1e-8 up."""
+    chosen = [-1e-8, -1e-6, -1e-3, -0.5, -0.6931, -0.6932, -5.0, -40.0]
+    rejected = [-1e-3, -1e-8, -1e-6, -0.7, -0.1, -3.0, -1e-7, -39.0]
+    result = LOSSES["orpo"](mean_logps(chosen, rejected, torch.float32), orpo_lambda=0.6)
+    # The fp32 inputs themselves are the exact values to start from.
+    chosen, rejected = (torch.tensor(x).tolist() for x in (chosen, rejected))
+
+    def exact_log_odds(m: float) -> float:
+        return m - math.log(-math.expm1(m))
+
+    expected = [
+        -w - 0.6 * log_sigmoid(exact_log_odds(w) - exact_log_odds(r)) for w, r in zip(chosen, rejected, strict=True)
+    ]
+    assert torch.allclose(result.losses.double(), torch.tensor(expected).double(), rtol=2e-6, atol=1e-9)
+    naive = torch.log(torch.tensor(-1e-8).exp() / (1 - torch.tensor(-1e-8).exp()))
+    assert torch.isinf(naive)
+
+
+# --- errors ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("loss_type", ["hinge", "ipo"])
+def test_label_smoothing_without_a_meaning_is_an_error(loss_type):
+    with pytest.raises(ValueError, match=f"label_smoothing is not defined for '{loss_type}'"):
+        simpo_loss(
+            torch.zeros(1), torch.zeros(1), beta=2.0, gamma_beta_ratio=0.5, loss_type=loss_type, label_smoothing=0.1
+        )
+    with pytest.raises(TypeError):
+        LOSSES[loss_type](random_logps(), beta=2.0, gamma_beta_ratio=0.5, label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("name", [name for name, options in LOSS_OPTIONS.items() if options.needs_reference])
+def test_a_loss_with_a_reference_refuses_to_run_without(name):
+    logps = random_logps()
+    bare = PairLogps(logps.chosen_sum, logps.rejected_sum, logps.chosen_length, logps.rejected_length)
+    with pytest.raises(ValueError, match="needs the reference model's log-probs"):
+        LOSSES[name](bare, **options_of(name))
+
+
+@pytest.mark.parametrize("name", [name for name, options in LOSS_OPTIONS.items() if not options.needs_reference])
+def test_a_reference_free_loss_runs_without_a_reference(name):
+    logps = random_logps()
+    bare = PairLogps(logps.chosen_sum, logps.rejected_sum, logps.chosen_length, logps.rejected_length)
+    with_reference = LOSSES[name](logps, **options_of(name)).losses
+    assert torch.equal(LOSSES[name](bare, **options_of(name)).losses, with_reference)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rejected_mean_logps": torch.zeros(3)}, "one rejected for each chosen"),
+        ({"beta": 0.0}, "beta must be > 0, not 0.0"),
+        ({"beta": float("nan")}, "beta must be > 0"),
+        ({"gamma_beta_ratio": -0.1}, "gamma_beta_ratio must be >= 0, not -0.1"),
+        ({"gamma_beta_ratio": float("nan")}, "gamma_beta_ratio must be >= 0"),
+        ({"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), not 0.5"),
+        ({"label_smoothing": -0.1}, "label_smoothing must be in"),
+        ({"loss_type": "dpo"}, "loss_type must be 'sigmoid', 'hinge' or 'ipo', not 'dpo'"),
+    ],
+)
+def test_wrong_options_are_refused(change, message):
+    good = {
+        "chosen_mean_logps": torch.zeros(2),
+        "rejected_mean_logps": torch.zeros(2),
+        "beta": 2.0,
+        "gamma_beta_ratio": 0.5,
+    }
+    simpo_loss(**good)
+    with pytest.raises(ValueError, match=message):
+        simpo_loss(**(good | change))
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if "beta" in loss_options(name)])
+def test_beta_must_be_positive_in_every_loss(name):
+    with pytest.raises(ValueError, match="beta must be > 0, not -1"):
+        LOSSES[name](random_logps(), **options_of(name, beta=-1.0))

@@ -1,0 +1,127 @@
+"""engine.optim: the schedules of transformers, torch's clipping, and which parameters are decayed."""
+
+from __future__ import annotations
+
+import copy
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from transformers import get_scheduler
+
+from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, warmup_steps
+
+
+def make_recipe(**changes) -> SimpleNamespace:
+    """The keys that engine.optim reads."""
+    defaults = {
+        "learning_rate": 3e-6,
+        "lr_scheduler_type": "cosine",
+        "warmup_ratio": 0.1,
+        "warmup_steps": 0,
+        "weight_decay": 0.01,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.95,
+        "adam_epsilon": 1e-7,
+        "optim": "adamw_torch",
+    }
+    return SimpleNamespace(**(defaults | changes))
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant", "constant_with_warmup"])
+@pytest.mark.parametrize("total_steps", [1, 2, 7, 50])
+@pytest.mark.parametrize("warmup", [{}, {"warmup_ratio": 0.0}, {"warmup_ratio": 1.0}, {"warmup_steps": 3}])
+def test_learning_rates_equal_transformers_schedulers_at_every_step(name, total_steps, warmup):
+    recipe = make_recipe(lr_scheduler_type=name, **warmup)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=recipe.learning_rate)
+    scheduler = get_scheduler(
+        name,
+        optimizer,
+        num_warmup_steps=recipe.warmup_steps or math.ceil(recipe.warmup_ratio * total_steps),
+        num_training_steps=total_steps,
+    )
+    for step in range(total_steps):
+        expected = optimizer.param_groups[0]["lr"]
+        assert learning_rate_at(step, total_steps, recipe) == pytest.approx(expected, rel=1e-12, abs=1e-20)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_warmup_steps_override_the_ratio_and_the_ratio_rounds_up():
+    assert warmup_steps(101, make_recipe()) == 11
+    assert warmup_steps(101, make_recipe(warmup_steps=2)) == 2
+    assert warmup_steps(5, make_recipe(warmup_ratio=0.0)) == 0
+
+
+def make_model() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 6), nn.Linear(6, 6), nn.LayerNorm(6), nn.Linear(6, 3))
+    model[1].weight.requires_grad_(False)
+    return model
+
+
+def backward(model: nn.Module, factor: float) -> None:
+    (factor * model(torch.tensor([1, 2, 3])).square().sum()).backward()
+
+
+@pytest.mark.parametrize("factor", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("max_norm", [1.0, 0.3])
+def test_clipping_equals_torch(factor, max_norm):
+    ours, theirs = make_model(), make_model()
+    backward(ours, factor)
+    backward(theirs, factor)
+    norm = clip_gradients(ours, max_norm)
+    assert norm == float(nn.utils.clip_grad_norm_(theirs.parameters(), max_norm))
+    for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
+        assert (a.grad is None and b.grad is None) or torch.equal(a.grad, b.grad)
+
+
+def test_max_norm_zero_measures_and_changes_nothing():
+    model = make_model()
+    backward(model, 100.0)
+    before = [copy.deepcopy(p.grad) for p in model.parameters()]
+    squares = sum(float(g.square().sum()) for g in before if g is not None)
+    assert clip_gradients(model, 0.0) == pytest.approx(squares**0.5, rel=1e-6)
+    assert all(g is None or torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_leaves_the_gradients_alone(bad):
+    model = make_model()
+    backward(model, 1.0)
+    model[3].bias.grad[1] = bad
+    before = model[0].weight.grad.clone()
+    assert not math.isfinite(clip_gradients(model, 1.0))
+    assert torch.equal(model[0].weight.grad, before)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused"])
+def test_only_trainable_matrices_are_decayed(optim):
+    model = make_model()
+    optimizer = build_optimizer(model, make_recipe(optim=optim))
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    expected = {
+        id(p): 0.01 if p.ndim >= 2 else 0.0 for p in model.parameters() if p.requires_grad
+    }  # norms and biases are vectors
+    assert decay == expected
+    assert {(g["lr"], g["betas"], g["eps"]) for g in optimizer.param_groups} == {(3e-6, (0.8, 0.95), 1e-7)}
+
+
+def test_fused_and_plain_adamw_make_the_same_update():
+    models = []
+    for optim in ("adamw_torch", "adamw_torch_fused"):
+        models.append(make_model())
+        optimizer = build_optimizer(models[-1], make_recipe(optim=optim, learning_rate=1e-2))
+        for _ in range(3):
+            backward(models[-1], 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-6)
+
+
+def test_a_model_without_trainable_parameters_is_refused():
+    with pytest.raises(ValueError, match="no parameter is trainable"):
+        build_optimizer(make_model().requires_grad_(False), make_recipe())
