@@ -76,6 +76,8 @@ class Progress:
     pairs_seen: int = 0
     tokens_seen: int = 0
     train_time_s: float = 0.0
+    logged_step: int = 0
+    logged_time_s: float = 0.0
     best_step: int | None = None
     best_metric: float | None = None
     last_eval_step: int | None = None
@@ -382,13 +384,21 @@ class Trainer:
         return compute_reference_logps(self.recipe, stores, device=self.device, fingerprint=self.data.fingerprint)
 
     def _log_window(self, step_values: Mapping[str, float]) -> None:
+        """Means over every pair and second since the last logged step."""
         progress = self.progress
+        time_s, num_pairs = progress.train_time_s - progress.logged_time_s, self.window.num_pairs
         values = self.window.means() | {
-            name: step_values[name] for name in ("grad_norm", "learning_rate", "step_time_s", "pairs_per_s")
+            "grad_norm": step_values["grad_norm"],
+            "learning_rate": step_values["learning_rate"],
+            "epoch": self._epoch,
+            "pairs_seen": progress.pairs_seen,
+            "tokens_seen": progress.tokens_seen,
+            "step_time_s": time_s / (progress.step - progress.logged_step),
+            "pairs_per_s": num_pairs / time_s,
+            "memory_gib": peak_memory_gib(self.device),
         }
-        values |= {"epoch": self._epoch, "pairs_seen": progress.pairs_seen, "tokens_seen": progress.tokens_seen}
-        values["memory_gib"] = peak_memory_gib(self.device)
         self.window = PairMeter()
+        progress.logged_step, progress.logged_time_s = progress.step, progress.train_time_s
         self._write(values)
         left_s = progress.train_time_s / progress.step * (self.total_steps - progress.step)
         self.display.log_step(progress.step, self.total_steps, values, left_s=left_s)

@@ -5,14 +5,16 @@ Must not import data, train or evaluate.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers.utils import logging as transformers_logging
 
 from simpo.engine.model import plain_attention, unwrap
 
@@ -46,7 +48,7 @@ def save_model(
     aside.mkdir(parents=True)
     base = unwrap(model)
     state = {name: _as_dtype(value, dtype) for name, value in model.state_dict().items()}
-    with plain_attention(model):
+    with plain_attention(model), _no_bars():
         model.save_pretrained(aside, state_dict=state)
     _record_dtype(aside / "config.json", dtype)
     tokenizer.save_pretrained(aside)
@@ -59,6 +61,18 @@ def save_model(
         folder.rename(old)
     aside.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers' bar for writing files, which would cut through the run's own output."""
+    active = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if active:
+            transformers_logging.enable_progress_bar()
 
 
 def _record_dtype(path: Path, dtype: torch.dtype) -> None:
