@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-WORDS = ["the", "a", "of", "and", "to", "in", "is", "was", "for", "on", "with", "as", "by", "at", "from", "it", "an", "be", "this", "that", "which", "or", "are", "not", "have", "has", "had", "were", "one", "two", "water", "light", "river", "stone", "bread", "paper", "glass", "green", "quick", "slow", "open", "close", "short", "long", "answer", "question", "write", "read", "think"]
+WORDS = (  # noqa: SIM905  a list of fifty quoted words reads worse
+    "the a of and to in is was for on with as by at from it an be this that which or are not have has had were one two "
+    "water light river stone bread paper glass green quick slow open close short long answer question write read think"
+).split()
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"

@@ -117,6 +117,7 @@ class Trainer:
         recipe.save(self.output_dir / "recipe.yaml")
         self.data.ledger.save(self.output_dir / "audit.json")
 
+        self.export_dtype = source_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
         self.model = load_model(recipe, device=self.device)
         self.model.train()
         self.loader = self._build_loader(self.data.train)
@@ -241,8 +242,9 @@ class Trainer:
             "data fingerprint": self.data.fingerprint,
             "optimizer step of these weights": f"{kept_step} of {self.total_steps}",
         }
-        dtype = source_dtype(self.recipe)
-        save_model(self.model, self.tokenizer, self.recipe, model_dir, dtype=dtype, data=data, results=results)
+        save_model(
+            self.model, self.tokenizer, self.recipe, model_dir, dtype=self.export_dtype, data=data, results=results
+        )
         metrics = self.output_dir / "metrics.jsonl"
         self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
         return TrainResult(
@@ -330,6 +332,7 @@ class Trainer:
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoints.read_state(checkpoint)
         check_same_run(state, self._identity(), checkpoint)
+        checkpoints.clear_leftovers(self.checkpoint_dir)
         checkpoints.forget_after(self.checkpoint_dir, checkpoint)
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
         self.progress = Progress(**state["progress"])

@@ -119,7 +119,7 @@ def test_resume_under_other_settings_is_refused_by_name(tiny_recipe: Settings, c
     with pytest.raises(Interrupted):
         trainer.run()
     name = "number of steps" if "max_steps" in change else next(iter(change))
-    with pytest.raises(ValueError, match=f"other settings.*{name}"):
+    with pytest.raises(ValueError, match=rf"other settings.*{name}"):
         build({**tiny_recipe, **change}, resume_from_checkpoint=True)
 
 
@@ -132,7 +132,7 @@ def test_resume_on_other_data_is_refused(tiny_recipe: Settings, pair_files: Path
     other.mkdir()
     for name in ("train.jsonl", "test.jsonl"):
         (other / name).write_text((pair_files / name).read_text().replace("water", "river"), encoding="utf-8")
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"other settings"):
         build({**tiny_recipe, "dataset_mixer": {str(other): 1.0}}, resume_from_checkpoint=True)
 
 
@@ -144,12 +144,12 @@ def test_damaged_checkpoint_is_noticed(tiny_recipe: Settings) -> None:
     middle = len(content) // 2
     content[middle : middle + 64] = bytes(64)
     victim.write_bytes(bytes(content))
-    with pytest.raises(ValueError, match="damaged|cannot be loaded"):
+    with pytest.raises(ValueError, match=r"damaged|cannot be loaded"):
         build(tiny_recipe, resume_from_checkpoint=True)
 
 
 def test_missing_checkpoint_is_one_clear_line(tiny_recipe: Settings) -> None:
-    with pytest.raises(ValueError, match="resume_from_checkpoint: no complete checkpoint at .*step-99"):
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: no complete checkpoint at .*step-99"):
         build(tiny_recipe, resume_from_checkpoint=str(Path(tiny_recipe["output_dir"]) / "checkpoints" / "step-99"))
 
 

@@ -237,7 +237,7 @@ def test_tensorboard_gets_the_metrics(tiny_recipe: Settings) -> None:
 
 def test_run_directory_that_holds_a_run_is_not_overwritten(tiny_recipe: Settings) -> None:
     run(tiny_recipe, max_steps=4)
-    with pytest.raises(ValueError, match="already holds a run.*resume_from_checkpoint"):
+    with pytest.raises(ValueError, match=r"already holds a run.*resume_from_checkpoint"):
         build(tiny_recipe, max_steps=4)
 
 
@@ -248,11 +248,11 @@ def test_missing_model_folder_is_one_clear_line(tiny_recipe: Settings) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_cuda_without_a_gpu_is_one_clear_line(tiny_recipe: Settings) -> None:
-    with pytest.raises(ValueError, match="device: cuda"):
+    with pytest.raises(ValueError, match=r"device: cuda"):
         build(tiny_recipe, device="cuda")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_qlora_without_a_gpu_is_one_clear_line(tiny_recipe: Settings) -> None:
-    with pytest.raises(ValueError, match="load_in_4bit needs"):
+    with pytest.raises(ValueError, match=r"load_in_4bit needs"):
         build(tiny_recipe, use_peft=True, load_in_4bit=True)

@@ -126,10 +126,15 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
         raise ValueError(f"{checkpoint.folder} is not a complete checkpoint: {_first_line(error)}") from error
 
 
-def prune_checkpoints(folder: Path, *, keep: int, protect: int | None) -> None:
-    """Delete the oldest checkpoints beyond `keep`, never the newest nor step `protect`; clear half-written ones."""
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a kill left half-written or half-deleted."""
     for leftover in folder.glob(".step-*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune_checkpoints(folder: Path, *, keep: int, protect: int | None) -> None:
+    """Delete the oldest checkpoints beyond `keep`, never the newest nor step `protect`; clear half-written ones."""
+    clear_leftovers(folder)
     checkpoints = list_checkpoints(folder)
     surplus = len(checkpoints) - keep
     for checkpoint in checkpoints[:-1]:
