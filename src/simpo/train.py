@@ -26,7 +26,7 @@ from torch import Tensor
 
 from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses
 from simpo.data.audit import prepare_pairs
-from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan, evaluation_batches
+from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan
 from simpo.display import Display
 from simpo.engine import checkpoint as checkpoints
 from simpo.engine.checkpoint import Checkpoint
@@ -113,15 +113,11 @@ class Trainer:
         seed_everything(recipe.seed)
         self.tokenizer = load_tokenizer(recipe)
         self.data = prepare_pairs(recipe, self.tokenizer)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.save(self.output_dir / "recipe.yaml")
-        self.data.ledger.save(self.output_dir / "audit.json")
-
         self.export_dtype = source_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
         self.model = load_model(recipe, device=self.device)
         self.model.train()
         self.loader = self._build_loader(self.data.train)
-        self.eval_loader = self._build_loader(self.data.eval) if self.data.eval is not None else None
+        self.eval_loader = self._build_loader(self.data.eval, evaluation=True) if self.data.eval is not None else None
         self.total_steps = count_steps(recipe, self.loader.steps_per_epoch)
         self.optimizer = build_optimizer(self.model, recipe)
         self.reference = self._prepare_reference()
@@ -131,6 +127,9 @@ class Trainer:
         self._stop = threading.Event()
         if resume is not None:
             self._restore(resume)
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        recipe.save(self.output_dir / "recipe.yaml")
+        self.data.ledger.save(self.output_dir / "audit.json")
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -187,9 +186,7 @@ class Trainer:
             "pairs_per_s": plan.num_pairs / step_time_s,
         }
 
-    def forward(
-        self, micro_batch: MicroBatch, plan: StepPlan | None = None, *, split: str = "train"
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, micro_batch: MicroBatch, plan: StepPlan, *, split: str = "train") -> tuple[Tensor, Tensor]:
         """The trained loss of each pair [P], SFT term included, and the sums of its metrics."""
         recipe = self.recipe
         batch = micro_batch.pairs.to(self.device)
@@ -205,8 +202,8 @@ class Trainer:
             total = total + recipe.sft_weight * self._sft_term(logps, plan)
         return total, pair_metric_sums(logps, loss, total)
 
-    def _sft_term(self, logps: PairLogps, plan: StepPlan | None) -> Tensor:
-        if self.recipe.sft_reduction == "tokens" and plan is not None:
+    def _sft_term(self, logps: PairLogps, plan: StepPlan) -> Tensor:
+        if self.recipe.sft_reduction == "tokens":
             # The step's token mean, written so that (sum over pairs) / num_pairs gives it.
             return -logps.chosen_sum * (plan.num_pairs / plan.num_chosen_tokens)
         return sft_losses(logps)
@@ -259,11 +256,10 @@ class Trainer:
         if self.eval_loader is None:
             return {}
         started, meter = time.perf_counter(), PairMeter()
+        whole = self.eval_loader.plan_everything()
         self.model.eval()
-        for indices in evaluation_batches(
-            self.eval_loader.store, pairs_per_batch=self.recipe.per_device_eval_batch_size
-        ):
-            _, sums = self.forward(self.eval_loader.build(indices), split="eval")
+        for indices in whole.micro_batches:
+            _, sums = self.forward(self.eval_loader.build(indices), whole, split="eval")
             meter.add(sums, len(indices))
         self.model.train()
         values = {f"eval_{name}": value for name, value in meter.means().items()}
@@ -365,13 +361,13 @@ class Trainer:
             return self.progress.step % self.loader.steps_per_epoch == 0
         return strategy == "steps" and every is not None and self.progress.step % every == 0
 
-    def _build_loader(self, dataset: Any) -> StepLoader:
+    def _build_loader(self, dataset: Any, *, evaluation: bool = False) -> StepLoader:
         recipe = self.recipe
         return StepLoader(
             PairStore(dataset, share_prompt=recipe.share_prompt),
-            pairs_per_step=recipe.pairs_per_step(),
-            num_micro_batches=recipe.gradient_accumulation_steps,
-            max_tokens=recipe.max_tokens_per_micro_batch,
+            pairs_per_step=recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(),
+            num_micro_batches=1 if evaluation else recipe.gradient_accumulation_steps,
+            max_tokens=None if evaluation else recipe.max_tokens_per_micro_batch,
             pack=recipe.pack,
             pad_token_id=self.tokenizer.pad_token_id or 0,
             seed=recipe.seed,

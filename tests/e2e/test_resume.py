@@ -119,8 +119,11 @@ def test_resume_under_other_settings_is_refused_by_name(tiny_recipe: Settings, c
     with pytest.raises(Interrupted):
         trainer.run()
     name = "number of steps" if "max_steps" in change else next(iter(change))
+    recipe = trainer.output_dir / "recipe.yaml"
+    before = recipe.read_text()
     with pytest.raises(ValueError, match=rf"other settings.*{name}"):
         build({**tiny_recipe, **change}, resume_from_checkpoint=True)
+    assert recipe.read_text() == before
 
 
 def test_resume_on_other_data_is_refused(tiny_recipe: Settings, pair_files: Path, tmp_path: Path) -> None:

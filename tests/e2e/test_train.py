@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 
+from simpo.core.losses import sigmoid
 from simpo.display import Display
 from simpo.engine.checkpoint import list_checkpoints
+from simpo.engine.model import compute_pair_logps
 from simpo.recipe import LOSS_OPTIONS, load_recipe
 from simpo.train import Trainer, TrainResult
 
@@ -151,14 +153,26 @@ def test_sft_token_mean_is_the_mean_over_all_chosen_tokens_of_the_step(tiny_reci
         for micro_batch in trainer.loader.micro_batches(plan):
             losses, _ = trainer.forward(micro_batch, plan)
             totals += float(losses.sum())
-            from simpo.core.losses import sigmoid
-            from simpo.engine.model import compute_pair_logps
-
             logps = compute_pair_logps(trainer.model, micro_batch.pairs)
             plain += float(sigmoid(logps, beta=2.0, gamma_beta_ratio=0.5).losses.sum())
             nll -= float(logps.chosen_sum.sum())
             tokens += int(logps.chosen_length.sum())
     assert totals / plan.num_pairs == pytest.approx(plain / plan.num_pairs + 0.3 * nll / tokens, rel=1e-5)
+
+
+def test_sft_token_mean_is_evaluated_over_all_held_out_tokens(tiny_recipe: Settings) -> None:
+    trainer = build(tiny_recipe, sft_weight=0.3, sft_reduction="tokens", per_device_eval_batch_size=3)
+    by_tokens = trainer.evaluate()
+    whole = trainer.eval_loader.plan_everything()
+    assert whole.num_pairs == 10
+    assert len(whole.micro_batches) == 4
+    nll = 0.0
+    with torch.no_grad():
+        for indices in whole.micro_batches:
+            nll -= float(compute_pair_logps(trainer.model, trainer.eval_loader.build(indices).pairs).chosen_sum.sum())
+    plain = build(tiny_recipe, output_dir=tiny_recipe["output_dir"] + "-plain").evaluate()
+    expected = plain["eval_loss"] + 0.3 * nll / whole.num_chosen_tokens
+    assert by_tokens["eval_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_gradient_checkpointing_changes_nothing(tiny_recipe: Settings, tmp_path: Path) -> None:

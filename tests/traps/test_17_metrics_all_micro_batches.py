@@ -77,7 +77,7 @@ def test_logged_metrics_cover_every_step_and_micro_batch_since_the_last_line(tin
     with torch.no_grad():
         for plan in trainer.loader.plans(0, 3):
             for index in [i for items in plan.micro_batches for i in items]:
-                _, sums = trainer.forward(trainer.loader.build([index]))
+                _, sums = trainer.forward(trainer.loader.build([index]), plan)
                 meter.add(sums, 1)
     assert meter.num_pairs == 12
     trainer.run()

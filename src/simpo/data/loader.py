@@ -183,6 +183,17 @@ class StepLoader:
                 yield self._plan(step, epoch, pairs)
                 step += 1
 
+    def plan_everything(self) -> StepPlan:
+        """Every pair once, as one plan, in micro-batches of pairs_per_step pairs of like length: for evaluation."""
+        batches = evaluation_batches(self.store, pairs_per_batch=self.pairs_per_step)
+        return StepPlan(
+            step=0,
+            epoch=0,
+            num_pairs=len(self.store),
+            num_chosen_tokens=int(self.store.response_lengths[:, 0].sum()),
+            micro_batches=tuple(tuple(items) for items in batches),
+        )
+
     def micro_batches(self, plan: StepPlan) -> Iterator[MicroBatch]:
         """Build a step's micro-batches one at a time; empty ones are left out."""
         for indices in plan.micro_batches:
