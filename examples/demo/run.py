@@ -30,6 +30,7 @@ from rule import count_words, repetition, score  # noqa: E402
 MAX_NEW_TOKENS = 160
 TEMPERATURE = 0.7
 SHOWN = 4
+CAVEAT = "The rule sees manners (brief, direct, complete, no repeats), not facts: a model of this size is often wrong."
 
 
 def main(overrides: Sequence[str]) -> int:
@@ -151,6 +152,7 @@ def show(
         table.add_row(name, f"{old:.3f}", f"{new:.3f}")
     console.print(table)
     console.print(gain_line(summary))
+    console.print(CAVEAT)
 
 
 def gain_line(summary: Mapping[str, Any]) -> str:
@@ -179,7 +181,7 @@ def save(
     (folder / "demo.json").write_text(
         json.dumps({**summary, "answers": answers}, indent=1, ensure_ascii=False), encoding="utf-8"
     )
-    lines = ["# What the demo changed", "", gain_line(summary), "", "| | before | after |", "|---|---|---|"]
+    lines = ["# What the demo changed", "", gain_line(summary), "", CAVEAT, "", "| | before | after |", "|---|---|---|"]
     lines += [f"| {name} | {old:.3f} | {new:.3f} |" for name, (old, new) in summary["rows"].items()]
     for row in answers:
         lines += ["", f"## {row['prompt']}", "", f"Before ({row['score_before']:.2f}):", ""]

@@ -150,24 +150,7 @@ Steps = Annotated[int | float, BeforeValidator(_steps)]
 Text = Annotated[str, BeforeValidator(as_text)]
 Words = Annotated[list[str], BeforeValidator(_words)]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]
-LossName = Annotated[
-    Literal[
-        "sigmoid",
-        "hinge",
-        "ipo",
-        "cpo",
-        "cpo_simpo",
-        "orpo",
-        "alphapo",
-        "repo",
-        "simper",
-        "slic",
-        "rrhf",
-        "dpo",
-        "dpo_norm",
-    ],
-    BeforeValidator(as_loss_name),
-]
+LossName = Annotated[Literal[tuple(LOSS_OPTIONS)], BeforeValidator(as_loss_name)]  # a new row there is a value here
 
 
 def short(value: Any, limit: int = 60) -> str:
