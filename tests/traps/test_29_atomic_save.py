@@ -19,7 +19,7 @@ class PowerCut(Exception):
     """What the tests raise where the machine would have died."""
 
 
-@pytest.mark.parametrize("at", ["dcp.save", "torch.save", "_sync_tree", "rename"])
+@pytest.mark.parametrize("at", ["dcp.save", "torch.save", "sync_tree", "rename"])
 def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
     tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, at: str
 ) -> None:
@@ -35,7 +35,7 @@ def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
     with monkeypatch.context() as patch:
         if at == "rename":
             patch.setattr(Path, "rename", die)
-        elif at == "_sync_tree":
+        elif at == "sync_tree":
             patch.setattr(checkpoints, at, die)
         else:
             module, name = at.split(".")

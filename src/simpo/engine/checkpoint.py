@@ -76,8 +76,8 @@ def save_checkpoint(
     torch.save(_rng_state(), aside / RNG_FILE)
     record = {**state, "step": step, "digest": _digest(tensors)}
     (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    _sync_tree(aside)
-    _replace_folder(aside, final)
+    sync_tree(aside)
+    replace_folder(aside, final)
     return Checkpoint(final, step)
 
 
@@ -213,7 +213,8 @@ def _set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
 
 
-def _sync_tree(folder: Path) -> None:
+def sync_tree(folder: Path) -> None:
+    """Make every file below a folder survive a power cut."""
     for path in [folder, *folder.rglob("*")]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -222,11 +223,11 @@ def _sync_tree(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _replace_folder(aside: Path, final: Path) -> None:
-    """Rename; where `final` exists already (a step done again), the old one steps aside first."""
+def replace_folder(aside: Path, final: Path) -> None:
+    """Give a finished folder its final name; one that is there already steps aside first, and goes afterwards."""
     old = final.with_name(f".{final.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
+    if final.exists():  # otherwise `old` may be all that a kill between these two renames left
+        shutil.rmtree(old, ignore_errors=True)
         final.rename(old)
     aside.rename(final)
     shutil.rmtree(old, ignore_errors=True)

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers.utils import logging as transformers_logging
 
+from simpo.engine.checkpoint import replace_folder, sync_tree
 from simpo.engine.model import plain_attention, unwrap
 
 if TYPE_CHECKING:
@@ -55,12 +56,8 @@ def save_model(
     if base.generation_config is not None:
         base.generation_config.save_pretrained(aside)
     (aside / "README.md").write_text(build_model_card(recipe, data=data, results=results), encoding="utf-8")
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    aside.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    sync_tree(aside)
+    replace_folder(aside, folder)
 
 
 @contextlib.contextmanager
