@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from simpo.data.audit import PreparedData
     from simpo.recipe import KeyDoc, Recipe
 
 app = typer.Typer(
@@ -98,7 +97,9 @@ def check(
 def audit(
     context: typer.Context,
     recipe: RecipeFile,
-    examples: Annotated[int, typer.Option("--examples", min=0, help="Pairs to print as they will be trained.")] = 0,
+    examples: Annotated[
+        int, typer.Option("--examples", min=0, max=10, help="Pairs to print, the trained text marked.")
+    ] = 2,
     output: Annotated[str | None, typer.Option("--output", help="File for the ledger, instead of output_dir.")] = None,
 ) -> None:
     """Read and tokenise the data, and account for every row: kept, cut or dropped, and why."""
@@ -111,8 +112,7 @@ def audit(
         from simpo.engine.model import load_tokenizer
 
         prepared = prepare_pairs(resolved, load_tokenizer(resolved))
-        prepared.ledger.render(Console())
-        _print_examples(prepared, examples)
+        prepared.ledger.render(Console(), examples=examples)
         path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -249,16 +249,6 @@ def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
     missing = [name for name in ("dataset_mixer", "output_dir") if not getattr(recipe, name)]
     lines.append(f"to train, still give: {', '.join(missing)}" if missing else "this recipe can be trained")
     return lines
-
-
-def _print_examples(prepared: PreparedData, count: int) -> None:
-    """The first training pairs: what is conditioned on, and what is trained."""
-    for row in prepared.train.select(range(min(count, len(prepared.train)))):
-        lengths = {side: len(row[f"{side}_ids"]) - row[f"{side}_start"] for side in ("chosen", "rejected")}
-        typer.secho(f"\n{row['row_id']}", bold=True)
-        typer.echo(f"prompt ({row['chosen_start']} tokens):\n{row['prompt_text']}")
-        for side, length in lengths.items():
-            typer.echo(f"{side} ({length} trained tokens):\n{row[f'{side}_text']}")
 
 
 def _key_text(doc: KeyDoc) -> str:

@@ -428,7 +428,7 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
             return True, ()
         except ValueError as error:
             base.set_attn_implementation("sdpa" if before == PACKED else before)
-            notes = (f"padded rows, about half as fast, since packed ones do not fit: {error}",)
+            notes = (f"padded rows, which are slower, since packed ones do not fit: {error}",)
     check_packed_forward(model, pack=False, share_prompt=False)
     return False, notes
 

@@ -31,7 +31,14 @@ from simpo.display import Display
 from simpo.engine import checkpoint as checkpoints
 from simpo.engine.checkpoint import Checkpoint
 from simpo.engine.export import save_model
-from simpo.engine.metrics import MetricsLog, PairMeter, check_trackers, pair_metric_sums, peak_memory_gib
+from simpo.engine.metrics import (
+    MetricsLog,
+    PairMeter,
+    check_trackers,
+    forget_lines_after,
+    pair_metric_sums,
+    peak_memory_gib,
+)
 from simpo.engine.model import compute_pair_logps, load_model, load_tokenizer, pick_device, source_dtype, unwrap
 from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
 from simpo.generate import generate_greedy, save_generations
@@ -102,6 +109,7 @@ class Trainer:
         self.display = display or Display()
         self.output_dir = Path(recipe.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
+        self.generations_path = self.output_dir / "generations.jsonl"
         resume = find_checkpoint(recipe)
         for notice in recipe.notices:
             self.display.say(notice)
@@ -141,7 +149,9 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite.
         """
         self.display.table("training", self._summary())
-        log = MetricsLog(self.output_dir / "metrics.jsonl", self.recipe, resume_step=self.progress.step or None)
+        done = self.progress.step or None
+        forget_lines_after(self.generations_path, done)
+        log = MetricsLog(self.output_dir / "metrics.jsonl", self.recipe, resume_step=done)
         with contextlib.closing(log) as self.log, self._stop_on_signals():
             if self.recipe.eval_on_start and self.progress.step == 0:
                 self._evaluate_and_log()
@@ -295,7 +305,7 @@ class Trainer:
             max_new_tokens=self.recipe.eval_generation_max_new_tokens,
         )
         save_generations(
-            self.output_dir / "generations.jsonl",
+            self.generations_path,
             step=self.progress.step,
             row_ids=[store[i].row_id for i in indices],
             prompts=[store.texts(i)["prompt_text"] for i in indices],

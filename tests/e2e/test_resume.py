@@ -99,6 +99,15 @@ def test_resume_from_a_named_earlier_checkpoint_repeats_the_rest(tiny_recipe: Se
     assert (folder / "checkpoints" / "step-8.superseded").is_dir()
 
 
+def test_generations_of_steps_done_again_are_not_kept_twice(tiny_recipe: Settings, tmp_path: Path) -> None:
+    settings = {**tiny_recipe, "num_eval_generations": 2, "eval_generation_max_new_tokens": 3}
+    build(settings, output_dir=str(tmp_path / "whole")).run()
+    build(settings).run()
+    folder = Path(settings["output_dir"])
+    build(settings, resume_from_checkpoint=str(folder / "checkpoints" / "step-4")).run()
+    assert (folder / "generations.jsonl").read_text() == (tmp_path / "whole" / "generations.jsonl").read_text()
+
+
 def test_optimizer_moments_are_restored(tiny_recipe: Settings) -> None:
     trainer = build(tiny_recipe)
     stop_after(trainer, 3)

@@ -9,6 +9,7 @@ import types
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from simpo.cli import app
@@ -188,8 +189,8 @@ class Rows(list):
 
 
 class Ledger:
-    def render(self, console) -> None:
-        console.print("1 row kept")
+    def render(self, console, *, examples) -> None:
+        console.print(f"1 row kept, {examples} examples")
 
     def save(self, path) -> None:
         Path(path).write_text(json.dumps({"kept": 1}))
@@ -214,9 +215,18 @@ def prepared(monkeypatch):
 def test_audit_prints_the_ledger_and_saves_it_with_the_run(recipe_file, tmp_path):
     result = run("audit", recipe_file, "--examples", "3")
     assert result.exit_code == 0, result.output
-    assert "1 row kept" in result.output
-    assert "chosen (5 trained tokens)" in result.output
+    assert "1 row kept, 3 examples" in result.output
     assert json.loads((tmp_path / "run" / "audit.json").read_text()) == {"kept": 1}
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 10])
+def test_audit_prints_as_many_marked_examples_as_asked_for(tiny_model, pair_files, tmp_path, count):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_name_or_path": str(tiny_model), "dataset_mixer": {str(pair_files): 1.0}}))
+    result = run("audit", recipe, "--examples", count, "--cache_dir", tmp_path / "cache")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("trained text in") == 2 * count  # chosen and rejected
+    assert result.output.count("<|im_end|>\u27e7") == 2 * count
 
 
 @pytest.mark.usefixtures("prepared")

@@ -31,7 +31,8 @@ from simpo.data.workers import WorkersFailed, map_in_processes
 CHUNK_ROWS = 256
 ROWS_PER_PROCESS = 2000
 """Fewer rows than this do not pay for starting one more process."""
-NUM_EXAMPLES = 3
+NUM_EXAMPLES = 10
+"""Pairs that the ledger keeps as text: as many as `simpo audit --examples` may ask for."""
 
 _ACCOUNT_COLUMNS = {
     "prompt_cut": pa.int32(),

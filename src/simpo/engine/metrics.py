@@ -106,10 +106,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, recipe: Recipe, *, resume_step: int | None = None) -> None:
         self.path = path
-        if resume_step is not None:
-            _forget_after(path, resume_step)
-        elif path.exists():
-            path.unlink()
+        forget_lines_after(path, resume_step)
         self._trackers = [_TRACKERS[name](recipe, path.parent) for name in recipe.report_to]
         self._file = path.open("a", encoding="utf-8")
 
@@ -133,9 +130,17 @@ class MetricsLog:
             tracker.close()
 
 
-def _forget_after(path: Path, step: int) -> None:
-    """Drop lines of steps that a resumed run will do again, and a last line that a kill cut short."""
+def forget_lines_after(path: Path, step: int | None) -> None:
+    """Drop lines of steps that a resumed run will do again, and a last line that a kill cut short.
+
+    Args:
+        path: a file of JSON lines that have "step"; may be missing.
+        step: the last step that is kept; None starts over.
+    """
     if not path.exists():
+        return
+    if step is None:
+        path.unlink()
         return
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
