@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from simpo.core import attention
+from simpo.core import attention, matmul_attention
 from simpo.core.attention import AttentionBlocks, dense_mask, packed_attention, reference_attention
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=40)
@@ -85,10 +85,11 @@ def test_dense_mask_equals_the_rule_applied_to_each_sequence_of_tokens(layout, w
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("heads", [(9, 3), (2, 2)])
-def test_packed_attention_equals_the_reference_in_values_and_gradients(dtype, softcap, window, heads):
+@pytest.mark.parametrize("path", [packed_attention, attention._block_by_block])
+def test_packed_attention_equals_the_reference_in_values_and_gradients(dtype, softcap, window, heads, path):
     tensors = random_qkv(NUM_TOKENS, dtype=dtype, heads=heads)
     options = {"sliding_window": window, "softcap": softcap}
-    packed = output_and_gradients(packed_attention, tensors, BLOCKS, **options)
+    packed = output_and_gradients(path, tensors, BLOCKS, **options)
     reference = output_and_gradients(reference_attention, tensors, BLOCKS, **options)
     assert_close(packed, reference, tolerance=TOLERANCE[dtype])
 
@@ -110,6 +111,47 @@ def test_packed_attention_equals_the_reference_on_random_layouts(layout, window,
     options = {"sliding_window": window, "softcap": softcap}
     packed = output_and_gradients(packed_attention, tensors, blocks, **options)
     assert_close(packed, output_and_gradients(reference_attention, tensors, blocks, **options), tolerance=1e-10)
+
+
+# Blocks longer than a tile, a prefix longer than one, and one that ends inside a tile.
+LONG = AttentionBlocks(((0, 0, 0, 150), (0, 133, 150, 217), (0, 40, 217, 218), (220, 220, 220, 485)))
+
+
+@pytest.mark.parametrize("tile_bytes", [1, 4 * 2**20])
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 60, 140])
+def test_tiles_leave_no_trace(monkeypatch, tile_bytes, softcap, window):
+    monkeypatch.setattr(matmul_attention, "TILE_BYTES", tile_bytes)
+    tensors = random_qkv(490, dtype=torch.float64, heads=(4, 2), size=4)
+    options = {"sliding_window": window, "softcap": softcap}
+    packed = output_and_gradients(packed_attention, tensors, LONG, **options)
+    assert_close(packed, output_and_gradients(reference_attention, tensors, LONG, **options), tolerance=1e-10)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_bf16_attention_is_no_further_from_the_truth_than_torch_s_own(autocast):
+    """Scores and their gradients are fp32 in both; operands and results are bf16, one rounding in 256 each."""
+    exact = [t.detach().to(torch.bfloat16).double().requires_grad_() for t in random_qkv(490, dtype=torch.float32)]
+    half = [t.detach().to(torch.float32 if autocast else torch.bfloat16).requires_grad_() for t in exact]
+    truth = output_and_gradients(reference_attention, exact, LONG)
+
+    def errors(path) -> list[float]:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            results = output_and_gradients(path, half, LONG)
+        return [float((r.double() - t).norm() / t.norm()) for r, t in zip(results, truth, strict=True)]
+
+    for name, ours, theirs in zip(
+        ("output", "d query", "d key", "d value"), errors(packed_attention), errors(attention._block_by_block)
+    ):
+        assert ours < min(4e-3, 1.3 * theirs), name
+
+
+def test_fp32_products_are_fp32_again_after_bf16_attention():
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    half = [t.detach().to(torch.bfloat16).requires_grad_() for t in random_qkv(490, dtype=torch.float32)]
+    output_and_gradients(packed_attention, half, LONG)
+    assert settings.fp32_precision == before
 
 
 @pytest.mark.parametrize("softcap", [None, 1.5])

@@ -1,4 +1,7 @@
-"""Attention over packed rows in which responses share a prefix: a dense reference, a portable path, a CUDA path.
+"""Attention over packed rows in which responses share a prefix: a dense reference, and the paths that are fast.
+
+On CUDA in half precision all blocks go through one `varlen_attn`; on a CPU, and wherever scores are soft-capped,
+through `core.matmul_attention`; otherwise block by block through torch's own attention.
 
 A packed row is a list of *blocks*. Block (prefix_start, prefix_end, start, end) says: rows start..end attend to the
 rows prefix_start..prefix_end and, causally, to themselves. A chosen sequence is a block with an empty prefix; the
@@ -17,6 +20,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from simpo.core.matmul_attention import ScoreOptions, matmul_attention
 
 Block = tuple[int, int, int, int]
 
@@ -102,6 +107,26 @@ def packed_attention(
     """
     if _can_use_varlen(query, key, value, softcap, dropout):
         return _varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
+    if dropout == 0.0 and (softcap is not None or query.device.type in ("cpu", "meta")):
+        options = ScoreOptions(query.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap)
+        return matmul_attention(query, key, value, blocks.ranges, options)
+    return _block_by_block(
+        query, key, value, blocks, scale=scale, sliding_window=sliding_window, softcap=softcap, dropout=dropout
+    )
+
+
+def _block_by_block(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: AttentionBlocks,
+    *,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """torch's own attention on each block: where there is dropout, and for fp32 on an accelerator."""
     outputs: list[Tensor] = []
     reached = 0
     for prefix_start, prefix_end, start, end in blocks.ranges:

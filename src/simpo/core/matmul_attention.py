@@ -1,0 +1,195 @@
+"""Packed attention from batched matrix products, forward and backward written out: for CPUs, and for soft-caps.
+
+Per block and per tile of its queries, with K and V the keys and values that the tile can see:
+
+    S = scale Q K^T           P = softmax(S)            O = P V
+    dV += P^T dO              dP = dO V^T               dS = P (dP - rowsum(P dP))
+    dQ = scale dS K           dK += scale dS^T Q
+
+A tile multiplies only the keys up to its last query, so about half the square is never computed; P is computed again in
+the backward pass, so memory is one tile's scores. The heads that share a key head are stacked as more queries of it.
+Half-precision products that end in a softmax or in its derivative (S and dP) come out in fp32, as in flash attention:
+their operands are widened, and oneDNN is told that it may multiply them as the bf16 they are. Torch only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+TILE_ROWS = 128  # most queries of one tile: fewer skip more of the masked half, more make larger products
+TILE_BYTES = 4 * 2**20  # of a tile's fp32 scores: what a core's caches still hold
+TILE_BYTES_CUDA = 256 * 2**20  # few large products
+
+
+@dataclass(frozen=True)
+class ScoreOptions:
+    """From products to scores: scale, then softcap * tanh(. / softcap), then the window; None = off."""
+
+    scale: float
+    sliding_window: int | None
+    softcap: float | None
+
+
+def matmul_attention(query: Tensor, key: Tensor, value: Tensor, ranges: Any, options: ScoreOptions) -> Tensor:
+    """Attention over the blocks of one row; shapes and meaning as in `core.attention.packed_attention`.
+
+    Under autocast the operands are cast as for torch's own attention.
+    """
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+    with torch.autocast(device, enabled=False):
+        return _MatmulAttention.apply(query, key, value, ranges, options)
+
+
+class _Tile(NamedTuple):
+    """Queries start..end of the row, which see the first num_keys keys of their block."""
+
+    start: int
+    end: int
+    num_keys: int
+
+
+def _tiles(block: tuple[int, int, int, int], query: Tensor) -> list[_Tile]:
+    """Tiles of a block, all of about the same number of queries."""
+    prefix_start, prefix_end, start, end = block
+    prefix = prefix_end - prefix_start
+    fitting = (TILE_BYTES_CUDA if query.is_cuda else TILE_BYTES) // (4 * query.shape[1] * (prefix + end - start))
+    rows = max(32, fitting if query.is_cuda else min(TILE_ROWS, fitting))
+    count = -(-(end - start) // rows)
+    edges = [start + (end - start) * index // count for index in range(count + 1)]
+    return [_Tile(low, high, prefix + high - start) for low, high in itertools.pairwise(edges)]
+
+
+class _MatmulAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ranges: Any, options: ScoreOptions) -> Tensor:
+        # Memory as [T, Hq, D], so that the model's next view of it, [T, Hq * D], is no copy.
+        out = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
+        for block in ranges:
+            keys, values = _rows_of(key, block), _rows_of(value, block)
+            wide_keys = keys.to(_precise(keys))
+            for tile in _tiles(block, query):
+                queries = _stack_queries(query, tile, key.shape[1])
+                weights, _ = _weights(queries, wide_keys, tile, options, query.shape[1])
+                mixed = torch.bmm(weights.to(values.dtype), values[:, : tile.num_keys])
+                out[tile.start : tile.end] = _unstack(mixed, query.shape[1]).transpose(0, 1)
+        ctx.save_for_backward(query, key, value)
+        ctx.ranges, ctx.options = ranges, options
+        return out.transpose(0, 1)[None]
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad_out.device.type, enabled=False):  # a backward pass inside it would round S and dP
+            return *_gradients(*ctx.saved_tensors, grad_out, ctx.ranges, ctx.options), None, None
+
+
+def _gradients(
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, ranges: Any, options: ScoreOptions
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads, key_heads = query.shape[1], key.shape[1]
+    precise = _precise(query)
+    d_query = torch.zeros_like(query)
+    d_key = key.new_zeros(key.shape, dtype=precise)
+    d_value = value.new_zeros(value.shape, dtype=precise)
+    for block in ranges:
+        keys, values = _rows_of(key, block), _rows_of(value, block)
+        wide_keys, wide_values = keys.to(precise), values.to(precise)
+        d_keys = torch.zeros_like(wide_keys)
+        d_values = torch.zeros_like(wide_values)
+        for tile in _tiles(block, query):
+            seen = slice(tile.num_keys)
+            queries = _stack_queries(query, tile, key_heads)
+            grads = _stack_queries(grad_out, tile, key_heads)
+            weights, tanh = _weights(queries, wide_keys, tile, options, heads)
+            d_values[:, seen] += torch.bmm(weights.to(values.dtype).transpose(1, 2), grads)
+            with _products_in_bf16(values.dtype):
+                d_weights = torch.bmm(grads.to(precise), wide_values[:, seen].transpose(1, 2))
+            d_scores = torch._softmax_backward_data(d_weights, weights, -1, precise)
+            if tanh is not None:
+                d_scores *= 1 - tanh * tanh
+            d_scores = d_scores.to(query.dtype)
+            d_queries = torch.bmm(d_scores, keys[:, seen]).mul_(options.scale)
+            d_query[0, :, tile.start : tile.end] = _unstack(d_queries, heads)
+            d_keys[:, seen] += torch.bmm(d_scores.transpose(1, 2), queries)
+        _add_rows(d_key, d_keys.mul_(options.scale), block)
+        _add_rows(d_value, d_values, block)
+    return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
+
+
+def _precise(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _rows_of(tensor: Tensor, block: tuple[int, int, int, int]) -> Tensor:
+    """[1, Hkv, T, D] -> [Hkv, prefix + own, D]: what the block's last query sees, in order."""
+    prefix_start, prefix_end, start, end = block
+    own = tensor[0, :, start:end]
+    return torch.cat([tensor[0, :, prefix_start:prefix_end], own], dim=1) if prefix_end > prefix_start else own
+
+
+def _add_rows(total: Tensor, rows: Tensor, block: tuple[int, int, int, int]) -> None:
+    """The transpose of `_rows_of`: total [1, Hkv, T, D] += rows [Hkv, prefix + own, D]."""
+    prefix_start, prefix_end, start, end = block
+    prefix = prefix_end - prefix_start
+    total[0, :, prefix_start:prefix_end] += rows[:, :prefix]
+    total[0, :, start:end] += rows[:, prefix:]
+
+
+def _stack_queries(tensor: Tensor, tile: _Tile, key_heads: int) -> Tensor:
+    """[1, Hq, T, D] -> [Hkv, G * m, D]: the tile's rows, the G heads of each key head one after the other."""
+    return tensor[0, :, tile.start : tile.end].reshape(key_heads, -1, tensor.shape[3])
+
+
+def _unstack(rows: Tensor, heads: int) -> Tensor:
+    """[Hkv, G * m, D] -> [Hq, m, D]."""
+    return rows.reshape(heads, -1, rows.shape[2])
+
+
+def _weights(
+    queries: Tensor, keys: Tensor, tile: _Tile, options: ScoreOptions, heads: int
+) -> tuple[Tensor, Tensor | None]:
+    """Softmax weights [Hkv, G * m, n] of a tile in the dtype of `keys`, and tanh of the soft-cap where there is one."""
+    seen = keys[:, : tile.num_keys].transpose(1, 2)
+    with _products_in_bf16(queries.dtype):
+        scores = torch.baddbmm(keys.new_empty(()), queries.to(keys.dtype), seen, beta=0, alpha=options.scale)
+    tanh = None
+    if options.softcap is not None:
+        tanh = torch.tanh(scores / options.softcap)
+        scores = tanh * options.softcap
+    _hide(scores.view(heads, tile.end - tile.start, tile.num_keys), options.sliding_window)
+    return torch.softmax(scores, dim=-1), tanh
+
+
+def _hide(scores: Tensor, sliding_window: int | None) -> None:
+    """Scores [Hq, m, n] of the last m of n positions: what lies ahead or before the window becomes -inf, in place."""
+    rows, seen = scores.shape[1:]
+    ahead = scores.new_ones(rows, rows, dtype=torch.bool).triu_(1)
+    scores[:, :, seen - rows :].masked_fill_(ahead, float("-inf"))
+    if sliding_window is not None and seen > sliding_window:
+        behind = scores.new_ones(rows, seen, dtype=torch.bool).tril_(seen - rows - sliding_window)
+        scores.masked_fill_(behind, float("-inf"))
+
+
+@contextlib.contextmanager
+def _products_in_bf16(dtype: torch.dtype) -> Iterator[None]:
+    """Inside, if `dtype` is bf16, fp32 products may be computed from operands rounded to bf16, with fp32 results.
+
+    For operands that were bf16 before they were widened nothing is lost.
+    """
+    settings = torch.backends.mkldnn.matmul
+    before = settings.fp32_precision
+    if dtype == torch.bfloat16:
+        settings.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
