@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 from simpo.core import logprobs
 from simpo.core.logprobs import reference_token_logps, response_logps, token_logps
@@ -209,13 +210,40 @@ def test_no_tensor_of_all_logits_ever_exists(options, compute_dtype):
     assert dense.elements == num_labels * V  # the watcher sees what it is meant to see
 
 
-def test_the_default_chunk_keeps_logits_within_its_bytes(monkeypatch):
+@pytest.mark.parametrize(("compute_dtype", "most"), [(torch.float32, 20), (torch.bfloat16, 40)])
+def test_the_default_chunk_keeps_logits_within_its_bytes_in_chunks_of_even_size(monkeypatch, compute_dtype, most):
     monkeypatch.setattr(logprobs, "CHUNK_BYTES", 20 * V * 4 + 3)
-    generator = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(64, D, generator=generator), torch.randn(V, D, generator=generator)
+    hidden, weight = torch.zeros(64, D), torch.zeros(V, D)
     with _LargestTensor() as largest:
-        token_logps(hidden, weight, torch.randint(0, V, (64,), generator=generator))
-    assert largest.elements == 20 * V
+        token_logps(hidden, weight, torch.zeros(64, dtype=torch.long), compute_dtype=compute_dtype)
+    assert largest.elements == -(-64 // -(-64 // most)) * V
+
+
+@pytest.mark.parametrize(("chunk_size", "products"), [(64, 3), (100, 3), (32, 7), (22, 11)])
+def test_the_last_chunk_computes_its_logits_once(chunk_size, products):
+    """Products per chunk: logits, d hidden, d weight; and logits once more for every chunk but the last."""
+    hidden, weight = torch.randn(64, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        labels = torch.zeros(64, dtype=torch.long)
+        token_logps(hidden, weight, labels, compute_dtype=torch.bfloat16, chunk_size=chunk_size).sum().backward()
+    num_chunks = -(-64 // chunk_size)
+    assert products == 4 * num_chunks - 1
+    assert counter.get_total_flops() == pytest.approx(2 * D * V * 64 * products / num_chunks, rel=0.05)
+
+
+def test_logits_are_sliced_for_the_caches_without_a_trace(monkeypatch):
+    inputs = make_inputs(dtype=torch.float64, bias=True)
+    whole = values_and_gradients(token_logps, *inputs, softcap=2.0)
+    monkeypatch.setattr(logprobs, "SLICE_BYTES", 1)  # at least 16 rows: two slices
+    assert_close(values_and_gradients(token_logps, *inputs, softcap=2.0), whole, tolerance=1e-12)
+
+
+def test_a_second_backward_pass_gives_the_same_gradients():
+    """The first one overwrites the logits that the forward pass left."""
+    hidden, weight, _, labels = make_inputs(dtype=torch.float64)
+    logps = token_logps(hidden, weight, labels, chunk_size=10)
+    first = torch.autograd.grad(logps.sum(), (hidden, weight), retain_graph=True)
+    assert_close(list(torch.autograd.grad(logps.sum(), (hidden, weight))), list(first), tolerance=1e-12)
 
 
 @pytest.mark.parametrize(

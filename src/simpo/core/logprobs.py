@@ -10,13 +10,16 @@ vocabulary and the gradients' accumulators included, is fp32 (fp64 when the inpu
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 * 2**20  # default size of one chunk's fp32 logits
+CHUNK_BYTES = 128 * 2**20  # default size of one chunk's logits, in the compute dtype
+CHUNK_BYTES_CUDA = 512 * 2**20  # large products hide what reading and writing the weight's gradient costs
+SLICE_BYTES = 4 * 2**20  # a chunk's fp32 values at one time on a CPU: what its caches hold; elsewhere all of them
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,7 @@ class HeadOptions:
         scale: logits are multiplied by this first.
         softcap: then softcap * tanh(logits / softcap); None = off.
         compute_dtype: dtype of the matrix products; None = the hidden states' own.
-        chunk_size: rows whose logits exist at one time; None = as many as fit in CHUNK_BYTES.
+        chunk_size: rows whose logits exist at one time; None = as many as fit in CHUNK_BYTES (CHUNK_BYTES_CUDA).
     """
 
     scale: float = 1.0
@@ -116,7 +119,9 @@ def _check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: in
 
 
 class _ChunkedLogps(torch.autograd.Function):
-    """Forward keeps one logsumexp per row; backward computes each chunk's logits again.
+    """Forward keeps one logsumexp per row, and the last chunk's logits; backward computes the other chunks' again.
+
+    A batch that fits into one chunk therefore computes its logits once.
 
     d log p(y) / d logits = onehot(y) - softmax(logits), so with g the incoming gradient:
     d hidden = dlogits @ weight, d weight = dlogits.T @ hidden.
@@ -128,19 +133,24 @@ class _ChunkedLogps(torch.autograd.Function):
     ) -> Tensor:
         compute = options.compute_dtype or hidden.dtype
         h, w = hidden.to(compute), weight.to(compute)
-        precise = torch.promote_types(compute, torch.float32)
-        lse = torch.empty(hidden.shape[0], dtype=precise, device=hidden.device)
+        lse = torch.empty(hidden.shape[0], dtype=torch.promote_types(compute, torch.float32), device=hidden.device)
         target = torch.empty_like(lse)
-        for rows in _chunks(hidden.shape[0], weight.shape[0], options.chunk_size):
-            logits, _ = _logits(h[rows], w, bias, options)
-            target[rows] = logits.gather(1, labels[rows, None])[:, 0]
-            lse[rows] = logits.logsumexp(dim=1)
+        products = None
+        for rows in chunk_rows(h, weight.shape[0], options.chunk_size):
+            products = _product(h[rows], w.T)
+            for part in _slices(products):
+                at = _shift(part, rows)
+                logits, _ = _transform(products[part], bias, options)
+                target[at] = logits.gather(1, labels[at, None])[:, 0]
+                lse[at] = logits.logsumexp(dim=1)
         # Leaves are saved, casts are made again: under autocast the weight's gradient stays in the weight's dtype.
         ctx.save_for_backward(hidden, weight, bias, labels, lse)
         ctx.options = options
+        ctx.last_products = products if any(ctx.needs_input_grad) else None
         return target - lse
 
     @staticmethod
+    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, lse = ctx.saved_tensors
         options: HeadOptions = ctx.options
@@ -148,26 +158,23 @@ class _ChunkedLogps(torch.autograd.Function):
         h, w = hidden.to(compute), weight.to(compute)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.empty(hidden.shape, dtype=compute, device=hidden.device) if need_hidden else None
-        d_weight = torch.zeros(weight.shape, dtype=lse.dtype, device=weight.device) if need_weight else None
+        d_weight = None
         d_bias = torch.zeros(weight.shape[0], dtype=lse.dtype, device=weight.device) if need_bias else None
-        for rows in _chunks(hidden.shape[0], weight.shape[0], options.chunk_size):
-            logits, tanh = _logits(h[rows], w, bias, options)
-            d_logits = logits.sub_(lse[rows, None]).exp_().neg_()
-            d_logits.scatter_add_(1, labels[rows, None], torch.ones_like(lse[rows, None]))
-            d_logits *= grad_logps[rows, None]
-            if tanh is not None:
-                d_logits *= 1 - tanh * tanh
-            if options.scale != 1.0:
-                d_logits *= options.scale
-            if d_bias is not None:
-                d_bias += d_logits.sum(dim=0)
-            d_logits = d_logits.to(compute)
-            # A backward pass inside an autocast region would otherwise round these products to bf16.
-            with torch.autocast(h.device.type, enabled=False):
-                if d_hidden is not None:
-                    d_hidden[rows] = d_logits @ w
-                if d_weight is not None:
-                    _accumulate_product(d_weight, d_logits.T, h[rows])
+        products, ctx.last_products = ctx.last_products, None  # overwritten below: a second backward starts anew
+        for rows in reversed(chunk_rows(h, weight.shape[0], options.chunk_size)):
+            products = _product(h[rows], w.T) if products is None else products
+            for part in _slices(products):
+                at = _shift(part, rows)
+                d_logits = _d_logits(products[part], lse[at], labels[at], grad_logps[at], bias, options)
+                if d_bias is not None:
+                    d_bias += d_logits.sum(dim=0)
+                products[part] = d_logits
+            d_products, products = products, None
+            if d_hidden is not None:
+                d_hidden[rows] = _product(d_products, w)
+            if need_weight:
+                d_weight = _add_product(d_weight, d_products.T, h[rows], lse.dtype)
+            del d_products  # before the next chunk's logits come
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -177,19 +184,36 @@ class _ChunkedLogps(torch.autograd.Function):
         )
 
 
-def _accumulate_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, the sum in total's precision."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total += left @ right
+def _d_logits(
+    products: Tensor, lse: Tensor, labels: Tensor, grad_logps: Tensor, bias: Tensor | None, options: HeadOptions
+) -> Tensor:
+    """Gradient with respect to the products hidden @ weight.T (+ bias) of some rows, [n, V] in lse's dtype."""
+    logits, tanh = _transform(products, bias, options)
+    d_logits = logits.sub_(lse[:, None]).exp_().mul_(-grad_logps[:, None])
+    d_logits.scatter_add_(1, labels[:, None], grad_logps[:, None])
+    if tanh is not None:
+        d_logits *= 1 - tanh * tanh
+    return d_logits if options.scale == 1.0 else d_logits.mul_(options.scale)
 
 
-def _logits(h: Tensor, w: Tensor, bias: Tensor | None, options: HeadOptions) -> tuple[Tensor, Tensor | None]:
-    """Transformed logits of one chunk in fp32 (or fp64), and tanh of the soft-cap when there is one."""
-    with torch.autocast(h.device.type, enabled=False):
-        logits = h @ w.T
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """left @ right in their own dtype, also where autocast would choose another."""
+    with torch.autocast(left.device.type, enabled=False):
+        return left @ right
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, precise: torch.dtype) -> Tensor:
+    """total + left @ right, the sum over chunks in the precise dtype; None = 0."""
+    if total is None:
+        return _product(left, right).to(precise)
+    if left.dtype == precise:
+        return total.addmm_(left, right)
+    return total.add_(_product(left, right))
+
+
+def _transform(products: Tensor, bias: Tensor | None, options: HeadOptions) -> tuple[Tensor, Tensor | None]:
+    """Logits of some rows in fp32 (or fp64), a new tensor, and tanh of the soft-cap when there is one."""
+    logits = products.to(torch.promote_types(products.dtype, torch.float32), copy=True)
     if bias is not None:
         logits += bias
     if options.scale != 1.0:
@@ -200,7 +224,26 @@ def _logits(h: Tensor, w: Tensor, bias: Tensor | None, options: HeadOptions) -> 
     return tanh * options.softcap, tanh
 
 
-def _chunks(num_rows: int, vocabulary: int, chunk_size: int | None) -> list[slice]:
+def chunk_rows(hidden: Tensor, vocabulary: int, chunk_size: int | None) -> list[slice]:
+    """Rows of `hidden` (in the compute dtype) whose logits are computed together; the sizes differ by at most one."""
     if chunk_size is None:
-        chunk_size = max(16, CHUNK_BYTES // (4 * vocabulary))
-    return [slice(start, start + chunk_size) for start in range(0, num_rows, chunk_size)]
+        budget = CHUNK_BYTES_CUDA if hidden.is_cuda else CHUNK_BYTES
+        chunk_size = max(16, budget // (hidden.element_size() * vocabulary))
+    return _cut(hidden.shape[0], chunk_size)
+
+
+def _slices(products: Tensor) -> list[slice]:
+    """Rows of a chunk whose fp32 values exist at one time."""
+    num_rows, vocabulary = products.shape
+    return _cut(num_rows, max(16, SLICE_BYTES // (4 * vocabulary)) if products.device.type == "cpu" else num_rows)
+
+
+def _cut(num_rows: int, most: int) -> list[slice]:
+    """0..num_rows in as few pieces of at most `most` rows as there can be, of even size."""
+    count = max(1, -(-num_rows // most))
+    edges = [num_rows * index // count for index in range(count + 1)]
+    return [slice(low, high) for low, high in itertools.pairwise(edges)]
+
+
+def _shift(part: slice, rows: slice) -> slice:
+    return slice(rows.start + part.start, rows.start + part.stop)
