@@ -41,7 +41,8 @@ def generate_greedy(
     was_training, texts = model.training, []
     model.eval()
     try:
-        with plain_attention(model):
+        # Compiled blocks would be compiled anew for one token at a time, a cache and a mask.
+        with plain_attention(model), torch.compiler.set_stance("force_eager"):
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
                 width = max(len(ids) for ids in batch)

@@ -102,6 +102,10 @@ def as_loss_name(value: Any) -> Any:
     return "sigmoid" if value == "simpo" else value
 
 
+def _optimizer(value: Any) -> Any:
+    return "adamw_8bit" if value == "adamw_bnb_8bit" else value  # transformers has both names for the one
+
+
 def _mixture(value: Any) -> Any:
     if not isinstance(value, Mapping):
         raise ValueError("a mapping of dataset name to fraction is needed")
@@ -194,6 +198,9 @@ METRICS: dict[str, bool] = {
 """Evaluation metrics that can choose the best checkpoint -> whether greater is better."""
 
 
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_bf16", "adamw_8bit")
+
+
 class Recipe(BaseModel):
     """A complete, resolved, read-only recipe; `simpo.recipe.load_recipe` makes one from any accepted spelling.
 
@@ -222,7 +229,7 @@ class Recipe(BaseModel):
         "null = packed attention of this package; eager, sdpa, flash_attention_2, ...")
     master_dtype: Literal["float32", "bfloat16"] = _model(
         "float32", "Number format of the weights the optimizer changes. bfloat16 loses most updates at small "
-        "learning rates.", "float32 or bfloat16")
+        "learning rates, except with optim: adamw_bf16.", "float32 or bfloat16")
     bf16: bool = _model(
         None, "Compute in bfloat16 (weights stay in master_dtype); false computes in float32.", "true or false",
         derived="true")
@@ -306,15 +313,17 @@ class Recipe(BaseModel):
         True, "Compute the common prefix of chosen and rejected once.", "true or false")
     max_tokens_per_micro_batch: Whole | None = _packing(
         None, "Tokens after which a micro-batch is split, whatever its number of pairs; the update stays the same.",
-        "whole, >= 2; null = no limit", ge=2)
+        "whole, >= 2; null = as many as fit into free memory when the run starts (no limit with pack: false)", ge=2)
     logits_chunk_size: Whole | None = _packing(
         None, "Response tokens whose vocabulary logits exist at one time; smaller needs less memory.",
         "whole, >= 1; null = chosen by memory", ge=1)
     # -- optimisation
     per_device_train_batch_size: Whole = _optimisation(
-        2, "Pairs in one micro-batch of one process.", "whole, >= 1", ge=1)
+        2, "Pairs in one micro-batch of one process; times gradient_accumulation_steps, in one optimizer step.",
+        "whole, >= 1", ge=1)
     gradient_accumulation_steps: Whole = _optimisation(
-        1, "Micro-batches in one optimizer step.", "whole, >= 1", ge=1)
+        1, "Micro-batches in one optimizer step; more where its pairs exceed max_tokens_per_micro_batch.",
+        "whole, >= 1", ge=1)
     num_train_epochs: Number = _optimisation(
         1.0, "Passes over the training pairs.", "x > 0", gt=0)
     max_steps: Whole = _optimisation(
@@ -328,8 +337,10 @@ class Recipe(BaseModel):
         0.1, "Share of the steps over which the learning rate rises from 0.", "0 <= x <= 1", ge=0, le=1)
     warmup_steps: Annotated[int, BeforeValidator(as_whole)] = _optimisation(
         0, "Steps of warm-up; more than 0 overrides warmup_ratio.", "whole, >= 0", ge=0)
-    optim: Literal["adamw_torch_fused", "adamw_torch"] = _optimisation(
-        "adamw_torch_fused", "The optimizer; both compute AdamW.", "adamw_torch_fused or adamw_torch")
+    optim: Annotated[Literal[tuple(OPTIMIZERS)], BeforeValidator(_optimizer)] = _optimisation(
+        "adamw_torch_fused", "The optimizer; all compute AdamW. adamw_bf16 keeps its moments, and bfloat16 weights, "
+        "with stochastic rounding; adamw_8bit is bitsandbytes' (install simpo[8bit]).",
+        "one of " + ", ".join(OPTIMIZERS))
     weight_decay: Number = _optimisation(
         0.0, "AdamW's decoupled weight decay; biases and norms are spared.", "x >= 0", ge=0)
     adam_beta1: Number = _optimisation(
@@ -344,10 +355,17 @@ class Recipe(BaseModel):
         False, "Recompute activations in the backward pass: less memory, about a third more time.", "true or false")
     gradient_checkpointing_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = _optimisation(
         None, "Settings of gradient checkpointing; only use_reentrant: false is supported.", "mapping or null")
+    activation_offload: bool = _optimisation(
+        False, "Keep what the backward pass needs in host memory instead of the GPU's: less GPU memory, the same "
+        "numbers, more time.", "true or false; true only on CUDA")
+    torch_compile: bool = _optimisation(
+        False, "Compile the transformer blocks with torch.compile: a slow first step, then fewer and larger kernels.",
+        "true or false; true not with load_in_4bit")
     disable_dropout: bool = _optimisation(
         True, "Set the model's dropout to 0.", "true or false")
     seed: Whole = _optimisation(
-        42, "Seed of shuffles, splits, dropout and adapters.", "whole, 0 <= x < 2^32", ge=0, lt=2**32)
+        42, "Seed of shuffles, splits, dropout, adapters and stochastic rounding.", "whole, 0 <= x < 2^32",
+        ge=0, lt=2**32)
     # -- lora
     use_peft: bool = _lora(
         False, "Train LoRA adapters instead of all weights (install simpo[peft]).", "true or false")
@@ -523,6 +541,7 @@ _NOT_IN_FINGERPRINT = frozenset(
         "cache_dir",
         "preprocessing_num_workers",
         "num_threads",
+        "activation_offload",
     ]
 )
 
@@ -570,6 +589,10 @@ def _pick(value: float | None, is_read: bool, default: float | None, neutral: fl
 def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
     if recipe.load_in_4bit and not recipe.use_peft:
         raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves; set use_peft: true as well (QLoRA)")
+    if recipe.torch_compile and recipe.load_in_4bit:
+        raise ValueError("torch_compile: blocks with 4-bit weights are not compiled here; set one of them to false")
+    if recipe.activation_offload and recipe.device == "cpu":
+        raise ValueError("activation_offload: with device: cpu activations are in host memory already; remove it")
     resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
     if recipe.attn_implementation is not None and (recipe.pack or recipe.share_prompt):
         notices.append(

@@ -68,7 +68,7 @@ def _no_evaluation(value: Any) -> Any:
 
 BF16_MASTERS_NOTICE = (
     "fp32 master weights are kept: at small learning rates bf16 weights do not move; "
-    "set master_dtype: bfloat16 to insist"
+    "set master_dtype: bfloat16 to insist (with optim: adamw_bf16 they do move)"
 )
 
 ALIASES: dict[str, Alias] = {
@@ -79,6 +79,7 @@ ALIASES: dict[str, Alias] = {
     "use_flash_attention_2": Alias("attn_implementation", _flag("flash_attention_2")),
     "activation_checkpointing": Alias("gradient_checkpointing"),
     "activation_checkpointing_kwargs": Alias("gradient_checkpointing_kwargs"),
+    "activation_offloading": Alias("activation_offload"),
     "no_cuda": Alias("device", _flag("cpu")),
     "use_cpu": Alias("device", _flag("cpu")),
     # TRL and the alignment-handbook
@@ -200,11 +201,11 @@ _BY_HINT: Mapping[str, str] = {
     _PRECISION: "fp16 fp16_full_eval bf16_full_eval fp16_opt_level half_precision_backend fp16_backend "
     "attention_softmax_in_fp32 accumulate_allreduce_grads_in_fp32 reuse_fp32_param loss_scale fp32_residual_connection "
     "main_grads_dtype main_params_dtype load_in_8bit fp8_format bnb_4bit_quant_storage bnb_4bit_compute_dtype",
-    _KERNEL: "torch_compile torch_compile_backend torch_compile_mode use_liger_kernel use_liger liger_kernel_config "
+    _KERNEL: "torch_compile_backend torch_compile_mode use_liger_kernel use_liger liger_kernel_config "
     "jit_mode_eval use_ipex use_flash_attn no_masked_softmax_fusion no_bias_gelu_fusion no_bias_swiglu_fusion "
     "no_rope_fusion use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb use_fused_mlp "
     "gradient_accumulation_fusion no_gradient_accumulation_fusion use_mc2 attention_backend swap_attention "
-    "padding_free use_unsloth unsloth use_reentrant_gc torch_empty_cache_steps activation_offloading manual_gc "
+    "padding_free use_unsloth unsloth use_reentrant_gc torch_empty_cache_steps manual_gc "
     "manual_gc_interval cross_entropy_loss_fusion transformer_engine enable_recompute_layers_per_pp_rank",
     _LOGGING: "logging_strategy logging_first_step log_level log_level_replica log_on_each_node disable_tqdm "
     "logging_nan_inf_filter include_num_input_tokens_seen include_tokens_per_second include_for_metrics "

@@ -34,6 +34,7 @@ _MAY_CHANGE_ON_RESUME = frozenset(
         "eval_generation_max_new_tokens",
         "preprocessing_num_workers",
         "cache_dir",
+        "activation_offload",
         "num_threads",  # changes the order of sums, so the last bits
     }
 )

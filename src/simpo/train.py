@@ -25,12 +25,16 @@ import torch
 from torch import Tensor
 
 from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses
-from simpo.data.audit import prepare_pairs
+from simpo.data.audit import PreparedData, prepare_pairs
 from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan
 from simpo.display import Display
 from simpo.engine import checkpoint as checkpoints
 from simpo.engine.checkpoint import Checkpoint
+from simpo.engine.compile import compile_blocks
+from simpo.engine.costs import cost_weights
 from simpo.engine.export import save_model
+from simpo.engine.host import keep_freed_memory
+from simpo.engine.memory import TokenBudget, fit_micro_batches
 from simpo.engine.metrics import (
     MetricsLog,
     PairMeter,
@@ -40,6 +44,7 @@ from simpo.engine.metrics import (
     peak_memory_gib,
 )
 from simpo.engine.model import compute_pair_logps, load_model, load_tokenizer, pick_device, source_dtype, unwrap
+from simpo.engine.offload import offload_activations
 from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
 from simpo.generate import generate_greedy, save_generations
 from simpo.recipe import LOSS_OPTIONS, Recipe
@@ -97,11 +102,12 @@ class Trainer:
     Args:
         recipe: what to train, how, and where to write; see `simpo.recipe`.
         display: where progress is shown; None = the terminal.
+        data: pairs that are tokenised already; None = read and tokenise the recipe's datasets.
     Raises:
         ValueError: data, model, device, run directory or checkpoint do not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, *, display: Display | None = None) -> None:
+    def __init__(self, recipe: Recipe, *, display: Display | None = None, data: PreparedData | None = None) -> None:
         if recipe.output_dir is None:
             raise ValueError("output_dir: a run needs a folder to write to, for example --output_dir runs/first")
         self.recipe = recipe
@@ -115,12 +121,16 @@ class Trainer:
             self.display.say(notice)
 
         self.device = pick_device(recipe.device)
+        if recipe.activation_offload and self.device.type == "cpu":
+            raise ValueError("activation_offload: on a CPU activations are in host memory already; set it to false")
         if recipe.tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
         set_threads(recipe.num_threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         seed_everything(recipe.seed)
         self.tokenizer = load_tokenizer(recipe)
-        self.data = prepare_pairs(recipe, self.tokenizer)
+        self.data = prepare_pairs(recipe, self.tokenizer) if data is None else data
         self.export_dtype = source_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
         self.model = load_model(recipe, device=self.device)
         self.model.train()
@@ -133,8 +143,13 @@ class Trainer:
         self.window = PairMeter()  # pairs since the last logged step
         self.log: MetricsLog | None = None  # opened by run()
         self._stop = threading.Event()
+        self.budget: TokenBudget | None = None  # picked by memory; a resumed run keeps what its checkpoint says
         if resume is not None:
             self._restore(resume)
+        else:
+            self._fit_micro_batches()
+        if recipe.torch_compile:  # after the memory was measured: rows that small would be compiled for nothing
+            compile_blocks(self.model, device=self.device)
         self.output_dir.mkdir(parents=True, exist_ok=True)
         recipe.save(self.output_dir / "recipe.yaml")
         self.data.ledger.save(self.output_dir / "audit.json")
@@ -167,7 +182,8 @@ class Trainer:
         started = time.perf_counter()
         meter, losses = PairMeter(), []
         for micro_batch in self.loader.micro_batches(plan):
-            pair_losses, metric_sums = self.forward(micro_batch, plan)
+            with offload_activations(self.model) if self.recipe.activation_offload else contextlib.nullcontext():
+                pair_losses, metric_sums = self.forward(micro_batch, plan)
             # Each backward adds this micro-batch's share of the gradient of the mean over *all* pairs of the step.
             (pair_losses.sum() / plan.num_pairs).backward()
             meter.add(metric_sums, len(micro_batch.indices))
@@ -325,6 +341,7 @@ class Trainer:
         state = {
             "progress": dataclasses.asdict(self.progress),
             "window": self.window.state_dict(),
+            "max_tokens_per_micro_batch": self.loader.max_tokens,
             **self._identity(),
         }
         saved = checkpoints.save_checkpoint(
@@ -343,6 +360,8 @@ class Trainer:
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
         self.progress = Progress(**state["progress"])
         self.window.load_state_dict(state["window"])
+        # What is free today must not change the plan. (Older checkpoints had no limit but the recipe's.)
+        self.loader.limit_tokens(state.get("max_tokens_per_micro_batch", self.loader.max_tokens))
         self.display.say(f"resumed from {checkpoint.folder}: step {checkpoint.step} of {self.total_steps} is done")
 
     def _identity(self) -> dict[str, Any]:
@@ -352,6 +371,29 @@ class Trainer:
             "data_fingerprint": self.data.fingerprint,
             "total_steps": self.total_steps,
         }
+
+    def _fit_micro_batches(self) -> None:
+        """Where the recipe leaves it open, let a micro-batch hold as many tokens as fit into the free memory."""
+        recipe, store = self.recipe, self.loader.store
+        if recipe.max_tokens_per_micro_batch is not None or not recipe.pack:
+            return
+        alone = StepPlan(step=0, epoch=0, num_pairs=1, num_chosen_tokens=1, micro_batches=((0,),))
+        self.budget = fit_micro_batches(
+            self.model,
+            lambda batch: self.forward(MicroBatch(batch, (0,) * batch.num_pairs), alone),
+            store.shapes,
+            store.response_lengths.sum(axis=1),
+            device=self.device,
+            share_prompt=recipe.share_prompt,
+            optim=recipe.optim,
+            chunk_size=recipe.logits_chunk_size,
+            offloaded=recipe.activation_offload,
+            name_of=lambda index: store[index].row_id,
+        )
+        if self.budget is not None:
+            self.loader.limit_tokens(self.budget.tokens)
+            if self.budget.warning is not None:
+                self.display.say(self.budget.warning)
 
     # --- parts -------------------------------------------------------------------------------------------------------
 
@@ -372,16 +414,18 @@ class Trainer:
         return strategy == "steps" and every is not None and self.progress.step % every == 0
 
     def _build_loader(self, dataset: Any, *, evaluation: bool = False) -> StepLoader:
-        recipe = self.recipe
+        recipe, config = self.recipe, unwrap(self.model).config.get_text_config()
+        store = PairStore(dataset, share_prompt=recipe.share_prompt)
+        store.check_lengths(getattr(config, "max_position_embeddings", None))
         return StepLoader(
-            PairStore(dataset, share_prompt=recipe.share_prompt),
+            store,
             pairs_per_step=recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(),
             num_micro_batches=1 if evaluation else recipe.gradient_accumulation_steps,
             max_tokens=None if evaluation else recipe.max_tokens_per_micro_batch,
             pack=recipe.pack,
             pad_token_id=self.tokenizer.pad_token_id or 0,
             seed=recipe.seed,
-            hidden_size=unwrap(self.model).config.get_text_config().hidden_size,
+            weights=cost_weights(config),
         )
 
     def _prepare_reference(self) -> dict[str, ReferenceLogps] | None:
@@ -440,8 +484,16 @@ class Trainer:
             "pairs": f"{len(self.data.train)} to train, {len(self.data.eval or ())} held out",
             "rows": f"{layout}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
             "steps": f"{self.total_steps} of {recipe.pairs_per_step()} pairs",
+            "micro-batches": self._describe_micro_batches(),
             "loss": recipe.describe_loss(),
         }
+
+    def _describe_micro_batches(self) -> str:
+        first = next(self.loader.plans(0, 1)).micro_batches
+        text = f"{len(first)} in the first step"
+        if self.loader.max_tokens is not None:
+            text = f"up to {self.loader.max_tokens:,} tokens, {text}"
+        return text if self.budget is None else f"{text}; {self.budget}"
 
     @contextlib.contextmanager
     def _stop_on_signals(self) -> Iterator[None]:

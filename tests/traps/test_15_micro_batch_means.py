@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
-from simpo.core.packing import PairShape, plan_micro_batches
+from simpo.core.packing import plan_micro_batches
 from simpo.data.loader import StoredPair
 from simpo.engine.model import PACKED, compute_pair_logps
 
@@ -44,8 +44,8 @@ def gradient(model: torch.nn.Module) -> torch.Tensor:
 def test_five_pairs_in_two_micro_batches_weigh_one_fifth_each(model: torch.nn.Module) -> None:
     """`Trainer.train_step` divides sums by the step's pairs; tests/invariant/test_accumulation.py runs it in full."""
     pairs = make_pairs(5)
-    shapes = [PairShape(0, len(p.chosen_ids), len(p.rejected_ids)) for p in pairs]
-    (micro_batches,) = plan_micro_batches(shapes, num_ranks=1, num_micro_batches=2)
+    tokens = [len(p.chosen_ids) + len(p.rejected_ids) for p in pairs]
+    (micro_batches,) = plan_micro_batches(tokens, tokens, num_ranks=1, num_micro_batches=2)
     assert sorted(len(items) for items in micro_batches) != [0, 5]
 
     pair_losses(model, pairs).mean().backward()

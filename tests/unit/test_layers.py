@@ -25,8 +25,9 @@ LAYERS = {
     "resume": 4,
     "train": 5,
     "evaluate": 5,
-    "cli": 6,
-    "__main__": 7,
+    "bench": 6,
+    "cli": 7,
+    "__main__": 8,
 }
 HEAVY = {"torch", "transformers", "datasets", "numpy", "pyarrow", "peft", "accelerate"}
 

@@ -188,6 +188,8 @@ def test_megatron_options_in_a_yaml_file(tmp_path):
         ("report_to", "wandb", "report_to", ["wandb"]),
         ("eval_strategy", False, "eval_strategy", "no"),
         ("lora_target_modules", "q_proj, v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
+        ("optim", "adamw_bnb_8bit", "optim", "adamw_8bit"),
+        ("activation_offloading", True, "activation_offload", True),
     ],
 )
 def test_other_names_and_spellings(alias, value, key, resolved):
@@ -273,6 +275,18 @@ def test_reentrant_checkpointing_is_noticed():
     r = recipe(gradient_checkpointing_kwargs={"use_reentrant": True})
     assert r.gradient_checkpointing_kwargs == {"use_reentrant": False}
     assert "use_reentrant" in r.notices[0]
+
+
+def test_options_of_the_step_that_exclude_each_other_are_refused():
+    assert "4-bit" in refusal(torch_compile=True, load_in_4bit=True, use_peft=True)
+    assert "host memory already" in refusal(activation_offload=True, device="cpu")
+    assert recipe(torch_compile=True, activation_offload=True, device="cuda").notices == ()
+
+
+def test_where_results_are_bit_for_bit_the_same_the_fingerprint_is_too():
+    assert recipe(activation_offload=True).fingerprint == recipe().fingerprint
+    assert recipe(optim="adamw_bf16").fingerprint != recipe().fingerprint
+    assert recipe(torch_compile=True).fingerprint != recipe().fingerprint
 
 
 def test_four_bits_need_adapters():
@@ -447,6 +461,8 @@ def test_dataset_configs_match_the_mixer():
         ("model_name_or_path", 3),
         ("lr_scheduler_type", "polynomial"),
         ("optim", "sgd"),
+        ("optim", "paged_adamw_8bit"),
+        ("torch_compile", "max-autotune"),
         ("report_to", "all"),
         ("loss_type", "SimPO"),
         ("overlong", "cut"),

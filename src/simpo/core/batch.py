@@ -1,7 +1,8 @@
-"""PackedPairs: one micro-batch of preference pairs as tensors, and the two ways to lay it out.
+"""PackedPairs: one micro-batch of preference pairs, or of longer lists, as tensors, and the ways to lay it out.
 
-Owns the layout: which token sits where, what it attends to, which row predicts which label. Labels are shifted once,
-here, and never again. Imports torch and `core.packing` only.
+Owns the layout: which token sits where, what it attends to, which row predicts which label. A pair is a list of two
+responses; lists of any length go the same way. Labels are shifted once, here, and never again. Imports torch and
+`core.packing` only.
 """
 
 from __future__ import annotations
@@ -27,11 +28,20 @@ class TokenPair(Protocol):
     rejected_start: int
 
 
+class TokenList(Protocol):
+    """A prompt and its responses, one or more: full sequences and where in each the response begins (>= 1)."""
+
+    row_id: str
+    sequences: Sequence[Sequence[int]]
+    starts: Sequence[int]
+
+
 @dataclass(frozen=True)
 class PackedPairs:
     """One micro-batch. T tokens a row, R rows (1 when packed), P pairs, N response tokens.
 
-    Response 2i is the chosen one of pair i, 2i+1 the rejected one.
+    Of pairs, response 2i is the chosen one of pair i, 2i+1 the rejected one; of lists, the responses stand list by
+    list in the order given, and every 2P below is the sum of `group_sizes`.
 
     Attributes:
         input_ids: [R, T] int64.
@@ -40,9 +50,11 @@ class PackedPairs:
         blocks: what attends to what, in flattened row coordinates; None for the ordinary padded layout.
         source_rows: [N] int64 into the flattened [R*T] rows: the row whose hidden state predicts label n. Rows of a
             shared prefix can appear twice, once for each response.
+        read_rows: int64, ascending: the distinct source rows. Of the last layer's results nobody reads the others.
         labels: [N] int64 token ids, grouped by response.
         response_lengths: [2P] int64, trained tokens of each response, each >= 1.
-        row_ids: the pairs' names, for error messages.
+        row_ids: the pairs' (lists') names, for error messages.
+        group_sizes: responses of each pair (always 2) or list; `sums.split(batch.group_sizes)` takes lists apart.
     """
 
     input_ids: Tensor
@@ -50,12 +62,15 @@ class PackedPairs:
     attention_mask: Tensor | None
     blocks: AttentionBlocks | None
     source_rows: Tensor
+    read_rows: Tensor
     labels: Tensor
     response_lengths: Tensor
     row_ids: tuple[str, ...]
+    group_sizes: tuple[int, ...]
 
     @property
     def num_pairs(self) -> int:
+        """P; for lists, their number."""
         return len(self.row_ids)
 
     @property
@@ -72,6 +87,7 @@ class PackedPairs:
                 "position_ids",
                 "attention_mask",
                 "source_rows",
+                "read_rows",
                 "labels",
                 "response_lengths",
             )
@@ -98,35 +114,74 @@ def build_batch(
     """
     if not pairs:
         raise ValueError("a micro-batch needs at least one pair")
+    groups = []
     for pair in pairs:
-        _check_pair(pair)
-    rows: list[_Row] = []
-    if pack:
-        row = _Row()
-        for pair in pairs:
-            row.add_pair(pair, share_prompt=share_prompt)
-        rows.append(row)
-    else:
-        for pair in pairs:
-            if share_prompt:
-                rows.append(_Row())
-                rows[-1].add_pair(pair, share_prompt=True)
-            else:
-                rows += [_Row(), _Row()]
-                rows[-2].add_sequence(pair.chosen_ids, pair.chosen_start, prefix_start=0, prefix=0)
-                rows[-1].add_sequence(pair.rejected_ids, pair.rejected_start, prefix_start=0, prefix=0)
-    plain = not pack and not share_prompt
-    return _assemble(rows, row_ids=tuple(p.row_id for p in pairs), plain=plain, pad_token_id=pad_token_id)
+        sequences, starts = (pair.chosen_ids, pair.rejected_ids), (pair.chosen_start, pair.rejected_start)
+        for side, ids, start in zip(("chosen", "rejected"), sequences, starts, strict=True):
+            _check_response(ids, start, what=f"pair {pair.row_id}: the {side} response")
+        groups.append(_Group(pair.row_id, sequences, starts))
+    return _lay_out(groups, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
 
 
-def _check_pair(pair: TokenPair) -> None:
-    for side in ("chosen", "rejected"):
-        ids, start = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_start")
-        if not 1 <= start < len(ids):
+def build_list_batch(
+    lists: Sequence[TokenList], *, pack: bool = True, share_prompt: bool = True, pad_token_id: int = 0
+) -> PackedPairs:
+    """Lay out lists of responses as one micro-batch: `build_batch` for any number of responses to a prompt.
+
+    Args:
+        lists: at least one; each of one response or more, numbers may differ. What is shared within a list is the
+            longest token prefix that *all* its sequences have in common.
+        pack, share_prompt, pad_token_id: as in `build_batch`.
+    Raises:
+        ValueError: no lists, a list without responses or with another number of starts than sequences, a response
+            without a trained token or that starts at token 0.
+    """
+    if not lists:
+        raise ValueError("a micro-batch needs at least one list of responses")
+    groups = []
+    for each in lists:
+        count = len(each.sequences)
+        if count == 0 or len(each.starts) != count:
             raise ValueError(
-                f"pair {pair.row_id}: the {side} response starts at token {start} of {len(ids)}; "
-                "it needs at least one token before it and one of its own"
+                f"list {each.row_id}: {count} responses and {len(each.starts)} starts; it needs at least one "
+                "response, and one start for each"
             )
+        for index, (ids, start) in enumerate(zip(each.sequences, each.starts, strict=True), 1):
+            _check_response(ids, start, what=f"list {each.row_id}: response {index} of {count}")
+        groups.append(_Group(each.row_id, tuple(each.sequences), tuple(each.starts)))
+    return _lay_out(groups, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
+
+
+def _check_response(ids: Sequence[int], start: int, *, what: str) -> None:
+    if not 1 <= start < len(ids):
+        raise ValueError(
+            f"{what} starts at token {start} of {len(ids)}; it needs at least one token before it and one of its own"
+        )
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Checked responses to one prompt."""
+
+    row_id: str
+    sequences: tuple[Sequence[int], ...]
+    starts: tuple[int, ...]
+
+
+def _lay_out(groups: Sequence[_Group], *, pack: bool, share_prompt: bool, pad_token_id: int) -> PackedPairs:
+    rows: list[_Row] = []
+    plain = not pack and not share_prompt
+    for group in groups:
+        prefix = shared_prefix_length(*group.sequences) if share_prompt else 0
+        if not pack or not rows:
+            rows.append(_Row())
+        start = len(rows[-1].ids)
+        for index, (ids, response_start) in enumerate(zip(group.sequences, group.starts, strict=True)):
+            if plain and index:
+                rows.append(_Row())
+            # The first sequence stands whole; its first tokens are what the others share.
+            rows[-1].add_sequence(ids, response_start, prefix_start=start, prefix=prefix if index else 0)
+    return _assemble(rows, groups, plain=plain, pad_token_id=pad_token_id)
 
 
 class _Row:
@@ -138,12 +193,6 @@ class _Row:
         self.blocks: list[tuple[int, int, int, int]] = []
         self.sources: list[list[int]] = []  # one list per response
         self.labels: list[list[int]] = []
-
-    def add_pair(self, pair: TokenPair, *, share_prompt: bool) -> None:
-        start = len(self.ids)
-        prefix = shared_prefix_length(pair.chosen_ids, pair.rejected_ids) if share_prompt else 0
-        self.add_sequence(pair.chosen_ids, pair.chosen_start, prefix_start=start, prefix=0)
-        self.add_sequence(pair.rejected_ids, pair.rejected_start, prefix_start=start, prefix=prefix)
 
     def add_sequence(self, ids: Sequence[int], response_start: int, *, prefix_start: int, prefix: int) -> None:
         """Append ids[prefix:], whose first `prefix` tokens already stand at prefix_start in this row."""
@@ -158,7 +207,7 @@ class _Row:
         self.labels.append(list(ids[response_start:]))
 
 
-def _assemble(rows: list[_Row], *, row_ids: tuple[str, ...], plain: bool, pad_token_id: int) -> PackedPairs:
+def _assemble(rows: list[_Row], groups: Sequence[_Group], *, plain: bool, pad_token_id: int) -> PackedPairs:
     width = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     position_ids = torch.zeros((len(rows), width), dtype=torch.long)
@@ -180,7 +229,9 @@ def _assemble(rows: list[_Row], *, row_ids: tuple[str, ...], plain: bool, pad_to
         attention_mask=attention_mask if plain else None,
         blocks=None if plain else AttentionBlocks(tuple(blocks)),
         source_rows=torch.tensor(sources, dtype=torch.long),
+        read_rows=torch.tensor(sorted(set(sources)), dtype=torch.long),
         labels=torch.tensor(labels, dtype=torch.long),
         response_lengths=torch.tensor(lengths, dtype=torch.long),
-        row_ids=row_ids,
+        row_ids=tuple(group.row_id for group in groups),
+        group_sizes=tuple(len(group.sequences) for group in groups),
     )

@@ -1,21 +1,22 @@
 """From token lengths to rows and steps: what is computed together, decided from integers alone.
 
 Owns: the shared prefix of a pair, the cost of a pair, and the batch plan (which pairs form an optimizer step, and how
-that step's pairs are spread over ranks and micro-batches). Imports no torch: the plan is the same on every rank because
-it is pure integer arithmetic on the same inputs.
+that step's pairs are spread over ranks and micro-batches). Imports neither torch nor numpy: the plan is the same on
+every rank because it is plain arithmetic on the same numbers, and a million pairs take seconds (`benchmarks/plan.py`).
 """
 
 from __future__ import annotations
 
 import heapq
 import random
+from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class PairShape:
-    """Token counts of one pair.
+    """Token counts of one pair, or of many: each field an int, or an integer array with one entry a pair.
 
     Attributes:
         prefix: tokens computed once and seen by both responses; 0 when nothing is shared.
@@ -39,26 +40,70 @@ class PairShape:
         return (p * (p + 1) + c * (c + 1) + r * (r + 1)) // 2 + p * (c + r)
 
 
-def shared_prefix_length(chosen_ids: Sequence[int], rejected_ids: Sequence[int]) -> int:
-    """Length of the longest common token prefix that leaves each sequence at least one token of its own.
+@dataclass(frozen=True, slots=True)
+class CostWeights:
+    """What attention and the head cost, in units of one token's way through the blocks' weights.
 
-    The prefix may reach beyond the prompt, into what both responses begin with: exact, because equal tokens at equal
+    With N weights in the blocks, Hq query heads of size D, vocabulary V and hidden size H, a forward pass takes
+    2N operations a token, 4 * layers * Hq * D an attended (query, key) combination and 2VH a predicted label; the
+    backward pass takes twice that of each. The units are therefore the ratios to 2N.
+
+    Attributes:
+        attention: of one attended combination.
+        head: of one label.
+    """
+
+    attention: float = 0.0
+    head: float = 0.0
+
+    @classmethod
+    def of_decoder(
+        cls,
+        *,
+        num_layers: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        vocab_size: int,
+    ) -> CostWeights:
+        """The weights for a decoder of gated feed-forward blocks (Llama and its kin)."""
+        attention_weights = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
+        layer_weights = attention_weights + 3 * hidden_size * intermediate_size
+        return cls(
+            attention=2 * num_heads * head_dim / layer_weights,
+            head=vocab_size * hidden_size / (num_layers * layer_weights),
+        )
+
+
+TOKENS_ALONE = CostWeights()
+"""Attention and head free: the cost of a pair is its number of tokens."""
+
+
+def shared_prefix_length(first: Sequence[int], *others: Sequence[int]) -> int:
+    """Length of the longest token prefix common to all sequences that leaves each at least one token of its own.
+
+    The prefix may reach beyond the prompt, into what all responses begin with: exact, because equal tokens at equal
     positions with equal history have equal hidden states.
     """
-    limit = min(len(chosen_ids), len(rejected_ids)) - 1
-    length = 0
-    while length < limit and chosen_ids[length] == rejected_ids[length]:
-        length += 1
+    length = min(len(first), *map(len, others)) - 1 if others else len(first) - 1
+    for other in others:
+        limit, length = length, 0
+        while length < limit and first[length] == other[length]:
+            length += 1
     return length
 
 
-def pair_cost(shape: PairShape, *, attention_weight: float = 0.0) -> float:
-    """Relative compute of one pair: tokens + attention_weight * attended (query, key) combinations.
+def pair_cost(shape: PairShape, weights: CostWeights = TOKENS_ALONE, *, num_labels: int = 0) -> float:
+    """Relative compute of one pair (or of each, for arrays): tokens + attention + head.
 
-    attention_weight is the cost of one attended combination in units of one token's share of the weights. For a
-    transformer with hidden size H it is about 4*H*layers / (2*num_parameters), roughly 1/(6*H).
+    Args:
+        shape: its token counts.
+        weights: see `CostWeights`.
+        num_labels: trained tokens of both responses.
     """
-    return shape.tokens + attention_weight * shape.attended
+    return shape.tokens + weights.attention * shape.attended + weights.head * num_labels
 
 
 def spread_evenly(costs: Sequence[float], num_bins: int) -> list[list[int]]:
@@ -72,89 +117,142 @@ def spread_evenly(costs: Sequence[float], num_bins: int) -> list[list[int]]:
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, not {num_bins}")
+    bins = _spread(costs, [0] * len(costs), num_bins, 0)
+    assert bins is not None  # items without size fit anywhere
+    return bins
+
+
+def _spread(costs: Sequence[float], tokens: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
+    """Costliest item first, each into the cheapest bin with room for it; None when one finds no room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
+    room = [budget] * num_bins
     # Ties go to the bin with fewer items, then to the lower index: the same assignment on every rank.
     heap = [(0.0, 0, index) for index in range(num_bins)]
-    for item in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        cost, count, index = heapq.heappop(heap)
+    for item in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
+        size = tokens[item]
+        passed = []
+        while room[heap[0][2]] < size:
+            passed.append(heapq.heappop(heap))
+            if not heap:
+                return None
+        cost, count, index = heap[0]
+        heapq.heapreplace(heap, (cost + costs[item], count + 1, index))
+        for entry in passed:
+            heapq.heappush(heap, entry)
         bins[index].append(item)
-        heapq.heappush(heap, (cost + costs[item], count + 1, index))
-    return [sorted(items) for items in bins]
+        room[index] -= size
+    for items in bins:
+        items.sort()
+    return bins
 
 
 def fill_to_budget(tokens: Sequence[int], budget: int) -> list[list[int]]:
     """Group whole items into as few bins as best fit (largest first) finds, none above `budget` tokens.
 
+    Row fill is the sum of tokens / (number of bins * budget). Over many chat-like pairs it exceeds 97%; what is
+    missing to 100% costs no padding, since a row is as long as its tokens, only a few more, shorter kernel launches.
+
+    Returns:
+        For each bin the indices of its items in ascending order.
     Raises:
         ValueError: one item alone exceeds the budget.
     """
+    _check_largest(tokens, budget)
+    bins: list[list[int]] = []
+    rooms: list[int] = []  # distinct rooms of the bins so far, ascending
+    open_at: dict[int, list[int]] = {}  # room -> heap of the bins that have it
+    for item in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
+        size = tokens[item]
+        at = bisect_left(rooms, size)
+        if at < len(rooms):  # the tightest room; of bins with the same, the first
+            room = rooms[at]
+            index = heapq.heappop(open_at[room])
+            if not open_at[room]:
+                del open_at[room], rooms[at]
+        else:
+            index, room = len(bins), budget
+            bins.append([])
+        bins[index].append(item)
+        left = room - size
+        if left in open_at:
+            heapq.heappush(open_at[left], index)
+        else:
+            open_at[left] = [index]
+            insort(rooms, left)
+    for items in bins:
+        items.sort()
+    return bins
+
+
+def _check_largest(tokens: Sequence[int], budget: int) -> None:
     largest = max(tokens, default=0)
     if largest > budget:
         raise ValueError(
             f"a pair of {largest} tokens does not fit in a micro-batch of {budget} tokens; "
             "raise max_tokens_per_micro_batch or lower max_length"
         )
-    bins: list[list[int]] = []
-    room: list[int] = []
-    for item in sorted(range(len(tokens)), key=lambda i: (-tokens[i], i)):
-        fitting = [b for b in range(len(bins)) if room[b] >= tokens[item]]
-        if fitting:
-            tightest = min(fitting, key=lambda b: (room[b], b))
-        else:
-            tightest = len(bins)
-            bins.append([])
-            room.append(budget)
-        bins[tightest].append(item)
-        room[tightest] -= tokens[item]
-    return [sorted(items) for items in bins]
 
 
 def plan_micro_batches(
-    shapes: Sequence[PairShape],
+    tokens: Sequence[int],
+    costs: Sequence[float],
     *,
     num_ranks: int,
     num_micro_batches: int,
     max_tokens: int | None = None,
-    attention_weight: float = 0.0,
 ) -> list[list[list[int]]]:
     """Spread the pairs of one optimizer step over ranks and micro-batches, evenly by cost.
 
     Args:
-        shapes: the step's pairs.
+        tokens: packed tokens of each of the step's pairs.
+        costs: their relative compute, see `pair_cost`.
         num_ranks: data-parallel ranks, >= 1.
-        num_micro_batches: micro-batches per rank when max_tokens is None; otherwise the least number used.
-        max_tokens: no micro-batch holds more packed tokens than this; as many micro-batches as that takes.
+        num_micro_batches: micro-batches per rank; the least number where max_tokens asks for more.
+        max_tokens: no micro-batch holds more packed tokens than this; as few micro-batches more as that takes.
     Returns:
-        plan[rank][micro_batch] = indices into `shapes`. Every rank has the same number of micro-batches, so that
-        collectives line up; a micro-batch may be empty. Each pair appears exactly once.
+        plan[rank][micro_batch] = indices into `tokens`. Every rank has the same number of micro-batches, so that
+        collectives line up; a micro-batch may be empty. Each pair appears exactly once. Micro-batches come costliest
+        first, micro-batch k is about equally long on every rank, and so are the ranks' sums.
     Raises:
         ValueError: a pair alone exceeds max_tokens.
     """
-    costs = [pair_cost(shape, attention_weight=attention_weight) for shape in shapes]
     if max_tokens is None:
         bins = spread_evenly(costs, num_ranks * num_micro_batches)
     else:
-        bins = _spread_within_budget(shapes, costs, num_ranks, num_micro_batches, max_tokens)
-    per_rank = len(bins) // num_ranks
-    # Bins sorted by cost and dealt in turn: micro-batch k is about equally long on every rank.
-    order = sorted(range(len(bins)), key=lambda b: (-sum(costs[i] for i in bins[b]), b))
-    return [[bins[order[k * num_ranks + rank]] for k in range(per_rank)] for rank in range(num_ranks)]
+        bins = _spread_within_budget(tokens, costs, num_ranks, num_micro_batches, max_tokens)
+    return _deal(bins, costs, num_ranks)
 
 
 def _spread_within_budget(
-    shapes: Sequence[PairShape],
-    costs: Sequence[float],
-    num_ranks: int,
-    num_micro_batches: int,
-    max_tokens: int,
+    tokens: Sequence[int], costs: Sequence[float], num_ranks: int, num_micro_batches: int, max_tokens: int
 ) -> list[list[int]]:
-    tokens = [shape.tokens for shape in shapes]
-    packed = fill_to_budget(tokens, max_tokens)
-    per_rank = max(-(-len(packed) // num_ranks), num_micro_batches if len(packed) >= num_ranks else 1)
-    even = spread_evenly(costs, per_rank * num_ranks)
-    if all(sum(tokens[i] for i in items) <= max_tokens for items in even):
-        return even  # balanced and within budget: better than the fullest packing
-    return packed + [[] for _ in range(per_rank * num_ranks - len(packed))]
+    """The fewest bins, a multiple of num_ranks, in which the even spread keeps the budget; at most best fit's."""
+    _check_largest(tokens, max_tokens)
+    per_rank = max(num_micro_batches, -(-sum(tokens) // (max_tokens * num_ranks)))
+    packed: list[list[int]] | None = None
+    while True:
+        bins = _spread(costs, tokens, per_rank * num_ranks, max_tokens)
+        if bins is not None:
+            return bins
+        if packed is None:
+            packed = fill_to_budget(tokens, max_tokens)
+        if len(packed) <= per_rank * num_ranks:  # so tight that only best fit fits: then all are about full
+            return packed + [[] for _ in range(per_rank * num_ranks - len(packed))]
+        per_rank += 1
+
+
+def _deal(bins: list[list[int]], costs: Sequence[float], num_ranks: int) -> list[list[list[int]]]:
+    """Hand out bins in groups of like cost, one to each rank; within a group the costliest to the rank with least."""
+    loads = [sum([costs[i] for i in items]) for items in bins]
+    order = sorted(range(len(bins)), key=loads.__getitem__, reverse=True)
+    plan: list[list[list[int]]] = [[] for _ in range(num_ranks)]
+    totals = [0.0] * num_ranks
+    for start in range(0, len(bins), num_ranks):
+        ranks = sorted(range(num_ranks), key=totals.__getitem__)
+        for rank, index in zip(ranks, order[start : start + num_ranks], strict=True):
+            plan[rank].append(bins[index])
+            totals[rank] += loads[index]
+    return plan
 
 
 def epoch_order(num_pairs: int, *, seed: int, epoch: int) -> list[int]:

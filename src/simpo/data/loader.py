@@ -15,10 +15,13 @@ import numpy as np
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.packing import (
+    TOKENS_ALONE,
+    CostWeights,
     PairShape,
     epoch_order,
     iterate_steps,
     num_steps_per_epoch,
+    pair_cost,
     plan_micro_batches,
     shared_prefix_length,
 )
@@ -67,32 +70,48 @@ class PairStore:
         row = self.dataset[index]
         return {name: row[name] for name in ("prompt_text", "chosen_text", "rejected_text")}
 
+    def check_lengths(self, max_positions: int | None) -> None:
+        """Raise ValueError naming the longest sequence if it has more tokens than a model takes; None = any number."""
+        lengths = self.sequence_lengths.max(axis=1)
+        if max_positions is not None and lengths.max(initial=0) > max_positions:
+            longest = int(lengths.argmax())
+            raise ValueError(
+                f"max_length: pair {self[longest].row_id} has a sequence of {lengths[longest]} tokens, and this model "
+                f"takes {max_positions} (max_position_embeddings); set max_length to {max_positions} or less"
+            )
+
     @cached_property
     def response_lengths(self) -> np.ndarray:
         """[num_pairs, 2] trained tokens of chosen and rejected."""
-        sequence_lengths = self._sequence_lengths
         starts = np.stack([self._column("chosen_start"), self._column("rejected_start")], axis=1)
-        return sequence_lengths - starts
+        return self.sequence_lengths - starts
 
     @cached_property
-    def shapes(self) -> list[PairShape]:
-        """Shape of each pair as it will be computed."""
-        chosen, rejected = self._sequence_lengths.T.tolist()
-        prefixes = self._shared_prefixes() if self.share_prompt else [0] * len(chosen)
-        return [PairShape(p, c - p, r - p) for p, c, r in zip(prefixes, chosen, rejected, strict=True)]
+    def shapes(self) -> PairShape:
+        """Shapes of the pairs as they will be computed, each field an array [num_pairs]."""
+        chosen, rejected = self.sequence_lengths.T
+        prefixes = self._shared_prefixes() if self.share_prompt else np.zeros_like(chosen)
+        return PairShape(prefixes, chosen - prefixes, rejected - prefixes)
 
     @cached_property
-    def _sequence_lengths(self) -> np.ndarray:
+    def tokens(self) -> np.ndarray:
+        """[num_pairs] tokens that each pair takes in a packed row."""
+        return self.shapes.tokens
+
+    @cached_property
+    def sequence_lengths(self) -> np.ndarray:
+        """[num_pairs, 2] tokens of prompt + chosen and of prompt + rejected."""
         # Read from Arrow's offsets: no token is copied to count them.
         import pyarrow.compute as pc
 
         table = self.dataset.with_format("arrow")[:]
-        return np.stack([pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")], 1)
+        sides = [pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")]
+        return np.stack(sides, axis=1).astype(np.int64)  # attended combinations overflow 32 bits
 
-    def _shared_prefixes(self) -> list[int]:
+    def _shared_prefixes(self) -> np.ndarray:
         if "shared_prefix" in self.dataset.column_names:
-            return self._column("shared_prefix").tolist()
-        return [shared_prefix_length(row["chosen_ids"], row["rejected_ids"]) for row in self.dataset]
+            return self._column("shared_prefix").astype(np.int64)
+        return np.array([shared_prefix_length(row["chosen_ids"], row["rejected_ids"]) for row in self.dataset])
 
     def _column(self, name: str) -> np.ndarray:
         return self.dataset.with_format("numpy")[name][:]
@@ -135,7 +154,7 @@ class StepLoader:
         max_tokens: packed tokens a micro-batch may hold; None = no limit.
         pack, share_prompt, pad_token_id: layout, see `core.batch.build_batch`.
         seed: of the order.
-        hidden_size: weighs attention against the rest when micro-batches are evened out.
+        weights: what attention and the head cost, for evening out micro-batches.
         rank, num_ranks: this data-parallel rank and their number.
     """
 
@@ -149,21 +168,20 @@ class StepLoader:
         pack: bool = True,
         pad_token_id: int = 0,
         seed: int = 0,
-        hidden_size: int | None = None,
+        weights: CostWeights = TOKENS_ALONE,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
         self.store = store
         self.pairs_per_step = pairs_per_step
         self.num_micro_batches = num_micro_batches
-        self.max_tokens = max_tokens
+        self.max_tokens: int | None = None
         self.pack = pack
         self.pad_token_id = pad_token_id
         self.seed = seed
-        self.attention_weight = 0.0 if hidden_size is None else 1 / (6 * hidden_size)
+        self.weights = weights
         self.rank, self.num_ranks = rank, num_ranks
-        if max_tokens is not None:
-            self._check_budget(max_tokens)
+        self.limit_tokens(max_tokens)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -174,10 +192,9 @@ class StepLoader:
         step = start
         while step < stop:
             epoch, within = divmod(step, self.steps_per_epoch)
-            order = epoch_order(len(self.store), seed=self.seed, epoch=epoch)
-            for index, pairs in enumerate(iterate_steps(order, pairs_per_step=self.pairs_per_step)):
-                if index < within:
-                    continue
+            order = np.array(epoch_order(len(self.store), seed=self.seed, epoch=epoch))
+            rest = order[within * self.pairs_per_step :]
+            for pairs in iterate_steps(rest, pairs_per_step=self.pairs_per_step):
                 if step >= stop:
                     return
                 yield self._plan(step, epoch, pairs)
@@ -210,33 +227,45 @@ class StepLoader:
         )
         return MicroBatch(batch, tuple(indices))
 
-    def _plan(self, step: int, epoch: int, pairs: Sequence[int]) -> StepPlan:
-        shares = plan_micro_batches(
-            [self.store.shapes[i] for i in pairs],
-            num_ranks=self.num_ranks,
-            num_micro_batches=self.num_micro_batches,
-            max_tokens=self.max_tokens,
-            attention_weight=self.attention_weight,
-        )
-        return StepPlan(
-            step=step,
-            epoch=epoch,
-            num_pairs=len(pairs),
-            num_chosen_tokens=int(self.store.response_lengths[list(pairs), 0].sum()),
-            micro_batches=tuple(tuple(pairs[i] for i in items) for items in shares[self.rank]),
-        )
+    def limit_tokens(self, max_tokens: int | None) -> None:
+        """From now on plan micro-batches of at most so many packed tokens; None = no limit.
 
-    def _check_budget(self, max_tokens: int) -> None:
-        longest = max(range(len(self.store)), key=lambda i: self.store.shapes[i].tokens)
-        tokens = self.store.shapes[longest].tokens
-        if tokens > max_tokens:
+        Raises:
+            ValueError: a pair alone has more; names the longest.
+        """
+        if max_tokens is not None and self.store.tokens.max() > max_tokens:
+            longest = int(self.store.tokens.argmax())
+            tokens = self.store.tokens[longest]
             raise ValueError(
                 f"max_tokens_per_micro_batch: {max_tokens} is too small for pair {self.store[longest].row_id}, which "
                 f"takes {tokens} tokens; raise it to at least {tokens} or lower max_length"
             )
+        self.max_tokens = max_tokens
+
+    @cached_property
+    def costs(self) -> np.ndarray:
+        """[num_pairs] relative compute of each pair, see `core.packing.pair_cost`."""
+        return pair_cost(self.store.shapes, self.weights, num_labels=self.store.response_lengths.sum(axis=1))
+
+    def _plan(self, step: int, epoch: int, pairs: np.ndarray) -> StepPlan:
+        shares = plan_micro_batches(
+            self.store.tokens[pairs].tolist(),
+            self.costs[pairs].tolist(),
+            num_ranks=self.num_ranks,
+            num_micro_batches=self.num_micro_batches,
+            max_tokens=self.max_tokens,
+        )
+        indices = pairs.tolist()
+        return StepPlan(
+            step=step,
+            epoch=epoch,
+            num_pairs=len(indices),
+            num_chosen_tokens=int(self.store.response_lengths[pairs, 0].sum()),
+            micro_batches=tuple(tuple([indices[i] for i in items]) for items in shares[self.rank]),
+        )
 
 
 def evaluation_batches(store: PairStore, *, pairs_per_batch: int) -> list[list[int]]:
     """Every pair once, in batches of similar length."""
-    order = sorted(range(len(store)), key=lambda i: (store.shapes[i].tokens, i))
+    order = np.argsort(store.tokens, kind="stable").tolist()
     return [order[start : start + pairs_per_batch] for start in range(0, len(order), pairs_per_batch)]

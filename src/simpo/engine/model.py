@@ -24,6 +24,7 @@ from simpo.core.attention import packed_attention
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import response_logps, token_logps
 from simpo.core.losses import PairLogps
+from simpo.engine.lean import READ_ROWS, has_unread_rows_skipped, install_lean_blocks
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -34,6 +35,7 @@ PACKED = "simpo_packed"  # the attention implementation's name in transformers
 # --- attention -------------------------------------------------------------------------------------------------------
 
 
+@torch.compiler.disable(reason="it loops over ranges that are data")
 def _packed_attention_for_transformers(
     module: nn.Module,
     query: Tensor,
@@ -262,6 +264,8 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
     }
     if batch.blocks is not None:
         inputs["packed_blocks"] = batch.blocks
+        if has_unread_rows_skipped(base):
+            inputs[READ_ROWS] = batch.read_rows
         attention = contextlib.nullcontext()
     else:
         inputs["attention_mask"] = batch.attention_mask
@@ -270,10 +274,26 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
         return model(**inputs).logits[0]
 
 
-def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> PairLogps:
-    """Sums and lengths of every response of the batch, as the losses want them."""
+def compute_response_logps(
+    model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """Summed log-probs [S] fp32 and lengths [S] int64 of the batch's S responses, pairs or lists, in its order."""
     sums = response_logps(compute_token_logps(model, batch, chunk_size=chunk_size), batch.response_lengths)
-    lengths = batch.response_lengths
+    return sums, batch.response_lengths
+
+
+def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> PairLogps:
+    """Sums and lengths of the batch's pairs, as the losses want them.
+
+    Raises:
+        ValueError: the batch holds lists of another number of responses than two.
+    """
+    if set(batch.group_sizes) != {2}:
+        raise ValueError(
+            f"pairs have two responses each, this batch has lists of {sorted(set(batch.group_sizes))}; "
+            "use compute_response_logps"
+        )
+    sums, lengths = compute_response_logps(model, batch, chunk_size=chunk_size)
     return PairLogps(
         chosen_sum=sums[0::2],
         rejected_sum=sums[1::2],
@@ -338,6 +358,7 @@ def load_model(recipe: Recipe, *, device: torch.device, name: str | None = None,
     if trainable and recipe.use_peft:
         model = _add_adapters(model, recipe)
     install_head(model)
+    install_lean_blocks(model)
     if trainable and recipe.gradient_checkpointing:
         unwrap(model).activation_checkpointing_enable(
             {**(recipe.gradient_checkpointing_kwargs or {}), "use_reentrant": False}

@@ -8,21 +8,23 @@ from __future__ import annotations
 import math
 import os
 import random
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
+from simpo.engine.adamw import AdamWBf16, load_state_as_saved
+
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
 
 
-def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters; vectors (norms, biases) are never decayed.
+def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """The recipe's AdamW over the trainable parameters; vectors (norms, biases) are never decayed.
 
     Raises:
-        ValueError: nothing is trainable.
+        ValueError: nothing is trainable, or adamw_8bit cannot be had here.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
@@ -31,13 +33,45 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
         {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
         {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=recipe.learning_rate,
-        betas=(recipe.adam_beta1, recipe.adam_beta2),
-        eps=recipe.adam_epsilon,
-        fused=recipe.optim == "adamw_torch_fused",
-    )
+    groups = [group for group in groups if group["params"]]
+    options: dict[str, Any] = {
+        "lr": recipe.learning_rate,
+        "betas": (recipe.adam_beta1, recipe.adam_beta2),
+        "eps": recipe.adam_epsilon,
+    }
+    if recipe.optim == "adamw_bf16":
+        return AdamWBf16(groups, seed=recipe.seed, **options)
+    if recipe.optim == "adamw_8bit":
+        return _adamw_8bit(trainable[0].device)(groups, **options)
+    return torch.optim.AdamW(groups, fused=recipe.optim == "adamw_torch_fused", **options)
+
+
+def _adamw_8bit(device: torch.device) -> type[torch.optim.Optimizer]:
+    """bitsandbytes' AdamW with 8-bit moments, tried on the device first: not every build of it runs everywhere."""
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except ImportError as error:
+        raise ValueError("optim: adamw_8bit needs bitsandbytes: pip install 'simpo[8bit]'") from error
+    probe = nn.Parameter(torch.zeros(2**14, device=device))  # it keeps moments of fewer than 4096 numbers in fp32
+    probe.grad = torch.ones_like(probe)
+    try:
+        AdamW8bit([probe], lr=1.0).step()
+        works = bool((probe < 0).all())
+        reason = "a trial step did nothing"
+    except Exception as error:  # what is raised differs from build to build
+        works = False
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if not works:
+        raise ValueError(
+            f"optim: this bitsandbytes cannot run adamw_8bit on {device.type} ({reason}); update it, or use adamw_bf16"
+        )
+
+    class AdamW8bitAsTorch(AdamW8bit):
+        # bitsandbytes nests its state for FSDP 1, which torch.distributed.checkpoint cannot put together again.
+        state_dict = torch.optim.Optimizer.state_dict
+        load_state_dict = load_state_as_saved
+
+    return AdamW8bitAsTorch
 
 
 def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:

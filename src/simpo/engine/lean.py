@@ -1,0 +1,90 @@
+"""Puts `core.lean` into Hugging Face models whose blocks are known to be Llama's: less memory, the same values.
+
+And the last block's MLP computes only the rows that the head will read: a prompt's rows give that block keys and values
+and nothing else, so their MLP is work for nobody.
+
+A block is known by its class. Of other architectures nothing is touched: what a norm feeds, and in which precision, is
+theirs to say. Must not import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from simpo.core.lean import gated_silu, rms_norm
+
+# Decoder layers of the form x + attention(norm(x)), then x + mlp(norm(x)): their norms feed projections only, which
+# compute in the autocast dtype, so the norm may hand them that dtype itself.
+_LLAMA_LIKE = frozenset(
+    ["LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer"]
+)
+
+
+READ_ROWS = "packed_read_rows"  # the keyword of the model's forward that names the rows that are read
+
+
+class _LeanNorm:
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():  # the compiler fuses better from the model's own code; so below
+            return super().forward(hidden_states)
+        device = hidden_states.device.type
+        cast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, out_dtype=cast)
+
+
+class _LeanMLP:
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_compiling():
+            return super().forward(x)
+        return self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
+
+
+class _RowsMLP:
+    """An MLP that computes the rows in `_read_rows` and gives zeros for the others; all rows where that is None."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows: Tensor | None = None if torch.compiler.is_compiling() else self.__dict__.get("_read_rows")
+        if rows is None:
+            return super().forward(x)
+        flat = x.flatten(0, 1)  # read rows count through the rows of a batch
+        out = super().forward(flat.index_select(0, rows)[None])[0]
+        return torch.zeros_like(flat, dtype=out.dtype).index_copy(0, rows, out).view_as(x)
+
+
+def _note_read_rows(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before the last block runs, in the forward pass or again in a checkpoint's: hand its MLP the rows."""
+    block.mlp.__dict__["_read_rows"] = kwargs.get(READ_ROWS)
+
+
+def has_unread_rows_skipped(model: nn.Module) -> bool:
+    """Whether the model's last block takes READ_ROWS."""
+    return any(isinstance(module, _RowsMLP) for module in model.modules())
+
+
+def install_lean_blocks(model: nn.Module) -> int:
+    """Swap the classes of the norms and MLPs of every known block, idempotent; returns how many blocks it knew.
+
+    Parameters and their names stay as they were, so saving, adapters and sharding do not notice.
+    """
+    blocks = [module for module in model.modules() if type(module).__name__ in _LLAMA_LIKE]
+    for block in blocks:
+        for norm in (block.input_layernorm, block.post_attention_layernorm):
+            if type(norm).__name__.endswith("RMSNorm"):
+                norm.__class__ = _lean_class(_LeanNorm, type(norm))
+        if type(getattr(block.mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation"):
+            block.mlp.__class__ = _lean_class(_LeanMLP, type(block.mlp))
+        block.mlp.__class__ = _lean_class(_RowsMLP, type(block.mlp))  # all of them: compiled blocks share one class
+    if blocks and _note_read_rows not in blocks[-1]._forward_pre_hooks.values():
+        blocks[-1].register_forward_pre_hook(_note_read_rows, with_kwargs=True)
+    return len(blocks)
+
+
+@cache
+def _lean_class(lean: type, original: type) -> type:
+    if issubclass(original, lean):
+        return original
+    return type(original.__name__, (lean, original), {})

@@ -1,0 +1,106 @@
+"""data.loader: plans are core.packing's on the lengths of stored pairs; lengths that a model cannot take."""
+
+from __future__ import annotations
+
+import datasets
+import numpy as np
+import pytest
+
+from simpo.core.packing import CostWeights, PairShape, epoch_order, pair_cost, plan_micro_batches
+from simpo.data.loader import PairStore, StepLoader, evaluation_batches
+
+WEIGHTS = CostWeights(attention=0.01, head=0.3)
+
+
+def make_store(num_pairs: int = 30, *, seed: int = 0, share_prompt: bool = True, columns: bool = False) -> PairStore:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for index in range(num_pairs):
+        prompt, chosen, rejected = (int(n) for n in rng.integers(1, 40, 3))
+        prefix = [3] * prompt
+        row = {"row_id": f"row-{index}", "chosen_start": prompt, "rejected_start": prompt}
+        rows.append({**row, "chosen_ids": prefix + [4] * chosen, "rejected_ids": prefix + [5] * rejected})
+        if columns:
+            rows[-1]["shared_prefix"] = prompt
+    return PairStore(datasets.Dataset.from_list(rows), share_prompt=share_prompt)
+
+
+@pytest.mark.parametrize("columns", [True, False], ids=["prefix stored", "prefix worked out"])
+@pytest.mark.parametrize("share", [True, False])
+def test_shapes_of_a_store_are_those_of_its_pairs(share, columns):
+    store = make_store(share_prompt=share, columns=columns)
+    loader = StepLoader(store, pairs_per_step=4, num_micro_batches=1, weights=WEIGHTS)
+    for index in range(len(store)):
+        pair = store[index]
+        prefix = pair.chosen_start if share else 0
+        shape = PairShape(prefix, len(pair.chosen_ids) - prefix, len(pair.rejected_ids) - prefix)
+        labels = len(pair.chosen_ids) + len(pair.rejected_ids) - 2 * pair.chosen_start
+        assert store.tokens[index] == shape.tokens == loader.build([index]).pairs.num_tokens
+        assert store.shapes.attended[index] == shape.attended
+        assert loader.costs[index] == pytest.approx(pair_cost(shape, WEIGHTS, num_labels=labels))
+
+
+@pytest.mark.parametrize("max_tokens", [None, 150, 400])
+def test_a_ranks_plans_are_its_share_of_the_plan_of_each_step(max_tokens):
+    store, ranks = make_store(), 3
+    loaders = [
+        StepLoader(
+            store, pairs_per_step=8, num_micro_batches=2, max_tokens=max_tokens, seed=5, weights=WEIGHTS, rank=rank,
+            num_ranks=ranks,
+        )
+        for rank in range(ranks)
+    ]  # fmt: skip
+    for step in range(2 * loaders[0].steps_per_epoch):
+        epoch, within = divmod(step, loaders[0].steps_per_epoch)
+        pairs = epoch_order(len(store), seed=5, epoch=epoch)[8 * within : 8 * within + 8]
+        expected = plan_micro_batches(
+            [int(store.tokens[i]) for i in pairs],
+            [float(loaders[0].costs[i]) for i in pairs],
+            num_ranks=ranks,
+            num_micro_batches=2,
+            max_tokens=max_tokens,
+        )
+        for loader, share in zip(loaders, expected, strict=True):
+            (plan,) = loader.plans(step, step + 1)
+            assert plan.micro_batches == tuple(tuple(pairs[i] for i in items) for items in share)
+            assert (plan.step, plan.epoch, plan.num_pairs) == (step, epoch, len(pairs))
+            assert plan.num_chosen_tokens == sum(len(store[i].chosen_ids) - store[i].chosen_start for i in pairs)
+            assert all(type(i) is int for items in plan.micro_batches for i in items)
+
+
+def test_a_limit_set_later_gives_the_plans_of_one_set_at_once():
+    store = make_store()
+    later = StepLoader(store, pairs_per_step=8, num_micro_batches=1, seed=5)
+    whole = list(later.plans(0, 4))
+    later.limit_tokens(150)
+    assert list(later.plans(0, 4)) == list(
+        StepLoader(store, pairs_per_step=8, num_micro_batches=1, seed=5, max_tokens=150).plans(0, 4)
+    )
+    later.limit_tokens(None)
+    assert list(later.plans(0, 4)) == whole
+
+
+def test_a_limit_below_the_longest_pair_names_it():
+    store = make_store()
+    longest = max(range(len(store)), key=lambda i: store.tokens[i])
+    tokens = store.tokens[longest]
+    with pytest.raises(ValueError, match=rf"max_tokens_per_micro_batch: 20 .*row-{longest}, which takes {tokens} tok"):
+        StepLoader(store, pairs_per_step=8, num_micro_batches=1, max_tokens=20)
+
+
+def test_evaluation_takes_every_pair_once_from_short_to_long():
+    store = make_store()
+    batches = evaluation_batches(store, pairs_per_batch=4)
+    order = [i for items in batches for i in items]
+    assert order == sorted(range(len(store)), key=lambda i: (store.tokens[i], i))
+    assert all(type(i) is int for i in order)
+
+
+def test_a_sequence_longer_than_the_model_takes_is_named():
+    store = make_store()
+    lengths = [max(len(store[i].chosen_ids), len(store[i].rejected_ids)) for i in range(len(store))]
+    longest = max(range(len(store)), key=lengths.__getitem__)
+    store.check_lengths(lengths[longest])
+    store.check_lengths(None)
+    with pytest.raises(ValueError, match=rf"max_length: pair row-{longest} .* {lengths[longest]} tokens.*takes 30 "):
+        store.check_lengths(30)
