@@ -43,7 +43,15 @@ from simpo.engine.metrics import (
     pair_metric_sums,
     peak_memory_gib,
 )
-from simpo.engine.model import compute_pair_logps, load_model, load_tokenizer, pick_device, source_dtype, unwrap
+from simpo.engine.model import (
+    compute_pair_logps,
+    describe_attention,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    source_dtype,
+    unwrap,
+)
 from simpo.engine.offload import offload_activations
 from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
 from simpo.generate import generate_greedy, save_generations
@@ -483,6 +491,7 @@ class Trainer:
             "device": f"{self.device}, {torch.get_num_threads()} threads, {'bf16' if recipe.bf16 else 'fp32'} compute",
             "pairs": f"{len(self.data.train)} to train, {len(self.data.eval or ())} held out",
             "rows": f"{layout}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
+            "attention": describe_attention(self.model, half=bool(recipe.bf16)),
             "steps": f"{self.total_steps} of {recipe.pairs_per_step()} pairs",
             "micro-batches": self._describe_micro_batches(),
             "loss": recipe.describe_loss(),

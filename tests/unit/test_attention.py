@@ -272,6 +272,22 @@ def test_varlen_layout_without_padding_equals_the_reference():
     assert_close(varlen, output_and_gradients(reference_attention, tensors, blocks), tolerance=1e-10)
 
 
+@pytest.mark.usefixtures("fake_varlen")
+def test_autocast_casts_before_the_path_is_chosen(monkeypatch):
+    """Rotary embedding under autocast leaves query and key in fp32, which no flash attention takes."""
+    seen = []
+
+    def path(query, value, **options):
+        seen.append({query.dtype, value.dtype})
+        return "varlen"
+
+    monkeypatch.setattr(attention, "attention_path", path)
+    query, key, value = random_qkv(NUM_TOKENS, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        packed_attention(query, key, value.to(torch.bfloat16), BLOCKS)
+    assert seen == [{torch.bfloat16}]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("heads", [(9, 3), (2, 2)])
@@ -279,7 +295,7 @@ def test_cuda_varlen_kernel_equals_the_reference_to_bf16(window, heads):
     """bf16 keeps 8 bits: values within 2e-2 and gradients within 3e-2 of the largest, against fp32 on bf16 inputs."""
     exact = random_qkv(NUM_TOKENS, dtype=torch.float32, heads=heads, size=64)
     half = [t.detach().to("cuda", torch.bfloat16).requires_grad_() for t in exact]
-    assert attention._can_use_varlen(*half, None, 0.0)
+    assert attention.attention_path(half[0], half[2], softcap=None, dropout=0.0) == "varlen"
     expected = output_and_gradients(
         reference_attention, [t.detach().float().requires_grad_() for t in half], BLOCKS, sliding_window=window
     )

@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -102,12 +103,17 @@ def packed_attention(
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None = all.
         softcap: scores become softcap * tanh(scores / softcap) before the softmax (Gemma-2); None = off.
         dropout: probability of dropping an attention weight.
+    Under autocast the tensors are cast first.
     Returns:
         [1, Hq, T, D]; zeros in rows outside every block.
     """
-    if _can_use_varlen(query, key, value, softcap, dropout):
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as torch's own attention does; rotary embedding leaves fp32 behind
+        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+    path = attention_path(query, value, softcap=softcap, dropout=dropout)
+    if path == "varlen":
         return _varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
-    if dropout == 0.0 and (softcap is not None or query.device.type in ("cpu", "meta")):
+    if path == "matmul":
         options = ScoreOptions(query.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap)
         return matmul_attention(query, key, value, blocks.ranges, options)
     return _block_by_block(
@@ -210,16 +216,19 @@ def _varlen_options() -> frozenset[str]:
     return frozenset(inspect.signature(varlen_attn).parameters)
 
 
-def _can_use_varlen(query: Tensor, key: Tensor, value: Tensor, softcap: float | None, dropout: float) -> bool:
-    """Flash attention's kernels: CUDA, half precision, one head size of at most 256, no soft-cap and no dropout."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] == value.shape[-1] <= 256
-        and softcap is None
-        and dropout == 0.0
-        and "window_size" in _varlen_options()
-    )
+def attention_path(
+    query: Tensor, value: Tensor, *, softcap: float | None, dropout: float
+) -> Literal["varlen", "matmul", "blocks"]:
+    """Which path `packed_attention` takes, outside autocast, for tensors like these.
+
+    varlen: flash attention's kernels take CUDA, half precision, one head size of at most 256, no soft-cap, no dropout.
+    matmul: CPUs and soft-caps, without dropout. blocks: the rest.
+    """
+    if dropout == 0.0 and (softcap is not None or query.device.type in ("cpu", "meta")):
+        return "matmul"
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    fits = query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256 and dropout == 0.0
+    return "varlen" if fits and "window_size" in _varlen_options() else "blocks"
 
 
 def _varlen_attention(

@@ -19,7 +19,8 @@ from torch import Tensor
 
 CHUNK_BYTES = 128 * 2**20  # default size of one chunk's logits, in the compute dtype
 CHUNK_BYTES_CUDA = 512 * 2**20  # large products hide what reading and writing the weight's gradient costs
-SLICE_BYTES = 4 * 2**20  # a chunk's fp32 values at one time on a CPU: what its caches hold; elsewhere all of them
+SLICE_BYTES = 4 * 2**20  # a chunk's fp32 values at one time: what a CPU's caches hold
+SLICE_BYTES_CUDA = 128 * 2**20  # enough to keep a GPU busy, and little beside the chunk
 
 
 @dataclass(frozen=True)
@@ -234,8 +235,8 @@ def chunk_rows(hidden: Tensor, vocabulary: int, chunk_size: int | None) -> list[
 
 def _slices(products: Tensor) -> list[slice]:
     """Rows of a chunk whose fp32 values exist at one time."""
-    num_rows, vocabulary = products.shape
-    return _cut(num_rows, max(16, SLICE_BYTES // (4 * vocabulary)) if products.device.type == "cpu" else num_rows)
+    budget = SLICE_BYTES_CUDA if products.is_cuda else SLICE_BYTES
+    return _cut(products.shape[0], max(16, budget // (4 * products.shape[1])))
 
 
 def _cut(num_rows: int, most: int) -> list[slice]:

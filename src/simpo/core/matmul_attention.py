@@ -40,12 +40,9 @@ class ScoreOptions:
 def matmul_attention(query: Tensor, key: Tensor, value: Tensor, ranges: Any, options: ScoreOptions) -> Tensor:
     """Attention over the blocks of one row; shapes and meaning as in `core.attention.packed_attention`.
 
-    Under autocast the operands are cast as for torch's own attention.
+    All three in one dtype, which autocast does not change.
     """
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(query.device.type, enabled=False):
         return _MatmulAttention.apply(query, key, value, ranges, options)
 
 

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from simpo.core.batch import PackedPairs, build_batch
-from simpo.core.logprobs import CHUNK_BYTES
+from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA
 from simpo.core.packing import PairShape
 from simpo.engine.model import unwrap
 
@@ -113,21 +113,28 @@ class ActivationBytes:
 
 
 class _Storages(TorchDispatchMode):
-    """Remembers every storage that operations inside it return, without keeping any alive."""
+    """Remembers every storage that operations inside it return, without keeping any alive.
 
-    def __init__(self, device: torch.device) -> None:
+    But for logits [n, V]: however many labels there are, the head keeps one chunk, which `step_bytes` counts.
+    """
+
+    def __init__(self, device: torch.device, *, vocabulary: int) -> None:
         super().__init__()
         self._device_type = device.type
+        self._vocabulary = vocabulary
         self._seen: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for value in tree_leaves(out):
-            if isinstance(value, Tensor) and value.device.type == self._device_type:
+            if isinstance(value, Tensor) and value.device.type == self._device_type and not self._is_logits(value):
                 storage = value.untyped_storage()
                 reference = StorageWeakRef(storage)
                 self._seen[reference.cdata] = (reference, storage.nbytes())
         return out
+
+    def _is_logits(self, value: Tensor) -> bool:
+        return value.ndim == 2 and value.shape[1] == self._vocabulary
 
     def live_bytes(self, *, without: set[int]) -> int:
         """Bytes of those that still exist, but for the storages named by their address."""
@@ -138,7 +145,8 @@ def kept_bytes(model: nn.Module, forward: Forward, batch: PackedPairs, *, device
     """Bytes that a forward pass leaves behind on the device for its backward pass, the model's own tensors excepted."""
     own = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in (*model.parameters(), *model.buffers())}
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices), _Storages(device) as storages:
+    vocabulary = unwrap(model).get_output_embeddings().weight.shape[0]
+    with torch.random.fork_rng(devices=devices), _Storages(device, vocabulary=vocabulary) as storages:
         result = forward(batch)
         held = storages.live_bytes(without=own)
     del result
@@ -209,9 +217,10 @@ def step_bytes(model: nn.Module, *, optim: str, chunk_size: int | None = None) -
             gradient = size if parameter.grad is None else 0
             total += parameter.numel() * (gradient + per_weight.get(optim, 2 * size))
     weight = unwrap(model).get_output_embeddings().weight
-    logits = CHUNK_BYTES if chunk_size is None else 4 * chunk_size * weight.shape[0]
-    # Logits, their gradient and its cast; the weight's fp32 gradient, and the one of the embedding it is tied to.
-    return total + 3 * logits + (8 * weight.numel() if weight.requires_grad else 0)
+    default = CHUNK_BYTES_CUDA if weight.is_cuda else CHUNK_BYTES
+    logits = default if chunk_size is None else 4 * chunk_size * weight.shape[0]
+    # The last chunk's logits and the next one's; the weight's fp32 gradient, and the embedding's it is tied to.
+    return total + 2 * logits + (8 * weight.numel() if weight.requires_grad else 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from simpo.core.attention import packed_attention
+from simpo.core.attention import attention_path, packed_attention
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import response_logps, token_logps
 from simpo.core.losses import PairLogps
@@ -105,6 +105,23 @@ def plain_implementation(model: PreTrainedModel) -> str:
     """transformers' own attention for this model: sdpa, or eager where sdpa cannot do what it needs (soft-caps)."""
     softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "sdpa" if model._supports_sdpa and not softcapped else "eager"
+
+
+def describe_attention(model: nn.Module, *, half: bool) -> str:
+    """For people: how this model attends to its rows, computing in bf16 (half) or fp32."""
+    base = unwrap(model)
+    config, weight = base.config.get_text_config(), base.get_input_embeddings().weight
+    if base.config._attn_implementation != PACKED:
+        return base.config._attn_implementation
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rows = torch.empty(1, 1, 1, size, dtype=torch.bfloat16 if half else weight.dtype, device=weight.device)
+    dropout = max((getattr(module, "attention_dropout", 0.0) for module in base.modules()), default=0.0)
+    path = attention_path(rows, rows, softcap=getattr(config, "attn_logit_softcapping", None), dropout=dropout)
+    return {
+        "varlen": "varlen_attn, all blocks at once",
+        "matmul": "products of matrices, in tiles",
+        "blocks": "torch's own, block by block",
+    }[path]
 
 
 @contextlib.contextmanager
