@@ -1,0 +1,322 @@
+"""`gpu.py attention`: packed attention beside FlexAttention and beside torch's own attention block by block.
+
+packed      `core.attention.packed_attention`: what training uses (one `varlen_attn` on CUDA in bf16)
+flex        FlexAttention, compiled with dynamic shapes, over a block mask made from the same blocks; the mask is
+            made once for all layers of a micro-batch, so its time stands beside the table's, not in it
+per-block   `scaled_dot_product_attention` on each block, causal from the bottom right
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from simpo.bench.gpu.device import Deadline, Meter, TimeUp, attempt, measure_median, stop_at
+from simpo.bench.gpu.report import Column, Report, digits, gib
+from simpo.bench.gpu.workload import LengthCase
+from simpo.core.attention import AttentionBlocks, attention_path, packed_attention, reference_attention
+from simpo.core.batch import build_batch
+from simpo.data.loader import StoredPair
+
+DEFAULT_CASES = "ragged-200/350/350,1000/300/300,4096/256/256"
+TOLERANCE = 2e-2
+"""Of the check before timing: |difference| / |reference| of results and gradients, bf16 against fp32 on the same bf16
+inputs. bf16 has 8 bits, so a rounded result alone is off by 2e-3, a product of rounded weights by as much again."""
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+# --- the ways --------------------------------------------------------------------------------------------------------
+
+
+def packed_way(blocks: AttentionBlocks, softcap: float | None) -> Attention:
+    """This package's."""
+    return lambda q, k, v: packed_attention(q, k, v, blocks, softcap=softcap)
+
+
+def per_block_way(blocks: AttentionBlocks) -> Attention:
+    """torch's own on each block; rows must be covered by the blocks."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        outputs = []
+        for prefix_start, prefix_end, start, end in blocks.ranges:
+            q, k, v = query[:, :, start:end], key[:, :, start:end], value[:, :, start:end]
+            if prefix_end == prefix_start:
+                outputs.append(F.scaled_dot_product_attention(q, k, v, is_causal=True))
+                continue
+            k = torch.cat([key[:, :, prefix_start:prefix_end], k], dim=2)
+            v = torch.cat([value[:, :, prefix_start:prefix_end], v], dim=2)
+            bias = causal_lower_right(q.shape[2], k.shape[2])
+            outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=bias))
+        return torch.cat(outputs, dim=2)
+
+    return attend
+
+
+def visible_function(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention's `mask_mod` of the blocks; padding sees itself alone."""
+    prefix_start, prefix_end, begin = (torch.zeros(num_tokens, dtype=torch.int32) for _ in range(3))
+    begin += torch.arange(num_tokens, dtype=torch.int32)
+    for low, high, start, end in blocks.ranges:
+        prefix_start[start:end], prefix_end[start:end], begin[start:end] = low, high, start
+    prefix_start, prefix_end, begin = (tensor.to(device) for tensor in (prefix_start, prefix_end, begin))
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        in_prefix = (key >= prefix_start[query]) & (key < prefix_end[query])
+        return in_prefix | ((key >= begin[query]) & (key <= query))
+
+    return visible
+
+
+def flex_mask(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> Any:
+    """The block mask of a row."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    visible = visible_function(blocks, num_tokens, device)
+    return create_block_mask(visible, None, None, num_tokens, num_tokens, device=device)
+
+
+def flex_function(device: torch.device) -> Callable[..., Tensor]:
+    """FlexAttention, compiled on a GPU; written out on a CPU, where there is no backward pass either way."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if device.type == "cuda":
+        return torch.compile(flex_attention, dynamic=True)
+
+    def written_out(*tensors: Tensor, **options: Any) -> Tensor:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it says that it is slow, once
+            return flex_attention(*tensors, **options)
+
+    return written_out
+
+
+def flex_way(function: Callable[..., Tensor], mask: Any, softcap: float | None) -> Attention:
+    """FlexAttention over a mask."""
+    options: dict[str, Any] = {"block_mask": mask}
+    if softcap is not None:
+        options["score_mod"] = lambda score, batch, head, query, key: softcap * torch.tanh(score / softcap)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        return function(query, key, value, enable_gqa=query.shape[1] != key.shape[1], **options)
+
+    return attend
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def run_attention(
+    report: Report,
+    meter: Meter,
+    deadline: Deadline,
+    *,
+    cases: Sequence[LengthCase],
+    pairs: int,
+    heads: tuple[int, int, int],
+    softcap: float | None,
+    repeats: int,
+    dtype: torch.dtype = torch.bfloat16,
+) -> bool:
+    """Check every way on a small row, then time those that are right; whether all that ran are right.
+
+    Args:
+        heads: query heads, KV heads, head size.
+        softcap: of the scores; None = off. torch's own attention has none, so that way is left out with it.
+    """
+    device = meter.device
+    flex = flex_function(device)
+    fine = True
+    right: list[str] = []
+    checked = False
+    query, _, value, _ = _tensors(heads, 1, device, dtype, backward=False)
+    report.conditions["packed takes"] = attention_path(query, value, softcap=softcap, dropout=0.0)
+    times: dict[tuple[str, str], float | None] = {}
+    with contextlib.suppress(TimeUp), stop_at(deadline):
+        for way in _ways(softcap):
+            worst, failed = check_way(way, flex, heads, softcap, device, dtype)
+            if failed is None and not worst <= TOLERANCE:  # NaN is not right
+                failed, fine = f"wrong: differs by {worst:.2g}", False
+            fine &= failed is None or way != "packed"  # rivals may be unable to run here
+            report.conditions[f"{way} differs"] = None if failed else worst
+            if failed:
+                report.note(f"{way}: {failed}")
+            else:
+                right.append(way)
+        checked = True
+        for case in cases:
+            batch = case.pairs(pairs, vocab_size=1000)
+            for way in right:
+                if not deadline.allows(30 if device.type == "cuda" else 0):
+                    break
+                row = time_way(way, flex, meter, case.name, batch, heads, softcap, dtype, repeats)
+                times[case.name, way] = None if row.get("forward_only") else row.get("step_s")
+                report.add(row | {"flex_over_this": None})
+                report.say(f"{case.name:<22}{way:<10}{row['failed'] or digits(row['step_s'] * 1e3) + ' ms'}")
+    for row in report.results["rows"]:
+        other, own = times.get((row["case"], "flex")), times[row["case"], row["way"]]
+        row["flex_over_this"] = other / own if other and own else None
+    complete = checked and len(times) == len(cases) * len(right)
+    if not complete:
+        report.note("the time was over before all were measured: run the cases that are missing alone with --cases")
+    report.finish(COLUMNS, complete=complete)
+    return fine
+
+
+def _ways(softcap: float | None) -> tuple[str, ...]:
+    return ("packed", "flex") if softcap is not None else ("packed", "flex", "per-block")
+
+
+def build_way(
+    way: str, flex: Callable[..., Tensor], blocks: AttentionBlocks, num_tokens: int, softcap: float | None, device: Any
+) -> Attention:
+    """A way by its name, for one row."""
+    if way == "packed":
+        return packed_way(blocks, softcap)
+    if way == "flex":
+        return flex_way(flex, flex_mask(blocks, num_tokens, device), softcap)
+    return per_block_way(blocks)
+
+
+def _tensors(
+    heads: tuple[int, int, int], num_tokens: int, device: torch.device, dtype: torch.dtype, *, backward: bool
+) -> list[Tensor]:
+    """Query, key and value, and the gradient of the result."""
+    num_heads, num_kv_heads, head_dim = heads
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = (num_heads, num_kv_heads, num_kv_heads, num_heads)
+    made = [torch.randn(1, h, num_tokens, head_dim, device=device, generator=generator).to(dtype) for h in sizes]
+    return [tensor.requires_grad_(backward and i < 3) for i, tensor in enumerate(made)]
+
+
+def _has_backward(way: str, device: torch.device) -> bool:
+    return way != "flex" or device.type == "cuda"
+
+
+def check_way(
+    way: str,
+    flex: Callable[..., Tensor],
+    heads: tuple[int, int, int],
+    softcap: float | None,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[float, str | None]:
+    """Largest relative difference from `reference_attention` in fp32, of the result and of its gradients.
+
+    The row has a prefix longer than a tile, one of a single token, and two pairs that must not see each other.
+    """
+    cases = ((300, 70, 150), (1, 40, 3), (130, 1, 129))
+    rows = build_batch([_pair(*sizes) for sizes in cases])
+    query, key, value, grad = _tensors(heads, rows.num_tokens, device, dtype, backward=_has_backward(way, device))
+    exact = [tensor.detach().float().requires_grad_() for tensor in (query, key, value)]
+    expected = reference_attention(*exact, rows.blocks, softcap=softcap)
+    try:
+        attend = build_way(way, flex, rows.blocks, rows.num_tokens, softcap, device)
+        result = attend(query, key, value)
+        if not _has_backward(way, device):
+            return _relative(result, expected), None
+        gradients = torch.autograd.grad(result, (query, key, value), grad)
+    except Exception as error:  # what a kernel or a compiler raises where it cannot run differs
+        return float("nan"), f"cannot run: {_first_line(error)}"
+    exact_gradients = torch.autograd.grad(expected, exact, grad.float())
+    return max(
+        _relative(result, expected), *(_relative(a, e) for a, e in zip(gradients, exact_gradients, strict=True))
+    ), None
+
+
+def _pair(prompt: int, chosen: int, rejected: int) -> StoredPair:
+    ids = [1] * prompt
+    return StoredPair("check", ids + [2] * chosen, prompt, ids + [3] * rejected, prompt)
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.detach().float() - expected.detach()).norm() / expected.detach().norm())
+
+
+def time_way(
+    way: str,
+    flex: Callable[..., Tensor],
+    meter: Meter,
+    case: str,
+    pairs: Sequence[StoredPair],
+    heads: tuple[int, int, int],
+    softcap: float | None,
+    dtype: torch.dtype,
+    repeats: int,
+) -> dict[str, Any]:
+    """Forward alone, and forward with backward, of one layer's attention over one micro-batch."""
+    batch = build_batch(pairs)
+    row: dict[str, Any] = {"case": case, "way": way, "tokens": batch.num_tokens, "failed": None}
+    attended = sum(
+        (end - start) * (prefix_end - prefix_start) + (end - start) * (end - start + 1) // 2
+        for prefix_start, prefix_end, start, end in batch.blocks.ranges
+    )
+    backward = _has_backward(way, meter.device)
+    query, key, value, grad = _tensors(heads, batch.num_tokens, meter.device, dtype, backward=backward)
+    kept: list[Attention] = []
+
+    def prepare() -> None:
+        kept.append(build_way(way, flex, batch.blocks, batch.num_tokens, softcap, meter.device))
+
+    def forward() -> None:
+        with torch.no_grad():
+            kept[-1](query, key, value)
+
+    def both() -> None:
+        torch.autograd.grad(kept[-1](query, key, value), (query, key, value), grad)
+
+    def work() -> dict[str, Any]:
+        mask_s = measure_median(meter, prepare, repeats=3, warm_up=1)["median_s"] if way == "flex" else None
+        if not kept:
+            prepare()
+        ahead = measure_median(meter, forward, repeats=repeats, warm_up=3)
+        step = measure_median(meter, both, repeats=repeats, warm_up=3) if backward else ahead
+        unit = 4 * heads[0] * heads[2] * attended / 1e12  # both products, forward
+        factor = 3 if backward else 1
+        return {
+            "mask_s": mask_s,
+            "forward_s": ahead["median_s"],
+            "forward_tflops": unit / ahead["median_s"],
+            "step_s": step["median_s"],
+            "step_min_s": step["min_s"],
+            "step_max_s": step["max_s"],
+            "step_tflops": factor * unit / step["median_s"],
+            "extra_bytes": step["extra_bytes"],
+            "forward_only": not backward,
+        }
+
+    try:
+        found, row["failed"] = attempt(work, meter)
+    except Exception as error:  # as in `check_way`: the other ways go on
+        found, row["failed"] = None, f"cannot run: {_first_line(error)}"
+    return row | (found or {})
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("case", lambda row: row["case"]),
+    ("way", lambda row: row["way"]),
+    ("tokens", lambda row: str(row["tokens"])),
+    ("forward ms", lambda row: digits(row["forward_s"] * 1e3) if "forward_s" in row else row["failed"][:40]),
+    ("fwd+bwd ms", lambda row: digits(row["step_s"] * 1e3) if "step_s" in row and not row["forward_only"] else ""),
+    (
+        "min-max",
+        lambda row: "-".join(digits(row[k] * 1e3) for k in ("step_min_s", "step_max_s")) if "step_s" in row else "",
+    ),
+    ("TFLOP/s", lambda row: digits(row.get("step_tflops"))),
+    ("flex's time/this", lambda row: digits(row.get("flex_over_this"))),
+    ("mask ms", lambda row: digits(row["mask_s"] * 1e3) if row.get("mask_s") else ""),
+    ("extra GiB", lambda row: gib(row.get("extra_bytes"))),
+)

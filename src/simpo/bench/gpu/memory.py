@@ -1,0 +1,237 @@
+"""`gpu.py memory`: the peak of one training step as micro-batches grow, and what `engine.memory` predicts for it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from simpo.bench.flops import pair_work
+from simpo.bench.gpu.device import GIB, CpuMeter, Deadline, Meter, TimeUp, attempt, stop_at
+from simpo.bench.gpu.report import Column, Report, digits, gib
+from simpo.bench.gpu.workload import (
+    DEFAULT_RUNG,
+    PADDED_RUNG,
+    Batch,
+    LengthCase,
+    Rung,
+    StagedModel,
+    WeightPlan,
+    build_config,
+    build_model,
+    build_optimizer,
+    lay_out,
+)
+from simpo.bench.machine import available_gib
+from simpo.core.batch import PackedPairs
+from simpo.core.packing import PairShape
+from simpo.data.loader import StoredPair
+from simpo.engine.memory import ActivationBytes, measure_activations, step_bytes
+
+HOST_SHARE = 0.8
+"""Of the host's free memory that offloaded activations may take."""
+PINNED_OVERHEAD = 2.0
+"""Pinned blocks are rounded up to powers of two: at most twice what they hold."""
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How a step keeps what its backward pass needs."""
+
+    name: str
+    rung: Rung
+    checkpointing: bool = False
+    offload: bool = False
+
+
+MODES = (
+    Mode("packed", DEFAULT_RUNG),
+    Mode("packed, checkpointing", DEFAULT_RUNG, checkpointing=True),
+    Mode("padded", PADDED_RUNG),
+    Mode("padded, checkpointing", PADDED_RUNG, checkpointing=True),
+    Mode("packed, offload", DEFAULT_RUNG, offload=True),  # last: pinning tens of GiB takes its time
+)
+
+
+def run_memory(
+    report: Report,
+    meter: Meter,
+    deadline: Deadline,
+    *,
+    model: str,
+    plan: WeightPlan,
+    case: LengthCase,
+    tokens: Sequence[int],
+    modes: Sequence[Mode] = MODES,
+) -> bool:
+    """Every mode with growing micro-batches until memory runs out; True (what runs out is a result, no failure).
+
+    Args:
+        case: its pairs fill the micro-batches.
+        tokens: packed tokens of the micro-batches, ascending; each is rounded down to whole pairs, at least one.
+    """
+    config = build_config(model)
+    network = build_model(config, device=meter.device, dtype=plan.dtype)
+    staged = StagedModel(network, device=meter.device, autocast=plan.weights == "fp32")
+    weights_bytes = meter.allocated_bytes()
+    report.conditions["weights_gib"] = weights_bytes / GIB
+    batches = micro_batches_of(case, tokens, vocab_size=config.vocab_size)
+    expected = [(mode.name, len(batch)) for mode in modes for batch in batches]
+    with contextlib.suppress(TimeUp), stop_at(deadline):
+        activations = {mode: measure_mode(staged, mode) for mode in modes if mode.rung is DEFAULT_RUNG}
+        fixed = state_bytes(network, plan)
+        optimizer = build_optimizer(network, plan.optimizer)
+        _first_step(staged, batches[0][:1], optimizer, meter)
+        for mode in modes:
+            with staged.on(mode.rung), staged.checkpointing(mode.checkpointing):
+                _grow(report, meter, deadline, staged, mode, batches, optimizer, activations, weights_bytes + fixed)
+    done = {(row["mode"], row["pairs"]) for row in report.results["rows"]}
+    missing = list(dict.fromkeys(name for name, pairs in expected if (name, pairs) not in done))
+    if missing:
+        report.note(f"no time was left for all of {'; '.join(missing)}: run them alone with --modes")
+    report.finish(COLUMNS, complete=not missing)
+    return True
+
+
+def micro_batches_of(case: LengthCase, tokens: Sequence[int], *, vocab_size: int) -> list[list[StoredPair]]:
+    """The case's first pairs, as many as come closest to each number of packed tokens from below; at least one."""
+    most = max(tokens)
+    count, pairs = 1, case.pairs(1, vocab_size=vocab_size)
+    while sum(pair_work(pair).shape.tokens for pair in pairs) <= most:
+        count *= 2
+        pairs = case.pairs(count, vocab_size=vocab_size)
+    reached = np.cumsum([pair_work(pair).shape.tokens for pair in pairs])
+    sizes = [max(1, int((reached <= budget).sum())) for budget in tokens]
+    return [pairs[:size] for size in dict.fromkeys(sizes)]
+
+
+# --- what engine.memory predicts -------------------------------------------------------------------------------------
+
+
+def measure_mode(staged: StagedModel, mode: Mode) -> ActivationBytes:
+    """Activations by `engine.memory`, measured on small rows as `simpo train` does."""
+
+    def forward(batch: PackedPairs) -> torch.Tensor:
+        return staged.losses(mode.rung, batch).mean()
+
+    with staged.on(mode.rung), staged.checkpointing(mode.checkpointing):
+        return measure_activations(staged.model, forward, device=staged.device, offloaded=mode.offload)
+
+
+def state_bytes(network: torch.nn.Module, plan: WeightPlan) -> int:
+    """Gradients, moments and the head's work by `engine.memory`; without moments where nothing is updated."""
+    total = step_bytes(network, optim=plan.recipe_optim)
+    if plan.optimizer == "none":
+        total -= sum(2 * p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
+    return total
+
+
+def predict_bytes(activations: ActivationBytes, pairs: Sequence[StoredPair], before: int) -> float:
+    """The peak of a step over these pairs, everything included."""
+    works = [pair_work(pair) for pair in pairs]
+    columns = zip(*((w.shape.prefix, w.shape.chosen, w.shape.rejected, w.labels) for w in works))
+    prefix, chosen, rejected, labels = (np.array(column) for column in columns)
+    sizes = activations.of_pairs(PairShape(prefix, chosen, rejected), labels)
+    return float(before + activations.fixed + sizes.sum())
+
+
+# --- what happens ----------------------------------------------------------------------------------------------------
+
+
+def _first_step(staged: StagedModel, pairs: Sequence[StoredPair], optimizer: Any, meter: Meter) -> None:
+    """One pair, so that moments and workspaces are there before anything is measured."""
+    with staged.on(DEFAULT_RUNG):
+        batch = lay_out(DEFAULT_RUNG, pairs)
+        _, reason = attempt(lambda: staged.step(DEFAULT_RUNG, batch, optimizer), meter)
+    if reason:
+        raise ValueError(f"model: one pair does not fit: {reason}; try --weights bf16, or --optimizer none")
+
+
+def _grow(
+    report: Report,
+    meter: Meter,
+    deadline: Deadline,
+    staged: StagedModel,
+    mode: Mode,
+    batches: Sequence[Sequence[StoredPair]],
+    optimizer: Any,
+    activations: dict[Mode, ActivationBytes],
+    before: int,
+) -> None:
+    """One mode, micro-batch by micro-batch; what follows one that does not fit is a row without numbers."""
+    failed: str | None = None
+    seconds, moved_per_token = 0.0, 0.0
+    for pairs in batches:
+        batch = lay_out(mode.rung, pairs)
+        needed = sum(pair_work(pair).shape.tokens for pair in pairs)
+        row: dict[str, Any] = {
+            "mode": mode.name,
+            "pairs": len(pairs),
+            "packed_tokens": needed,
+            "tokens_computed": batch.input_ids.numel(),
+            "predicted_bytes": predict_bytes(activations[mode], pairs, before) if mode in activations else None,
+        }
+        if failed is None:
+            failed = host_shortage(moved_per_token * needed) if mode.offload else None
+        if failed is None and not deadline.allows(4 * seconds):
+            return
+        if failed is None:
+            found, failed = measure_step(staged, mode, batch, optimizer, meter)
+            if found:
+                row |= found
+                seconds, moved_per_token = found["seconds"], found["offloaded_bytes"] / needed
+        report.add(row | {"failed": failed})
+        report.say(f"{mode.name:<24}{needed:>8} tokens  {failed or gib(row['peak_bytes']) + ' GiB'}")
+        if not isinstance(meter, CpuMeter):
+            meter.release()  # what the allocator keeps in odd sizes must not decide whether the next one fits
+
+
+def measure_step(
+    staged: StagedModel, mode: Mode, batch: Batch, optimizer: Any, meter: Meter
+) -> tuple[dict[str, Any] | None, str | None]:
+    """One step's time and memory, or the reason why there is none."""
+    moved: list[int] = []
+
+    def work() -> None:
+        moved.append(staged.step(mode.rung, batch, optimizer, offload=mode.offload)[1])
+
+    measured, failed = attempt(lambda: meter.measure(work), meter)
+    if measured is None:
+        return None, failed
+    return {
+        "peak_bytes": measured.peak_bytes,
+        "before_bytes": measured.before_bytes,
+        "seconds": measured.seconds,
+        "offloaded_bytes": moved[0],
+    }, None
+
+
+def host_shortage(wanted_bytes: float) -> str | None:
+    """Why so many offloaded bytes do not fit into the host's memory, or None."""
+    free = available_gib()
+    if free is None or PINNED_OVERHEAD * wanted_bytes <= HOST_SHARE * free * GIB:
+        return None
+    return f"would pin up to {PINNED_OVERHEAD * wanted_bytes / GIB:.0f} GiB of the host's memory, {free:.0f} GiB free"
+
+
+def _ratio(row: dict[str, Any]) -> str:
+    if row.get("predicted_bytes") is None or "peak_bytes" not in row:
+        return ""
+    return f"{row['predicted_bytes'] / row['peak_bytes']:.2f}"
+
+
+COLUMNS: tuple[Column, ...] = (
+    ("mode", lambda row: row["mode"]),
+    ("pairs", lambda row: str(row["pairs"])),
+    ("packed tokens", lambda row: str(row["packed_tokens"])),
+    ("computed", lambda row: str(row["tokens_computed"])),
+    ("peak GiB", lambda row: gib(row.get("peak_bytes")) or (row["failed"] or "")[:40]),
+    ("predicted GiB", lambda row: gib(row["predicted_bytes"])),
+    ("predicted/peak", _ratio),
+    ("offloaded GiB", lambda row: gib(row.get("offloaded_bytes") or None)),
+    ("step s", lambda row: digits(row.get("seconds"))),
+)

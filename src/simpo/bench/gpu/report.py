@@ -1,0 +1,151 @@
+"""A command's results: one JSON file, written again after every row, and a plain table on the terminal."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shlex
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from simpo.bench.gpu.device import Meter
+from simpo.bench.machine import describe_machine, git_commit, package_versions, peak_tflops
+
+FORMAT = 1
+
+Column = tuple[str, Callable[[dict[str, Any]], str]]
+"""A column's title, and its cell from a row."""
+
+
+class Report:
+    """Results so far; the file on disk is never older than the last row.
+
+    Args:
+        name: of the file, without .json.
+        folder: where it goes; made when it is not there.
+        command: as typed.
+        conditions: what every number depends on.
+        say: prints a line.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        *,
+        command: str,
+        meter: Meter,
+        conditions: dict[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self.path = folder / f"{name}.json"
+        self.say = say
+        machine = describe_machine() | meter.describe()
+        self.results: dict[str, Any] = {
+            "format": FORMAT,
+            "command": command,
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "complete": False,
+            "versions": package_versions() | {"commit": git_commit()},
+            "machine": machine,
+            "conditions": {"memory": meter.memory, **conditions},
+            "notes": [],
+            "rows": [],
+        }
+        if machine["gpu"]:
+            self.results["conditions"]["peak_tflops"] = peak_tflops(machine["gpu"])
+        folder.mkdir(parents=True, exist_ok=True)
+        self.save()
+
+    @property
+    def conditions(self) -> dict[str, Any]:
+        return self.results["conditions"]
+
+    def add(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Keep a row, on disk too."""
+        self.results["rows"].append(row)
+        self.save()
+        return row
+
+    def note(self, text: str) -> None:
+        """Say and keep a remark: what was skipped, failed or cut short."""
+        self.results["notes"].append(text)
+        self.say(text)
+        self.save()
+
+    def save(self) -> None:
+        """Write the file; whoever reads it meanwhile sees the old or the new one whole."""
+        aside = self.path.with_suffix(".json.tmp")
+        aside.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        os.replace(aside, self.path)
+
+    def finish(self, columns: Sequence[Column], *, complete: bool) -> None:
+        """The table, the conditions and the notes again, and where the file is."""
+        self.results["complete"] = complete
+        self.save()
+        self.say("")
+        for line in table_lines(columns, self.results["rows"]):
+            self.say(line)
+        self.say("")
+        for line in self.describe():
+            self.say(line)
+        if not complete:
+            self.say("NOT COMPLETE: the time was over; what is missing is named above")
+        self.say(f"written: {self.path}")
+
+    def describe(self) -> list[str]:
+        """Machine, versions and conditions, in a few lines."""
+        machine, versions = self.results["machine"], self.results["versions"]
+        place = machine["cpu"]
+        if machine["gpu"]:
+            place = (
+                f"{machine['gpu']}, {machine['gpu_memory_gib']} GiB, driver {machine['driver']}, CUDA {machine['cuda']}"
+            )
+        shown = ("simpo", "commit", "python", "torch", "transformers", "triton")
+        return [
+            place + "; " + ", ".join(f"{name} {versions[name]}" for name in shown if versions.get(name)),
+            "; ".join(f"{name}: {_plain(value)}" for name, value in self.conditions.items() if value is not None),
+            *self.results["notes"],
+            self.results["command"],
+        ]
+
+
+def table_lines(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of plain text: the first column to the left, the others to the right."""
+    cells = [[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    lines = ["  ".join(_pad(text, width, i) for i, (text, width) in enumerate(zip(row, widths))) for row in cells]
+    lines = [line.rstrip() for line in lines]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+
+
+def _pad(text: str, width: int, index: int) -> str:
+    return text.ljust(width) if index == 0 else text.rjust(width)
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def shown_command(arguments: Sequence[str]) -> str:
+    """The command without where its results go, and with files by their names alone: it says what was measured."""
+    words: list[str] = []
+    for word in itertools.chain.from_iterable(word.split("=", 1) for word in arguments):
+        if words and words[-1] == "--output":
+            words.pop()
+        else:
+            words.append(os.path.basename(word) if os.path.isabs(word) else word)
+    return " ".join(["python benchmarks/gpu.py", *map(shlex.quote, words)])
+
+
+def digits(value: float | None) -> str:
+    """Three significant digits; empty for None."""
+    return "" if value is None else f"{value:#.3g}".rstrip(".")
+
+
+def gib(value: float | None) -> str:
+    """Bytes as GiB with two decimals; empty for None."""
+    return "" if value is None else f"{value / 2**30:.2f}"

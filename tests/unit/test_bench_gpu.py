@@ -1,0 +1,608 @@
+"""benchmarks/gpu.py: every command in miniature on the CPU, its arithmetic by hand, what is CUDA's with stand-ins."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import simpo.bench.gpu.attention as attention_bench
+import simpo.core.attention
+import simpo.engine.compile
+import simpo.engine.model
+from simpo.bench import flops
+from simpo.bench.gpu import ladder, memory, parity, workload
+from simpo.bench.gpu.device import (
+    CpuMeter,
+    CudaMeter,
+    Deadline,
+    TimeUp,
+    attempt,
+    folder_name,
+    pick_meter,
+    stop_at,
+)
+from simpo.bench.gpu.report import Report, shown_command, table_lines
+from simpo.bench.gpu.workload import DEFAULT_RUNG, PADDED_RUNG, RUNGS, LengthCase, StagedModel, WeightPlan
+from simpo.core.attention import AttentionBlocks, dense_mask, packed_attention
+from simpo.core.batch import build_batch
+
+REPO = Path(__file__).resolve().parents[2]
+CPU = torch.device("cpu")
+# Dynamo looks for a gradient on every tensor it meets and hides torch's warning about that only where warnings show.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+
+
+@pytest.fixture(scope="module")
+def gpu():
+    """The script as a module."""
+    spec = importlib.util.spec_from_file_location("benchmarks_gpu", REPO / "benchmarks" / "gpu.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def light_compiler(monkeypatch):
+    """Traces and differentiates, generates no code."""
+    monkeypatch.setattr(simpo.engine.compile, "BACKEND", "aot_eager")
+
+
+@pytest.fixture
+def command(gpu, tmp_path):
+    """Run a command on the CPU: its exit code and its file."""
+
+    def run(*words: str) -> tuple[int, dict]:
+        code = gpu.main([*words, "--device", "cpu", "--model", "tiny", "--output", str(tmp_path)], began=None)
+        (path,) = tmp_path.glob("*.json")
+        return code, json.loads(path.read_text())
+
+    return run
+
+
+@pytest.fixture
+def no_cuda(monkeypatch):
+    """Every call into CUDA that measuring makes fails. Not for what is compiled: Dynamo looks at all of torch."""
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("a call into CUDA on the CPU's way")
+
+    for name in ("Event", "Stream", "current_stream", "synchronize", "empty_cache", "mem_get_info", "memory_reserved"):
+        monkeypatch.setattr(torch.cuda, name, forbidden)
+    for name in ("memory_allocated", "max_memory_allocated", "reset_peak_memory_stats", "get_device_properties"):
+        monkeypatch.setattr(torch.cuda, name, forbidden)
+
+
+def make_report(folder: Path, **conditions) -> Report:
+    return Report("test", folder, command="test", meter=CpuMeter(CPU), conditions=conditions, say=lambda text: None)
+
+
+def make_staged(*, autocast: bool = False) -> StagedModel:
+    model = workload.build_model(workload.build_config("tiny"), device=CPU, dtype=torch.float32)
+    return StagedModel(model, device=CPU, autocast=autocast)
+
+
+# --- ladder ----------------------------------------------------------------------------------------------------------
+
+
+def test_all_rungs_have_the_same_losses_in_fp32_and_the_table_counts_their_tokens(command, capsys):
+    code, results = command("ladder", "--compute", "fp32", "--rounds", "2", "--micro-batches", "2")
+    assert code == 0
+    assert results["complete"]
+    rows = {(row["case"], row["rung"]): row for row in results["rows"]}
+    assert len(rows) == 2 * len(RUNGS)
+    for case in ("ragged-12/8/9", "20/6/6"):
+        expected = rows[case, "padded"]["losses"]
+        for rung in RUNGS:
+            row = rows[case, rung.name]
+            assert row["losses"] == pytest.approx(expected, abs=1e-4)
+            assert len(row["times_s"]) == 2
+            assert row["mfu"] is None  # no stated peak for a CPU
+            assert row["mfu_of_ceiling"] > 0
+    # Four pairs of 20/6/6, two micro-batches: both responses with the prompt, or the prompt once.
+    assert rows["20/6/6", "packed"]["tokens_computed"] == 2 * 4 * 2 * 26
+    assert rows["20/6/6", "shared"]["tokens_computed"] == rows["20/6/6", "shared"]["tokens_needed"] == 2 * 4 * 32
+    assert rows["ragged-12/8/9", "padded"]["tokens_computed"] > rows["ragged-12/8/9", "packed"]["tokens_computed"]
+    assert "first/this" in capsys.readouterr().out
+
+
+def test_useful_flops_and_mfu_are_those_counted_by_hand():
+    """tiny: H 48, I 64, 2 layers, 3 query heads and 1 KV head of 16, V 199; one pair of 5 + 2 / 3 tokens."""
+    block = 2 * 48 * 48 + 2 * 48 * 16 + 3 * 48 * 64
+    attended = 15 + 5 * (2 + 3) + 3 + 6
+    floor = 3 * (2 * 2 * block * 10 + 4 * 2 * 48 * attended + 2 * 199 * 48 * 5)
+    pair = workload.random_pair(0, (5, 2, 3), 199)
+    shape = flops.model_shape(workload.build_config("tiny"))
+    track = ladder.Track(DEFAULT_RUNG, [build_batch([pair])], times=[(0, 0, 0.5), (1, 0, 0.25), (2, 0, 0.25)])
+    first = ladder.Track(PADDED_RUNG, [build_batch([pair])], times=[(0, 0, 1.0), (1, 0, 1.0)])
+    conditions = {"peak_tflops": 1e-6, "measured_ceiling_tflops": 2e-6}
+    _, row = ladder.summarise_case("case", [first, track], [[pair]], shape, conditions)
+    assert row["useful_tflops"] == pytest.approx(3 * floor / 1.0 / 1e12)
+    assert row["mfu"] == pytest.approx(3 * floor / 1e6)
+    assert row["mfu_of_ceiling"] == pytest.approx(row["mfu"] / 2)
+    assert row["step_s"] == {"median": 0.25, "min": 0.25, "max": 0.5}
+    assert row["speedup"] == {"median": 3.0, "min": 2.0, "max": 4.0}
+
+
+def test_a_rung_whose_loss_differs_is_an_error(command, monkeypatch, no_cuda):
+    dense = workload.dense_token_logps
+    monkeypatch.setattr(workload, "dense_token_logps", lambda *args, **options: dense(*args, **options) * 1.01)
+    code, results = command("ladder", "--compute", "fp32", "--rounds", "1", "--rungs", "head,lean,shared")
+    assert code == 1
+    assert any("shared" not in note and "head" in note and "differs" in note for note in results["notes"])
+
+
+def test_a_rung_switches_what_it_says_and_nothing_stays():
+    staged, pairs = make_staged(), LengthCase("9/4/4").pairs(2, vocab_size=199)
+    before = [type(module) for module in staged.model.modules()]
+    seen = {}
+    for rung in RUNGS:
+        with staged.on(rung):
+            block = staged.model.model.layers[0]
+            seen[rung.name] = (
+                staged.model.config._attn_implementation,
+                simpo.engine.model.token_logps is workload.dense_token_logps,
+                [type(module) for module in staged.model.modules()] != before,
+                "forward" in vars(block),
+            )
+            assert torch.isfinite(staged.losses(rung, workload.lay_out(rung, pairs))).all()
+    packed = simpo.engine.model.PACKED
+    assert seen == {
+        "padded": ("sdpa", True, False, False),
+        "packed": (packed, True, False, False),
+        "shared": (packed, True, False, False),
+        "head": (packed, False, False, False),
+        "lean": (packed, False, True, False),
+        "compiled": (packed, False, False, True),
+    }
+    assert [type(module) for module in staged.model.modules()] == before
+    assert "forward" not in vars(staged.model.model.layers[0])
+    assert simpo.engine.model.token_logps is not workload.dense_token_logps
+
+
+def test_a_step_leaves_weights_and_no_gradients(no_cuda):
+    staged = make_staged(autocast=True)
+    before = [p.detach().clone() for p in staged.model.parameters()]
+    optimizer = workload.build_optimizer(staged.model, "adamw")
+    batch = workload.lay_out(DEFAULT_RUNG, LengthCase("9/4/4").pairs(2, vocab_size=199))
+    with staged.on(DEFAULT_RUNG):
+        first, second = (staged.step(DEFAULT_RUNG, batch, optimizer)[0] for _ in range(2))
+    assert torch.equal(first, second)
+    assert len(optimizer.state) == len(before)  # it did update
+    assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, staged.model.parameters(), strict=True))
+
+
+def test_a_rung_that_runs_out_of_memory_or_cannot_be_compiled_leaves_the_others(command, monkeypatch):
+    step = StagedModel.step
+
+    def limited(self, rung, batch, optimizer, **options):
+        if rung.name == "padded":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17 GiB.\nMore lines")
+        return step(self, rung, batch, optimizer, **options)
+
+    def no_compiler(*args, **kwargs):
+        raise ValueError("torch_compile: torch cannot compile for cpu here (no g++)")
+
+    monkeypatch.setattr(StagedModel, "step", limited)
+    monkeypatch.setattr(workload, "compile_blocks", no_compiler)
+    code, results = command("ladder", "--rounds", "1", "--cases", "9/4/4", "--rungs", "padded,lean,compiled")
+    padded, lean, compiled = results["rows"]
+    assert code == 0
+    assert padded["failed"] == "out of memory: CUDA out of memory. Tried to allocate 17 GiB."
+    assert "no g++" in compiled["failed"]
+    assert lean["rounds"] == 1
+    assert lean["speedup"] is None
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+def test_memory_grows_its_micro_batches_and_predicts_more_for_more(command, no_cuda):
+    code, results = command("memory")
+    assert (code, results["complete"]) == (0, True)
+    by_mode = {}
+    for row in results["rows"]:
+        by_mode.setdefault(row["mode"], []).append(row)
+    assert list(by_mode) == [mode.name for mode in memory.MODES]
+    for mode, rows in by_mode.items():
+        assert [row["pairs"] for row in rows] == [2, 4]  # of 29 packed tokens, within 64 and 128
+        if mode.startswith("packed"):
+            assert rows[0]["predicted_bytes"] < rows[1]["predicted_bytes"]
+            assert (rows[1]["offloaded_bytes"] > 0) == (mode == "packed, offload")
+        else:
+            assert rows[1]["tokens_computed"] == 4 * 2 * 21
+
+
+def test_what_follows_a_micro_batch_that_does_not_fit_is_not_tried(tmp_path, monkeypatch):
+    tried = []
+
+    def step(self, rung, batch, optimizer, **options):
+        tried.append(batch.input_ids.numel())
+        if tried[-1] > 60:
+            raise RuntimeError("CUDA error: out of memory")
+        return torch.tensor(0.0), 0
+
+    monkeypatch.setattr(StagedModel, "step", step)
+    report = make_report(tmp_path)
+    plan = WeightPlan("fp32", "none", "")
+    options = {"model": "tiny", "plan": plan, "case": LengthCase("12/8/9"), "tokens": [29, 64, 128, 256]}
+    assert memory.run_memory(report, CpuMeter(CPU), Deadline(5), modes=memory.MODES[:1], **options)
+    assert tried == [29, 29, 58, 116]
+    failed = [row["failed"] for row in report.results["rows"]]
+    assert failed == [None, None, *["CUDA error: out of memory"] * 2]
+    assert report.results["complete"]
+
+
+def test_offloading_more_than_the_host_has_is_not_tried(monkeypatch):
+    monkeypatch.setattr(memory, "available_gib", lambda: 10.0)
+    assert memory.host_shortage(3 * 2**30) is None
+    assert "10 GiB free" in memory.host_shortage(5 * 2**30)
+
+
+def test_checkpointing_runs_blocks_again_only_inside():
+    staged = make_staged()
+    calls = []
+    staged.model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
+    batch = workload.lay_out(DEFAULT_RUNG, LengthCase("9/4/4").pairs(1, vocab_size=199))
+    for enabled, expected in ((False, 1), (True, 2), (False, 1)):
+        calls.clear()
+        with staged.on(DEFAULT_RUNG), staged.checkpointing(enabled):
+            staged.step(DEFAULT_RUNG, batch, None)
+        assert len(calls) == expected
+
+
+# --- parity ----------------------------------------------------------------------------------------------------------
+
+
+def test_parity_passes_on_the_cpu_and_covers_every_way(command):
+    code, results = command("parity", "--only", "llama 9/3 heads")
+    assert (code, results["complete"]) == (0, True)
+    subjects = {row["subject"] for row in results["rows"]}
+    for mode in parity.MODES:
+        for way in ("", ", repeated prompts", ", unpacked", ", head", ", compiled"):
+            assert f"llama 9/3 heads, {mode}{way}" in subjects
+    checked = {row["what"] for row in results["rows"]}
+    assert {"twice, deterministic kernels", "checkpointing", "activation offload", "gradients", "loss"} <= checked
+    assert {"off / learning rate", "units in the last place"} <= checked
+    assert any(subject.startswith("attention 9/3x64 softcap") for subject in subjects)
+
+
+@pytest.mark.parametrize("name", ["mistral window", "qwen3", "gemma2 soft-caps"])
+def test_other_architectures_agree_with_the_reference(name, tmp_path, no_cuda):
+    report = make_report(tmp_path)
+    config = parity.architectures(tiny=True)[name]
+    parity.check_architecture(parity.Checks(report), name, config, CPU, tiny=True, thorough=False)
+    assert [row for row in report.results["rows"] if row["ok"] is not True] == []
+    assert len(report.results["rows"]) == 12
+
+
+def off_by_one(query, key, value, blocks, **options):
+    """The last token of every shared prefix is forgotten."""
+    ranges = tuple((low, max(low, high - 1), start, end) for low, high, start, end in blocks.ranges)
+    return packed_attention(query, key, value, AttentionBlocks(ranges), **options)
+
+
+def slightly_off(query, key, value, blocks, *, scale=None, **options):
+    return packed_attention(query, key, value, blocks, scale=0.9 * (scale or query.shape[-1] ** -0.5), **options)
+
+
+@pytest.mark.parametrize("wrong", [off_by_one, slightly_off])
+def test_parity_fails_in_every_precision_when_attention_is_wrong(wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr(simpo.engine.model, "packed_attention", wrong)
+    report = make_report(tmp_path)
+    config = parity.architectures(tiny=True)["llama tied"]
+    parity.check_architecture(parity.Checks(report), "llama", config, CPU, tiny=True, thorough=False)
+    failed = {row["subject"] for row in report.results["rows"] if row["ok"] is False}
+    assert failed == {"llama, fp32", "llama, autocast", "llama, bf16"}
+
+
+def test_a_wrong_gradient_alone_fails_and_the_command_says_so(command, monkeypatch):
+    class Half(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, logps):
+            return logps.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 0.99 * grad
+
+    token_logps = simpo.engine.model.token_logps
+    monkeypatch.setattr(simpo.engine.model, "token_logps", lambda *a, **k: Half.apply(token_logps(*a, **k)))
+    monkeypatch.setattr(parity, "check_ways", lambda *args: None)
+    monkeypatch.setattr(parity, "check_optimizers", lambda *args: None)
+    code, results = command("parity", "--only", "llama 9/3 heads")
+    assert code == 1
+    assert "FAILED llama 9/3 heads, fp32: gradients" in results["notes"]
+    assert not any("log-probs" in note for note in results["notes"])
+
+
+def test_nan_fails_a_check(tmp_path):
+    checks = parity.Checks(make_report(tmp_path))
+    assert not checks.at_most("subject", "what", float("nan"), 1.0)
+    assert checks.at_most("subject", "what", 0.0, 0.0)
+
+
+def test_bf16_on_a_gpu_must_go_through_varlen_attn(monkeypatch):
+    cuda = SimpleNamespace(type="cuda")
+    plain, softcapped = SimpleNamespace(), SimpleNamespace(attn_logit_softcapping=50.0)
+    assert parity.takes_varlen(cuda, "autocast", plain)
+    assert parity.takes_varlen(cuda, "bf16", plain)
+    assert not parity.takes_varlen(cuda, "fp32", plain)
+    assert not parity.takes_varlen(cuda, "bf16", softcapped)
+    assert not parity.takes_varlen(CPU, "bf16", plain)
+    monkeypatch.setattr(simpo.core.attention, "attention_path", lambda *args, **options: "varlen")
+    monkeypatch.setattr(simpo.core.attention, "_varlen_attention", lambda query, *args, **options: query)
+    tensor = torch.zeros(1, 2, 3, 4)
+    with parity.counted_varlen() as calls:
+        packed_attention(tensor, tensor, tensor, AttentionBlocks(((0, 0, 0, 3),)))
+    assert len(calls) == 1
+
+
+# --- head, attention -------------------------------------------------------------------------------------------------
+
+
+def test_head_times_every_chunk_size_beside_the_dense_head(command, no_cuda):
+    code, results = command("head", "--rows", "40", "--chunks", "default,16", "--repeats", "2")
+    assert (code, results["complete"]) == (0, True)
+    heads = [(row["weights"], row["head"]) for row in results["rows"]]
+    assert heads == [(w, h) for w in ("bf16", "fp32") for h in ("dense", "default (40 rows)", "16 rows")]
+    assert all(row["largest_difference"] < 1e-2 for row in results["rows"])
+
+
+def test_a_head_with_wrong_values_is_an_error(command, monkeypatch):
+    from simpo.bench.gpu import head
+
+    monkeypatch.setattr(head, "token_logps", lambda *a, chunk_size, **k: workload.dense_token_logps(*a, **k) + 0.5)
+    code, results = command("head", "--rows", "8", "--chunks", "default", "--repeats", "1")
+    assert code == 1
+    assert len(results["notes"]) == 2
+
+
+def test_attention_checks_and_times_every_way(command, no_cuda):
+    code, results = command("attention", "--repeats", "1", "--cases", "20/6/6", "--pairs", "2")
+    assert (code, results["complete"]) == (0, True)
+    assert [row["way"] for row in results["rows"]] == ["packed", "flex", "per-block"]
+    assert all(results["conditions"][f"{way} differs"] < 1e-2 for way in ("packed", "flex", "per-block"))
+    assert results["conditions"]["packed takes"] == "matmul"  # on a CPU
+    # A step of two pairs: 3 * 4 * heads * size * attended over its time.
+    packed = results["rows"][0]
+    attended = 2 * (210 + 20 * 12 + 21 + 21)
+    assert packed["step_tflops"] * packed["step_s"] * 1e12 == pytest.approx(12 * 3 * 16 * attended)
+
+
+def test_soft_capped_attention_is_compared_with_flex_alone(command):
+    code, results = command("attention", "--softcap", "20", "--repeats", "1", "--cases", "20/6/6", "--pairs", "1")
+    assert code == 0
+    assert [row["way"] for row in results["rows"]] == ["packed", "flex"]
+
+
+def test_a_way_that_is_wrong_is_named_and_not_timed(command, monkeypatch):
+    monkeypatch.setattr(
+        attention_bench, "packed_way", lambda blocks, softcap: lambda q, k, v: 1.1 * q + 0 * (k + v).sum()
+    )
+    code, results = command("attention", "--repeats", "1", "--cases", "9/4/4", "--pairs", "1")
+    assert code == 1
+    assert [row["way"] for row in results["rows"]] == ["flex", "per-block"]
+    assert results["notes"][0].startswith("packed: wrong")
+
+
+def test_the_flex_mask_is_the_definition_of_the_blocks():
+    blocks = AttentionBlocks(((0, 0, 0, 7), (0, 4, 7, 9), (9, 9, 9, 10), (9, 10, 12, 15)))
+    visible = attention_bench.visible_function(blocks, 16, CPU)
+    query, key = torch.arange(16)[:, None], torch.arange(16)[None, :]
+    expected = dense_mask(blocks, 16)
+    for row in (10, 11, 15):  # padding between and behind blocks
+        expected[row, row] = True
+    assert torch.equal(visible(0, 0, query, key), expected)
+
+
+# --- time, memory, devices -------------------------------------------------------------------------------------------
+
+
+def test_a_deadline_counts_from_the_start_of_the_command():
+    now = [100.0]
+    deadline = Deadline(1.0, began=70.0, clock=lambda: now[0])
+    assert deadline.left_s == 30.0
+    assert deadline.allows(29.0)
+    assert not deadline.allows(31.0)
+    now[0] = 131.0
+    assert not deadline.allows()
+
+
+def test_what_takes_too_long_is_interrupted():
+    def work() -> None:
+        with stop_at(Deadline(0.05 / 60)):
+            time.sleep(30)
+
+    with pytest.raises(TimeUp):
+        work()
+    time.sleep(0.1)  # the alarm is off
+
+
+@pytest.mark.parametrize("name", ["ladder", "memory", "attention", "head", "parity"])
+def test_when_the_time_is_over_the_file_says_what_is_missing(name, gpu, tmp_path):
+    words = [name, "--device", "cpu", "--model", "tiny", "--output", str(tmp_path), "--minutes", "1"]
+    code = gpu.main(words, began=time.monotonic() - 61)
+    (path,) = tmp_path.glob("*.json")
+    results = json.loads(path.read_text())
+    assert code == (1 if name == "parity" else 3)  # what was not checked is not right
+    assert not results["complete"]
+    assert results["notes"]
+
+
+def test_rounds_end_when_the_case_has_used_its_share(tmp_path):
+    now = [0.0]
+    meter = SimpleNamespace(
+        measure=lambda work: (work(), now.__setitem__(0, now[0] + 10.0), SimpleNamespace(seconds=10.0, peak_bytes=1))[
+            -1
+        ]
+    )
+    staged = make_staged()
+    track = ladder.Track(DEFAULT_RUNG, [workload.lay_out(DEFAULT_RUNG, LengthCase("9/4/4").pairs(1, vocab_size=199))])
+    deadline = Deadline(200 / 60, began=0.0, clock=lambda: now[0])
+    ladder.run_case(staged, None, meter, [track], rounds=50, deadline=deadline, share_s=100.0)
+    assert now[0] <= 100.0
+    assert len(track.times) >= 7
+
+
+def test_out_of_memory_is_a_reason_and_other_errors_go_on():
+    meter = CpuMeter(CPU)
+
+    def fail(error):
+        raise error
+
+    assert attempt(lambda: 3, meter) == (3, None)
+    assert attempt(lambda: fail(torch.OutOfMemoryError("CUDA out of memory.\nx")), meter) == (
+        None,
+        "CUDA out of memory.",
+    )
+    with pytest.raises(RuntimeError, match="shapes"):
+        attempt(lambda: fail(RuntimeError("shapes do not fit")), meter)
+
+
+class FakeCuda:
+    """torch.cuda for a GPU that needs 250 ms for anything and holds what it is told."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.now = 1000
+
+    def Event(self, enable_timing):
+        return SimpleNamespace(record=lambda: self.calls.append("record"), elapsed_time=lambda end: 250.0)
+
+    def synchronize(self, device):
+        self.calls.append("synchronize")
+
+    def memory_allocated(self, device):
+        return self.now
+
+    def max_memory_allocated(self, device):
+        return self.now + 500
+
+    def reset_peak_memory_stats(self, device):
+        self.calls.append("reset")
+
+
+def test_cuda_is_timed_by_events_and_its_peak_counts_from_the_beginning():
+    cuda = FakeCuda()
+    meter = CudaMeter(torch.device("cuda", 0), cuda)
+    measured = meter.measure(lambda: cuda.calls.append("work"))
+    assert cuda.calls == ["synchronize", "reset", "record", "work", "record", "synchronize"]
+    assert (measured.seconds, measured.before_bytes, measured.extra_bytes) == (0.25, 1000, 500)
+
+
+def test_without_a_gpu_the_command_says_so(gpu, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--device cpu --model tiny"):
+        pick_meter("cuda")
+    assert gpu.main(["parity"]) == 2
+    assert "no CUDA GPU is at hand" in capsys.readouterr().err
+
+
+def test_weights_are_as_precise_as_fits():
+    h200, h100 = 139 * 2**30, 78 * 2**30
+    plans = {
+        (size, total): workload.plan_weights(int(size * 1e9), total)
+        for size in (1.24, 8.03, 30)
+        for total in (h200, h100)
+    }
+    assert [(plan.weights, plan.optimizer) for plan in plans.values()] == [
+        ("fp32", "adamw"),
+        ("fp32", "adamw"),
+        ("bf16", "adamw_bf16"),
+        ("bf16", "adamw_bf16"),
+        ("bf16", "none"),
+        ("bf16", "none"),
+    ]
+    asked = workload.plan_weights(int(8e9), h200, weights="fp32", optimizer="none")
+    assert (asked.weights, asked.optimizer) == ("fp32", "none")
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+def test_lengths_come_from_a_file(tmp_path):
+    path = tmp_path / "measured.json"
+    path.write_text(json.dumps([[7, 3, 4], [5, 2, 2]]))
+    (case,) = workload.find_cases("", str(path))
+    pairs = case.pairs(2, vocab_size=50)
+    assert [(p.chosen_start, len(p.chosen_ids), len(p.rejected_ids)) for p in pairs] == [(7, 10, 11), (5, 7, 7)]
+    assert flops.pair_work(pairs[0]).shape.prefix == 7
+    with pytest.raises(ValueError, match="2 entries and 3 are needed"):
+        case.pairs(3, vocab_size=50)
+    path.write_text(json.dumps({"a": [[7, 3]]}))
+    with pytest.raises(ValueError, match="cannot read"):
+        workload.find_cases("", str(path))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["ladder", "--cases", "chat"], "ragged-200/350/350"),
+        (["ladder", "--rungs", "fast"], "padded, packed"),
+        (["ladder", "--model", "gpt"], "llama-8b"),
+        (["ladder", "--weights", "bf16", "--compute", "fp32"], "needs --weights fp32"),
+        (["memory", "--tokens", "0"], "at least 1"),
+        (["memory", "--modes", "magic"], "packed, checkpointing"),
+        (["head", "--chunks", "many"], "or default"),
+        (["parity", "--only", "gpt2"], "llama 9/3 heads"),
+        (["parity", "--minutes", "20"], "at most 9"),
+    ],
+)
+def test_a_wrong_option_is_named_with_what_is_allowed(words, message, gpu, capsys, tmp_path):
+    defaults = [] if "--model" in words else ["--model", "tiny"]
+    assert gpu.main([*words, "--device", "cpu", "--output", str(tmp_path), *defaults]) == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_kept_command_names_no_folder_of_this_machine(tmp_path):
+    words = ["ladder", "--output", str(tmp_path), "--lengths", str(tmp_path / "l.json"), f"--output={tmp_path}"]
+    assert shown_command(words) == "python benchmarks/gpu.py ladder --lengths l.json"
+    assert folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+
+
+def test_a_table_is_plain_text():
+    columns = (("name", lambda row: row["name"]), ("value", lambda row: str(row["value"])))
+    lines = table_lines(columns, [{"name": "long name", "value": 1}, {"name": "b", "value": 23456}])
+    assert lines == ["name       value", "-" * 16, "long name      1", "b          23456"]
+
+
+WITHOUT = """
+import importlib.machinery, runpy, sys
+
+hidden = {"datasets", "pydantic", "typer", "rich", "pyarrow", "trl", "peft", "accelerate", "matplotlib", "pandas",
+          "bitsandbytes", "liger_kernel"}
+
+
+class Without(importlib.machinery.PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in hidden else super().find_spec(name, path, target)
+
+
+sys.meta_path = [Without if finder is importlib.machinery.PathFinder else finder for finder in sys.meta_path]
+sys.path = [entry for entry in sys.path if not entry.rstrip("/").endswith("src")]
+sys.argv = sys.argv[1:]
+from pathlib import Path
+for module in sorted(Path("src/simpo/bench/gpu").glob("*.py")):
+    sys.path.insert(0, "src")
+    __import__(f"simpo.bench.gpu.{module.stem}")
+runpy.run_path("benchmarks/gpu.py", run_name="__main__")
+"""
+
+
+def test_it_runs_where_only_torch_transformers_and_numpy_are(tmp_path):
+    words = ["ladder", "--rungs", "padded,lean", "--rounds", "1", "--cases", "9/4/4"]
+    words += ["--device", "cpu", "--model", "tiny", "--output", str(tmp_path)]
+    command = [sys.executable, "-c", WITHOUT, "benchmarks/gpu.py", *words]
+    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert json.loads((tmp_path / "ladder-tiny.json").read_text())["complete"]
