@@ -103,9 +103,7 @@ def test_token_budget_splits_a_step_without_changing_it(tiny_recipe: Settings, t
     other = str(tmp_path / "other")
     trainer = build(tiny_recipe, **common, output_dir=other, max_tokens_per_micro_batch=90)
     plans = list(trainer.loader.plans(0, trainer.total_steps))
-    tokens = [
-        sum(trainer.loader.store.tokens[i] for i in items) for plan in plans for items in plan.micro_batches
-    ]
+    tokens = [sum(trainer.loader.store.tokens[i] for i in items) for plan in plans for items in plan.micro_batches]
     assert max(tokens) <= 90
     assert any(len(plan.micro_batches) > 2 for plan in plans)
     trainer.run()

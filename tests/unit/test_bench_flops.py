@@ -201,6 +201,7 @@ def test_a_large_model_is_counted_without_weights(tmp_path: Path):
     case = {"name": "200/350/350", "about": "", "kind": "fixed", "source": None, "lengths": (200, 350, 350)}
     found = prepare(
         model="llama-8b",
+        bf16=True,
         cases=[case | {"pairs_per_micro_batch": 1}],
         sides=["simpo"],
         steps=1,

@@ -219,13 +219,14 @@ def test_the_default_chunk_keeps_logits_within_its_bytes_in_chunks_of_even_size(
     assert largest.elements == -(-64 // -(-64 // most)) * V
 
 
+@pytest.mark.parametrize("compute_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize(("chunk_size", "products"), [(64, 3), (100, 3), (32, 7), (22, 11)])
-def test_the_last_chunk_computes_its_logits_once(chunk_size, products):
+def test_the_last_chunk_computes_its_logits_once(chunk_size, products, compute_dtype):
     """Products per chunk: logits, d hidden, d weight; and logits once more for every chunk but the last."""
     hidden, weight = torch.randn(64, D, requires_grad=True), torch.randn(V, D, requires_grad=True)
     with FlopCounterMode(display=False) as counter:
         labels = torch.zeros(64, dtype=torch.long)
-        token_logps(hidden, weight, labels, compute_dtype=torch.bfloat16, chunk_size=chunk_size).sum().backward()
+        token_logps(hidden, weight, labels, compute_dtype=compute_dtype, chunk_size=chunk_size).sum().backward()
     num_chunks = -(-64 // chunk_size)
     assert products == 4 * num_chunks - 1
     assert counter.get_total_flops() == pytest.approx(2 * D * V * 64 * products / num_chunks, rel=0.05)

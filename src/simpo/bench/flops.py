@@ -194,11 +194,12 @@ def on_meta() -> Iterator[None]:
         yield
 
 
-def build_on_meta(config: Any, *, packed: bool) -> nn.Module:
+def build_on_meta(config: Any, *, packed: bool, bf16: bool = False) -> nn.Module:
     """The model of a configuration without weights, in training mode.
 
     Args:
         packed: prepared for packed rows as `engine.model.load_model` prepares it, or as transformers builds it.
+        bf16: its weights' dtype, since there is no autocast on meta tensors; else fp32.
     Raises:
         ValueError: its linear layers are not those of the floor's formula.
     """
@@ -210,7 +211,9 @@ def build_on_meta(config: Any, *, packed: bool) -> nn.Module:
     with torch.device("meta"):
         # A copy: the attention's name is written into the configuration, which models built from it share.
         model = AutoModelForCausalLM.from_config(
-            copy.deepcopy(config), attn_implementation=PACKED if packed else "sdpa"
+            copy.deepcopy(config),
+            attn_implementation=PACKED if packed else "sdpa",
+            dtype=torch.bfloat16 if bf16 else torch.float32,
         )
     head = model.get_output_embeddings()
     linear = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear) and m is not head)

@@ -185,6 +185,7 @@ class _Benchmark:
                 "model": options.model,
                 "cases": [dataclasses.asdict(case) for case in self.cases],
                 "sides": self.sides,
+                "bf16": self.options.dtype == "bf16",
                 "steps": options.steps,
                 "warm_up": not options.flops_only,
                 "accumulation": options.accumulation,

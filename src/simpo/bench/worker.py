@@ -54,6 +54,7 @@ def prepare(
     warm_up: bool,
     accumulation: int,
     device: str,
+    bf16: bool,
     data: str | None,
     scratch: str,
 ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def prepare(
         steps, accumulation: timed steps, micro-batches in each.
         warm_up: whether the pairs of a warm-up step come first.
         device: "auto", "cpu" or "cuda".
+        bf16: whether products will be computed in bf16: the head's chunks hold more rows then.
         data: folder of the named sets.
         scratch: folder for the pair files.
     Returns:
@@ -82,7 +84,7 @@ def prepare(
     picked = pick_device(device).type
     config, tokenizer = build_config(model), tokenizer_folder(model)
     shape = flops.model_shape(config)
-    counter = _Counter(config, sides)
+    counter = _Counter(config, sides, bf16=bf16)
     entries = []
     for fields in cases:
         case = bench_cases.Case(**(fields | {"lengths": tuple(fields["lengths"]) if fields["lengths"] else None}))
@@ -141,8 +143,9 @@ class _Counter:
     # TRL's layout and head are those of the padded reference, which its counted warm-up step confirms.
     SAME_WORK: ClassVar = {"trl": "padded"}
 
-    def __init__(self, config: Any, sides: list[str]) -> None:
+    def __init__(self, config: Any, sides: list[str], *, bf16: bool) -> None:
         self.config = config
+        self.bf16 = bf16
         self._models: dict[str, Any] = {}
         self._known: dict[Any, int] = {}
 
@@ -183,7 +186,7 @@ class _Counter:
         from simpo.bench import flops, sides
 
         if side not in self._models:
-            self._models[side] = flops.build_on_meta(self.config, packed=side == "simpo")
+            self._models[side] = flops.build_on_meta(self.config, packed=side == "simpo", bf16=self.bf16)
         model = self._models[side]
 
         def step() -> None:

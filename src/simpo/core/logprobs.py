@@ -208,7 +208,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, precise: tor
     if total is None:
         return _product(left, right).to(precise)
     if left.dtype == precise:
-        return total.addmm_(left, right)
+        return torch.addmm(total, left, right, out=total)  # which torch's flop counter counts, unlike addmm_
     return total.add_(_product(left, right))
 
 
