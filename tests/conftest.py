@@ -11,7 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["miniature"]
+pytest_plugins = ["miniature", "ranks"]
 
 REPO = Path(__file__).resolve().parents[1]
 

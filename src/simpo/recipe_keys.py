@@ -170,7 +170,7 @@ def short(value: Any, limit: int = 60) -> str:
 # The keys
 # ---------------------------------------------------------------------------------------------------------------------
 
-SECTIONS = ("model", "data", "loss", "packing", "optimisation", "lora", "evaluation", "saving", "run")
+SECTIONS = ("model", "data", "loss", "packing", "optimisation", "lora", "parallel", "evaluation", "saving", "run")
 
 
 def _in(section: str):
@@ -183,7 +183,7 @@ def _in(section: str):
     return key
 
 
-_model, _data, _loss, _packing, _optimisation, _lora, _evaluation, _saving, _run = map(_in, SECTIONS)
+_model, _data, _loss, _packing, _optimisation, _lora, _parallel, _evaluation, _saving, _run = map(_in, SECTIONS)
 
 METRICS: dict[str, bool] = {
     "eval_loss": False,
@@ -386,6 +386,26 @@ class Recipe(BaseModel):
         "nf4", "4-bit number format.", "nf4 or fp4")
     bnb_4bit_use_double_quant: bool = _lora(
         False, "Quantise the quantisation constants too.", "true or false")
+    # -- parallel
+    dp_replicate: Whole = _parallel(
+        1, "Copies of the (sharded) model; each computes other pairs.", "whole, >= 1", ge=1)
+    dp_shard: Whole | None = _parallel(
+        None, "Processes over which weights, gradients and moments are sharded (FSDP2); each computes other pairs. "
+        "With dp_replicate, HSDP; 1 with dp_replicate above 1 is DDP.",
+        "whole, >= 1; null = every process that dp_replicate, cp and tp leave", ge=1)
+    cp: Whole = _parallel(
+        1, "Context parallel: processes that share each row's tokens. Must divide the attention heads of a tp rank.",
+        "whole, >= 1", ge=1)
+    tp: Whole = _parallel(
+        1, "Tensor parallel: processes that share each weight, the output head by vocabulary. Must divide the "
+        "attention and the key-value heads.", "whole, >= 1", ge=1)
+    fsdp_param_dtype: Literal["float32", "bfloat16"] | None = _parallel(
+        None, "Number format in which sharded blocks are gathered to compute; gradients are reduced in float32.",
+        "float32 or bfloat16; null = bfloat16 with bf16: true, else float32")
+    fsdp_cpu_offload: bool = _parallel(
+        False, "Keep sharded weights, gradients and moments in host memory between uses.", "true or false")
+    ddp_timeout: Whole = _parallel(
+        1800, "Seconds after which a process that waits for another one gives up.", "whole, >= 1", ge=1)
     # -- evaluation
     eval_strategy: Strategy = _evaluation(
         None, "When to evaluate on the evaluation split.", "no, steps or epoch", derived="steps if eval_steps is given")
@@ -414,6 +434,8 @@ class Recipe(BaseModel):
         500, "Save every so many optimizer steps.", "whole, >= 1", ge=1)
     save_total_limit: Whole | None = _saving(
         None, "Checkpoints kept, newest first; the best is kept too.", "whole, >= 1; null = all", ge=1)
+    async_save: bool = _saving(
+        False, "Write checkpoints in the background while training goes on.", "true or false")
     load_best_model_at_end: bool = _saving(
         False, "Save the best checkpoint's weights as the final model.", "true or false")
     resume_from_checkpoint: Annotated[bool | str | None, BeforeValidator(_resume)] = _saving(
@@ -542,6 +564,13 @@ _NOT_IN_FINGERPRINT = frozenset(
         "preprocessing_num_workers",
         "num_threads",
         "activation_offload",
+        "dp_replicate",
+        "dp_shard",
+        "cp",
+        "tp",
+        "fsdp_cpu_offload",
+        "ddp_timeout",
+        "async_save",
     ]
 )
 

@@ -100,6 +100,8 @@ ALIASES: dict[str, Alias] = {
     "lr_decay_style": Alias("lr_scheduler_type"),
     "lr_warmup_fraction": Alias("warmup_ratio"),
     "lr_warmup_iters": Alias("warmup_steps"),
+    "tensor_model_parallel_size": Alias("tp"),
+    "context_parallel_size": Alias("cp"),
     "clip_grad": Alias("max_grad_norm"),
     "adam_eps": Alias("adam_epsilon"),
     "seq_length": Alias("max_length"),
@@ -164,7 +166,7 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 
 _HUB = "nothing is uploaded"
 _LOADER = "batches are planned ahead"
-_PARALLEL = "parallel layout is not a recipe key here"
+_PARALLEL = "the layout is dp_replicate, dp_shard, cp and tp"
 _MODEL = "read from the model's own configuration"
 _PRECISION = "precision is set by bf16 and master_dtype"
 _KERNEL = "kernels are chosen here"
@@ -182,8 +184,8 @@ _BY_HINT: Mapping[str, str] = {
     "reset_attention_mask no_create_attention_mask_in_dataloader create_attention_mask_in_dataloader eod_mask_loss",
     _PARALLEL: "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed "
     "parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
-    "ddp_backend ddp_timeout local_rank local_process_index tensor_model_parallel_size "
-    "pipeline_model_parallel_size context_parallel_size context_parallel_algo cp_attention_mask_type "
+    "ddp_backend local_rank local_process_index "
+    "pipeline_model_parallel_size context_parallel_algo cp_attention_mask_type "
     "virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage expert_model_parallel_size "
     "sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather overlap_p2p_communication "
     "distributed_backend distributed_timeout_minutes use_cp_send_recv_overlap ulysses_degree_in_cp "

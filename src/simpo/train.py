@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses
 from simpo.data.audit import PreparedData, prepare_pairs
 from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan
 from simpo.display import Display
@@ -40,7 +39,6 @@ from simpo.engine.metrics import (
     PairMeter,
     check_trackers,
     forget_lines_after,
-    pair_metric_sums,
     peak_memory_gib,
 )
 from simpo.engine.model import (
@@ -55,6 +53,7 @@ from simpo.engine.model import (
 from simpo.engine.offload import offload_activations
 from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
 from simpo.generate import generate_greedy, save_generations
+from simpo.objective import trained_losses
 from simpo.recipe import LOSS_OPTIONS, Recipe
 from simpo.reference import ReferenceLogps, compute_reference_logps
 from simpo.resume import check_same_run, find_checkpoint, recipe_identity
@@ -229,18 +228,7 @@ class Trainer:
         if self.reference is not None:
             chosen, rejected = self.reference[split].lookup(micro_batch.indices, device=self.device)
             logps = dataclasses.replace(logps, ref_chosen_sum=chosen, ref_rejected_sum=rejected)
-        options = {name: getattr(recipe, name) for name in loss_options(recipe.loss_type)}
-        loss = LOSSES[recipe.loss_type](logps, **options)
-        total = loss.losses
-        if recipe.sft_weight:
-            total = total + recipe.sft_weight * self._sft_term(logps, plan)
-        return total, pair_metric_sums(logps, loss, total)
-
-    def _sft_term(self, logps: PairLogps, plan: StepPlan) -> Tensor:
-        if self.recipe.sft_reduction == "tokens":
-            # The step's token mean, written so that (sum over pairs) / num_pairs gives it.
-            return -logps.chosen_sum * (plan.num_pairs / plan.num_chosen_tokens)
-        return sft_losses(logps)
+        return trained_losses(logps, recipe, num_pairs=plan.num_pairs, num_chosen_tokens=plan.num_chosen_tokens)
 
     def _after_step(self, values: Mapping[str, float]) -> None:
         """Between steps, in this order: log, evaluate, save, stop if asked to."""

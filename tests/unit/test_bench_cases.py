@@ -14,7 +14,6 @@ from simpo.bench.cases import (
     Case,
     CaseSkipped,
     build_pairs,
-    cut_into_steps,
     describe_pairs,
     find_cases,
     load_pairs,
@@ -22,7 +21,7 @@ from simpo.bench.cases import (
 )
 from simpo.bench.models import check_model, tokenizer_folder
 from simpo.bench.sides import IGNORED, ColumnTable, pad_pairs, pairs_as_dataset, trl_columns
-from simpo.core.packing import shared_prefix_length
+from simpo.core.packing import iterate_steps, shared_prefix_length
 from simpo.data.loader import PairStore
 
 
@@ -34,7 +33,8 @@ def build(name: str, count: int = 12, **options):
 def padded_over_real(pairs, group: int) -> float:
     """Tokens after padding each group of pairs to its longest row, over those before."""
     groups = [
-        [len(ids) for p in step for ids in (p.chosen_ids, p.rejected_ids)] for step in cut_into_steps(pairs, group)
+        [len(ids) for p in step for ids in (p.chosen_ids, p.rejected_ids)]
+        for step in iterate_steps(pairs, pairs_per_step=group)
     ]
     return sum(max(group) * len(group) for group in groups) / sum(sum(group) for group in groups)
 

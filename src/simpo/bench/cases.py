@@ -203,11 +203,6 @@ def load_pairs(path: Path) -> list[StoredPair]:
     return [StoredPair(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def cut_into_steps(pairs: Sequence[StoredPair], pairs_per_step: int) -> list[list[StoredPair]]:
-    """Consecutive optimizer steps."""
-    return [list(pairs[start : start + pairs_per_step]) for start in range(0, len(pairs), pairs_per_step)]
-
-
 def describe_pairs(pairs: Sequence[StoredPair]) -> dict[str, float]:
     """Mean lengths in tokens: prompt, chosen and rejected responses."""
     starts = np.array([[pair.chosen_start, pair.rejected_start] for pair in pairs])

@@ -24,6 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from simpo.core.batch import TokenPair
 from simpo.core.packing import PairShape, shared_prefix_length
+from simpo.engine.costs import decoder_sizes
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,11 @@ def model_shape(config: Any) -> ModelShape:
     for name in ("num_local_experts", "num_experts", "n_routed_experts"):
         if getattr(text, name, None):
             raise ValueError(f"the work of {text.model_type} depends on its experts' routing; a dense model is needed")
-    hidden, heads = text.hidden_size, text.num_attention_heads
-    head_dim = getattr(text, "head_dim", None) or hidden // heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    per_layer = 2 * hidden * heads * head_dim + 2 * hidden * kv_heads * head_dim + 3 * hidden * text.intermediate_size
-    layers = text.num_hidden_layers
-    return ModelShape(layers * per_layer, layers * heads * head_dim, text.vocab_size * hidden)
+    sizes = decoder_sizes(config)
+    hidden, layers = sizes["hidden_size"], sizes["num_layers"]
+    queries, keys = (sizes[name] * sizes["head_dim"] for name in ("num_heads", "num_kv_heads"))
+    per_layer = hidden * (2 * queries + 2 * keys + 3 * sizes["intermediate_size"])
+    return ModelShape(layers * per_layer, layers * queries, sizes["vocab_size"] * hidden)
 
 
 def pair_work(pair: TokenPair) -> PairWork:

@@ -79,6 +79,7 @@ def prepare(
     from simpo.bench import flops
     from simpo.bench.models import build_config, num_parameters, tokenizer_folder
     from simpo.bench.sides import missing_package
+    from simpo.core.packing import iterate_steps
     from simpo.engine.model import pick_device
 
     picked = pick_device(device).type
@@ -104,7 +105,7 @@ def prepare(
             continue
         path = Path(scratch) / f"{case.slug}.pairs.json"
         bench_cases.save_pairs(pairs, path)
-        batches = [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        batches = list(iterate_steps(pairs, pairs_per_step=size))
         first = accumulation * warm_up  # the first timed micro-batch
         timed = pairs[size * first :]
         works = [flops.pair_work(pair) for pair in timed]

@@ -16,7 +16,7 @@ from __future__ import annotations
 import functools
 import inspect
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -126,13 +126,12 @@ def _block_by_block(
     key: Tensor,
     value: Tensor,
     blocks: AttentionBlocks,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
+    **options: Any,
 ) -> Tensor:
-    """torch's own attention on each block: where there is dropout, and for fp32 on an accelerator."""
+    """torch's own attention on each block: where there is dropout, and for fp32 on an accelerator.
+
+    options: of `_block_attention`.
+    """
     outputs: list[Tensor] = []
     reached = 0
     for prefix_start, prefix_end, start, end in blocks.ranges:
@@ -142,17 +141,7 @@ def _block_by_block(
         if prefix_end > prefix_start:
             block_key = torch.cat([key[:, :, prefix_start:prefix_end], block_key], dim=2)
             block_value = torch.cat([value[:, :, prefix_start:prefix_end], block_value], dim=2)
-        outputs.append(
-            _block_attention(
-                query[:, :, start:end],
-                block_key,
-                block_value,
-                scale=scale,
-                sliding_window=sliding_window,
-                softcap=softcap,
-                dropout=dropout,
-            )
-        )
+        outputs.append(_block_attention(query[:, :, start:end], block_key, block_value, **options))
         reached = end
     if reached < query.shape[2]:
         outputs.append(torch.zeros_like(query[:, :, reached:]))
@@ -164,10 +153,10 @@ def _block_attention(
     key: Tensor,
     value: Tensor,
     *,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    dropout: float,
+    scale: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    dropout: float = 0.0,
 ) -> Tensor:
     """Causal attention of Tq queries that end where the Tk >= Tq keys end (diagonal at the bottom right)."""
     num_queries, num_keys = query.shape[2], key.shape[2]

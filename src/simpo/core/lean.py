@@ -3,8 +3,8 @@
     rms_norm(x)        = weight * (x / sqrt(mean(x^2) + eps))         keeps x, which the residual stream keeps anyway
     gated_silu(g, u)   = silu(g) * u                                  keeps g and u; silu(g) is computed again
 
-Autograd also keeps the normalised x, its cast for each projection that reads it, and silu(g): about 40% of what a
-Llama-like block keeps. The values are the same. Torch only.
+Autograd also keeps the normalised x, its cast for each projection that reads it, and silu(g): about a third of
+what a Llama-like block keeps. The values are the same. Torch only.
 """
 
 from __future__ import annotations

@@ -12,6 +12,9 @@ import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,7 +265,7 @@ def epoch_order(num_pairs: int, *, seed: int, epoch: int) -> list[int]:
     return order
 
 
-def iterate_steps(order: Sequence[int], *, pairs_per_step: int) -> Iterator[Sequence[int]]:
+def iterate_steps(order: Sequence[T], *, pairs_per_step: int) -> Iterator[Sequence[T]]:
     """Consecutive optimizer steps of one epoch; the last one may be smaller, and no pair is left out."""
     if pairs_per_step < 1:
         raise ValueError(f"pairs_per_step must be at least 1, not {pairs_per_step}")

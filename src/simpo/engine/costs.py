@@ -16,14 +16,19 @@ def cost_weights(config: Any) -> CostWeights:
     Taken to be a dense decoder with gated feed-forward blocks. For another one (experts, ungated blocks) the weights
     are off by some tens of percent, which makes micro-batches a little less even and changes nothing that is computed.
     """
+    return CostWeights.of_decoder(**decoder_sizes(config))
+
+
+def decoder_sizes(config: Any) -> dict[str, int]:
+    """The sizes of a transformers model under the names of `CostWeights.of_decoder`, usual values where it has none."""
     config = config.get_text_config()
     heads = config.num_attention_heads
-    return CostWeights.of_decoder(
-        num_layers=config.num_hidden_layers,
-        hidden_size=config.hidden_size,
-        intermediate_size=getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-        num_heads=heads,
-        num_kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
-        vocab_size=config.vocab_size,
-    )
+    return {
+        "num_layers": config.num_hidden_layers,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "num_heads": heads,
+        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
+        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "vocab_size": config.vocab_size,
+    }

@@ -60,11 +60,6 @@ def _note_read_rows(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     block.mlp.__dict__["_read_rows"] = kwargs.get(READ_ROWS)
 
 
-def has_unread_rows_skipped(model: nn.Module) -> bool:
-    """Whether the model's last block takes READ_ROWS."""
-    return any(isinstance(module, _RowsMLP) for module in model.modules())
-
-
 def install_lean_blocks(model: nn.Module) -> int:
     """Swap the classes of the norms and MLPs of every known block, idempotent; returns how many blocks it knew.
 

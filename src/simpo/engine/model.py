@@ -24,7 +24,8 @@ from simpo.core.attention import attention_path, packed_attention
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import response_logps, token_logps
 from simpo.core.losses import PairLogps
-from simpo.engine.lean import READ_ROWS, has_unread_rows_skipped, install_lean_blocks
+from simpo.engine.costs import decoder_sizes
+from simpo.engine.lean import READ_ROWS, install_lean_blocks
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -113,7 +114,7 @@ def describe_attention(model: nn.Module, *, half: bool) -> str:
     config, weight = base.config.get_text_config(), base.get_input_embeddings().weight
     if base.config._attn_implementation != PACKED:
         return base.config._attn_implementation
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = decoder_sizes(config)["head_dim"]
     rows = torch.empty(1, 1, 1, size, dtype=torch.bfloat16 if half else weight.dtype, device=weight.device)
     dropout = max((getattr(module, "attention_dropout", 0.0) for module in base.modules()), default=0.0)
     path = attention_path(rows, rows, softcap=getattr(config, "attn_logit_softcapping", None), dropout=dropout)
@@ -281,8 +282,7 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
     }
     if batch.blocks is not None:
         inputs["packed_blocks"] = batch.blocks
-        if has_unread_rows_skipped(base):
-            inputs[READ_ROWS] = batch.read_rows
+        inputs[READ_ROWS] = batch.read_rows  # blocks that do not know it pass it on, like the one before
         attention = contextlib.nullcontext()
     else:
         inputs["attention_mask"] = batch.attention_mask

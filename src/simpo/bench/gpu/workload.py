@@ -40,6 +40,7 @@ from simpo.bench.sides import BETA, GAMMA_BETA_RATIO, MAX_GRAD_NORM, PaddedBatch
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import reference_token_logps
 from simpo.core.losses import LOSSES
+from simpo.core.packing import iterate_steps
 from simpo.data.loader import StoredPair
 from simpo.engine.adamw import AdamWBf16
 from simpo.engine.compile import compile_blocks
@@ -205,7 +206,7 @@ class LengthCase:
     def micro_batches(self, count: int, size: int, *, vocab_size: int) -> list[list[StoredPair]]:
         """The same pairs, `size` at a time."""
         pairs = self.pairs(count * size, vocab_size=vocab_size)
-        return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+        return list(iterate_steps(pairs, pairs_per_step=size))
 
 
 def random_pair(index: int, sizes: Sequence[int], vocab_size: int) -> StoredPair:
