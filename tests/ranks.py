@@ -68,7 +68,7 @@ class Ranks:
             self._start()
         code = function.__code__
         for connection in self._connections:
-            connection.send((code.co_filename, function.__qualname__, args, kwargs))
+            connection.send_bytes(pickle.dumps((code.co_filename, function.__qualname__, args, kwargs)))
         outcomes: list[Any] = [RankFailed("no answer: it hung, or another rank failed first")] * self.size
         waiting = {connection: rank for rank, connection in enumerate(self._connections)}
         until, healthy = time.monotonic() + ANSWER_S, True
@@ -76,7 +76,7 @@ class Ranks:
             for connection in wait(list(waiting), timeout=left):
                 rank = waiting.pop(connection)
                 try:
-                    fine, outcome = connection.recv()
+                    fine, outcome = pickle.loads(connection.recv_bytes())
                 except EOFError:
                     fine, outcome = False, RankFailed("the process died")
                 outcomes[rank] = outcome
@@ -156,8 +156,8 @@ def _serve(address: str) -> None:
         dist.init_process_group("gloo")
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
-                path, name, args, kwargs = connection.recv()
-                connection.send(_outcome(path, name, args, kwargs))
+                path, name, args, kwargs = pickle.loads(connection.recv_bytes())
+                connection.send_bytes(pickle.dumps(_outcome(path, name, args, kwargs)))  # tensors by value
     os._exit(0)  # gloo's threads may abort a process that ends in the ordinary way
 
 

@@ -6,6 +6,7 @@ forward pass as training.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,16 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from simpo.core.batch import build_batch
 from simpo.data.loader import PairStore, evaluation_batches
 from simpo.engine.model import compute_pair_logps, load_model
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from simpo.engine.mesh import Mesh
     from simpo.recipe import Recipe
 
 
@@ -38,38 +42,44 @@ class ReferenceLogps:
 
 
 def compute_reference_logps(
-    recipe: Recipe, stores: Mapping[str, PairStore], *, device: torch.device, fingerprint: str
+    recipe: Recipe, stores: Mapping[str, PairStore], *, mesh: Mesh, fingerprint: str
 ) -> dict[str, ReferenceLogps]:
-    """Reference log-probs of every store, from the cache where they are known.
+    """Reference log-probs of every store, from the cache where they are known; every process computes a share.
 
     Args:
         recipe: names the reference (`ref_model_name_or_path`, else the initial policy `model_name_or_path`).
         stores: split name -> pairs.
-        device: where the reference runs; it is freed afterwards.
+        mesh: the processes that the reference runs on; it is freed afterwards.
         fingerprint: of the tokenised data; with the model's it keys the cache.
     """
     name = recipe.ref_model_name_or_path or recipe.model_name_or_path
     paths = {split: _cache_path(recipe, name, fingerprint, split) for split in stores}
-    found = {split: _read(path, len(stores[split])) for split, path in paths.items()}
+    found = mesh.on_main(lambda: {split: _read(path, len(stores[split])) for split, path in paths.items()})
     missing = [split for split, logps in found.items() if logps is None]
     if missing:
-        model = load_model(recipe, device=device, name=name, trainable=False)
+        model = load_model(recipe, device=mesh.device, name=name, trainable=False, mesh=mesh)
         for split in missing:
-            found[split] = ReferenceLogps(_forward_all(model, stores[split], recipe, device))
-            _write(paths[split], found[split])
+            found[split] = ReferenceLogps(_forward_all(model, stores[split], recipe, mesh))
+            mesh.on_main(functools.partial(_write, paths[split], found[split]))
         del model
     return {split: logps for split, logps in found.items() if logps is not None}
 
 
 @torch.no_grad()
-def _forward_all(model: nn.Module, store: PairStore, recipe: Recipe, device: torch.device) -> np.ndarray:
-    sums = np.empty((len(store), 2), dtype=np.float32)
-    for indices in evaluation_batches(store, pairs_per_batch=recipe.per_device_eval_batch_size):
-        batch = build_batch([store[i] for i in indices], pack=recipe.pack, share_prompt=recipe.share_prompt)
+def _forward_all(model: nn.Module, store: PairStore, recipe: Recipe, mesh: Mesh) -> np.ndarray:
+    device, sums = mesh.device, torch.zeros(len(store), 2)
+    batches = evaluation_batches(
+        store, pairs_per_batch=recipe.per_device_eval_batch_size, rank=mesh.data_rank, num_ranks=mesh.sizes.data
+    )
+    for indices in batches:
+        # A rank without pairs takes part with the first one: shards are put together by all.
+        pairs = [store[i] for i in indices or [0]]
+        batch = build_batch(pairs, pack=recipe.pack, share_prompt=recipe.share_prompt)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
-            logps = compute_pair_logps(model, batch.to(device), chunk_size=recipe.logits_chunk_size)
-        sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).float().cpu().numpy()
-    return sums
+            logps = compute_pair_logps(model, mesh.own_rows(batch).to(device), chunk_size=recipe.logits_chunk_size)
+        if indices:
+            sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).float().cpu()
+    return mesh.sum_over_data(sums.to(device)).cpu().numpy()
 
 
 def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpo.engine import checkpoint as checkpoints
 from simpo.engine.checkpoint import Checkpoint
+from simpo.engine.mesh import restart_count
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -35,7 +36,17 @@ _MAY_CHANGE_ON_RESUME = frozenset(
         "preprocessing_num_workers",
         "cache_dir",
         "activation_offload",
-        "num_threads",  # changes the order of sums, so the last bits
+        "async_save",
+        "ddp_timeout",
+        # These change the order of sums, so the last bits. (Pairs in a step have to stay: see Trainer._identity.)
+        "num_threads",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "dp_replicate",
+        "dp_shard",
+        "cp",
+        "tp",
+        "fsdp_cpu_offload",
     }
 )
 
@@ -53,6 +64,8 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint | None:
     """
     folder, wanted = Path(recipe.output_dir) / "checkpoints", recipe.resume_from_checkpoint
     existing = checkpoints.list_checkpoints(folder)
+    if restart_count():  # torchrun started the same command again after a process was lost
+        return existing[-1] if existing else None
     if not wanted:
         if existing or any((folder.parent / name).exists() for name in ("model", "metrics.jsonl")):
             at = f"checkpoint at step {existing[-1].step}" if existing else "no checkpoint"
@@ -76,7 +89,7 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpo
 
     Args:
         saved: the checkpoint's trainer state.
-        current: recipe (`recipe_identity`), data_fingerprint and total_steps of the run at hand.
+        current: recipe (`recipe_identity`), data_fingerprint, pairs_per_step and total_steps of the run at hand.
     Raises:
         ValueError: names each setting that differs, with both values.
     """
@@ -87,7 +100,12 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpo
     ]
     if saved["data_fingerprint"] != current["data_fingerprint"]:
         changed.append("the training data or its tokenisation")
-    if saved["total_steps"] != current["total_steps"]:
+    if saved["pairs_per_step"] != current["pairs_per_step"]:
+        changed.append(
+            f"the pairs in an optimizer step (was {saved['pairs_per_step']}, is {current['pairs_per_step']}; with "
+            "another number of processes, change gradient_accumulation_steps to match)"
+        )
+    elif saved["total_steps"] != current["total_steps"]:
         changed.append(f"the number of steps (was {saved['total_steps']}, is {current['total_steps']})")
     if changed:
         raise ValueError(

@@ -2,10 +2,10 @@
 
     for each step's plan:
         for each micro-batch: forward, one loss per pair, backward of (their sum / pairs in the whole step)
-        stop if anything is not finite; clip; update; log; evaluate; save
+        sum metrics over all processes; stop if anything is not finite; clip; update; log; evaluate; save
 
-Every pair of a step weighs the same, however the step is cut into micro-batches. A run may be killed at any moment: it
-goes on from its last checkpoint bit for bit.
+Every pair of a step weighs the same, however the step is cut into micro-batches and spread over processes. A run may be
+killed at any moment: it goes on from its last checkpoint bit for bit.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,21 @@ from simpo.data.audit import PreparedData, prepare_pairs
 from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan
 from simpo.display import Display
 from simpo.engine import checkpoint as checkpoints
-from simpo.engine.checkpoint import Checkpoint
+from simpo.engine.checkpoint import Checkpoint, CheckpointSave
 from simpo.engine.compile import compile_blocks
 from simpo.engine.costs import cost_weights
 from simpo.engine.export import save_model
 from simpo.engine.host import keep_freed_memory
 from simpo.engine.memory import TokenBudget, fit_micro_batches
+from simpo.engine.mesh import join_world
 from simpo.engine.metrics import (
+    PAIR_METRICS,
     MetricsLog,
     PairMeter,
+    StepTotals,
     check_trackers,
     forget_lines_after,
+    means,
     peak_memory_gib,
 )
 from simpo.engine.model import (
@@ -52,6 +57,7 @@ from simpo.engine.model import (
 )
 from simpo.engine.offload import offload_activations
 from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
+from simpo.engine.sharding import GradientSync
 from simpo.generate import generate_greedy, save_generations
 from simpo.objective import trained_losses
 from simpo.recipe import LOSS_OPTIONS, Recipe
@@ -104,11 +110,11 @@ class Progress:
 
 
 class Trainer:
-    """One run of preference optimization.
+    """One run of preference optimization; with several processes, one part of it in each.
 
     Args:
-        recipe: what to train, how, and where to write; see `simpo.recipe`.
-        display: where progress is shown; None = the terminal.
+        recipe: what to train, how, and where to write; see `simpo.recipe`. The same on every process.
+        display: where progress is shown; None = the terminal, and of several processes the first one's.
         data: pairs that are tokenised already; None = read and tokenise the recipe's datasets.
     Raises:
         ValueError: data, model, device, run directory or checkpoint do not fit the recipe.
@@ -119,15 +125,16 @@ class Trainer:
             raise ValueError("output_dir: a run needs a folder to write to, for example --output_dir runs/first")
         self.recipe = recipe
         check_trackers(recipe.report_to)
-        self.display = display or Display()
+        self.device = pick_device(recipe.device)
+        self.mesh = join_world(recipe, self.device)
+        self.display = display or Display(quiet=not self.mesh.is_main)
         self.output_dir = Path(recipe.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.generations_path = self.output_dir / "generations.jsonl"
-        resume = find_checkpoint(recipe)
+        resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
         for notice in recipe.notices:
             self.display.say(notice)
 
-        self.device = pick_device(recipe.device)
         if recipe.activation_offload and self.device.type == "cpu":
             raise ValueError("activation_offload: on a CPU activations are in host memory already; set it to false")
         if recipe.tf32 is not None:
@@ -137,10 +144,15 @@ class Trainer:
             keep_freed_memory()
         seed_everything(recipe.seed)
         self.tokenizer = load_tokenizer(recipe)
-        self.data = prepare_pairs(recipe, self.tokenizer) if data is None else data
+        self.data = data or self.mesh.main_first(
+            lambda: prepare_pairs(recipe, self.tokenizer, progress=self.mesh.is_main)
+        )
         self.export_dtype = source_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
-        self.model = load_model(recipe, device=self.device)
+        self.model = load_model(recipe, device=self.device, mesh=self.mesh)
         self.model.train()
+        self.gradients = GradientSync(self.model, self.mesh)
+        # Dropout differs between processes that see other tokens; those of one tp group must drop the same.
+        seed_everything(recipe.seed + self.mesh.data_rank * self.mesh.sizes.cp + self.mesh.cp_rank)
         self.loader = self._build_loader(self.data.train)
         self.eval_loader = self._build_loader(self.data.eval, evaluation=True) if self.data.eval is not None else None
         self.total_steps = count_steps(recipe, self.loader.steps_per_epoch)
@@ -148,18 +160,19 @@ class Trainer:
         self.reference = self._prepare_reference()
         self.progress = Progress()
         self.window = PairMeter()  # pairs since the last logged step
-        self.log: MetricsLog | None = None  # opened by run()
-        self._stop = threading.Event()
+        self.log: MetricsLog | None = None  # opened by run() on the first process
+        self.saving: CheckpointSave | None = None  # written in the background
+        self._stop = threading.Event()  # this process was asked to stop
+        self._stop_together = False  # one of several processes was, when the last step ended
         self.budget: TokenBudget | None = None  # picked by memory; a resumed run keeps what its checkpoint says
         if resume is not None:
             self._restore(resume)
         else:
             self._fit_micro_batches()
+        self._check_agreement()
         if recipe.torch_compile:  # after the memory was measured: rows that small would be compiled for nothing
             compile_blocks(self.model, device=self.device)
-        self.output_dir.mkdir(parents=True, exist_ok=True)
-        recipe.save(self.output_dir / "recipe.yaml")
-        self.data.ledger.save(self.output_dir / "audit.json")
+        self.mesh.on_main(self._open_output_dir)
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -171,10 +184,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite.
         """
         self.display.table("training", self._summary())
-        done = self.progress.step or None
-        forget_lines_after(self.generations_path, done)
-        log = MetricsLog(self.output_dir / "metrics.jsonl", self.recipe, resume_step=done)
-        with contextlib.closing(log) as self.log, self._stop_on_signals():
+        with self._metrics_log(), self._stop_on_signals():
             if self.recipe.eval_on_start and self.progress.step == 0:
                 self._evaluate_and_log()
             with self.display.progress(self.total_steps, self.progress.step) as bar:
@@ -187,16 +197,19 @@ class Trainer:
     def train_step(self, plan: StepPlan) -> dict[str, float]:
         """One optimizer step over the plan's pairs; returns their means, the gradient norm and the speed."""
         started = time.perf_counter()
-        meter, losses = PairMeter(), []
+        totals, losses = StepTotals(), []
         for micro_batch in self.loader.micro_batches(plan):
-            with offload_activations(self.model) if self.recipe.activation_offload else contextlib.nullcontext():
-                pair_losses, metric_sums = self.forward(micro_batch, plan)
-            # Each backward adds this micro-batch's share of the gradient of the mean over *all* pairs of the step.
-            (pair_losses.sum() / plan.num_pairs).backward()
-            meter.add(metric_sums, len(micro_batch.indices))
+            with self.gradients.micro_batch(is_last=micro_batch.is_last):
+                with offload_activations(self.model) if self.recipe.activation_offload else contextlib.nullcontext():
+                    pair_losses, metric_sums = self.forward(micro_batch, plan)
+                # Each backward adds this micro-batch's share of the gradient of the mean over *all* pairs of the step.
+                (pair_losses.sum() * (self.gradients.scale / plan.num_pairs)).backward()
+            totals.add(metric_sums, pair_losses, num_tokens=micro_batch.num_tokens)
             losses.append((micro_batch.pairs.row_ids, pair_losses.detach()))
-            self.progress.tokens_seen += micro_batch.pairs.num_tokens
-        self._stop_unless_finite(plan, losses)
+        self.gradients.finish()
+        total = totals.over(self.mesh, stop=self._stop.is_set())
+        if total.num_not_finite:
+            raise self._not_finite(plan, "a loss is not finite", _rows_not_finite(losses))
         grad_norm = clip_gradients(self.model, self.recipe.max_grad_norm)
         if not math.isfinite(grad_norm):
             rows = [row for row_ids, _ in losses for row in row_ids]
@@ -208,11 +221,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         step_time_s = time.perf_counter() - started
-        self.window.add(meter.sums, plan.num_pairs)
+        self.window.add(total.metric_sums, plan.num_pairs)
+        self._stop_together = total.stop
         self.progress.step = plan.step + 1
         self.progress.pairs_seen += plan.num_pairs
+        self.progress.tokens_seen += total.num_tokens
         self.progress.train_time_s += step_time_s
-        return meter.means() | {
+        return means(total.metric_sums, plan.num_pairs) | {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "step_time_s": step_time_s,
@@ -222,9 +237,12 @@ class Trainer:
     def forward(self, micro_batch: MicroBatch, plan: StepPlan, *, split: str = "train") -> tuple[Tensor, Tensor]:
         """The trained loss of each pair [P], SFT term included, and the sums of its metrics."""
         recipe = self.recipe
-        batch = micro_batch.pairs.to(self.device)
+        batch = self.mesh.own_rows(micro_batch.pairs).to(self.device)
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
-            logps = compute_pair_logps(self.model, batch, chunk_size=recipe.logits_chunk_size)
+            logps = compute_pair_logps(self.gradients.module, batch, chunk_size=recipe.logits_chunk_size)
+        if not micro_batch.indices:  # a stand-in: every weight takes part, with a gradient of zero
+            nothing = 0.0 * (logps.chosen_sum + logps.rejected_sum)
+            return nothing, torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=self.device)
         if self.reference is not None:
             chosen, rejected = self.reference[split].lookup(micro_batch.indices, device=self.device)
             logps = dataclasses.replace(logps, ref_chosen_sum=chosen, ref_rejected_sum=rejected)
@@ -239,8 +257,10 @@ class Trainer:
             self._evaluate_and_log()
         if self._is_due(recipe.save_strategy, recipe.save_steps) or (last and recipe.save_strategy != "no"):
             self.save()
-        if self._stop.is_set() and not last:
+        self._finish_saving(wait=last)
+        if (self._stop.is_set() if self.mesh.sizes.world == 1 else self._stop_together) and not last:
             saved = self.save()
+            self._finish_saving(wait=True)
             raise Interrupted(
                 f"stopped after step {step} of {self.total_steps} and saved {saved.folder}; "
                 "to go on, run the same command with --resume_from_checkpoint true"
@@ -250,6 +270,7 @@ class Trainer:
         progress = self.progress
         results, kept_step = progress.last_eval, progress.step
         if self.recipe.load_best_model_at_end and progress.best_step not in (None, progress.step):
+            self.mesh.barrier()
             best = next(c for c in checkpoints.list_checkpoints(self.checkpoint_dir) if c.step == progress.best_step)
             checkpoints.load_weights(best, model=self.model)
             results, kept_step = checkpoints.read_state(best)["progress"]["last_eval"], best.step
@@ -262,7 +283,14 @@ class Trainer:
             "optimizer step of these weights": f"{kept_step} of {self.total_steps}",
         }
         save_model(
-            self.model, self.tokenizer, self.recipe, model_dir, dtype=self.export_dtype, data=data, results=results
+            self.model,
+            self.tokenizer,
+            self.recipe,
+            model_dir,
+            dtype=self.export_dtype,
+            data=data,
+            results=results,
+            mesh=self.mesh,
         )
         metrics = self.output_dir / "metrics.jsonl"
         self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
@@ -277,20 +305,21 @@ class Trainer:
         """Means over all held-out pairs, with `eval_` in front; empty without held-out pairs."""
         if self.eval_loader is None:
             return {}
-        started, meter = time.perf_counter(), PairMeter()
+        started, totals = time.perf_counter(), StepTotals()
         whole = self.eval_loader.plan_everything()
         self.model.eval()
-        for indices in whole.micro_batches:
-            _, sums = self.forward(self.eval_loader.build(indices), whole, split="eval")
-            meter.add(sums, len(indices))
+        for micro_batch in self.eval_loader.micro_batches(whole):
+            losses, sums = self.forward(micro_batch, whole, split="eval")
+            totals.add(sums, losses, num_tokens=micro_batch.num_tokens)
         self.model.train()
-        values = {f"eval_{name}": value for name, value in meter.means().items()}
-        return values | {"eval_pairs": meter.num_pairs, "eval_time_s": time.perf_counter() - started}
+        results = means(totals.over(self.mesh).metric_sums, whole.num_pairs)
+        values = {f"eval_{name}": value for name, value in results.items()}
+        return values | {"eval_pairs": whole.num_pairs, "eval_time_s": time.perf_counter() - started}
 
     def _evaluate_and_log(self) -> None:
         if self.progress.last_eval_step == self.progress.step:
             return
-        values = self.evaluate()
+        values = self.mesh.from_main(self.evaluate())  # to the last bit: what follows is decided by them
         if not values:
             return
         self.progress.last_eval_step, self.progress.last_eval = self.progress.step, values
@@ -310,12 +339,17 @@ class Trainer:
     def _generate_samples(self) -> None:
         store = self.eval_loader.store
         indices = range(min(self.recipe.num_eval_generations, len(store)))
-        responses = generate_greedy(
-            self.model,
-            self.tokenizer,
-            [store[i].prompt_ids for i in indices],
-            max_new_tokens=self.recipe.eval_generation_max_new_tokens,
-        )
+        # Sharded blocks are gathered in bf16, which fp32 activations meet only under autocast.
+        sharded = self.mesh.sizes.is_sharded and bool(self.recipe.bf16)
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=sharded):
+            responses = generate_greedy(
+                self.model,
+                self.tokenizer,
+                [store[i].prompt_ids for i in indices],
+                max_new_tokens=self.recipe.eval_generation_max_new_tokens,
+            )
+        if not self.mesh.is_main:
+            return
         save_generations(
             self.generations_path,
             step=self.progress.step,
@@ -327,9 +361,14 @@ class Trainer:
     # --- saving and resuming -----------------------------------------------------------------------------------------
 
     def save(self) -> Checkpoint:
-        """Write a checkpoint of this moment, unless this step has one; returns it."""
+        """Write a checkpoint of this moment, unless this step has one; returns it.
+
+        With `async_save` it is complete later: see `_finish_saving`.
+        """
         step = self.progress.step
-        for existing in checkpoints.list_checkpoints(self.checkpoint_dir):
+        self._finish_saving(wait=True)
+        there = self.mesh.on_main(lambda: checkpoints.list_checkpoints(self.checkpoint_dir))
+        for existing in there:
             if existing.step == step:
                 return existing
         if self.log is not None:
@@ -338,26 +377,45 @@ class Trainer:
             "progress": dataclasses.asdict(self.progress),
             "window": self.window.state_dict(),
             "max_tokens_per_micro_batch": self.loader.max_tokens,
+            "mesh": str(self.mesh.sizes),
             **self._identity(),
         }
-        saved = checkpoints.save_checkpoint(
-            self.checkpoint_dir, step=step, model=self.model, optimizer=self.optimizer, state=state
+        self.saving = checkpoints.save_checkpoint(
+            self.checkpoint_dir,
+            step=step,
+            model=self.model,
+            optimizer=self.optimizer,
+            state=state,
+            mesh=self.mesh,
+            in_background=self.recipe.async_save and (self.mesh.host_group or True),
         )
-        if self.recipe.save_total_limit is not None:
+        saved = self.saving.checkpoint
+        self._finish_saving(wait=not self.recipe.async_save)
+        return saved
+
+    def _finish_saving(self, *, wait: bool) -> None:
+        """Complete the checkpoint on its way, if there is one and it is written, and delete those beyond the limit."""
+        if self.saving is None or not (wait or self.saving.is_written):
+            return
+        self.saving.finish()
+        self.saving = None
+        if self.recipe.save_total_limit is not None and self.mesh.is_main:
             protect = self.progress.best_step if self.recipe.load_best_model_at_end else None
             checkpoints.prune_checkpoints(self.checkpoint_dir, keep=self.recipe.save_total_limit, protect=protect)
-        return saved
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = checkpoints.read_state(checkpoint)
         check_same_run(state, self._identity(), checkpoint)
-        checkpoints.clear_leftovers(self.checkpoint_dir)
-        checkpoints.forget_after(self.checkpoint_dir, checkpoint)
-        checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer)
+        self.mesh.on_main(lambda: checkpoints.clear_leftovers(self.checkpoint_dir))
+        self.mesh.on_main(lambda: checkpoints.forget_after(self.checkpoint_dir, checkpoint))
+        checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer, mesh=self.mesh)
         self.progress = Progress(**state["progress"])
         self.window.load_state_dict(state["window"])
-        # What is free today must not change the plan. (Older checkpoints had no limit but the recipe's.)
-        self.loader.limit_tokens(state.get("max_tokens_per_micro_batch", self.loader.max_tokens))
+        if state["mesh"] == str(self.mesh.sizes):
+            self.loader.limit_tokens(state["max_tokens_per_micro_batch"])  # what is free today must not change the plan
+        else:
+            self._fit_micro_batches()
+            self.display.say(f"the checkpoint is of {state['mesh']}: the last bits of what follows differ from theirs")
         self.display.say(f"resumed from {checkpoint.folder}: step {checkpoint.step} of {self.total_steps} is done")
 
     def _identity(self) -> dict[str, Any]:
@@ -365,8 +423,35 @@ class Trainer:
         return {
             "recipe": recipe_identity(self.recipe),
             "data_fingerprint": self.data.fingerprint,
+            "pairs_per_step": self.loader.pairs_per_step,
             "total_steps": self.total_steps,
         }
+
+    def _check_agreement(self) -> None:
+        """Stop unless every process is about to do its part of the same run."""
+        facts = {f"recipe key {name}": value for name, value in self.recipe.to_dict().items()}
+        facts |= {f"version of {name}": version(name) for name in ("simpo", "torch", "transformers")}
+        facts["fingerprint of the data"] = self.data.fingerprint
+        facts["batch plan"] = self.loader.fingerprint
+        facts["optimizer steps done"] = self.progress.step
+        self.mesh.check_agreement(facts)
+
+    def _open_output_dir(self) -> None:
+        self.output_dir.mkdir(parents=True, exist_ok=True)
+        self.recipe.save(self.output_dir / "recipe.yaml")
+        self.data.ledger.save(self.output_dir / "audit.json")
+
+    @contextlib.contextmanager
+    def _metrics_log(self) -> Iterator[None]:
+        """Opens the log on the first process; what a resumed run will do again is dropped from it first."""
+        if not self.mesh.is_main:
+            yield
+            return
+        done = self.progress.step or None
+        forget_lines_after(self.generations_path, done)
+        log = MetricsLog(self.output_dir / "metrics.jsonl", self.recipe, resume_step=done)
+        with contextlib.closing(log) as self.log:
+            yield
 
     def _fit_micro_batches(self) -> None:
         """Where the recipe leaves it open, let a micro-batch hold as many tokens as fit into the free memory."""
@@ -376,7 +461,7 @@ class Trainer:
         alone = StepPlan(step=0, epoch=0, num_pairs=1, num_chosen_tokens=1, micro_batches=((0,),))
         self.budget = fit_micro_batches(
             self.model,
-            lambda batch: self.forward(MicroBatch(batch, (0,) * batch.num_pairs), alone),
+            lambda batch: self.forward(MicroBatch(batch, (0,) * batch.num_pairs), alone),  # the reference of any pair
             store.shapes,
             store.response_lengths.sum(axis=1),
             device=self.device,
@@ -387,7 +472,7 @@ class Trainer:
             name_of=lambda index: store[index].row_id,
         )
         if self.budget is not None:
-            self.loader.limit_tokens(self.budget.tokens)
+            self.loader.limit_tokens(int(self.mesh.least(self.budget.tokens)))
             if self.budget.warning is not None:
                 self.display.say(self.budget.warning)
 
@@ -415,13 +500,17 @@ class Trainer:
         store.check_lengths(getattr(config, "max_position_embeddings", None))
         return StepLoader(
             store,
-            pairs_per_step=recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(),
+            pairs_per_step=(
+                recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(self.mesh.sizes.data)
+            ),
             num_micro_batches=1 if evaluation else recipe.gradient_accumulation_steps,
             max_tokens=None if evaluation else recipe.max_tokens_per_micro_batch,
             pack=recipe.pack,
             pad_token_id=self.tokenizer.pad_token_id or 0,
             seed=recipe.seed,
             weights=cost_weights(config),
+            rank=self.mesh.data_rank,
+            num_ranks=self.mesh.sizes.data,
         )
 
     def _prepare_reference(self) -> dict[str, ReferenceLogps] | None:
@@ -430,7 +519,7 @@ class Trainer:
         stores = {"train": self.loader.store}
         if self.eval_loader is not None:
             stores["eval"] = self.eval_loader.store
-        return compute_reference_logps(self.recipe, stores, device=self.device, fingerprint=self.data.fingerprint)
+        return compute_reference_logps(self.recipe, stores, mesh=self.mesh, fingerprint=self.data.fingerprint)
 
     def _log_window(self, step_values: Mapping[str, float]) -> None:
         """Means over every pair and second since the last logged step."""
@@ -444,7 +533,7 @@ class Trainer:
             "tokens_seen": progress.tokens_seen,
             "step_time_s": time_s / (progress.step - progress.logged_step),
             "pairs_per_s": num_pairs / time_s,
-            "memory_gib": peak_memory_gib(self.device),
+            "memory_gib": self.mesh.largest(peak_memory_gib(self.device)),
         }
         self.window = PairMeter()
         progress.logged_step, progress.logged_time_s = progress.step, progress.train_time_s
@@ -456,13 +545,12 @@ class Trainer:
         if self.log is not None:
             self.log.write(values, step=self.progress.step)
 
-    def _stop_unless_finite(self, plan: StepPlan, losses: list[tuple[tuple[str, ...], Tensor]]) -> None:
-        finite = [(row_ids, torch.isfinite(values).tolist()) for row_ids, values in losses]
-        rows = [row for row_ids, fine in finite for row, ok in zip(row_ids, fine, strict=True) if not ok]
-        if rows:
-            raise self._not_finite(plan, f"the loss of {len(rows)} pair(s) is not finite", rows)
-
     def _not_finite(self, plan: StepPlan, what: str, rows: list[str]) -> NonFiniteError:
+        """The error to raise, on every process: rows are this one's, which all call this together."""
+        by_rank = {rank: theirs for rank, theirs in enumerate(self.mesh.gather(rows)) if theirs}
+        if self.mesh.sizes.world > 1:
+            rows = [f"rank {rank}: {row}" for rank, theirs in by_rank.items() for row in theirs]
+        self._finish_saving(wait=True)
         saved = checkpoints.list_checkpoints(self.checkpoint_dir)
         last = f"The last good checkpoint is {saved[-1].folder}" if saved else "There is no checkpoint yet"
         more = f" and {len(rows) - 16} more" if len(rows) > 16 else ""
@@ -477,10 +565,11 @@ class Trainer:
         return {
             "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
             "device": f"{self.device}, {torch.get_num_threads()} threads, {'bf16' if recipe.bf16 else 'fp32'} compute",
+            "mesh": str(self.mesh.sizes),
             "pairs": f"{len(self.data.train)} to train, {len(self.data.eval or ())} held out",
             "rows": f"{layout}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
             "attention": describe_attention(self.model, half=bool(recipe.bf16)),
-            "steps": f"{self.total_steps} of {recipe.pairs_per_step()} pairs",
+            "steps": f"{self.total_steps} of {self.loader.pairs_per_step} pairs",
             "micro-batches": self._describe_micro_batches(),
             "loss": recipe.describe_loss(),
         }
@@ -511,6 +600,12 @@ class Trainer:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+def _rows_not_finite(losses: list[tuple[tuple[str, ...], Tensor]]) -> list[str]:
+    """Names of the pairs whose loss is not finite."""
+    finite = [(row_ids, torch.isfinite(values).tolist()) for row_ids, values in losses]
+    return [row for row_ids, fine in finite for row, ok in zip(row_ids, fine, strict=True) if not ok]
 
 
 def count_steps(recipe: Recipe, steps_per_epoch: int) -> int:

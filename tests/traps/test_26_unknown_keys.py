@@ -28,8 +28,8 @@ def test_a_misspelt_key_is_an_error_with_the_nearest_one(wrong, meant):
 
 
 def test_a_key_known_elsewhere_is_accepted_and_said_so_once():
-    recipe = load_recipe({"model_name_or_path": "m", "dataloader_num_workers": 4}, ["--ddp_timeout", "1800"])
-    assert [notice.split(":")[0] for notice in recipe.notices] == ["dataloader_num_workers", "ddp_timeout"]
+    recipe = load_recipe({"model_name_or_path": "m", "dataloader_num_workers": 4}, ["--ddp_backend", "1800"])
+    assert [notice.split(":")[0] for notice in recipe.notices] == ["dataloader_num_workers", "ddp_backend"]
 
 
 def test_no_override_goes_unread():

@@ -8,6 +8,9 @@ rows prefix_start..prefix_end and, causally, to themselves. A chosen sequence is
 rejected response that shares its first P tokens is a block whose prefix is those P rows. Any number of responses may
 share one prefix. Nothing else is visible to anything, so packed pairs cannot see each other.
 
+The row may be spread over ranks (context parallelism, `core.context`): blocks with a `group` say that each rank brings
+a slice of it.
+
 Tensors in, tensors out; torch only. Registration with transformers is in `engine.model`.
 """
 
@@ -19,9 +22,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from simpo.core.context import heads_to_rows, rows_to_heads
 from simpo.core.matmul_attention import ScoreOptions, matmul_attention
 
 Block = tuple[int, int, int, int]
@@ -33,9 +38,11 @@ class AttentionBlocks:
 
     Attributes:
         ranges: (prefix_start, prefix_end, start, end) each, with prefix_end <= start < end.
+        group: the ranks that hold the row's slices, equal in size and in the group's order; None = all of it is here.
     """
 
     ranges: tuple[Block, ...]
+    group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         previous_end = 0
@@ -97,7 +104,8 @@ def packed_attention(
     """Shared-prefix attention over one flattened row.
 
     Args:
-        query: [1, Hq, T, D]; key, value: [1, Hkv, T, D] with Hq a multiple of Hkv.
+        query: [1, Hq, T, D]; key, value: [1, Hkv, T, D] with Hq a multiple of Hkv. Where the blocks have a group, T
+            is this rank's slice of the row, and Hq a multiple of the group's size.
         blocks: see `AttentionBlocks`.
         scale: score multiplier; None = D ** -0.5.
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None = all.
@@ -106,10 +114,31 @@ def packed_attention(
     Under autocast the tensors are cast first.
     Returns:
         [1, Hq, T, D]; zeros in rows outside every block.
+    Raises:
+        ValueError: query heads that do not divide over the group.
     """
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as torch's own attention does; rotary embedding leaves fp32 behind
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
+    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "dropout": dropout}
+    if blocks.group is None:
+        return _attend(query, key, value, blocks, **options)
+    out = _attend(*rows_to_heads(query, key, value, group=blocks.group), blocks, **options)
+    return heads_to_rows(out, group=blocks.group)
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: AttentionBlocks,
+    *,
+    scale: float | None,
+    sliding_window: int | None,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """`packed_attention` with the whole row here, by the path that suits it."""
     path = attention_path(query, value, softcap=softcap, dropout=dropout)
     if path == "varlen":
         return _varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)

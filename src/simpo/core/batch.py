@@ -55,6 +55,9 @@ class PackedPairs:
         response_lengths: [2P] int64, trained tokens of each response, each >= 1.
         row_ids: the pairs' (lists') names, for error messages.
         group_sizes: responses of each pair (always 2) or list; `sums.split(batch.group_sizes)` takes lists apart.
+        local_lengths: [2P] int64 or None; where this rank holds a slice of the row (`core.context.split_rows`), how
+            many of each response's labels are here, >= 0. N, labels, source_rows and read_rows are then the slice's,
+            blocks, response_lengths and names the whole row's.
     """
 
     input_ids: Tensor
@@ -67,6 +70,7 @@ class PackedPairs:
     response_lengths: Tensor
     row_ids: tuple[str, ...]
     group_sizes: tuple[int, ...]
+    local_lengths: Tensor | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -75,7 +79,7 @@ class PackedPairs:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that are computed, padding included."""
+        """Tokens that are computed here, padding included."""
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PackedPairs:
@@ -90,6 +94,7 @@ class PackedPairs:
                 "read_rows",
                 "labels",
                 "response_lengths",
+                "local_lengths",
             )
             for value in (getattr(self, name),)
         }

@@ -5,7 +5,11 @@
 
 `transform` is what some architectures do after their head: multiply by a scale (Cohere, Granite), then soft-cap
 (Gemma). Matrix products run in the compute dtype (bf16 under autocast); everything after them, the sums over the
-vocabulary and the gradients' accumulators included, is fp32 (fp64 when the inputs are fp64). Torch only.
+vocabulary and the gradients' accumulators included, is fp32 (fp64 when the inputs are fp64).
+
+The vocabulary may be spread over ranks (`VocabShard`). Logits then never leave their rank: with L_r the logsumexp over
+rank r's part and L the largest of them, logsumexp = L + log sum_r exp(L_r - L), and the label's logit comes from the
+one rank that has it. Torch only.
 """
 
 from __future__ import annotations
@@ -15,12 +19,29 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 CHUNK_BYTES = 128 * 2**20  # default size of one chunk's logits, in the compute dtype
 CHUNK_BYTES_CUDA = 512 * 2**20  # large products hide what reading and writing the weight's gradient costs
 SLICE_BYTES = 4 * 2**20  # a chunk's fp32 values at one time: what a CPU's caches hold
 SLICE_BYTES_CUDA = 128 * 2**20  # enough to keep a GPU busy, and little beside the chunk
+
+
+@dataclass(frozen=True)
+class VocabShard:
+    """Which rows of the whole output embedding this rank holds: start..start + V_local of them, V_local >= 0.
+
+    Attributes:
+        group: the ranks that hold the others; each row is held by exactly one. All of them pass the same hidden states
+            and labels, and the same gradients come back to all of them.
+        start: the global id of the first row held here.
+        vocab_size: rows of the whole embedding.
+    """
+
+    group: dist.ProcessGroup
+    start: int
+    vocab_size: int
 
 
 @dataclass(frozen=True)
@@ -32,12 +53,14 @@ class HeadOptions:
         softcap: then softcap * tanh(logits / softcap); None = off.
         compute_dtype: dtype of the matrix products; None = the hidden states' own.
         chunk_size: rows whose logits exist at one time; None = as many as fit in CHUNK_BYTES (CHUNK_BYTES_CUDA).
+        shard: the part of the vocabulary that this rank holds; None = all of it.
     """
 
     scale: float = 1.0
     softcap: float | None = None
     compute_dtype: torch.dtype | None = None
     chunk_size: int | None = None
+    shard: VocabShard | None = None
 
 
 def reference_token_logps(
@@ -69,23 +92,26 @@ def token_logps(
     softcap: float | None = None,
     compute_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """log p(label) for each hidden state, without ever holding the [N, V] logits.
 
     Args:
         hidden: [N, D] final hidden states of the rows that predict the labels.
-        weight: [V, D] output embedding; may be frozen, or tied to the input embedding.
-        labels: [N] int64 in 0..V-1.
-        bias: [V], or None.
-        scale, softcap, compute_dtype, chunk_size: see `HeadOptions`.
+        weight: [V, D] output embedding; may be frozen, or tied to the input embedding. With `shard`, [V_local, D].
+        labels: [N] int64 in 0..V-1, of the whole vocabulary.
+        bias: [V] ([V_local]), or None.
+        scale, softcap, compute_dtype, chunk_size, shard: see `HeadOptions`.
+    With `shard` all ranks of its group must call this, and run its backward pass, together; rank-local gradients of
+    weight and bias, and the whole gradient of hidden on every rank.
     Returns:
         [N] nats, fp32 (fp64 for fp64 inputs). Memory beyond inputs and gradients: O(chunk_size * V).
     Raises:
         ValueError: shapes do not fit, a chunk size below 1, or a label outside the vocabulary (CPU only: looking at
             labels on an accelerator would stall it).
     """
-    _check_inputs(hidden, weight, labels, chunk_size)
-    options = HeadOptions(scale=scale, softcap=softcap, compute_dtype=compute_dtype, chunk_size=chunk_size)
+    _check_inputs(hidden, weight, labels, chunk_size, shard)
+    options = HeadOptions(scale, softcap, compute_dtype, chunk_size, shard)
     return _ChunkedLogps.apply(hidden, weight, bias, labels, options)
 
 
@@ -94,27 +120,30 @@ def response_logps(token_logps: Tensor, response_lengths: Tensor) -> Tensor:
 
     Args:
         token_logps: [N], grouped by response.
-        response_lengths: [2P] int64, summing to N.
+        response_lengths: [2P] int64, summing to N; 0 gives a sum of 0.
     Returns:
         [2P] nats. Summed in a fixed order, so the same batch gives the same bits on CUDA too (index_add does not).
     """
     return torch.segment_reduce(token_logps, "sum", lengths=response_lengths, unsafe=True, initial=0.0)
 
 
-def _check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int | None) -> None:
+def _check_inputs(
+    hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: int | None, shard: VocabShard | None
+) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden [N, D] and weight [V, D] do not fit: {tuple(hidden.shape)}, {tuple(weight.shape)}")
     if labels.shape != hidden.shape[:1]:
         raise ValueError(f"one label per hidden state: {tuple(labels.shape)} labels, {hidden.shape[0]} rows")
     if chunk_size is not None and chunk_size < 1:
         raise ValueError(f"chunk_size must be at least 1, not {chunk_size}")
-    if (
-        labels.device.type == "cpu"
-        and labels.numel()
-        and not 0 <= int(labels.min()) <= int(labels.max()) < weight.shape[0]
-    ):
+    vocab_size = weight.shape[0] if shard is None else shard.vocab_size
+    if shard is not None and not 0 <= shard.start <= shard.start + weight.shape[0] <= vocab_size:
         raise ValueError(
-            f"labels must lie in 0..{weight.shape[0] - 1} (the head's vocabulary), not "
+            f"a shard of {weight.shape[0]} rows from row {shard.start} on reaches outside a vocabulary of {vocab_size}"
+        )
+    if labels.device.type == "cpu" and labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+        raise ValueError(
+            f"labels must lie in 0..{vocab_size - 1} (the head's vocabulary), not "
             f"{int(labels.min())}..{int(labels.max())}"
         )
 
@@ -134,8 +163,10 @@ class _ChunkedLogps(torch.autograd.Function):
     ) -> Tensor:
         compute = options.compute_dtype or hidden.dtype
         h, w = hidden.to(compute), weight.to(compute)
-        lse = torch.empty(hidden.shape[0], dtype=torch.promote_types(compute, torch.float32), device=hidden.device)
-        target = torch.empty_like(lse)
+        precise = torch.promote_types(compute, torch.float32)
+        lse = torch.full(hidden.shape[:1], float("-inf"), dtype=precise, device=hidden.device)
+        target = torch.zeros_like(lse)
+        labels, held = _local_labels(labels, weight.shape[0], options.shard)
         products = None
         for rows in chunk_rows(h, weight.shape[0], options.chunk_size):
             products = _product(h[rows], w.T)
@@ -144,8 +175,10 @@ class _ChunkedLogps(torch.autograd.Function):
                 logits, _ = _transform(products[part], bias, options)
                 target[at] = logits.gather(1, labels[at, None])[:, 0]
                 lse[at] = logits.logsumexp(dim=1)
+        if options.shard is not None:
+            lse, target = _reduce_over_shards(lse, target, held, options.shard.group)
         # Leaves are saved, casts are made again: under autocast the weight's gradient stays in the weight's dtype.
-        ctx.save_for_backward(hidden, weight, bias, labels, lse)
+        ctx.save_for_backward(hidden, weight, bias, labels, held, lse)
         ctx.options = options
         ctx.last_products = products if any(ctx.needs_input_grad) else None
         return target - lse
@@ -153,20 +186,23 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, lse = ctx.saved_tensors
+        hidden, weight, bias, labels, held, lse = ctx.saved_tensors
         options: HeadOptions = ctx.options
         compute = options.compute_dtype or hidden.dtype
         h, w = hidden.to(compute), weight.to(compute)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        d_hidden = torch.empty(hidden.shape, dtype=compute, device=hidden.device) if need_hidden else None
+        d_hidden = torch.zeros(hidden.shape, dtype=compute, device=hidden.device) if need_hidden else None
         d_weight = None
+        grad_targets = grad_logps if held is None else grad_logps * held
         d_bias = torch.zeros(weight.shape[0], dtype=lse.dtype, device=weight.device) if need_bias else None
         products, ctx.last_products = ctx.last_products, None  # overwritten below: a second backward starts anew
         for rows in reversed(chunk_rows(h, weight.shape[0], options.chunk_size)):
             products = _product(h[rows], w.T) if products is None else products
             for part in _slices(products):
                 at = _shift(part, rows)
-                d_logits = _d_logits(products[part], lse[at], labels[at], grad_logps[at], bias, options)
+                d_logits = _d_logits(
+                    products[part], lse[at], labels[at], grad_logps[at], grad_targets[at], bias, options
+                )
                 if d_bias is not None:
                     d_bias += d_logits.sum(dim=0)
                 products[part] = d_logits
@@ -176,6 +212,11 @@ class _ChunkedLogps(torch.autograd.Function):
             if need_weight:
                 d_weight = _add_product(d_weight, d_products.T, h[rows], lse.dtype)
             del d_products  # before the next chunk's logits come
+        if need_weight and d_weight is None:  # nothing of the vocabulary is here
+            d_weight = torch.zeros_like(weight)
+        if d_hidden is not None and options.shard is not None:
+            d_hidden = d_hidden.to(lse.dtype)  # a sum over the vocabulary too
+            dist.all_reduce(d_hidden, group=options.shard.group)
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             None if d_weight is None else d_weight.to(weight.dtype),
@@ -185,13 +226,43 @@ class _ChunkedLogps(torch.autograd.Function):
         )
 
 
+def _local_labels(labels: Tensor, num_held: int, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
+    """Labels as row numbers of the weight held here, and which of them it has; None = all. The others become row 0.
+
+    Whether a label is held is never read off its local number: 0 is a row like any other.
+    """
+    if shard is None:
+        return labels, None
+    local = labels - shard.start
+    held = (local >= 0) & (local < num_held)
+    return local.masked_fill(~held, 0), held
+
+
+def _reduce_over_shards(lse: Tensor, target: Tensor, held: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """The whole vocabulary's logsumexp and the labels' logits, [N] each, from those of every rank's shard."""
+    largest = lse.clone()
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    sums = torch.stack([torch.exp(lse - largest), target.masked_fill(~held, 0.0)])
+    dist.all_reduce(sums, group=group)
+    return largest + sums[0].log(), sums[1]
+
+
 def _d_logits(
-    products: Tensor, lse: Tensor, labels: Tensor, grad_logps: Tensor, bias: Tensor | None, options: HeadOptions
+    products: Tensor,
+    lse: Tensor,
+    labels: Tensor,
+    grad_logps: Tensor,
+    grad_targets: Tensor,
+    bias: Tensor | None,
+    options: HeadOptions,
 ) -> Tensor:
-    """Gradient with respect to the products hidden @ weight.T (+ bias) of some rows, [n, V] in lse's dtype."""
+    """Gradient with respect to the products hidden @ weight.T (+ bias) of some rows, [n, V] in lse's dtype.
+
+    grad_targets: grad_logps where the label's logit is among these, else 0.
+    """
     logits, tanh = _transform(products, bias, options)
     d_logits = logits.sub_(lse[:, None]).exp_().mul_(-grad_logps[:, None])
-    d_logits.scatter_add_(1, labels[:, None], grad_logps[:, None])
+    d_logits.scatter_add_(1, labels[:, None], grad_targets[:, None])
     if tanh is not None:
         d_logits *= 1 - tanh * tanh
     return d_logits if options.scale == 1.0 else d_logits.mul_(options.scale)
@@ -226,7 +297,12 @@ def _transform(products: Tensor, bias: Tensor | None, options: HeadOptions) -> t
 
 
 def chunk_rows(hidden: Tensor, vocabulary: int, chunk_size: int | None) -> list[slice]:
-    """Rows of `hidden` (in the compute dtype) whose logits are computed together; the sizes differ by at most one."""
+    """Rows of `hidden` (in the compute dtype) whose logits are computed together; the sizes differ by at most one.
+
+    None of them where there is no vocabulary (an empty shard), so nothing is multiplied by it.
+    """
+    if vocabulary == 0:
+        return []
     if chunk_size is None:
         budget = CHUNK_BYTES_CUDA if hidden.is_cuda else CHUNK_BYTES
         chunk_size = max(16, budget // (hidden.element_size() * vocabulary))

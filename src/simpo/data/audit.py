@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from simpo.data import sources as source_files
 from simpo.data.cache import PAIR_COLUMNS, PreparedData, cache_folder, fingerprint_data, load_cached, save_cached
 from simpo.data.ledger import Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.preferences import Pair, RowError, pair_from_row
-from simpo.data.sources import RawRow, Splits
+from simpo.data.sources import RawRow, Source, Splits
 from simpo.data.templates import load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
@@ -71,8 +71,23 @@ def prepare_pairs(recipe: Any, tokenizer: Any, *, progress: bool = True) -> Prep
         ValueError: a dataset or key is wrong, more than `max_dropped_fraction` of the rows are dropped, no train pair
             is left, or a pair is too long with `overlong: error`.
     """
+    return _prepare(recipe, tokenizer, source_files.find_sources(recipe), progress=progress)
+
+
+def prepare_rows(
+    recipe: Any, tokenizer: Any, train: Iterable[Any], evaluation: Iterable[Any] | None = None, *, progress: bool = True
+) -> PreparedData:
+    """As `prepare_pairs`, of rows in memory; their ids are "dataset/train#12" and "dataset/test#12".
+
+    Args:
+        recipe: its data keys, those that name datasets aside. Without evaluation rows `validation_fraction` applies.
+        train, evaluation: mappings of columns, in any shape that files may have.
+    """
+    return _prepare(recipe, tokenizer, [source_files.rows_in_memory(train, evaluation)], progress=progress)
+
+
+def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool) -> PreparedData:
     console = Console(stderr=True)
-    sources = source_files.find_sources(recipe)
     template = load_chat_template(tokenizer, recipe.chat_template)
     key = fingerprint_data(recipe, tokenizer, sources, template)
     folder = cache_folder(recipe) / key

@@ -6,8 +6,9 @@ needs nothing but k, and every rank can work out every other rank's share. Must 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -119,10 +120,19 @@ class PairStore:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass computes: the batch, and which pairs of the store it holds."""
+    """What one forward pass computes: the batch, and which pairs of the store it holds.
+
+    Without indices it is a stand-in that counts for nothing: this rank has no pair left, and others wait for it.
+    """
 
     pairs: PackedPairs
     indices: tuple[int, ...]
+    is_last: bool = True
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that are computed for its pairs."""
+        return self.pairs.num_tokens if self.indices else 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +144,8 @@ class StepPlan:
         epoch: which pass over the data it belongs to, 0-based.
         num_pairs: pairs in the step, over all ranks.
         num_chosen_tokens: trained tokens of the chosen responses in the step, over all ranks.
-        micro_batches: this rank's micro-batches as indices into the store; may hold empty ones.
+        micro_batches: this rank's micro-batches as indices into the store, as many as every rank's; may hold empty
+            ones.
     """
 
     step: int
@@ -184,6 +195,15 @@ class StepLoader:
         self.limit_tokens(max_tokens)
 
     @property
+    def fingerprint(self) -> str:
+        """12 hex digits over everything that the plan of any step, of any rank, follows from."""
+        settings = (self.pairs_per_step, self.num_micro_batches, self.max_tokens, self.num_ranks, self.seed, self.pack)
+        digest = hashlib.sha256(repr(settings).encode())
+        for numbers in (self.store.tokens, self.store.response_lengths, self.costs):
+            digest.update(np.ascontiguousarray(numbers).tobytes())
+        return digest.hexdigest()[:12]
+
+    @property
     def steps_per_epoch(self) -> int:
         return num_steps_per_epoch(len(self.store), pairs_per_step=self.pairs_per_step)
 
@@ -201,8 +221,10 @@ class StepLoader:
                 step += 1
 
     def plan_everything(self) -> StepPlan:
-        """Every pair once, as one plan, in micro-batches of pairs_per_step pairs of like length: for evaluation."""
-        batches = evaluation_batches(self.store, pairs_per_batch=self.pairs_per_step)
+        """Every pair once over all ranks, as one plan, in micro-batches of pairs_per_step pairs of like length."""
+        batches = evaluation_batches(
+            self.store, pairs_per_batch=self.pairs_per_step, rank=self.rank, num_ranks=self.num_ranks
+        )
         return StepPlan(
             step=0,
             epoch=0,
@@ -212,10 +234,11 @@ class StepLoader:
         )
 
     def micro_batches(self, plan: StepPlan) -> Iterator[MicroBatch]:
-        """Build a step's micro-batches one at a time; empty ones are left out."""
-        for indices in plan.micro_batches:
-            if indices:
-                yield self.build(indices)
+        """Build a step's micro-batches one at a time; with several ranks an empty one becomes a stand-in."""
+        wanted = [indices for indices in plan.micro_batches if indices or self.num_ranks > 1]
+        for number, indices in enumerate(wanted, start=1):
+            micro_batch = self.build(indices) if indices else self.stand_in()
+            yield replace(micro_batch, is_last=number == len(wanted))
 
     def build(self, indices: Sequence[int]) -> MicroBatch:
         """One micro-batch of the given pairs."""
@@ -226,6 +249,11 @@ class StepLoader:
             pad_token_id=self.pad_token_id,
         )
         return MicroBatch(batch, tuple(indices))
+
+    def stand_in(self) -> MicroBatch:
+        """The smallest batch there is, for a rank that must take part in a forward pass without a pair to compute."""
+        pair = StoredPair("no pair", [0, 0], 1, [0, 1], 1)
+        return MicroBatch(build_batch([pair], pack=self.pack, share_prompt=self.store.share_prompt), ())
 
     def limit_tokens(self, max_tokens: int | None) -> None:
         """From now on plan micro-batches of at most so many packed tokens; None = no limit.
@@ -265,7 +293,9 @@ class StepLoader:
         )
 
 
-def evaluation_batches(store: PairStore, *, pairs_per_batch: int) -> list[list[int]]:
-    """Every pair once, in batches of similar length."""
+def evaluation_batches(store: PairStore, *, pairs_per_batch: int, rank: int = 0, num_ranks: int = 1) -> list[list[int]]:
+    """Every pair once, in batches of similar length; one rank's, every rank as many, empty ones among them."""
     order = np.argsort(store.tokens, kind="stable").tolist()
-    return [order[start : start + pairs_per_batch] for start in range(0, len(order), pairs_per_batch)]
+    batches = [order[start : start + pairs_per_batch] for start in range(0, len(order), pairs_per_batch)]
+    batches += [[] for _ in range(-len(batches) % num_ranks)]
+    return batches[rank::num_ranks]

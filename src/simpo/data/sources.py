@@ -14,7 +14,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -89,6 +89,22 @@ def find_sources(recipe: Any) -> list[Source]:
             raise ValueError(f"dataset_mixer: {name!r} has fraction {fraction!r}; it must be a number >= 0")
         sources.append(_find_source(name, labels[name], float(fraction), configs[name]))
     return sources
+
+
+def rows_in_memory(train: Iterable[Any], evaluation: Iterable[Any] | None = None) -> Source:
+    """Rows that a program holds already (lists, `datasets.Dataset`), as a source with the splits train and test."""
+    splits = {"train": list(train)} | ({} if evaluation is None else {"test": list(evaluation)})
+
+    def content() -> str:
+        digest = hashlib.sha256()
+        for name, rows in splits.items():
+            digest.update(f"{name} {len(rows)}\n".encode())
+            for row in rows:
+                digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+    readers = {name: (lambda rows=rows: rows) for name, rows in splits.items()}
+    return Source("the dataset", "dataset", 1.0, readers, content)
 
 
 def fingerprint_sources(sources: list[Source]) -> str:

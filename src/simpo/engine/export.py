@@ -18,8 +18,10 @@ from transformers.utils import logging as transformers_logging
 
 from simpo.engine.checkpoint import replace_folder, sync_tree
 from simpo.engine.model import plain_attention, unwrap
+from simpo.engine.sharding import on_one_process, whole_state_dict
 
 if TYPE_CHECKING:
+    from simpo.engine.mesh import Mesh
     from simpo.recipe import Recipe
 
 
@@ -32,8 +34,9 @@ def save_model(
     dtype: torch.dtype,
     data: Mapping[str, Any],
     results: Mapping[str, float],
+    mesh: Mesh,
 ) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; whole or not at all.
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; whole or not at all. Every process calls it.
 
     Args:
         model: full weights, or a PEFT model, of which the adapters are saved with their base's name.
@@ -43,13 +46,33 @@ def save_model(
         dtype: of the saved weights; usually the one the base model came in.
         data: what it was trained on, for the card.
         results: evaluation metrics, for the card.
+        mesh: the run's processes; the first one puts the shards together and writes.
+    """
+    state = whole_state_dict(model, keep=mesh.is_main, dtype=dtype)
+    mesh.on_main(lambda: write_model(model, state, tokenizer, recipe, folder, dtype=dtype, data=data, results=results))
+
+
+def write_model(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    recipe: Recipe,
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    data: Mapping[str, Any],
+    results: Mapping[str, float],
+) -> None:
+    """As `save_model`, by one process alone, with weights that were put together already.
+
+    Args:
+        state: the model's whole state dict, in the dtype to save.
     """
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     base = unwrap(model)
-    state = {name: _as_dtype(value, dtype) for name, value in model.state_dict().items()}
-    with plain_attention(model), _no_bars():
+    with plain_attention(model), on_one_process(base), _no_bars():
         model.save_pretrained(aside, state_dict=state)
     _record_dtype(aside / "config.json", dtype)
     tokenizer.save_pretrained(aside)
@@ -78,10 +101,6 @@ def _record_dtype(path: Path, dtype: torch.dtype) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["dtype"] = str(dtype).removeprefix("torch.")
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _as_dtype(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return value.detach().to(dtype) if value.is_floating_point() else value
 
 
 def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mapping[str, float]) -> str:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from simpo.core.lean import gated_silu, rms_norm
+from simpo.engine.sharding import original_class
 
 # Decoder layers of the form x + attention(norm(x)), then x + mlp(norm(x)): their norms feed projections only, which
 # compute in the autocast dtype, so the norm may hand them that dtype itself.
@@ -65,7 +66,7 @@ def install_lean_blocks(model: nn.Module) -> int:
 
     Parameters and their names stay as they were, so saving, adapters and sharding do not notice.
     """
-    blocks = [module for module in model.modules() if type(module).__name__ in _LLAMA_LIKE]
+    blocks = [module for module in model.modules() if original_class(module).__name__ in _LLAMA_LIKE]
     for block in blocks:
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             if type(norm).__name__.endswith("RMSNorm"):

@@ -14,6 +14,7 @@ import os
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from simpo.core.losses import PairLogps, PairLoss
 
 if TYPE_CHECKING:
+    from simpo.engine.mesh import Mesh
     from simpo.recipe import Recipe
 
 PAIR_METRICS = (
@@ -61,6 +63,52 @@ def pair_metric_sums(logps: PairLogps, loss: PairLoss, total_losses: Tensor) -> 
     return torch.stack([column.detach().double().sum() for column in columns])
 
 
+def means(sums: Tensor, num_pairs: int) -> dict[str, float]:
+    """Means by their names, of sums over so many pairs; empty for none."""
+    return dict(zip(PAIR_METRICS, (sums / num_pairs).tolist(), strict=True)) if num_pairs else {}
+
+
+@dataclass(frozen=True)
+class StepTotal:
+    """What one optimizer step, or one evaluation, came to over all processes.
+
+    Attributes:
+        metric_sums: [len(PAIR_METRICS)] fp64, over every pair.
+        num_tokens: computed, padding included.
+        num_not_finite: losses that are no finite number.
+        stop: whether some process was asked to stop.
+    """
+
+    metric_sums: Tensor
+    num_tokens: int
+    num_not_finite: int
+    stop: bool
+
+
+class StepTotals:
+    """Adds up micro-batches without stalling an accelerator, then everything over the processes in one reduction."""
+
+    def __init__(self) -> None:
+        self._sums: Tensor | float = 0.0
+        self._not_finite: Tensor | float = 0.0
+        self._num_tokens = 0
+
+    def add(self, metric_sums: Tensor, losses: Tensor, *, num_tokens: int) -> None:
+        """One micro-batch's sums of metrics, its pairs' losses, and the tokens it computed."""
+        self._sums = self._sums + metric_sums
+        self._not_finite = self._not_finite + (~torch.isfinite(losses.detach())).sum()
+        self._num_tokens += num_tokens
+
+    def over(self, mesh: Mesh, *, stop: bool = False) -> StepTotal:
+        """The totals over all processes; each calls it, having added as many micro-batches as the others."""
+        mine = torch.tensor([self._num_tokens, self._not_finite, stop], dtype=torch.float64, device=mesh.device)
+        both = mesh.sum_over_all(torch.cat([torch.as_tensor(self._sums, device=mesh.device), mine]))
+        sums, (num_tokens, not_finite, stops) = both[: len(PAIR_METRICS)], both[len(PAIR_METRICS) :].tolist()
+        # Processes that share pairs (cp, tp) have each counted the same ones.
+        copies = mesh.sizes.world // mesh.sizes.data
+        return StepTotal(sums / copies, round(num_tokens / copies), math.ceil(not_finite / copies), stops > 0)
+
+
 class PairMeter:
     """Running sums over pairs; `means()` divides once.
 
@@ -78,9 +126,7 @@ class PairMeter:
 
     def means(self) -> dict[str, float]:
         """Means over every pair added so far; empty when there was none."""
-        if self.sums is None or self.num_pairs == 0:
-            return {}
-        return dict(zip(PAIR_METRICS, (self.sums / self.num_pairs).tolist(), strict=True))
+        return {} if self.sums is None else means(self.sums, self.num_pairs)
 
     def state_dict(self) -> dict[str, Any]:
         return {"sums": None if self.sums is None else self.sums.tolist(), "num_pairs": self.num_pairs}

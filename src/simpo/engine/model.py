@@ -15,17 +15,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
 from simpo.core.attention import attention_path, packed_attention
 from simpo.core.batch import PackedPairs, build_batch
-from simpo.core.logprobs import response_logps, token_logps
+from simpo.core.context import sum_over
+from simpo.core.logprobs import VocabShard, response_logps, token_logps
 from simpo.core.losses import PairLogps
 from simpo.engine.costs import decoder_sizes
 from simpo.engine.lean import READ_ROWS, install_lean_blocks
+from simpo.engine.mesh import Mesh, MeshSizes, check_heads
+from simpo.engine.sharding import (
+    check_sharded_by_block,
+    gather_blocks_in,
+    loading_options,
+    original_class,
+    rebuild_adapters,
+    swap_class,
+)
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -82,8 +94,9 @@ def _packed_attention_for_transformers(
 
 
 def _packed_mask(*, q_length: int, local_size: int | None = None, **others: Any) -> Tensor | None:
-    """In place of a mask: None, or how far a layer may look where that is less than the row is long."""
-    return None if local_size is None or local_size >= q_length else torch.tensor(local_size)
+    """In place of a mask: None, or how far a layer may look where that can be less than the row is long."""
+    slices = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1  # as many as there can be
+    return None if local_size is None or local_size >= slices * q_length else torch.tensor(local_size)
 
 
 def _check_local_mask(module: nn.Module, blocks: Any, local_size: int) -> None:
@@ -196,15 +209,17 @@ class LogprobHead(nn.Linear):
         """hidden [R, T, D] -> logits [R, T, V]; inside `labels_in_head`, token log-probs [1, N] fp32."""
         request: _HeadRequest | None = self.__dict__.get("_request")
         if request is None:
-            return super().forward(hidden)
+            return (self.__dict__.get("_logits_over_ranks") or super().forward)(hidden)
         rows = hidden.flatten(0, -2).index_select(0, request.source_rows)
         device_type = hidden.device.type
         compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+        weight, bias, shard = _own_rows(self.weight, self.bias)
         return token_logps(
             rows,
-            self.weight,
+            weight,
             request.labels,
-            bias=self.bias,
+            bias=bias,
+            shard=shard,
             scale=request.scale,
             softcap=request.softcap,
             compute_dtype=compute,
@@ -212,8 +227,22 @@ class LogprobHead(nn.Linear):
         )[None]
 
 
+def _own_rows(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, VocabShard | None]:
+    """This process's rows of an output embedding, with their bias, and where they lie; whole ones as they are."""
+    if not isinstance(weight, DTensor):
+        return weight, bias, None
+    mesh = weight.device_mesh
+    if mesh.ndim != 1 or weight.placements != (Shard(0),):
+        raise ValueError(f"the output head is sharded as {weight.placements}, and only rows of it can be")
+    _, start = Shard.local_shard_size_and_offset(weight.shape[0], mesh.size(), mesh.get_local_rank())
+    shard = VocabShard(mesh.get_group(), start, weight.shape[0])
+    return weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias, shard
+
+
 def unwrap(model: nn.Module) -> PreTrainedModel:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
+    """The transformers model inside an engine's wrapper (DDP, DeepSpeed) and a PEFT wrapper, or the model itself."""
+    while isinstance(inner := model._modules.get("module"), nn.Module):
+        model = inner
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
@@ -224,12 +253,16 @@ def install_head(model: nn.Module) -> LogprobHead:
         ValueError: the head is not a plain nn.Linear (adapters or quantisation on it, or no head at all).
     """
     head = unwrap(model).get_output_embeddings()
-    if type(head) not in (nn.Linear, LogprobHead):
+    if isinstance(head, LogprobHead):
+        return head
+    if head is None or original_class(head) is not nn.Linear:
         raise ValueError(
             f"{type(unwrap(model)).__name__} has a {type(head).__name__} as output embedding, not a plain linear "
             "layer; remove lm_head from lora_target_modules, lora_modules_to_save and quantisation"
         )
-    head.__class__ = LogprobHead
+    swap_class(head, LogprobHead)
+    if "forward" in head.__dict__:  # transformers' tensor parallelism puts its own on the instance
+        head.__dict__["_logits_over_ranks"] = head.__dict__.pop("forward")
     return head
 
 
@@ -294,8 +327,14 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
 def compute_response_logps(
     model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Summed log-probs [S] fp32 and lengths [S] int64 of the batch's S responses, pairs or lists, in its order."""
-    sums = response_logps(compute_token_logps(model, batch, chunk_size=chunk_size), batch.response_lengths)
+    """Summed log-probs [S] fp32 and lengths [S] int64 of the batch's S responses, pairs or lists, in its order.
+
+    Of a batch that is spread over ranks (`core.context`) too; all of them get the same sums.
+    """
+    here = batch.response_lengths if batch.local_lengths is None else batch.local_lengths
+    sums = response_logps(compute_token_logps(model, batch, chunk_size=chunk_size), here)
+    if batch.blocks is not None and batch.blocks.group is not None:
+        sums = sum_over(sums, batch.blocks.group)
     return sums, batch.response_lengths
 
 
@@ -338,7 +377,7 @@ def pick_device(requested: str) -> torch.device:
 def load_tokenizer(recipe: Recipe) -> Any:
     """The recipe's tokenizer, with the recipe's chat template and a padding token."""
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
-    tokenizer = _from_pretrained(AutoTokenizer, name, recipe, what="tokenizer")
+    tokenizer = load_pretrained(AutoTokenizer, name, recipe, what="tokenizer")
     if recipe.chat_template is not None:
         tokenizer.chat_template = recipe.chat_template
     if tokenizer.pad_token is None:
@@ -346,7 +385,14 @@ def load_tokenizer(recipe: Recipe) -> Any:
     return tokenizer
 
 
-def load_model(recipe: Recipe, *, device: torch.device, name: str | None = None, trainable: bool = True) -> nn.Module:
+def load_model(
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    name: str | None = None,
+    trainable: bool = True,
+    mesh: Mesh | None = None,
+) -> nn.Module:
     """The recipe's model on a device, ready for `compute_pair_logps`.
 
     Args:
@@ -354,26 +400,35 @@ def load_model(recipe: Recipe, *, device: torch.device, name: str | None = None,
         device: where its weights go.
         name: another checkpoint to load instead (a reference model, a model to evaluate).
         trainable: False loads it frozen, in eval mode and without adapters of the recipe.
+        mesh: the processes to spread it over, all of which must call this; None = whole, on this process.
     Raises:
-        ValueError: no such model, an adapter or quantisation that cannot be had, or a model whose log-probs here do
-            not agree with its ordinary forward pass.
+        ValueError: no such model, an adapter or quantisation that cannot be had, a mesh that the model cannot be
+            spread over, or a model whose log-probs here do not agree with its ordinary forward pass.
     """
     packed = recipe.pack or recipe.share_prompt
+    mesh = mesh or Mesh(MeshSizes(), device=device)
+    name = name or recipe.model_name_or_path
     options: dict[str, Any] = {
         "attn_implementation": PACKED if packed else recipe.attn_implementation,
         "dtype": getattr(torch, recipe.master_dtype),
     }
     if recipe.load_in_4bit and trainable:
-        options |= _quantization_options(recipe, device)
-    model = _from_pretrained(AutoModelForCausalLM, name or recipe.model_name_or_path, recipe, what="model", **options)
+        options |= quantization_options(recipe, device)
+    if mesh.sizes.is_sharded:
+        check_heads(load_pretrained(AutoConfig, name, recipe, what="configuration"), mesh.sizes)
+    sharding = loading_options(mesh, recipe)
+    model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", **options, **sharding)
+    check_sharded_by_block(model)
     if not packed and recipe.attn_implementation is None:
         model.set_attn_implementation(plain_implementation(model))
-    if not (recipe.load_in_4bit and trainable):
+    if not (sharding or (recipe.load_in_4bit and trainable)):
         model = model.to(device)
     if recipe.disable_dropout or not trainable:
         disable_dropout(model)
     if trainable and recipe.use_peft:
-        model = _add_adapters(model, recipe)
+        model = add_adapters(model, lora_config(recipe), seed=recipe.seed)
+        if mesh.sizes.tp > 1:
+            rebuild_adapters(model, seed=recipe.seed)
     install_head(model)
     install_lean_blocks(model)
     if trainable and recipe.gradient_checkpointing:
@@ -387,16 +442,19 @@ def load_model(recipe: Recipe, *, device: torch.device, name: str | None = None,
         check_packed_forward(model)
     elif recipe.attn_implementation in (None, "sdpa", "eager"):  # flash kernels take no fp32 weights outside autocast
         check_packed_forward(model, pack=False, share_prompt=False)
+    if sharding and recipe.bf16 and recipe.fsdp_param_dtype != "float32":
+        gather_blocks_in(model, torch.bfloat16)  # last: from here on a forward pass needs autocast
     return model
 
 
 def source_dtype(recipe: Recipe) -> torch.dtype:
     """The dtype that the base model's own checkpoint is stored in; the final model is saved in it."""
-    config = _from_pretrained(AutoConfig, recipe.model_name_or_path, recipe, what="configuration")
+    config = load_pretrained(AutoConfig, recipe.model_name_or_path, recipe, what="configuration")
     return config.dtype or torch.float32
 
 
-def _from_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **options: Any) -> Any:
+def load_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **options: Any) -> Any:
+    """factory.from_pretrained with the recipe's revision; a ValueError of one line where there is no such thing."""
     if _looks_local(name) and not Path(name).is_dir():
         raise ValueError(f"model_name_or_path: there is no folder {name!r}; give a folder or a hub name")
     if Path(name).is_dir():  # a bar for reading local weights is noise beside the run's own; a download keeps its bar
@@ -427,7 +485,8 @@ def disable_dropout(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def _quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+def quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What from_pretrained needs to hold the weights in 4 bits; a ValueError where that cannot be."""
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
@@ -445,15 +504,14 @@ def _quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any
     return {"quantization_config": quantization, "device_map": {"": device.index or 0}}
 
 
-def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
+def lora_config(recipe: Recipe) -> Any:
+    """The recipe's adapters as peft wants them; a ValueError where peft is not installed."""
     try:
-        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+        from peft import LoraConfig
     except ImportError as error:
         raise ValueError("use_peft needs peft: pip install 'simpo[peft]'") from error
-    if recipe.load_in_4bit:
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     targets = recipe.lora_target_modules
-    config = LoraConfig(
+    return LoraConfig(
         task_type="CAUSAL_LM",
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
@@ -461,11 +519,24 @@ def _add_adapters(model: PreTrainedModel, recipe: Recipe) -> nn.Module:
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
     )
-    torch.manual_seed(recipe.seed)  # the adapters' initial values follow from the seed, whatever ran before
+
+
+def add_adapters(model: PreTrainedModel, config: Any, *, seed: int, **options: Any) -> nn.Module:
+    """A PEFT model around the model; its adapters' initial values follow from the seed, whatever ran before.
+
+    Args:
+        config: peft's, see `lora_config`.
+        options: further ones of `peft.get_peft_model`.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(seed)
     with warnings.catch_warnings():
         # peft 0.21 reads an attribute that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        return get_peft_model(model, config)
+        return get_peft_model(model, config, **options)
 
 
 # --- the start-up check ----------------------------------------------------------------------------------------------

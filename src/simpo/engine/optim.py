@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from simpo.engine.adamw import AdamWBf16, load_state_as_saved
+from simpo.engine.sharding import local_part, total_norm
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -29,11 +30,13 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
         raise ValueError("no parameter is trainable; with use_peft, check lora_target_modules")
+    by_kind: dict[tuple[Any, bool], list[nn.Parameter]] = {}
+    for p in trainable:  # one kernel updates a whole group, and takes tensors of one mesh at a time
+        by_kind.setdefault((getattr(p, "device_mesh", None), p.ndim >= 2), []).append(p)
     groups = [
-        {"params": [p for p in trainable if p.ndim >= 2], "weight_decay": recipe.weight_decay},
-        {"params": [p for p in trainable if p.ndim < 2], "weight_decay": 0.0},
+        {"params": params, "weight_decay": recipe.weight_decay if is_matrix else 0.0}
+        for (_, is_matrix), params in sorted(by_kind.items(), key=lambda item: not item[0][1])
     ]
-    groups = [group for group in groups if group["params"]]
     options: dict[str, Any] = {
         "lr": recipe.learning_rate,
         "betas": (recipe.adam_beta1, recipe.adam_beta2),
@@ -101,14 +104,19 @@ def warmup_steps(total_steps: int, recipe: Recipe) -> int:
 def clip_gradients(model: nn.Module, max_norm: float) -> float:
     """Scale all gradients so that their joint 2-norm is at most max_norm (0 = leave them); returns the norm before.
 
-    A norm that is not finite leaves the gradients as they are.
+    The norm is that of the whole gradient, however it is sharded. One that is not finite leaves the gradients as they
+    are.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
+    norm = total_norm(gradients)
     value = float(norm)
     if max_norm and math.isfinite(value):
-        parameters = [p for p in model.parameters() if p.grad is not None]
-        torch.nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
+        by_device: dict[torch.device, list[torch.Tensor]] = {}
+        for part in map(local_part, gradients):
+            by_device.setdefault(part.device, []).append(part)
+        for device, parts in by_device.items():
+            torch._foreach_mul_(parts, factor.to(device))
     return value
 
 

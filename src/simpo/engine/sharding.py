@@ -1,0 +1,262 @@
+"""Models spread over a mesh: loading options, the format weights are gathered in, adapters, gradients, whole weights.
+
+FSDP2, HSDP and tensor parallelism are transformers' (`DistributedConfig`): it reads each process's shards straight
+from the checkpoint. What it leaves open is done here. Must not import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.nn.parallel import DistributedDataParallel
+from transformers.distributed import DistributedConfig
+
+if TYPE_CHECKING:
+    from simpo.engine.mesh import Mesh
+    from simpo.recipe import Recipe
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
+    """What `from_pretrained` needs to load this process's shards and nothing more; empty for a whole model."""
+    sizes = mesh.sizes
+    if not sizes.is_sharded:
+        return {}
+    if recipe.load_in_4bit:
+        raise ValueError(
+            "load_in_4bit: 4-bit weights are not sharded here; set dp_shard: 1, cp: 1, tp: 1 and dp_replicate to the "
+            "number of processes"
+        )
+    if recipe.optim == "adamw_8bit":
+        raise ValueError("optim: adamw_8bit does not know sharded weights; use adamw_bf16, or dp_shard: 1")
+    if recipe.use_peft and recipe.lora_modules_to_save:
+        raise ValueError("lora_modules_to_save: not possible with sharded weights; leave it out, or set dp_shard: 1")
+    if recipe.fsdp_cpu_offload and mesh.device.type == "cpu":
+        raise ValueError("fsdp_cpu_offload: on a CPU weights are in host memory already; set it to false")
+    config = DistributedConfig(
+        dp_replicate_size=sizes.dp_replicate,
+        fsdp_size=sizes.shard,
+        tp_size=sizes.tp,
+        fsdp_cpu_offload=recipe.fsdp_cpu_offload,
+    )
+    return {"distributed_config": config}
+
+
+def check_sharded_by_block(model: nn.Module) -> None:
+    """Raise ValueError where transformers' plan found no block of this model, so that FSDP would gather all at once."""
+    if isinstance(model, FSDPModule) and sum(isinstance(module, FSDPModule) for module in model.modules()) < 3:
+        raise ValueError(
+            f"{type(model).__name__}: transformers has no sharding plan that fits this architecture; "
+            "set dp_shard: 1, cp: 1 and dp_replicate to the number of processes"
+        )
+
+
+def gather_blocks_in(model: nn.Module, dtype: torch.dtype) -> None:
+    """Gather the weights of sharded blocks in `dtype`; their gradients are reduced in fp32.
+
+    Embedding, last norm and head are gathered as they are, and nothing but weights is cast: the residual stream stays
+    fp32 and autocast decides the rest, as in one process. (The policy that transformers offers casts each block's
+    input as well.)
+    """
+    blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    ends = {id(part) for part in _ends(model)}
+    for block in blocks:
+        if any(id(module) in ends for module in block.modules()):
+            continue
+        state = block._get_fsdp_state()
+        state._mp_policy = policy
+        for group in state._fsdp_param_groups:
+            group.mp_policy = policy
+            group._init_mp_dtypes()
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """The embedding and the head of the transformers model in `model`."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return [base.get_input_embeddings(), base.get_output_embeddings()]
+
+
+def original_class(module: nn.Module) -> type:
+    """A module's class, without the one that FSDP2 put around it."""
+    return type(module).__mro__[2] if isinstance(module, FSDPModule) else type(module)
+
+
+def swap_class(module: nn.Module, new: type) -> None:
+    """Give a module another class, inside the one that FSDP2 put around its own."""
+    module.__class__ = type(f"FSDP{new.__name__}", (FSDPModule, new), {}) if isinstance(module, FSDPModule) else new
+
+
+# --- adapters on sharded models --------------------------------------------------------------------------------------
+
+
+def rebuild_adapters(model: nn.Module, *, seed: int) -> None:
+    """Give LoRA adapters on a tensor-parallel model the shapes of whole layers, and shard them like their layers.
+
+    peft sizes them by the shards it sees. The side that faces a layer's sharded dimension is sharded as well: B of a
+    layer split by outputs, A of one split by inputs. Every process draws the same values: A as torch draws a linear
+    layer's, B zero.
+    """
+    base = model.get_base_model()
+    mesh = base._mesh_manager.get_mesh("tp")
+    generator = torch.Generator().manual_seed(seed)
+    for module in model.modules():
+        if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
+            continue
+        style = getattr(module.base_layer, "_hf_tp_plan", None) or ""
+        num_out, num_in = module.base_layer.weight.shape  # of a DTensor: the whole layer's
+        for name in module.lora_A:
+            a, b = module.lora_A[name], module.lora_B[name]
+            rank, like = module.r[name], {"dtype": a.weight.dtype, "device": a.weight.device}
+            values = (torch.rand(rank, num_in, generator=generator) * 2 - 1) * num_in**-0.5
+            a_weight, b_weight = values.to(**like), torch.zeros(num_out, rank, **like)
+            if style.startswith("rowwise"):
+                a_weight = distribute_tensor(a_weight, mesh, [Shard(1)], src_data_rank=None)
+            if style.startswith("colwise"):
+                b_weight = distribute_tensor(b_weight, mesh, [Shard(0)], src_data_rank=None)
+            a.weight, b.weight = nn.Parameter(a_weight), nn.Parameter(b_weight)
+            a.in_features, a.out_features, b.in_features, b.out_features = num_in, rank, rank, num_out
+
+
+class GradientSync:
+    """How gradients of one step's micro-batches come together over the processes.
+
+    DDP and FSDP2 average those they know; adapters on a sharded model, which FSDP2 does not know, are averaged here,
+    in one piece. The loss is scaled by the number of processes averaged over, so that averages are sums.
+
+    Args:
+        model: as it was loaded.
+        mesh: of the run.
+    Attributes:
+        module: what to call in a training step: the model, inside DDP where that is used.
+        scale: by which every micro-batch's loss is multiplied before its backward pass.
+    """
+
+    def __init__(self, model: nn.Module, mesh: Mesh) -> None:
+        self.mesh, self.module = mesh, model
+        self.scale = mesh.sizes.gradient
+        self._strays: list[nn.Parameter] = []
+        if mesh.sizes.is_sharded and mesh.gradient_group is not None:
+            self._strays = [p for p in model.parameters() if p.requires_grad and not _is_known_to_fsdp(p)]
+        elif mesh.gradient_group is not None:
+            device_ids = [mesh.device] if mesh.device.type == "cuda" else None
+            self.module = DistributedDataParallel(
+                model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
+            )
+
+    @contextlib.contextmanager
+    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+        """Around forward and backward of one micro-batch: DDP waits with its reduction for the step's last one.
+
+        FSDP2 reduces each: gradients of the whole model would not fit anywhere.
+        """
+        with contextlib.ExitStack() as stack:
+            if isinstance(self.module, DistributedDataParallel) and not is_last:
+                stack.enter_context(self.module.no_sync())
+            yield
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """After a step's last backward pass: average what nobody else does."""
+        if not self._strays:
+            return
+        for parameter in self._strays:
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        parts = [local_part(parameter.grad) for parameter in self._strays]
+        flat = torch.cat([part.reshape(-1).float() for part in parts])
+        dist.all_reduce(flat, group=self.mesh.gradient_group)
+        flat /= self.mesh.sizes.gradient
+        for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+            part.copy_(mean.view_as(part))
+
+
+def _is_known_to_fsdp(parameter: nn.Parameter) -> bool:
+    names = parameter.device_mesh.mesh_dim_names if isinstance(parameter, DTensor) else ()
+    return "fsdp" in (names or ())
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def total_norm(gradients: list[Tensor]) -> Tensor:
+    """The 2-norm of all gradients together, whole, however each is sharded; the same on every process.
+
+    Squares are summed over the mesh dimensions that split a tensor, and no others. (torch's own function takes
+    sharded tensors of one mesh only.)
+    """
+    if not any(isinstance(gradient, DTensor) for gradient in gradients):
+        return torch.nn.utils.get_total_norm(gradients)
+    groups: dict[Any, list[Tensor]] = {}
+    for gradient in gradients:
+        split = ()
+        if isinstance(gradient, DTensor):
+            split = tuple(
+                (gradient.device_mesh, dim)
+                for dim, placement in enumerate(gradient.placements)
+                if isinstance(placement, Shard | _StridedShard)
+            )
+        groups.setdefault(split, []).append(local_part(gradient))
+    total: Tensor | float = 0.0
+    for split, parts in groups.items():
+        square = torch.stack(torch._foreach_norm([part.float() for part in parts])).square().sum()
+        for mesh, dim in split:
+            dist.all_reduce(square, group=mesh.get_group(dim))
+        total = total + square.cpu()  # offloaded gradients are in host memory, adapters' are not
+    return torch.as_tensor(total).sqrt()
+
+
+def local_part(tensor: Tensor) -> Tensor:
+    """This process's part of a sharded tensor; any other tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+# --- whole weights ---------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def whole_state_dict(model: nn.Module, *, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The model's state dict with every tensor whole; what was sharded comes in host memory, one tensor at a time.
+
+    Every process must call it.
+
+    Args:
+        keep: whether this process wants the result; others get an empty one.
+        dtype: of its floating-point tensors.
+    """
+    state: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        value = value.detach()
+        sharded = isinstance(value, DTensor)
+        whole = value.full_tensor() if sharded else value
+        if keep:
+            whole = whole.to(dtype) if whole.is_floating_point() else whole
+            state[name] = whole.cpu() if sharded else whole
+    return state
+
+
+@contextlib.contextmanager
+def on_one_process(base: nn.Module) -> Iterator[None]:
+    """Inside, transformers takes the model for one that is not spread over processes: its `save_pretrained` neither
+    waits for others nor writes the mesh into the configuration."""
+    config = base.config
+    spread = config.__dict__.pop("distributed_config", None)
+    mesh, base._device_mesh = getattr(base, "_device_mesh", None), None
+    tp_size, base._tp_size = getattr(base, "_tp_size", None), None
+    try:
+        yield
+    finally:
+        base._device_mesh, base._tp_size = mesh, tp_size
+        if spread is not None:
+            config.distributed_config = spread

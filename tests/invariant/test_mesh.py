@@ -1,0 +1,271 @@
+"""The update is the same on every mesh: losses, every gradient and the clipped norm, against one process with padding.
+
+`Trainer.train_step` itself runs on the ranks, with an optimizer that only remembers the whole gradients. What it is
+compared with is written out below: ordinary logits of one sequence at a time, in one process.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from ranks import Ranks
+from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+Settings = dict[str, Any]
+
+STEPS = 2
+MAX_NORM = 0.5
+TOLERANCE = 2e-6  # of losses, norms and the largest gradient
+
+
+# --- on the ranks ----------------------------------------------------------------------------------------------------
+
+
+class GradientRecorder:
+    """In place of an optimizer: keeps the whole clipped gradients and updates nothing."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        self.param_groups: list[Settings] = [{}]
+        self.steps: list[dict[str, Tensor]] = []
+
+    def step(self) -> None:
+        found = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        whole = {name: g.full_tensor() if isinstance(g, DTensor) else g for name, g in found.items()}
+        self.steps.append({name: g.detach().clone() for name, g in whole.items()})
+
+    def zero_grad(self, *, set_to_none: bool) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+
+def run_steps(settings: Settings, steps: int = STEPS) -> dict[str, Any]:
+    """A few training steps without updates: metrics of each, whole gradients, and what evaluation says."""
+    from simpo.display import Display
+    from simpo.recipe import load_recipe
+    from simpo.train import Trainer
+
+    trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
+    _fill_adapters(trainer.model)
+    adapters = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in trainer.model.named_parameters()
+        if "lora_" in name
+    }
+    trainer.optimizer = GradientRecorder(trainer.model)
+    plans = list(trainer.loader.plans(0, steps))
+    values = [trainer.train_step(plan) for plan in plans]
+    result = {
+        "values": values,
+        "gradients": trainer.optimizer.steps,
+        "adapters": adapters,
+        "evaluation": trainer.evaluate(),
+        "empty": sum(not indices for plan in plans for indices in plan.micro_batches),
+        "parameters": sum(
+            p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.model.parameters()
+        ),
+    }
+    return result if trainer.mesh.is_main else {"empty": result["empty"], "parameters": result["parameters"]}
+
+
+def _fill_adapters(model: torch.nn.Module) -> None:
+    """B starts at zero, which would hide mistakes in A's gradient: give it values, the same whole on every rank."""
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            values = 0.1 * torch.randn(parameter.shape, generator=generator)
+            if isinstance(parameter, DTensor):
+                values = distribute_tensor(values, parameter.device_mesh, parameter.placements, src_data_rank=None)
+            parameter.data.copy_(values)
+
+
+# --- the reference ---------------------------------------------------------------------------------------------------
+
+
+def reference_steps(settings: Settings, *, adapters: dict[str, Tensor] | None = None, steps: int = STEPS) -> dict:
+    """The same steps by the definition: mean over the step's pairs of -log sigmoid(beta (m_w - m_l) - gamma)."""
+    from simpo.data.audit import prepare_pairs
+    from simpo.data.loader import PairStore, StepLoader
+    from simpo.engine.model import load_tokenizer
+    from simpo.recipe import load_recipe
+
+    pairs_per_step = settings.pop("pairs_per_step")
+    recipe = load_recipe({**settings, "dp_replicate": 1, "dp_shard": None, "cp": 1, "tp": 1})
+    store = PairStore(prepare_pairs(recipe, load_tokenizer(recipe)).train)
+    model = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path, attn_implementation="eager")
+    if adapters:
+        from peft import LoraConfig, get_peft_model
+
+        options = {"r": recipe.lora_r, "lora_alpha": recipe.lora_alpha, "lora_dropout": 0.0}
+        with warnings.catch_warnings():  # peft 0.21 reads an attribute that transformers 5.23 renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            model = get_peft_model(model, LoraConfig(target_modules="all-linear", task_type="CAUSAL_LM", **options))
+        missing = model.load_state_dict(adapters, strict=False)
+        assert not missing.unexpected_keys
+    model.train()
+    loader = StepLoader(store, pairs_per_step=pairs_per_step, num_micro_batches=1, seed=recipe.seed)
+    found: dict[str, list] = {"losses": [], "norms": [], "gradients": [], "accuracies": []}
+    for plan in loader.plans(0, steps):
+        indices = [index for items in plan.micro_batches for index in items]
+        margins = [_mean_logp(model, store[i], "chosen") - _mean_logp(model, store[i], "rejected") for i in indices]
+        losses = [-F.logsigmoid(recipe.beta * (margin - recipe.gamma_beta_ratio)) for margin in margins]
+        loss = torch.stack(losses).mean()
+        model.zero_grad()
+        loss.backward()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        found["norms"].append(float(torch.nn.utils.clip_grad_norm_(trained, MAX_NORM)))
+        found["losses"].append(loss.item())
+        found["accuracies"].append(sum(float(margin.detach() > 0) for margin in margins) / len(margins))
+        found["gradients"].append({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
+    return found
+
+
+def _mean_logp(model: torch.nn.Module, pair: Any, side: str) -> Tensor:
+    ids, start = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_start")
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, start - 1 : -1]
+    return torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(ids[start:])[:, None]).mean()
+
+
+def assert_same_update(ours: dict[str, Any], reference: dict[str, Any]) -> None:
+    for step, values in enumerate(ours["values"]):
+        assert values["loss"] == pytest.approx(reference["losses"][step], rel=TOLERANCE)
+        assert values["rewards/accuracies"] == pytest.approx(reference["accuracies"][step])
+        assert values["grad_norm"] == pytest.approx(reference["norms"][step], rel=TOLERANCE)
+        found, expected = ours["gradients"][step], reference["gradients"][step]
+        assert found.keys() == expected.keys()
+        largest = max(float(g.abs().max()) for g in expected.values())
+        for name, gradient in expected.items():
+            difference = float((found[name] - gradient).abs().max())
+            assert difference <= TOLERANCE * largest, f"step {step}, {name}: {difference / largest:.1e}"
+
+
+# --- what is run -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """build(**config): a folder with a random two-layer Llama of that shape and the tiny tokenizer."""
+    made: dict[str, Path] = {}
+
+    def build(**config: Any) -> str:
+        key = json.dumps(config, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("llama")
+            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+                if (tiny_model / name).is_file():
+                    shutil.copy(tiny_model / name, folder)
+            settings = {
+                "vocab_size": 512,
+                "hidden_size": 48,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": False,
+                "initializer_range": 0.1,
+                **config,
+            }
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+            made[key] = folder
+        return str(made[key])
+
+    return build
+
+
+@pytest.fixture
+def step_recipe(tiny_recipe: Settings):
+    """A recipe of steps of four pairs, whatever the mesh: settings(model, data ranks, **keys)."""
+
+    def build(model: str, data: int, *, pairs: int = 4, accumulation: int = 1, **keys: Any) -> Settings:
+        assert pairs % (data * accumulation) == 0
+        changes = {
+            "model_name_or_path": model,
+            "per_device_train_batch_size": pairs // (data * accumulation),
+            "gradient_accumulation_steps": accumulation,
+            "max_grad_norm": MAX_NORM,
+            "eval_steps": 100,
+        }
+        return {**tiny_recipe, **changes, **keys}
+
+    return build
+
+
+SHAPES: dict[str, Settings] = {
+    "untied": {},
+    "tied, odd vocabulary": {"tie_word_embeddings": True, "vocab_size": 509},
+    "3 KV heads": {"num_attention_heads": 6, "num_key_value_heads": 3},
+    "1 KV head": {"num_key_value_heads": 1},
+    "biases": {"attention_bias": True, "mlp_bias": True},
+}
+DP, FSDP = {"dp_replicate": 2, "dp_shard": 1}, {"dp_shard": 2}
+TP, CP = {"tp": 2}, {"cp": 2}
+LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
+
+# name -> shape, data ranks, keys
+TWO: dict[str, tuple[str, int, Settings]] = {
+    "dp2": ("untied", 2, DP),
+    "dp2 accumulated": ("untied", 2, {**DP, "accumulation": 2}),
+    "fsdp2": ("untied", 2, FSDP),
+    "fsdp2 tied": ("tied, odd vocabulary", 2, FSDP),
+    "fsdp2 accumulated": ("untied", 2, {**FSDP, "accumulation": 2}),
+    "fsdp2 checkpointed": ("untied", 2, {**FSDP, "gradient_checkpointing": True}),
+    "tp2": ("untied", 1, TP),
+    "tp2 tied": ("tied, odd vocabulary", 1, TP),
+    "tp2 biases": ("biases", 1, TP),
+    "tp2 checkpointed": ("untied", 1, {**TP, "gradient_checkpointing": True, "accumulation": 2}),
+    "cp2": ("untied", 1, CP),
+    "cp2, 3 KV heads": ("3 KV heads", 1, CP),
+    "cp2, 1 KV head": ("1 KV head", 1, {**CP, "accumulation": 2}),
+    "cp2 checkpointed": ("tied, odd vocabulary", 1, {**CP, "gradient_checkpointing": True}),
+    "dp2 padded": ("untied", 2, {**DP, "pack": False, "share_prompt": False}),
+    "tp2 padded": ("untied", 1, {**TP, "pack": False, "share_prompt": False}),
+    "dp2 LoRA": ("untied", 2, {**DP, **LORA}),
+    "fsdp2 LoRA": ("untied", 2, {**FSDP, **LORA, "gradient_checkpointing": True}),
+    "tp2 LoRA": ("untied", 1, {**TP, **LORA}),
+    "cp2 LoRA": ("untied", 1, {**CP, **LORA}),
+}
+FOUR: dict[str, tuple[str, int, Settings]] = {
+    "dp4": ("untied", 4, {"dp_replicate": 4, "dp_shard": 1}),
+    "hsdp 2x2": ("untied", 4, {"dp_replicate": 2, "dp_shard": 2}),
+    "fsdp2 x tp2": ("tied, odd vocabulary", 2, {"dp_shard": 2, "tp": 2}),
+    "cp2 x tp2": ("untied", 1, {"cp": 2, "tp": 2}),
+    "fsdp2 x cp2": ("3 KV heads", 2, {"dp_shard": 2, "cp": 2}),
+    "dp2 x tp2": ("untied", 2, {"dp_replicate": 2, "dp_shard": 1, "tp": 2}),
+    "dp2 x cp2 accumulated": ("untied", 2, {"dp_replicate": 2, "dp_shard": 1, "cp": 2, "accumulation": 2}),
+    "fsdp2 x tp2 LoRA checkpointed": ("untied", 2, {"dp_shard": 2, "tp": 2, **LORA, "gradient_checkpointing": True}),
+}
+
+
+def check(ranks: Ranks, settings: Settings, *, steps: int = STEPS) -> list[dict[str, Any]]:
+    found = ranks.run(run_steps, settings, steps)
+    pairs = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    data = ranks.size // (settings.get("cp", 1) * settings.get("tp", 1))
+    reference = reference_steps(
+        {**settings, "pairs_per_step": pairs * data}, adapters=found[0]["adapters"], steps=steps
+    )
+    assert_same_update(found[0], reference)
+    return found
+
+
+@pytest.mark.parametrize("case", TWO)
+def test_two_processes_make_the_update_of_one(case, two_ranks: Ranks, model_folder, step_recipe):
+    shape, data, keys = TWO[case]
+    check(two_ranks, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
+
+
+@pytest.mark.four_processes
+@pytest.mark.parametrize("case", FOUR)
+def test_four_processes_make_the_update_of_one(case, four_ranks: Ranks, model_folder, step_recipe):
+    shape, data, keys = FOUR[case]
+    check(four_ranks, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
