@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -65,16 +66,24 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
     with _one_line_errors():
         resolved = _load(recipe, context.args)
         resolved.require("dataset_mixer", "output_dir")
+        from simpo.engine.mesh import leave_world
+        from simpo.integrations.launcher import launched_by_accelerate
         from simpo.train import Interrupted, NonFiniteError, Trainer
 
         try:
-            Trainer(resolved).run()
+            if launched_by_accelerate():
+                from simpo.integrations.hf import run_recipe
+
+                run_recipe(resolved)
+            else:
+                Trainer(resolved).run()
         except Interrupted as stopped:
-            typer.secho(str(stopped), fg="yellow", err=True)
+            _say_once(str(stopped), color="yellow")
             raise typer.Exit(130) from None
         except NonFiniteError as error:
             _print_error(error)
             raise typer.Exit(1) from None
+        leave_world()
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
@@ -285,7 +294,20 @@ def _one_line_errors() -> Iterator[None]:
 
 
 def _print_error(error: Exception) -> None:
-    typer.secho(f"error: {error}", fg="red", err=True)
+    _say_once(f"error: {error}", color="red")
+
+
+def _say_once(line: str, *, color: str) -> None:
+    """A line on stderr: of several processes' equal lines the first process's; another process's own with its rank."""
+    rank = os.environ.get("RANK", "0")
+    if "torch" in sys.modules:
+        from simpo.engine.mesh import is_said_by_main
+
+        said = is_said_by_main(line)
+    else:  # before the processes met they can only have failed alike
+        said = os.environ.get("LOCAL_RANK", "0") != "0"
+    if not said:
+        typer.secho(line if rank == "0" else f"rank {rank}: {line}", fg=color, err=True)
 
 
 def _key_lines(recipe: Recipe) -> str:
@@ -312,12 +334,13 @@ def _plain(value: Any) -> str:
 def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
     """Loss and batch as they will act, notices, and what is still missing to train."""
     each, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
-    many = f"{processes} processes" if processes > 1 else "1 process"
+    data = max(1, processes // (recipe.cp * recipe.tp))  # processes of one cp or tp group compute the same pairs
+    many = f"{data} process{'es' * (data > 1)}" + " that see other pairs" * (data != processes)
     lines = [
         "",
         f"loss: {recipe.describe_loss()}",
         f"      {recipe.loss_options.equation}  [{recipe.loss_options.source}]",
-        f"batch: {recipe.pairs_per_step(processes)} pairs an optimizer step "
+        f"batch: {recipe.pairs_per_step(data)} pairs an optimizer step "
         f"({each} a micro-batch x {accumulation} accumulated x {many})",
     ]
     lines += [f"notice: {notice}" for notice in recipe.notices]

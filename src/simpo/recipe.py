@@ -258,6 +258,8 @@ def _resolve_global_batch(layer: _Layer, processes: int) -> None:
     if "global_batch_size" not in layer.values:
         return
     total = _take(layer, "global_batch_size", as_whole)
+    for key in ("cp", "tp"):  # their processes compute the same pairs
+        processes = max(1, processes // max(1, _checked(layer, key, as_whole, layer.values.get(key, 1))))
     key = "per_device_train_batch_size"
     each = layer.values.get(key, Recipe.model_fields[key].default)
     each = _checked(layer, key, as_whole, each)

@@ -5,6 +5,7 @@ Owns the rules; reading and writing checkpoints is `engine.checkpoint`'s.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,15 +57,46 @@ def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     return {key: value for key, value in recipe.to_dict().items() if key not in _MAY_CHANGE_ON_RESUME}
 
 
+LAUNCH_FILE = ".launch"
+
+
+def record_launch(output_dir: Path) -> None:
+    """Note that this launch began the run in output_dir; nothing where nobody would start the same command again."""
+    launch = _launch()
+    if launch is not None:
+        (output_dir / LAUNCH_FILE).write_text(launch, encoding="utf-8")
+
+
+def is_begun_by_this_launch(output_dir: Path) -> bool:
+    """Whether torchrun has started this process again after an attempt that got as far as `record_launch`.
+
+    An attempt that was refused ("already holds a run") is started again as well, and has to be refused again.
+    """
+    path = output_dir / LAUNCH_FILE
+    return bool(restart_count()) and path.is_file() and path.read_text(encoding="utf-8") == _launch()
+
+
+def _launch() -> str | None:
+    """What the attempts of one launch have in common: torchrun's run id; where that has no value, its process."""
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    return f"process {os.getppid()}" if run in ("", "none") else run
+
+
 def find_checkpoint(recipe: Recipe) -> Checkpoint | None:
     """The checkpoint that `resume_from_checkpoint` means; None to start afresh.
+
+    After a process was lost and torchrun started the same command again: the newest of this launch, whatever the key
+    says.
 
     Raises:
         ValueError: the checkpoint does not exist, or the run directory already holds a run that would be overwritten.
     """
     folder, wanted = Path(recipe.output_dir) / "checkpoints", recipe.resume_from_checkpoint
     existing = checkpoints.list_checkpoints(folder)
-    if restart_count():  # torchrun started the same command again after a process was lost
+    named = _named_checkpoint(wanted) if isinstance(wanted, str) else None
+    if is_begun_by_this_launch(folder.parent):
+        if named is not None and not (existing and existing[-1].step > named.step):
+            return named  # lost before the first checkpoint of its own
         return existing[-1] if existing else None
     if not wanted:
         if existing or any((folder.parent / name).exists() for name in ("model", "metrics.jsonl")):
@@ -76,12 +108,17 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint | None:
         return None
     if wanted is True:
         return existing[-1] if existing else None  # a run killed before its first checkpoint starts over
-    path = Path(wanted)
-    match = [c for c in checkpoints.list_checkpoints(path.parent) if c.folder.name == path.name]
-    if not match:
+    if named is None:
         names = ", ".join(c.folder.name for c in existing) or "none"
-        raise ValueError(f"resume_from_checkpoint: no complete checkpoint at {path}; in {folder} there is: {names}")
-    return match[0]
+        raise ValueError(
+            f"resume_from_checkpoint: no complete checkpoint at {Path(wanted)}; in {folder} there is: {names}"
+        )
+    return named
+
+
+def _named_checkpoint(wanted: str) -> Checkpoint | None:
+    path = Path(wanted)
+    return next((c for c in checkpoints.list_checkpoints(path.parent) if c.folder.name == path.name), None)
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Checkpoint) -> None:

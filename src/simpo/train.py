@@ -57,12 +57,12 @@ from simpo.engine.model import (
 )
 from simpo.engine.offload import offload_activations
 from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
-from simpo.engine.sharding import GradientSync
+from simpo.engine.sharding import GradientSync, drop_gathered
 from simpo.generate import generate_greedy, save_generations
 from simpo.objective import trained_losses
 from simpo.recipe import LOSS_OPTIONS, Recipe
 from simpo.reference import ReferenceLogps, compute_reference_logps
-from simpo.resume import check_same_run, find_checkpoint, recipe_identity
+from simpo.resume import check_same_run, find_checkpoint, recipe_identity, record_launch
 
 
 class NonFiniteError(RuntimeError):
@@ -162,6 +162,7 @@ class Trainer:
         self.window = PairMeter()  # pairs since the last logged step
         self.log: MetricsLog | None = None  # opened by run() on the first process
         self.saving: CheckpointSave | None = None  # written in the background
+        self._best_of_saved: int | None = None  # the best step as of the newest checkpoint, which may still be written
         self._stop = threading.Event()  # this process was asked to stop
         self._stop_together = False  # one of several processes was, when the last step ended
         self.budget: TokenBudget | None = None  # picked by memory; a resumed run keeps what its checkpoint says
@@ -272,7 +273,7 @@ class Trainer:
         if self.recipe.load_best_model_at_end and progress.best_step not in (None, progress.step):
             self.mesh.barrier()
             best = next(c for c in checkpoints.list_checkpoints(self.checkpoint_dir) if c.step == progress.best_step)
-            checkpoints.load_weights(best, model=self.model)
+            checkpoints.load_weights(best, model=self.model, mesh=self.mesh)
             results, kept_step = checkpoints.read_state(best)["progress"]["last_eval"], best.step
             self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
         model_dir = self.output_dir / "model"
@@ -312,6 +313,7 @@ class Trainer:
             losses, sums = self.forward(micro_batch, whole, split="eval")
             totals.add(sums, losses, num_tokens=micro_batch.num_tokens)
         self.model.train()
+        drop_gathered(self.model)
         results = means(totals.over(self.mesh).metric_sums, whole.num_pairs)
         values = {f"eval_{name}": value for name, value in results.items()}
         return values | {"eval_pairs": whole.num_pairs, "eval_time_s": time.perf_counter() - started}
@@ -348,6 +350,7 @@ class Trainer:
                 [store[i].prompt_ids for i in indices],
                 max_new_tokens=self.recipe.eval_generation_max_new_tokens,
             )
+        drop_gathered(self.model)
         if not self.mesh.is_main:
             return
         save_generations(
@@ -377,7 +380,6 @@ class Trainer:
             "progress": dataclasses.asdict(self.progress),
             "window": self.window.state_dict(),
             "max_tokens_per_micro_batch": self.loader.max_tokens,
-            "mesh": str(self.mesh.sizes),
             **self._identity(),
         }
         self.saving = checkpoints.save_checkpoint(
@@ -389,22 +391,23 @@ class Trainer:
             mesh=self.mesh,
             in_background=self.recipe.async_save and (self.mesh.host_group or True),
         )
+        self._best_of_saved = self.progress.best_step
         saved = self.saving.checkpoint
         self._finish_saving(wait=not self.recipe.async_save)
         return saved
 
     def _finish_saving(self, *, wait: bool) -> None:
         """Complete the checkpoint on its way, if there is one and it is written, and delete those beyond the limit."""
-        if self.saving is None or not (wait or self.saving.is_written):
+        if self.saving is None or not (wait or self.mesh.least(self.saving.is_written)):
             return
         self.saving.finish()
         self.saving = None
         if self.recipe.save_total_limit is not None and self.mesh.is_main:
-            protect = self.progress.best_step if self.recipe.load_best_model_at_end else None
+            protect = self._best_of_saved if self.recipe.load_best_model_at_end else None
             checkpoints.prune_checkpoints(self.checkpoint_dir, keep=self.recipe.save_total_limit, protect=protect)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
-        state = checkpoints.read_state(checkpoint)
+        state = self.mesh.on_main(lambda: checkpoints.read_state(checkpoint))
         check_same_run(state, self._identity(), checkpoint)
         self.mesh.on_main(lambda: checkpoints.clear_leftovers(self.checkpoint_dir))
         self.mesh.on_main(lambda: checkpoints.forget_after(self.checkpoint_dir, checkpoint))
@@ -439,6 +442,7 @@ class Trainer:
     def _open_output_dir(self) -> None:
         self.output_dir.mkdir(parents=True, exist_ok=True)
         self.recipe.save(self.output_dir / "recipe.yaml")
+        record_launch(self.output_dir)
         self.data.ledger.save(self.output_dir / "audit.json")
 
     @contextlib.contextmanager
@@ -471,6 +475,7 @@ class Trainer:
             offloaded=recipe.activation_offload,
             name_of=lambda index: store[index].row_id,
         )
+        drop_gathered(self.model)
         if self.budget is not None:
             self.loader.limit_tokens(int(self.mesh.least(self.budget.tokens)))
             if self.budget.warning is not None:

@@ -7,6 +7,7 @@ compared with is written out below: ordinary logits of one sequence at a time, i
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -269,3 +270,166 @@ def test_two_processes_make_the_update_of_one(case, two_ranks: Ranks, model_fold
 def test_four_processes_make_the_update_of_one(case, four_ranks: Ranks, model_folder, step_recipe):
     shape, data, keys = FOUR[case]
     check(four_ranks, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
+
+
+@pytest.mark.parametrize("mesh", [DP, FSDP], ids=["dp2", "fsdp2"])
+def test_a_rank_without_pairs_in_the_last_batch_adds_nothing(mesh, two_ranks: Ranks, model_folder, step_recipe):
+    settings = step_recipe(model_folder(), 2, max_train_samples=5, **mesh)  # a step of four pairs, then one of one
+    found = check(two_ranks, settings)
+    assert sorted(result["empty"] for result in found) == [0, 1]
+
+
+@pytest.mark.parametrize("mesh", [DP, FSDP], ids=["dp2", "fsdp2"])
+def test_ragged_shares_weigh_each_pair_the_same(mesh, two_ranks: Ranks, model_folder, step_recipe):
+    settings = step_recipe(model_folder(), 2, pairs=8, accumulation=2, max_train_samples=7, **mesh)
+    check(two_ranks, settings, steps=1)
+
+
+@pytest.mark.parametrize("case", ["dp2", "fsdp2", "tp2 tied", "cp2, 3 KV heads"])
+def test_evaluation_over_ranks_counts_every_pair_once(case, two_ranks: Ranks, model_folder, step_recipe):
+    shape, data, keys = TWO[case]  # ten pairs in batches of four: with two ranks one of four batches is empty
+    settings = step_recipe(model_folder(**SHAPES[shape]), data, **keys)
+    found = two_ranks.run(run_steps, settings, 1)[0]["evaluation"]
+    alone = run_steps({**settings, "dp_replicate": 1, "dp_shard": None, "cp": 1, "tp": 1}, 1)["evaluation"]
+    assert found.pop("eval_time_s") > 0
+    assert alone.pop("eval_time_s") > 0
+    assert found == pytest.approx(alone, rel=2e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["fsdp2", "tp2", "cp2"])
+def test_sharded_ranks_hold_half_of_the_weights(case, two_ranks: Ranks, model_folder, step_recipe):
+    shape, data, keys = TWO[case]
+    settings = step_recipe(model_folder(**SHAPES[shape]), data, **keys)
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"]).parameters())
+    for found in two_ranks.run(run_steps, settings, 1):
+        assert 0.45 * whole < found["parameters"] < 0.55 * whole
+
+
+def test_blocks_gathered_in_bf16_compute_what_autocast_does_on_one_process(two_ranks: Ranks, model_folder, step_recipe):
+    settings = step_recipe(model_folder(tie_word_embeddings=True), 2, bf16=True, **FSDP)
+    ours = two_ranks.run(run_steps, settings, 1)[0]
+    exact = two_ranks.run(run_steps, {**settings, "fsdp_param_dtype": "float32"}, 1)[0]
+    alone = run_steps({**settings, "dp_shard": 1, "gradient_accumulation_steps": 2}, 1)
+    for other in (exact, alone):
+        assert ours["values"][0]["loss"] == pytest.approx(other["values"][0]["loss"], rel=1e-5)
+        for name, gradient in other["gradients"][0].items():
+            difference = float((ours["gradients"][0][name] - gradient).norm() / gradient.norm())
+            assert difference < 0.02, f"{name}: {difference}"  # a bf16 gradient before it is reduced in fp32
+
+
+@pytest.mark.parametrize("case", ["dp2", "fsdp2 tied", "tp2", "cp2"])
+def test_a_reference_model_is_spread_like_the_policy(case, two_ranks: Ranks, model_folder, step_recipe, tmp_path):
+    shape, data, keys = TWO[case]
+    settings = step_recipe(model_folder(**SHAPES[shape]), data, loss_type="dpo", beta=0.1, **keys)
+    settings["ref_model_name_or_path"] = model_folder(**SHAPES[shape], initializer_range=0.05)
+    found = two_ranks.run(run_steps, settings)[0]["values"]
+    whole = {"dp_replicate": 1, "dp_shard": None, "cp": 1, "tp": 1, "cache_dir": str(tmp_path / "other cache")}
+    whole["per_device_train_batch_size"] = settings["per_device_train_batch_size"] * data
+    alone = run_steps({**settings, **whole})["values"]
+    for ours, theirs in zip(found, alone, strict=True):
+        for name in ("loss", "rewards/margins", "grad_norm"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-5, abs=1e-6)
+
+
+# --- what goes wrong -------------------------------------------------------------------------------------------------
+
+
+def step_with_nan_on_one_rank(settings: Settings) -> None:
+    import torch.distributed as dist
+
+    from simpo.display import Display
+    from simpo.recipe import load_recipe
+    from simpo.train import Trainer
+
+    trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
+    forward = trainer.forward
+
+    def broken(micro_batch: Any, plan: Any, **others: Any) -> tuple[Tensor, Tensor]:
+        losses, sums = forward(micro_batch, plan, **others)
+        if dist.get_rank() == 1:
+            losses = torch.cat([losses[:-1], losses[-1:] * float("nan")])
+        return losses, sums
+
+    trainer.forward = broken
+    before = [p.detach().clone() for p in trainer.model.parameters()]
+    try:
+        trainer.train_step(next(trainer.loader.plans(0, 1)))
+    finally:
+        for parameter, old in zip(trainer.model.parameters(), before, strict=True):
+            assert torch.equal(_local(parameter), _local(old))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@pytest.mark.parametrize("case", ["dp2", "fsdp2", "tp2", "cp2"])
+def test_nan_on_one_rank_stops_all_with_its_rank_and_row(case, two_ranks: Ranks, model_folder, step_recipe):
+    from simpo.train import NonFiniteError
+
+    shape, data, keys = TWO[case]
+    outcomes = two_ranks.outcomes(step_with_nan_on_one_rank, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
+    for outcome in outcomes:
+        assert isinstance(outcome, NonFiniteError), outcome
+        assert re.search(r"Rows: rank 1: pairs\d*/train#\d+\.", str(outcome))
+        assert "rank 0" not in str(outcome)
+        assert "nothing was updated" in str(outcome)
+
+
+def start_with_other_recipe(settings: Settings, changes: Settings) -> None:
+    import torch.distributed as dist
+
+    from simpo.display import Display
+    from simpo.recipe import load_recipe
+    from simpo.train import Trainer
+
+    mine = {**settings, **(changes if dist.get_rank() == 1 else {})}
+    Trainer(load_recipe(mine), display=Display(quiet=True))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"learning_rate": 0.5}, "recipe key learning_rate: rank 1 has 0.5, rank 0 has 0.002"),
+        ({"max_train_samples": 20}, "rank 1 has 20, rank 0 has None"),
+        ({"seed": 7}, "recipe key seed: rank 1 has 7"),
+    ],
+)
+def test_ranks_that_would_do_different_runs_do_not_start(changes, said, two_ranks: Ranks, model_folder, step_recipe):
+    for outcome in two_ranks.outcomes(start_with_other_recipe, step_recipe(model_folder(), 2, **FSDP), changes):
+        assert isinstance(outcome, ValueError)
+        assert said in str(outcome)
+
+
+def start(settings: Settings) -> None:
+    start_with_other_recipe(settings, {})
+
+
+@pytest.mark.parametrize(
+    ("shape", "keys", "said"),
+    [
+        ({}, {"tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes, and 2 were started"),
+        ({}, {"dp_shard": 4}, "needs 4 processes, and 2 were started"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 3},
+            {"tp": 2},
+            "tp = 2: does not divide this model's num_att",
+        ),
+        ({"num_key_value_heads": 1}, {"tp": 2}, "tp = 2: does not divide this model's num_key_value_heads = 1"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 3},
+            {"cp": 2},
+            "cp = 2: does not divide the 3 attention heads",
+        ),
+        ({}, {"cp": 2, "pack": False, "share_prompt": False}, "cp = 2: a row that is padded cannot be shared out"),
+        ({}, {"dp_shard": 2, "fsdp_cpu_offload": True}, "fsdp_cpu_offload: on a CPU"),
+        ({}, {"dp_shard": 2, "optim": "adamw_8bit"}, "optim: adamw_8bit does not know sharded weights"),
+        ({}, {**FSDP, **LORA, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: not possible with sharded"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {"cp": 2}, "dynamic"),
+    ],
+)
+def test_a_mesh_that_cannot_be_is_refused_on_every_rank(shape, keys, said, two_ranks: Ranks, model_folder, step_recipe):
+    for outcome in two_ranks.outcomes(start, step_recipe(model_folder(**shape), 1, **keys)):
+        assert isinstance(outcome, ValueError), outcome
+        assert said in str(outcome)
+        assert "\n" not in str(outcome)

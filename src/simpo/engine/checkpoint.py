@@ -73,33 +73,38 @@ class CheckpointSave:
         checkpoint: what it will be; its folder exists once `is_complete`.
     """
 
-    def __init__(self, checkpoint: Checkpoint, aside: Path, written: Future[Any] | None, *, is_main: bool) -> None:
+    def __init__(self, checkpoint: Checkpoint, aside: Path, written: Future[Any] | None, *, mesh: Mesh) -> None:
         self.checkpoint = checkpoint
-        self._aside, self._written, self._is_main = aside, written, is_main
+        self._aside, self._written, self._mesh = aside, written, mesh
         self.is_complete = False
 
     @property
     def is_written(self) -> bool:
-        """Whether `finish()` would not have to wait. On rank 0 that means all processes' parts."""
+        """Whether this process's writer is done, or has failed."""
         return self._written is None or self._written.done()
 
     def finish(self) -> Checkpoint:
-        """Wait for the writers and complete the checkpoint. Processes need not call it at the same time.
+        """Wait for the writers and complete the checkpoint. Every process calls it, after the same step.
 
         Raises:
-            RuntimeError: some process could not write.
+            RuntimeError: some process could not write; on every process.
         """
+        if self.is_complete:
+            return self.checkpoint
+        error = None
         if self._written is not None:
             try:
                 self._written.result()
-            except (Exception, CheckpointException) as error:
-                message = f"checkpoint {self.checkpoint.folder} could not be written: {_first_line(error)}"
-                raise RuntimeError(message) from error
-        if self._is_main and not self.is_complete:
-            sync_tree(self._aside)
-            replace_folder(self._aside, self.checkpoint.folder)
+            except (Exception, CheckpointException) as cause:
+                error = _not_written(self.checkpoint.folder, cause)
+        self._mesh.raise_together(error)
+        self._mesh.on_main(self._give_name)
         self.is_complete = True
         return self.checkpoint
+
+    def _give_name(self) -> None:
+        sync_tree(self._aside)
+        replace_folder(self._aside, self.checkpoint.folder)
 
 
 def save_checkpoint(
@@ -125,7 +130,10 @@ def save_checkpoint(
             processes, the gloo group those threads talk through.
     Returns:
         The save; without in_background it is complete.
+    Raises:
+        RuntimeError: some process could not write; on every process.
     """
+    final = folder / f"step-{step}"
     aside = folder / f".step-{step}.writing"
 
     def make_folder() -> None:
@@ -135,23 +143,39 @@ def save_checkpoint(
 
     mesh.on_main(make_folder)
     tensors = _in_one_piece(_tensor_state(model, optimizer))
-    torch.save(_rng_state(), aside / RNG_FILE.format(rank=mesh.rank))
-    record = {**state, "step": step, "world": mesh.sizes.world, "digest": _digest(tensors, mesh)}
-    if mesh.is_main:
-        (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    written = None
-    with _quiet_dcp():
-        if in_background:
-            group = None if in_background is True else in_background
-            written = dcp.async_save(tensors, checkpoint_id=aside / "tensors", process_group=group)
-        else:
+    record = {**state, "step": step, "mesh": str(mesh.sizes), "digest": _digest(tensors, mesh)}
+    error = None
+    try:
+        torch.save(_rng_state(), aside / RNG_FILE.format(rank=mesh.rank))
+        if mesh.is_main:
+            (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    except Exception as cause:
+        error = cause
+    mesh.raise_together(error)
+    if in_background:
+        written = _write_in_background(tensors, aside / "tensors", None if in_background is True else in_background)
+        return CheckpointSave(Checkpoint(final, step), aside, written, mesh=mesh)
+    try:
+        with _quiet_dcp():
             dcp.save(tensors, checkpoint_id=aside / "tensors")
-            mesh.barrier()  # random-number states are no part of what dcp waits for
-    save = CheckpointSave(Checkpoint(folder / f"step-{step}", step), aside, written, is_main=mesh.is_main)
-    if written is None:
-        save.finish()
-        mesh.barrier()
+    except CheckpointException as cause:
+        raise _not_written(final, cause) from cause
+    save = CheckpointSave(Checkpoint(final, step), aside, None, mesh=mesh)
+    save.finish()
     return save
+
+
+def _write_in_background(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> Future[Any]:
+    """Copy the tensors to host memory and write them in a thread, whose processes talk through `group`."""
+    if group is None:  # see _quiet_dcp; the thread's warning comes after that has ended
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", module=r"torch\.distributed.*")
+    return dcp.async_save(tensors, checkpoint_id=folder, process_group=group)
+
+
+def _not_written(folder: Path, cause: BaseException) -> RuntimeError:
+    error = RuntimeError(f"checkpoint {folder} could not be written: {_reason(cause)}")
+    error.__cause__ = cause
+    return error
 
 
 def load_checkpoint(
@@ -159,27 +183,18 @@ def load_checkpoint(
 ) -> dict[str, Any]:
     """Restore weights, moments and random-number states in place; return the trainer state. Every process calls it.
 
-    The checkpoint may come from another mesh. Random-number states are restored where the number of processes is the
-    same; otherwise they stay as the seed left them.
+    The checkpoint may come from another mesh. Random-number states are restored on the mesh they were saved on;
+    otherwise they stay as the seed left them.
 
     Raises:
-        ValueError: a file is missing or broken, the tensors are not those that were saved, or the model does not fit.
+        ValueError: a file is missing or broken, the tensors are not those that were saved, or the model does not fit;
+            on every process.
     """
-    state = read_state(checkpoint)
+    state = mesh.on_main(lambda: read_state(checkpoint))
     live = _tensor_state(model, optimizer)
-    tensors, rng = _in_one_piece(live), None
-    try:
-        with _quiet_dcp():
-            dcp.load(tensors, checkpoint_id=checkpoint.folder / "tensors")
-        if state.get("world", 1) == mesh.sizes.world:
-            rng = torch.load(checkpoint.folder / RNG_FILE.format(rank=mesh.rank), weights_only=False)
-    except (Exception, CheckpointException) as error:  # dcp's own wrapper is a BaseException
-        raise ValueError(
-            f"checkpoint {checkpoint.folder} cannot be loaded into this model: {_first_line(error)}; "
-            "resume from an earlier one with resume_from_checkpoint: PATH"
-        ) from error
-    if _digest(tensors, mesh) != state["digest"]:
-        raise ValueError(f"checkpoint {checkpoint.folder} is damaged: its tensors are not the ones that were saved")
+    tensors = _in_one_piece(live)
+    same_mesh = state["mesh"] == str(mesh.sizes)
+    rng = _load_tensors(checkpoint, tensors, mesh, digest=state["digest"], with_rng=same_mesh)
     tensors = _sharded_like(tensors, live)
     set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=False))
     set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_OPTIMIZER_OPTIONS)
@@ -188,13 +203,42 @@ def load_checkpoint(
     return state
 
 
-def load_weights(checkpoint: Checkpoint, *, model: nn.Module) -> None:
-    """Restore the weights alone, as for the best checkpoint at the end of a run. Every process calls it."""
+def load_weights(checkpoint: Checkpoint, *, model: nn.Module, mesh: Mesh) -> None:
+    """Restore the weights alone, as for the best checkpoint at the end of a run. Every process calls it.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
     live = _model_state(model)
-    weights = {"model": _in_one_piece(live)}
-    with _quiet_dcp():
-        dcp.load(weights, checkpoint_id=checkpoint.folder / "tensors")
-    set_model_state_dict(model, _sharded_like(weights["model"], live), options=StateDictOptions(strict=False))
+    tensors = {"model": _in_one_piece(live)}
+    digest = mesh.on_main(lambda: read_state(checkpoint))["digest"]
+    _load_tensors(checkpoint, tensors, mesh, digest={"model": digest["model"]})
+    set_model_state_dict(model, _sharded_like(tensors["model"], live), options=StateDictOptions(strict=False))
+
+
+def _load_tensors(
+    checkpoint: Checkpoint, tensors: dict[str, Any], mesh: Mesh, *, digest: dict[str, str], with_rng: bool = False
+) -> dict[str, Any] | None:
+    """Fill the tensors in place and check them; returns this process's random-number states if wanted."""
+    rng, error = None, None
+    try:
+        with _quiet_dcp():
+            dcp.load(tensors, checkpoint_id=checkpoint.folder / "tensors")
+        if with_rng:
+            rng = torch.load(checkpoint.folder / RNG_FILE.format(rank=mesh.rank), weights_only=False)
+    except (Exception, CheckpointException) as cause:  # dcp's own wrapper is a BaseException
+        error = ValueError(
+            f"checkpoint {checkpoint.folder} cannot be loaded into this model: {_reason(cause)}; "
+            "resume from an earlier one with resume_from_checkpoint: PATH"
+        )
+        error.__cause__ = cause
+    mesh.raise_together(error)
+    if _digest(tensors, mesh) != digest:
+        raise ValueError(
+            f"checkpoint {checkpoint.folder} is damaged: its tensors are not the ones that were saved; "
+            "resume from an earlier one with resume_from_checkpoint: PATH"
+        )
+    return rng
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -206,7 +250,7 @@ def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         return json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
     except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{checkpoint.folder} is not a complete checkpoint: {_first_line(error)}") from error
+        raise ValueError(f"{checkpoint.folder} is not a complete checkpoint: {_reason(error)}") from error
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -281,29 +325,37 @@ def _sharded_like(state: Any, live: Any) -> Any:
     return tree_map(as_live, state, live)
 
 
-_DIGEST_CHUNK = 2**22  # elements at a time, so that the check needs little memory
+_DIGEST_CHUNK = 2**20  # elements at a time, so that the check needs little memory
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-def _digest(tensors: dict[str, Any], mesh: Mesh) -> str:
-    """A checksum of every bit of the whole tensors: of their elements, not of files, and the same on every mesh."""
-    total = 0
-    for part in ("model", "optimizer"):
-        for name, value in sorted(tensors[part].items()):
+def _digest(tensors: dict[str, Any], mesh: Mesh) -> dict[str, str]:
+    """A checksum of every bit of the whole tensors of each part: of elements, not of files; the same on every mesh."""
+    totals = {}
+    for part, values in tensors.items():
+        total = 0
+        for name, value in sorted(values.items()):
             if isinstance(value, Tensor) and value.numel():
                 key = int.from_bytes(hashlib.blake2b(f"{part} {name}".encode(), digest_size=8).digest(), "little") | 1
                 total += key * _tensor_digest(value.detach(), is_main=mesh.is_main)
-    return f"{sum(mesh.gather(total % 2**64)) % 2**64:016x}"
+        totals[part] = total % 2**64
+    everyone = mesh.gather(totals)
+    return {part: f"{sum(theirs[part] for theirs in everyone) % 2**64:016x}" for part in totals}
 
 
 def _tensor_digest(tensor: Tensor, *, is_main: bool) -> int:
-    """This process's share of the sum of elements, as whole numbers, times odd weights by place, modulo 2**64."""
-    offsets, shape = [0] * tensor.ndim, tensor.shape
+    """This process's share of the sum of elements, as whole numbers, times odd weights by place, modulo 2**64.
+
+    A place's weight is the product of one for each of its indices, so that shards need no more than their offsets. Odd
+    weights let no changed bit pass; irregular ones no exchange of places.
+    """
+    offsets = [0] * tensor.ndim
     if isinstance(tensor, DTensor):
         mesh, placements = tensor.device_mesh, tensor.placements
-        _, offsets = compute_local_shape_and_global_offset(shape, mesh, placements)
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        # Of copies the first counts; a mesh that is a part of the world has others beside it that hold the same.
         copies = [dim for dim, placement in enumerate(placements) if not placement.is_shard()]
-        counts = all(mesh.get_local_rank(dim) == 0 for dim in copies)
+        counts = bool((mesh.mesh == 0).any()) and all(mesh.get_local_rank(dim) == 0 for dim in copies)
         tensor = tensor.to_local()
     else:
         counts = is_main
@@ -311,20 +363,25 @@ def _tensor_digest(tensor: Tensor, *, is_main: bool) -> int:
         return 0
     words = tensor.contiguous().view(_WORDS[tensor.element_size()])
     if words.ndim == 0:
-        words, shape, offsets = words[None], (1,), [0]
-    total, stride = 0, 1
-    place = torch.zeros((), dtype=torch.int64, device=words.device)  # of each element of one leading index
-    for dim in range(words.ndim - 1, 0, -1):
-        steps = (torch.arange(words.shape[dim], device=words.device) + offsets[dim]) * stride
-        place = steps.view(-1, *[1] * (words.ndim - 1 - dim)) + place
-        stride *= shape[dim]
-    many = max(1, _DIGEST_CHUNK // max(1, words[0].numel()))
+        words, offsets = words[None], [0]
+    weights = [
+        _place_weights(torch.arange(offset, offset + size, device=words.device), dim)
+        for dim, (offset, size) in enumerate(zip(offsets, words.shape, strict=True))
+    ]
+    total, many = 0, max(1, _DIGEST_CHUNK // words[0].numel())
     for start in range(0, len(words), many):
-        chunk = words[start : start + many].to(torch.int64)
-        leading = (torch.arange(len(chunk), device=words.device) + start + offsets[0]) * stride
-        weights = (leading.view(-1, *[1] * (words.ndim - 1)) + place) * 2 + 1
-        total += int((chunk * weights).sum())
+        sums = words[start : start + many].to(torch.int64)
+        for of_dim in reversed(weights[1:]):
+            sums = sums.mul_(of_dim).sum(dim=-1)
+        total += int((sums * weights[0][start : start + many]).sum())
     return total % 2**64
+
+
+def _place_weights(places: Tensor, dim: int) -> Tensor:
+    """An odd 64-bit number for each index along a dimension, without any pattern; wraps around on purpose."""
+    mixed = (places + ((dim + 1) << 48)) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 29)) * 0x2545F4914F6CDD1D
+    return (mixed ^ (mixed >> 32)) | 1
 
 
 def _rng_state() -> dict[str, Any]:
@@ -377,6 +434,11 @@ def _quiet_dcp() -> Iterator[None]:
         yield
 
 
-def _first_line(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line; of the processes' errors that dcp collects, the first rank's."""
+    where = ""
+    if isinstance(error, CheckpointException):
+        rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
+        where, error = f"rank {rank}: " if rank or len(error.failures) > 1 else "", inner
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    return where + (text.splitlines()[0] if text else type(error).__name__)

@@ -14,6 +14,7 @@ import data, train or evaluate.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -119,6 +120,12 @@ def check_heads(config: Any, sizes: MeshSizes) -> None:
     if heads // sizes.tp % sizes.cp:
         each = f"{heads // sizes.tp} attention heads" + (f" of each of {sizes.tp} tp ranks" if sizes.tp > 1 else "")
         raise ValueError(f"cp = {sizes.cp}: does not divide the {each} of this model; choose one that does")
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+    if sizes.cp > 1 and rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"cp = {sizes.cp}: {text.model_type}'s rotary embedding ({rope}) depends on the longest position of a row, "
+            "which the processes that share it would see differently; set cp: 1"
+        )
     if sizes.shard > 1 and not getattr(text, "base_model_fsdp_plan", None):
         raise ValueError(
             f"transformers has no sharding plan for {text.model_type}; "
@@ -338,9 +345,29 @@ def _init_process_group(world: int, device: torch.device, *, timeout: timedelta)
 
 
 def leave_world() -> None:
-    """Say good-bye to the other processes, if there were any."""
+    """Part from the other processes, if there were any, once all are done."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+
+
+def is_said_by_main(line: str, *, wait_s: float = 3.0) -> bool:
+    """Whether rank 0 says this very line too, so that this process need not; on rank 0: False, and the others learn.
+
+    Waits a moment for rank 0. Without a process group the first process of each machine speaks.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return _number("WORLD_SIZE", 1) > 1 and _number("LOCAL_RANK", 0) != 0
+    store = dist.distributed_c10d._get_default_store()
+    key = f"said {hashlib.sha256(line.encode()).hexdigest()}"
+    try:
+        if dist.get_rank() == 0:
+            store.set(key, "yes")
+            return False
+        store.wait([key], timedelta(seconds=wait_s))
+    except Exception:  # rank 0, or the machine it was on, is gone
+        return False
+    return True
 
 
 def restart_count() -> int:

@@ -41,6 +41,8 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
         raise ValueError("optim: adamw_8bit does not know sharded weights; use adamw_bf16, or dp_shard: 1")
     if recipe.use_peft and recipe.lora_modules_to_save:
         raise ValueError("lora_modules_to_save: not possible with sharded weights; leave it out, or set dp_shard: 1")
+    if sizes.cp > 1 and not (recipe.pack or recipe.share_prompt):
+        raise ValueError(f"cp = {sizes.cp}: a row that is padded cannot be shared out; set pack: true, or cp: 1")
     if recipe.fsdp_cpu_offload and mesh.device.type == "cpu":
         raise ValueError("fsdp_cpu_offload: on a CPU weights are in host memory already; set it to false")
     config = DistributedConfig(
@@ -68,17 +70,28 @@ def gather_blocks_in(model: nn.Module, dtype: torch.dtype) -> None:
     fp32 and autocast decides the rest, as in one process. (The policy that transformers offers casts each block's
     input as well.)
     """
-    blocks = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    ends = set(_ends(model))
+    # The last norm shares its state with the head: what it belongs to is known by its state, not by its place.
+    left_alone = {id(part._get_fsdp_state()) for part in sharded if not ends.isdisjoint(part.modules())}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    ends = {id(part) for part in _ends(model)}
-    for block in blocks:
-        if any(id(module) in ends for module in block.modules()):
-            continue
+    for block in sharded:
         state = block._get_fsdp_state()
-        state._mp_policy = policy
-        for group in state._fsdp_param_groups:
-            group.mp_policy = policy
-            group._init_mp_dtypes()
+        if id(state) not in left_alone:
+            state._mp_policy = policy
+            for group in state._fsdp_param_groups:
+                group.mp_policy = policy
+                group._init_mp_dtypes()
+
+
+def drop_gathered(model: nn.Module) -> None:
+    """Free the weights that sharded parts still hold whole after a forward pass that no backward pass follows.
+
+    Until then the parameters of those parts are the whole ones: not to be handed to an optimizer, or saved.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _ends(model: nn.Module) -> list[nn.Module]:

@@ -1,0 +1,105 @@
+"""The shipped configurations of accelerate, adapted to two CPU processes, train what one process trains."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from hf_hosts import METRICS, assert_same_run, first_rows, run_native
+from miniature import write_pairs
+from ranks import free_port
+
+REPO = Path(__file__).resolve().parents[2]
+needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
+
+
+def launch(config: str, folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` with one of the repository's configurations, for two processes of this machine."""
+    settings = yaml.safe_load((REPO / "recipes" / "accelerate" / config).read_text(encoding="utf-8"))
+    adapted = folder / config
+    adapted.write_text(yaml.safe_dump({**settings, "num_processes": 2}), encoding="utf-8")
+    port = ["--main_process_port", str(free_port())]
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", adapted, *port, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "tests"), "CUDA_VISIBLE_DEVICES": ""},
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        timeout=400,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Steps of 4 leave one pair for the last step, and nothing for one of two processes."""
+    return write_pairs(tmp_path_factory.mktemp("rows") / "train.jsonl", 21, seed=3)
+
+
+@needs_deepspeed
+@pytest.mark.parametrize("stage", [2, 3])
+def test_zero_makes_the_update_of_one_process(stage: int, tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """Losses, norms and gradients, with an empty process in the last step, checkpointing, LoRA, a resumed run and
+    numbers that are none: in one launch, because starting it is what takes time."""
+    row, output = first_rows(tiny_model, pairs, tmp_path / "plan")[0], tmp_path / "outcomes.pt"
+    done = launch(f"deepspeed_zero{stage}.yaml", tmp_path, REPO / "tests/hf_hosts.py", output, tiny_model, pairs, row)
+    assert output.is_file(), done.stdout + done.stderr
+    outcomes: dict[str, Any] = torch.load(output)
+
+    native = run_native(tiny_model, pairs, tmp_path / "native", max_steps=6)
+    assert outcomes["plain"]["wrapper"] == "DeepSpeedEngine"
+    assert_same_run(outcomes["plain"], native)
+    assert_same_run(outcomes["checkpointing"], native)
+    targets = {"lora_target_modules": ["q_proj", "v_proj", "down_proj"]}
+    lora = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **targets}
+    assert_same_run(outcomes["lora"], run_native(tiny_model, pairs, tmp_path / "lora", **lora))
+    for ours, theirs in zip(outcomes["resumed"]["lines"], outcomes["saved"]["lines"], strict=True):
+        assert [ours[name] for name in METRICS] == pytest.approx([theirs[name] for name in METRICS], rel=1e-6)
+
+    from transformers import AutoModelForCausalLM
+
+    before = dict(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32).named_parameters())
+    for what, said in (("loss", "a loss is not finite"), ("gradient", "the gradient norm is")):
+        assert said in outcomes[what]["error"]
+        assert row in outcomes[what]["error"]
+        assert outcomes[what]["weights"]
+        assert all(torch.equal(before[name], value) for name, value in outcomes[what]["weights"].items())
+
+
+@needs_deepspeed
+def test_accelerate_launch_trains_a_recipe_into_the_usual_run_directory(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    recipe = {**tiny_recipe, "gradient_accumulation_steps": 1, "max_steps": 5}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = launch("deepspeed_zero3.yaml", tmp_path, "-m", "simpo", "train", tmp_path / "recipe.yaml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = Path(recipe["output_dir"])
+    assert {"recipe.yaml", "audit.json", "metrics.jsonl", "checkpoints", "model"} <= {p.name for p in run.iterdir()}
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
+    assert [line["step"] for line in lines if "eval_loss" in line] == [5]
+    assert sorted(p.name for p in (run / "checkpoints").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
+    trained, first = (AutoModelForCausalLM.from_pretrained(p) for p in (run / "model", recipe["model_name_or_path"]))
+    assert not torch.equal(trained.lm_head.weight, first.lm_head.weight)
+    assert AutoTokenizer.from_pretrained(run / "model").chat_template
+
+
+def test_fsdp_where_there_is_no_gpu_stops_with_one_line(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tiny_recipe), encoding="utf-8")
+    done = launch("fsdp2.yaml", tmp_path, "-m", "simpo", "train", tmp_path / "recipe.yaml")
+    assert done.returncode != 0
+    assert "error: accelerate was launched for FSDP" in done.stdout + done.stderr
+    assert "Traceback" not in done.stdout

@@ -1,0 +1,188 @@
+"""The Trainer of transformers around this project's pairs and losses trains what the native trainer trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_hosts import METRICS, TOLERANCE, assert_same_run, first_rows, read_rows, run_host, run_native, settings
+from miniature import write_pairs
+
+from simpo.integrations.hf import SimPOConfig, SimPOTrainer
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """21 pairs: steps of 4 leave one pair for the last step, and with two processes nothing for one of them."""
+    return write_pairs(tmp_path_factory.mktemp("rows") / "train.jsonl", 21, seed=3)
+
+
+@pytest.fixture(scope="module")
+def native(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """One epoch: six steps, the last of one pair."""
+    return run_native(tiny_model, pairs, tmp_path_factory.mktemp("native") / "run", max_steps=6)
+
+
+# --- one process -----------------------------------------------------------------------------------------------------
+
+
+def test_losses_gradients_and_weights_are_the_native_trainers(
+    tiny_model: Path, pairs: Path, native: dict[str, Any], tmp_path: Path
+) -> None:
+    host = run_host(tiny_model, pairs, tmp_path / "run", max_steps=6)
+    assert_same_run(host, native)
+    for name, value in native["weights"].items():
+        torch.testing.assert_close(host["weights"][name], value, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1},
+        {"max_tokens_per_micro_batch": 100},
+        {"gradient_checkpointing": True},
+        {"pack": False, "share_prompt": False},
+    ],
+    ids=["accumulation", "token limit", "checkpointing", "padded"],
+)
+def test_the_update_does_not_depend_on_how_it_is_computed(
+    tiny_model: Path, pairs: Path, native: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    assert_same_run(run_host(tiny_model, pairs, tmp_path / "run", max_steps=6, **changes), native)
+
+
+def test_lora_trains_the_native_trainers_adapters(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    targets = ["q_proj", "v_proj", "down_proj"]
+    native = run_native(
+        tiny_model,
+        pairs,
+        tmp_path / "native",
+        **{"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, "lora_target_modules": targets},
+    )
+    host = run_host(tiny_model, pairs, tmp_path / "host", lora=True)
+    assert all("lora" in name for name in host["weights"])
+    assert_same_run(host, native)
+
+
+def test_a_loaded_bf16_model_is_trained_in_fp32(
+    tiny_model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16)
+    args = SimPOConfig(report_to=[], disable_tqdm=True, save_strategy="no", **settings(tmp_path / "run", bf16=True))
+    trainer = SimPOTrainer(model, args, train_dataset=read_rows(pairs))
+    assert "kept in float32" in capsys.readouterr().out
+    trainer.train()
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    assert trainer.state.log_history[0]["loss"] > 0
+
+
+def test_evaluation_is_the_mean_over_all_pairs_at_any_batch_size(
+    tiny_model: Path, pairs: Path, pair_files: Path, tmp_path: Path
+) -> None:
+    values = []
+    for size in (1, 3, 10):
+        args = SimPOConfig(report_to=[], per_device_eval_batch_size=size, **settings(tmp_path / f"run{size}"))
+        held_out = {"a": read_rows(pair_files / "test.jsonl"), "b": read_rows(pairs)}
+        values.append(SimPOTrainer(str(tiny_model), args, eval_dataset=held_out).evaluate())
+    for later in values[1:]:
+        for name in ("eval_a_loss", "eval_a_rewards/margins", "eval_b_loss", "eval_b_logps/chosen"):
+            assert later[name] == pytest.approx(values[0][name], rel=TOLERANCE)
+    assert values[0]["eval_a_pairs"] == 10
+    assert values[0]["eval_b_pairs"] == 21
+
+
+def test_a_resumed_run_goes_on_with_the_right_pairs(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    whole = run_host(tiny_model, pairs, tmp_path / "whole", max_steps=9)
+    saving = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4}
+    run_host(tiny_model, pairs, tmp_path / "cut", **saving)
+    resumed = run_host(tiny_model, pairs, tmp_path / "cut", **saving, resume=str(tmp_path / "cut" / "checkpoint-4"))
+    assert [line["step"] for line in resumed["lines"]] == list(range(1, 10))  # the first four come from the checkpoint
+    for ours, theirs in zip(resumed["lines"], whole["lines"], strict=True):
+        assert [ours[name] for name in METRICS] == [theirs[name] for name in METRICS]
+    for name, value in whole["weights"].items():
+        assert torch.equal(resumed["weights"][name], value), name
+
+
+def test_a_checkpoint_of_other_data_is_refused(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    run_host(tiny_model, pairs, tmp_path / "run", **saving)
+    other = write_pairs(tmp_path / "other.jsonl", 21, seed=4)
+    with pytest.raises(ValueError, match="belongs to a run with other settings: the training data"):
+        run_host(tiny_model, other, tmp_path / "run", **saving, resume=str(tmp_path / "run" / "checkpoint-1"))
+
+
+@pytest.mark.parametrize(("of", "said"), [("loss", "a loss is not finite"), ("gradient", "the gradient norm is nan")])
+def test_what_is_no_number_stops_before_the_update(
+    tiny_model: Path, pairs: Path, tmp_path: Path, of: str, said: str
+) -> None:
+    first = first_rows(tiny_model, pairs, tmp_path / "plan")
+    outcome = run_host(tiny_model, pairs, tmp_path / "run", poison=first[0], of=of, warmup_steps=0)
+    assert outcome["error"].startswith(f"step 1: {said}; nothing was updated")
+    assert first[0] in outcome["error"]
+    assert_untouched(outcome, tiny_model)
+
+
+def assert_untouched(outcome: dict[str, Any], model: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    before = dict(AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).named_parameters())
+    assert outcome["weights"]
+    assert all(torch.equal(before[name], value) for name, value in outcome["weights"].items())
+
+
+# --- two processes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+        {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "gradient_checkpointing": True},
+        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 1, "max_tokens_per_micro_batch": 100},
+    ],
+    ids=["plain", "accumulation", "checkpointing", "token limit"],
+)
+def test_two_processes_make_the_update_of_one(
+    two_ranks: Any, tiny_model: Path, pairs: Path, native: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """In the last step one process has a pair and the other has none."""
+    hosts = two_ranks.run(run_host, tiny_model, pairs, tmp_path / "run", max_steps=6, **changes)
+    for host in hosts:
+        assert host["world"] == 2
+        assert host["wrapper"] == "DistributedDataParallel"
+        assert_same_run(host, native)
+
+
+def test_two_processes_evaluate_each_pair_once(
+    two_ranks: Any, tiny_model: Path, pairs: Path, pair_files: Path, tmp_path: Path
+) -> None:
+    held_out = {"held_out": pair_files / "test.jsonl", "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2}
+    one = run_host(tiny_model, pairs, tmp_path / "one", **held_out)["evaluations"][0]
+    halved = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 3}
+    for host in two_ranks.run(run_host, tiny_model, pairs, tmp_path / "two", **held_out, **halved):
+        assert host["evaluations"][0]["eval_pairs"] == 10
+        for name in ("eval_loss", "eval_rewards/margins", "eval_logps/rejected"):
+            assert host["evaluations"][0][name] == pytest.approx(one[name], rel=2e-5)
+
+
+def test_lora_on_two_processes_is_lora_on_one(two_ranks: Any, tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    one = run_host(tiny_model, pairs, tmp_path / "one", lora=True)
+    for host in two_ranks.run(run_host, tiny_model, pairs, tmp_path / "two", lora=True, gradient_accumulation_steps=1):
+        assert_same_run(host, one)
+
+
+def test_a_loss_that_is_no_number_on_one_process_stops_both(
+    two_ranks: Any, tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    row = first_rows(tiny_model, pairs, tmp_path / "plan")[0]
+    changes = {"gradient_accumulation_steps": 1, "warmup_steps": 0}
+    outcomes = two_ranks.run(run_host, tiny_model, pairs, tmp_path / "run", poison=row, **changes)
+    assert outcomes[0]["error"] == outcomes[1]["error"]
+    assert sum(f"rank {rank}: {row}" in outcomes[0]["error"] for rank in (0, 1)) == 1
+    for outcome in outcomes:
+        assert_untouched(outcome, tiny_model)

@@ -1,0 +1,232 @@
+"""SimPOConfig: other programs' names, the recipe's rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from simpo.integrations import hf
+from simpo.integrations.hf import SimPOConfig
+from simpo.integrations.hf_config import RECIPE_FIELDS
+from simpo.integrations.hf_run import build_config, check_keys, find_resume
+from simpo.integrations.launcher import launched_by_accelerate
+from simpo.recipe import KEYS, load_recipe
+
+REPO = Path(__file__).resolve().parents[2]
+
+
+def config(**values: Any) -> SimPOConfig:
+    return SimPOConfig(**{"output_dir": "runs/none", "report_to": [], **values})
+
+
+def test_the_defaults_are_a_recipes():
+    args, recipe = config(), load_recipe({"model_name_or_path": "any"})
+    expected = {**recipe.to_dict(), "validation_fraction": 0.0, "output_dir": "runs/none"}
+    assert args.to_recipe("any").to_dict() == expected
+    assert args.lr_scheduler_type == recipe.lr_scheduler_type
+    assert args.get_warmup_steps(50) == 5
+    assert (args.beta, args.gamma_beta_ratio, args.sft_weight) == (2.0, 0.5, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"beta": 2.5, "gamma_beta_ratio": 0.3}, (2.5, 0.3)),
+        ({"beta": 2.5, "gamma": 1.0}, (2.5, 0.4)),
+        ({"loss_type": "simpo", "beta": 2.5, "simpo_gamma": 1.0}, (2.5, 0.4)),  # TRL: beta * (M - simpo_gamma / beta)
+        ({"loss_type": "simpo", "simpo_gamma": 0.5, "beta": 0.1}, (0.1, 5.0)),  # TRL's own defaults
+    ],
+)
+def test_gamma_is_what_each_program_means_by_it(given: dict[str, Any], expected: tuple[float, float]):
+    args = config(**given)
+    assert (args.beta, args.gamma_beta_ratio) == pytest.approx(expected)
+    assert (args.gamma, args.simpo_gamma) == (None, None)
+    again = dataclasses.replace(args, learning_rate=1e-5)
+    assert (again.beta, again.gamma_beta_ratio) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("given", "match"),
+    [
+        ({"gamma": 1.0, "gamma_beta_ratio": 0.5}, "both set gamma_beta_ratio"),
+        ({"loss_type": "simpo", "simpo_gamma": 1.0, "gamma": 1.0}, "simpo_gamma and gamma: two names"),
+        ({"cpo_alpha": 0.0}, "there it names a CPO loss"),
+        ({"cpo_alpha": 1.0, "loss_type": "sigmoid"}, "write loss_type 'simpo' for SimPO, 'cpo' for TRL's sigmoid"),
+        ({"beta": 0.0}, "beta = 0.0"),
+        ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing = 0.1: not defined"),
+        ({"max_length": 64, "max_prompt_length": 64}, "max_prompt_length = 64: must be less"),
+        ({"fp16": True}, "float16 is not supported"),
+        ({"is_encoder_decoder": True}, "encoder-decoder models are not supported"),
+        ({"label_smoothing_factor": 0.1}, "for noisy preferences use label_smoothing"),
+        ({"torch_compile": True}, "torch_compile: not with this trainer"),
+    ],
+)
+def test_what_does_not_fit_is_an_error_that_names_it(given: dict[str, Any], match: str):
+    with pytest.raises(ValueError, match=match):
+        config(**given)
+
+
+def test_an_unknown_name_is_an_error():
+    with pytest.raises(TypeError, match="gama_beta_ratio"):
+        config(gama_beta_ratio=0.5)
+
+
+def test_names_that_mean_nothing_here_are_said_once_each():
+    notices = config(truncation_mode="keep_end", padding_value=0, max_completion_length=64).to_recipe().notices
+    assert [notice.split(":")[0] for notice in notices] == ["max_completion_length", "truncation_mode", "padding_value"]
+
+
+def test_trls_alphapo_is_alphapo_with_its_alpha():
+    for given in ({"loss_type": "alphapo", "alpha": 0.1}, {"loss_type": "simpo", "alpha": 0.1}):
+        recipe = config(**given).to_recipe()
+        assert (recipe.loss_type, recipe.alphapo_alpha) == ("alphapo", 0.1)
+
+
+def test_names_of_older_transformers_are_read():
+    args = config(evaluation_strategy="epoch", warmup_ratio=0.2, gradient_checkpointing=True, dataset_num_proc=3)
+    assert args.eval_strategy == "epoch"
+    assert args.get_warmup_steps(50) == 10
+    assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
+    assert args.to_recipe().preprocessing_num_workers == 3
+
+
+def test_options_of_loading_go_where_they_belong():
+    options = {"torch_dtype": torch.bfloat16, "revision": "v1", "use_cache": False, "attn_implementation": "sdpa"}
+    args = config(model_init_kwargs=options)
+    recipe = args.to_recipe("any")
+    assert args.loading_options() == {"use_cache": False}
+    assert (recipe.model_revision, recipe.master_dtype) == ("v1", "float32")
+    assert any("fp32 master weights are kept" in notice for notice in recipe.notices)
+
+
+def test_precision_of_launcher_and_settings_must_agree(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert launched_by_accelerate()
+    with pytest.raises(ValueError, match="launched with mixed_precision bf16"):
+        config(bf16=False)
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
+    assert not launched_by_accelerate()
+
+
+def test_a_config_survives_json(tmp_path: Path):
+    args = config(beta=3.0, gamma_beta_ratio=0.1)
+    values = json.loads(args.to_json_string())
+    assert (values["beta"], values["gamma_beta_ratio"]) == (3.0, 0.1)
+
+
+# --- recipes under accelerate launch ---------------------------------------------------------------------------------
+
+
+def recipe_of(tmp_path: Path, **keys: Any) -> Any:
+    base = {"model_name_or_path": "any", "dataset_mixer": {"rows.jsonl": 1.0}, "output_dir": str(tmp_path / "run")}
+    return load_recipe({**base, **keys})
+
+
+OTHER_VALUES = {
+    "learning_rate": 3e-7, "lr_scheduler_type": "linear", "warmup_steps": 7, "num_train_epochs": 2.0, "max_steps": 9,
+    "weight_decay": 0.1, "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6, "max_grad_norm": 0.5, "seed": 3,
+    "optim": "adamw_torch", "bf16": False, "ddp_timeout": 60, "eval_strategy": "steps", "eval_steps": 3,
+    "eval_on_start": True, "per_device_eval_batch_size": 3, "per_device_train_batch_size": 5, "run_name": "x",
+    "gradient_accumulation_steps": 3, "gradient_checkpointing": True, "save_strategy": "epoch", "save_steps": 11,
+    "save_total_limit": 2, "logging_steps": 4, "metric_for_best_model": "eval_rewards/margins",
+}  # fmt: skip
+
+
+def test_every_key_of_the_trainer_reaches_it(tmp_path: Path):
+    args = build_config(recipe_of(tmp_path, **OTHER_VALUES), torch.device("cpu"))
+    for name, value in OTHER_VALUES.items():
+        assert getattr(args, name) == value, name
+    assert args.output_dir == str(tmp_path / "run" / "checkpoints")
+    assert args.greater_is_better is True
+    assert args.use_cpu
+
+
+def test_every_key_of_the_recipe_is_honoured_or_refused(tmp_path: Path):
+    """A key added to the recipe must be given a place in this host: this test has to be told which."""
+    from simpo.integrations import hf_run
+
+    by_the_run = {
+        *("model_name_or_path", "tokenizer_name_or_path", "dataset_mixer", "dataset_splits", "dataset_configs"),
+        *("validation_fraction", "output_dir", "resume_from_checkpoint", "report_to", "logging_dir", "device"),
+        *("num_threads", "tf32", "greater_is_better", "load_best_model_at_end", "gradient_checkpointing_kwargs"),
+        *("ref_model_name_or_path", "warmup_ratio"),
+        *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
+        *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+        "eval_generation_max_new_tokens",  # means nothing without num_eval_generations
+    }
+    known = by_the_run | {*RECIPE_FIELDS} | {*OTHER_VALUES} | {*hf_run._ONLY_DEFAULT}
+    assert {*KEYS} == known
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("dp_replicate", 2), ("dp_shard", 2), ("cp", 2), ("tp", 2), ("fsdp_param_dtype", "float32")),
+        *(("fsdp_cpu_offload", True), ("async_save", True), ("activation_offload", True), ("torch_compile", True)),
+        *(("num_eval_generations", 4), ("optim", "adamw_bf16"), ("loss_type", "dpo")),
+    ],
+)
+def test_a_key_that_only_the_native_trainer_honours_is_refused_by_name(tmp_path: Path, key: str, value: Any):
+    with pytest.raises(ValueError, match=f"^{key} = {value}: "):
+        check_keys(recipe_of(tmp_path, **{key: value}))
+
+
+def test_a_run_in_the_way_is_not_overwritten(tmp_path: Path):
+    (tmp_path / "run" / "checkpoints" / "checkpoint-4").mkdir(parents=True)
+    with pytest.raises(ValueError, match="already holds a run \\(checkpoint-4\\)"):
+        find_resume(recipe_of(tmp_path))
+    found = find_resume(recipe_of(tmp_path, resume_from_checkpoint=True))
+    assert Path(found).name == "checkpoint-4"
+    with pytest.raises(ValueError, match="is no checkpoint-N"):
+        find_resume(recipe_of(tmp_path, resume_from_checkpoint=str(tmp_path / "elsewhere")))
+
+
+@pytest.mark.parametrize("name", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2", "multi_gpu"])
+def test_shipped_configurations_are_what_accelerate_reads(name: str):
+    from accelerate.commands.config.config_args import ClusterConfig
+
+    path = REPO / "recipes" / "accelerate" / f"{name}.yaml"
+    read = ClusterConfig.from_yaml_file(str(path))  # refuses unknown keys
+    assert read.mixed_precision == "no", "precision is the recipe's"
+    assert yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"] == 8
+
+
+# --- the documentation -----------------------------------------------------------------------------------------------
+
+PAGE = (REPO / "docs" / "hugging_face.md").read_text(encoding="utf-8")
+
+
+def test_python_in_the_documentation_uses_names_that_exist():
+
+    blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
+    blocks += ["".join(re.findall(r"^\+(from .*\n)", part, flags=re.M)) for part in PAGE.split("```diff")[1:]]
+    assert len(blocks) == 3
+    fields = {field.name for field in dataclasses.fields(SimPOConfig)}
+    for block in blocks:
+        compile(block, "hugging_face.md", "exec")
+        for names in re.findall(r"from simpo\.integrations\.hf import (.*)", block):
+            assert all(hasattr(hf, name.strip()) for name in names.split(","))
+    for call in re.findall(r"SimPOConfig\((.*)\)", PAGE):
+        assert set(re.findall(r"(\w+)=", call)) <= fields
+
+
+def test_names_in_the_tables_of_the_documentation_are_fields_or_keys():
+    fields = {field.name for field in dataclasses.fields(SimPOConfig)} | {*KEYS}
+    elsewhere = {"tokenizer", "processing_class", "model_init_kwargs", "nll_loss", "sft_loss", "use_flash_attention_2"}
+    elsewhere |= {"cpo", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2", "sigmoid", "hinge", "ipo"}
+    for line in PAGE.splitlines():
+        if line.startswith("| ") and "|---" not in line:
+            for name in re.findall(r'`"?(\w+)', line):
+                assert name in fields | elsewhere, name
+
+
+def test_files_that_the_documentation_names_exist():
+    for name in re.findall(r"recipes/[\w./-]+\.yaml", PAGE):
+        assert (REPO / name).is_file(), name
