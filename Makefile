@@ -1,5 +1,5 @@
 # make demo   set everything up and align a small model, start to finish
-# make test   run the tests
+# make test   run the tests (with DeepSpeed, Megatron-Core and Ray, which it installs beside the rest)
 # make bench  this trainer beside TRL's, on the same pairs (about 15 minutes on two cores)
 # make help   the rest
 
@@ -16,13 +16,17 @@ BENCH  ?=
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test bench install model pairs lint check clean help
+.PHONY: demo test test-scale bench install engines model pairs lint check clean help
 
 demo: model
 	MODEL="$(MODEL)" $(RUN) examples/demo/run.py
 
-test: install
+test: engines
 	$(RUN) -m pytest
+
+# The same claims on four processes: a few minutes more.
+test-scale: engines
+	$(RUN) -m pytest -m four_processes
 
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model
@@ -36,6 +40,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
 	$(PIP) install --constraint constraints.txt --editable '.[peft,tensorboard,trl,bench,demo,dev]'
+	@touch $@
+
+# Engines that only tests and their users need; without one its tests skip.
+engines: $(VENV)/.engines
+
+$(VENV)/.engines: $(VENV)/.installed
+	@echo "installing DeepSpeed, Megatron-Core and Ray into $(VENV) (once; for the tests)"
+	$(PIP) install --constraint constraints.txt --editable '.[ray]'
+	$(PIP) install --constraint constraints.txt --no-deps 'megatron-core~=0.16.0'
+	$(PIP) install --upgrade setuptools wheel ninja
+	DS_BUILD_OPS=0 $(PIP) install --constraint constraints.txt --no-build-isolation 'deepspeed~=0.19.0'
 	@touch $@
 
 model: install

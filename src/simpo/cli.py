@@ -103,6 +103,36 @@ def check(
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
+def plan(
+    context: typer.Context,
+    recipe: RecipeFile,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs of the run. [default: one node's]")] = None,
+    gpu_memory: Annotated[float, typer.Option("--gpu-memory", help="GiB of one GPU.")] = 80,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Machines. [default: as the GPUs say]")] = None,
+    gpus_per_node: Annotated[
+        int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of one machine. [default: 8]")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option("--shape", help="Plan for another model: llama-70b and others by name, or a .json or .yaml file."),
+    ] = None,
+    output: Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write the plan as JSON too.")] = None,
+) -> None:
+    """Compute memory by part, pick the mesh and other sizes, and say what is sent. Needs a configuration, no weights."""
+    with _one_line_errors():
+        resolved = _load(recipe, context.args, processes=1)
+        from simpo.plan import Machines, describe_plan, plan_recipe, save_plan
+
+        machines = Machines.of(gpus=gpus, nodes=nodes, gpus_per_node=gpus_per_node, gpu_gib=gpu_memory)
+        found = plan_recipe(resolved, machines, shape=shape)
+        # Again, for the number of ranks that share a global_batch_size is known now.
+        shared = _load(recipe, context.args, processes=found.mesh.data)
+        typer.echo(describe_plan(found, shared, recipe_name=recipe))
+        if output is not None:
+            save_plan(found, output)
+
+
+@app.command(context_settings=_TAKES_OVERRIDES)
 def audit(
     context: typer.Context,
     recipe: RecipeFile,

@@ -125,8 +125,8 @@ class Trainer:
             raise ValueError("output_dir: a run needs a folder to write to, for example --output_dir runs/first")
         self.recipe = recipe
         check_trackers(recipe.report_to)
-        self.device = pick_device(recipe.device)
-        self.mesh = join_world(recipe, self.device)
+        self.mesh = join_world(recipe, pick_device(recipe.device))
+        self.device = self.mesh.device
         self.display = display or Display(quiet=not self.mesh.is_main)
         self.output_dir = Path(recipe.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
@@ -415,7 +415,7 @@ class Trainer:
         self.progress = Progress(**state["progress"])
         self.window.load_state_dict(state["window"])
         if state["mesh"] == str(self.mesh.sizes):
-            self.loader.limit_tokens(state["max_tokens_per_micro_batch"])  # what is free today must not change the plan
+            self.loader.limit_tokens(state.get("max_tokens_per_micro_batch"))  # what is free today must not change it
         else:
             self._fit_micro_batches()
             self.display.say(f"the checkpoint is of {state['mesh']}: the last bits of what follows differ from theirs")

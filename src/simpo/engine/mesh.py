@@ -308,7 +308,8 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
 
     Args:
         recipe: its mesh, and how long to wait for others.
-        device: this process's, see `engine.model.pick_device`.
+        device: the kind to compute on, see `engine.model.pick_device`; of several GPUs a process takes the one of its
+            local rank.
     Raises:
         ValueError: the mesh does not fit the number of processes, or a GPU is missing.
     """
@@ -316,7 +317,9 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
     sizes = mesh_sizes(recipe, world)
     if world == 1:
         return Mesh(sizes, device=device)
-    if device.type == "cpu" and torch.cuda.is_available():
+    if device.type == "cuda":
+        device = _own_gpu()
+    elif torch.cuda.is_available():
         raise ValueError("device: cpu with several processes needs the GPUs hidden; set CUDA_VISIBLE_DEVICES= (empty)")
     if not dist.is_initialized():
         _init_process_group(world, device, timeout=timedelta(seconds=recipe.ddp_timeout))
@@ -327,6 +330,17 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
     if wanted not in backend:
         raise ValueError(f"processes that compute on {device.type} talk through {wanted}, not {backend}")
     return Mesh(sizes, device=device, with_host_group=recipe.async_save)
+
+
+def _own_gpu() -> torch.device:
+    number, count = local_rank(), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(
+            f"process {number} of this machine has no GPU of its own: torch sees {count}; "
+            f"start {count} processes a machine (torchrun --nproc-per-node {count})"
+        )
+    torch.cuda.set_device(number)
+    return torch.device("cuda", number)
 
 
 def _init_process_group(world: int, device: torch.device, *, timeout: timedelta) -> None:
