@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +108,55 @@ def tiny_recipe(tiny_model: Path, pair_files: Path, tmp_path: Path) -> dict[str,
         "num_threads": 1,
         "preprocessing_num_workers": 1,
     }
+
+
+@pytest.fixture(scope="session")
+def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """build(**config): a folder with a random two-layer Llama of that shape and the tiny tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    made: dict[str, Path] = {}
+
+    def build(**config: Any) -> str:
+        key = json.dumps(config, sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("llama")
+            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
+                if (tiny_model / name).is_file():
+                    shutil.copy(tiny_model / name, folder)
+            settings = {
+                "vocab_size": 512,
+                "hidden_size": 48,
+                "intermediate_size": 96,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 2,
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": False,
+                "initializer_range": 0.1,
+                **config,
+            }
+            torch.manual_seed(0)
+            LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+            made[key] = folder
+        return str(made[key])
+
+    return build
+
+
+@pytest.fixture
+def step_recipe(tiny_recipe: dict[str, Any]):
+    """A recipe of steps of four pairs, whatever the mesh: settings(model, data ranks, **keys)."""
+
+    def build(model: str, data: int, *, pairs: int = 4, accumulation: int = 1, **keys: Any) -> dict[str, Any]:
+        assert pairs % (data * accumulation) == 0
+        changes = {
+            "model_name_or_path": model,
+            "per_device_train_batch_size": pairs // (data * accumulation),
+            "gradient_accumulation_steps": accumulation,
+            "max_grad_norm": 0.5,
+            "eval_steps": 100,
+        }
+        return {**tiny_recipe, **changes, **keys}
+
+    return build

@@ -25,6 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simpo.core.batch import PackedPairs
+from simpo.core.losses import PairLogps
 from simpo.data.audit import PreparedData, prepare_pairs
 from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan
 from simpo.display import Display
@@ -206,7 +208,8 @@ class Trainer:
                 # Each backward adds this micro-batch's share of the gradient of the mean over *all* pairs of the step.
                 (pair_losses.sum() * (self.gradients.scale / plan.num_pairs)).backward()
             totals.add(metric_sums, pair_losses, num_tokens=micro_batch.num_tokens)
-            losses.append((micro_batch.pairs.row_ids, pair_losses.detach()))
+            if micro_batch.indices:
+                losses.append((micro_batch.pairs.row_ids, pair_losses.detach()))
         self.gradients.finish()
         total = totals.over(self.mesh, stop=self._stop.is_set())
         if total.num_not_finite:
@@ -238,9 +241,7 @@ class Trainer:
     def forward(self, micro_batch: MicroBatch, plan: StepPlan, *, split: str = "train") -> tuple[Tensor, Tensor]:
         """The trained loss of each pair [P], SFT term included, and the sums of its metrics."""
         recipe = self.recipe
-        batch = self.mesh.own_rows(micro_batch.pairs).to(self.device)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
-            logps = compute_pair_logps(self.gradients.module, batch, chunk_size=recipe.logits_chunk_size)
+        logps = self._logps(self.mesh.own_rows(micro_batch.pairs))
         if not micro_batch.indices:  # a stand-in: every weight takes part, with a gradient of zero
             nothing = 0.0 * (logps.chosen_sum + logps.rejected_sum)
             return nothing, torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=self.device)
@@ -248,6 +249,11 @@ class Trainer:
             chosen, rejected = self.reference[split].lookup(micro_batch.indices, device=self.device)
             logps = dataclasses.replace(logps, ref_chosen_sum=chosen, ref_rejected_sum=rejected)
         return trained_losses(logps, recipe, num_pairs=plan.num_pairs, num_chosen_tokens=plan.num_chosen_tokens)
+
+    def _logps(self, batch: PackedPairs) -> PairLogps:
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bool(self.recipe.bf16)):
+            module, chunk_size = self.gradients.module, self.recipe.logits_chunk_size
+            return compute_pair_logps(module, batch.to(self.device), chunk_size=chunk_size)
 
     def _after_step(self, values: Mapping[str, float]) -> None:
         """Between steps, in this order: log, evaluate, save, stop if asked to."""
@@ -462,10 +468,14 @@ class Trainer:
         recipe, store = self.recipe, self.loader.store
         if recipe.max_tokens_per_micro_batch is not None or not recipe.pack:
             return
-        alone = StepPlan(step=0, epoch=0, num_pairs=1, num_chosen_tokens=1, micro_batches=((0,),))
+
+        def forward(batch: PackedPairs) -> PairLogps:
+            drop_gathered(self.model)  # so that each begins alike
+            return self._logps(batch)
+
         self.budget = fit_micro_batches(
             self.model,
-            lambda batch: self.forward(MicroBatch(batch, (0,) * batch.num_pairs), alone),  # the reference of any pair
+            forward,
             store.shapes,
             store.response_lengths.sum(axis=1),
             device=self.device,
@@ -473,6 +483,7 @@ class Trainer:
             optim=recipe.optim,
             chunk_size=recipe.logits_chunk_size,
             offloaded=recipe.activation_offload,
+            cp=self.mesh.sizes.cp,
             name_of=lambda index: store[index].row_id,
         )
         drop_gathered(self.model)

@@ -1,13 +1,16 @@
-"""Tiny random models of many architectures, and ragged random pairs."""
+"""Tiny random models of many architectures, ragged random pairs, and recipes on meshes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from mesh_runs import FOUR, MESHES, Settings, data_ranks
+from ranks import Ranks
 from transformers import PreTrainedModel
 
 from simpo.data.loader import StoredPair
@@ -90,3 +93,28 @@ def ragged_pairs() -> Callable[..., list[StoredPair]]:
         return pairs
 
     return make
+
+
+@pytest.fixture
+def on_mesh(request: pytest.FixtureRequest) -> Callable[..., list[Any]]:
+    """on_mesh(mesh, function, *args): its answers by ranks, from as many processes as the mesh has."""
+
+    def call(mesh: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
+        if mesh == "1 process":
+            return [function(*args, **kwargs)]
+        ranks: Ranks = request.getfixturevalue("four_ranks" if mesh in FOUR else "two_ranks")
+        return ranks.run(function, *args, **kwargs)
+
+    return call
+
+
+@pytest.fixture
+def settings_of(step_recipe, model_folder, tmp_path: Path) -> Callable[..., Settings]:
+    """settings_of(mesh, shape, name=, **keys): a recipe on that mesh in a run directory of that name."""
+
+    def build(mesh: str, shape: Settings, *, name: str | None = None, **keys: Any) -> Settings:
+        folder = tmp_path / (name or mesh.replace(" ", "-"))
+        mesh_keys = {**MESHES[mesh], "output_dir": str(folder), **keys}
+        return step_recipe(model_folder(**shape), data_ranks(mesh), **mesh_keys)
+
+    return build

@@ -6,11 +6,8 @@ compared with is written out below: ordinary logits of one sequence at a time, i
 
 from __future__ import annotations
 
-import json
 import re
-import shutil
 import warnings
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,12 +16,12 @@ import torch.nn.functional as F
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 Settings = dict[str, Any]
 
 STEPS = 2
-MAX_NORM = 0.5
+MAX_NORM = 0.5  # as in step_recipe
 TOLERANCE = 2e-6  # of losses, norms and the largest gradient
 
 
@@ -150,56 +147,6 @@ def assert_same_update(ours: dict[str, Any], reference: dict[str, Any]) -> None:
 
 
 # --- what is run -----------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """build(**config): a folder with a random two-layer Llama of that shape and the tiny tokenizer."""
-    made: dict[str, Path] = {}
-
-    def build(**config: Any) -> str:
-        key = json.dumps(config, sort_keys=True)
-        if key not in made:
-            folder = tmp_path_factory.mktemp("llama")
-            for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
-                if (tiny_model / name).is_file():
-                    shutil.copy(tiny_model / name, folder)
-            settings = {
-                "vocab_size": 512,
-                "hidden_size": 48,
-                "intermediate_size": 96,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 512,
-                "tie_word_embeddings": False,
-                "initializer_range": 0.1,
-                **config,
-            }
-            torch.manual_seed(0)
-            LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
-            made[key] = folder
-        return str(made[key])
-
-    return build
-
-
-@pytest.fixture
-def step_recipe(tiny_recipe: Settings):
-    """A recipe of steps of four pairs, whatever the mesh: settings(model, data ranks, **keys)."""
-
-    def build(model: str, data: int, *, pairs: int = 4, accumulation: int = 1, **keys: Any) -> Settings:
-        assert pairs % (data * accumulation) == 0
-        changes = {
-            "model_name_or_path": model,
-            "per_device_train_batch_size": pairs // (data * accumulation),
-            "gradient_accumulation_steps": accumulation,
-            "max_grad_norm": MAX_NORM,
-            "eval_steps": 100,
-        }
-        return {**tiny_recipe, **changes, **keys}
-
-    return build
 
 
 SHAPES: dict[str, Settings] = {
@@ -433,3 +380,36 @@ def test_a_mesh_that_cannot_be_is_refused_on_every_rank(shape, keys, said, two_r
         assert isinstance(outcome, ValueError), outcome
         assert said in str(outcome)
         assert "\n" not in str(outcome)
+
+
+def measure(settings: Settings) -> dict[str, float]:
+    """What the trainer measures before it picks the size of its micro-batches."""
+    import dataclasses
+
+    from simpo.display import Display
+    from simpo.engine.memory import measure_activations, step_bytes
+    from simpo.engine.sharding import drop_gathered
+    from simpo.recipe import load_recipe
+    from simpo.train import Trainer
+
+    trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
+
+    def forward(batch: Any) -> Any:
+        drop_gathered(trainer.model)
+        return trainer._logps(batch)
+
+    found = measure_activations(trainer.model, forward, device=trainer.device)
+    drop_gathered(trainer.model)
+    state = step_bytes(trainer.model, optim="adamw_torch", chunk_size=8)
+    return dataclasses.asdict(found) | {"state": state, "budget": trainer.loader.max_tokens}
+
+
+def test_sharding_halves_the_state_and_leaves_activations(two_ranks: Ranks, model_folder, step_recipe):
+    settings = step_recipe(model_folder(), 2, **FSDP)
+    alone = measure({**settings, "dp_shard": 1})
+    sharded, other = two_ranks.run(measure, settings)
+    assert sharded["budget"] == other["budget"]  # equal plans, whatever each process found free
+    for name in ("per_pair", "per_token", "per_label", "per_score"):
+        assert sharded[name] == pytest.approx(alone[name], rel=0.01, abs=1)
+    head = 8 * 512 * 48 + 2 * 4 * 8 * 512  # put together to compute, and its logits, whatever is sharded
+    assert sharded["state"] - head == (alone["state"] - head) / 2

@@ -9,6 +9,7 @@ architecture, precision, adapters or checkpointing. Must not import data, train 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA
 from simpo.core.packing import PairShape
 from simpo.engine.model import unwrap
+from simpo.engine.sharding import local_part
 
 SHARE_OF_FREE = {"cuda": 0.9, "cpu": 0.5}
 """Share of the free memory that is planned with. The rest is reserve: kernels' workspaces, fragmentation, other
@@ -111,6 +113,11 @@ class ActivationBytes:
             + self.per_score * _scores(shape)
         )
 
+    def shared_by(self, processes: int) -> ActivationBytes:
+        """Of one of so many processes that share each row; labels may all fall to one of them."""
+        share = 1 / processes
+        return dataclasses.replace(self, per_token=self.per_token * share, per_score=self.per_score * share)
+
 
 class _Storages(TorchDispatchMode):
     """Remembers every storage that operations inside it return, without keeping any alive.
@@ -143,7 +150,8 @@ class _Storages(TorchDispatchMode):
 
 def kept_bytes(model: nn.Module, forward: Forward, batch: PackedPairs, *, device: torch.device) -> int:
     """Bytes that a forward pass leaves behind on the device for its backward pass, the model's own tensors excepted."""
-    own = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in (*model.parameters(), *model.buffers())}
+    tensors = map(local_part, (*model.parameters(), *model.buffers()))
+    own = {StorageWeakRef(tensor.untyped_storage()).cdata for tensor in tensors}
     devices = [device] if device.type == "cuda" else []
     vocabulary = unwrap(model).get_output_embeddings().weight.shape[0]
     with torch.random.fork_rng(devices=devices), _Storages(device, vocabulary=vocabulary) as storages:
@@ -179,6 +187,7 @@ def measure_activations(
         held = [kept_bytes(model, forward, batch, device=device) for batch in batches]
         return np.linalg.solve(features, np.array(held, dtype=np.float64))
 
+    kept_bytes(model, forward, batches[0], device=device)  # FSDP2's first pass makes buffers that stay
     kept = solve()
     with _without_checkpointing(model) as checkpoints:
         full = solve() if checkpoints else kept
@@ -215,12 +224,14 @@ def step_bytes(model: nn.Module, *, optim: str, chunk_size: int | None = None) -
         if parameter.requires_grad:
             size = parameter.element_size()
             gradient = size if parameter.grad is None else 0
-            total += parameter.numel() * (gradient + per_weight.get(optim, 2 * size))
+            total += local_part(parameter).numel() * (gradient + per_weight.get(optim, 2 * size))
     weight = unwrap(model).get_output_embeddings().weight
     default = CHUNK_BYTES_CUDA if weight.is_cuda else CHUNK_BYTES
-    logits = default if chunk_size is None else 4 * chunk_size * weight.shape[0]
+    # With tensor parallelism a process has its rows of the head; FSDP2 puts the head together before it computes.
+    vocabulary = weight.shape[0] // (getattr(unwrap(model), "_tp_size", None) or 1)
+    logits = default if chunk_size is None else 4 * chunk_size * vocabulary
     # The last chunk's logits and the next one's; the weight's fp32 gradient, and the embedding's it is tied to.
-    return total + 2 * logits + (8 * weight.numel() if weight.requires_grad else 0)
+    return total + 2 * logits + (8 * vocabulary * weight.shape[1] if weight.requires_grad else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,21 +273,26 @@ def fit_micro_batches(
     optim: str,
     chunk_size: int | None = None,
     offloaded: bool = False,
+    cp: int = 1,
     name_of: Callable[[int], str] = str,
 ) -> TokenBudget | None:
     """Measure the model and the memory, and pick the budget; arguments as in the functions it calls.
 
+    Args:
+        forward: of whole rows, also where `cp` processes will share them.
     Returns:
         The budget; None where the system does not say how much memory is free.
     """
     free = free_memory(device)
     if free is None:
         return None
+    fixed_bytes = step_bytes(model, optim=optim, chunk_size=chunk_size)
+    activations = measure_activations(model, forward, device=device, share_prompt=share_prompt, offloaded=offloaded)
     return pick_token_budget(
-        measure_activations(model, forward, device=device, share_prompt=share_prompt, offloaded=offloaded),
+        activations.shared_by(cp),
         shapes,
         num_labels,
-        fixed_bytes=step_bytes(model, optim=optim, chunk_size=chunk_size),
+        fixed_bytes=fixed_bytes,
         free_bytes=free,
         share=SHARE_OF_FREE[device.type],
         name_of=name_of,

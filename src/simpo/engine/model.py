@@ -37,6 +37,7 @@ from simpo.engine.sharding import (
     loading_options,
     original_class,
     rebuild_adapters,
+    share_tied_shards,
     swap_class,
 )
 
@@ -443,6 +444,7 @@ def load_model(
     in_half = bool(sharding) and bool(recipe.bf16) and recipe.fsdp_param_dtype != "float32"
     if in_half:
         gather_blocks_in(model, torch.bfloat16)  # from here on a forward pass needs autocast
+    share_tied_shards(model)
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_half):
         if packed:
             check_packed_forward(model, tolerance=_HALF_TOLERANCE if in_half else None)

@@ -89,6 +89,30 @@ def gather_blocks_in(model: nn.Module, dtype: torch.dtype) -> None:
                 group._init_mp_dtypes()
 
 
+def share_tied_shards(model: nn.Module) -> None:
+    """Let parts that hold one tied weight gather it from the same memory.
+
+    torch 2.13 pads a shard that does not divide once for each part, and an update would reach the last copy only.
+    """
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not isinstance(base, FSDPModule):
+        return
+    base._get_fsdp_state()._lazy_init()  # pads; the first forward pass would do it otherwise
+    states = {id(state): state for state in (m._get_fsdp_state() for m in base.modules() if isinstance(m, FSDPModule))}
+    held = [part for state in states.values() for group in state._fsdp_param_groups for part in group.fsdp_params]
+    updated = {
+        id(part.sharded_param): part._sharded_param_data
+        for part in held
+        if _storage(part._sharded_param_data) == _storage(part.sharded_param.to_local())
+    }
+    for part in held:
+        part._sharded_param_data = updated[id(part.sharded_param)]
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
 def drop_gathered(model: nn.Module) -> None:
     """Free the weights that sharded parts still hold whole after a forward pass that no backward pass follows.
 
@@ -168,9 +192,7 @@ class GradientSync:
             self._strays = [p for p in model.parameters() if p.requires_grad and not _is_known_to_fsdp(p)]
         elif mesh.gradient_group is not None:
             device_ids = [mesh.device] if mesh.device.type == "cuda" else None
-            self.module = DistributedDataParallel(
-                model, device_ids=device_ids, broadcast_buffers=False, gradient_as_bucket_view=True
-            )
+            self.module = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
     @contextlib.contextmanager
     def micro_batch(self, *, is_last: bool) -> Iterator[None]:
