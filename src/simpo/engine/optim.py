@@ -116,7 +116,7 @@ def clip_gradients(model: nn.Module, max_norm: float) -> float:
         for part in map(local_part, gradients):
             by_device.setdefault(part.device, []).append(part)
         for device, parts in by_device.items():
-            torch._foreach_mul_(parts, factor.to(device))
+            torch._foreach_mul_(parts, factor.to(device, torch.float32))
     return value
 
 
