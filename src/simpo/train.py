@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -65,14 +63,7 @@ from simpo.objective import trained_losses
 from simpo.recipe import LOSS_OPTIONS, Recipe
 from simpo.reference import ReferenceLogps, compute_reference_logps
 from simpo.resume import check_same_run, find_checkpoint, recipe_identity, record_launch
-
-
-class NonFiniteError(RuntimeError):
-    """A loss or gradient is not a number; nothing was updated. The message names the step and its rows."""
-
-
-class Interrupted(RuntimeError):
-    """The run was asked to stop, has saved itself, and says how to go on."""
+from simpo.stopping import Interrupted, NonFiniteError, StopRequest
 
 
 @dataclass(frozen=True)
@@ -165,7 +156,7 @@ class Trainer:
         self.log: MetricsLog | None = None  # opened by run() on the first process
         self.saving: CheckpointSave | None = None  # written in the background
         self._best_of_saved: int | None = None  # the best step as of the newest checkpoint, which may still be written
-        self._stop = threading.Event()  # this process was asked to stop
+        self._stop = StopRequest(self.display.say)  # this process was asked to stop
         self._stop_together = False  # one of several processes was, when the last step ended
         self.budget: TokenBudget | None = None  # picked by memory; a resumed run keeps what its checkpoint says
         if resume is not None:
@@ -187,7 +178,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite.
         """
         self.display.table("training", self._summary())
-        with self._metrics_log(), self._stop_on_signals():
+        with self._metrics_log(), self._stop.listening():
             if self.recipe.eval_on_start and self.progress.step == 0:
                 self._evaluate_and_log()
             with self.display.progress(self.total_steps, self.progress.step) as bar:
@@ -596,26 +587,6 @@ class Trainer:
         if self.loader.max_tokens is not None:
             text = f"up to {self.loader.max_tokens:,} tokens, {text}"
         return text if self.budget is None else f"{text}; {self.budget}"
-
-    @contextlib.contextmanager
-    def _stop_on_signals(self) -> Iterator[None]:
-        """The first Ctrl-C or SIGTERM asks to stop after this step; a second Ctrl-C stops at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def request_stop(number: int, frame: Any) -> None:
-            if self._stop.is_set() and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self._stop.set()
-            self.display.say("stopping after this step; once more to stop at once without saving")
-
-        before = {number: signal.signal(number, request_stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 def _rows_not_finite(losses: list[tuple[tuple[str, ...], Tensor]]) -> list[str]:

@@ -24,6 +24,7 @@ LAYERS = {
     "results": 4,
     "resume": 4,
     "objective": 3,
+    "stopping": 3,
     "train": 5,
     "evaluate": 5,
     "integrations": 5,

@@ -49,7 +49,7 @@ from simpo.integrations.hf_model import (
 from simpo.objective import trained_losses
 from simpo.recipe import Recipe, load_recipe
 from simpo.resume import check_same_run, recipe_identity
-from simpo.train import NonFiniteError
+from simpo.stopping import NonFiniteError
 
 IDENTITY_FILE = "simpo.json"  # in each checkpoint: what must be equal to go on from it
 

@@ -27,6 +27,7 @@ from simpo.engine.metrics import PAIR_METRICS
 from simpo.integrations.megatron_batch import IGNORED, MegatronBatch, collate, iterate_batches
 from simpo.integrations.megatron_settings import MegatronSettings, Method, add_simpo_arguments
 from simpo.objective import trained_losses
+from simpo.stopping import NonFiniteError
 
 try:
     from megatron.core import parallel_state
@@ -286,8 +287,6 @@ def _stop_unless_finite(losses: Tensor, own_sums: Tensor, batch: MegatronBatch, 
     finite = torch.isfinite(losses.detach())
     if bool(finite.all()):
         return
-    from simpo.train import NonFiniteError  # loads the native trainer, which nothing else here needs
-
     row_ids = [row_id for row_id, fine in zip(batch.row_ids, finite.tolist(), strict=True) if not fine]
     broken = torch.isfinite(own_sums.detach()).logical_not().any().int()[None]
     flags = [torch.zeros_like(broken) for _ in range(group.size())]
