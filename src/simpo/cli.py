@@ -118,7 +118,7 @@ def plan(
     ] = None,
     output: Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write the plan as JSON too.")] = None,
 ) -> None:
-    """Compute memory by part, pick the mesh and other sizes, and say what is sent. Needs a configuration, no weights."""
+    """Compute memory by part, pick a mesh and other sizes, say what is sent; reads no weights. Any key can follow."""
     with _one_line_errors():
         resolved = _load(recipe, context.args, processes=1)
         from simpo.plan import Machines, describe_plan, plan_recipe, save_plan
@@ -126,7 +126,9 @@ def plan(
         machines = Machines.of(gpus=gpus, nodes=nodes, gpus_per_node=gpus_per_node, gpu_gib=gpu_memory)
         found = plan_recipe(resolved, machines, shape=shape)
         # Again, for the number of ranks that share a global_batch_size is known now.
-        shared = _load(recipe, context.args, processes=found.mesh.data)
+        shared = _load(recipe, context.args, processes=found.mesh.data * resolved.cp * resolved.tp)
+        if shared != resolved:
+            found = plan_recipe(shared, machines, shape=shape)
         typer.echo(describe_plan(found, shared, recipe_name=recipe))
         if output is not None:
             save_plan(found, output)

@@ -6,58 +6,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-_LLAMA_3 = {
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "num_key_value_heads": 8,
-    "initializer_range": 0.02,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "pad_token_id": 0,
+from simpo.engine import shapes
+
+SHAPES = {
+    name: {key: value for key, value in shapes.SHAPES[name].items() if key != "model_type"}
+    for name in ("llama-1b", "llama-3b", "llama-8b")
 }
-_LLAMA_3_2 = {
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": {  # Llama-3.2-1B
-        **_LLAMA_3,
-        **_LLAMA_3_2,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "head_dim": 64,
-    },
-    "llama-3b": {  # Llama-3.2-3B
-        **_LLAMA_3,
-        **_LLAMA_3_2,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "head_dim": 128,
-    },
-    "llama-8b": {  # Meta-Llama-3-8B
-        **_LLAMA_3,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "head_dim": 128,
-    },
-}
+"""Settings of LlamaConfig: those of `engine.shapes` that one machine can hold with random weights."""
 SMALL_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -80,9 +35,7 @@ def check_model(model: str) -> None:
 def build_config(model: str) -> Any:
     """The transformers configuration of a shape or folder."""
     if model in SHAPES:
-        from transformers import LlamaConfig
-
-        return LlamaConfig(**SHAPES[model])
+        return shapes.build_config(model)
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model)

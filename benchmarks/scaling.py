@@ -1,0 +1,230 @@
+"""The tables of docs/scaling.md, computed: which mesh for which model, and what a step sends.
+
+    python benchmarks/scaling.py                          print them
+    python benchmarks/scaling.py --write docs/scaling.md  put them between the document's markers
+
+Everything comes from `simpo.plan`, `engine.footprint` and `engine.traffic`; nothing is measured. A table stands between
+`<!-- table: NAME -->` and `<!-- end of table -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Iterable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from simpo.engine.footprint import GIB, StepOptions, compute_footprint, compute_state
+from simpo.engine.mesh import MeshSizes
+from simpo.engine.shapes import build_config
+from simpo.engine.sizes import ModelSizes, describe_model
+from simpo.engine.traffic import Links, compute_seconds, compute_traffic
+from simpo.plan import Machines, Plan, plan_recipe
+from simpo.recipe import load_recipe
+
+LORA = {"use_peft": True}
+LORA_BF16 = LORA | {"master_dtype": "bfloat16"}
+BF16 = {"master_dtype": "bfloat16", "optim": "adamw_bf16"}
+SETTINGS: tuple[tuple[str, int, int, dict[str, Any], str], ...] = (
+    # shape, GPUs, GiB of each, keys beside max_length, what the keys mean
+    ("llama-1b", 1, 40, {}, ""),
+    ("llama-3b", 8, 40, {}, ""),
+    ("mistral-7b", 8, 40, {}, ""),
+    ("llama-8b", 4, 40, {}, ""),
+    ("llama-8b", 8, 40, {}, ""),
+    ("llama-8b", 4, 80, {}, ""),
+    ("llama-8b", 8, 80, {}, ""),
+    ("llama-8b", 64, 80, {}, ""),
+    ("llama-8b", 8, 80, {"max_length": 32768}, "`max_length: 32768`"),
+    ("llama-8b", 1, 40, LORA_BF16, "LoRA, bf16 weights"),
+    ("llama-8b", 1, 24, LORA | {"load_in_4bit": True}, "QLoRA"),
+    ("qwen-14b", 8, 80, {}, ""),
+    ("qwen-32b", 16, 80, {}, ""),
+    ("qwen-32b", 32, 80, {}, ""),
+    ("llama-70b", 32, 80, {}, ""),
+    ("llama-70b", 64, 80, {}, ""),
+    ("llama-70b", 1024, 80, {}, ""),
+    ("llama-70b", 8, 80, BF16, "bf16 weights and moments"),
+    ("llama-70b", 8, 80, LORA, "LoRA"),
+    ("llama-70b", 8, 80, {"fsdp_cpu_offload": True}, "`fsdp_cpu_offload`"),
+)
+CLAIMS: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
+    ("7B on one 40 GB card", "mistral-7b", 1, 40, {}),
+    ("the same with LoRA, bf16 weights", "mistral-7b", 1, 40, LORA_BF16),
+    ("7B on two 40 GB cards, offloaded", "mistral-7b", 2, 40, {"fsdp_cpu_offload": True}),
+    ("8B on two 40 GB cards", "llama-8b", 2, 40, {}),
+    ("the same, offloaded", "llama-8b", 2, 40, {"fsdp_cpu_offload": True}),
+    ("8B on four 80 GB cards", "llama-8b", 4, 80, {}),
+    ("8B on eight 40 GB cards", "llama-8b", 8, 40, {}),
+    ("70B on eight 80 GB cards", "llama-70b", 8, 80, {}),
+    ("the same, offloaded", "llama-70b", 8, 80, {"fsdp_cpu_offload": True}),
+    ("the same with LoRA", "llama-70b", 8, 80, LORA),
+    ("the same, bf16 weights and moments", "llama-70b", 8, 80, BF16),
+)
+TOKENS = 16384  # of a micro-batch, in the tables of traffic
+SIZES = (8, 64, 256, 1024)
+
+
+@cache
+def model_of(shape: str) -> ModelSizes:
+    return describe_model(build_config(shape), name=shape)
+
+
+def plan_of(shape: str, gpus: int, gib: int, keys: dict[str, Any]) -> Plan:
+    recipe = load_recipe({"model_name_or_path": shape, "max_length": 2048, **keys})
+    return plan_recipe(recipe, Machines.of(gpus=gpus, nodes=None, gpus_per_node=None, gpu_gib=gib), shape=shape)
+
+
+def mesh_table() -> list[list[str]]:
+    """For each setting the mesh that `simpo plan` picks, and a GPU's memory with the longest pair in a micro-batch."""
+    rows = [
+        ["model", "GPUs", "", "mesh", "checkpointing", "state", "activations", "other", "in all", "tokens that fit"]
+    ]
+    for shape, gpus, gib, keys, meaning in SETTINGS:
+        plan = plan_of(shape, gpus, gib, keys)
+        assert plan.fits, (shape, gpus, gib, keys)
+        found = compute_footprint(plan.model, plan.options, plan.mesh, tokens=plan.longest_pair)
+        state = sum(found.parts.get(name, 0) for name in ("weights", "gradients", "moments"))
+        activations = found.parts["activations"]
+        cells = [state, activations, found.total - state - activations, found.total]
+        rows.append(
+            [
+                *(shape, f"{gpus} x {gib}", meaning, keys_of(plan.mesh)),
+                "yes" if plan.options.gradient_checkpointing else "no",
+                *(f"{cell / GIB:.1f}" for cell in cells),
+                f"{plan.tokens_that_fit:,}",
+            ]
+        )
+    return rows
+
+
+def claims_table() -> list[list[str]]:
+    """What is said to fit, and what the function says; all weights, fp32 and AdamW where nothing else is said."""
+    rows = [["", "a GPU needs", "of", "fits", "host memory a process"]]
+    for words, shape, gpus, gib, keys in CLAIMS:
+        plan = plan_of(shape, gpus, gib, keys)
+        found = compute_footprint(plan.model, plan.options, plan.mesh, tokens=plan.longest_pair)
+        host = f"{found.host / GIB:.0f}" if found.host else ""
+        rows.append([words, f"{found.total / GIB:.1f}", str(gib), "yes" if plan.fits else "no", host])
+    return rows
+
+
+def weights_table() -> list[list[str]]:
+    """Sent by each GPU for weights and gradients in one micro-batch, by how the model is sharded."""
+    links, rows = Links(), [["model", "GPUs", "mesh", "state, GiB", "GB sent", "at least, s", "products, s"]]
+    for shape in ("llama-8b", "llama-70b"):
+        model = model_of(shape)
+        options = StepOptions(gradient_checkpointing=shape == "llama-70b")
+        computing = compute_seconds(model, options, MeshSizes(), tokens=TOKENS, micro_batches=1, links=links)
+        for gpus in SIZES:
+            meshes = [MeshSizes(1, gpus), MeshSizes(gpus // 8, 8)] if gpus > 8 else [MeshSizes(1, 8)]
+            if shape == "llama-70b":
+                meshes = [MeshSizes(1, gpus), MeshSizes(gpus // 32, 32)] if gpus > 32 else []
+            for mesh in meshes:
+                found = compute_traffic(model, options, mesh, tokens=TOKENS)
+                state = compute_state(model, options, mesh).total / GIB
+                sent, least = sum(e.sent for e in found) / 1e9, sum(e.seconds(links) for e in found)
+                rows.append(
+                    [
+                        shape,
+                        f"{gpus:,}",
+                        keys_of(mesh),
+                        f"{state:.1f}",
+                        f"{sent:.0f}",
+                        f"{least:.2f}",
+                        f"{computing:.2f}",
+                    ]
+                )
+    return rows
+
+
+def ddp_table() -> list[list[str]]:
+    """Sent by each GPU once in a step where every GPU holds the whole model."""
+    links, rows = Links(), [["", "GPUs", "GB sent", "at least, s"]]
+    rank = {"model_name_or_path": "any", "use_peft": True}
+    from simpo.engine.footprint import step_options
+
+    for words, shape, options in (
+        ("llama-1b", "llama-1b", StepOptions()),
+        ("llama-8b, LoRA of rank 16", "llama-8b", step_options(load_recipe(rank))),
+    ):
+        for gpus in SIZES:
+            (found,) = compute_traffic(model_of(shape), options, MeshSizes(dp_replicate=gpus), tokens=TOKENS)
+            rows.append([words, f"{gpus:,}", f"{found.sent / 1e9:.2f}", f"{found.seconds(links):.3f}"])
+    return rows
+
+
+def tokens_table() -> list[list[str]]:
+    """Sent by each GPU for the tokens of one micro-batch by tensor and context parallelism, within a node."""
+    links, rows = Links(), [["model", "mesh", "activations, GB", "head, GB", "at least, s", "products, s"]]
+    for shape in ("llama-8b", "llama-70b"):
+        for mesh in (MeshSizes(tp=2), MeshSizes(tp=8), MeshSizes(cp=2), MeshSizes(cp=8)):
+            model = model_of(shape)
+            found = [
+                e for e in compute_traffic(model, StepOptions(), mesh, tokens=TOKENS) if e.name[:2] in ("TP", "CP")
+            ]
+            head = sum(exchange.sent for exchange in found if "head" in exchange.name)
+            computing = compute_seconds(model, StepOptions(), mesh, tokens=TOKENS, micro_batches=1, links=links)
+            rows.append(
+                [
+                    *(shape, keys_of(mesh)),
+                    *(f"{size / 1e9:.1f}" if size else "" for size in (sum(e.sent for e in found) - head, head)),
+                    *(f"{seconds:.2f}" for seconds in (sum(e.seconds(links) for e in found), computing)),
+                ]
+            )
+    return rows
+
+
+def keys_of(mesh: MeshSizes) -> str:
+    sizes = [f"{name} {getattr(mesh, name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp")]
+    return ", ".join(size for size in sizes if not size.endswith(" 1")) or "one GPU"
+
+
+TABLES: dict[str, Callable[[], list[list[str]]]] = {
+    "meshes": mesh_table,
+    "claims": claims_table,
+    "weights": weights_table,
+    "ddp": ddp_table,
+    "tokens": tokens_table,
+}
+
+
+def markdown(rows: Iterable[list[str]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    columns = head.count("|") - 1
+    return "\n".join(
+        [head.replace("|  |", "| |"), "|" + "---|" * columns, *(row.replace("|  |", "| |") for row in body)]
+    )
+
+
+def fill(text: str) -> str:
+    """The document with every table between its markers computed anew.
+
+    Raises:
+        ValueError: a marker names no table.
+    """
+
+    def replacement(found: re.Match[str]) -> str:
+        name = found.group(1)
+        if name not in TABLES:
+            raise ValueError(f"table: {name!r} is none of {', '.join(TABLES)}")
+        return f"<!-- table: {name} -->\n{markdown(TABLES[name]())}\n<!-- end of table -->"
+
+    return re.sub(r"<!-- table: (\w+) -->\n.*?<!-- end of table -->", replacement, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--write", type=Path, help="document to fill")
+    path = parser.parse_args().write
+    if path is not None:
+        path.write_text(fill(path.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for name, table in TABLES.items():
+        print(f"{name}\n{markdown(table())}\n")
+
+
+if __name__ == "__main__":
+    main()
