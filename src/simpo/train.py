@@ -133,7 +133,7 @@ class Trainer:
         if recipe.tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
         set_threads(recipe.num_threads)
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and not self.mesh.sizes.is_sharded:  # gathered weights come and go: holes
             keep_freed_memory()
         seed_everything(recipe.seed)
         self.tokenizer = load_tokenizer(recipe)
