@@ -1,0 +1,113 @@
+"""The final model from any mesh is one that everybody loads, and no different from one process's."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from mesh_runs import LORA, TIED, UNTIED, Settings, assert_equal_bits, final_weights, metrics, run, whole_state
+from mesh_runs import build as build_trainer
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from simpo.engine.checkpoint import list_checkpoints
+
+KEYS = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "warmup_ratio": 0.0}
+TRACES = ("distributed", "FSDP", "fsdp", "mesh", "tp_plan", "tp_size", "DTensor", "LogprobHead")
+
+CASES = [
+    *((mesh, shape, keys) for mesh in ("fsdp2", "tp2", "cp2") for shape in (TIED, UNTIED) for keys in ({}, LORA)),
+    *(
+        pytest.param("fsdp2 x tp2", shape, keys, marks=pytest.mark.four_processes)
+        for shape in (TIED, UNTIED)
+        for keys in ({}, LORA)
+    ),
+]
+
+
+def train_and_export(settings: Settings) -> dict[str, Tensor] | None:
+    """A whole run; the weights that were trained, put together from the live model."""
+    trainer = build_trainer(settings)
+    trainer.run()
+    state = whole_state(trainer)
+    trainer.mesh.barrier()
+    return {name: value for name, value in state.items() if " " not in name} if trainer.mesh.is_main else None
+
+
+@pytest.mark.parametrize(("mesh", "shape", "keys"), CASES, ids=lambda value: _name(value))
+def test_plain_libraries_load_what_a_mesh_exports(mesh, shape, keys, on_mesh, settings_of, tmp_path):
+    expected = on_mesh(mesh, train_and_export, settings_of(mesh, shape, name="mesh", **KEYS, **keys))[0]
+    alone = settings_of("1 process", shape, name="alone", **KEYS, **keys)
+    train_and_export(alone)
+    ours, theirs = tmp_path / "mesh" / "model", tmp_path / "alone" / "model"
+    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+    for path in ours.glob("*.json"):
+        assert _parsed(path) == _parsed(theirs / path.name), path.name
+        assert not [trace for trace in TRACES if trace in path.read_text(encoding="utf-8")]
+    assert_same_tensors_as(theirs, ours)
+    model = AutoModelForCausalLM.from_pretrained(alone["model_name_or_path"] if keys else ours)
+    if keys:
+        from peft import PeftModel
+
+        with warnings.catch_warnings():  # peft 0.21 reads an attribute that transformers 5.23 renamed
+            warnings.simplefilter("ignore", FutureWarning)
+            model = PeftModel.from_pretrained(model, ours)
+    else:
+        config = json.loads((ours / "config.json").read_text(encoding="utf-8"))
+        assert config["architectures"] == [type(model).__name__] == ["LlamaForCausalLM"]
+        assert config["dtype"] == "float32"
+        assert config["tie_word_embeddings"] == shape.get("tie_word_embeddings", False)
+    loaded = dict(model.named_parameters())
+    assert {name for name in expected if name not in loaded} == set()
+    for name, weight in expected.items():
+        assert torch.equal(loaded[name], weight), name
+    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+
+
+def assert_same_tensors_as(one: Path, other: Path) -> None:
+    """The same names, shapes and dtypes in the files; the values of two meshes differ in their last bits."""
+    found, expected = final_weights(other.parent), final_weights(one.parent)
+    assert {k: (v.shape, v.dtype) for k, v in found.items()} == {k: (v.shape, v.dtype) for k, v in expected.items()}
+
+
+def _parsed(path: Path) -> Any:
+    """peft writes a set's members, in no order."""
+    parsed = json.loads(path.read_text(encoding="utf-8"))
+    if "target_modules" in parsed:
+        parsed["target_modules"] = sorted(parsed["target_modules"])
+    return parsed
+
+
+def _name(value: Any) -> str:
+    if isinstance(value, str):
+        return value
+    return {"tie_word_embeddings": "tied", "attention_bias": "untied", "use_peft": "LoRA"}.get(
+        next((key for key in value if key != "vocab_size"), ""), "full"
+    )
+
+
+def weights_of(settings: Settings, checkpoint: str) -> dict[str, Tensor]:
+    trainer = build_trainer({**settings, "resume_from_checkpoint": checkpoint})
+    return {name: value for name, value in whole_state(trainer).items() if " " not in name}
+
+
+@pytest.mark.parametrize("in_background", [False, True], ids=["saved at once", "saved in the background"])
+def test_the_best_checkpoint_is_the_final_model_of_a_sharded_run(in_background, two_ranks, settings_of, tmp_path):
+    keys = {
+        **{"max_steps": 8, "save_steps": 2, "eval_steps": 2, "load_best_model_at_end": True, "save_total_limit": 1},
+        **{"metric_for_best_model": "eval_loss", "greater_is_better": True, "async_save": in_background},
+    }
+    two_ranks.run(run, settings_of("fsdp2", TIED, name="run", **keys))
+    evaluations = {line["step"]: line["eval_loss"] for line in metrics(tmp_path / "run") if "eval_loss" in line}
+    best = max(evaluations, key=evaluations.get)
+    assert best < 8, evaluations  # the worst, so early: this run learns
+    kept = list_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [c.step for c in kept] == [best, 8]
+    settings = settings_of("1 process", TIED, name="loaded", **{**keys, "async_save": False})
+    exported = final_weights(tmp_path / "run")
+    expected = weights_of(settings, str(kept[0].folder))
+    assert_equal_bits(exported, {name: value for name, value in expected.items() if name in exported})
