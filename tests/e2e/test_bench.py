@@ -14,6 +14,7 @@ from simpo.bench.models import SHAPES, write_random_model
 from simpo.bench.sides import SideSpec, missing_package, run_side
 from simpo.cli import app
 from simpo.data.loader import StoredPair
+from simpo.engine import shapes
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PEERS = ["padded"] + ([] if missing_package("trl") else ["trl"])
@@ -67,7 +68,9 @@ def test_after_large_updates_the_losses_are_still_the_same(peer: str, tiny_model
 def test_random_weights_are_the_same_model_on_every_side(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
     small |= {"num_attention_heads": 6, "num_key_value_heads": 2}
-    monkeypatch.setitem(SHAPES, "llama-tiny", SHAPES["llama-1b"] | small | {"bos_token_id": 1, "eos_token_id": 2})
+    small |= {"bos_token_id": 1, "eos_token_id": 2}
+    for table in (SHAPES, shapes.SHAPES):
+        monkeypatch.setitem(table, "llama-tiny", table["llama-1b"] | small)
     write_random_model("llama-tiny", tmp_path / "model", device="cpu")
     pairs = build_pairs(find_cases("20/9/8")[0], 4, vocab_size=300, tokenizer=None, data=None)
     specs = [SideSpec(s, str(tmp_path / "model"), 2, 1, 1, "cpu", False, 1, str(tmp_path)) for s in ("simpo", "padded")]

@@ -13,9 +13,12 @@ from torch import Tensor
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
 from simpo.data.loader import PairStore, StepLoader, StepPlan
+from simpo.engine.mesh import Mesh, MeshSizes
 from simpo.engine.metrics import PAIR_METRICS, PairMeter
 from simpo.engine.model import compute_pair_logps
+from simpo.engine.sharding import GradientSync
 from simpo.recipe import load_recipe
+from simpo.stopping import StopRequest
 from simpo.train import Progress, Trainer
 
 Gradients = dict[str, Tensor]
@@ -49,7 +52,9 @@ def bare_trainer(model, loader: StepLoader, **recipe) -> Trainer:
         {"model_name_or_path": "tiny", "output_dir": "unused", "bf16": False, "max_grad_norm": 0.0} | recipe
     )
     trainer.device = torch.device("cpu")
-    trainer.model, trainer.loader = model, loader
+    trainer.mesh = Mesh(MeshSizes(), device=trainer.device)
+    trainer.model, trainer.loader, trainer.gradients = model, loader, GradientSync(model, trainer.mesh)
+    trainer._stop = StopRequest(print)
     trainer.optimizer = GradientRecorder(model)
     trainer.reference, trainer.total_steps = None, 10
     trainer.progress, trainer.window = Progress(), PairMeter()
