@@ -21,12 +21,13 @@ PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 demo: model
 	MODEL="$(MODEL)" $(RUN) examples/demo/run.py
 
+# Two tests at a time, one thread each: most of the time goes into starting processes and compiling.
 test: engines
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile
 
 # The same claims on four processes: a few minutes more.
 test-scale: engines
-	$(RUN) -m pytest -m four_processes
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m four_processes
 
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model

@@ -17,9 +17,10 @@ import re
 import shutil
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,9 +41,6 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
 from simpo.engine.mesh import Mesh
-
-if TYPE_CHECKING:
-    from concurrent.futures import Future
 
 STATE_FILE = "trainer_state.json"
 RNG_FILE = "rng-{rank}.pt"
@@ -166,10 +164,17 @@ def save_checkpoint(
 
 
 def _write_in_background(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> Future[Any]:
-    """Copy the tensors to host memory and write them in a thread, whose processes talk through `group`."""
-    if group is None:  # see _quiet_dcp; the thread's warning comes after that has ended
+    """Copy the tensors to host memory and write them in a thread; the processes' threads talk through `group`.
+
+    (torch 2.13's own `dcp.async_save` cannot copy what FSDP2 shards.)
+    """
+    if group is None:  # see _quiet_dcp, which would end before the thread's warning
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", module=r"torch\.distributed.*")
-    return dcp.async_save(tensors, checkpoint_id=folder, process_group=group)
+    copies = tree_map(lambda v: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v, tensors)
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    written = thread.submit(dcp.save, copies, checkpoint_id=folder, process_group=group)
+    thread.shutdown(wait=False)
+    return written
 
 
 def _not_written(folder: Path, cause: BaseException) -> RuntimeError:

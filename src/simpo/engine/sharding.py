@@ -293,7 +293,13 @@ def whole_state_dict(model: nn.Module, *, keep: bool, dtype: torch.dtype) -> dic
         dtype: of its floating-point tensors.
     """
     state: dict[str, Tensor] = {}
-    for name, value in model.state_dict().items():
+    done: dict[int, str] = {}  # tied weights stay one tensor, which is written once
+    for name, value in model.state_dict(keep_vars=True).items():
+        first = done.setdefault(id(value), name)
+        if first != name:
+            if keep:
+                state[name] = state[first]
+            continue
         value = value.detach()
         sharded = isinstance(value, DTensor)
         whole = value.full_tensor() if sharded else value
