@@ -186,3 +186,8 @@ def test_a_loss_that_is_no_number_on_one_process_stops_both(
     assert sum(f"rank {rank}: {row}" in outcomes[0]["error"] for rank in (0, 1)) == 1
     for outcome in outcomes:
         assert_untouched(outcome, tiny_model)
+
+
+def test_a_loss_with_a_reference_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="loss_type = dpo: it needs a reference model"):
+        SimPOTrainer(str(tiny_model), SimPOConfig(output_dir=str(tmp_path), loss_type="dpo", use_cpu=True))

@@ -41,9 +41,7 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
         raise ValueError("optim: adamw_8bit does not know sharded weights; use adamw_bf16, or dp_shard: 1")
     for key in ("torch_compile", "activation_offload"):
         if getattr(recipe, key):
-            raise ValueError(
-                f"{key}: does not know sharded weights; set it to false, or dp_shard: 1 where that fits"
-            )
+            raise ValueError(f"{key}: does not know sharded weights; set it to false, or dp_shard: 1 where that fits")
     if recipe.use_peft and recipe.lora_modules_to_save:
         raise ValueError("lora_modules_to_save: not possible with sharded weights; leave it out, or set dp_shard: 1")
     if sizes.cp > 1 and not (recipe.pack or recipe.share_prompt):

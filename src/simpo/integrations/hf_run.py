@@ -23,7 +23,7 @@ from simpo.display import Display
 from simpo.engine.checkpoint import list_checkpoints
 from simpo.engine.export import write_model
 from simpo.engine.host import keep_freed_memory
-from simpo.engine.mesh import Mesh, restart_count
+from simpo.engine.mesh import Mesh
 from simpo.engine.metrics import MetricsLog, check_trackers
 from simpo.engine.model import load_tokenizer, lora_config, pick_device, quantization_options, source_dtype
 from simpo.engine.optim import set_threads
@@ -31,7 +31,7 @@ from simpo.integrations.hf_config import RECIPE_FIELDS, SimPOConfig
 from simpo.integrations.hf_trainer import SimPOTrainer, join_launched_world
 from simpo.recipe import Recipe
 from simpo.recipe_losses import LOSS_KEYS
-from simpo.resume import find_checkpoint
+from simpo.resume import find_checkpoint, is_begun_by_this_launch, record_launch
 
 _THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
 _NATIVE_ONLY = "only the native trainer does it (simpo train, or torchrun -m simpo train)"
@@ -121,7 +121,7 @@ def find_resume(recipe: Recipe) -> str | None:
     """
     folder, wanted = Path(recipe.output_dir) / "checkpoints", recipe.resume_from_checkpoint
     last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if not wanted and not restart_count():
+    if not wanted and not is_begun_by_this_launch(Path(recipe.output_dir)):
         if last is not None:
             raise ValueError(
                 f"output_dir: {recipe.output_dir} already holds a run ({Path(last).name}); add "
@@ -250,6 +250,7 @@ class RunDirectory(TrainerCallback):
     def open(self, data: PreparedData) -> None:
         """Write down what is about to run."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        record_launch(self.folder)
         self.recipe.save(self.folder / "recipe.yaml")
         data.ledger.save(self.folder / "audit.json")
 

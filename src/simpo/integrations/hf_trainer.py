@@ -92,6 +92,11 @@ class SimPOTrainer(Trainer):
         args = SimPOConfig(output_dir="simpo_trainer") if args is None else args
         _check_arguments(args, data_collator, others)
         self.recipe: Recipe = args.to_recipe(model if isinstance(model, str) else None)
+        if self.recipe.loss_options.needs_reference:
+            raise ValueError(
+                f"loss_type = {self.recipe.loss_type}: it needs a reference model, whose log-probs only the native "
+                "trainer computes (simpo train, or torchrun -m simpo train)"
+            )
         self.mesh = join_launched_world(args)
         self.display = Display(quiet=not self.mesh.is_main)
         for notice in self.recipe.notices:

@@ -1,0 +1,194 @@
+"""The native trainer under the real launcher: processes that are killed or told to stop, and bad input.
+
+Each launch takes about ten seconds, nearly all of it imports; what needs no launcher is in tests/invariant.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from mesh_runs import assert_same_run, metrics, run
+from ranks import Ranks
+
+from simpo.engine.checkpoint import list_checkpoints
+from simpo.recipe import load_recipe
+from simpo.resume import find_checkpoint, record_launch
+
+Settings = dict[str, Any]
+
+TESTS = Path(__file__).resolve().parents[1]
+KEYS = {
+    **{"dp_shard": 2, "gradient_accumulation_steps": 1, "save_steps": 4, "eval_steps": 5, "async_save": True},
+    **{"num_eval_generations": 2, "eval_generation_max_new_tokens": 3},
+}
+
+
+def launch(recipe: Settings, *command: str | Path, restarts: int = 0, folder: Path) -> subprocess.CompletedProcess[str]:
+    """torchrun with two processes of a command that gets the recipe's file; its output, both streams together."""
+    path = folder / "recipe-to-launch.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    words = [str(path) if word == "RECIPE" else str(word) for word in command]
+    return subprocess.run(
+        [*launcher, "--max-restarts", str(restarts), *words],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def num_tracebacks(output: str) -> int:
+    """Of the processes; torchrun's own report that one has failed ends in another."""
+    return output.count("Traceback (most recent call last)") - ("ChildFailedError" in output)
+
+
+@pytest.fixture
+def recipe(tiny_recipe: Settings) -> Settings:
+    return {**tiny_recipe, **KEYS}
+
+
+@pytest.fixture
+def uninterrupted(recipe: Settings, two_ranks: Ranks, tmp_path: Path) -> Path:
+    """The run directory of the same two processes left alone."""
+    folder = tmp_path / "uninterrupted"
+    assert two_ranks.run(run, {**recipe, "output_dir": str(folder)}) == ["finished", "finished"]
+    return folder
+
+
+def test_a_launch_leaves_the_run_directory_of_one_process(recipe: Settings, uninterrupted: Path, tmp_path: Path):
+    done = launch(recipe, "-m", "simpo", "train", "RECIPE", folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert num_tracebacks(done.stdout) == 0, done.stdout
+    folder = Path(recipe["output_dir"])
+    names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    assert names == {"audit.json", "checkpoints", "generations.jsonl", "metrics.jsonl", "model", "recipe.yaml"}
+    lines = [line for line in metrics(folder) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, 11))
+    assert [line["step"] for line in metrics(folder) if "eval_loss" in line] == [5, 10]
+    generated = [json.loads(line) for line in (folder / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line["step"] for line in generated] == [5, 5, 10, 10]
+    assert load_recipe(folder / "recipe.yaml").to_dict() == load_recipe(recipe).to_dict()
+    assert [done.stdout.splitlines().count(title) for title in ("training", "done")] == [1, 1]
+    assert_same_run(folder, uninterrupted)
+
+
+def test_processes_killed_twice_are_started_again_and_end_in_the_same_bits(
+    recipe: Settings, uninterrupted: Path, tmp_path: Path
+):
+    rng = random.Random(11)
+    plan = [[1, rng.randint(2, 4), "SIGKILL"], [0, rng.randint(6, 10), "SIGKILL"]]  # before and after a checkpoint
+    done = launch(recipe, TESTS / "signalled_worker.py", "RECIPE", json.dumps(plan), restarts=2, folder=tmp_path)
+    assert done.returncode == 0, done.stdout
+    assert "resumed from" in done.stdout
+    folder = Path(recipe["output_dir"])
+    assert_same_run(folder, uninterrupted)
+    generations = "generations.jsonl"
+    assert (folder / generations).read_text() == (uninterrupted / generations).read_text()
+    assert [c.step for c in list_checkpoints(folder / "checkpoints")] == [4, 8, 10]
+    assert not list((folder / "checkpoints").glob(".*"))
+
+
+def test_sigterm_to_one_process_stops_all_after_the_same_step(
+    recipe: Settings, uninterrupted: Path, two_ranks: Ranks, tmp_path: Path
+):
+    done = launch(recipe, TESTS / "signalled_worker.py", "RECIPE", json.dumps([[1, 6, "SIGTERM"]]), folder=tmp_path)
+    assert done.returncode != 0
+    assert done.stdout.count("stopped after step 6 of 10 and saved") == 1, done.stdout
+    assert num_tracebacks(done.stdout) == 0, done.stdout
+    folder = Path(recipe["output_dir"])
+    assert [c.step for c in list_checkpoints(folder / "checkpoints")] == [4, 6]
+    assert not list((folder / "checkpoints").glob(".*"))
+    two_ranks.run(run, {**recipe, "resume_from_checkpoint": True})
+    assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"dp_shard": None, "tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes"),
+        ({"dp_shard": None, "tp": 2}, "tp = 2: does not divide this model's num_attention_heads = 9"),
+        ({"learning_rte": 1.0}, "learning_rte"),
+        ({"dataset_mixer": {"no/such/folder": 1.0}}, "no/such/folder"),
+    ],
+    ids=["mesh", "heads", "key", "data"],
+)
+def test_bad_input_is_one_line_of_one_process(keys: Settings, said: str, recipe: Settings, tmp_path: Path):
+    done = launch({**recipe, **keys}, "-m", "simpo", "train", "RECIPE", folder=tmp_path)
+    assert done.returncode != 0
+    lines = [line for line in done.stdout.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.stdout
+    assert said in lines[0]
+    assert num_tracebacks(done.stdout) == 0, done.stdout
+    assert not Path(recipe["output_dir"]).exists()
+
+
+# --- what a restart goes on from; no launcher needed -----------------------------------------------------------------
+
+
+@pytest.fixture
+def restarted(monkeypatch: pytest.MonkeyPatch):
+    """restarted(launch, count): this process is the count-th restart of that launch."""
+
+    def become(run_id: str, count: int) -> None:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", run_id)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(count))
+
+    return become
+
+
+def _leave_checkpoints(folder: Path, *steps: int) -> Path:
+    for step in steps:
+        (folder / "checkpoints" / f"step-{step}").mkdir(parents=True)
+    return folder
+
+
+def test_a_refused_launch_that_is_started_again_is_refused_again(restarted, tiny_recipe: Settings):
+    recipe = load_recipe(tiny_recipe)
+    folder = _leave_checkpoints(Path(recipe.output_dir), 4)
+    restarted("an older launch", 0)
+    record_launch(folder)
+    for attempt in (0, 1, 2):
+        restarted("this launch", attempt)
+        with pytest.raises(ValueError, match="already holds a run"):
+            find_checkpoint(recipe)
+
+
+@pytest.mark.parametrize("run_id", ["job 7", "none"], ids=["run id", "no run id"])
+def test_a_restart_goes_on_from_the_newest_checkpoint_of_its_launch(restarted, run_id, tiny_recipe: Settings):
+    recipe = load_recipe(tiny_recipe)
+    restarted(run_id, 0)
+    assert find_checkpoint(recipe) is None
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True)
+    record_launch(folder)
+    (folder / "metrics.jsonl").write_text("", encoding="utf-8")
+    restarted(run_id, 1)
+    assert find_checkpoint(recipe) is None  # lost before the first checkpoint: from the start
+    _leave_checkpoints(folder, 4, 8)
+    assert find_checkpoint(recipe).step == 8
+
+
+def test_a_restart_before_the_first_save_goes_on_from_the_checkpoint_that_was_named(
+    restarted, tiny_recipe: Settings, tmp_path: Path
+):
+    named = _leave_checkpoints(tmp_path / "elsewhere", 6) / "checkpoints" / "step-6"
+    recipe = load_recipe({**tiny_recipe, "resume_from_checkpoint": str(named)})
+    folder = _leave_checkpoints(Path(recipe.output_dir), 4)
+    restarted("job 7", 0)
+    assert find_checkpoint(recipe).folder == named
+    record_launch(folder)
+    restarted("job 7", 1)
+    assert find_checkpoint(recipe).folder == named
+    _leave_checkpoints(folder, 8)
+    assert find_checkpoint(recipe).step == 8
