@@ -12,6 +12,7 @@ Arguments and results are pickled. An exception on any rank fails the test with 
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import os
 import pickle
@@ -157,8 +158,20 @@ def _serve(address: str) -> None:
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
                 path, name, args, kwargs = pickle.loads(connection.recv_bytes())
-                connection.send_bytes(pickle.dumps(_outcome(path, name, args, kwargs)))  # tensors by value
+                answer = pickle.dumps(_outcome(path, name, args, kwargs))  # tensors by value
+                _drop_groups()
+                connection.send_bytes(answer)
     os._exit(0)  # gloo's threads may abort a process that ends in the ordinary way
+
+
+def _drop_groups() -> None:
+    """End every process group but the first: each has threads of its own, and a mesh makes a dozen groups."""
+    import torch.distributed as dist
+
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
 
 
 def _outcome(path: str, name: str, args: Any, kwargs: Any) -> tuple[bool, Any]:
