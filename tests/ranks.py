@@ -12,6 +12,7 @@ Arguments and results are pickled. An exception on any rank fails the test with 
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import importlib.util
 import os
@@ -155,22 +156,32 @@ def _serve(address: str) -> None:
     with Client(address, "AF_UNIX") as connection:
         connection.send(int(os.environ["RANK"]))
         dist.init_process_group("gloo")
+        _keep_meshes()
         with contextlib.suppress(EOFError, ConnectionError):
             while True:
                 path, name, args, kwargs = pickle.loads(connection.recv_bytes())
-                answer = pickle.dumps(_outcome(path, name, args, kwargs))  # tensors by value
-                _drop_groups()
-                connection.send_bytes(answer)
+                _drop_groups()  # now that every rank has answered the call before
+                connection.send_bytes(pickle.dumps(_outcome(path, name, args, kwargs)))  # tensors by value
     os._exit(0)  # gloo's threads may abort a process that ends in the ordinary way
 
 
+def _keep_meshes() -> None:
+    """Give the same device mesh to all that ask for the same sizes and names.
+
+    DTensor's caches take two such meshes for one, and would hand the groups of an earlier test to a later one.
+    """
+    import torch.distributed as dist
+
+    dist.init_device_mesh = dist.device_mesh.init_device_mesh = functools.cache(dist.device_mesh.init_device_mesh)
+
+
 def _drop_groups() -> None:
-    """End every process group but the first: each has threads of its own, and a mesh makes a dozen groups."""
+    """End the process groups that belong to no mesh: each has threads of its own, and some tests make dozens."""
     import torch.distributed as dist
 
     gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
+        if group is not dist.group.WORLD and not group.group_desc.startswith("mesh_"):
             dist.destroy_process_group(group)
 
 
