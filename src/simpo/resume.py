@@ -28,6 +28,7 @@ _MAY_CHANGE_ON_RESUME = frozenset(
         "save_strategy",
         "save_steps",
         "save_total_limit",
+        "load_best_model_at_end",
         "resume_from_checkpoint",
         "eval_strategy",
         "eval_steps",
@@ -119,6 +120,21 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint | None:
 def _named_checkpoint(wanted: str) -> Checkpoint | None:
     path = Path(wanted)
     return next((c for c in checkpoints.list_checkpoints(path.parent) if c.folder.name == path.name), None)
+
+
+def best_checkpoint(step: int, folder: str | Path) -> Checkpoint:
+    """The checkpoint of the best evaluation.
+
+    Raises:
+        ValueError: the folder does not hold it.
+    """
+    for checkpoint in checkpoints.list_checkpoints(Path(folder)):
+        if checkpoint.step == step:
+            return checkpoint
+    raise ValueError(
+        f"load_best_model_at_end: the checkpoint of the best evaluation, step {step}, is not in {folder} any more; "
+        "with false the last step's weights become the model"
+    )
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Checkpoint) -> None:

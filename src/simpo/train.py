@@ -62,7 +62,7 @@ from simpo.generate import generate_greedy, save_generations
 from simpo.objective import trained_losses
 from simpo.recipe import LOSS_OPTIONS, Recipe
 from simpo.reference import ReferenceLogps, compute_reference_logps
-from simpo.resume import check_same_run, find_checkpoint, recipe_identity, record_launch
+from simpo.resume import best_checkpoint, check_same_run, find_checkpoint, recipe_identity, record_launch
 from simpo.stopping import Interrupted, NonFiniteError, StopRequest
 
 
@@ -98,6 +98,7 @@ class Progress:
     logged_time_s: float = 0.0
     best_step: int | None = None
     best_metric: float | None = None
+    best_in: str | None = None  # the folder of the best checkpoint where it is not the run's own
     last_eval_step: int | None = None
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -269,7 +270,8 @@ class Trainer:
         results, kept_step = progress.last_eval, progress.step
         if self.recipe.load_best_model_at_end and progress.best_step not in (None, progress.step):
             self.mesh.barrier()
-            best = next(c for c in checkpoints.list_checkpoints(self.checkpoint_dir) if c.step == progress.best_step)
+            folder = progress.best_in or self.checkpoint_dir
+            best = self.mesh.on_main(lambda: best_checkpoint(progress.best_step, folder))
             checkpoints.load_weights(best, model=self.model, mesh=self.mesh)
             results, kept_step = checkpoints.read_state(best)["progress"]["last_eval"], best.step
             self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
@@ -334,6 +336,7 @@ class Trainer:
             raise ValueError(f"metric_for_best_model: {name!r} is not one of {', '.join(sorted(values))}")
         if best is None or (values[name] > best if self.recipe.greater_is_better else values[name] < best):
             self.progress.best_metric, self.progress.best_step = values[name], self.progress.step
+            self.progress.best_in = None
 
     def _generate_samples(self) -> None:
         store = self.eval_loader.store
@@ -410,6 +413,8 @@ class Trainer:
         self.mesh.on_main(lambda: checkpoints.forget_after(self.checkpoint_dir, checkpoint))
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer, mesh=self.mesh)
         self.progress = Progress(**state["progress"])
+        if self.recipe.load_best_model_at_end and self.progress.best_step is not None:
+            self._look_for_best(checkpoint)
         self.window.load_state_dict(state["window"])
         if state["mesh"] == str(self.mesh.sizes):
             self.loader.limit_tokens(state.get("max_tokens_per_micro_batch"))  # what is free today must not change it
@@ -417,6 +422,20 @@ class Trainer:
             self._fit_micro_batches()
             self.display.say(f"the checkpoint is of {state['mesh']}: the last bits of what follows differ from theirs")
         self.display.say(f"resumed from {checkpoint.folder}: step {checkpoint.step} of {self.total_steps} is done")
+
+    def _look_for_best(self, resumed: Checkpoint) -> None:
+        """The best checkpoint so far may lie beside the one that is resumed; it may also have been deleted since."""
+        progress, folder = self.progress, Path(self.progress.best_in or resumed.folder.parent)
+        try:
+            self.mesh.on_main(lambda: best_checkpoint(progress.best_step, folder))
+        except ValueError as error:
+            self.display.say(f"{error}. Going on: the best is chosen among step {resumed.step} and those after it")
+            progress.best_step = progress.best_metric = None
+            if progress.last_eval_step == resumed.step:
+                self._track_best(progress.last_eval)
+            folder = resumed.folder.parent
+        is_own = folder.resolve() == self.checkpoint_dir.resolve()
+        progress.best_in = None if is_own else str(folder.resolve())
 
     def _identity(self) -> dict[str, Any]:
         """What must be equal for a checkpoint to be continued bit for bit."""

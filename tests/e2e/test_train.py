@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,10 @@ def weights(model_dir: Path) -> dict[str, torch.Tensor]:
     from safetensors.torch import load_file
 
     return load_file(model_dir / "model.safetensors")
+
+
+def checkpoint_of(result: TrainResult, step: int) -> Path:
+    return result.output_dir / "checkpoints" / f"step-{step}"
 
 
 def test_run_learns_and_leaves_a_complete_run_directory(tiny_recipe: Settings) -> None:
@@ -218,6 +223,33 @@ def test_best_checkpoint_becomes_the_final_model(tiny_recipe: Settings, tmp_path
         trainer.train_step(plan)
     for name, value in weights(best.model_dir).items():
         assert torch.equal(value, trainer.model.state_dict()[name]), name
+
+
+def test_a_best_checkpoint_in_another_run_directory_is_found_again(tiny_recipe: Settings, tmp_path: Path) -> None:
+    settings = {**tiny_recipe, "save_steps": 2, "eval_steps": 2, "learning_rate": 0.2, "lr_scheduler_type": "constant"}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "logps/chosen", "greater_is_better": True}
+    whole = run(settings)
+    assert whole.best_step == 2  # each step makes the model worse
+    moved = run(settings, output_dir=str(tmp_path / "moved"), resume_from_checkpoint=str(checkpoint_of(whole, 6)))
+    again = run(settings, output_dir=str(tmp_path / "again"), resume_from_checkpoint=str(checkpoint_of(moved, 8)))
+    for result in (moved, again):
+        assert result.best_step == 2
+        assert torch.equal(*(weights(r.model_dir)["model.norm.weight"] for r in (whole, result)))
+    newest = run(settings, output_dir=str(tmp_path / "newest"), resume_from_checkpoint=str(checkpoint_of(whole, 2)))
+    assert newest.best_step == 2  # the one that was resumed
+
+
+def test_a_best_checkpoint_that_was_deleted_is_said_and_replaced(tiny_recipe: Settings, tmp_path: Path, capsys) -> None:
+    settings = {**tiny_recipe, "save_steps": 2, "eval_steps": 2, "learning_rate": 0.2, "lr_scheduler_type": "constant"}
+    settings |= {"load_best_model_at_end": True, "metric_for_best_model": "logps/chosen", "greater_is_better": True}
+    whole = run(settings)
+    shutil.rmtree(checkpoint_of(whole, 2))
+    settings |= {"output_dir": str(tmp_path / "moved"), "resume_from_checkpoint": str(checkpoint_of(whole, 6))}
+    resumed = Trainer(load_recipe(settings)).run()
+    assert resumed.best_step == 6
+    said = " ".join(capsys.readouterr().out.split())
+    assert "the checkpoint of the best evaluation, step 2, is not in" in said
+    assert "the best is chosen among step 6 and those after it" in said
 
 
 def test_sample_generations_are_written_at_each_evaluation(tiny_recipe: Settings) -> None:
