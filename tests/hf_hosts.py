@@ -160,8 +160,8 @@ def poison_row(trainer: SimPOTrainer, row_id: str, *, of: str) -> None:
     """Make one pair's loss, or only its gradient, not a number, wherever it is computed."""
     whole = trainer._pair_losses
 
-    def poisoned(model: Any, part: Any, plan: Any) -> Any:
-        losses, sums = whole(model, part, plan)
+    def poisoned(model: Any, part: Any, plan: Any, *, name: str) -> Any:
+        losses, sums = whole(model, part, plan, name=name)
         hit = torch.tensor([row == row_id and bool(part.indices) for row in part.pairs.row_ids])
         # The square root's slope at 0 is infinite, and times 0 it is no number.
         bad = losses * float("nan") if of == "loss" else losses + torch.sqrt(losses * 0.0)
@@ -205,6 +205,7 @@ def main(output: str, model: str, pairs: str, row: str) -> None:
         "resumed": run_host(
             model, pairs, folder / "saved", resume=str(folder / "saved" / "checkpoint-2"), **saving, **batch
         ),
+        "dpo": run_host(model, pairs, folder / "dpo", loss_type="dpo", beta=0.1, **batch),
         "loss": run_host(model, pairs, folder / "loss", poison=row, **batch),
         "gradient": run_host(model, pairs, folder / "gradient", poison=row, of="gradient", warmup_steps=0, **batch),
     }

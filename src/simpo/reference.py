@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from simpo.core.batch import build_batch
+from simpo.core.batch import PackedPairs, build_batch
+from simpo.core.losses import PairLogps
 from simpo.data.loader import PairStore, evaluation_batches
 from simpo.engine.model import compute_pair_logps, load_model
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
     from simpo.engine.mesh import Mesh
     from simpo.recipe import Recipe
+
+Forward = Callable[[PackedPairs], PairLogps]
 
 
 @dataclass(frozen=True)
@@ -59,14 +62,20 @@ def compute_reference_logps(
     if missing:
         model = load_model(recipe, device=mesh.device, name=name, trainable=False, mesh=mesh)
         for split in missing:
-            found[split] = ReferenceLogps(_forward_all(model, stores[split], recipe, mesh))
+            found[split] = compute_all(functools.partial(_forward, model, recipe), stores[split], recipe, mesh=mesh)
             mesh.on_main(functools.partial(_write, paths[split], found[split]))
         del model
     return {split: logps for split, logps in found.items() if logps is not None}
 
 
 @torch.no_grad()
-def _forward_all(model: nn.Module, store: PairStore, recipe: Recipe, mesh: Mesh) -> np.ndarray:
+def compute_all(forward: Forward, store: PairStore, recipe: Recipe, *, mesh: Mesh) -> ReferenceLogps:
+    """Reference log-probs of a store's pairs; every process computes a share and has all of them in the end.
+
+    Args:
+        forward: from a batch on the mesh's device (this process's part of its rows) to its log-probs.
+        recipe: says how batches are built.
+    """
     device, sums = mesh.device, torch.zeros(len(store), 2)
     batches = evaluation_batches(
         store, pairs_per_batch=recipe.per_device_eval_batch_size, rank=mesh.data_rank, num_ranks=mesh.sizes.data
@@ -75,11 +84,15 @@ def _forward_all(model: nn.Module, store: PairStore, recipe: Recipe, mesh: Mesh)
         # A rank without pairs takes part with the first one: shards are put together by all.
         pairs = [store[i] for i in indices or [0]]
         batch = build_batch(pairs, pack=recipe.pack, share_prompt=recipe.share_prompt)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
-            logps = compute_pair_logps(model, mesh.own_rows(batch).to(device), chunk_size=recipe.logits_chunk_size)
+        logps = forward(mesh.own_rows(batch).to(device))
         if indices:
             sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).float().cpu()
-    return mesh.sum_over_data(sums.to(device)).cpu().numpy()
+    return ReferenceLogps(mesh.sum_over_data(sums.to(device)).cpu().numpy())
+
+
+def _forward(model: nn.Module, recipe: Recipe, batch: PackedPairs) -> PairLogps:
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
+        return compute_pair_logps(model, batch, chunk_size=recipe.logits_chunk_size)
 
 
 def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path:

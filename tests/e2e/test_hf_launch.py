@@ -61,6 +61,7 @@ def test_zero_makes_the_update_of_one_process(stage: int, tiny_model: Path, pair
     targets = {"lora_target_modules": ["q_proj", "v_proj", "down_proj"]}
     lora = {"use_peft": True, "lora_r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **targets}
     assert_same_run(outcomes["lora"], run_native(tiny_model, pairs, tmp_path / "lora", **lora))
+    assert_same_run(outcomes["dpo"], run_native(tiny_model, pairs, tmp_path / "dpo", loss_type="dpo", beta=0.1))
     for ours, theirs in zip(outcomes["resumed"]["lines"], outcomes["saved"]["lines"], strict=True):
         assert [ours[name] for name in METRICS] == pytest.approx([theirs[name] for name in METRICS], rel=1e-6)
 

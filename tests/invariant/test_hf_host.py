@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from hf_hosts import METRICS, TOLERANCE, assert_same_run, first_rows, read_rows,
 from miniature import write_pairs
 
 from simpo.integrations.hf import SimPOConfig, SimPOTrainer
+
+DPO = {"loss_type": "dpo", "beta": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -134,6 +137,82 @@ def assert_untouched(outcome: dict[str, Any], model: Path) -> None:
     assert all(torch.equal(before[name], value) for name, value in outcome["weights"].items())
 
 
+# --- losses with a reference -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def native_dpo(tiny_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return run_native(tiny_model, pairs, tmp_path_factory.mktemp("native") / "dpo", max_steps=6, **DPO)
+
+
+@pytest.mark.parametrize("changes", [{}, {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 1}])
+def test_dpo_is_the_native_trainers(
+    tiny_model: Path, pairs: Path, native_dpo: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    host = run_host(tiny_model, pairs, tmp_path / "run", max_steps=6, **DPO, **changes)
+    assert_same_run(host, native_dpo)
+    assert host["lines"][0]["loss"] == pytest.approx(math.log(2), rel=1e-6)
+    assert host["lines"][-1]["loss"] < 0.69
+
+
+def test_dpo_on_two_processes_is_dpo_on_one(
+    two_ranks: Any, tiny_model: Path, pairs: Path, pair_files: Path, native_dpo: dict[str, Any], tmp_path: Path
+) -> None:
+    held_out = {"held_out": pair_files / "test.jsonl", "eval_strategy": "steps", "eval_steps": 3, "max_steps": 6}
+    one = run_host(tiny_model, pairs, tmp_path / "one", **held_out, **DPO)
+    halved = {"gradient_accumulation_steps": 1, "per_device_eval_batch_size": 3}
+    for host in two_ranks.run(run_host, tiny_model, pairs, tmp_path / "two", **held_out, **halved, **DPO):
+        assert_same_run(host, native_dpo)
+        for ours, theirs in zip(host["evaluations"], one["evaluations"], strict=True):
+            for name in ("eval_loss", "eval_rewards/margins", "eval_rewards/chosen"):
+                assert ours[name] == pytest.approx(theirs[name], rel=2e-5)
+    assert one["evaluations"][-1]["eval_rewards/margins"] != pytest.approx(0, abs=1e-3)
+
+
+def test_a_resumed_dpo_run_keeps_its_reference(tiny_model: Path, pairs: Path, pair_files: Path, tmp_path: Path) -> None:
+    held_out = {"held_out": pair_files / "test.jsonl", "eval_strategy": "steps", "eval_steps": 4}
+    saving = {"max_steps": 9, "save_strategy": "steps", "save_steps": 4, **held_out, **DPO}
+    whole = run_host(tiny_model, pairs, tmp_path / "run", **saving)
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    resumed = run_host(tiny_model, pairs, tmp_path / "run", **saving, resume=str(checkpoint))
+    for kind in ("lines", "evaluations"):
+        for ours, theirs in zip(resumed[kind], whole[kind], strict=True):
+            for name in ("loss", "eval_loss", "rewards/margins", "eval_rewards/margins"):
+                assert ours.get(name) == theirs.get(name)
+    (checkpoint / "reference.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"reference\.npz cannot be read"):
+        run_host(tiny_model, pairs, tmp_path / "run", **saving, resume=str(checkpoint))
+
+
+def test_a_resumed_dpo_run_with_other_held_out_pairs_is_refused(
+    tiny_model: Path, pairs: Path, pair_files: Path, tmp_path: Path
+) -> None:
+    def trainer(**held_out: Any) -> SimPOTrainer:
+        values = settings(tmp_path / "run", max_steps=2, save_strategy="steps", save_steps=1, **DPO)
+        args = SimPOConfig(report_to=[], disable_tqdm=True, **values)
+        return SimPOTrainer(str(tiny_model), args, train_dataset=read_rows(pairs), eval_dataset=held_out)
+
+    test = read_rows(pair_files / "test.jsonl")
+    trainer(a=test, b=test[:4]).train()
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    trainer(b=test[:4]).train(resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="has no reference log-probs of these held-out pairs"):
+        trainer(a=test[:5]).train(resume_from_checkpoint=checkpoint)
+
+
+def test_before_training_the_model_is_its_own_reference_and_later_pairs_have_none(
+    tiny_model: Path, pairs: Path, pair_files: Path, tmp_path: Path
+) -> None:
+    args = SimPOConfig(report_to=[], save_strategy="no", disable_tqdm=True, **settings(tmp_path / "run", **DPO))
+    rows, held_out = read_rows(pairs), read_rows(pair_files / "test.jsonl")
+    trainer = SimPOTrainer(str(tiny_model), args, train_dataset=rows, eval_dataset=held_out)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(math.log(2), rel=1e-6)
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] != pytest.approx(math.log(2), rel=1e-3)
+    with pytest.raises(ValueError, match="were not there when training began"):
+        trainer.evaluate(rows)
+
+
 # --- two processes ---------------------------------------------------------------------------------------------------
 
 
@@ -186,8 +265,3 @@ def test_a_loss_that_is_no_number_on_one_process_stops_both(
     assert sum(f"rank {rank}: {row}" in outcomes[0]["error"] for rank in (0, 1)) == 1
     for outcome in outcomes:
         assert_untouched(outcome, tiny_model)
-
-
-def test_a_loss_with_a_reference_is_refused_by_name(tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="loss_type = dpo: it needs a reference model"):
-        SimPOTrainer(str(tiny_model), SimPOConfig(output_dir=str(tmp_path), loss_type="dpo", use_cpu=True))

@@ -170,12 +170,20 @@ def test_every_key_of_the_recipe_is_honoured_or_refused(tmp_path: Path):
     [
         *(("dp_replicate", 2), ("dp_shard", 2), ("cp", 2), ("tp", 2), ("fsdp_param_dtype", "float32")),
         *(("fsdp_cpu_offload", True), ("async_save", True), ("activation_offload", True), ("torch_compile", True)),
-        *(("num_eval_generations", 4), ("optim", "adamw_bf16"), ("loss_type", "dpo")),
+        *(("num_eval_generations", 4), ("optim", "adamw_bf16")),
     ],
 )
 def test_a_key_that_only_the_native_trainer_honours_is_refused_by_name(tmp_path: Path, key: str, value: Any):
     with pytest.raises(ValueError, match=f"^{key} = {value}: "):
         check_keys(recipe_of(tmp_path, **{key: value}))
+
+
+def test_a_reference_other_than_the_model_itself_is_refused(tmp_path: Path):
+    itself = recipe_of(tmp_path, loss_type="dpo").model_name_or_path
+    for reference in (None, itself):
+        check_keys(recipe_of(tmp_path, loss_type="dpo", ref_model_name_or_path=reference))
+    with pytest.raises(ValueError, match=r"^ref_model_name_or_path = other/model: with accelerate launch"):
+        check_keys(recipe_of(tmp_path, loss_type="dpo", ref_model_name_or_path="other/model"))
 
 
 def test_a_run_in_the_way_is_not_overwritten(tmp_path: Path):

@@ -40,10 +40,14 @@ class Work:
 
 
 class PlannedPairs(Dataset):
-    """Builds what a `Work` asks for. Its length is the number of pairs."""
+    """Builds what a `Work` asks for. Its length is the number of pairs.
 
-    def __init__(self, loader: StepLoader) -> None:
-        self.loader = loader
+    Args:
+        name: of the pairs, where a reference's log-probs of them are looked up.
+    """
+
+    def __init__(self, loader: StepLoader, name: str) -> None:
+        self.loader, self.name = loader, name
 
     def __len__(self) -> int:
         return len(self.loader.store)
@@ -51,7 +55,7 @@ class PlannedPairs(Dataset):
     def __getitem__(self, work: Work) -> dict[str, Any]:
         parts = [self._build(indices) for indices in work.parts]
         tokens = torch.cat([part.pairs.input_ids.flatten() for part in parts])  # for the Trainer, which counts them
-        return {"input_ids": tokens, "plan": work.plan, "parts": parts}
+        return {"input_ids": tokens, "plan": work.plan, "parts": parts, "name": self.name}
 
     def _build(self, indices: tuple[int, ...]) -> MicroBatch:
         return self.loader.build(indices) if indices else self.loader.stand_in()
@@ -95,13 +99,13 @@ class EvaluationOrder:
             yield [Work(self.plan, (indices,))]
 
 
-def build_dataloader(loader: StepLoader, order: TrainingOrder | EvaluationOrder, args: Any) -> DataLoader:
+def build_dataloader(loader: StepLoader, order: TrainingOrder | EvaluationOrder, args: Any, *, name: str) -> DataLoader:
     """A DataLoader over the plan, with the workers that TrainingArguments ask for.
 
     It is not handed to accelerate, which would share out and repeat what is planned for this process already.
     """
     return DataLoader(
-        PlannedPairs(loader),
+        PlannedPairs(loader, name),
         batch_sampler=order,
         collate_fn=itemgetter(0),
         num_workers=args.dataloader_num_workers,

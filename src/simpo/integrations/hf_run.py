@@ -109,8 +109,12 @@ def check_keys(recipe: Recipe) -> None:
             raise ValueError(f"{name} = {value}: not with accelerate launch; {reason}")
     if recipe.optim == "adamw_bf16":
         raise ValueError(f"optim = adamw_bf16: not with accelerate launch; {_NATIVE_ONLY}")
-    if recipe.loss_options.needs_reference:
-        raise ValueError(f"loss_type = {recipe.loss_type}: it needs a reference model, and {_NATIVE_ONLY}")
+    reference = recipe.ref_model_name_or_path
+    if recipe.loss_options.needs_reference and reference not in (None, recipe.model_name_or_path):
+        raise ValueError(
+            f"ref_model_name_or_path = {reference}: with accelerate launch the reference is the model itself before "
+            f"its first update; for another one, {_NATIVE_ONLY}"
+        )
 
 
 def find_resume(recipe: Recipe) -> str | None:

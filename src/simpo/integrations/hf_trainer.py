@@ -7,11 +7,12 @@ accelerate's. What is trained is the native trainer's: the same plan of the same
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import math
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from simpo.core.batch import PackedPairs
+from simpo.core.losses import PairLogps
 from simpo.data.cache import PreparedData
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
@@ -35,6 +38,7 @@ from simpo.integrations.hf_batches import (
     TrainingOrder,
     build_dataloader,
     build_loader,
+    fingerprint_pairs,
     is_tokenised,
     prepare_datasets,
 )
@@ -46,6 +50,7 @@ from simpo.integrations.hf_model import (
     weights_are_elsewhere,
     wrap_in_adapters,
 )
+from simpo.integrations.hf_reference import References
 from simpo.objective import trained_losses
 from simpo.recipe import Recipe, load_recipe
 from simpo.resume import check_same_run, recipe_identity
@@ -92,12 +97,8 @@ class SimPOTrainer(Trainer):
         args = SimPOConfig(output_dir="simpo_trainer") if args is None else args
         _check_arguments(args, data_collator, others)
         self.recipe: Recipe = args.to_recipe(model if isinstance(model, str) else None)
-        if self.recipe.loss_options.needs_reference:
-            raise ValueError(
-                f"loss_type = {self.recipe.loss_type}: it needs a reference model, whose log-probs only the native "
-                "trainer computes (simpo train, or torchrun -m simpo train)"
-            )
         self.mesh = join_launched_world(args)
+        self.references = References(self.mesh)  # filled when training begins, for losses that need one
         self.display = Display(quiet=not self.mesh.is_main)
         for notice in self.recipe.notices:
             self.display.say(notice)
@@ -145,7 +146,7 @@ class SimPOTrainer(Trainer):
         """This process's share of the mean loss over all pairs of the step, times the processes that are averaged."""
         (part,) = inputs["parts"]
         plan: StepPlan = inputs["plan"]
-        losses, sums = self._pair_losses(model, part, plan)
+        losses, sums = self._pair_losses(model, part, plan, name=inputs["name"])
         loss = losses.sum() / plan.num_pairs
         if model.training:
             self._train_sums.add(sums, losses, num_tokens=part.num_tokens)
@@ -157,13 +158,30 @@ class SimPOTrainer(Trainer):
             self._eval_totals.add(sums, losses, num_tokens=part.num_tokens)
         return (loss, {"loss": loss.detach()}) if return_outputs else loss
 
-    def _pair_losses(self, model: nn.Module, part: MicroBatch, plan: StepPlan) -> tuple[torch.Tensor, torch.Tensor]:
+    def _pair_losses(
+        self, model: nn.Module, part: MicroBatch, plan: StepPlan, *, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [P] and the sums of their metrics; `name` is the pairs' in `references`."""
         batch = part.pairs.to(self.args.device)
         logps = compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
         if not part.indices:  # a stand-in: every weight takes part, with a gradient of zero
             nothing = 0.0 * (logps.chosen_sum + logps.rejected_sum)
             return nothing, torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=batch.input_ids.device)
+        if self.recipe.loss_options.needs_reference:
+            logps = self._with_reference(logps, part.indices, name)
         return trained_losses(logps, self.recipe, num_pairs=plan.num_pairs, num_chosen_tokens=plan.num_chosen_tokens)
+
+    def _with_reference(self, logps: PairLogps, indices: Sequence[int], name: str) -> PairLogps:
+        if name in self.references:
+            chosen, rejected = self.references[name].lookup(indices, device=logps.chosen_sum.device)
+        elif self.is_in_train or self.state.global_step > 0:
+            raise ValueError(
+                f"loss_type = {self.recipe.loss_type}: these held-out pairs were not there when training began, so the "
+                "reference's log-probs of them are not known; give them to the trainer as eval_dataset"
+            )
+        else:  # untrained, the model is its own reference
+            chosen, rejected = logps.chosen_sum.detach(), logps.rejected_sum.detach()
+        return dataclasses.replace(logps, ref_chosen_sum=chosen, ref_rejected_sum=rejected)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, or of the several that max_tokens_per_micro_batch makes of it."""
@@ -216,7 +234,7 @@ class SimPOTrainer(Trainer):
         """The plan of this process; see `hf_batches`."""
         self.loader = self._build_loader(self.train_dataset)
         order = TrainingOrder(self.loader, lambda: self.state.global_step)
-        return build_dataloader(self.loader, order, self.args)
+        return build_dataloader(self.loader, order, self.args, name="train")
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """This process's share of the held-out pairs; no pair is computed twice."""
@@ -226,8 +244,9 @@ class SimPOTrainer(Trainer):
             eval_dataset = self.eval_dataset
         if eval_dataset is None:
             raise ValueError("eval_dataset: there is none to evaluate on; give one to the trainer or to evaluate()")
-        loader = self._build_loader(self._tokenised(eval_dataset), evaluation=True)
-        return build_dataloader(loader, EvaluationOrder(loader), self.args)
+        pairs = self._tokenised(eval_dataset)
+        loader = self._build_loader(pairs, evaluation=True)
+        return build_dataloader(loader, EvaluationOrder(loader), self.args, name=self._name_of(pairs))
 
     get_test_dataloader = get_eval_dataloader
 
@@ -245,6 +264,10 @@ class SimPOTrainer(Trainer):
             num_ranks=self.mesh.sizes.world,
             evaluation=evaluation,
         )
+
+    def _name_of(self, held_out: Any) -> str:
+        """Of held-out pairs, in `references`; only losses with a reference ask for it, and it takes a while."""
+        return fingerprint_pairs(held_out) if self.recipe.loss_options.needs_reference else ""
 
     def _prepare(self, train: Any, evaluation: Any, *, recipe: Recipe | None = None) -> PreparedData:
         if train is None and evaluation is None:
@@ -293,8 +316,28 @@ class SimPOTrainer(Trainer):
         facts = {f"recipe key {name}": value for name, value in self.recipe.to_dict().items()}
         facts |= {"fingerprint of the data": self.data.fingerprint, "batch plan": self.loader.fingerprint}
         self.mesh.check_agreement({**facts, "optimizer steps done": self.state.global_step})
+        if self.recipe.loss_options.needs_reference:
+            self._prepare_references(model, resume_from_checkpoint)
         self._logged = (self.state.global_step, time.perf_counter())
         return model, dataloader
+
+    def _prepare_references(self, model: nn.Module, resume_from_checkpoint: Any) -> None:
+        """Before the first update the model is the reference; a resumed run has its log-probs from the checkpoint."""
+        stores = {"train": self.loader.store}
+        every = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
+        stores |= {self._name_of(d): self._build_loader(d, evaluation=True).store for d in every if d is not None}
+        if resume_from_checkpoint is not None:
+            self.references.load(Path(resume_from_checkpoint), stores)
+            return
+        self.display.say("computing the reference's log-probs: the model's own before its first update")
+
+        def forward(batch: PackedPairs) -> PairLogps:
+            with self.compute_loss_context_manager():
+                return compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
+
+        model.eval()
+        self.references.compute(forward, stores, self.recipe)
+        model.train()
 
     # --- metrics -----------------------------------------------------------------------------------------------------
 
@@ -356,6 +399,8 @@ class SimPOTrainer(Trainer):
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / IDENTITY_FILE).write_text(json.dumps(self._identity()), encoding="utf-8")
+            if self.references:
+                self.references.save(folder)
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
         """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
