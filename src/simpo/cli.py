@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -325,21 +326,34 @@ def _one_line_errors() -> Iterator[None]:
         raise typer.Exit(130) from None
 
 
+_FOR_THE_FIRST_S = 10.0
+
+
 def _print_error(error: Exception) -> None:
     _say_once(f"error: {error}", color="red")
 
 
 def _say_once(line: str, *, color: str) -> None:
     """A line on stderr: of several processes' equal lines the first process's; another process's own with its rank."""
-    rank = os.environ.get("RANK", "0")
-    if "torch" in sys.modules:
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if _has_met_others():
         from simpo.engine.mesh import is_said_by_main
 
-        said = is_said_by_main(line)
-    else:  # before the processes met they can only have failed alike
-        said = os.environ.get("LOCAL_RANK", "0") != "0"
-    if not said:
-        typer.secho(line if rank == "0" else f"rank {rank}: {line}", fg=color, err=True)
+        if is_said_by_main(line):
+            return
+    elif local_rank != "0":
+        # The machine's first process most likely fails alike. It says so, and its launcher ends this one; leaving at
+        # once would have the launcher end the first before it has said anything.
+        time.sleep(_FOR_THE_FIRST_S)
+    typer.secho(line if rank == "0" else f"rank {rank}: {line}", fg=color, err=True)
+
+
+def _has_met_others() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    from simpo.engine.mesh import has_joined
+
+    return has_joined()
 
 
 def _key_lines(recipe: Recipe) -> str:

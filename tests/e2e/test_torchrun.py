@@ -133,6 +133,16 @@ def test_bad_input_is_one_line_of_one_process(keys: Settings, said: str, recipe:
     assert not Path(recipe["output_dir"]).exists()
 
 
+def test_the_one_line_is_said_however_late_the_first_process_comes(recipe: Settings, tmp_path: Path):
+    """The launcher ends all processes as soon as one has left."""
+    late = "import os, time; time.sleep(2 * (os.environ['RANK'] == '0')); from simpo.cli import main; main()"
+    wrong = {**recipe, "learning_rte": 1.0}
+    done = launch(wrong, "--no-python", sys.executable, "-c", late, "train", "RECIPE", folder=tmp_path)
+    lines = [line for line in done.stdout.splitlines() if "error: " in line]
+    assert len(lines) == 1, done.stdout
+    assert "learning_rte" in lines[0]
+
+
 # --- what a restart goes on from; no launcher needed -----------------------------------------------------------------
 
 

@@ -358,20 +358,23 @@ def _init_process_group(world: int, device: torch.device, *, timeout: timedelta)
     dist.init_process_group(**options)
 
 
+def has_joined() -> bool:
+    """Whether this process has met others in a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
 def leave_world() -> None:
     """Part from the other processes, if there were any, once all are done."""
-    if dist.is_available() and dist.is_initialized():
+    if has_joined():
         dist.barrier()
         dist.destroy_process_group()
 
 
-def is_said_by_main(line: str, *, wait_s: float = 3.0) -> bool:
+def is_said_by_main(line: str, *, wait_s: float = 10.0) -> bool:
     """Whether rank 0 says this very line too, so that this process need not; on rank 0: False, and the others learn.
 
-    Waits a moment for rank 0. Without a process group the first process of each machine speaks.
+    For processes that have met. Waits a moment for rank 0.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        return _number("WORLD_SIZE", 1) > 1 and _number("LOCAL_RANK", 0) != 0
     store = dist.distributed_c10d._get_default_store()
     key = f"said {hashlib.sha256(line.encode()).hexdigest()}"
     try:
