@@ -33,7 +33,7 @@ def launch(config: str, folder: Path, *command: str | Path) -> subprocess.Comple
         cwd=folder,
         text=True,
         capture_output=True,
-        timeout=400,
+        timeout=600,
         check=False,
     )
 

@@ -43,7 +43,7 @@ def launch(recipe: Settings, *command: str | Path, restarts: int = 0, folder: Pa
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
 
