@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from pathlib import Path
 
 import pytest
+import tokenizers_for_tests
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -35,18 +35,10 @@ def smol_model() -> Path:
     return folder
 
 
-def _load_builder():
-    """`tests/tokenizers_for_tests.py`: importlib mode puts no test folder on the path."""
-    spec = importlib.util.spec_from_file_location("tokenizers_for_tests", REPO / "tests" / "tokenizers_for_tests.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
 def build_tokenizer():
     """Small tokenizers by kind ("chatml", "llama3", "plain", ...); see `tokenizers_for_tests.py`."""
-    return _load_builder().build_tokenizer
+    return tokenizers_for_tests.build_tokenizer
 
 
 @pytest.fixture

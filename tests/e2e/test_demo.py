@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
@@ -18,10 +18,7 @@ DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     monkeypatch.setattr(sys, "path", [str(DEMO), *sys.path])
     before = set(sys.modules)
-    spec = importlib.util.spec_from_file_location("demo_run", DEMO / "run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
+    yield load_script("examples", "demo", "run.py")
     for name in ("get_model", "rule", "sample"):
         if name not in before:
             sys.modules.pop(name, None)

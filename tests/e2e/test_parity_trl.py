@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from scripts import load_script
 
 pytest.importorskip("trl")
 
 
 @pytest.fixture(scope="module")
 def parity() -> ModuleType:
-    path = Path(__file__).resolve().parents[2] / "benchmarks" / "parity_trl.py"
-    spec = importlib.util.spec_from_file_location("parity_trl", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks", "parity_trl.py")
 
 
 @pytest.mark.filterwarnings("ignore")  # the peer's

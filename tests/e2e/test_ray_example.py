@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import shutil
 import signal
@@ -17,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from mesh_runs import losses
 
 from simpo.display import Display
 from simpo.engine.checkpoint import list_checkpoints
@@ -72,11 +72,6 @@ def launch(words: list[str], folder: Path) -> subprocess.Popen[str]:
     )
 
 
-def losses(output_dir: str | Path) -> dict[int, float]:
-    lines = [json.loads(line) for line in Path(output_dir, "metrics.jsonl").read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
-
-
 def kill_a_worker(process: subprocess.Popen[str], checkpoints: Path) -> None:
     """Once there is a checkpoint, one of the two workers below the script gets SIGKILL."""
     psutil = pytest.importorskip("psutil")
@@ -98,7 +93,7 @@ def test_two_workers_make_the_steps_of_one_process_though_one_of_them_is_killed(
     assert Path(settings["output_dir"], "model", "config.json").is_file()
 
     Trainer(load_recipe(settings | {"output_dir": str(tmp_path / "one")}), display=Display(quiet=True)).run()
-    found, expected = losses(settings["output_dir"]), losses(tmp_path / "one")
+    found, expected = losses(Path(settings["output_dir"])), losses(tmp_path / "one")
     assert sorted(found) == list(range(1, 41))
     assert found == pytest.approx(expected, abs=1e-5)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from scripts import load_script
 
 import simpo.bench.gpu.attention as attention_bench
 import simpo.core.attention
@@ -43,10 +43,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:
 @pytest.fixture(scope="module")
 def gpu():
     """The script as a module."""
-    spec = importlib.util.spec_from_file_location("benchmarks_gpu", REPO / "benchmarks" / "gpu.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks", "gpu.py")
 
 
 @pytest.fixture(autouse=True)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
 DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
 
@@ -21,12 +20,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def rule() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_rule", DEMO / "rule.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("examples", "demo", "rule.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
-
-FILE = Path(__file__).resolve().parents[2] / "examples" / "demo" / "get_model.py"
+from scripts import load_script
 
 
 @pytest.fixture
 def get_model(monkeypatch, tmp_path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_get_model", FILE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_script("examples", "demo", "get_model.py")
     monkeypatch.delenv("MODEL", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(module, "importlib", SimpleNamespace(util=SimpleNamespace(find_spec=lambda name: object())))

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-RULE = Path(__file__).resolve().parents[2] / "examples" / "demo" / "rule.py"
+from scripts import load_script
 
 PROMPT = "How do I keep bread fresh for longer?"
 GOOD = (
@@ -21,12 +17,7 @@ GOOD = (
 
 @pytest.fixture(scope="module")
 def rule() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_rule", RULE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up by name
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("examples", "demo", "rule.py")
 
 
 def test_good_answer_gets_full_marks(rule):

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
+from scripts import load_script
 from transformers import LlamaConfig, LlamaForCausalLM
 
-SAMPLE = Path(__file__).resolve().parents[2] / "examples" / "demo" / "sample.py"
 PROMPTS = ["a", "bcd efg", "hello there, how are you", "x y"]
 
 
@@ -33,12 +30,7 @@ class Letters:
 
 @pytest.fixture(scope="module")
 def sample() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("demo_sample", SAMPLE)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script("examples", "demo", "sample.py")
 
 
 @pytest.fixture(scope="module")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import subprocess
 from pathlib import Path
 
 import pytest
+from scripts import load_script
 from torch.distributed.run import get_args_parser
 
 from simpo.recipe import KEYS
@@ -19,10 +19,7 @@ TEXT = (REPO / "docs" / "scaling.md").read_text(encoding="utf-8")
 @pytest.fixture(scope="module")
 def scaling():
     """benchmarks/scaling.py, which is no part of the package."""
-    spec = importlib.util.spec_from_file_location("scaling", REPO / "benchmarks" / "scaling.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("benchmarks", "scaling.py")
 
 
 def test_the_tables_are_what_the_functions_compute(scaling):
