@@ -12,11 +12,12 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from simpo.engine.footprint import GIB, StepOptions, compute_footprint, compute_state
+from simpo.engine.footprint import GIB, StepOptions, compute_footprint, compute_state, step_options
 from simpo.engine.mesh import MeshSizes
 from simpo.engine.shapes import build_config
 from simpo.engine.sizes import ModelSizes, describe_model
@@ -114,15 +115,14 @@ def claims_table() -> list[list[str]]:
 def weights_table() -> list[list[str]]:
     """Sent by each GPU for weights and gradients in one micro-batch, by how the model is sharded."""
     links, rows = Links(), [["model", "GPUs", "mesh", "state, GiB", "GB sent", "at least, s", "products, s"]]
-    for shape in ("llama-8b", "llama-70b"):
+    for shape, copy in (("llama-8b", 8), ("llama-70b", 32)):  # GPUs to a copy of the model, at the least
         model = model_of(shape)
         options = StepOptions(gradient_checkpointing=shape == "llama-70b")
         computing = compute_seconds(model, options, MeshSizes(), tokens=TOKENS, micro_batches=1, links=links)
         for gpus in SIZES:
-            meshes = [MeshSizes(1, gpus), MeshSizes(gpus // 8, 8)] if gpus > 8 else [MeshSizes(1, 8)]
-            if shape == "llama-70b":
-                meshes = [MeshSizes(1, gpus), MeshSizes(gpus // 32, 32)] if gpus > 32 else []
-            for mesh in meshes:
+            if gpus < copy:
+                continue
+            for mesh in dict.fromkeys([MeshSizes(1, gpus), MeshSizes(gpus // copy, copy)]):
                 found = compute_traffic(model, options, mesh, tokens=TOKENS)
                 state = compute_state(model, options, mesh).total / GIB
                 sent, least = sum(e.sent for e in found) / 1e9, sum(e.seconds(links) for e in found)
@@ -144,8 +144,6 @@ def ddp_table() -> list[list[str]]:
     """Sent by each GPU once in a step where every GPU holds the whole model."""
     links, rows = Links(), [["", "GPUs", "GB sent", "at least, s"]]
     rank = {"model_name_or_path": "any", "use_peft": True}
-    from simpo.engine.footprint import step_options
-
     for words, shape, options in (
         ("llama-1b", "llama-1b", StepOptions()),
         ("llama-8b, LoRA of rank 16", "llama-8b", step_options(load_recipe(rank))),
@@ -178,8 +176,7 @@ def tokens_table() -> list[list[str]]:
 
 
 def keys_of(mesh: MeshSizes) -> str:
-    sizes = [f"{name} {getattr(mesh, name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp")]
-    return ", ".join(size for size in sizes if not size.endswith(" 1")) or "one GPU"
+    return ", ".join(f"{name} {size}" for name, size in asdict(mesh).items() if size != 1) or "one GPU"
 
 
 TABLES: dict[str, Callable[[], list[list[str]]]] = {

@@ -244,12 +244,12 @@ class Search:
             choices=(),
         )
         if not plan.fits:
-            plan = replace(plan, remedies=tuple(self._remedies(mesh, options)))
+            plan = replace(plan, remedies=tuple(self._remedies(plan)))
         return replace(plan, choices=tuple(self._choices(plan)))
 
     def _choices(self, plan: Plan) -> Iterator[Choice]:
         mesh, options = plan.mesh, plan.options
-        sizes = {name: getattr(mesh, name) for name in ("dp_replicate", "dp_shard", "cp", "tp")}
+        sizes = asdict(mesh)
         if is_fixed(self.recipe):
             reasons = dict.fromkeys([*sizes, "gradient_checkpointing"], "as the recipe says")
         elif not plan.fits:
@@ -315,8 +315,9 @@ class Search:
         said = "as the recipe says; " if self.recipe.gradient_checkpointing else ""
         return f"{said}without it the longest pair takes {_gib(without)}"
 
-    def _remedies(self, mesh: MeshSizes, options: StepOptions) -> Iterator[str]:
+    def _remedies(self, plan: Plan) -> Iterator[str]:
         """What would make the longest pair fit, each on its own, cheapest for the run first."""
+        mesh, tokens = plan.mesh, plan.tokens_that_fit
         if is_fixed(self.recipe):
             other = replace(self, recipe=_unfixed(self.recipe)).first_that_fits()
             if other is not None:
@@ -346,7 +347,6 @@ class Search:
             if found := other._fitting(mesh):
                 yield f"{machines.gpus} GPUs ({other._changes(*found)})"
                 break
-        tokens = fit_tokens(self.model, options, mesh, gpu_bytes=self.machines.gpu_bytes)
         if self.longest_pair <= tokens < self.needed:
             yield f"max_tokens_per_micro_batch: {tokens}"
         elif tokens >= 2 * 64:
@@ -431,12 +431,11 @@ def _traffic_lines(plan: Plan, links: Links) -> list[str]:
 
 def _ending(plan: Plan, recipe: Recipe, recipe_name: str) -> list[str]:
     if not plan.fits:
-        needed = compute_footprint(plan.model, plan.options, plan.mesh, tokens=plan.tokens).total
         what = f"the longest pair ({plan.tokens:,} tokens)"
         if plan.tokens != plan.longest_pair:
             what = f"a micro-batch of {plan.tokens:,} tokens"
         lines = [
-            f"warning: this does not fit: {what} takes {_gib(needed)} a GPU, and "
+            f"warning: this does not fit: {what} takes {_gib(plan.footprint.total)} a GPU, and "
             f"{_gib(plan.machines.gpu_bytes - plan.reserve)} are planned with"
         ]
         return lines + ([f"  would fit: {words}" for words in plan.remedies] or ["  nothing that was tried fits"])
@@ -498,8 +497,7 @@ def save_plan(plan: Plan, path: str | Path) -> None:
 
 def _keys(mesh: MeshSizes, options: StepOptions) -> str:
     """Keys of the recipe that differ from their defaults."""
-    sizes = {name: getattr(mesh, name) for name in ("dp_replicate", "dp_shard", "cp", "tp")}
-    shown = [f"{name}: {size}" for name, size in sizes.items() if size != 1]
+    shown = [f"{name}: {size}" for name, size in asdict(mesh).items() if size != 1]
     if mesh.world > 1 and mesh.dp_shard == 1:
         shown.insert(0, "dp_shard: 1")
     return ", ".join([*shown, *(["gradient_checkpointing: true"] if options.gradient_checkpointing else [])])

@@ -38,6 +38,10 @@ class ReferenceLogps:
 
     sums: np.ndarray
 
+    def is_of(self, num_pairs: int) -> bool:
+        """Whether there are finite ones for so many pairs: what was read from a file may be anything."""
+        return self.sums.shape == (num_pairs, 2) and bool(np.isfinite(self.sums).all())
+
     def lookup(self, indices: Sequence[int], *, device: torch.device) -> tuple[Tensor, Tensor]:
         """Chosen and rejected sums [P] of the given pairs."""
         rows = torch.from_numpy(self.sums[list(indices)]).to(device)
@@ -113,10 +117,10 @@ def _model_fingerprint(name: str, revision: str | None) -> str:
 
 def _read(path: Path, num_pairs: int) -> ReferenceLogps | None:
     try:
-        sums = np.load(path)
+        logps = ReferenceLogps(np.load(path))
     except (OSError, ValueError):  # not there, or cut short: computed again
         return None
-    return ReferenceLogps(sums) if sums.shape == (num_pairs, 2) and np.isfinite(sums).all() else None
+    return logps if logps.is_of(num_pairs) else None
 
 
 def _write(path: Path, logps: ReferenceLogps) -> None:

@@ -128,13 +128,13 @@ def best_checkpoint(step: int, folder: str | Path) -> Checkpoint:
     Raises:
         ValueError: the folder does not hold it.
     """
-    for checkpoint in checkpoints.list_checkpoints(Path(folder)):
-        if checkpoint.step == step:
-            return checkpoint
-    raise ValueError(
-        f"load_best_model_at_end: the checkpoint of the best evaluation, step {step}, is not in {folder} any more; "
-        "with false the last step's weights become the model"
-    )
+    found = checkpoints.checkpoint_at(Path(folder), step)
+    if found is None:
+        raise ValueError(
+            f"load_best_model_at_end: the checkpoint of the best evaluation, step {step}, is not in {folder} any more; "
+            "with false the last step's weights become the model"
+        )
+    return found
 
 
 def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Checkpoint) -> None:

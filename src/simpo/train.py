@@ -370,10 +370,9 @@ class Trainer:
         """
         step = self.progress.step
         self._finish_saving(wait=True)
-        there = self.mesh.on_main(lambda: checkpoints.list_checkpoints(self.checkpoint_dir))
-        for existing in there:
-            if existing.step == step:
-                return existing
+        existing = self.mesh.on_main(lambda: checkpoints.checkpoint_at(self.checkpoint_dir, step))
+        if existing is not None:
+            return existing
         if self.log is not None:
             self.log.sync()
         state = {

@@ -64,6 +64,11 @@ def list_checkpoints(folder: Path) -> list[Checkpoint]:
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
+def checkpoint_at(folder: Path, step: int) -> Checkpoint | None:
+    """The complete checkpoint of a step; None where there is none."""
+    return next((checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.step == step), None)
+
+
 class CheckpointSave:
     """A checkpoint on its way to disk: `finish()` gives it its name once every process has written its part.
 

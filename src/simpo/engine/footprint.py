@@ -84,6 +84,11 @@ class StepOptions:
     chunk_size: int | None = None
     on_cpu: bool = False
 
+    @property
+    def trains_all(self) -> bool:
+        """Whether embedding, head and every weight of the blocks are trained; otherwise adapters are."""
+        return self.adapters is None
+
 
 def step_options(recipe: Recipe, **changes: Any) -> StepOptions:
     """The options of a recipe; `changes` by name, for sizes that are being tried."""
@@ -145,7 +150,7 @@ def compute_state(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> S
         numel = weight.local_numel(shard=mesh.shard, tp=mesh.tp)
         quantized = options.quantized_bytes is not None and weight.is_linear
         weights += numel * (options.quantized_bytes if quantized else options.master_bytes)
-        if options.adapters is None:
+        if options.trains_all:
             trained.append((numel, options.master_bytes))
         elif options.adapters.trains_whole(weight):
             weights += numel * _FP32
@@ -154,7 +159,7 @@ def compute_state(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> S
     weights += _FP32 * sum(adapters)  # which peft keeps in fp32, and FSDP2 does not know: whole on every rank
     trained += [(numel, _FP32) for numel in adapters]
     gradients = sum(numel * size for numel, size in trained)
-    if mesh.tp > 1 and not uses_fsdp(mesh) and not model.head_tied and options.adapters is None:
+    if mesh.tp > 1 and not uses_fsdp(mesh) and not model.head_tied and options.trains_all:
         # transformers 5.23 leaves the gradient of an embedding that is split by vocabulary whole.
         gradients += (
             model.head_numel - math.ceil(model.vocab_size / mesh.tp) * model.hidden_size
@@ -226,8 +231,7 @@ def _kept(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> TokenByte
     block = _kept_by_block(model, options, mesh)
     rows = label = 0.0
     if model.is_known:  # whose last MLP computes the rows that predict a label, and no others
-        trains_all = options.adapters is None
-        rows = (3 if trains_all else 2) * c * model.intermediate_size / mesh.tp + (c * h if trains_all else 0)
+        rows = (2 + options.trains_all) * c * model.intermediate_size / mesh.tp + options.trains_all * c * h
         rows += _adapter_inputs(model, options, mesh, roles=("gate_proj", "up_proj", "down_proj"))
         label = rows + c * h
     per_token = model.num_layers * block + outside.per_token - rows
@@ -258,7 +262,7 @@ def _kept_by_block(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> 
     if flash:
         split += c * 2 * keys + c * queries + 4 * model.num_heads  # prefixes' k, v once more (at most); its output
     split += 2 * c * inner  # gate and up
-    if options.adapters is None:
+    if options.trains_all:
         whole += 2 * c * h  # what both norms give, for the gradients of q, k, v, gate and up
         split += (0 if flash and mesh.cp == 1 else c * queries) + c * inner  # what o and down read
     else:
@@ -335,15 +339,12 @@ def compute_footprint(
 
 def fit_tokens(model: ModelSizes, options: StepOptions, mesh: MeshSizes, *, gpu_bytes: int) -> int:
     """Most packed tokens of a micro-batch that leave the reserve free; 0 where not even the model fits."""
-
-    def fits(tokens: int) -> bool:
-        peak = compute_footprint(model, options, mesh, tokens=tokens).total
-        return peak <= gpu_bytes - compute_reserve(model, options, mesh, gpu_bytes=gpu_bytes)
-
+    room = gpu_bytes - compute_reserve(model, options, mesh, gpu_bytes=gpu_bytes)
     low, high = 0, 2**24
     while high - low > _ROUND_TO:  # a footprint never falls as tokens grow
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        fits = compute_footprint(model, options, mesh, tokens=middle).total <= room
+        low, high = (middle, high) if fits else (low, middle)
     return low // _ROUND_TO * _ROUND_TO
 
 
@@ -386,7 +387,7 @@ def _at_head(model: ModelSizes, options: StepOptions, mesh: MeshSizes, labels: f
     logits = c * vocabulary * min(labels, 2 * rows)  # the chunk that waits for its backward pass, and another
     logits += 2 * min(slice_bytes, 4 * vocabulary * min(labels, rows))
     cast = 0 if c == options.master_bytes else c * numel
-    gradient = (c + 4) * numel if _trains_ends(options) else 0  # a product and, in fp32, the sum of them
+    gradient = (c + 4) * numel if options.trains_all else 0  # a product and, in fp32, the sum of them
     parts = {"head: logits, weight, gradient": logits + cast + gradient + (c + 4) * labels * model.hidden_size}
     if uses_fsdp(mesh):
         block = _block_numel(model, mesh)
@@ -408,14 +409,14 @@ def _at_blocks(model: ModelSizes, options: StepOptions, mesh: MeshSizes, tokens:
     if uses_fsdp(mesh):
         block, end = _block_numel(model, mesh), _end_numel(model, mesh)
         parts["gathered weights"] = 2 * options.gather_bytes * block + (options.master_bytes * end * model.head_tied)
-        if _trains_ends(options):
+        if options.trains_all:
             parts["gradients on their way"] = options.gather_bytes * block + _FP32 * max(block, end)
     return parts
 
 
 def _at_embedding(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> Parts:
     """The end of the backward pass: activations are gone, and the embedding's gradient is dense."""
-    if not _trains_ends(options):
+    if not options.trains_all:
         return {}
     numel = model.head_numel / mesh.tp
     if not uses_fsdp(mesh):
@@ -451,11 +452,6 @@ def uses_fsdp(mesh: MeshSizes) -> bool:
 
 def _offloads(options: StepOptions, mesh: MeshSizes) -> bool:
     return options.offload_weights and uses_fsdp(mesh)
-
-
-def _trains_ends(options: StepOptions) -> bool:
-    """Whether embedding, head and every weight of the blocks are trained."""
-    return options.adapters is None
 
 
 def unit_numels(model: ModelSizes, mesh: MeshSizes) -> dict[str, int]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -73,8 +73,8 @@ class MeshSizes:
     def __str__(self) -> str:
         if self.world == 1:
             return "1 process"
-        parts = [f"{name} {getattr(self, name)}" for name in ("dp_replicate", "dp_shard", "cp", "tp")]
-        return f"{self.world} processes: {' x '.join(part for part in parts if not part.endswith(' 1'))}"
+        parts = [f"{name} {size}" for name, size in asdict(self).items() if size != 1]
+        return f"{self.world} processes: {' x '.join(parts)}"
 
 
 def mesh_sizes(recipe: Recipe, world: int) -> MeshSizes:
@@ -291,7 +291,7 @@ def _portable(error: Exception | None) -> Exception | None:
 
 def world_size() -> int:
     """Processes of this run: of the process group if there is one, else what the launcher says (WORLD_SIZE)."""
-    if dist.is_available() and dist.is_initialized():
+    if has_joined():
         return dist.get_world_size()
     return _number("WORLD_SIZE", 1)
 

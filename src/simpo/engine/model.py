@@ -29,7 +29,7 @@ from simpo.core.logprobs import VocabShard, response_logps, token_logps
 from simpo.core.losses import PairLogps
 from simpo.engine.costs import decoder_sizes
 from simpo.engine.lean import READ_ROWS, install_lean_blocks
-from simpo.engine.mesh import Mesh, MeshSizes, check_heads
+from simpo.engine.mesh import Mesh, MeshSizes, check_heads, has_joined
 from simpo.engine.sharding import (
     check_sharded_by_block,
     drop_gathered,
@@ -97,7 +97,7 @@ def _packed_attention_for_transformers(
 
 def _packed_mask(*, q_length: int, local_size: int | None = None, **others: Any) -> Tensor | None:
     """In place of a mask: None, or how far a layer may look where that can be less than the row is long."""
-    slices = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1  # as many as there can be
+    slices = dist.get_world_size() if has_joined() else 1  # as many as there can be
     return None if local_size is None or local_size >= slices * q_length else torch.tensor(local_size)
 
 

@@ -118,7 +118,7 @@ def compute_seconds(
     Forward once and backward twice; LoRA's backward pass has no gradients of the frozen weights to compute;
     checkpointing computes the blocks' forward once more.
     """
-    passes = 3 if options.adapters is None else 2
+    passes = 2 + options.trains_all
     blocks = model.linear_numel * (passes + options.gradient_checkpointing)
     operations = 2 * tokens * micro_batches * (blocks + model.head_numel * passes)
     return operations / (mesh.cp * mesh.tp) / links.flops_per_s
@@ -131,18 +131,17 @@ def _of_weights(
     units = unit_numels(model, mesh)
     blocks = sum(numel for unit, numel in units.items() if unit.startswith("block "))
     others = sum(units.values()) - blocks
-    trains_all = options.adapters is None
     replicas = (mesh.dp_replicate, max(1, gpus_per_node // (mesh.shard * mesh.tp)))
     if not uses_fsdp(mesh):
-        numel = sum(units.values()) if trains_all else sum(adapter_numels(model, options, mesh))
-        size = (options.master_bytes if trains_all else 4) * numel
+        numel = sum(units.values()) if options.trains_all else sum(adapter_numels(model, options, mesh))
+        size = (options.master_bytes if options.trains_all else 4) * numel
         return [Exchange("DDP: gradients", "all-reduce", mesh.dp_replicate, _near(*replicas), size, 1)]
     shard = (mesh.shard, _near(mesh.shard, gpus_per_node // mesh.tp))
     once = sum(numel for unit, numel in units.items() if unit.startswith("end"))  # stays gathered
     gathered = 2 * options.gather_bytes * blocks + options.master_bytes * (2 * (others - once) + once)
     calls = micro_batches * sum(1 if unit.startswith("end") else 2 for unit in units)
     found = [Exchange("FSDP: weights", "all-gather", *shard, micro_batches * gathered, calls)]
-    if trains_all:
+    if options.trains_all:
         size, calls = 4 * micro_batches * (blocks + others), micro_batches * len(units)
         found.append(Exchange("FSDP: gradients", "reduce-scatter", *shard, size, calls))
         found.append(

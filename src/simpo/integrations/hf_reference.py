@@ -70,6 +70,6 @@ def _read(path: Path, stores: Mapping[str, PairStore]) -> dict[str, ReferenceLog
                 f"resume_from_checkpoint: {path} has no reference log-probs of these held-out pairs; give the "
                 "eval_dataset that the run began with"
             )
-        if known[name].sums.shape != (len(store), 2) or not np.isfinite(known[name].sums).all():
+        if not known[name].is_of(len(store)):
             raise ValueError(f"resume_from_checkpoint: {path} is damaged; resume from an earlier one")
     return known
