@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import subprocess
 import sys
@@ -421,6 +422,25 @@ def test_what_takes_too_long_is_interrupted():
     with pytest.raises(TimeUp):
         work()
     time.sleep(0.1)  # the alarm is off
+
+
+def test_a_deadline_that_passes_in_a_collection_of_garbage_is_not_lost():
+    def slow(phase: str, info: dict[str, int]) -> None:
+        until = time.monotonic() + 0.1
+        while time.monotonic() < until:
+            pass
+
+    def work() -> None:
+        with stop_at(Deadline(0.05 / 60)):
+            gc.collect()
+            time.sleep(30)
+
+    gc.callbacks.append(slow)
+    try:
+        with pytest.raises(TimeUp):
+            work()
+    finally:
+        gc.callbacks.remove(slow)
 
 
 @pytest.mark.parametrize("name", ["ladder", "memory", "attention", "head", "parity"])

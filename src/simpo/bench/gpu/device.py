@@ -15,6 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -63,6 +64,9 @@ def stop_at(deadline: Deadline) -> Iterator[None]:
         return
 
     def stop(number: int, frame: Any) -> None:
+        if _is_swallowed(frame):
+            signal.setitimer(signal.ITIMER_REAL, 0.01)  # again, when that is over
+            return
         raise TimeUp
 
     before = signal.signal(signal.SIGALRM, stop)
@@ -72,6 +76,16 @@ def stop_at(deadline: Deadline) -> Iterator[None]:
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+
+
+def _is_swallowed(frame: FrameType | None) -> bool:
+    """Whether Python would print an exception that is raised here and go on: garbage is being collected."""
+    callbacks = {getattr(callback, "__code__", None) for callback in gc.callbacks}
+    while frame is not None:
+        if frame.f_code in callbacks or frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 @dataclass(frozen=True)
