@@ -136,8 +136,8 @@ def run(args: argparse.Namespace, arguments: Sequence[str], began: float | None)
     if args.command == "parity":  # read when CUDA starts: with it matrix products give the same bits again
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from simpo.bench.gpu.device import Deadline, folder_name, pick_meter
-    from simpo.bench.gpu.report import Report, shown_command
+    from gpu.device import Deadline, folder_name, pick_meter
+    from gpu.report import Report, shown_command
 
     meter = pick_meter(args.device)
     deadline = Deadline(args.minutes, began=began)
@@ -154,7 +154,7 @@ def run(args: argparse.Namespace, arguments: Sequence[str], began: float | None)
 
 def prepare_parity(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     """Check the names, and say what will be run under which conditions; so do the others below."""
-    from simpo.bench.gpu.parity import FP32_LIMITS, PARAMETER_RATIO, RATIO, architectures, run_parity
+    from gpu.parity import FP32_LIMITS, PARAMETER_RATIO, RATIO, architectures, run_parity
 
     tiny = args.model == "tiny"
     only = [name.strip() for name in args.only.split(",")] if args.only else None
@@ -168,8 +168,8 @@ def prepare_parity(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str,
 
 def prepare_ladder(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     """See `prepare_parity`."""
-    from simpo.bench.gpu.ladder import find_rungs, run_ladder
-    from simpo.bench.gpu.workload import find_cases
+    from gpu.ladder import find_rungs, run_ladder
+    from gpu.workload import find_cases
 
     plan, conditions = plan_of(args, meter)
     if plan.weights == "bf16" and args.compute == "fp32":
@@ -198,8 +198,8 @@ def prepare_ladder(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str,
 
 def prepare_memory(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     """See `prepare_parity`."""
-    from simpo.bench.gpu.memory import MODES, run_memory
-    from simpo.bench.gpu.workload import find_cases
+    from gpu.memory import MODES, run_memory
+    from gpu.workload import find_cases
 
     plan, conditions = plan_of(args, meter)
     parts = [part.strip() for part in args.modes.split(",")] if args.modes else [""]
@@ -217,8 +217,9 @@ def prepare_memory(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str,
 
 def plan_of(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     """The weights, their optimizer, and what to say of them."""
+    from gpu.workload import build_config, plan_weights
+
     from simpo.bench.flops import model_shape
-    from simpo.bench.gpu.workload import build_config, plan_weights
 
     config = build_config(args.model)
     shape = model_shape(config)
@@ -236,8 +237,9 @@ def plan_of(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
 
 def prepare_head(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     """See `prepare_parity`."""
-    from simpo.bench.gpu.head import run_head
-    from simpo.bench.gpu.workload import build_config
+    from gpu.head import run_head
+    from gpu.workload import build_config
+
     from simpo.core.logprobs import CHUNK_BYTES_CUDA
 
     config = build_config(args.model)
@@ -259,8 +261,8 @@ def prepare_head(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, A
 
 def prepare_attention(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     """See `prepare_parity`."""
-    from simpo.bench.gpu.attention import run_attention
-    from simpo.bench.gpu.workload import build_config, find_cases
+    from gpu.attention import run_attention
+    from gpu.workload import build_config, find_cases
 
     config = build_config(args.model)
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim

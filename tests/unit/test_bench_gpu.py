@@ -10,17 +10,11 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import gpu.attention as attention_bench
 import pytest
 import torch
-from scripts import load_script
-
-import simpo.bench.gpu.attention as attention_bench
-import simpo.core.attention
-import simpo.engine.compile
-import simpo.engine.model
-from simpo.bench import flops
-from simpo.bench.gpu import ladder, memory, parity, workload
-from simpo.bench.gpu.device import (
+from gpu import ladder, memory, parity, workload
+from gpu.device import (
     CpuMeter,
     CudaMeter,
     Deadline,
@@ -30,8 +24,14 @@ from simpo.bench.gpu.device import (
     pick_meter,
     stop_at,
 )
-from simpo.bench.gpu.report import Report, shown_command, table_lines
-from simpo.bench.gpu.workload import DEFAULT_RUNG, PADDED_RUNG, RUNGS, LengthCase, StagedModel, WeightPlan
+from gpu.report import Report, shown_command, table_lines
+from gpu.workload import DEFAULT_RUNG, PADDED_RUNG, RUNGS, LengthCase, StagedModel, WeightPlan
+from scripts import load_script
+
+import simpo.core.attention
+import simpo.engine.compile
+import simpo.engine.model
+from simpo.bench import flops
 from simpo.core.attention import AttentionBlocks, dense_mask, packed_attention
 from simpo.core.batch import build_batch
 
@@ -355,7 +355,7 @@ def test_head_times_every_chunk_size_beside_the_dense_head(command, no_cuda):
 
 
 def test_a_head_with_wrong_values_is_an_error(command, monkeypatch):
-    from simpo.bench.gpu import head
+    from gpu import head
 
     monkeypatch.setattr(head, "token_logps", lambda *a, chunk_size, **k: workload.dense_token_logps(*a, **k) + 0.5)
     code, results = command("head", "--rows", "8", "--chunks", "default", "--repeats", "1")
@@ -609,9 +609,9 @@ sys.meta_path = [Without if finder is importlib.machinery.PathFinder else finder
 sys.path = [entry for entry in sys.path if not entry.rstrip("/").endswith("src")]
 sys.argv = sys.argv[1:]
 from pathlib import Path
-for module in sorted(Path("src/simpo/bench/gpu").glob("*.py")):
-    sys.path.insert(0, "src")
-    __import__(f"simpo.bench.gpu.{module.stem}")
+sys.path[:0] = ["benchmarks", "src"]
+for module in sorted(Path("benchmarks/gpu").glob("*.py")):
+    __import__(f"gpu.{module.stem}")
 runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """
 

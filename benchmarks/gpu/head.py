@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo.bench.gpu.device import Deadline, Meter, TimeUp, attempt, measure_median, stop_at
-from simpo.bench.gpu.report import Column, Report, digits, gib
-from simpo.bench.gpu.workload import dense_token_logps
+from gpu.device import Deadline, Meter, TimeUp, attempt, measure_median, stop_at
+from gpu.report import Column, Report, digits, gib
+from gpu.workload import dense_token_logps
 from simpo.core.logprobs import chunk_rows, token_logps
 
 TARGET = 0.10

@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import simpo.core.attention
-from simpo.bench.gpu.device import Deadline, Meter, TimeUp, stop_at
-from simpo.bench.gpu.report import Column, Report
-from simpo.bench.gpu.workload import (
+from gpu.device import Deadline, Meter, TimeUp, stop_at
+from gpu.report import Column, Report
+from gpu.workload import (
     BETA,
     DEFAULT_RUNG,
     GAMMA_BETA_RATIO,

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from simpo.bench.flops import pair_work
-from simpo.bench.gpu.device import GIB, CpuMeter, Deadline, Meter, TimeUp, attempt, stop_at
-from simpo.bench.gpu.report import Column, Report, digits, gib
-from simpo.bench.gpu.workload import (
+from gpu.device import GIB, CpuMeter, Deadline, Meter, TimeUp, attempt, stop_at
+from gpu.report import Column, Report, digits, gib
+from gpu.workload import (
     DEFAULT_RUNG,
     PADDED_RUNG,
     Batch,
@@ -26,6 +25,7 @@ from simpo.bench.gpu.workload import (
     build_optimizer,
     lay_out,
 )
+from simpo.bench.flops import pair_work
 from simpo.bench.machine import available_gib
 from simpo.core.batch import PackedPairs
 from simpo.core.packing import PairShape

@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simpo.bench.gpu.device import Deadline, Meter, TimeUp, attempt, measure_median, stop_at
-from simpo.bench.gpu.report import Column, Report, digits, gib
-from simpo.bench.gpu.workload import LengthCase
+from gpu.device import Deadline, Meter, TimeUp, attempt, measure_median, stop_at
+from gpu.report import Column, Report, digits, gib
+from gpu.workload import LengthCase
 from simpo.core.attention import AttentionBlocks, attention_path, packed_attention, reference_attention
 from simpo.core.batch import build_batch
 from simpo.data.loader import StoredPair

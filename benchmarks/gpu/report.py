@@ -11,7 +11,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from simpo.bench.gpu.device import Meter
+from gpu.device import Meter
 from simpo.bench.machine import describe_machine, git_commit, package_versions, peak_tflops
 
 FORMAT = 1

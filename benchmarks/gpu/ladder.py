@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from simpo.bench import flops
-from simpo.bench.gpu.device import Deadline, Meter, TimeUp, attempt, measure_ceiling, stop_at
-from simpo.bench.gpu.report import Column, Report, digits
-from simpo.bench.gpu.workload import (
+from gpu.device import Deadline, Meter, TimeUp, attempt, measure_ceiling, stop_at
+from gpu.report import Column, Report, digits
+from gpu.workload import (
     RUNGS,
     Batch,
     LengthCase,
@@ -25,6 +24,7 @@ from simpo.bench.gpu.workload import (
     build_optimizer,
     lay_out,
 )
+from simpo.bench import flops
 from simpo.bench.summary import spread
 from simpo.data.loader import StoredPair
 
