@@ -50,7 +50,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     one = command("parity", "losses and gradients against the plain padded reference")
     one.add_argument("--model", default="full", choices=("full", "tiny"), help="size of the models that are compared")
-    one.add_argument("--only", help="architectures, comma-separated, by the names that the table shows")
+    one.add_argument("--only", help="kernels, and architectures by the names that the table shows; comma-separated")
 
     one = command("ladder", "a training step, rung by rung")
     add_model(one, "llama-1b")
@@ -154,15 +154,15 @@ def run(args: argparse.Namespace, arguments: Sequence[str], began: float | None)
 
 def prepare_parity(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     """Check the names, and say what will be run under which conditions; so do the others below."""
-    from gpu.parity import FP32_LIMITS, PARAMETER_RATIO, RATIO, architectures, run_parity
+    from gpu.parity import KERNELS, PARAMETER_RATIO, RATIO, architectures, run_parity
 
     tiny = args.model == "tiny"
     only = [name.strip() for name in args.only.split(",")] if args.only else None
-    known = list(architectures(tiny=tiny))
+    known = [KERNELS, *architectures(tiny=tiny)]
     for name in only or ():
         if name not in known:
             raise ValueError(f"only: {name!r} must be one of {', '.join(known)}")
-    conditions = {"size": args.model, "limits": FP32_LIMITS, "ratio": RATIO, "parameter ratio": PARAMETER_RATIO}
+    conditions = {"size": args.model, "ratio": RATIO, "parameter ratio": PARAMETER_RATIO}
     return lambda *context: run_parity(*context, tiny=tiny, only=only), conditions
 
 

@@ -34,6 +34,7 @@ import simpo.engine.model
 from simpo.bench import flops
 from simpo.core.attention import AttentionBlocks, dense_mask, packed_attention
 from simpo.core.batch import build_batch
+from simpo.core.logprobs import token_logps
 
 REPO = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -260,14 +261,14 @@ def test_checkpointing_runs_blocks_again_only_inside():
 
 
 def test_parity_passes_on_the_cpu_and_covers_every_way(command):
-    code, results = command("parity", "--only", "llama 9/3 heads")
+    code, results = command("parity", "--only", "kernels,llama 9/3 heads")
     assert (code, results["complete"]) == (0, True)
     subjects = {row["subject"] for row in results["rows"]}
     for mode in parity.MODES:
         for way in ("", ", repeated prompts", ", unpacked", ", head", ", compiled"):
             assert f"llama 9/3 heads, {mode}{way}" in subjects
     checked = {row["what"] for row in results["rows"]}
-    assert {"twice, deterministic kernels", "checkpointing", "activation offload", "gradients", "loss"} <= checked
+    assert {"twice, deterministic algorithms", "checkpointing", "activation offload", "gradients", "loss"} <= checked
     assert {"off / learning rate", "units in the last place"} <= checked
     assert any(subject.startswith("attention 9/3x64 softcap") for subject in subjects)
 
@@ -291,9 +292,14 @@ def slightly_off(query, key, value, blocks, *, scale=None, **options):
     return packed_attention(query, key, value, blocks, scale=0.9 * (scale or query.shape[-1] ** -0.5), **options)
 
 
-@pytest.mark.parametrize("wrong", [off_by_one, slightly_off])
-def test_parity_fails_in_every_precision_when_attention_is_wrong(wrong, tmp_path, monkeypatch):
-    monkeypatch.setattr(simpo.engine.model, "packed_attention", wrong)
+def scaled_logits(*tensors, scale=1.0, **options):
+    return token_logps(*tensors, scale=1.02 * scale, **options)
+
+
+@pytest.mark.parametrize("wrong", [off_by_one, slightly_off, scaled_logits])
+def test_parity_fails_in_every_precision_when_attention_or_head_is_wrong(wrong, tmp_path, monkeypatch):
+    """Logits 2% off among them: that logits are as large as trained models' is what shows it in bf16."""
+    monkeypatch.setattr(simpo.engine.model, "token_logps" if wrong is scaled_logits else "packed_attention", wrong)
     report = make_report(tmp_path)
     config = parity.architectures(tiny=True)["llama tied"]
     parity.check_architecture(parity.Checks(report), "llama", config, CPU, tiny=True, thorough=False)
@@ -319,6 +325,38 @@ def test_a_wrong_gradient_alone_fails_and_the_command_says_so(command, monkeypat
     assert code == 1
     assert "FAILED llama 9/3 heads, fp32: gradients" in results["notes"]
     assert not any("log-probs" in note for note in results["notes"])
+
+
+def test_a_step_that_gives_other_bits_under_deterministic_algorithms_fails(tmp_path, monkeypatch):
+    packed_outcome, calls = parity.packed_outcome, []
+
+    def drifting(staged, *args, **options):
+        """As atomics would be, unless torch was told to raise where it has nothing better."""
+        outcome = packed_outcome(staged, *args, **options)
+        truly = (
+            torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+        )
+        calls.append(truly)
+        for gradient in outcome.gradients.values():
+            gradient.mul_(1 + 1e-6 * len(calls))
+        return outcome
+
+    monkeypatch.setattr(parity, "packed_outcome", drifting)
+    monkeypatch.setattr(parity, "RUNGS", ())
+    monkeypatch.setattr(parity, "check_optimizers", lambda *args: None)
+    report, config = make_report(tmp_path), parity.architectures(tiny=True)["llama tied"]
+    parity.check_architecture(parity.Checks(report), "llama", config, CPU, tiny=True, thorough=True)
+    failed = {row["what"] for row in report.results["rows"] if row["ok"] is False}
+    assert failed == {"twice, deterministic algorithms"}
+    assert sum(calls) == 3 * len(parity.MODES)
+
+
+def test_an_operation_without_a_deterministic_kernel_is_a_failed_check(tmp_path):
+    checks = parity.Checks(report := make_report(tmp_path))
+    with checks.surviving("llama, bf16", "deterministic algorithms"):
+        raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation\nmore")
+    (row,) = report.results["rows"]
+    assert (row["ok"], row["note"]) == (False, "cumsum_cuda_kernel does not have a deterministic implementation")
 
 
 def test_nan_fails_a_check(tmp_path):
