@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import tokenizers_for_tests
 
+import simpo  # noqa: F401  before torch: its settings of the environment
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

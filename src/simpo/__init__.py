@@ -17,6 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from simpo import environment  # noqa: F401  first of all: torch reads these settings when it loads
+
 if TYPE_CHECKING:
     from simpo.core.losses import simpo_loss
     from simpo.evaluate import evaluate

@@ -39,8 +39,6 @@ _ALWAYS_SHOWN = (
 
 def main() -> None:
     """Entry point of the `simpo` script."""
-    # Read by torch when it first allocates: huge pages for large tensors spare most page faults of a CPU step.
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app(prog_name="simpo")
 
 

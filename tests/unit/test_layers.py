@@ -15,6 +15,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 # A module may import its own layer and those with a smaller number. `recipe*` is beside them: any of them but core may
 # import it, and it imports none. The package's __init__ only hands out names lazily.
 LAYERS = {
+    "environment": 1,
     "core": 1,
     "engine": 2,
     "data": 3,

@@ -27,6 +27,7 @@ from simpo.bench.machine import available_gib, describe_machine, git_commit, pac
 from simpo.bench.models import SHAPES, check_model
 from simpo.bench.report import render, save_report
 from simpo.bench.summary import summarise
+from simpo.environment import SETTINGS
 
 PEERS = ("trl", "liger", "padded")
 DEFAULT_CASES = "chat,hh,longprompt"
@@ -389,10 +390,10 @@ def _outcome(code: int, stopped: str | None, out: str, errors: str) -> _Done:
 
 
 def _environment() -> dict[str, str]:
-    """The same for every side. Huge pages are what `simpo` sets for itself; the peers get them too. One GPU at most."""
+    """The same for every side: also what `simpo` sets for itself. One GPU at most."""
     return {
+        **{name: os.environ[name] for name in SETTINGS if name in os.environ},
         "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0],
-        "THP_MEM_ALLOC_ENABLE": os.environ.get("THP_MEM_ALLOC_ENABLE", "1"),
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
     }

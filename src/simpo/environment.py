@@ -1,0 +1,40 @@
+"""Settings that OpenMP and torch's allocators read from the environment once, when they load: set before torch is.
+
+`import simpo` calls this first, so the command, `python -m simpo`, a launcher's children and every process they start
+have them. Where torch was imported before simpo, only those children do. Must not import anything heavy.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import MutableMapping
+
+# How long an OpenMP thread spins for the next piece of work before it sleeps. By default it is longer than the system
+# lets a thread run: when another process has the core of one thread, the others burn their own waiting for it.
+_SPINNING = {
+    "GOMP_SPINCOUNT": "20000",  # pauses, about a millisecond; GNU's runtime, which torch brings on Linux
+    "KMP_BLOCKTIME": "1",  # milliseconds, the smallest that every version reads; LLVM's and Intel's
+}
+_HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # for large tensors on a CPU: spares most page faults of a step
+# torch 2.11 to 2.13 read the first of these that is set.
+_GPU_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+SETTINGS = (*_SPINNING, _HUGE_PAGES, *_GPU_ALLOCATOR)
+
+
+def set_defaults(environment: MutableMapping[str, str], *, platform: str) -> None:
+    """Fill in what nobody has set; a value that is there stays, and speaks for its neighbours too.
+
+    Args:
+        environment: changed in place.
+        platform: as `sys.platform`: only Linux has the GPU allocator's expandable segments, others warn.
+    """
+    if not {"OMP_WAIT_POLICY", *_SPINNING} & environment.keys():
+        environment.update(_SPINNING)
+    environment.setdefault(_HUGE_PAGES, "1")
+    if platform == "linux" and not environment.keys() & set(_GPU_ALLOCATOR):
+        # Rows of ever new lengths would otherwise leave memory in pieces too small for the next.
+        environment["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+
+
+set_defaults(os.environ, platform=sys.platform)
