@@ -44,7 +44,8 @@ class ReferenceLogps:
 
     def lookup(self, indices: Sequence[int], *, device: torch.device) -> tuple[Tensor, Tensor]:
         """Chosen and rejected sums [P] of the given pairs."""
-        rows = torch.from_numpy(self.sums[list(indices)]).to(device)
+        rows = torch.from_numpy(self.sums[list(indices)])
+        rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
         return rows[:, 0], rows[:, 1]
 
 

@@ -56,7 +56,14 @@ from simpo.engine.model import (
     unwrap,
 )
 from simpo.engine.offload import offload_activations
-from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, seed_everything, set_threads
+from simpo.engine.optim import (
+    build_optimizer,
+    clip_gradients,
+    gradient_norm,
+    learning_rate_at,
+    seed_everything,
+    set_threads,
+)
 from simpo.engine.sharding import GradientSync, drop_gathered
 from simpo.generate import generate_greedy, save_generations
 from simpo.objective import trained_losses
@@ -203,13 +210,15 @@ class Trainer:
             if micro_batch.indices:
                 losses.append((micro_batch.pairs.row_ids, pair_losses.detach()))
         self.gradients.finish()
-        total = totals.over(self.mesh, stop=self._stop.is_set())
+        norm = gradient_norm(self.model)
+        total = totals.over(self.mesh, stop=self._stop.is_set(), grad_norm=norm)  # here the host waits for the device
         if total.num_not_finite:
             raise self._not_finite(plan, "a loss is not finite", _rows_not_finite(losses))
-        grad_norm = clip_gradients(self.model, self.recipe.max_grad_norm)
+        grad_norm = total.grad_norm
         if not math.isfinite(grad_norm):
             rows = [row for row_ids, _ in losses for row in row_ids]
             raise self._not_finite(plan, f"the gradient norm is {grad_norm}", rows)
+        clip_gradients(self.model, self.recipe.max_grad_norm, norm=grad_norm)
         learning_rate = learning_rate_at(plan.step, self.total_steps, self.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate

@@ -73,16 +73,18 @@ class StepTotal:
     """What one optimizer step, or one evaluation, came to over all processes.
 
     Attributes:
-        metric_sums: [len(PAIR_METRICS)] fp64, over every pair.
+        metric_sums: [len(PAIR_METRICS)] fp64, over every pair; in host memory.
         num_tokens: computed, padding included.
         num_not_finite: losses that are no finite number.
         stop: whether some process was asked to stop.
+        grad_norm: as it was handed over.
     """
 
     metric_sums: Tensor
     num_tokens: int
     num_not_finite: int
     stop: bool
+    grad_norm: float | None = None
 
 
 class StepTotals:
@@ -99,21 +101,35 @@ class StepTotals:
         self._not_finite = self._not_finite + (~torch.isfinite(losses.detach())).sum()
         self._num_tokens += num_tokens
 
-    def over(self, mesh: Mesh, *, stop: bool = False) -> StepTotal:
-        """The totals over all processes; each calls it, having added as many micro-batches as the others."""
-        mine = torch.tensor([self._num_tokens, self._not_finite, stop], dtype=torch.float64, device=mesh.device)
-        both = mesh.sum_over_all(torch.cat([torch.as_tensor(self._sums, device=mesh.device), mine]))
-        sums, (num_tokens, not_finite, stops) = both[: len(PAIR_METRICS)], both[len(PAIR_METRICS) :].tolist()
+    def over(self, mesh: Mesh, *, stop: bool = False, grad_norm: Tensor | None = None) -> StepTotal:
+        """The totals over all processes; each calls it, having added as many micro-batches as the others.
+
+        Here, and nowhere else in a step, the host waits for an accelerator: for everything at once.
+
+        Args:
+            stop: whether this process was asked to stop.
+            grad_norm: a scalar that is the same on every process, to be fetched along with the totals.
+        """
+
+        def scalar(value: Tensor | float) -> Tensor:
+            if not isinstance(value, Tensor):  # filled on the device: a copy from here would wait for it
+                return torch.full((), float(value), dtype=torch.float64, device=mesh.device)
+            return value.to(mesh.device, torch.float64, non_blocking=True)
+
+        counts = torch.stack([scalar(value) for value in (self._num_tokens, self._not_finite, stop)])
+        sums = scalar(self._sums).expand(len(PAIR_METRICS))
+        both = mesh.sum_over_all(torch.cat([sums, counts]))
+        if grad_norm is not None:
+            both = torch.cat([both, scalar(grad_norm)[None]])
+        both = both.cpu()
+        sums, (num_tokens, not_finite, stops, *norm) = both[: len(PAIR_METRICS)], both[len(PAIR_METRICS) :].tolist()
         # Processes that share pairs (cp, tp) have each counted the same ones.
         copies = mesh.sizes.world // mesh.sizes.data
-        return StepTotal(sums / copies, round(num_tokens / copies), math.ceil(not_finite / copies), stops > 0)
+        return StepTotal(sums / copies, round(num_tokens / copies), math.ceil(not_finite / copies), stops > 0, *norm)
 
 
 class PairMeter:
-    """Running sums over pairs; `means()` divides once.
-
-    The sums stay on their device until they are read, so that accumulating does not stall an accelerator.
-    """
+    """Running sums over pairs; `means()` divides once."""
 
     def __init__(self) -> None:
         self.sums: Tensor | None = None

@@ -101,23 +101,27 @@ def warmup_steps(total_steps: int, recipe: Recipe) -> int:
     return recipe.warmup_steps if recipe.warmup_steps > 0 else math.ceil(recipe.warmup_ratio * total_steps)
 
 
-def clip_gradients(model: nn.Module, max_norm: float) -> float:
+def gradient_norm(model: nn.Module) -> torch.Tensor:
+    """The 2-norm of the whole gradient, however it is sharded: a scalar in fp64, which nobody has waited for yet."""
+    return total_norm([p.grad for p in model.parameters() if p.grad is not None])
+
+
+def clip_gradients(model: nn.Module, max_norm: float, *, norm: float | None = None) -> float:
     """Scale all gradients so that their joint 2-norm is at most max_norm (0 = leave them); returns the norm before.
 
-    The norm is that of the whole gradient, however it is sharded. One that is not finite leaves the gradients as they
-    are.
+    A norm that is not finite leaves the gradients as they are.
+
+    Args:
+        norm: what `gradient_norm` gave; None = compute it.
     """
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    norm = total_norm(gradients)
-    value = float(norm)
-    if max_norm and math.isfinite(value):
-        factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_ has it
-        by_device: dict[torch.device, list[torch.Tensor]] = {}
-        for part in map(local_part, gradients):
-            by_device.setdefault(part.device, []).append(part)
-        for device, parts in by_device.items():
-            torch._foreach_mul_(parts, factor.to(device, torch.float32))
-    return value
+    norm = float(gradient_norm(model)) if norm is None else norm
+    if max_norm and math.isfinite(norm) and norm + 1e-6 > max_norm:  # as torch.nn.utils.clip_grad_norm_ has it
+        by_kind: dict[Any, list[torch.Tensor]] = {}
+        for part in (local_part(p.grad) for p in model.parameters() if p.grad is not None):
+            by_kind.setdefault((part.device, part.dtype), []).append(part)
+        for parts in by_kind.values():
+            torch._foreach_mul_(parts, max_norm / (norm + 1e-6))
+    return norm
 
 
 def seed_everything(seed: int) -> None:

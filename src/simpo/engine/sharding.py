@@ -232,10 +232,11 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, whole, however each is sharded; the same on every process.
 
     Squares are summed over the mesh dimensions that split a tensor, and no others. (torch's own function takes
-    sharded tensors of one mesh only, and on a CPU loses 0.1% on large ones.)
+    sharded tensors of one mesh only, and on a CPU loses 0.1% on large ones.) No gradient is copied, whatever its
+    dtype, and an accelerator is not waited for.
 
     Returns:
-        A scalar in fp64, on the CPU.
+        A scalar in fp64, where the gradients are; on the CPU if some of them are in host memory.
     """
     groups: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
@@ -246,29 +247,38 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
                 for dim, placement in enumerate(gradient.placements)
                 if isinstance(placement, Shard | _StridedShard)
             )
-        groups.setdefault(split, []).append(local_part(gradient))
-    total = torch.zeros((), dtype=torch.float64)
-    for split, parts in groups.items():
+        part = local_part(gradient)
+        groups.setdefault((split, part.device), []).append(part)
+    squares = []
+    for (split, _), parts in groups.items():
         square = _sum_of_squares(parts)
         for mesh, dim in split:
             dist.all_reduce(square, group=mesh.get_group(dim))
-        total += square.cpu()  # offloaded gradients are in host memory, adapters' are not
-    return total.sqrt()
+        squares.append(square)
+    if len({square.device for square in squares}) > 1:  # offloaded gradients are in host memory, adapters' are not
+        squares = [square.cpu() for square in squares]
+    return sum(squares[1:], squares[0]).sqrt() if squares else torch.zeros((), dtype=torch.float64)
 
 
 _ROW = 1024  # numbers that a CPU adds up one after the other in fp32
+_ROWS = 2**12  # of which so many are widened to fp32 at a time
 
 
 def _sum_of_squares(parts: list[Tensor]) -> Tensor:
-    """Of all elements of tensors on one device, a scalar in fp64."""
-    if parts[0].device.type != "cpu":  # an accelerator adds in a tree
-        return torch.stack(torch._foreach_norm([part.float() for part in parts])).double().square().sum()
+    """Of all elements of tensors on one device, a scalar in fp64 on it."""
+    if parts[0].device.type != "cpu":  # an accelerator adds in a tree, and widens what it reads as it goes
+        by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for part in parts:
+            by_dtype.setdefault(torch.promote_types(part.dtype, torch.float32), []).append(part)
+        norms = [torch.stack(torch._foreach_norm(same, 2, dtype=dtype)) for dtype, same in by_dtype.items()]
+        return sum(norm.double().square().sum() for norm in norms)
     total = torch.zeros((), dtype=torch.float64)
     for part in parts:
-        flat = part.reshape(-1).float()
+        flat = part.reshape(-1)
         rows = flat[: len(flat) // _ROW * _ROW].view(-1, _ROW)
-        for norms in (torch.linalg.vector_norm(rows, dim=1), torch.linalg.vector_norm(flat[rows.numel() :])):
-            total += norms.double().square().sum()
+        norms = [torch.linalg.vector_norm(some.float(), dim=1) for some in rows.split(_ROWS)]
+        total += torch.cat(norms).double().square().sum()
+        total += torch.linalg.vector_norm(flat[rows.numel() :].float()).double().square()
     return total
 
 
