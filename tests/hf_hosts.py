@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
+from ranks import free_port
 from transformers import TrainerCallback
 
 from simpo.display import Display
@@ -20,6 +23,7 @@ from simpo.integrations.hf import SimPOConfig, SimPOTrainer
 from simpo.recipe import load_recipe
 from simpo.train import NonFiniteError, Trainer
 
+REPO = Path(__file__).resolve().parents[1]
 TOLERANCE = 2e-6  # relative to the largest number of a kind
 METRICS = ("loss", "grad_norm", "learning_rate", "rewards/margins", "rewards/accuracies", "logps/chosen", "sft_loss")
 
@@ -154,6 +158,23 @@ def adapters() -> Any:
 
     targets = ["q_proj", "v_proj", "down_proj"]
     return LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets)
+
+
+def launch(config: str, folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
+    """`accelerate launch` with one of the repository's configurations, for two processes of this machine."""
+    settings = yaml.safe_load((REPO / "recipes" / "accelerate" / config).read_text(encoding="utf-8"))
+    adapted = folder / config
+    adapted.write_text(yaml.safe_dump({**settings, "num_processes": 2}), encoding="utf-8")
+    port = ["--main_process_port", str(free_port())]
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", adapted, *port, *map(str, command)],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "tests"), "CUDA_VISIBLE_DEVICES": ""},
+        cwd=folder,
+        text=True,
+        capture_output=True,
+        timeout=600,
+        check=False,
+    )
 
 
 def poison_row(trainer: SimPOTrainer, row_id: str, *, of: str) -> None:

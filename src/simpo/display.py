@@ -54,13 +54,14 @@ class Display:
             numbers = format_numbers(values)
             self.say(f"step {step}/{total_steps}  {numbers}  {format_duration(left_s)} left")
 
-    def say_evaluation(self, step: int, values: Mapping[str, float]) -> None:
-        """The held-out numbers of one evaluation."""
+    def say_evaluation(self, what: str, values: Mapping[str, float], *, prefix: str = "eval") -> None:
+        """The held-out numbers of one evaluation; `what` was evaluated, and `prefix` begins the names of its values."""
+        loss, pairs, time_s = (values[f"{prefix}_{name}"] for name in ("loss", "pairs", "time_s"))
+        accuracy, margin = (values[f"{prefix}_rewards/{name}"] for name in ("accuracies", "margins"))
+        chosen, rejected = (values[f"{prefix}_logps/{name}"] for name in ("chosen", "rejected"))
         self.say(
-            f"evaluation at step {step}: loss {values['eval_loss']:.4f}, "
-            f"accuracy {values['eval_rewards/accuracies']:.1%}, margin {values['eval_rewards/margins']:+.4f}, "
-            f"chosen {values['eval_logps/chosen']:.3f} and rejected {values['eval_logps/rejected']:.3f} nats/token "
-            f"({values['eval_pairs']:.0f} pairs, {values['eval_time_s']:.1f} s)"
+            f"{what}: loss {loss:.4f}, accuracy {accuracy:.1%}, margin {margin:+.4f}, chosen {chosen:.3f} and "
+            f"rejected {rejected:.3f} nats/token ({pairs:.0f} pairs, {time_s:.1f} s)"
         )
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:

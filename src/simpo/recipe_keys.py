@@ -438,6 +438,10 @@ class Recipe(BaseModel):
         False, "Write checkpoints in the background while training goes on.", "true or false")
     load_best_model_at_end: bool = _saving(
         False, "Save the best checkpoint's weights as the final model.", "true or false")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _saving(
+        "auto", "Number format of the final model's files. Small learning rates move weights by less than bfloat16 "
+        "tells apart; float32 keeps all that was learnt.",
+        "auto (that of the model's own checkpoint), float32, bfloat16 or float16")
     resume_from_checkpoint: Annotated[bool | str | None, BeforeValidator(_resume)] = _saving(
         None, "Continue a run: true for the newest checkpoint of output_dir, or a checkpoint's folder.",
         "true, path or null")
@@ -571,6 +575,7 @@ _NOT_IN_FINGERPRINT = frozenset(
         "fsdp_cpu_offload",
         "ddp_timeout",
         "async_save",
+        "save_dtype",
     ]
 )
 

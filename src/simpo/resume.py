@@ -28,6 +28,7 @@ _MAY_CHANGE_ON_RESUME = frozenset(
         "save_strategy",
         "save_steps",
         "save_total_limit",
+        "save_dtype",
         "load_best_model_at_end",
         "resume_from_checkpoint",
         "eval_strategy",

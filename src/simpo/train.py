@@ -32,7 +32,16 @@ from simpo.engine import checkpoint as checkpoints
 from simpo.engine.checkpoint import Checkpoint, CheckpointSave
 from simpo.engine.compile import compile_blocks
 from simpo.engine.costs import cost_weights
-from simpo.engine.export import save_model
+from simpo.engine.export import (
+    WeightSample,
+    as_saved,
+    describe_loss_by_rounding,
+    dtype_name,
+    export_dtype,
+    overflows,
+    save_model,
+    saved_tensors,
+)
 from simpo.engine.host import keep_freed_memory
 from simpo.engine.memory import TokenBudget, fit_micro_batches
 from simpo.engine.mesh import join_world
@@ -52,7 +61,6 @@ from simpo.engine.model import (
     load_model,
     load_tokenizer,
     pick_device,
-    source_dtype,
     unwrap,
 )
 from simpo.engine.offload import offload_activations
@@ -82,6 +90,7 @@ class TrainResult:
         model_dir: the final model, loadable by transformers.
         steps: optimizer steps done.
         metrics: of the last evaluation (`eval_*`); empty without held-out pairs.
+        saved_metrics: the same of the weights as they were written (`eval_saved_*`); empty where that rounds nothing.
         best_step, best_metric: of the best evaluation by `metric_for_best_model`; None without one.
     """
 
@@ -89,6 +98,7 @@ class TrainResult:
     model_dir: Path
     steps: int
     metrics: dict[str, float]
+    saved_metrics: dict[str, float]
     best_step: int | None
     best_metric: float | None
 
@@ -148,9 +158,10 @@ class Trainer:
         self.data = data or self.mesh.main_first(
             lambda: prepare_pairs(recipe, self.tokenizer, progress=self.mesh.is_main)
         )
-        self.export_dtype = source_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
+        self.export_dtype = export_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
         self.model = load_model(recipe, device=self.device, mesh=self.mesh)
         self.model.train()
+        self._untrained = None if recipe.use_peft else WeightSample(self._trained_weights())
         self.gradients = GradientSync(self.model, self.mesh)
         # Dropout differs between processes that see other tokens; those of one tp group must drop the same.
         seed_everything(recipe.seed + self.mesh.data_rank * self.mesh.sizes.cp + self.mesh.cp_rank)
@@ -186,15 +197,16 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite.
         """
         self.display.table("training", self._summary())
-        with self._metrics_log(), self._stop.listening():
-            if self.recipe.eval_on_start and self.progress.step == 0:
-                self._evaluate_and_log()
-            with self.display.progress(self.total_steps, self.progress.step) as bar:
-                for plan in self.loader.plans(self.progress.step, self.total_steps):
-                    values = self.train_step(plan)
-                    bar.update(self.progress.step, values)
-                    self._after_step(values)
-        return self._finish()
+        with self._metrics_log():
+            with self._stop.listening():
+                if self.recipe.eval_on_start and self.progress.step == 0:
+                    self._evaluate_and_log()
+                with self.display.progress(self.total_steps, self.progress.step) as bar:
+                    for plan in self.loader.plans(self.progress.step, self.total_steps):
+                        values = self.train_step(plan)
+                        bar.update(self.progress.step, values)
+                        self._after_step(values)
+            return self._finish()
 
     def train_step(self, plan: StepPlan) -> dict[str, float]:
         """One optimizer step over the plan's pairs; returns their means, the gradient norm and the speed."""
@@ -284,6 +296,9 @@ class Trainer:
             checkpoints.load_weights(best, model=self.model, mesh=self.mesh)
             results, kept_step = checkpoints.read_state(best)["progress"]["last_eval"], best.step
             self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
+        dtype, written = self._settle_export_dtype(), {}
+        if results:
+            written = self._evaluate_as_saved(dtype)
         model_dir = self.output_dir / "model"
         data = {
             "training pairs": len(self.data.train),
@@ -296,16 +311,51 @@ class Trainer:
             self.tokenizer,
             self.recipe,
             model_dir,
-            dtype=self.export_dtype,
+            dtype=dtype,
             data=data,
-            results=results,
+            results=results | written,
             mesh=self.mesh,
         )
         metrics = self.output_dir / "metrics.jsonl"
         self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
         return TrainResult(
-            self.output_dir, model_dir, progress.step, progress.last_eval, progress.best_step, progress.best_metric
+            self.output_dir,
+            model_dir,
+            steps=progress.step,
+            metrics=progress.last_eval,
+            saved_metrics=written,
+            best_step=progress.best_step,
+            best_metric=progress.best_metric,
         )
+
+    def _settle_export_dtype(self) -> torch.dtype:
+        """In which dtype to write; says what that costs the trained weights, or why it is not the one asked for."""
+        dtype = self.export_dtype
+        if self.mesh.largest(overflows(saved_tensors(self.model), dtype)):
+            self.display.say(
+                f"save_dtype: a weight is too large for {dtype_name(dtype)}; the model is written in float32"
+            )
+            return torch.float32
+        if self._untrained is not None:
+            counts = self._untrained.count_moved(self._trained_weights(), dtype)
+            line = describe_loss_by_rounding(self.mesh.sum_over_all(counts.to(self.device)), dtype)
+            if line is not None:
+                self.display.say(line)
+        return dtype
+
+    def _trained_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+
+    def _evaluate_as_saved(self, dtype: torch.dtype) -> dict[str, float]:
+        """The last evaluation again, of the weights as they are written, where that is not what was evaluated."""
+        with as_saved(saved_tensors(self.model), dtype) as changed:
+            if not self.mesh.largest(changed):
+                return {}
+            values = self.mesh.from_main(self.evaluate())
+        values = {name.replace("eval_", "eval_saved_", 1): value for name, value in values.items()}
+        self._write(values)
+        self.display.say_evaluation(f"as written in {dtype_name(dtype)}", values, prefix="eval_saved")
+        return values
 
     # --- evaluation --------------------------------------------------------------------------------------------------
 
@@ -335,7 +385,7 @@ class Trainer:
         self.progress.last_eval_step, self.progress.last_eval = self.progress.step, values
         self._track_best(values)
         self._write(values | {"epoch": self._epoch})
-        self.display.say_evaluation(self.progress.step, values)
+        self.display.say_evaluation(f"evaluation at step {self.progress.step}", values)
         if self.recipe.num_eval_generations:
             self._generate_samples()
 

@@ -4,38 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from hf_hosts import METRICS, assert_same_run, first_rows, run_native
+from hf_hosts import METRICS, assert_same_run, first_rows, launch, run_native
 from miniature import write_pairs
-from ranks import free_port
 
 REPO = Path(__file__).resolve().parents[2]
 needs_deepspeed = pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-
-
-def launch(config: str, folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with one of the repository's configurations, for two processes of this machine."""
-    settings = yaml.safe_load((REPO / "recipes" / "accelerate" / config).read_text(encoding="utf-8"))
-    adapted = folder / config
-    adapted.write_text(yaml.safe_dump({**settings, "num_processes": 2}), encoding="utf-8")
-    port = ["--main_process_port", str(free_port())]
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", adapted, *port, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "tests"), "CUDA_VISIBLE_DEVICES": ""},
-        cwd=folder,
-        text=True,
-        capture_output=True,
-        timeout=600,
-        check=False,
-    )
 
 
 @pytest.fixture(scope="module")

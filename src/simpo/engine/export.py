@@ -1,4 +1,5 @@
-"""The final model as others load it: Hugging Face safetensors, tokenizer, generation config and a model card.
+"""The final model as others load it: Hugging Face safetensors, tokenizer, generation config and a model card; and what
+writing it in a narrower number format does to it.
 
 Must not import data, train or evaluate.
 """
@@ -8,21 +9,126 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
 from simpo.engine.checkpoint import replace_folder, sync_tree
-from simpo.engine.model import plain_attention, unwrap
-from simpo.engine.sharding import on_one_process, whole_state_dict
+from simpo.engine.model import plain_attention, source_dtype, unwrap
+from simpo.engine.sharding import local_part, on_one_process, whole_state_dict
 
 if TYPE_CHECKING:
     from simpo.engine.mesh import Mesh
     from simpo.recipe import Recipe
+
+
+# --- number formats --------------------------------------------------------------------------------------------------
+
+
+def export_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the final model is written in: `save_dtype`, or that of the base model's own checkpoint."""
+    return source_dtype(recipe) if recipe.save_dtype == "auto" else getattr(torch, recipe.save_dtype)
+
+
+def saved_tensors(model: nn.Module) -> list[Tensor]:
+    """This process's part of every floating-point tensor that the final model's files hold, each storage once.
+
+    Of a PEFT model these are the trained parameters; the base is not saved.
+    """
+    if hasattr(model, "peft_config"):
+        found = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    else:
+        found = list({id(value): value for value in model.state_dict(keep_vars=True).values()}.values())
+    return [local_part(tensor.detach()) for tensor in found if tensor.is_floating_point()]
+
+
+@contextlib.contextmanager
+def as_saved(tensors: Iterable[Tensor], dtype: torch.dtype) -> Iterator[bool]:
+    """Inside, tensors have the values that `dtype` leaves of them; afterwards their own again, bit for bit.
+
+    Yields whether a value changed. What changes is kept meanwhile: as much memory as gradients take, so there should be
+    none.
+    """
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        with torch.no_grad():
+            for tensor in tensors:
+                rounded = tensor.to(dtype).to(tensor.dtype)
+                if not torch.equal(rounded, tensor):
+                    kept.append((tensor, tensor.clone()))
+                    tensor.copy_(rounded)
+        yield bool(kept)
+    finally:
+        with torch.no_grad():
+            for tensor, own in kept:
+                tensor.copy_(own)
+
+
+def overflows(tensors: Iterable[Tensor], dtype: torch.dtype) -> bool:
+    """Whether a value of this process is too large for `dtype`."""
+    largest = torch.finfo(dtype).max
+    return any(
+        bool((tensor.abs() > largest).any()) for tensor in tensors if torch.finfo(tensor.dtype).max > largest * 2
+    )
+
+
+_SAMPLE = 4096  # values of each weight: with 200 weights a share is known to 0.1%
+
+
+class WeightSample:
+    """Some values of each trained weight before training, to tell how much of the training the files will show.
+
+    Args:
+        named: (name, tensor) of trained weights, before the first step.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        self._before = {name: _sample(tensor) for name, tensor in named}
+
+    def count_moved(self, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Tensor:
+        """How many weights training moved, and of how many `dtype` shows nothing of it: [2], fp64, on the CPU.
+
+        Args:
+            named: the same tensors after training, not rounded.
+        """
+        counts = torch.zeros(2, dtype=torch.float64)
+        for name, tensor in named:
+            before = self._before.get(name)
+            if before is None or not before.numel():
+                continue
+            after = _sample(tensor)
+            moved = after != before
+            lost = moved & (after.to(dtype) == before.to(dtype))
+            counts += torch.stack([moved.sum(), lost.sum()]).double() * (tensor.numel() / before.numel())
+        return counts
+
+
+def _sample(tensor: Tensor) -> Tensor:
+    flat = local_part(tensor.detach()).reshape(-1)
+    return flat[:: max(1, flat.numel() // _SAMPLE)].float().cpu().clone()
+
+
+def describe_loss_by_rounding(counts: Tensor, dtype: torch.dtype) -> str | None:
+    """A line for people where most of what training changed does not reach the files; None elsewhere."""
+    moved, lost = counts.tolist()
+    if not moved or lost / moved < 0.5:
+        return None
+    return (
+        f"written in {dtype_name(dtype)}, {lost / moved:.1%} of the weights that training moved are as they were "
+        "before it: it moved them by less than this format tells apart; save_dtype: float32 keeps them"
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As recipes and config.json write it."""
+    return str(dtype).removeprefix("torch.")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
 
 
 def save_model(
@@ -43,7 +149,7 @@ def save_model(
         tokenizer: saved with its chat template.
         recipe: recorded in the model card.
         folder: replaced if it exists.
-        dtype: of the saved weights; usually the one the base model came in.
+        dtype: of the saved weights; see `export_dtype`.
         data: what it was trained on, for the card.
         results: evaluation metrics, for the card.
         mesh: the run's processes; the first one puts the shards together and writes.
@@ -74,7 +180,7 @@ def write_model(
     base = unwrap(model)
     with plain_attention(model), on_one_process(base), _no_bars():
         model.save_pretrained(aside, state_dict=state)
-    _record_dtype(aside / "config.json", dtype)
+    record_dtype(aside, dtype)
     tokenizer.save_pretrained(aside)
     if base.generation_config is not None:
         base.generation_config.save_pretrained(aside)
@@ -95,11 +201,12 @@ def _no_bars() -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def _record_dtype(path: Path, dtype: torch.dtype) -> None:
+def record_dtype(folder: Path, dtype: torch.dtype) -> None:
     """save_pretrained writes the dtype of the model in memory; the files hold another. Adapters have no config.json."""
+    path = folder / "config.json"
     if path.is_file():
         config = json.loads(path.read_text(encoding="utf-8"))
-        config["dtype"] = str(dtype).removeprefix("torch.")
+        config["dtype"] = dtype_name(dtype)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 

@@ -210,7 +210,7 @@ def forget_lines_after(path: Path, step: int | None) -> None:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue
-        if record["step"] <= step:
+        if record["step"] <= step and "eval_saved_loss" not in record:  # the end of a run is evaluated anew
             kept.append(line + "\n")
     aside = path.with_suffix(".jsonl.tmp")
     aside.write_text("".join(kept), encoding="utf-8")

@@ -25,7 +25,7 @@ RECIPE_FIELDS = (
     *("prompt_column", "chosen_column", "rejected_column"),
     *("chat_template", "system_prompt", "auto_insert_empty_system_msg"),
     *("pack", "share_prompt", "max_tokens_per_micro_batch", "logits_chunk_size"),
-    *("master_dtype", "attn_implementation", "trust_remote_code", "model_revision", "disable_dropout"),
+    *("master_dtype", "save_dtype", "attn_implementation", "trust_remote_code", "model_revision", "disable_dropout"),
 )
 # TrainingArguments' own that the recipe has too, in the same meaning: for its checks, the model card and resuming.
 _SHARED = (
@@ -116,6 +116,9 @@ class SimPOConfig(TrainingArguments):
     )
     logits_chunk_size: int | None = _key("logits_chunk_size")
     master_dtype: str | None = _key("master_dtype")
+    save_dtype: str | None = _other(
+        "Number format of what save_model writes: float32, bfloat16 or float16; null = that of the trained weights."
+    )
     attn_implementation: str | None = _key("attn_implementation")
     trust_remote_code: bool | None = _key("trust_remote_code")
     model_revision: str | None = _key("model_revision")

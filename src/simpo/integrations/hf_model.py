@@ -26,6 +26,7 @@ from simpo.engine.model import (
     plain_implementation,
     unwrap,
 )
+from simpo.integrations.hf_masters import narrow_partitions, reading_in_fp32
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -41,7 +42,10 @@ def load_by_name(name: str, recipe: Recipe, options: dict[str, Any]) -> PreTrain
         ValueError: no such model.
     """
     dtype = getattr(torch, recipe.master_dtype)
-    return load_pretrained(AutoModelForCausalLM, name, recipe, what="model", dtype=dtype, **options)
+    with reading_in_fp32():
+        model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", dtype=dtype, **options)
+    narrow_partitions(model)
+    return model
 
 
 def wrap_in_adapters(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Module:

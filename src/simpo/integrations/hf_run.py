@@ -21,13 +21,22 @@ from simpo.data.audit import prepare_pairs
 from simpo.data.cache import PreparedData
 from simpo.display import Display
 from simpo.engine.checkpoint import list_checkpoints
-from simpo.engine.export import write_model
+from simpo.engine.export import (
+    WeightSample,
+    as_saved,
+    describe_loss_by_rounding,
+    dtype_name,
+    export_dtype,
+    overflows,
+    write_model,
+)
 from simpo.engine.host import keep_freed_memory
 from simpo.engine.mesh import Mesh
 from simpo.engine.metrics import MetricsLog, check_trackers
-from simpo.engine.model import load_tokenizer, lora_config, pick_device, quantization_options, source_dtype
+from simpo.engine.model import load_tokenizer, lora_config, pick_device, quantization_options
 from simpo.engine.optim import set_threads
 from simpo.integrations.hf_config import RECIPE_FIELDS, SimPOConfig
+from simpo.integrations.hf_masters import held_tensors, local_masters, tie
 from simpo.integrations.hf_trainer import SimPOTrainer, join_launched_world
 from simpo.recipe import Recipe
 from simpo.recipe_losses import LOSS_KEYS
@@ -48,6 +57,7 @@ _ONLY_DEFAULT = {
     "num_eval_generations": _NATIVE_ONLY,
 }
 """Keys that this host takes at their defaults alone -> why."""
+SAVED = "eval_saved"  # in front of metrics of the weights as they are written
 
 
 def run_recipe(recipe: Recipe) -> None:
@@ -77,7 +87,7 @@ def run_recipe(recipe: Recipe) -> None:
     data = mesh.main_first(lambda: prepare_pairs(recipe, tokenizer, progress=mesh.is_main))
     if data.eval is None:
         args.eval_strategy = "no"
-    dtype = source_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
+    dtype = export_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
     directory = RunDirectory(recipe, display, mesh)
     trainer = SimPOTrainer(
         recipe.model_name_or_path,
@@ -92,10 +102,12 @@ def run_recipe(recipe: Recipe) -> None:
     trainer.remove_callback(ProgressCallback)
     mesh.on_main(lambda: directory.open(data))
     display.table("training", describe(trainer))
+    model_dir = Path(recipe.output_dir) / "model"
     with contextlib.closing(directory):
         trainer.train(resume_from_checkpoint=resume)
-    model_dir = Path(recipe.output_dir) / "model"
-    save_final_model(trainer, model_dir, dtype=dtype)
+        dtype = settle_dtype(trainer, dtype, directory.untrained)
+        written = evaluate_as_saved(trainer, dtype) if last_evaluation(trainer) else {}
+        save_final_model(trainer, model_dir, dtype=dtype, written=written)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
 
@@ -198,14 +210,41 @@ def describe(trainer: SimPOTrainer) -> dict[str, Any]:
     }
 
 
-def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype) -> None:
-    """The model as the native trainer leaves it, put together from whatever engine held it. Every process calls it."""
+def settle_dtype(trainer: SimPOTrainer, dtype: torch.dtype, untrained: WeightSample | None) -> torch.dtype:
+    """In which dtype to write; says what that costs the trained weights, or why it is not the one asked for."""
+    mesh = trainer.mesh
+    if mesh.largest(overflows(held_tensors(trainer.model), dtype)):
+        trainer.display.say(
+            f"save_dtype: a weight is too large for {dtype_name(dtype)}; the model is written in float32"
+        )
+        return torch.float32
+    if untrained is not None:
+        counts = untrained.count_moved(local_masters(trainer.model), dtype)
+        line = describe_loss_by_rounding(mesh.sum_over_all(counts.to(trainer.args.device)), dtype)
+        if line is not None:
+            trainer.display.say(line)
+    return dtype
+
+
+def evaluate_as_saved(trainer: SimPOTrainer, dtype: torch.dtype) -> dict[str, float]:
+    """The last evaluation again, of the weights as they are written, where that is not what was evaluated."""
+    with as_saved(held_tensors(trainer.model), dtype) as changed:
+        if not trainer.mesh.largest(changed):
+            return {}
+        values = trainer.evaluate(metric_key_prefix=SAVED)
+    trainer.display.say_evaluation(f"as written in {dtype_name(dtype)}", values, prefix=SAVED)
+    return {name: value for name, value in values.items() if name.startswith(SAVED)}
+
+
+def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype, written: Mapping[str, float]) -> None:
+    """The model as the native trainer leaves it, put together from whatever engine held it. Every process calls it.
+
+    Args:
+        dtype: of the files.
+        written: metrics of the weights as they are in the files, where that differs from the last evaluation.
+    """
     recipe, model = trainer.recipe, trainer.model
-    if trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled:
-        state = trainer.accelerator.get_state_dict(trainer.model_wrapped) or {}
-    else:
-        state = model.state_dict()
-    step, results = trainer.state.global_step, last_evaluation(trainer)
+    step, results = trainer.state.global_step, {**last_evaluation(trainer), **written}
     if recipe.load_best_model_at_end and trainer.state.best_global_step:
         step = trainer.state.best_global_step
     data = {
@@ -214,19 +253,15 @@ def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype)
         "data fingerprint": trainer.data.fingerprint,
         "optimizer step of these weights": f"{step} of {trainer.state.max_steps}",
     }
-
-    def write() -> None:
-        whole = {name: value.detach() for name, value in state.items()}
-        whole = {name: value.to(dtype) if value.is_floating_point() else value for name, value in whole.items()}
-        first: dict[int, str] = {}  # engines hand out tied weights once for each name; they are saved once
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            tied_to = first.setdefault(id(parameter), name)
-            if tied_to in whole and name in whole:
-                whole[name] = whole[tied_to]
-        tokenizer = trainer.processing_class
-        write_model(model, whole, tokenizer, recipe, folder, dtype=dtype, data=data, results=results)
-
-    trainer.mesh.on_main(write)
+    state: dict[str, torch.Tensor] = {}
+    for name, value in trainer.whole_weights():  # narrowed one by one, so that no whole model is there in fp32
+        if value is not None and trainer.mesh.is_main:
+            state[name] = value.detach().to(dtype) if value.is_floating_point() else value
+    tie(state, model)
+    tokenizer = trainer.processing_class
+    trainer.mesh.on_main(
+        lambda: write_model(model, state, tokenizer, recipe, folder, dtype=dtype, data=data, results=results)
+    )
 
 
 def last_evaluation(trainer: SimPOTrainer) -> dict[str, float]:
@@ -250,6 +285,7 @@ class RunDirectory(TrainerCallback):
         self.recipe, self.display, self.mesh = recipe, display, mesh
         self.folder = Path(recipe.output_dir)
         self.log: MetricsLog | None = None
+        self.untrained: WeightSample | None = None
 
     def open(self, data: PreparedData) -> None:
         """Write down what is about to run."""
@@ -264,16 +300,21 @@ class RunDirectory(TrainerCallback):
             self.log.close()
             self.log = None
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **others: Any) -> None:
+        if not self.recipe.use_peft and not state.global_step:  # a resumed run no longer has the untrained weights
+            self.untrained = WeightSample(local_masters(model))
         if self.mesh.is_main:
             self.log = MetricsLog(self.folder / "metrics.jsonl", self.recipe, resume_step=state.global_step or None)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **others: Any) -> None:
-        if self.log is None or not ("loss" in logs or "eval_loss" in logs):  # the Trainer's own summary is the last
+        known = ("loss", "eval_loss", f"{SAVED}_loss")  # the Trainer's own summary has none of them
+        if self.log is None or not any(name in logs for name in known):
             return
         self.log.write(logs, step=state.global_step)
+        if f"{SAVED}_loss" in logs:
+            return
         if "eval_loss" in logs:
-            self.display.say_evaluation(state.global_step, logs)
+            self.display.say_evaluation(f"evaluation at step {state.global_step}", logs)
         else:
             left_s = logs["step_time_s"] * (state.max_steps - state.global_step)
             self.display.log_step(state.global_step, state.max_steps, logs, left_s=left_s)

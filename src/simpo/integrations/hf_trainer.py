@@ -12,7 +12,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.display import Display
 from simpo.engine.checkpoint import Checkpoint
 from simpo.engine.costs import cost_weights
+from simpo.engine.export import overflows, record_dtype
 from simpo.engine.mesh import Mesh, MeshSizes
 from simpo.engine.metrics import PAIR_METRICS, StepTotals, means, peak_memory_gib
 from simpo.engine.model import compute_pair_logps, load_tokenizer, plain_attention, unwrap
@@ -43,6 +44,7 @@ from simpo.integrations.hf_batches import (
     prepare_datasets,
 )
 from simpo.integrations.hf_config import SimPOConfig
+from simpo.integrations.hf_masters import give_masters, take_masters, tie, whole_weights
 from simpo.integrations.hf_model import (
     check_forward,
     load_by_name,
@@ -310,7 +312,11 @@ class SimPOTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Hand everything to the engine, then check what only the engine's model can show."""
         sharded = weights_are_elsewhere(self.model)
+        masters = take_masters(self.model) if self.is_deepspeed_enabled else {}
         model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is None:
+            give_masters(masters)
+        del masters
         if sharded:
             check_forward(model, self.recipe, half=self.accelerator.mixed_precision != "no")
         facts = {f"recipe key {name}": value for name, value in self.recipe.to_dict().items()}
@@ -390,9 +396,47 @@ class SimPOTrainer(Trainer):
     # --- saving and resuming -----------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As in transformers; what is written attends as everybody's models do."""
+        """As in transformers, with the weights that the optimizer updates, wherever the engine has them.
+
+        They are written in `save_dtype`; in the dtype they are trained in where that is not set, and in checkpoints.
+        """
+        asked = None if _internal_call or self.recipe.save_dtype == "auto" else getattr(torch, self.recipe.save_dtype)
         with plain_attention(self.model):
-            super().save_model(output_dir, _internal_call=_internal_call)
+            if asked is None and not isinstance(self.deepspeed, nn.Module):
+                super().save_model(output_dir, _internal_call=_internal_call)
+                return
+            state = self._whole_state_dict(asked)
+            folder = self.args.output_dir if output_dir is None else output_dir
+            self._save(folder, state_dict=state)
+        if self.args.should_save:
+            record_dtype(Path(folder), next(iter(state.values())).dtype)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _whole_state_dict(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """The model's state dict with whole tensors, on the first process; every process calls it."""
+        state = {}
+        for name, value in self.whole_weights():
+            narrows = value is not None and dtype is not None and value.is_floating_point()
+            if narrows and overflows([value], dtype):
+                raise ValueError(
+                    f"save_dtype = {self.recipe.save_dtype}: a weight of {name} is too large; use bfloat16"
+                )
+            state[name] = value.to(dtype) if narrows else value
+        tie(state, self.model)
+        return state if self.mesh.is_main else {}
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(name, whole tensor) of all that a saved model holds, as it is trained, on the first process; None elsewhere.
+
+        Every process must run through all of it.
+        """
+        if isinstance(self.deepspeed, nn.Module):
+            yield from whole_weights(self.deepspeed, keep=self.mesh.is_main)
+        elif self.is_fsdp_enabled:
+            yield from (self.accelerator.get_state_dict(self.model_wrapped) or {}).items()
+        else:
+            yield from self.model.state_dict().items()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)
@@ -484,3 +528,9 @@ def check_launch(accelerator: Any) -> None:
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError("fsdp_version: only 2 is supported; see recipes/accelerate/fsdp2.yaml")
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 0 and accelerator.mixed_precision != "no":
+        raise ValueError(
+            "zero_stage: 0 keeps fp32 weights where nobody can read them; use zero_stage: 1, or for plain data "
+            "parallelism recipes/accelerate/multi_gpu.yaml"
+        )
