@@ -426,13 +426,13 @@ def takes_varlen(device: torch.device, mode: str, config: Any) -> bool:
 def counted_varlen() -> Iterator[list[None]]:
     """Inside, every use of the `varlen_attn` path adds an entry to the list."""
     calls: list[None] = []
-    path = simpo.core.attention._varlen_attention
+    path = simpo.core.attention.varlen_attention
 
     def counted(*args: Any, **kwargs: Any) -> Tensor:
         calls.append(None)
         return path(*args, **kwargs)
 
-    with mock.patch.object(simpo.core.attention, "_varlen_attention", counted):
+    with mock.patch.object(simpo.core.attention, "varlen_attention", counted):
         yield calls
 
 

@@ -9,9 +9,21 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention.flex_attention import flex_attention as flex_function
 
 from simpo.core import attention, matmul_attention
-from simpo.core.attention import AttentionBlocks, dense_mask, packed_attention, reference_attention
+from simpo.core import flex_attention as flex
+from simpo.core.attention import (
+    ATTENTION_PATHS,
+    AttentionBlocks,
+    attention_path,
+    dense_mask,
+    packed_attention,
+    reference_attention,
+    why_not,
+)
+from simpo.core.flex_attention import flex_attention
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=40)
 
@@ -214,16 +226,20 @@ def test_blocks_that_make_no_sense_are_refused(ranges):
         AttentionBlocks(ranges)
 
 
-# --- the CUDA path ---------------------------------------------------------------------------------------------------
+# --- the CUDA paths --------------------------------------------------------------------------------------------------
 
 
 def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1)):
     """What torch's varlen_attn computes, one sequence at a time: causal at the bottom right, left window included."""
     left, right = window_size
     assert right == 0
+    assert query.shape[2] == key.shape[2] == value.shape[2]
+    assert query.shape[2] % 8 == 0
     assert cu_seq_q.dtype == cu_seq_k.dtype == torch.int32
     assert (int(cu_seq_q[-1]), int(cu_seq_k[-1])) == (query.shape[0], key.shape[0])
     assert (max_q, max_k) == (int(cu_seq_q.diff().max()), int(cu_seq_k.diff().max()))
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     outputs = []
     for q0, q1, k0, k1 in zip(cu_seq_q, cu_seq_q[1:], cu_seq_k, cu_seq_k[1:], strict=False):
         q, k, v = query[q0:q1], key[k0:k1], value[k0:k1]
@@ -234,24 +250,23 @@ def slow_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=No
     return torch.cat(outputs)
 
 
-def slow_varlen_gqa(query, key, value, *args, scale=None, window_size=(-1, -1), enable_gqa=False):
-    groups = query.shape[1] // key.shape[1]
-    assert enable_gqa == (groups > 1)
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    return slow_varlen(query, key, value, *args, scale=scale, window_size=window_size)
+def slow_varlen_gqa(query, key, value, *args, enable_gqa=False, **options):
+    """torch 2.13's, which insists on being told that heads share keys."""
+    assert enable_gqa == (query.shape[1] != key.shape[1])
+    return slow_varlen(query, key, value, *args, **options)
 
 
 @pytest.fixture(params=[slow_varlen, slow_varlen_gqa], ids=["without enable_gqa", "with enable_gqa"])
 def fake_varlen(request, monkeypatch):
     pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param)
-    attention._varlen_options.cache_clear()
+    attention.varlen_options.cache_clear()
     yield
-    attention._varlen_options.cache_clear()
+    attention.varlen_options.cache_clear()
 
 
 def varlen_path(query, key, value, blocks, *, scale=None, sliding_window=None):
-    return attention._varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
+    return attention.varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
 
 
 @pytest.mark.usefixtures("fake_varlen")
@@ -265,11 +280,198 @@ def test_varlen_layout_equals_the_reference(window, heads):
 
 
 @pytest.mark.usefixtures("fake_varlen")
-def test_varlen_layout_without_padding_equals_the_reference():
-    blocks = AttentionBlocks(((0, 0, 0, 5), (0, 3, 5, 9)))
-    tensors = random_qkv(9, dtype=torch.float64)
+@pytest.mark.parametrize("ranges", [((0, 0, 0, 5), (0, 3, 5, 9)), ((0, 0, 0, 4), (4, 4, 4, 9))], ids=["shared", "own"])
+@pytest.mark.parametrize("padding", [0, 2])
+def test_varlen_layout_with_and_without_prefixes_and_padding_equals_the_reference(ranges, padding):
+    blocks = AttentionBlocks(ranges)
+    tensors = random_qkv(9 + padding, dtype=torch.float64)
     varlen = output_and_gradients(varlen_path, tensors, blocks)
     assert_close(varlen, output_and_gradients(reference_attention, tensors, blocks), tolerance=1e-10)
+
+
+@reproducible
+@given(block_layouts(), windows, st.integers(0, 1000))
+def test_varlen_layout_equals_the_reference_on_random_layouts(layout, window, seed):
+    blocks, num_tokens = layout
+    tensors = random_qkv(num_tokens, dtype=torch.float64, heads=(2, 1), size=8, seed=seed)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.nn.attention.varlen.varlen_attn", slow_varlen_gqa)
+        varlen = output_and_gradients(varlen_path, tensors, blocks, sliding_window=window)
+    assert_close(
+        varlen, output_and_gradients(reference_attention, tensors, blocks, sliding_window=window), tolerance=1e-10
+    )
+
+
+@pytest.mark.usefixtures("fake_varlen")
+@pytest.mark.parametrize(("size", "value_size"), [(10, 10), (24, 16), (8, 20)])
+def test_heads_that_no_kernel_takes_are_padded_without_a_trace(size, value_size):
+    query, key, _ = random_qkv(NUM_TOKENS, dtype=torch.float64, size=size)
+    value = random_qkv(NUM_TOKENS, dtype=torch.float64, size=value_size, seed=1)[2]
+    for scale in (None, 0.3):
+        varlen = output_and_gradients(varlen_path, [query, key, value], BLOCKS, scale=scale)
+        reference = output_and_gradients(reference_attention, [query, key, value], BLOCKS, scale=scale)
+        assert_close(varlen, reference, tolerance=1e-10)
+
+
+@pytest.mark.usefixtures("fake_varlen")
+def test_queries_and_unshared_keys_are_not_copied(monkeypatch):
+    seen = []
+
+    def varlen_attn(query, key, value, *args, **options):
+        seen.append([t.data_ptr() for t in (query, key, value)])
+        return query
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+    tensors = random_qkv(9, dtype=torch.float64, heads=(2, 2))
+    pointers = [t.data_ptr() for t in tensors]
+    varlen_path(*tensors, AttentionBlocks(((0, 0, 0, 4), (4, 4, 4, 9))))
+    varlen_path(*tensors, AttentionBlocks(((0, 0, 0, 5), (0, 3, 5, 9))))
+    assert seen[0] == pointers
+    assert seen[1][0] == pointers[0]
+    assert seen[1][1:] != pointers[1:]
+
+
+@pytest.fixture
+def flex_on_cpu(monkeypatch):
+    """FlexAttention written out in torch's own operations, which have a backward pass on a CPU too."""
+    module = pytest.importorskip("torch.nn.attention.flex_attention")
+    monkeypatch.setattr(module, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    monkeypatch.setattr(module, "_validate_device", lambda *tensors: None)
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("window", [None, 1, 4, 100])
+@pytest.mark.parametrize("heads", [(9, 3), (2, 2)])
+def test_flex_attention_equals_the_reference_in_values_and_gradients(softcap, window, heads):
+    tensors = random_qkv(NUM_TOKENS, dtype=torch.float64, heads=heads)
+    options = {"sliding_window": window, "softcap": softcap, "scale": 0.7}
+    flex = output_and_gradients(flex_attention, tensors, BLOCKS, **options)
+    assert_close(flex, output_and_gradients(reference_attention, tensors, BLOCKS, **options), tolerance=1e-10)
+
+
+@pytest.mark.usefixtures("flex_on_cpu")
+@pytest.mark.parametrize("window", [None, 60, 140])
+def test_flex_attention_over_several_tiles_equals_the_reference(window):
+    tensors = random_qkv(490, dtype=torch.float64, heads=(4, 2), size=4)
+    options = {"sliding_window": window, "softcap": 1.5, "scale": None}
+    flex = output_and_gradients(flex_attention, tensors, LONG, **options)
+    assert_close(flex, output_and_gradients(reference_attention, tensors, LONG, **options), tolerance=1e-10)
+
+
+@reproducible
+@given(block_layouts(), windows)
+def test_tiles_of_flex_attention_hold_what_the_dense_mask_holds(layout, window):
+    """A tile is listed if some row of it sees some column, and listed as full if every row sees every column."""
+    blocks, num_tokens = layout
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(flex, "TILE", 4)
+        mask = flex._block_mask(blocks, num_tokens, torch.device("cpu"), window)
+    dense = dense_mask(blocks, num_tokens, sliding_window=window)
+    at = torch.arange(num_tokens)
+    assert torch.equal(mask.mask_mod(None, None, at[:, None], at[None, :]), dense)
+    pad = -num_tokens % 4
+    squares = torch.nn.functional.pad(dense, (0, pad, 0, pad)).unfold(0, 4, 4).unfold(1, 4, 4).flatten(2)
+    some, every = squares.any(-1), squares.all(-1)
+
+    def listed(numbers, columns):
+        found = torch.zeros_like(some)
+        for row, (number, order) in enumerate(zip(numbers[0, 0].tolist(), columns[0, 0], strict=True)):
+            found[row, order[:number].long()] = True
+        return found
+
+    partial, full = (
+        listed(mask.kv_num_blocks, mask.kv_indices),
+        listed(mask.full_kv_num_blocks, mask.full_kv_indices),
+    )
+    assert torch.equal(partial | full, some)
+    assert not (partial & full).any()
+    assert (full <= every).all()
+    assert torch.equal(listed(mask.q_num_blocks, mask.q_indices), partial.T)
+    assert torch.equal(listed(mask.full_q_num_blocks, mask.full_q_indices), full.T)
+
+
+def test_most_inner_tiles_of_flex_attention_skip_the_mask():
+    mask = flex._block_mask(AttentionBlocks(((0, 0, 0, 1280),)), 1280, torch.device("cpu"), None)
+    assert mask.kv_num_blocks.sum() == 10  # the diagonal
+    assert mask.full_kv_num_blocks.sum() == 45
+
+
+def test_one_compiled_flex_attention_serves_rows_of_every_length(monkeypatch):
+    """Compiled with dynamo alone: a graph for the first row, and no other for rows of other lengths and blocks."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(flex_function, fullgraph=True, dynamic=True, backend=counter)
+    monkeypatch.setattr(flex, "_compiled", lambda cuda: flex.for_all_lengths(compiled))
+    for length, prefix in ((490, 100), (700, 0), (900, 60)):
+        blocks = AttentionBlocks(((0, 0, 0, 200), (0, prefix, 200, length - 5)))
+        tensors = [t.detach() for t in random_qkv(length, dtype=torch.float32)]
+        for window in (None, 64):
+            options = {"sliding_window": window, "softcap": 1.5, "scale": 0.3}
+            out = flex_attention(*tensors, blocks, **options)
+            assert torch.allclose(out, reference_attention(*tensors, blocks, **options), atol=1e-5)
+    assert counter.frame_count == 1
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """card(capability, compiler=True): tensors say that they are on such a CUDA device."""
+
+    def pretend(capability, *, compiler=True):
+        monkeypatch.setattr(attention, "_capability", lambda device: capability)
+        monkeypatch.setattr(attention, "has_compiler", lambda: compiler)
+
+    return pretend
+
+
+class OnCuda:
+    """As much of a tensor as the choice of a path looks at."""
+
+    def __init__(self, dtype: torch.dtype, size: int) -> None:
+        self.dtype, self.shape, self.device, self.is_cuda = dtype, (1, 1, 1, size), torch.device("cuda:0"), True
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "sizes", "softcap", "path"),
+    [
+        ((9, 0), BF16, (128, 128), None, "varlen"),
+        ((8, 0), FP16, (64, 64), None, "varlen"),
+        ((8, 6), BF16, (100, 100), None, "varlen"),  # padded to 104
+        ((9, 0), BF16, (192, 128), None, "varlen"),  # values padded to 192
+        ((9, 0), BF16, (512, 512), None, "blocks"),
+        ((9, 0), FP32, (128, 128), None, "blocks"),
+        ((9, 0), BF16, (256, 256), 50.0, "flex"),
+        ((9, 0), FP32, (256, 256), 50.0, "matmul"),
+        ((7, 5), FP16, (128, 128), None, "blocks"),  # T4: torch's memory-efficient attention
+        ((7, 5), BF16, (128, 128), None, "matmul"),  # for which it takes no bf16
+        ((7, 0), BF16, (256, 256), 50.0, "matmul"),
+    ],
+)
+def test_the_path_suits_the_card_the_heads_and_the_dtype(card, capability, dtype, sizes, softcap, path):
+    card(capability)
+    query, value = (OnCuda(dtype, size) for size in sizes)
+    assert attention_path(query, value, softcap=softcap, dropout=0.0) == path
+    assert attention_path(query, value, softcap=softcap, dropout=0.1) == "blocks"
+    for name in ATTENTION_PATHS:
+        possible = why_not(name, query, value, softcap=softcap, dropout=0.0) is None
+        chosen = attention_path(query, value, softcap=softcap, dropout=0.0, prefer=name)
+        assert chosen == (name if possible else path)
+
+
+def test_soft_caps_without_triton_are_computed_in_tiles(card):
+    card((9, 0), compiler=False)
+    rows = OnCuda(BF16, 256)
+    assert attention_path(rows, rows, softcap=50.0, dropout=0.0) == "matmul"
+    assert why_not("flex", rows, rows, softcap=50.0, dropout=0.0) == "it needs triton"
+
+
+@pytest.mark.parametrize("prefer", ATTENTION_PATHS)
+def test_a_path_that_cannot_is_not_taken_though_preferred(prefer):
+    tensors = random_qkv(NUM_TOKENS, dtype=torch.float64)
+    expected = reference_attention(*tensors, BLOCKS)
+    assert torch.allclose(packed_attention(*tensors, BLOCKS, prefer=prefer), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.usefixtures("fake_varlen")

@@ -374,7 +374,7 @@ def test_bf16_on_a_gpu_must_go_through_varlen_attn(monkeypatch):
     assert not parity.takes_varlen(cuda, "bf16", softcapped)
     assert not parity.takes_varlen(CPU, "bf16", plain)
     monkeypatch.setattr(simpo.core.attention, "attention_path", lambda *args, **options: "varlen")
-    monkeypatch.setattr(simpo.core.attention, "_varlen_attention", lambda query, *args, **options: query)
+    monkeypatch.setattr(simpo.core.attention, "varlen_attention", lambda query, *args, **options: query)
     tensor = torch.zeros(1, 2, 3, 4)
     with parity.counted_varlen() as calls:
         packed_attention(tensor, tensor, tensor, AttentionBlocks(((0, 0, 0, 3),)))

@@ -1,7 +1,8 @@
-"""Attention over packed rows in which responses share a prefix: a dense reference, and the paths that are fast.
+"""Attention over packed rows in which responses share a prefix: a dense reference, and the choice of a fast path.
 
-On CUDA in half precision all blocks go through one `varlen_attn`; on a CPU, and wherever scores are soft-capped,
-through `core.matmul_attention`; otherwise block by block through torch's own attention.
+On CUDA in half precision all blocks go through one `varlen_attn` (`core.varlen_attention`), with soft-capped scores
+through FlexAttention (`core.flex_attention`); on a CPU, and where those cannot be used, through products of matrices in
+tiles (`core.matmul_attention`) or block by block through torch's own attention.
 
 A packed row is a list of *blocks*. Block (prefix_start, prefix_end, start, end) says: rows start..end attend to the
 rows prefix_start..prefix_end and, causally, to themselves. A chosen sequence is a block with an empty prefix; the
@@ -17,9 +18,10 @@ Tensors in, tensors out; torch only. Registration with transformers is in `engin
 from __future__ import annotations
 
 import functools
-import inspect
+import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed as dist
@@ -27,9 +29,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from simpo.core.context import heads_to_rows, rows_to_heads
+from simpo.core.flex_attention import flex_attention, has_compiler
 from simpo.core.matmul_attention import ScoreOptions, matmul_attention
+from simpo.core.varlen_attention import MAX_HEAD_SIZE, varlen_attention, varlen_options
 
 Block = tuple[int, int, int, int]
+
+AttentionPath = Literal["varlen", "flex", "matmul", "blocks"]
+ATTENTION_PATHS: tuple[AttentionPath, ...] = get_args(AttentionPath)
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +107,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    prefer: AttentionPath | None = None,
 ) -> Tensor:
     """Shared-prefix attention over one flattened row.
 
@@ -111,6 +119,7 @@ def packed_attention(
         sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None = all.
         softcap: scores become softcap * tanh(scores / softcap) before the softmax (Gemma-2); None = off.
         dropout: probability of dropping an attention weight.
+        prefer: the path to take where it can take these tensors; None = `attention_path` chooses.
     Under autocast the tensors are cast first.
     Returns:
         [1, Hq, T, D]; zeros in rows outside every block.
@@ -121,6 +130,7 @@ def packed_attention(
     if torch.is_autocast_enabled(device):  # as torch's own attention does; rotary embedding leaves fp32 behind
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
     options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "dropout": dropout}
+    options["prefer"] = prefer
     if blocks.group is None:
         return _attend(query, key, value, blocks, **options)
     out = _attend(*rows_to_heads(query, key, value, group=blocks.group), blocks, **options)
@@ -137,11 +147,14 @@ def _attend(
     sliding_window: int | None,
     softcap: float | None,
     dropout: float,
+    prefer: AttentionPath | None,
 ) -> Tensor:
     """`packed_attention` with the whole row here, by the path that suits it."""
-    path = attention_path(query, value, softcap=softcap, dropout=dropout)
+    path = attention_path(query, value, softcap=softcap, dropout=dropout, prefer=prefer)
     if path == "varlen":
-        return _varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
+        return varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
+    if path == "flex":
+        return flex_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window, softcap=softcap)
     if path == "matmul":
         options = ScoreOptions(query.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap)
         return matmul_attention(query, key, value, blocks.ranges, options)
@@ -157,24 +170,44 @@ def _block_by_block(
     blocks: AttentionBlocks,
     **options: Any,
 ) -> Tensor:
-    """torch's own attention on each block: where there is dropout, and for fp32 on an accelerator.
+    """torch's own attention on each block: with dropout, for fp32 on an accelerator, and for very large heads.
 
     options: of `_block_attention`.
     """
+    ranges, num_tokens = blocks.ranges, query.shape[2]
+    queries = _split_rows(query, {edge for block in ranges for edge in block[2:]})
+    keys, values = (_split_rows(tensor, {edge for block in ranges for edge in block}) for tensor in (key, value))
+
+    def padding(length: int) -> Tensor:
+        return query.new_zeros(1, query.shape[1], length, value.shape[3])
+
     outputs: list[Tensor] = []
     reached = 0
-    for prefix_start, prefix_end, start, end in blocks.ranges:
+    for prefix_start, prefix_end, start, end in ranges:
         if start > reached:  # padding between blocks of different rows
-            outputs.append(torch.zeros_like(query[:, :, reached:start]))
-        block_key, block_value = key[:, :, start:end], value[:, :, start:end]
-        if prefix_end > prefix_start:
-            block_key = torch.cat([key[:, :, prefix_start:prefix_end], block_key], dim=2)
-            block_value = torch.cat([value[:, :, prefix_start:prefix_end], block_value], dim=2)
-        outputs.append(_block_attention(query[:, :, start:end], block_key, block_value, **options))
+            outputs.append(padding(start - reached))
+        seen = (prefix_start, prefix_end), (start, end)
+        outputs.append(_block_attention(queries((start, end)), keys(*seen), values(*seen), **options))
         reached = end
-    if reached < query.shape[2]:
-        outputs.append(torch.zeros_like(query[:, :, reached:]))
+    if reached < num_tokens:
+        outputs.append(padding(num_tokens - reached))
     return torch.cat(outputs, dim=2)
+
+
+def _split_rows(tensor: Tensor, edges: set[int]) -> Callable[..., Tensor]:
+    """rows((start, end), ...) -> those rows of [1, H, T, D], one range after the other, start and end being edges.
+
+    One split, whose backward is one cat; a slice's backward would fill the whole tensor, for every slice.
+    """
+    ends = sorted(edges | {0, tensor.shape[2]})
+    pieces = tensor.split([end - start for start, end in itertools.pairwise(ends)], dim=2)
+    place = {end: index for index, end in enumerate(ends)}
+
+    def rows(*ranges: tuple[int, int]) -> Tensor:
+        chosen = [piece for start, end in ranges for piece in pieces[place[start] : place[end]]]
+        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
+
+    return rows
 
 
 def _block_attention(
@@ -191,7 +224,12 @@ def _block_attention(
     num_queries, num_keys = query.shape[2], key.shape[2]
     if sliding_window is not None and sliding_window >= num_keys:
         sliding_window = None
-    grouped = query.shape[1] != key.shape[1]
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and (softcap is not None or query.is_cuda):
+        # On CUDA only flash attention takes fewer key heads, and it takes neither fp32 nor a mask: without this torch
+        # would write the scores out.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        groups = 1
     if softcap is None:
         simple = num_queries == num_keys and sliding_window is None
         mask = None if simple else _bottom_right_mask(num_queries, num_keys, sliding_window, query.device)
@@ -203,10 +241,8 @@ def _block_attention(
             dropout_p=dropout,
             is_causal=simple,
             scale=scale,
-            enable_gqa=grouped,
+            enable_gqa=groups > 1,
         )
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
     scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = softcap * torch.tanh(scores / softcap)
     mask = _bottom_right_mask(num_queries, num_keys, sliding_window, query.device)
@@ -224,106 +260,60 @@ def _bottom_right_mask(num_queries: int, num_keys: int, sliding_window: int | No
     return mask
 
 
-@functools.cache
-def _varlen_options() -> frozenset[str]:
-    """Keyword arguments that this torch's varlen_attn takes; empty when there is none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
-
-
 def attention_path(
-    query: Tensor, value: Tensor, *, softcap: float | None, dropout: float
-) -> Literal["varlen", "matmul", "blocks"]:
-    """Which path `packed_attention` takes, outside autocast, for tensors like these.
+    query: Tensor, value: Tensor, *, softcap: float | None, dropout: float, prefer: AttentionPath | None = None
+) -> AttentionPath:
+    """Which path `packed_attention` takes, outside autocast, for tensors like these: the preferred one if it can.
 
-    varlen: flash attention's kernels take CUDA, half precision, one head size of at most 256, no soft-cap, no dropout.
-    matmul: CPUs and soft-caps, without dropout. blocks: the rest.
+    varlen: one call of flash attention for all blocks. flex: soft-caps too. matmul: products of matrices, in tiles,
+    anywhere. blocks: torch's own attention, block by block, the only one with dropout.
     """
-    if dropout == 0.0 and (softcap is not None or query.device.type in ("cpu", "meta")):
-        return "matmul"
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    fits = query.is_cuda and half and query.shape[-1] == value.shape[-1] <= 256 and dropout == 0.0
-    return "varlen" if fits and "window_size" in _varlen_options() else "blocks"
+
+    def can(path: AttentionPath) -> bool:
+        return why_not(path, query, value, softcap=softcap, dropout=dropout) is None
+
+    if prefer is not None and can(prefer):
+        return prefer
+    if query.is_cuda:
+        # torch's own attention keeps its memory small except for bf16 before Ampere, and for soft-caps, which it lacks.
+        tiled = softcap is not None or (query.dtype == torch.bfloat16 and _capability(query.device) < AMPERE)
+    else:
+        tiled = softcap is not None or query.device.type in ("cpu", "meta")
+    order: tuple[AttentionPath, ...] = ("varlen", "flex", *(("matmul",) if tiled else ()), "blocks")
+    return next(path for path in order if can(path))
 
 
-def _varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: AttentionBlocks,
-    *,
-    scale: float | None,
-    sliding_window: int | None,
-) -> Tensor:
-    """All blocks in one `varlen_attn` call; the keys and values of a shared prefix are repeated for each block."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    groups = query.shape[1] // key.shape[1]
-    options: dict[str, object] = {}
-    if groups > 1:
-        if "enable_gqa" in _varlen_options():
-            options["enable_gqa"] = True
-        else:  # torch 2.11 may lack it
-            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
-    layout = _varlen_layout(blocks, query.device)
-    out = varlen_attn(
-        torch.cat([q[start:end] for start, end in layout.query_slices]),
-        torch.cat([k[start:end] for start, end in layout.key_slices]),
-        torch.cat([v[start:end] for start, end in layout.key_slices]),
-        layout.cu_seq_q,
-        layout.cu_seq_k,
-        layout.max_q,
-        layout.max_k,
-        scale=scale,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),  # right 0 = causal
-        **options,
-    )
-    return _with_padding_rows(out, blocks, query.shape[2]).transpose(0, 1)[None]
+def why_not(path: AttentionPath, query: Tensor, value: Tensor, *, softcap: float | None, dropout: float) -> str | None:
+    """What keeps a path from taking tensors like these, for people; None = nothing."""
+    if path == "blocks":
+        return None
+    if dropout > 0.0:
+        return "the model has attention dropout"
+    if path == "matmul":
+        return None
+    size = max(query.shape[-1], value.shape[-1])
+    capability = _capability(query.device)
+    if capability is None:
+        return f"it needs a CUDA GPU, not {query.device.type}"
+    if capability < AMPERE:
+        return "it needs a GPU of compute capability 8.0 or more, this one has {}.{}".format(*capability)
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it needs bf16 or fp16 compute, not {str(query.dtype).removeprefix('torch.')}"
+    if size > MAX_HEAD_SIZE:
+        return f"this model's heads of {size} are larger than {MAX_HEAD_SIZE}"
+    if path == "flex":
+        return None if has_compiler() else "it needs triton"
+    if softcap is not None:
+        return "this model soft-caps its scores"
+    return None if "window_size" in varlen_options() else "this torch has no varlen_attn with windows"
 
 
-@dataclass(frozen=True)
-class _VarlenLayout:
-    query_slices: list[tuple[int, int]]
-    key_slices: list[tuple[int, int]]
-    cu_seq_q: Tensor
-    cu_seq_k: Tensor
-    max_q: int
-    max_k: int
+AMPERE = (8, 0)
 
 
-@functools.lru_cache(maxsize=8)  # every layer of a forward pass asks for the same one
-def _varlen_layout(blocks: AttentionBlocks, device: torch.device) -> _VarlenLayout:
-    query_slices = [(start, end) for _, _, start, end in blocks.ranges]
-    key_slices: list[tuple[int, int]] = []
-    q_lengths, k_lengths = [], []
-    for prefix_start, prefix_end, start, end in blocks.ranges:
-        if prefix_end > prefix_start:
-            key_slices.append((prefix_start, prefix_end))
-        key_slices.append((start, end))
-        q_lengths.append(end - start)
-        k_lengths.append(prefix_end - prefix_start + end - start)
-
-    def cumulative(lengths: list[int]) -> Tensor:
-        return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device=device, dtype=torch.int32)
-
-    return _VarlenLayout(
-        query_slices, key_slices, cumulative(q_lengths), cumulative(k_lengths), max(q_lengths), max(k_lengths)
-    )
-
-
-def _with_padding_rows(out: Tensor, blocks: AttentionBlocks, num_tokens: int) -> Tensor:
-    """Put zeros back where padding stood; out: [sum of block lengths, H, D] -> [num_tokens, H, D]."""
-    if out.shape[0] == num_tokens:
-        return out
-    pieces, reached, taken = [], 0, 0
-    for _, _, start, end in blocks.ranges:
-        if start > reached:
-            pieces.append(out.new_zeros(start - reached, *out.shape[1:]))
-        pieces.append(out[taken : taken + end - start])
-        taken, reached = taken + end - start, end
-    pieces.append(out.new_zeros(num_tokens - reached, *out.shape[1:]))
-    return torch.cat(pieces)
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    """Of a CUDA device, None = of another kind. Where there is no card, tensors are fake: as on one of today."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)

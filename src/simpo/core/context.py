@@ -96,7 +96,7 @@ def rows_to_heads(query: Tensor, key: Tensor, value: Tensor, *, group: dist.Proc
     copies = ranks // math.gcd(key_heads, ranks)
     if copies > 1:
         key, value = key.repeat_interleave(copies, dim=1), value.repeat_interleave(copies, dim=1)
-    parts = [tensor[0].unflatten(0, (ranks, -1)) for tensor in (query, key, value)]  # [P, h, t, .]
+    parts = [tensor.squeeze(0).unflatten(0, (ranks, -1)) for tensor in (query, key, value)]  # [P, h, t, .]
     received = _AllToAll.apply(torch.cat([part.flatten(1) for part in parts], dim=1), group)
     pieces = received.split([part[0].numel() for part in parts], dim=1)
     return tuple(
@@ -106,7 +106,7 @@ def rows_to_heads(query: Tensor, key: Tensor, value: Tensor, *, group: dist.Proc
 
 def heads_to_rows(out: Tensor, *, group: dist.ProcessGroup) -> Tensor:
     """The way back: [1, H/P, P*t, D] of this rank's heads -> [1, H, t, D] of this rank's slice."""
-    parts = out[0].unflatten(1, (group.size(), -1)).transpose(0, 1)  # [P, h, t, D]
+    parts = out.squeeze(0).unflatten(1, (group.size(), -1)).transpose(0, 1)  # [P, h, t, D]
     return _AllToAll.apply(parts.contiguous(), group).flatten(0, 1)[None]
 
 

@@ -8,6 +8,7 @@ train or evaluate.
 from __future__ import annotations
 
 import contextlib
+import functools
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from simpo.core.attention import attention_path, packed_attention
+from simpo.core.attention import ATTENTION_PATHS, AttentionPath, attention_path, packed_attention
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.context import sum_over
 from simpo.core.logprobs import VocabShard, response_logps, token_logps
@@ -44,10 +45,20 @@ from simpo.engine.sharding import (
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
 
-PACKED = "simpo_packed"  # the attention implementation's name in transformers
+PACKED = "simpo_packed"  # the attention implementation's name in transformers; see also `packed_by`
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
+
+
+def packed_by(path: AttentionPath | None) -> str:
+    """The implementation's name in transformers where a path of `core.attention` is preferred; None = no preference."""
+    return PACKED if path is None else f"{PACKED}_{path}"
+
+
+def is_packed(implementation: str | None) -> bool:
+    """Whether an implementation's name in transformers is that of packed attention, whichever path it prefers."""
+    return implementation is not None and (implementation == PACKED or implementation.startswith(f"{PACKED}_"))
 
 
 @torch.compiler.disable(reason="it loops over ranges that are data")
@@ -63,6 +74,7 @@ def _packed_attention_for_transformers(
     sliding_window: int | None = None,
     softcap: float | None = None,
     packed_blocks: Any = None,
+    prefer: AttentionPath | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [B, H, T, D] -> [B, T, H, D]. B rows are taken as one flattened row."""
@@ -76,7 +88,7 @@ def _packed_attention_for_transformers(
             "attention sinks (s_aux) are not supported by packed attention; set pack and share_prompt to false"
         )
     if attention_mask is not None and sliding_window is None:
-        _check_local_mask(module, packed_blocks, int(attention_mask))
+        _check_local_mask(module, packed_blocks, attention_mask)
     batch, _, width, _ = query.shape
 
     def flatten(x: Tensor) -> Tensor:
@@ -91,8 +103,9 @@ def _packed_attention_for_transformers(
         sliding_window=sliding_window,
         softcap=softcap,
         dropout=dropout,
+        prefer=prefer,
     )
-    return out[0].transpose(0, 1).unflatten(0, (batch, width)), None
+    return out.squeeze(0).transpose(0, 1).unflatten(0, (batch, width)), None
 
 
 def _packed_mask(*, q_length: int, local_size: int | None = None, **others: Any) -> Tensor | None:
@@ -101,8 +114,16 @@ def _packed_mask(*, q_length: int, local_size: int | None = None, **others: Any)
     return None if local_size is None or local_size >= slices * q_length else torch.tensor(local_size)
 
 
-def _check_local_mask(module: nn.Module, blocks: Any, local_size: int) -> None:
+def _check_local_mask(module: nn.Module, blocks: Any, mask: Tensor) -> None:
     """Refuse a layer whose window exists in its mask alone (Llama4's chunks, Qwen2-MoE's windows): it would be lost."""
+    if mask.ndim == 2:  # the ones that `compute_token_logps` passes, handed on by a model that builds no mask
+        return
+    if mask.ndim != 0:
+        raise ValueError(
+            f"{type(module).__name__} builds an attention mask of its own, which packed attention does not read; set "
+            "pack and share_prompt to false"
+        )
+    local_size = int(mask)
     longest = max(prefix_end - prefix_start + end - start for prefix_start, prefix_end, start, end in blocks.ranges)
     if longest > local_size:
         raise ValueError(
@@ -112,9 +133,10 @@ def _check_local_mask(module: nn.Module, blocks: Any, local_size: int) -> None:
         )
 
 
-AttentionInterface.register(PACKED, _packed_attention_for_transformers)
-# Without a mask function of that name transformers would pass no mask and say nothing.
-AttentionMaskInterface.register(PACKED, _packed_mask)
+for _name, _path in {PACKED: None, **{packed_by(path): path for path in ATTENTION_PATHS}}.items():
+    AttentionInterface.register(_name, functools.partial(_packed_attention_for_transformers, prefer=_path))
+    # Without a mask function of that name transformers would pass no mask and say nothing.
+    AttentionMaskInterface.register(_name, _packed_mask)
 
 
 def plain_implementation(model: PreTrainedModel) -> str:
@@ -127,14 +149,16 @@ def describe_attention(model: nn.Module, *, half: bool) -> str:
     """For people: how this model attends to its rows, computing in bf16 (half) or fp32."""
     base = unwrap(model)
     config, weight = base.config.get_text_config(), base.get_input_embeddings().weight
-    if base.config._attn_implementation != PACKED:
-        return base.config._attn_implementation
+    implementation = base.config._attn_implementation
+    if not is_packed(implementation):
+        return implementation
     size = decoder_sizes(config)["head_dim"]
     rows = torch.empty(1, 1, 1, size, dtype=torch.bfloat16 if half else weight.dtype, device=weight.device)
     dropout = max((getattr(module, "attention_dropout", 0.0) for module in base.modules()), default=0.0)
     path = attention_path(rows, rows, softcap=getattr(config, "attn_logit_softcapping", None), dropout=dropout)
     return {
         "varlen": "varlen_attn, all blocks at once",
+        "flex": "FlexAttention, all blocks at once",
         "matmul": "products of matrices, in tiles",
         "blocks": "torch's own, block by block",
     }[path]
@@ -145,12 +169,12 @@ def plain_attention(model: nn.Module) -> Iterator[None]:
     """Inside, the model attends as transformers does: for generate() and padded batches."""
     base = unwrap(model)
     before = base.config._attn_implementation
-    if before == PACKED:
+    if is_packed(before):
         base.set_attn_implementation(plain_implementation(base))
     try:
         yield
     finally:
-        if before == PACKED:
+        if is_packed(before):
             base.set_attn_implementation(before)
 
 
@@ -306,7 +330,7 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
     """
     base = unwrap(model)
     implementation = base.config._attn_implementation
-    if batch.blocks is not None and implementation != PACKED:
+    if batch.blocks is not None and not is_packed(implementation):
         raise ValueError(
             f"packed or shared-prompt rows need attention {PACKED!r}, not {implementation!r}; load the model with "
             f"attn_implementation={PACKED!r}, or set pack: false and share_prompt: false"
@@ -319,12 +343,14 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
     if batch.blocks is not None:
         inputs["packed_blocks"] = batch.blocks
         inputs[READ_ROWS] = batch.read_rows  # blocks that do not know it pass it on, like the one before
+        # Without a mask transformers looks for packed rows in the positions, and waits for the device to tell.
+        inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
         attention = contextlib.nullcontext()
     else:
         inputs["attention_mask"] = batch.attention_mask
         attention = plain_attention(model)
     with attention, labels_in_head(model, batch, chunk_size=chunk_size):
-        return model(**inputs).logits[0]
+        return model(**inputs).logits.squeeze(0)
 
 
 def compute_response_logps(
