@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -46,13 +47,18 @@ class GradientRecorder:
             parameter.grad = None
 
 
-def run_steps(settings: Settings, steps: int = STEPS) -> dict[str, Any]:
-    """A few training steps without updates: metrics of each, whole gradients, and what evaluation says."""
+def run_steps(settings: Settings, steps: int = STEPS, *, prepare: str | None = None) -> dict[str, Any]:
+    """A few training steps without updates: metrics of each, whole gradients, and what evaluation says.
+
+    prepare: the function of this file that changes the trainer before its first step; what it returns is called after
+        the last, and gives more of the result.
+    """
     from simpo.display import Display
     from simpo.recipe import load_recipe
     from simpo.train import Trainer
 
     trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
+    report = globals()[prepare](trainer) if prepare else dict
     _fill_adapters(trainer.model)
     adapters = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
@@ -66,13 +72,53 @@ def run_steps(settings: Settings, steps: int = STEPS) -> dict[str, Any]:
         "values": values,
         "gradients": trainer.optimizer.steps,
         "adapters": adapters,
-        "evaluation": trainer.evaluate(),
+        "evaluation": trainer.evaluate() if prepare is None else None,
         "empty": sum(not indices for plan in plans for indices in plan.micro_batches),
         "parameters": sum(
             p.to_local().numel() if isinstance(p, DTensor) else p.numel() for p in trainer.model.parameters()
         ),
     }
-    return result if trainer.mesh.is_main else {"empty": result["empty"], "parameters": result["parameters"]}
+    few = {"empty": result["empty"], "parameters": result["parameters"]}
+    return (result if trainer.mesh.is_main else few) | report()
+
+
+def move_activations(trainer: Any) -> Callable[[], dict[str, Any]]:
+    """What the backward pass needs makes the journey of `activation_offload`; on a CPU anything stands for a GPU's.
+
+    Checked here: what moves is no gathered weight, and while it is away no gathered weight is kept in memory.
+    """
+    from torch.distributed.fsdp import FSDPModule
+
+    from simpo.engine import offload, sharding
+
+    moved: list[Tensor] = []
+    passes: list[offload.Offload] = []
+    copy_to_host = offload._copy_to_host
+    offload._copy_to_host = lambda tensor, side: moved.append(tensor) or copy_to_host(tensor, side)
+    forward = trainer.forward
+    # The root's are gathered until the backward pass begins.
+    blocks = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)][1:]
+    states = {id(block._get_fsdp_state()): block._get_fsdp_state() for block in blocks}
+    parts = [p for state in states.values() for group in sharding._param_groups(state) for p in group.fsdp_params]
+
+    def forward_and_move(*args: Any, **kwargs: Any) -> Any:
+        with offload.offload_activations(trainer.model, eligible=lambda t: True, min_bytes=1) as found:
+            result = forward(*args, **kwargs)
+        passes.append(found)
+        gathered = {part._unsharded_param.untyped_storage()._cdata for part in parts}
+        assert not gathered & {_local(tensor).untyped_storage()._cdata for tensor in moved}
+        moved.clear()
+        held = [part for part in parts if part._unsharded_param.untyped_storage().size() > 0]
+        assert len(held) <= len(parts) / 2, "gathered weights are kept alive"
+        return result
+
+    trainer.forward = forward_and_move
+
+    def report() -> dict[str, Any]:
+        offload._copy_to_host = copy_to_host
+        return {"out": [found.num_bytes for found in passes], "back": [found.num_bytes_back for found in passes]}
+
+    return report
 
 
 def _fill_adapters(model: torch.nn.Module) -> None:
@@ -195,8 +241,8 @@ FOUR: dict[str, tuple[str, int, Settings]] = {
 }
 
 
-def check(ranks: Ranks, settings: Settings, *, steps: int = STEPS) -> list[dict[str, Any]]:
-    found = ranks.run(run_steps, settings, steps)
+def check(ranks: Ranks, settings: Settings, *, steps: int = STEPS, prepare: str | None = None) -> list[dict[str, Any]]:
+    found = ranks.run(run_steps, settings, steps, prepare=prepare)
     pairs = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
     data = ranks.size // (settings.get("cp", 1) * settings.get("tp", 1))
     reference = reference_steps(
@@ -217,6 +263,20 @@ def test_two_processes_make_the_update_of_one(case, two_ranks: Ranks, model_fold
 def test_four_processes_make_the_update_of_one(case, four_ranks: Ranks, model_folder, step_recipe):
     shape, data, keys = FOUR[case]
     check(four_ranks, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
+
+
+SHARDED = ["fsdp2 tied", "fsdp2 checkpointed", "fsdp2 LoRA", "tp2 checkpointed", "cp2"]
+
+
+@pytest.mark.parametrize("case", SHARDED)
+def test_activations_that_are_moved_away_make_the_same_update_on_two_processes(
+    case, two_ranks: Ranks, model_folder, step_recipe
+):
+    shape, data, keys = TWO[case]
+    found = check(two_ranks, step_recipe(model_folder(**SHAPES[shape]), data, **keys), prepare="move_activations")
+    for result in found:
+        assert result["back"] == result["out"]
+        assert min(result["out"]) > 0
 
 
 @pytest.mark.parametrize("mesh", [DP, FSDP], ids=["dp2", "fsdp2"])

@@ -64,7 +64,7 @@ def test_no_weight_is_moved_nor_its_bf16_copy(monkeypatch, autocast):
     model = make_model()
     moved: list[Tensor] = []
     copy_to_host = module._copy_to_host
-    monkeypatch.setattr(module, "_copy_to_host", lambda t, streams: moved.append(t) or copy_to_host(t, streams))
+    monkeypatch.setattr(module, "_copy_to_host", lambda t, side: moved.append(t) or copy_to_host(t, side))
     gradients(model, offload_activations(model, eligible=anything, min_bytes=1), autocast=autocast)
     weights = {tuple(p.shape) for p in model.parameters()}
     assert moved
@@ -93,6 +93,63 @@ def test_a_tensor_that_several_operations_save_is_moved_once():
     assert (offload.num_tensors, offload.num_bytes) == (1, h.numel() * 4)
     total.backward()
     assert all(torch.equal(w.grad, (x * 2.0).t() @ torch.ones(100, 3)) for w in weights)
+
+
+def test_what_was_copied_out_is_copied_back_once_and_a_little_ahead_of_its_use(monkeypatch):
+    from simpo.engine import offload as module
+
+    torch.manual_seed(0)
+    model = nn.Sequential(*[Block(16) for _ in range(6)])
+    with offload_activations(model, eligible=anything, min_bytes=1) as offload:
+        out = model(torch.randn(2, 50, 16))
+    restored: list[int] = []
+    ahead: list[int] = []
+    restore, fetch = offload.restore, module.Offload._fetch
+
+    def watched(on_host):
+        restored.append(on_host.place)
+        tensor = restore(on_host)
+        ahead.append(sum(each().num_bytes for each in offload._ahead))
+        return tensor
+
+    fetched: list[int] = []
+    monkeypatch.setattr(module.Offload, "_fetch", lambda self, each: fetched.append(each.place) or fetch(self, each))
+    monkeypatch.setattr(offload, "restore", watched)
+    out.square().sum().backward()
+    assert len(restored) > offload.num_tensors == len(fetched) == len(set(fetched))  # several uses, one copy
+    assert offload.num_bytes_back == offload.num_bytes
+    assert fetched == sorted(fetched, reverse=True)
+    largest = 2 * 50 * 32 * 4
+    assert 0 < max(ahead) <= max(offload.num_bytes // 8, largest)
+    assert all(each() is None for each in offload._order)  # with the graph, both copies are gone
+
+
+def test_copies_that_came_back_are_freed_with_their_last_use():
+    model = nn.Sequential(*[Block(16) for _ in range(6)])
+    with offload_activations(model, eligible=anything, min_bytes=1) as offload:
+        x = torch.randn(2, 50, 16, requires_grad=True)
+        h, alive = x, []
+        for block in model:
+            h = block(h)
+            h.register_hook(
+                lambda grad: alive.append(
+                    sum(each() is not None and each().back is not None for each in offload._order)
+                )
+            )
+    h.square().sum().backward()
+    per_block = offload.num_tensors / 6
+    assert len(alive) == 6
+    assert max(alive) <= 2 * per_block
+
+
+def test_a_graph_that_is_kept_gives_the_same_gradients_twice_from_one_copy():
+    model = make_model()
+    with offload_activations(model, eligible=anything, min_bytes=1) as offload:
+        out = model(torch.randn(2, 50, 16)).square().sum()
+    first = torch.autograd.grad(out, list(model.parameters()), retain_graph=True)
+    second = torch.autograd.grad(out, list(model.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert offload.num_bytes_back == offload.num_bytes
 
 
 def test_a_tensor_changed_in_place_between_two_saves_is_two_tensors():

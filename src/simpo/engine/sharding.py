@@ -39,9 +39,10 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
         )
     if recipe.optim == "adamw_8bit":
         raise ValueError("optim: adamw_8bit does not know sharded weights; use adamw_bf16, or dp_shard: 1")
-    for key in ("torch_compile", "activation_offload"):
-        if getattr(recipe, key):
-            raise ValueError(f"{key}: does not know sharded weights; set it to false, or dp_shard: 1 where that fits")
+    if recipe.torch_compile:
+        raise ValueError(
+            "torch_compile: does not know sharded weights; set it to false, or dp_shard: 1 where that fits"
+        )
     if recipe.use_peft and recipe.lora_modules_to_save:
         raise ValueError("lora_modules_to_save: not possible with sharded weights; leave it out, or set dp_shard: 1")
     if sizes.cp > 1 and not (recipe.pack or recipe.share_prompt):
@@ -82,7 +83,7 @@ def gather_blocks_in(model: nn.Module, dtype: torch.dtype) -> None:
         state = block._get_fsdp_state()
         if id(state) not in left_alone:
             state._mp_policy = policy
-            for group in state._fsdp_param_groups:
+            for group in _param_groups(state):
                 group.mp_policy = policy
                 group._init_mp_dtypes()
 
@@ -97,7 +98,7 @@ def share_tied_shards(model: nn.Module) -> None:
         return
     base._get_fsdp_state()._lazy_init()  # pads; the first forward pass would do it otherwise
     states = {id(state): state for state in (m._get_fsdp_state() for m in base.modules() if isinstance(m, FSDPModule))}
-    held = [part for state in states.values() for group in state._fsdp_param_groups for part in group.fsdp_params]
+    held = [part for state in states.values() for group in _param_groups(state) for part in group.fsdp_params]
     updated = {
         id(part.sharded_param): part._sharded_param_data
         for part in held
@@ -105,6 +106,14 @@ def share_tied_shards(model: nn.Module) -> None:
     }
     for part in held:
         part._sharded_param_data = updated[id(part.sharded_param)]
+
+
+def _param_groups(state: Any) -> list[Any]:
+    """What an FSDP2 module gathers, in the groups it does so."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is None:  # torch before 2.12 has one group a module, or none
+        return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
+    return groups
 
 
 def _storage(tensor: Tensor) -> int:
