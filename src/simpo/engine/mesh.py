@@ -14,9 +14,10 @@ import data, train or evaluate.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -323,6 +324,8 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
         raise ValueError("device: cpu with several processes needs the GPUs hidden; set CUDA_VISIBLE_DEVICES= (empty)")
     if not dist.is_initialized():
         _init_process_group(world, device, timeout=timedelta(seconds=recipe.ddp_timeout))
+    if device.type == "cuda":
+        _check_own_gpu(device)
     if dist.get_world_size() != world:
         raise ValueError(f"the launcher said {world} processes, and {dist.get_world_size()} met")
     backend = str(dist.get_backend_config()) if hasattr(dist, "get_backend_config") else dist.get_backend()
@@ -333,14 +336,43 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
 
 
 def _own_gpu() -> torch.device:
+    """The GPU of this process's local rank; the only one it sees, where a launcher shows each process its own."""
     number, count = local_rank(), torch.cuda.device_count()
-    if number >= count:
+    if number >= count > 1:
         raise ValueError(
             f"process {number} of this machine has no GPU of its own: torch sees {count}; "
             f"start {count} processes a machine (torchrun --nproc-per-node {count})"
         )
-    torch.cuda.set_device(number)
-    return torch.device("cuda", number)
+    device = torch.device("cuda", number if count > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _check_own_gpu(device: torch.device) -> None:
+    """Raise ValueError, on every process, where two compute on one GPU."""
+    mine = str(getattr(torch.cuda.get_device_properties(device), "uuid", dist.get_rank()))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    for rank, gpu in enumerate(found):
+        if found.index(gpu) < rank:
+            raise ValueError(
+                f"processes {found.index(gpu)} and {rank} compute on the same GPU ({gpu}); start as many processes a "
+                "machine as it has GPUs (torchrun --nproc-per-node), or let the launcher give each process its own "
+                "(srun --gpus-per-task=1)"
+            )
+
+
+@contextlib.contextmanager
+def local_rank_of(device: torch.device) -> Iterator[None]:
+    """Inside, LOCAL_RANK is the number of this process's GPU, since transformers computes on the GPU of that number."""
+    before = os.environ.get("LOCAL_RANK")
+    if before is not None and device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
 
 
 def _init_process_group(world: int, device: torch.device, *, timeout: timedelta) -> None:

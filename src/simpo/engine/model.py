@@ -30,7 +30,7 @@ from simpo.core.logprobs import VocabShard, response_logps, token_logps
 from simpo.core.losses import PairLogps
 from simpo.engine.costs import decoder_sizes
 from simpo.engine.lean import READ_ROWS, install_lean_blocks
-from simpo.engine.mesh import Mesh, MeshSizes, check_heads, has_joined
+from simpo.engine.mesh import Mesh, MeshSizes, check_heads, has_joined, local_rank_of
 from simpo.engine.sharding import (
     check_sharded_by_block,
     drop_gathered,
@@ -446,7 +446,8 @@ def load_model(
     if mesh.sizes.is_sharded:
         check_heads(load_pretrained(AutoConfig, name, recipe, what="configuration"), mesh.sizes)
     sharding = loading_options(mesh, recipe)
-    model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", **options, **sharding)
+    with local_rank_of(device):
+        model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", **options, **sharding)
     check_sharded_by_block(model)
     if not packed and recipe.attn_implementation is None:
         model.set_attn_implementation(plain_implementation(model))
