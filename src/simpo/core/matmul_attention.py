@@ -1,5 +1,7 @@
 """Packed attention from batched matrix products, forward and backward written out: for CPUs, and for soft-caps.
 
+On a CPU the forward pass is torch's flash attention, tile by tile; its backward pass is slower than this one.
+
 Per block and per tile of its queries, with K and V the keys and values that the tile can see:
 
     S = scale Q K^T           P = softmax(S)            O = P V
@@ -26,6 +28,7 @@ from torch import Tensor
 TILE_ROWS = 128  # most queries of one tile: fewer skip more of the masked half, more make larger products
 TILE_BYTES = 4 * 2**20  # of a tile's fp32 scores: what a core's caches still hold
 TILE_BYTES_CUDA = 256 * 2**20  # few large products
+FLASH_ROWS = 256  # most queries of a call with a mask: what a mask hides is computed all the same
 
 
 @dataclass(frozen=True)
@@ -54,12 +57,13 @@ class _Tile(NamedTuple):
     num_keys: int
 
 
-def _tiles(block: tuple[int, int, int, int], query: Tensor) -> list[_Tile]:
-    """Tiles of a block, all of about the same number of queries."""
+def _tiles(block: tuple[int, int, int, int], query: Tensor, rows: int | None = None) -> list[_Tile]:
+    """Tiles of a block, all of about the same number of queries, `rows` at most; None = as many as suit products."""
     prefix_start, prefix_end, start, end = block
     prefix = prefix_end - prefix_start
-    fitting = (TILE_BYTES_CUDA if query.is_cuda else TILE_BYTES) // (4 * query.shape[1] * (prefix + end - start))
-    rows = max(32, fitting if query.is_cuda else min(TILE_ROWS, fitting))
+    if rows is None:
+        fitting = (TILE_BYTES_CUDA if query.is_cuda else TILE_BYTES) // (4 * query.shape[1] * (prefix + end - start))
+        rows = max(32, fitting if query.is_cuda else min(TILE_ROWS, fitting))
     count = -(-(end - start) // rows)
     edges = [start + (end - start) * index // count for index in range(count + 1)]
     return [_Tile(low, high, prefix + high - start) for low, high in itertools.pairwise(edges)]
@@ -70,14 +74,10 @@ class _MatmulAttention(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ranges: Any, options: ScoreOptions) -> Tensor:
         # Memory as [T, Hq, D], so that the model's next view of it, [T, Hq * D], is no copy.
         out = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
+        flash = query.is_cpu and options.softcap is None and query.shape[3] == value.shape[3]
+        attend = _flash_forward if flash else _tiled_forward
         for block in ranges:
-            keys, values = _rows_of(key, block), _rows_of(value, block)
-            wide_keys = keys.to(_precise(keys))
-            for tile in _tiles(block, query):
-                queries = _stack_queries(query, tile, key.shape[1])
-                weights, _ = _weights(queries, wide_keys, tile, options, query.shape[1])
-                mixed = torch.bmm(weights.to(values.dtype), values[:, : tile.num_keys])
-                out[tile.start : tile.end] = _unstack(mixed, query.shape[1]).transpose(0, 1)
+            attend(out, query, _rows_of(key, block), _rows_of(value, block), block, options)
         ctx.save_for_backward(query, key, value)
         ctx.ranges, ctx.options = ranges, options
         return out.transpose(0, 1)[None]
@@ -87,6 +87,33 @@ class _MatmulAttention(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad_out.device.type, enabled=False):  # a backward pass inside it would round S and dP
             return *_gradients(*ctx.saved_tensors, grad_out, ctx.ranges, ctx.options), None, None
+
+
+def _flash_forward(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block: Any, options: ScoreOptions) -> None:
+    """Fill in a block's rows of out [T, Hq, D] by torch's flash attention for CPUs, which is the fastest there."""
+    plain = keys.shape[1] == block[3] - block[2] and options.sliding_window is None  # no prefix, no window
+    for tile in [_Tile(*block[2:], keys.shape[1])] if plain else _tiles(block, query, rows=FLASH_ROWS):
+        seen = slice(tile.num_keys)
+        mask = None if plain else _hidden(tile, options.sliding_window, query.dtype)
+        mixed, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            query[:, :, tile.start : tile.end],
+            keys[None, :, seen],
+            values[None, :, seen],
+            is_causal=plain,
+            attn_mask=mask,
+            scale=options.scale,
+        )
+        out[tile.start : tile.end] = mixed[0].transpose(0, 1)
+
+
+def _tiled_forward(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block: Any, options: ScoreOptions) -> None:
+    """The same from products: for soft-caps, and on accelerators."""
+    wide_keys = keys.to(_precise(keys))
+    for tile in _tiles(block, query):
+        queries = _stack_queries(query, tile, keys.shape[0])
+        weights, _ = _weights(queries, wide_keys, tile, options, query.shape[1])
+        mixed = torch.bmm(weights.to(values.dtype), values[:, : tile.num_keys])
+        out[tile.start : tile.end] = _unstack(mixed, query.shape[1]).transpose(0, 1)
 
 
 def _gradients(
@@ -162,18 +189,28 @@ def _weights(
     if options.softcap is not None:
         tanh = torch.tanh(scores / options.softcap)
         scores = tanh * options.softcap
-    _hide(scores.view(heads, tile.end - tile.start, tile.num_keys), options.sliding_window)
+    _hide(scores.view(heads, tile.end - tile.start, tile.num_keys), tile, options.sliding_window)
     return torch.softmax(scores, dim=-1), tanh
 
 
-def _hide(scores: Tensor, sliding_window: int | None) -> None:
-    """Scores [Hq, m, n] of the last m of n positions: what lies ahead or before the window becomes -inf, in place."""
-    rows, seen = scores.shape[1:]
-    ahead = scores.new_ones(rows, rows, dtype=torch.bool).triu_(1)
-    scores[:, :, seen - rows :].masked_fill_(ahead, float("-inf"))
-    if sliding_window is not None and seen > sliding_window:
-        behind = scores.new_ones(rows, seen, dtype=torch.bool).tril_(seen - rows - sliding_window)
-        scores.masked_fill_(behind, float("-inf"))
+def _hide(scores: Tensor, tile: _Tile, sliding_window: int | None) -> None:
+    """Scores [Hq, m, n] of a tile: what lies ahead of a query or before its window becomes -inf, in place."""
+    rows = tile.end - tile.start
+    if sliding_window is not None and tile.num_keys > sliding_window:
+        scores += _hidden(tile, sliding_window, scores.dtype, scores.device)
+    else:  # all that is hidden is in the last square
+        square = _Tile(tile.start, tile.end, rows)
+        scores[:, :, tile.num_keys - rows :] += _hidden(square, None, scores.dtype, scores.device)
+
+
+def _hidden(tile: _Tile, sliding_window: int | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+    """[m, n] of the last m of n positions: 0 where a query sees a key, -inf where not."""
+    rows = tile.end - tile.start
+    mask = torch.full((rows, tile.num_keys), float("-inf"), dtype=dtype, device=device)
+    ahead = mask.triu(tile.num_keys - rows + 1)
+    if sliding_window is None:
+        return ahead
+    return ahead + mask.tril(tile.num_keys - rows - sliding_window)
 
 
 @contextlib.contextmanager
