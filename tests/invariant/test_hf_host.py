@@ -11,7 +11,10 @@ import torch
 from hf_hosts import METRICS, TOLERANCE, assert_same_run, first_rows, read_rows, run_host, run_native, settings
 from miniature import write_pairs
 
+from simpo.display import Display
 from simpo.integrations.hf import SimPOConfig, SimPOTrainer
+from simpo.recipe import load_recipe
+from simpo.train import Trainer
 
 DPO = {"loss_type": "dpo", "beta": 0.1}
 
@@ -265,3 +268,34 @@ def test_a_loss_that_is_no_number_on_one_process_stops_both(
     assert sum(f"rank {rank}: {row}" in outcomes[0]["error"] for rank in (0, 1)) == 1
     for outcome in outcomes:
         assert_untouched(outcome, tiny_model)
+
+
+@pytest.mark.parametrize("keys", [{}, {"save_dtype": "float32"}], ids=["rounded", "float32"])
+def test_a_recipes_model_is_evaluated_as_it_is_written(
+    keys: dict[str, Any], tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    """A model that comes in bf16, and steps that bf16 cannot tell apart: fp32 masters differ from what is written."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from simpo.integrations.hf_run import run_recipe
+
+    half, source = tmp_path / "half", tiny_recipe["model_name_or_path"]
+    AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(half)
+    AutoTokenizer.from_pretrained(source).save_pretrained(half)
+    small = {"learning_rate": 1e-6, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 2}
+    recipe = {**tiny_recipe, **small, "model_name_or_path": str(half), "save_strategy": "no", "device": "cpu", **keys}
+    run_recipe(load_recipe(recipe))
+    run = Path(recipe["output_dir"])
+    lines = read_rows(run / "metrics.jsonl")
+    saved = [line for line in lines if "eval_saved_loss" in line]
+    written = AutoModelForCausalLM.from_pretrained(run / "model", dtype="auto")
+    assert written.dtype == (torch.float32 if keys else torch.bfloat16)
+    assert ("| eval_saved_loss |" in (run / "model" / "README.md").read_text(encoding="utf-8")) == (not keys)
+    if keys:
+        assert saved == []
+        return
+    (line,) = saved
+    again = {**recipe, "model_name_or_path": str(run / "model"), "output_dir": str(tmp_path / "again")}
+    expected = Trainer(load_recipe(again), display=Display(quiet=True)).evaluate()
+    assert line["eval_saved_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
+    assert abs([x for x in lines if "eval_loss" in x][-1]["eval_loss"] - expected["eval_loss"]) > 1e-6

@@ -90,6 +90,40 @@ def _name(value: Any) -> str:
     )
 
 
+def train_in_bf16(settings: Settings) -> dict[str, Any]:
+    """A whole run; the live weights before and after it, whole, and its evaluations."""
+    trainer = build_trainer(settings)
+    before = whole_state(trainer)
+    result = trainer.run()
+    after = {name: value for name, value in whole_state(trainer).items() if " " not in name}
+    trainer.mesh.barrier()
+    return {"before": before, "after": after, "metrics": result.metrics, "saved": result.saved_metrics}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shards_gathered_in_bf16_keep_their_masters_and_are_evaluated_as_saved(dtype, two_ranks, settings_of, tmp_path):
+    """Steps of 1e-6, which bf16 cannot tell apart."""
+    small = {"bf16": True, "learning_rate": 1e-6, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 4}
+    keys = {**small, "save_strategy": "no", "save_dtype": dtype}
+    outcome, other = two_ranks.run(train_in_bf16, settings_of("fsdp2", TIED, name="run", **keys))
+    written = getattr(torch, dtype)
+    assert_equal_bits(
+        final_weights(tmp_path / "run"),
+        {name: value.to(written) for name, value in outcome["after"].items() if name != "lm_head.weight"},
+    )
+    moved = torch.cat([(after - outcome["before"][name]).flatten() for name, after in outcome["after"].items()])
+    assert (moved != 0).float().mean() > 0.9
+    assert moved.abs().max() < 1e-5
+    assert outcome["saved"] == other["saved"]
+    if dtype == "float32":
+        assert outcome["saved"] == {}
+        return
+    keys |= {"model_name_or_path": str(tmp_path / "run" / "model"), "bf16": False}
+    expected = build_trainer(settings_of("1 process", TIED, name="again", **keys)).evaluate()
+    assert outcome["saved"]["eval_saved_loss"] == pytest.approx(expected["eval_loss"], abs=2e-2)  # computed in bf16
+    assert outcome["saved"]["eval_saved_pairs"] == expected["eval_pairs"]
+
+
 def weights_of(settings: Settings, checkpoint: str) -> dict[str, Tensor]:
     trainer = build_trainer({**settings, "resume_from_checkpoint": checkpoint})
     return {name: value for name, value in whole_state(trainer).items() if " " not in name}
