@@ -1,7 +1,8 @@
 """The `simpo` command. Imports nothing heavy until the arguments are parsed: torch loads only where it computes.
 
 A ValueError is the user's to mend: it is printed in one line, without a traceback (SIMPO_TRACEBACK=1 shows it), and the
-command exits with 2. An interrupted run exits with 130, a run that met a loss that is no number with 1.
+command exits with 2. An interrupted run exits with 130, one that met a loss that is no number, or the end of its
+memory, with 1.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
         resolved.require("dataset_mixer", "output_dir")
         from simpo.engine.mesh import leave_world
         from simpo.integrations.launcher import launched_by_accelerate
-        from simpo.train import Interrupted, NonFiniteError, Trainer
+        from simpo.stopping import Interrupted, NonFiniteError, OutOfMemory
+        from simpo.train import Trainer
 
         try:
             if launched_by_accelerate():
@@ -79,7 +81,7 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
         except Interrupted as stopped:
             _say_once(str(stopped), color="yellow")
             raise typer.Exit(130) from None
-        except NonFiniteError as error:
+        except (NonFiniteError, OutOfMemory) as error:
             _print_error(error)
             raise typer.Exit(1) from None
         leave_world()

@@ -45,6 +45,7 @@ _MAY_CHANGE_ON_RESUME = frozenset(
         "num_threads",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
+        "max_tokens_per_micro_batch",
         "dp_replicate",
         "dp_shard",
         "cp",

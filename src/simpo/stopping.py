@@ -1,4 +1,4 @@
-"""How a run stops before its end: because it was asked to, or because a number is no number.
+"""How a run stops before its end: because it was asked to, because a number is no number, or for want of memory.
 
 Must not import data, train or evaluate.
 """
@@ -6,14 +6,21 @@ Must not import data, train or evaluate.
 from __future__ import annotations
 
 import contextlib
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 
 class NonFiniteError(RuntimeError):
     """A loss or gradient is not a number; nothing was updated. The message names the step and its rows."""
+
+
+class OutOfMemory(RuntimeError):
+    """Memory ran out where no smaller micro-batch helps. The message says where, and which keys need less."""
 
 
 class Interrupted(RuntimeError):
@@ -49,3 +56,37 @@ class StopRequest(threading.Event):
             raise KeyboardInterrupt
         self.set()
         self._say("stopping after this step; once more to stop at once without saving")
+
+
+# What torch raises for want of memory without its own class for it: cuBLAS, cuDNN, other CUDA calls, the CPU.
+_OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
+
+
+def missing_memory(error: BaseException) -> str | None:
+    """What an error says could not be allocated, for people; None where it is about something else than memory."""
+    text = str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and not any(words in text for words in _OTHER_WORDS):
+        return None
+    found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
+    return f"{found[1]} more were asked for" if found else "some allocation failed"
+
+
+@contextlib.contextmanager
+def needs_memory(what: str, *, advice: str) -> Iterator[None]:
+    """Around work that cannot be made smaller from here: want of memory becomes one line.
+
+    Args:
+        what: the work.
+        advice: which keys need less.
+    Raises:
+        OutOfMemory: instead of torch's error, which would keep everything alive that the work had in hand.
+    """
+    missing = None
+    try:
+        yield
+    except RuntimeError as error:
+        missing = missing_memory(error)
+        if missing is None:
+            raise
+    if missing is not None:
+        raise OutOfMemory(f"{what}: out of memory ({missing}); {advice}")

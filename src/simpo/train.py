@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import time
 from collections.abc import Iterator, Mapping
@@ -78,7 +79,16 @@ from simpo.objective import trained_losses
 from simpo.recipe import LOSS_OPTIONS, Recipe
 from simpo.reference import ReferenceLogps, compute_reference_logps
 from simpo.resume import best_checkpoint, check_same_run, find_checkpoint, recipe_identity, record_launch
-from simpo.stopping import Interrupted, NonFiniteError, StopRequest
+from simpo.stopping import Interrupted, NonFiniteError, OutOfMemory, StopRequest, missing_memory, needs_memory
+
+_ADVICE_OF_STEP = (
+    "gradient_checkpointing: true, use_peft: true, optim: adamw_bf16, a smaller logits_chunk_size or a lower "
+    "max_length need less"
+)
+_ADVICE_OF_OPTIMIZER = (
+    "optim: adamw_bf16 or adamw_8bit, or use_peft: true, need less. Weights may be half updated: go on from the last "
+    "checkpoint, or start anew"
+)
 
 
 @dataclass(frozen=True)
@@ -211,17 +221,7 @@ class Trainer:
     def train_step(self, plan: StepPlan) -> dict[str, float]:
         """One optimizer step over the plan's pairs; returns their means, the gradient norm and the speed."""
         started = time.perf_counter()
-        totals, losses = StepTotals(), []
-        for micro_batch in self.loader.micro_batches(plan):
-            with self.gradients.micro_batch(is_last=micro_batch.is_last):
-                with offload_activations(self.model) if self.recipe.activation_offload else contextlib.nullcontext():
-                    pair_losses, metric_sums = self.forward(micro_batch, plan)
-                # Each backward adds this micro-batch's share of the gradient of the mean over *all* pairs of the step.
-                (pair_losses.sum() * (self.gradients.scale / plan.num_pairs)).backward()
-            totals.add(metric_sums, pair_losses, num_tokens=micro_batch.num_tokens)
-            if micro_batch.indices:
-                losses.append((micro_batch.pairs.row_ids, pair_losses.detach()))
-        self.gradients.finish()
+        totals, losses = self._accumulate(plan)
         norm = gradient_norm(self.model)
         total = totals.over(self.mesh, stop=self._stop.is_set(), grad_norm=norm)  # here the host waits for the device
         if total.num_not_finite:
@@ -234,7 +234,8 @@ class Trainer:
         learning_rate = learning_rate_at(plan.step, self.total_steps, self.recipe)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        self.optimizer.step()
+        with needs_memory(f"{self._where(plan)}: updating the weights", advice=_ADVICE_OF_OPTIMIZER):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
         step_time_s = time.perf_counter() - started
@@ -250,6 +251,74 @@ class Trainer:
             "step_time_s": step_time_s,
             "pairs_per_s": plan.num_pairs / step_time_s,
         }
+
+    def _accumulate(self, plan: StepPlan) -> tuple[StepTotals, list[tuple[tuple[str, ...], Tensor]]]:
+        """The gradient of a step, its totals, and each micro-batch's losses by row.
+
+        Where memory runs out, the step begins again in smaller micro-batches, with the same pairs and the same dice.
+        """
+        dice = _DeviceDice(self.device)
+        while True:
+            missing = None
+            try:
+                return self._backward(plan)
+            except RuntimeError as error:
+                missing = missing_memory(error)
+                if missing is None:
+                    raise
+            # Out here nobody holds what the failed attempt had computed: the error did, frame by frame.
+            self.optimizer.zero_grad(set_to_none=True)
+            gc.collect()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+            plan = self._replan(plan, missing)
+            dice.restore()
+
+    def _backward(self, plan: StepPlan) -> tuple[StepTotals, list[tuple[tuple[str, ...], Tensor]]]:
+        totals, losses = StepTotals(), []
+        for micro_batch in self.loader.micro_batches(plan):
+            with self.gradients.micro_batch(is_last=micro_batch.is_last):
+                with offload_activations(self.model) if self.recipe.activation_offload else contextlib.nullcontext():
+                    pair_losses, metric_sums = self.forward(micro_batch, plan)
+                # Each backward adds this micro-batch's share of the gradient of the mean over *all* pairs of the step.
+                (pair_losses.sum() * (self.gradients.scale / plan.num_pairs)).backward()
+            totals.add(metric_sums, pair_losses, num_tokens=micro_batch.num_tokens)
+            if micro_batch.indices:
+                losses.append((micro_batch.pairs.row_ids, pair_losses.detach()))
+        self.gradients.finish()
+        return totals, losses
+
+    def _replan(self, plan: StepPlan, missing: str) -> StepPlan:
+        """The same step in micro-batches of half the tokens, which later steps keep to as well.
+
+        Raises:
+            OutOfMemory: every micro-batch holds one pair, or other processes are in the middle of theirs.
+        """
+        tokens = self.loader.store.tokens
+        largest = max(int(tokens[list(indices)].sum()) for indices in plan.micro_batches if indices)
+        longest = max(int(tokens[list(indices)].max()) for indices in plan.micro_batches if indices)
+        what = f"{self._where(plan)}: out of memory in micro-batches of up to {largest:,} tokens ({missing})"
+        if longest == largest:
+            raise OutOfMemory(f"{what}, which is one pair alone; nothing was updated. {_ADVICE_OF_STEP}")
+        limit = max(longest, largest // 2)
+        key = "a smaller per_device_train_batch_size"
+        if self.recipe.pack:
+            key = f"max_tokens_per_micro_batch: {max(limit, int(tokens.max()))}"
+        if self.mesh.sizes.world > 1:
+            raise OutOfMemory(
+                f"{what}; nothing was updated, and several processes cannot begin a step again. Set {key} and go on "
+                f"with --resume_from_checkpoint true. {_ADVICE_OF_STEP} too"
+            )
+        self.loader.limit_tokens(limit, even_below_a_pair=True)
+        self.display.say(
+            f"{what}: begun again with up to {limit:,}, which holds from here on; the update stays the same"
+            + (f". {key} starts like that" if self.recipe.pack else "")
+        )
+        return next(self.loader.plans(plan.step, plan.step + 1))
+
+    def _where(self, plan: StepPlan) -> str:
+        rank = f"rank {self.mesh.rank}, " if self.mesh.sizes.world > 1 else ""
+        return f"{rank}step {plan.step + 1}"
 
     def forward(self, micro_batch: MicroBatch, plan: StepPlan, *, split: str = "train") -> tuple[Tensor, Tensor]:
         """The trained loss of each pair [P], SFT term included, and the sums of its metrics."""
@@ -367,9 +436,10 @@ class Trainer:
         started, totals = time.perf_counter(), StepTotals()
         whole = self.eval_loader.plan_everything()
         self.model.eval()
-        for micro_batch in self.eval_loader.micro_batches(whole):
-            losses, sums = self.forward(micro_batch, whole, split="eval")
-            totals.add(sums, losses, num_tokens=micro_batch.num_tokens)
+        with needs_memory("evaluation", advice="lower per_device_eval_batch_size"):
+            for micro_batch in self.eval_loader.micro_batches(whole):
+                losses, sums = self.forward(micro_batch, whole, split="eval")
+                totals.add(sums, losses, num_tokens=micro_batch.num_tokens)
         self.model.train()
         drop_gathered(self.model)
         results = means(totals.over(self.mesh).metric_sums, whole.num_pairs)
@@ -402,7 +472,11 @@ class Trainer:
         indices = range(min(self.recipe.num_eval_generations, len(store)))
         # Sharded blocks are gathered in bf16, which fp32 activations meet only under autocast.
         sharded = self.mesh.sizes.is_sharded and bool(self.recipe.bf16)
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=sharded):
+        advice = "lower num_eval_generations or eval_generation_max_new_tokens"
+        with (
+            needs_memory("generating samples", advice=advice),
+            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=sharded),
+        ):
             responses = generate_greedy(
                 self.model,
                 self.tokenizer,
@@ -438,6 +512,7 @@ class Trainer:
             "progress": dataclasses.asdict(self.progress),
             "window": self.window.state_dict(),
             "max_tokens_per_micro_batch": self.loader.max_tokens,
+            "max_tokens_asked_for": self.recipe.max_tokens_per_micro_batch,
             **self._identity(),
         }
         self.saving = checkpoints.save_checkpoint(
@@ -474,10 +549,13 @@ class Trainer:
         if self.recipe.load_best_model_at_end and self.progress.best_step is not None:
             self._look_for_best(checkpoint)
         self.window.load_state_dict(state["window"])
-        if state["mesh"] == str(self.mesh.sizes):
-            self.loader.limit_tokens(state.get("max_tokens_per_micro_batch"))  # what is free today must not change it
+        before = state.get("max_tokens_asked_for", state["recipe"].get("max_tokens_per_micro_batch"))
+        if state["mesh"] == str(self.mesh.sizes) and self.recipe.max_tokens_per_micro_batch == before:
+            # What is free today must not change it, and what ran out of memory before would again.
+            self.loader.limit_tokens(state.get("max_tokens_per_micro_batch"), even_below_a_pair=True)
         else:
             self._fit_micro_batches()
+        if state["mesh"] != str(self.mesh.sizes):
             self.display.say(f"the checkpoint is of {state['mesh']}: the last bits of what follows differ from theirs")
         self.display.say(f"resumed from {checkpoint.folder}: step {checkpoint.step} of {self.total_steps} is done")
 
@@ -603,7 +681,8 @@ class Trainer:
         stores = {"train": self.loader.store}
         if self.eval_loader is not None:
             stores["eval"] = self.eval_loader.store
-        return compute_reference_logps(self.recipe, stores, mesh=self.mesh, fingerprint=self.data.fingerprint)
+        with needs_memory("the reference's log-probs", advice="lower per_device_eval_batch_size"):
+            return compute_reference_logps(self.recipe, stores, mesh=self.mesh, fingerprint=self.data.fingerprint)
 
     def _log_window(self, step_values: Mapping[str, float]) -> None:
         """Means over every pair and second since the last logged step."""
@@ -664,6 +743,19 @@ class Trainer:
         if self.loader.max_tokens is not None:
             text = f"up to {self.loader.max_tokens:,} tokens, {text}"
         return text if self.budget is None else f"{text}; {self.budget}"
+
+
+class _DeviceDice:
+    """The state of torch's random numbers, here and on a device, to be gone back to."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._host_state = device, torch.get_rng_state()
+        self._state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+    def restore(self) -> None:
+        torch.set_rng_state(self._host_state)
+        if self._state is not None:
+            torch.cuda.set_rng_state(self._state, self._device)
 
 
 def _rows_not_finite(losses: list[tuple[tuple[str, ...], Tensor]]) -> list[str]:

@@ -255,13 +255,15 @@ class StepLoader:
         pair = StoredPair("no pair", [0, 0], 1, [0, 1], 1)
         return MicroBatch(build_batch([pair], pack=self.pack, share_prompt=self.store.share_prompt), ())
 
-    def limit_tokens(self, max_tokens: int | None) -> None:
+    def limit_tokens(self, max_tokens: int | None, *, even_below_a_pair: bool = False) -> None:
         """From now on plan micro-batches of at most so many packed tokens; None = no limit.
 
+        Args:
+            even_below_a_pair: a step whose longest pair has more is planned with that pair's tokens as its limit.
         Raises:
             ValueError: a pair alone has more; names the longest.
         """
-        if max_tokens is not None and self.store.tokens.max() > max_tokens:
+        if not even_below_a_pair and max_tokens is not None and self.store.tokens.max() > max_tokens:
             longest = int(self.store.tokens.argmax())
             tokens = self.store.tokens[longest]
             raise ValueError(
@@ -276,12 +278,13 @@ class StepLoader:
         return pair_cost(self.store.shapes, self.weights, num_labels=self.store.response_lengths.sum(axis=1))
 
     def _plan(self, step: int, epoch: int, pairs: np.ndarray) -> StepPlan:
+        tokens = self.store.tokens[pairs]
         shares = plan_micro_batches(
-            self.store.tokens[pairs].tolist(),
+            tokens.tolist(),
             self.costs[pairs].tolist(),
             num_ranks=self.num_ranks,
             num_micro_batches=self.num_micro_batches,
-            max_tokens=self.max_tokens,
+            max_tokens=None if self.max_tokens is None else max(self.max_tokens, int(tokens.max())),
         )
         indices = pairs.tolist()
         return StepPlan(
