@@ -40,7 +40,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
+from simpo.engine.host import empty_on_host
 from simpo.engine.mesh import Mesh
+from simpo.engine.sharding import local_part
 
 STATE_FILE = "trainer_state.json"
 RNG_FILE = "rng-{rank}.pt"
@@ -119,6 +121,7 @@ def save_checkpoint(
     state: dict[str, Any],
     mesh: Mesh,
     in_background: dist.ProcessGroup | bool = False,
+    copies: HostCopies | None = None,
 ) -> CheckpointSave:
     """Write `folder/step-N` atomically; every process calls it.
 
@@ -131,6 +134,7 @@ def save_checkpoint(
         mesh: the run's processes.
         in_background: return once the tensors are copied to host memory and write them in a thread. With several
             processes, the gloo group those threads talk through.
+        copies: where the tensors are copied to then; the last save from there must be complete. None = new memory.
     Returns:
         The save; without in_background it is complete.
     Raises:
@@ -156,7 +160,8 @@ def save_checkpoint(
         error = cause
     mesh.raise_together(error)
     if in_background:
-        written = _write_in_background(tensors, aside / "tensors", None if in_background is True else in_background)
+        group = None if in_background is True else in_background
+        written = _write_in_background((copies or HostCopies()).of(tensors), aside / "tensors", group)
         return CheckpointSave(Checkpoint(final, step), aside, written, mesh=mesh)
     try:
         with _quiet_dcp():
@@ -168,14 +173,39 @@ def save_checkpoint(
     return save
 
 
-def _write_in_background(tensors: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> Future[Any]:
-    """Copy the tensors to host memory and write them in a thread; the processes' threads talk through `group`.
+class HostCopies:
+    """Where tensors wait for the disk: host memory, pinned next to a GPU, that is kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def of(self, tensors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The same state in host memory, good until the next call; what is not a tensor as it is.
+
+        All copies are under way before the first is waited for.
+        """
+        copies = {part: {name: self._copy((part, name), v) for name, v in of.items()} for part, of in tensors.items()}
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _copy(self, key: tuple[str, str], value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value, kept = value.detach(), self._kept.get(key)
+        if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
+            kept = self._kept[key] = empty_on_host(value)
+        local_part(kept).copy_(local_part(value), non_blocking=True)
+        return kept
+
+
+def _write_in_background(copies: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> Future[Any]:
+    """Write what nobody changes meanwhile in a thread; the processes' threads talk through `group`.
 
     (torch 2.13's own `dcp.async_save` cannot copy what FSDP2 shards.)
     """
     if group is None:  # see _quiet_dcp, which would end before the thread's warning
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", module=r"torch\.distributed.*")
-    copies = tree_map(lambda v: v.detach().to("cpu", copy=True) if isinstance(v, Tensor) else v, tensors)
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
     written = thread.submit(dcp.save, copies, checkpoint_id=folder, process_group=group)
     thread.shutdown(wait=False)
@@ -335,29 +365,39 @@ def _sharded_like(state: Any, live: Any) -> Any:
     return tree_map(as_live, state, live)
 
 
-_DIGEST_CHUNK = 2**20  # elements at a time, so that the check needs little memory
+_DIGEST_CHUNK = {"cpu": 2**20, "cuda": 2**24}  # elements at a time: 16 bytes each, and a few kernels a chunk
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def _digest(tensors: dict[str, Any], mesh: Mesh) -> dict[str, str]:
-    """A checksum of every bit of the whole tensors of each part: of elements, not of files; the same on every mesh."""
-    totals = {}
+    """A checksum of every bit of the whole tensors of each part: of elements, not of files; the same on every mesh.
+
+    All of it is read on the device, wherever it lies, and the sums are fetched together.
+    """
+    sums: list[tuple[str, Tensor]] = []
     for part, values in tensors.items():
-        total = 0
         for name, value in sorted(values.items()):
             if isinstance(value, Tensor) and value.numel():
                 key = int.from_bytes(hashlib.blake2b(f"{part} {name}".encode(), digest_size=8).digest(), "little") | 1
-                total += key * _tensor_digest(value.detach(), is_main=mesh.is_main)
-        totals[part] = total % 2**64
+                total = _tensor_digest(value.detach(), mesh.device, is_main=mesh.is_main)
+                if total is not None:
+                    sums.append((part, total * (key - 2**64 if key >= 2**63 else key)))
+    totals = dict.fromkeys(tensors, 0)
+    numbers = torch.stack([total for _, total in sums]).tolist() if sums else []
+    for (part, _), number in zip(sums, numbers, strict=True):
+        totals[part] += number
     everyone = mesh.gather(totals)
     return {part: f"{sum(theirs[part] for theirs in everyone) % 2**64:016x}" for part in totals}
 
 
-def _tensor_digest(tensor: Tensor, *, is_main: bool) -> int:
+def _tensor_digest(tensor: Tensor, device: torch.device, *, is_main: bool) -> Tensor | None:
     """This process's share of the sum of elements, as whole numbers, times odd weights by place, modulo 2**64.
 
     A place's weight is the product of one for each of its indices, so that shards need no more than their offsets. Odd
     weights let no changed bit pass; irregular ones no exchange of places.
+
+    Returns:
+        A scalar in int64 on `device`, which nobody has waited for; None where this process has no share.
     """
     offsets = [0] * tensor.ndim
     if isinstance(tensor, DTensor):
@@ -370,21 +410,22 @@ def _tensor_digest(tensor: Tensor, *, is_main: bool) -> int:
     else:
         counts = is_main
     if not counts or not tensor.numel():
-        return 0
+        return None
     words = tensor.contiguous().view(_WORDS[tensor.element_size()])
     if words.ndim == 0:
         words, offsets = words[None], [0]
     weights = [
-        _place_weights(torch.arange(offset, offset + size, device=words.device), dim)
+        _place_weights(torch.arange(offset, offset + size, device=device), dim)
         for dim, (offset, size) in enumerate(zip(offsets, words.shape, strict=True))
     ]
-    total, many = 0, max(1, _DIGEST_CHUNK // words[0].numel())
+    chunk = _DIGEST_CHUNK.get(device.type, _DIGEST_CHUNK["cuda"])
+    total, many = torch.zeros((), dtype=torch.int64, device=device), max(1, chunk // words[0].numel())
     for start in range(0, len(words), many):
-        sums = words[start : start + many].to(torch.int64)
+        sums = words[start : start + many].to(device, non_blocking=True).to(torch.int64)
         for of_dim in reversed(weights[1:]):
             sums = sums.mul_(of_dim).sum(dim=-1)
-        total += int((sums * weights[0][start : start + many]).sum())
-    return total % 2**64
+        total += (sums * weights[0][start : start + many]).sum()
+    return total
 
 
 def _place_weights(places: Tensor, dim: int) -> Tensor:

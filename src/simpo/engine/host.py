@@ -5,6 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's mallopt(3)
 
@@ -27,3 +33,34 @@ def keep_freed_memory() -> bool:
     if not hasattr(libc, "gnu_get_libc_version"):
         return False
     return bool(libc.mallopt(_M_MMAP_MAX, 0) and libc.mallopt(_M_TRIM_THRESHOLD, -1))
+
+
+_PAGES_OF_ITS_OWN = 2**25  # bytes from which malloc(3) shares no page between two blocks
+
+
+def empty_on_host(like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor in host memory, shaped as `like`; pinned if that is on a GPU, which then copies to and
+    from it by itself while both sides go on.
+
+    torch's own pinned memory comes in powers of two: large tensors are pinned where they lie instead. Of sharded
+    tensors only large ones are.
+
+    Args:
+        like: a tensor on any device; of a sharded one, the same shards are made.
+        dtype: None = `like`'s.
+    """
+    import torch
+
+    sharded = hasattr(like, "to_local")
+    part = like.to_local() if sharded else like
+    large = part.numel() * (dtype or like.dtype).itemsize >= _PAGES_OF_ITS_OWN
+    if part.is_cuda and not large and not sharded:
+        return torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=True)
+    host = torch.empty_like(like, dtype=dtype, device="cpu")
+    if part.is_cuda and large:
+        from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
+
+        pinned = host._local_tensor if sharded else host  # itself: to_local() may make a view that goes at once
+        pin_memory(pinned.data_ptr(), pinned.nbytes)
+        weakref.finalize(pinned, unpin_memory, pinned.data_ptr()).atexit = False  # the driver is gone by then
+    return host
