@@ -301,7 +301,8 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole_state_dict(model: nn.Module, *, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's state dict with every tensor whole; what was sharded comes in host memory, one tensor at a time.
+    """The model's state dict with every tensor whole; what was sharded or is converted comes in host memory, one
+    tensor at a time: a device that holds the model need not hold it twice.
 
     Every process must call it.
 
@@ -318,11 +319,10 @@ def whole_state_dict(model: nn.Module, *, keep: bool, dtype: torch.dtype) -> dic
                 state[name] = state[first]
             continue
         value = value.detach()
-        sharded = isinstance(value, DTensor)
-        whole = value.full_tensor() if sharded else value
+        whole = value.full_tensor() if isinstance(value, DTensor) else value
         if keep:
             whole = whole.to(dtype) if whole.is_floating_point() else whole
-            state[name] = whole.cpu() if sharded else whole
+            state[name] = whole if whole is value else whole.cpu()
     return state
 
 
