@@ -358,6 +358,9 @@ class Recipe(BaseModel):
     activation_offload: bool = _optimisation(
         False, "Keep what the backward pass needs in host memory instead of the GPU's: less GPU memory, the same "
         "numbers, more time.", "true or false; true only on CUDA")
+    optimizer_offload: bool = _optimisation(
+        False, "Keep AdamW's moments in pinned host memory, 4 bytes a weight; each piece comes to the GPU for its "
+        "update. The same numbers, more time.", "true or false; true only on CUDA with optim: adamw_bf16")
     torch_compile: bool = _optimisation(
         False, "Compile the transformer blocks with torch.compile: a slow first step, then fewer and larger kernels.",
         "true or false; true not with load_in_4bit")
@@ -366,6 +369,9 @@ class Recipe(BaseModel):
     seed: Whole = _optimisation(
         42, "Seed of shuffles, splits, dropout, adapters and stochastic rounding.", "whole, 0 <= x < 2^32",
         ge=0, lt=2**32)
+    full_determinism: bool = _optimisation(
+        False, "Use torch's deterministic algorithms alone: runs and resumed runs are equal bit for bit on CUDA too; "
+        "slower. (A CPU needs no such thing.)", "true or false")
     # -- lora
     use_peft: bool = _lora(
         False, "Train LoRA adapters instead of all weights (install simpo[peft]).", "true or false")
@@ -568,6 +574,7 @@ _NOT_IN_FINGERPRINT = frozenset(
         "preprocessing_num_workers",
         "num_threads",
         "activation_offload",
+        "optimizer_offload",
         "dp_replicate",
         "dp_shard",
         "cp",
@@ -627,6 +634,13 @@ def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[
         raise ValueError("torch_compile: blocks with 4-bit weights are not compiled here; set one of them to false")
     if recipe.activation_offload and recipe.device == "cpu":
         raise ValueError("activation_offload: with device: cpu activations are in host memory already; remove it")
+    if recipe.optimizer_offload and recipe.device == "cpu":
+        raise ValueError("optimizer_offload: with device: cpu the optimizer is in host memory already; remove it")
+    if recipe.optimizer_offload and recipe.optim != "adamw_bf16":
+        raise ValueError(
+            f"optimizer_offload: optim {recipe.optim} keeps its moments where the weights are; set optim: adamw_bf16, "
+            "or optimizer_offload: false"
+        )
     resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
     if recipe.attn_implementation is not None and (recipe.pack or recipe.share_prompt):
         notices.append(

@@ -215,7 +215,7 @@ _BY_HINT: Mapping[str, str] = {
     "timing_log_level tensorboard_log_interval tensorboard_queue_size skip_memory_metrics debug project "
     "trackio_space_id trackio_bucket_id trackio_static_space_id wandb_project wandb_entity wandb_run_group "
     "wandb_log_unique_prompts use_wandb wandb_exp_name wandb_save_dir profile log_completions",
-    _ALWAYS: "ignore_data_skip restore_callback_states_from_checkpoint full_determinism "
+    _ALWAYS: "ignore_data_skip restore_callback_states_from_checkpoint "
     "data_seed past_index mp_parameters ray_scope use_cache eval_do_concat_batches eval_use_gather_object "
     "eval_accumulation_steps batch_eval_metrics prediction_loss_only eval_delay save_on_each_node save_only_model "
     "save_safetensors enable_jit_checkpoint average_tokens_across_devices neftune_noise_alpha "

@@ -39,10 +39,12 @@ _MAY_CHANGE_ON_RESUME = frozenset(
         "preprocessing_num_workers",
         "cache_dir",
         "activation_offload",
+        "optimizer_offload",
         "async_save",
         "ddp_timeout",
         # These change the order of sums, so the last bits. (Pairs in a step have to stay: see Trainer._identity.)
         "num_threads",
+        "full_determinism",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "max_tokens_per_micro_batch",

@@ -5,7 +5,9 @@
         sum metrics over all processes; stop if anything is not finite; clip; update; log; evaluate; save
 
 Every pair of a step weighs the same, however the step is cut into micro-batches and spread over processes. A run may be
-killed at any moment: it goes on from its last checkpoint bit for bit.
+killed at any moment: it goes on from its last checkpoint, bit for bit wherever torch computes the same bits twice (on
+CPUs; on CUDA with `full_determinism`). Norm, losses and metrics of a step come to the host together, before its update;
+nothing else in it waits for the device.
 """
 
 from __future__ import annotations
@@ -70,6 +72,7 @@ from simpo.engine.optim import (
     clip_gradients,
     gradient_norm,
     learning_rate_at,
+    make_deterministic,
     seed_everything,
     set_threads,
 )
@@ -146,6 +149,8 @@ class Trainer:
             raise ValueError("output_dir: a run needs a folder to write to, for example --output_dir runs/first")
         self.recipe = recipe
         check_trackers(recipe.report_to)
+        if recipe.full_determinism:
+            make_deterministic()
         self.mesh = join_world(recipe, pick_device(recipe.device))
         self.device = self.mesh.device
         self.display = display or Display(quiet=not self.mesh.is_main)
@@ -158,6 +163,13 @@ class Trainer:
 
         if recipe.activation_offload and self.device.type == "cpu":
             raise ValueError("activation_offload: on a CPU activations are in host memory already; set it to false")
+        if recipe.optimizer_offload and self.device.type == "cpu":
+            raise ValueError("optimizer_offload: on a CPU the optimizer is in host memory already; set it to false")
+        if recipe.optimizer_offload and self.mesh.sizes.is_sharded:
+            raise ValueError(
+                "optimizer_offload: only for weights that are whole on each process; with sharded ones "
+                "fsdp_cpu_offload: true keeps the moments in host memory"
+            )
         if recipe.tf32 is not None:
             torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
         set_threads(recipe.num_threads)
@@ -184,6 +196,7 @@ class Trainer:
         self.window = PairMeter()  # pairs since the last logged step
         self.log: MetricsLog | None = None  # opened by run() on the first process
         self.saving: CheckpointSave | None = None  # written in the background
+        self._host_copies = checkpoints.HostCopies()  # from here
         self._best_of_saved: int | None = None  # the best step as of the newest checkpoint, which may still be written
         self._stop = StopRequest(self.display.say)  # this process was asked to stop
         self._stop_together = False  # one of several processes was, when the last step ended
@@ -523,6 +536,7 @@ class Trainer:
             state=state,
             mesh=self.mesh,
             in_background=self.recipe.async_save and (self.mesh.host_group or True),
+            copies=self._host_copies,
         )
         self._best_of_saved = self.progress.best_step
         saved = self.saving.checkpoint
@@ -626,7 +640,7 @@ class Trainer:
             store.response_lengths.sum(axis=1),
             device=self.device,
             share_prompt=recipe.share_prompt,
-            optim=recipe.optim,
+            optim="offloaded" if recipe.optimizer_offload else recipe.optim,
             chunk_size=recipe.logits_chunk_size,
             offloaded=recipe.activation_offload,
             cp=self.mesh.sizes.cp,

@@ -15,6 +15,7 @@ import torch
 
 from simpo.display import Display
 from simpo.engine import checkpoint as checkpoints
+from simpo.engine.mesh import MeshSizes
 from simpo.recipe import load_recipe
 from simpo.stopping import OutOfMemory, missing_memory
 from simpo.train import Trainer
@@ -173,8 +174,10 @@ def test_a_later_pair_that_is_longer_than_the_limit_gets_a_micro_batch_of_its_ow
 @pytest.mark.parametrize("keys", [{"pack": False}, {"pack": False, "share_prompt": False}], ids=["shared", "ordinary"])
 def test_padded_rows_are_split_too(keys: Settings, big_steps: Settings, tmp_path: Path) -> None:
     trainer = build(big_steps, **keys)
-    failed = hold(trainer, 700, "backward")
-    values = trainer.train_step(next(trainer.loader.plans(0, 1)))
+    plan = next(trainer.loader.plans(0, 1))
+    (micro_batch,) = trainer.loader.micro_batches(plan)
+    failed = hold(trainer, micro_batch.num_tokens * 2 // 3, "backward")
+    values = trainer.train_step(plan)
     assert failed
     assert "max_tokens" not in trainer.display.lines[-1]
     whole = build(big_steps, **keys, output_dir=str(tmp_path / "whole"))
@@ -192,6 +195,21 @@ def test_one_pair_that_is_too_much_ends_in_one_line_and_changes_nothing(big_step
     assert "\n" not in str(error.value)
     assert all(torch.equal(a, b) for a, b in zip(before, trainer.model.parameters(), strict=True))
     assert trainer.progress.step == 0
+
+
+def test_one_of_several_processes_stops_and_says_what_to_set(big_steps: Settings) -> None:
+    trainer = build(big_steps)
+    plan = next(trainer.loader.plans(0, 1))
+    size = int(trainer.loader.store.tokens[list(plan.micro_batches[0])].sum())
+    hold(trainer, size // 2 + 40, "forward")
+    trainer.mesh.sizes, trainer.mesh.rank = MeshSizes(dp_replicate=2), 1
+    wanted = (
+        rf"^rank 1, step 1: out of memory in micro-batches of up to {size:,} .*max_tokens_per_micro_batch: {size // 2}"
+    )
+    with pytest.raises(OutOfMemory, match=wanted) as error:
+        trainer.train_step(plan)
+    assert "--resume_from_checkpoint true" in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 def test_evaluation_and_samples_say_which_key_to_lower(big_steps: Settings, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from miniature import write_pairs
 from simpo.display import Display
 from simpo.integrations.hf import SimPOConfig, SimPOTrainer
 from simpo.recipe import load_recipe
+from simpo.stopping import OutOfMemory
 from simpo.train import Trainer
 
 DPO = {"loss_type": "dpo", "beta": 0.1}
@@ -57,6 +58,18 @@ def test_the_update_does_not_depend_on_how_it_is_computed(
     tiny_model: Path, pairs: Path, native: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     assert_same_run(run_host(tiny_model, pairs, tmp_path / "run", max_steps=6, **changes), native)
+
+
+def test_want_of_memory_is_one_line_that_names_the_key(
+    tiny_model: Path, pairs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def too_much(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.31 GiB.")
+
+    monkeypatch.setattr("simpo.integrations.hf_trainer.compute_pair_logps", too_much)
+    line = r"^step 1: out of memory \(2.31 GiB more were asked for\); a smaller max_tokens_per_micro_batch than 100, or"
+    with pytest.raises(OutOfMemory, match=line):
+        run_host(tiny_model, pairs, tmp_path / "run", max_tokens_per_micro_batch=100)
 
 
 def test_lora_trains_the_native_trainers_adapters(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:

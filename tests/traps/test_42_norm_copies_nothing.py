@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -12,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simpo.engine.optim import clip_gradients, gradient_norm
+from simpo.engine.optim import build_optimizer, clip_gradients, gradient_norm
+from simpo.recipe import load_recipe
 
 # Weights of one block of Llama-3-8B, and how many blocks, embeddings and norms there are.
 BLOCK = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336), (4096,)]
@@ -91,3 +93,32 @@ def test_the_accelerators_way_of_adding_is_the_norm(dtypes: list[torch.dtype], m
     total = float(sharding._sum_of_squares([first, *parts[1:]])) ** 0.5
     assert total == pytest.approx(exact, rel=1e-6)
     assert float(sharding._sum_of_squares(parts)) ** 0.5 == pytest.approx(exact, rel=1e-7)
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_bf16"])
+def test_no_optimizer_takes_temporaries_of_all_weights_at_once(optim: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's own choice on CUDA does: the roots of every second moment stand in memory together."""
+    torchs = importlib.import_module("torch.optim.optimizer")  # `torch.optim.optimizer` itself is not there
+    monkeypatch.setattr(torchs, "_get_foreach_kernels_supported_devices", lambda: ["cpu", "cuda"])
+    model = holding([torch.randn(64, 64) for _ in range(20)])
+    recipe = load_recipe({"model_name_or_path": "none", "optim": optim})
+
+    def largest_list(optimizer: torch.optim.Optimizer) -> int:
+        with ListLengths() as lists:
+            optimizer.step()
+        return lists.longest
+
+    assert largest_list(build_optimizer(model, recipe)) == 0
+    assert largest_list(torch.optim.AdamW(model.parameters())) == 20
+
+
+class ListLengths(TorchDispatchMode):
+    """The longest list of new tensors that one operation returns."""
+
+    longest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, list | tuple) and "foreach" in str(func):
+            self.longest = max(self.longest, len(out))
+        return out

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
+import os
+import subprocess
 import sys
 from types import SimpleNamespace
 
@@ -12,8 +14,11 @@ import torch
 from torch import nn
 from transformers import get_scheduler
 
+from simpo.display import Display
 from simpo.engine.adamw import AdamWBf16
-from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, warmup_steps
+from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, make_deterministic, warmup_steps
+from simpo.recipe import load_recipe
+from simpo.train import Trainer
 
 
 def make_recipe(**changes) -> SimpleNamespace:
@@ -28,6 +33,7 @@ def make_recipe(**changes) -> SimpleNamespace:
         "adam_beta2": 0.95,
         "adam_epsilon": 1e-7,
         "optim": "adamw_torch",
+        "optimizer_offload": False,
         "seed": 42,
     }
     return SimpleNamespace(**(defaults | changes))
@@ -191,3 +197,64 @@ def test_a_bitsandbytes_that_cannot_run_here_is_refused_in_one_line(monkeypatch,
     with pytest.raises(ValueError, match=rf"cannot run adamw_8bit on cpu .*{reason}.*adamw_bf16") as caught:
         build_optimizer(make_model(), make_recipe(optim="adamw_8bit"))
     assert "\n" not in str(caught.value)
+
+
+@pytest.fixture
+def without_determinism(monkeypatch):
+    """torch's switches and the environment as they were, afterwards."""
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_determinism_is_set_before_cuda_starts_or_refused(without_determinism, monkeypatch):
+    make_deterministic()
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    make_deterministic()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"  # the user's own
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    with pytest.raises(ValueError, match="full_determinism: this process uses CUDA already"):
+        make_deterministic()
+
+
+def test_a_deterministic_step_is_the_same_step_on_a_cpu(tiny_recipe, without_determinism):
+    losses = []
+    for determined in (False, True):
+        recipe = load_recipe({**tiny_recipe, "full_determinism": determined})
+        trainer = Trainer(recipe, display=Display(quiet=True))
+        losses.append([trainer.train_step(plan)["loss"] for plan in trainer.loader.plans(0, 2)])
+    assert torch.are_deterministic_algorithms_enabled()
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU, and this test to itself")
+def test_on_cuda_a_deterministic_run_resumes_to_the_same_bits(tiny_recipe, tmp_path):
+    """In processes of their own: the setting belongs before CUDA starts."""
+    code = """
+import sys, torch
+from simpo.display import Display
+from simpo.recipe import load_recipe
+from simpo.train import Trainer
+recipe, steps, out = eval(sys.argv[1]), range(int(sys.argv[2]), int(sys.argv[3])), sys.argv[4]
+trainer = Trainer(load_recipe(recipe), display=Display(quiet=True))
+for plan in trainer.loader.plans(steps.start, steps.stop):
+    trainer.train_step(plan)
+trainer.save()
+torch.save([weight.cpu() for weight in trainer.model.parameters()], out)
+"""
+    found = []
+    for name, parts in (("whole", [(0, 4)]), ("cut", [(0, 2), (2, 4)])):
+        for start, stop in parts:
+            recipe = {**tiny_recipe, "output_dir": str(tmp_path / name), "bf16": True, "full_determinism": True}
+            recipe |= {"resume_from_checkpoint": True} if start else {}
+            out = str(tmp_path / f"{name}.pt")
+            subprocess.run([sys.executable, "-c", code, repr(recipe), str(start), str(stop), out], check=True)
+        found.append(torch.load(tmp_path / f"{name}.pt"))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))

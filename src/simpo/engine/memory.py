@@ -222,10 +222,10 @@ def step_bytes(model: nn.Module, *, optim: str, chunk_size: int | None = None) -
 
     Args:
         model: its trainable parameters count; what already has a gradient does not count again.
-        optim: the recipe's optimizer.
+        optim: the recipe's optimizer; "offloaded" if its moments are in host memory.
         chunk_size: rows of logits in one chunk; None = the default of `core.logprobs`.
     """
-    per_weight = {"adamw_bf16": 4, "adamw_8bit": 2}
+    per_weight = {"adamw_bf16": 4, "adamw_8bit": 2, "offloaded": 0}
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:

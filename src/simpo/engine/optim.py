@@ -43,10 +43,11 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         "eps": recipe.adam_epsilon,
     }
     if recipe.optim == "adamw_bf16":
-        return AdamWBf16(groups, seed=recipe.seed, **options)
+        return AdamWBf16(groups, seed=recipe.seed, offload=recipe.optimizer_offload, **options)
     if recipe.optim == "adamw_8bit":
         return _adamw_8bit(trainable[0].device)(groups, **options)
-    return torch.optim.AdamW(groups, fused=recipe.optim == "adamw_torch_fused", **options)
+    # torch's choice on CUDA, all weights in one call, would hold temporaries as large as a moment of the whole model.
+    return torch.optim.AdamW(groups, fused=recipe.optim == "adamw_torch_fused", foreach=False, **options)
 
 
 def _adamw_8bit(device: torch.device) -> type[torch.optim.Optimizer]:
@@ -129,6 +130,24 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+
+
+def make_deterministic() -> None:
+    """From here on torch computes the same bits from the same numbers on CUDA too, or raises where it cannot.
+
+    Raises:
+        ValueError: CUDA has been started already without the setting that cuBLAS needs.
+    """
+    if "CUBLAS_WORKSPACE_CONFIG" not in os.environ:
+        if torch.cuda.is_initialized():
+            raise ValueError(
+                "full_determinism: this process uses CUDA already, and cuBLAS reads its settings when it starts; set "
+                "CUBLAS_WORKSPACE_CONFIG=:4096:8 in the environment"
+            )
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ.setdefault("FLASH_ATTENTION_DETERMINISTIC", "1")  # read by transformers' flash-attn
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads memory before it is written
 
 
 def set_threads(num_threads: int | None) -> None:

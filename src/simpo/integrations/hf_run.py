@@ -53,6 +53,7 @@ _ONLY_DEFAULT = {
     "fsdp_cpu_offload": _THE_LAUNCHER,
     "async_save": _NATIVE_ONLY,
     "activation_offload": _NATIVE_ONLY,
+    "optimizer_offload": _NATIVE_ONLY,
     "torch_compile": _NATIVE_ONLY,
     "num_eval_generations": _NATIVE_ONLY,
 }
@@ -164,7 +165,8 @@ def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
     same = (
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
         *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
-        *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "bf16", "ddp_timeout"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "full_determinism"),
+        *("bf16", "ddp_timeout"),
         *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
         *("eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps", "save_total_limit"),
         *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "logging_steps", "run_name"),

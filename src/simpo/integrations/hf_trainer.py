@@ -56,7 +56,7 @@ from simpo.integrations.hf_reference import References
 from simpo.objective import trained_losses
 from simpo.recipe import Recipe, load_recipe
 from simpo.resume import check_same_run, recipe_identity
-from simpo.stopping import NonFiniteError
+from simpo.stopping import NonFiniteError, needs_memory
 
 IDENTITY_FILE = "simpo.json"  # in each checkpoint: what must be equal to go on from it
 
@@ -193,9 +193,21 @@ class SimPOTrainer(Trainer):
             syncs = is_last and number == len(parts)
             self.accelerator.gradient_state._set_sync_gradients(syncs)
             waits = number < len(parts) and not self.is_deepspeed_enabled
-            with self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+            with self._needs_memory(), self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
                 total += super().training_step(model, {**inputs, "parts": [part]}, num_items_in_batch)
         return total
+
+    def _needs_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Around a micro-batch: want of memory becomes one line, unless transformers looks for a size by itself."""
+        if self.args.auto_find_batch_size:
+            return contextlib.nullcontext()
+        rank = f"rank {self.mesh.rank}, " if self.mesh.sizes.world > 1 else ""
+        limit = self.recipe.max_tokens_per_micro_batch
+        advice = f"{'a smaller' if limit else 'set'} max_tokens_per_micro_batch{f' than {limit}' if limit else ''}"
+        return needs_memory(
+            f"{rank}step {self.state.global_step + 1}",
+            advice=f"{advice}, or activation_checkpointing, needs less; then go on from the last checkpoint",
+        )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int | None:
         """Pairs of the whole step over all processes: the plan knows them, so nobody has to be asked."""
@@ -375,7 +387,7 @@ class SimPOTrainer(Trainer):
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **options: Any) -> Any:
         """The loss of one evaluation batch; there are no logits to hand on."""
-        with torch.no_grad():
+        with needs_memory("evaluation", advice="lower per_device_eval_batch_size"), torch.no_grad():
             return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
 
     def evaluation_loop(
