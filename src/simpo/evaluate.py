@@ -34,7 +34,6 @@ from simpo.data.loader import PairStore, StoredPair, evaluation_batches
 from simpo.data.sources import EVAL_NAMES, find_sources
 from simpo.engine.model import (
     PACKED,
-    check_packed_forward,
     compute_pair_logps,
     install_head,
     load_model,
@@ -43,6 +42,7 @@ from simpo.engine.model import (
     unwrap,
 )
 from simpo.engine.optim import set_threads
+from simpo.engine.probe import check_forward, probe_layout
 from simpo.generate import generate_greedy
 from simpo.recipe import Recipe, load_recipe
 from simpo.results import (
@@ -401,7 +401,7 @@ def _ready_model(model: str | Path | nn.Module, settings: Recipe) -> Iterator[tu
         if adapter and importlib.util.find_spec("peft") is None:
             raise ValueError(f"{name} is a LoRA adapter, which needs peft: pip install 'simpo[peft]'")
         plain = load_recipe(settings, {"pack": False, "share_prompt": False})
-        model = load_model(plain, device=pick_device(settings.device), name=name, trainable=False)
+        model = load_model(plain, device=pick_device(settings.device), name=name, trainable=False, check=False)
     base, was_training = unwrap(model), model.training
     implementation, head = base.config._attn_implementation, base.get_output_embeddings()
     head_class = type(head)
@@ -424,12 +424,15 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
         before = base.config._attn_implementation
         try:
             base.set_attn_implementation(PACKED)
-            check_packed_forward(model)
-            return True, ()
+            found = probe_layout(model, pack=True, share_prompt=True, bf16=bool(settings.bf16))
+            if found.is_good:
+                return True, ()
+            reason = f"packed log-probs {found}"
         except ValueError as error:
-            base.set_attn_implementation("sdpa" if before == PACKED else before)
-            notes = (f"padded rows, which are slower, since packed ones do not fit: {error}",)
-    check_packed_forward(model, pack=False, share_prompt=False)
+            reason = str(error)
+        base.set_attn_implementation("sdpa" if before == PACKED else before)
+        notes = (f"padded rows, which are slower, since packed ones do not fit: {reason}",)
+    check_forward(model, pack=False, share_prompt=False, bf16=bool(settings.bf16))
     return False, notes
 
 

@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
 from simpo.data.loader import StoredPair
-from simpo.engine.model import PACKED, check_packed_forward, compute_pair_logps, compute_token_logps, load_model
+from simpo.engine.model import PACKED, compute_pair_logps, compute_token_logps, load_model
+from simpo.engine.probe import check_forward
 from simpo.recipe import load_recipe
 
 BETA, RATIO = 2.0, 0.5
@@ -184,7 +185,7 @@ def test_a_model_still_gives_ordinary_logits_after_its_head_was_used(random_mode
 
 @pytest.mark.parametrize(("architecture", "tied"), MODELS, ids=str)
 def test_the_start_up_check_passes_on_known_architectures(random_model, architecture, tied):
-    assert check_packed_forward(random_model(architecture, tied=tied)) < 1e-5
+    assert check_forward(random_model(architecture, tied=tied)).rms < 1e-5
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -3,6 +3,7 @@ command, and what goes wrong clearly."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -199,17 +200,16 @@ def test_a_model_whose_packed_rows_do_not_fit_is_evaluated_on_padded_ones(
     import importlib
 
     module = importlib.import_module("simpo.evaluate")
-    real = module.check_packed_forward
+    real = module.probe_layout
 
-    def refuse(model, *, pack=True, share_prompt=True):
-        if pack:
-            raise ValueError("packed log-probs differ")
-        return real(model, pack=pack, share_prompt=share_prompt)
+    def disagree(model, **how):
+        found = real(model, **how)
+        return dataclasses.replace(found, rms_of_all=1.0) if how["pack"] else found
 
-    monkeypatch.setattr(module, "check_packed_forward", refuse)
+    monkeypatch.setattr(module, "probe_layout", disagree)
     found = evaluate(tiny_model, pair_files, recipe=settings)
     assert found.settings["rows"] == "padded"
-    assert any("packed log-probs differ" in note for note in found.notes)
+    assert any("packed log-probs differ from the model's ordinary ones by 1 nats" in note for note in found.notes)
     assert found.margin.value == pytest.approx(evaluation.margin.value, abs=1e-4)
 
 

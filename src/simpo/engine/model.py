@@ -1,8 +1,8 @@
 """Hugging Face models for preference training: load, attend to packed rows, read log-probs off the head.
 
-Owns: tokenizer and model loading (LoRA and QLoRA included), registration of packed attention with transformers, the
-log-prob head, and the start-up check that both agree with the model's ordinary forward pass. Must not import data,
-train or evaluate.
+Owns: tokenizer and model loading (LoRA and QLoRA included), registration of packed attention with transformers, and the
+log-prob head. That both agree with the model's ordinary forward pass is checked in `engine.probe`. Must not import
+data, train or evaluate.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
 from simpo.core.attention import ATTENTION_PATHS, AttentionPath, attention_path, packed_attention
-from simpo.core.batch import PackedPairs, build_batch
+from simpo.core.batch import PackedPairs
 from simpo.core.context import sum_over
 from simpo.core.logprobs import VocabShard, response_logps, token_logps
 from simpo.core.losses import PairLogps
@@ -421,6 +421,7 @@ def load_model(
     name: str | None = None,
     trainable: bool = True,
     mesh: Mesh | None = None,
+    check: bool = True,
 ) -> nn.Module:
     """The recipe's model on a device, ready for `compute_pair_logps`.
 
@@ -430,6 +431,7 @@ def load_model(
         name: another checkpoint to load instead (a reference model, a model to evaluate).
         trainable: False loads it frozen, in eval mode and without adapters of the recipe.
         mesh: the processes to spread it over, all of which must call this; None = whole, on this process.
+        check: compare its log-probs with its ordinary ones; False leaves that to the caller (`engine.probe`).
     Raises:
         ValueError: no such model, an adapter or quantisation that cannot be had, a mesh that the model cannot be
             spread over, or a model whose log-probs here do not agree with its ordinary forward pass.
@@ -472,12 +474,12 @@ def load_model(
     if in_half:
         gather_blocks_in(model, torch.bfloat16)  # from here on a forward pass needs autocast
     share_tied_shards(model)
-    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=in_half):
-        if packed:
-            check_packed_forward(model, tolerance=_HALF_TOLERANCE if in_half else None)
-        elif recipe.attn_implementation in (None, "sdpa", "eager"):  # flash kernels take no fp32 outside autocast
-            check_packed_forward(model, pack=False, share_prompt=False, tolerance=_HALF_TOLERANCE if in_half else None)
-    drop_gathered(model)
+    # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
+    if check and (packed or recipe.attn_implementation in (None, "sdpa", "eager") or recipe.bf16):
+        from simpo.engine.probe import check_forward  # it imports this module
+
+        check_forward(model, pack=recipe.pack, share_prompt=recipe.share_prompt, bf16=bool(recipe.bf16), mesh=mesh)
+        drop_gathered(model)
     return model
 
 
@@ -571,84 +573,3 @@ def add_adapters(model: PreTrainedModel, config: Any, *, seed: int, **options: A
         # peft 0.21 reads an attribute that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         return get_peft_model(model, config, **options)
-
-
-_HALF_TOLERANCE = 0.1  # nats; what an unknown transform after the head changes is 0.2 or more
-
-
-# --- the start-up check ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _ProbePair:
-    row_id: str
-    chosen_ids: list[int]
-    chosen_start: int
-    rejected_ids: list[int]
-    rejected_start: int
-
-
-@torch.no_grad()
-def check_packed_forward(
-    model: nn.Module, *, tolerance: float | None = None, pack: bool = True, share_prompt: bool = True
-) -> float:
-    """Compare packed log-probs with the model's ordinary logits on two short pairs.
-
-    Catches architectures that do something after their head, or attend in a way, that this package does not know.
-
-    Args:
-        tolerance: largest accepted difference in nats; None = 1e-3, or 0.1 for half-precision weights.
-        pack, share_prompt: the layout to check; both False is the ordinary padded one.
-    Returns:
-        The largest difference found, in nats.
-    Raises:
-        ValueError: the difference exceeds the tolerance.
-    """
-    base = unwrap(model)
-    device = base.get_input_embeddings().weight.device
-    pairs = _probe_pairs(base.config.get_text_config().vocab_size)
-    was_training = model.training
-    model.eval()
-    batch = build_batch(pairs, pack=pack, share_prompt=share_prompt)
-    packed = compute_token_logps(model, batch.to(device))
-    expected = torch.cat([_plain_logps(model, ids, start) for p in pairs for ids, start in _sides(p)])
-    model.train(was_training)
-    difference = float((packed - expected).abs().max())
-    half = next(model.parameters()).dtype in (torch.bfloat16, torch.float16)
-    limit = tolerance if tolerance is not None else (_HALF_TOLERANCE if half else 1e-3)
-    if not difference <= limit:
-        layout, advice = "packed", "; set pack and share_prompt to false, and if that fails too, it is not supported"
-        if batch.blocks is None:
-            layout, advice = "padded", " and is not supported"
-        raise ValueError(
-            f"{type(base).__name__}: {layout} log-probs differ from the model's ordinary ones by {difference:.2g} "
-            f"nats: this architecture does something that the log-prob head or packed attention does not know{advice}"
-        )
-    return difference
-
-
-def _probe_pairs(vocabulary: int) -> list[_ProbePair]:
-    generator = torch.Generator().manual_seed(0)
-
-    def tokens(count: int) -> list[int]:
-        return torch.randint(0, vocabulary, (count,), generator=generator).tolist()
-
-    first, second = tokens(7), tokens(3)
-    return [
-        _ProbePair("probe-0", first + tokens(5), 7, first + tokens(9), 7),
-        _ProbePair("probe-1", second + tokens(6), 3, second + tokens(2), 3),
-    ]
-
-
-def _sides(pair: _ProbePair) -> tuple[tuple[list[int], int], tuple[list[int], int]]:
-    return (pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)
-
-
-def _plain_logps(model: nn.Module, ids: list[int], start: int) -> Tensor:
-    """Log-probs of one response from ordinary logits of one unpadded sequence."""
-    base = unwrap(model)
-    device = base.get_input_embeddings().weight.device
-    with plain_attention(model):
-        logits = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, start - 1 : -1]
-    labels = torch.tensor(ids[start:], device=device)
-    return torch.log_softmax(logits.float(), dim=-1).gather(1, labels[:, None])[:, 0]

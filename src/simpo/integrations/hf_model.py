@@ -19,7 +19,6 @@ from simpo.engine.lean import install_lean_blocks
 from simpo.engine.model import (
     PACKED,
     add_adapters,
-    check_packed_forward,
     disable_dropout,
     install_head,
     load_pretrained,
@@ -108,16 +107,3 @@ def weights_are_elsewhere(model: nn.Module) -> bool:
     some = next(model.parameters())
     loads_on_one = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("1", "true")
     return hasattr(some, "ds_id") or some.is_meta or (loads_on_one and os.environ.get("ACCELERATE_USE_FSDP") == "true")
-
-
-def check_forward(model: nn.Module, recipe: Recipe, *, half: bool) -> None:
-    """Compare packed log-probs with ordinary logits on two short pairs; see `engine.model.check_packed_forward`.
-
-    Args:
-        half: the forward pass computes in half precision, whatever the weights are in.
-    """
-    tolerance = 0.1 if half else None
-    if recipe.pack or recipe.share_prompt:
-        check_packed_forward(model, tolerance=tolerance)
-    elif unwrap(model).config._attn_implementation in ("sdpa", "eager"):
-        check_packed_forward(model, tolerance=tolerance, pack=False, share_prompt=False)

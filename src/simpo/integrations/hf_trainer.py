@@ -33,7 +33,8 @@ from simpo.engine.costs import cost_weights
 from simpo.engine.export import overflows, record_dtype
 from simpo.engine.mesh import Mesh, MeshSizes
 from simpo.engine.metrics import PAIR_METRICS, StepTotals, means, peak_memory_gib
-from simpo.engine.model import compute_pair_logps, load_tokenizer, plain_attention, unwrap
+from simpo.engine.model import PACKED, compute_pair_logps, load_tokenizer, plain_attention, unwrap
+from simpo.engine.probe import check_forward
 from simpo.integrations.hf_batches import (
     EvaluationOrder,
     TrainingOrder,
@@ -45,13 +46,7 @@ from simpo.integrations.hf_batches import (
 )
 from simpo.integrations.hf_config import SimPOConfig
 from simpo.integrations.hf_masters import give_masters, take_masters, tie, whole_weights
-from simpo.integrations.hf_model import (
-    check_forward,
-    load_by_name,
-    make_ready,
-    weights_are_elsewhere,
-    wrap_in_adapters,
-)
+from simpo.integrations.hf_model import load_by_name, make_ready, weights_are_elsewhere, wrap_in_adapters
 from simpo.integrations.hf_reference import References
 from simpo.objective import trained_losses
 from simpo.recipe import Recipe, load_recipe
@@ -114,6 +109,7 @@ class SimPOTrainer(Trainer):
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         self._peft_config, self._tokenizer, self._text_as_is = peft_config, tokenizer, args.text_as_is
+        self._is_checked = False  # the model's forward pass, where it trains
         model = None if model is None else self._ready(model)
         if isinstance(train_dataset, PreparedData):
             self.data, eval_dataset = train_dataset, eval_dataset or train_dataset.eval
@@ -133,6 +129,8 @@ class SimPOTrainer(Trainer):
             **others,
         )
         check_launch(self.accelerator)
+        if self.model is not None:
+            self._check_if_here(self.model)
         self.loader: StepLoader | None = None  # of the training pairs; made when training begins
         self._total_steps = 0
         self._train_sums = StepTotals()
@@ -313,24 +311,41 @@ class SimPOTrainer(Trainer):
             model = wrap_in_adapters(model, self._peft_config, seed=self.recipe.seed)
         for line in make_ready(model, self.recipe):
             self.display.say(line)
-        if not weights_are_elsewhere(model):
-            check_forward(model, self.recipe, half=False)
+        self._check_if_here(model)
         return model
+
+    def _check_if_here(self, model: nn.Module) -> None:
+        """Check the forward pass, once, of a model that is whole on the device that trains."""
+        if (
+            self._is_checked
+            or weights_are_elsewhere(model)
+            or next(model.parameters()).device.type != self.mesh.device.type
+        ):
+            return
+        self._check_forward(model, bf16=bool(self.recipe.bf16))
+
+    def _check_forward(self, model: nn.Module, *, bf16: bool) -> None:
+        recipe, implementation = self.recipe, unwrap(model).config._attn_implementation
+        # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
+        if implementation in (PACKED, "sdpa", "eager") or recipe.bf16:
+            check_forward(model, pack=recipe.pack, share_prompt=recipe.share_prompt, bf16=bf16, mesh=self.mesh)
+        self._is_checked = True
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """The model of `model_init`, made ready."""
+        self._is_checked = False
         return self._ready(super().call_model_init(trial))
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Hand everything to the engine, then check what only the engine's model can show."""
-        sharded = weights_are_elsewhere(self.model)
         masters = take_masters(self.model) if self.is_deepspeed_enabled else {}
         model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is None:
             give_masters(masters)
         del masters
-        if sharded:
-            check_forward(model, self.recipe, half=self.accelerator.mixed_precision != "no")
+        if not self._is_checked or self.is_deepspeed_enabled or self.is_fsdp_enabled:  # these have weights of their own
+            with self.compute_loss_context_manager():
+                self._check_forward(model, bf16=False)
         facts = {f"recipe key {name}": value for name, value in self.recipe.to_dict().items()}
         facts |= {"fingerprint of the data": self.data.fingerprint, "batch plan": self.loader.fingerprint}
         self.mesh.check_agreement({**facts, "optimizer steps done": self.state.global_step})
