@@ -168,7 +168,12 @@ def launch(config: str, folder: Path, *command: str | Path) -> subprocess.Comple
     port = ["--main_process_port", str(free_port())]
     return subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", adapted, *port, *map(str, command)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO / "tests"), "CUDA_VISIBLE_DEVICES": ""},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join([str(REPO / "src"), str(REPO / "tests")]),
+            "CUDA_VISIBLE_DEVICES": "",
+        },
         cwd=folder,
         text=True,
         capture_output=True,

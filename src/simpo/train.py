@@ -44,6 +44,7 @@ from simpo.engine.export import (
     overflows,
     save_model,
     saved_tensors,
+    write_model_card,
 )
 from simpo.engine.host import keep_freed_memory
 from simpo.engine.memory import TokenBudget, fit_micro_batches
@@ -378,10 +379,7 @@ class Trainer:
             checkpoints.load_weights(best, model=self.model, mesh=self.mesh)
             results, kept_step = checkpoints.read_state(best)["progress"]["last_eval"], best.step
             self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
-        dtype, written = self._settle_export_dtype(), {}
-        if results:
-            written = self._evaluate_as_saved(dtype)
-        model_dir = self.output_dir / "model"
+        dtype, model_dir = self._settle_export_dtype(), self.output_dir / "model"
         data = {
             "training pairs": len(self.data.train),
             "held-out pairs": len(self.data.eval or ()),
@@ -395,9 +393,12 @@ class Trainer:
             model_dir,
             dtype=dtype,
             data=data,
-            results=results | written,
+            results=results,
             mesh=self.mesh,
         )
+        written = self._evaluate_as_saved(dtype) if results else {}  # once the model is safe
+        if written:
+            self.mesh.on_main(lambda: write_model_card(model_dir, self.recipe, data=data, results=results | written))
         metrics = self.output_dir / "metrics.jsonl"
         self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
         return TrainResult(

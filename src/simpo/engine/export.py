@@ -184,7 +184,7 @@ def write_model(
     tokenizer.save_pretrained(aside)
     if base.generation_config is not None:
         base.generation_config.save_pretrained(aside)
-    (aside / "README.md").write_text(build_model_card(recipe, data=data, results=results), encoding="utf-8")
+    write_model_card(aside, recipe, data=data, results=results)
     sync_tree(aside)
     replace_folder(aside, folder)
 
@@ -208,6 +208,11 @@ def record_dtype(folder: Path, dtype: torch.dtype) -> None:
         config = json.loads(path.read_text(encoding="utf-8"))
         config["dtype"] = dtype_name(dtype)
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def write_model_card(folder: Path, recipe: Recipe, *, data: Mapping[str, Any], results: Mapping[str, float]) -> None:
+    """The card of a final model, as README.md in its folder."""
+    (folder / "README.md").write_text(build_model_card(recipe, data=data, results=results), encoding="utf-8")
 
 
 def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mapping[str, float]) -> str:

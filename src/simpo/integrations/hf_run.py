@@ -29,6 +29,7 @@ from simpo.engine.export import (
     export_dtype,
     overflows,
     write_model,
+    write_model_card,
 )
 from simpo.engine.host import keep_freed_memory
 from simpo.engine.mesh import Mesh
@@ -107,8 +108,7 @@ def run_recipe(recipe: Recipe) -> None:
     with contextlib.closing(directory):
         trainer.train(resume_from_checkpoint=resume)
         dtype = settle_dtype(trainer, dtype, directory.untrained)
-        written = evaluate_as_saved(trainer, dtype) if last_evaluation(trainer) else {}
-        save_final_model(trainer, model_dir, dtype=dtype, written=written)
+        save_final_model(trainer, model_dir, dtype=dtype)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
 
@@ -238,15 +238,10 @@ def evaluate_as_saved(trainer: SimPOTrainer, dtype: torch.dtype) -> dict[str, fl
     return {name: value for name, value in values.items() if name.startswith(SAVED)}
 
 
-def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype, written: Mapping[str, float]) -> None:
-    """The model as the native trainer leaves it, put together from whatever engine held it. Every process calls it.
-
-    Args:
-        dtype: of the files.
-        written: metrics of the weights as they are in the files, where that differs from the last evaluation.
-    """
+def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype) -> None:
+    """The model as the native trainer leaves it, put together from whatever engine held it. Every process calls it."""
     recipe, model = trainer.recipe, trainer.model
-    step, results = trainer.state.global_step, {**last_evaluation(trainer), **written}
+    step, results = trainer.state.global_step, last_evaluation(trainer)
     if recipe.load_best_model_at_end and trainer.state.best_global_step:
         step = trainer.state.best_global_step
     data = {
@@ -264,6 +259,10 @@ def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype,
     trainer.mesh.on_main(
         lambda: write_model(model, state, tokenizer, recipe, folder, dtype=dtype, data=data, results=results)
     )
+    state.clear()
+    written = evaluate_as_saved(trainer, dtype) if results else {}  # once the model is safe
+    if written:
+        trainer.mesh.on_main(lambda: write_model_card(folder, recipe, data=data, results=results | written))
 
 
 def last_evaluation(trainer: SimPOTrainer) -> dict[str, float]:
