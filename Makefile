@@ -1,6 +1,6 @@
 # make demo   set everything up and align a small model, start to finish
 # make test   run the tests (with DeepSpeed, Megatron-Core and Ray, which it installs beside the rest)
-# make bench  this trainer beside TRL's, on the same pairs (about 15 minutes on two cores)
+# make bench  this trainer beside TRL's, on the same pairs (about 20 minutes on two cores)
 # make help   the rest
 
 PYTHON ?= python3

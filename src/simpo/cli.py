@@ -222,7 +222,10 @@ def bench(
         int | None, typer.Option("--pairs-per-micro-batch", min=1, help="Default: 4, and 1 for 4096/256/256.")
     ] = None,
     accumulation: Annotated[int, typer.Option("--accumulation", min=1, help="Micro-batches of a step.")] = 1,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of each process.")] = 3,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of each process.")] = 2,
+    warm_up_steps: Annotated[
+        int, typer.Option("--warm-up", min=1, help="Steps of each process before them; the first are slower.")
+    ] = 3,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Processes of each side, in alternation.")] = 2,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option("--dtype", help="bf16 (autocast on fp32 weights) or fp32.")] = "bf16",
@@ -256,6 +259,7 @@ def bench(
                 pairs_per_micro_batch=pairs_per_micro_batch,
                 accumulation=accumulation,
                 steps=steps,
+                warm_up_steps=warm_up_steps,
                 rounds=rounds,
                 device=device,
                 dtype=dtype,

@@ -26,7 +26,8 @@ def outcome(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPat
     folder = tmp_path_factory.mktemp("bench")
     cases = f"{pair_files / 'train.jsonl'},hh"
     words = ["bench", "--model", str(tiny_model), "--data", str(folder), "--cases", cases, "--output", str(folder)]
-    words += ["--peers", ",".join(PEERS), "--steps", "1", "--rounds", "1", "--dtype", "fp32", "--device", "cpu"]
+    words += ["--peers", ",".join(PEERS), "--steps", "1", "--warm-up", "2", "--rounds", "1"]
+    words += ["--dtype", "fp32", "--device", "cpu"]
     words += ["--pairs-per-micro-batch", "2", "--accumulation", "2"]
     done = CliRunner().invoke(app, words, env=ONE_THREAD | {"XDG_CACHE_HOME": str(folder / "cache")})
     assert done.exit_code == 0, done.output
@@ -46,7 +47,7 @@ def test_every_side_trained_the_same_pairs_to_the_same_losses(results: dict) -> 
         side = case["sides"][peer]
         assert side["status"] == "ok"
         assert side["beside_simpo"]["largest_loss_difference"] < 1e-4
-        assert len(side["rounds"][0]["losses"]) == 2  # the warm-up's and one more
+        assert len(side["rounds"][0]["losses"]) == 3  # two of the warm-up and one more
         assert side["rounds"][0]["losses"][0] != side["rounds"][0]["losses"][1]
 
 

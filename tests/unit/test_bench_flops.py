@@ -205,7 +205,7 @@ def test_a_large_model_is_counted_without_weights(tmp_path: Path):
         cases=[case | {"pairs_per_micro_batch": 1}],
         sides=["simpo"],
         steps=1,
-        warm_up=False,
+        warm_up_steps=0,
         accumulation=1,
         device="cpu",
         data=None,

@@ -44,18 +44,18 @@ def work(executed: int, computed: int, unpadded: int) -> dict:
 
 @pytest.fixture
 def results() -> dict:
-    """Two rounds of two timed steps, four pairs each; a case that was skipped; a side that failed."""
+    """Two rounds of two timed steps after two, four pairs each; a case that was skipped; a side that failed."""
 
     def side(status: str, reason: str | None, done: dict, rounds: list[dict]) -> dict:
         return {"status": status, "reason": reason, "work": done, "rounds": rounds}
 
     ours = [
-        {"round": 0, **worker_result([9.0, 1.0, 2.0], [1.5, 1.4, 1.3], peak=4.0)},
-        {"round": 1, **worker_result([9.0, 1.0, 1.0], [1.5, 1.4, 1.3], peak=5.0)},
+        {"round": 0, **worker_result([9.0, 3.0, 1.0, 2.0], [1.5, 1.5, 1.4, 1.3], peak=4.0)},
+        {"round": 1, **worker_result([8.0, 3.0, 1.0, 1.0], [1.5, 1.5, 1.4, 1.3], peak=5.0)},
     ]
     theirs = [
-        {"round": 0, **worker_result([30.0, 2.0, 6.0], [1.5, 1.4, 1.31], peak=10.0, loaded=2.0)},
-        {"round": 1, **worker_result([30.0, 4.0, 4.0], [1.52, 1.4, 1.3], peak=9.0, loaded=2.0)},
+        {"round": 0, **worker_result([30.0, 9.0, 2.0, 6.0], [1.5, 1.5, 1.4, 1.31], peak=10.0, loaded=2.0)},
+        {"round": 1, **worker_result([30.0, 9.0, 4.0, 4.0], [1.52, 1.5, 1.4, 1.3], peak=9.0, loaded=2.0)},
     ]
     case = {
         "name": "chat",
@@ -88,6 +88,7 @@ def results() -> dict:
             "accumulation": 1,
             "flops_only": False,
             "rounds": 2,
+            "warm_up_steps": 2,
             "timed_steps": 2,
             "threads": 2,
             "peak_tflops": None,
@@ -110,6 +111,7 @@ def shown(results: dict) -> str:
 def test_a_side_is_summarised_over_all_timed_steps_of_all_rounds(results):
     summary = results["cases"][0]["sides"]["simpo"]["summary"]
     assert summary["step_time_s"] == {"median": 1.0, "min": 1.0, "max": 2.0}
+    assert summary["first_step_s"] == 8.5
     assert summary["pairs_per_s"] == pytest.approx(4 * 4 / 5.0)  # four steps of four pairs; the warm-up is left out
     assert (summary["peak_gib"], summary["loaded_gib"]) == (5.0, 1.0)
     assert summary["executed_over_floor"] == pytest.approx(1.05)
@@ -131,9 +133,13 @@ def test_each_step_is_compared_with_the_same_step_of_the_same_round(results):
 def test_a_round_that_only_one_side_finished_is_not_compared(results):
     sides = copy.deepcopy(results["cases"][0]["sides"])
     sides["simpo"]["rounds"].pop()
-    assert compare_sides(sides["simpo"], sides["trl"])["step_time_ratio"] == {"median": 2.5, "min": 2.0, "max": 3.0}
+    assert compare_sides(sides["simpo"], sides["trl"], warm_up=2)["step_time_ratio"] == {
+        "median": 2.5,
+        "min": 2.0,
+        "max": 3.0,
+    }
     sides["simpo"]["rounds"].clear()
-    assert set(compare_sides(sides["simpo"], sides["trl"])) == {"executed_ratio"}
+    assert set(compare_sides(sides["simpo"], sides["trl"], warm_up=2)) == {"executed_ratio"}
 
 
 def test_mfu_is_the_floor_over_the_time_over_the_peak(results):
@@ -155,11 +161,11 @@ def test_a_count_that_a_real_step_did_not_confirm_is_said(results):
 
 def test_the_table_names_every_side_and_what_was_skipped_or_failed_and_the_conditions(results):
     text = shown(results)
-    for part in ("3.50 (3.20)", "0.50", "2.0e-02", "1.05", "80%", "10.00 (2.00)"):
+    for part in ("3.50 (3.20)", "8.50", "30.0", "0.50", "2.0e-02", "1.05", "80%", "10.00 (2.00)"):
         assert part in text, part
     assert "hh: skipped: there is no folder" in text
     assert "padded reference failed (chat): killed by signal 9, probably out of memory" in text
-    assert "2 rounds of 2 timed steps after 1 to warm up; 2026-01-02" in text
+    assert "2 rounds of 2 timed steps after 2 to warm up; 2026-01-02" in text
     assert "simpo bench --cases chat,hh" in text
 
 
@@ -226,6 +232,7 @@ def test_a_file_that_is_no_result_is_refused(content, tmp_path: Path):
         ({"peers": "trl,axolotl"}, "peers: 'axolotl' must be one of trl, liger, padded, or none"),
         ({"cases": "chat,nope"}, "cases: 'nope' is none of chat, hh"),
         ({"steps": 0}, "steps: 0 must be at least 1"),
+        ({"warm_up_steps": 0}, "warm_up_steps: 0 must be at least 1"),
         ({"model": "nowhere"}, "model: nowhere is neither a folder"),
     ],
 )
@@ -292,7 +299,8 @@ class Scripted:
         self.ran.append((case, side))
         if side in self.fails:
             return bench._Done(reason="killed by signal 9, probably out of memory")
-        return bench._Done(worker_result([1.0, 1.0, 1.0], [1.0, 1.0, 1.0], peak=1.0))
+        steps = spec["side"]["warm_up_steps"] + spec["side"]["steps"]
+        return bench._Done(worker_result([1.0] * steps, [1.0] * steps, peak=1.0))
 
     def _prepared(self, spec: dict) -> dict:
         def entry(case: dict) -> dict:

@@ -16,6 +16,7 @@ SPEED = (
     "side",
     "pairs/s",
     "step s\n(min-max)",
+    "first\nstep s",
     "time/simpo's\n(whole run)",
     "peak GiB\n(loaded)",
     "simpo's\n/ its",
@@ -90,6 +91,8 @@ def _cells(side: dict[str, Any]) -> dict[str, str]:
         step = summary["step_time_s"]
         cells["pairs/s"] = _digits(summary["pairs_per_s"])
         cells["step s\n(min-max)"] = f"{_digits(step['median'])} ({_digits(step['min'])}-{_digits(step['max'])})"
+        if "first_step_s" in summary:  # files of earlier versions have none
+            cells["first\nstep s"] = _digits(summary["first_step_s"])
         cells["peak GiB\n(loaded)"] = f"{summary['peak_gib']:.2f} ({summary['loaded_gib']:.2f})"
     if "step_time_ratio" in beside:
         ratio = f"{beside['step_time_ratio']['median']:.2f} ({beside['whole_time_ratio']:.2f})"
@@ -135,7 +138,10 @@ def describe_conditions(results: dict[str, Any]) -> list[str]:
     batch = " or ".join(map(str, sizes)) + (" pair" if sizes == [1] else " pairs")
     shown = ("simpo", "commit", "python", "torch", "transformers", "trl", "liger-kernel")
     steps = conditions["timed_steps"]
-    runs = f"{_count(conditions['rounds'], 'round')} of {_count(steps, 'timed step')} after 1 to warm up"
+    runs = (
+        f"{_count(conditions['rounds'], 'round')} of {_count(steps, 'timed step')} after "
+        f"{conditions['warm_up_steps']} to warm up"
+    )
     if conditions["flops_only"]:
         runs = f"operations counted over {_count(steps, 'step')}, nothing run"
     lines = [

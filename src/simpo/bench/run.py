@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import shlex
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from simpo.bench.cases import Case, find_cases
 from simpo.bench.machine import available_gib, describe_machine, git_commit, package_versions, peak_tflops
 from simpo.bench.models import SHAPES, check_model
 from simpo.bench.report import render, save_report
-from simpo.bench.summary import summarise
+from simpo.bench.summary import summarise, timed
 from simpo.environment import SETTINGS
 
 PEERS = ("trl", "liger", "padded")
@@ -49,7 +50,8 @@ class BenchOptions:
         data: folder of the named sets.
         pairs_per_micro_batch: None = each case's own.
         accumulation: micro-batches of a step.
-        steps: timed steps of a process, after one that warms up.
+        steps: timed steps of a process.
+        warm_up_steps: steps before them, which are not timed: the first pay for memory that grows.
         rounds: processes of each side.
         device: "auto", "cpu" or "cuda".
         dtype: "bf16" computes in bf16 under autocast on fp32 weights, "fp32" in fp32.
@@ -63,7 +65,8 @@ class BenchOptions:
     data: str | None = None
     pairs_per_micro_batch: int | None = None
     accumulation: int = 1
-    steps: int = 3
+    steps: int = 2
+    warm_up_steps: int = 3
     rounds: int = 2
     device: str = "auto"
     dtype: str = "bf16"
@@ -78,7 +81,7 @@ class BenchOptions:
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r} must be one of {', '.join(allowed)}")
-        for name in ("pairs_per_micro_batch", "accumulation", "steps", "rounds"):
+        for name in ("pairs_per_micro_batch", "accumulation", "steps", "warm_up_steps", "rounds"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}: {value} must be at least 1")
@@ -163,7 +166,7 @@ class _Benchmark:
                 "loss": "SimPO: beta 2, gamma_beta_ratio 0.5, no SFT term",
                 "accumulation": options.accumulation,
                 "flops_only": options.flops_only,
-                "warm_up_steps": 1,
+                "warm_up_steps": options.warm_up_steps,
                 "timed_steps": options.steps,
                 "rounds": options.rounds,
                 "threads": self.threads,
@@ -188,7 +191,7 @@ class _Benchmark:
                 "sides": self.sides,
                 "bf16": self.options.dtype == "bf16",
                 "steps": options.steps,
-                "warm_up": not options.flops_only,
+                "warm_up_steps": 0 if options.flops_only else options.warm_up_steps,
                 "accumulation": options.accumulation,
                 "device": options.device,
                 "data": options.data,
@@ -274,6 +277,7 @@ class _Benchmark:
             "pairs_per_micro_batch": case.pairs_per_micro_batch,
             "accumulation": options.accumulation,
             "steps": options.steps,
+            "warm_up_steps": options.warm_up_steps,
             "device": self.device,
             "bf16": options.dtype == "bf16",
             "threads": self.threads,
@@ -283,8 +287,9 @@ class _Benchmark:
         if done.reason is None:
             kept["status"], kept["reason"] = "ok", None
             kept["rounds"].append({"round": round_index, **done.result})
-            times = done.result["step_times_s"][1:]
-            outcome = f"{sum(times) / len(times):.2f} s a step, peak {done.result['peak_gib']:.2f} GiB"
+            median = statistics.median(timed(done.result, options.warm_up_steps))
+            first = done.result["step_times_s"][0]
+            outcome = f"{median:.2f} s a step, the first {first:.2f} s; peak {done.result['peak_gib']:.2f} GiB"
         else:
             kept["status"], kept["reason"] = "failed", done.reason
             outcome = f"failed: {done.reason}"

@@ -40,7 +40,8 @@ class SideSpec:
         side: "simpo", "padded", "liger" or "trl".
         model: folder of the model.
         pairs_per_micro_batch, accumulation: an optimizer step trains their product in pairs.
-        steps: timed steps; one more runs before them.
+        steps: timed steps.
+        warm_up_steps: steps before them, at least 1: the first ones pay for memory that grows.
         scratch: folder for what a trainer insists on writing.
     """
 
@@ -53,7 +54,12 @@ class SideSpec:
     bf16: bool
     threads: int
     scratch: str
+    warm_up_steps: int = 1
     learning_rate: float = 1e-6
+
+    @property
+    def all_steps(self) -> int:
+        return self.warm_up_steps + self.steps
 
     @property
     def pairs_per_step(self) -> int:
@@ -62,14 +68,15 @@ class SideSpec:
 
 @dataclass
 class Record:
-    """What a run leaves; lists begin with the warm-up step.
+    """What a run leaves; lists begin with the warm-up steps.
 
     Attributes:
         step_times_s: from the first forward to the end of the optimizer's step.
         losses: mean loss of each step's pairs before its update.
         loaded_gib: memory in use when the first step begins: what is model and libraries.
         peak_gib: highest of the whole process (of the GPU's allocations on CUDA).
-        warm_up_matmul_flops: counted in the warm-up step; None where the side compiles code.
+        warm_up_matmul_flops: counted in the last warm-up step, which counting slows down; None where the side compiles
+            code.
     """
 
     step_times_s: list[float] = field(default_factory=list)
@@ -80,23 +87,23 @@ class Record:
 
 
 class StepClock:
-    """Times steps and counts the first one's operations."""
+    """Times steps, and counts the operations of the step with the index `counted_step`; None = of none."""
 
-    def __init__(self, device: torch.device, record: Record, *, count: bool) -> None:
-        self.device, self.record, self.count = device, record, count
+    def __init__(self, device: torch.device, record: Record, *, counted_step: int | None) -> None:
+        self.device, self.record, self.counted_step = device, record, counted_step
         self._counting = contextlib.ExitStack()
         self._counted: Callable[[], int] | None = None
         self._began = 0.0
 
     def begin(self) -> None:
         """The step starts now."""
-        first = not self.record.step_times_s
-        if first:
+        step = len(self.record.step_times_s)
+        if step == 0:
             self._wait()
             cuda = self.device.type == "cuda"
             self.record.loaded_gib = torch.cuda.memory_allocated(self.device) / 2**30 if cuda else resident_gib("VmRSS")
-            if self.count:
-                self._counted = self._counting.enter_context(matmul_counter())
+        if step == self.counted_step:
+            self._counted = self._counting.enter_context(matmul_counter())
         self._wait()
         self._began = time.perf_counter()
 
@@ -115,7 +122,7 @@ class StepClock:
 
 
 def run_side(spec: SideSpec, pairs: Sequence[StoredPair]) -> Record:
-    """Train one warm-up step and `spec.steps` timed ones, over consecutive pairs.
+    """Train `spec.warm_up_steps` and then `spec.steps` timed steps, over consecutive pairs.
 
     Raises:
         ValueError: too few pairs, or the side is not installed.
@@ -123,14 +130,14 @@ def run_side(spec: SideSpec, pairs: Sequence[StoredPair]) -> Record:
     missing = missing_package(spec.side)
     if missing is not None:
         raise ValueError(missing)
-    needed = spec.pairs_per_step * (spec.steps + 1)
+    needed = spec.pairs_per_step * spec.all_steps
     if len(pairs) < needed:
         raise ValueError(f"{needed} pairs are needed, and there are {len(pairs)}")
     torch.set_num_threads(spec.threads)
     device = torch.device(spec.device)
     record = Record()
     # Code that is compiled runs outside the counter's sight.
-    clock = StepClock(device, record, count=spec.side != "liger")
+    clock = StepClock(device, record, counted_step=None if spec.side == "liger" else spec.warm_up_steps - 1)
     _SIDES[spec.side](spec, list(pairs[:needed]), clock, record)
     cuda = device.type == "cuda"
     record.peak_gib = torch.cuda.max_memory_allocated(device) / 2**30 if cuda else resident_gib("VmHWM")
@@ -172,7 +179,7 @@ def build_recipe(spec: SideSpec) -> Any:
             "max_grad_norm": MAX_GRAD_NORM,
             "per_device_train_batch_size": spec.pairs_per_micro_batch,
             "gradient_accumulation_steps": spec.accumulation,
-            "max_steps": spec.steps + 1,
+            "max_steps": spec.all_steps,
             "bf16": spec.bf16,
             "device": spec.device,
             "num_threads": spec.threads,
@@ -193,7 +200,7 @@ def _run_simpo(spec: SideSpec, pairs: list[StoredPair], clock: StepClock, record
     ledger = Ledger({"train": SplitLedger(input=len(pairs), kept=len(pairs))})
     data = PreparedData(pairs_as_dataset(pairs), None, ledger, "benchmark")
     trainer = Trainer(build_recipe(spec), display=Display(quiet=True), data=data)
-    for step in range(spec.steps + 1):
+    for step in range(spec.all_steps):
         micro_batches = _micro_batches(spec, range(len(pairs)), step)
         indices = [index for items in micro_batches for index in items]
         plan = StepPlan(
@@ -344,7 +351,7 @@ def _run_plain_loop(
     disable_dropout(model)
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=spec.learning_rate, weight_decay=0.0, fused=True)
-    for step in range(spec.steps + 1):
+    for step in range(spec.all_steps):
         clock.begin()
         losses = []
         for items in _micro_batches(spec, pairs, step):

@@ -18,7 +18,7 @@ def summarise(results: dict[str, Any]) -> None:
             if side["rounds"]:
                 side["summary"] |= _run_summary(case, side, results)
             if name != "simpo":
-                side["beside_simpo"] = compare_sides(ours, side)
+                side["beside_simpo"] = compare_sides(ours, side, warm_up=results["conditions"]["warm_up_steps"])
 
 
 def _work_summary(case: dict[str, Any], work: dict[str, Any]) -> dict[str, float]:
@@ -31,12 +31,13 @@ def _work_summary(case: dict[str, Any], work: dict[str, Any]) -> dict[str, float
 
 
 def _run_summary(case: dict[str, Any], side: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    times = [seconds for one in side["rounds"] for seconds in timed(one)]
-    useful = case["floor_flops"] * len(side["rounds"]) / sum(times)
     conditions, machine = results["conditions"], results["machine"]
+    times = [seconds for one in side["rounds"] for seconds in timed(one, conditions["warm_up_steps"])]
+    useful = case["floor_flops"] * len(side["rounds"]) / sum(times)
     summary: dict[str, Any] = {
         "pairs_per_s": case["pairs_per_step"] * len(times) / sum(times),
         "step_time_s": spread(times),
+        "first_step_s": statistics.median(one["step_times_s"][0] for one in side["rounds"]),
         "peak_gib": max(one["peak_gib"] for one in side["rounds"]),
         "loaded_gib": statistics.median(one["loaded_gib"] for one in side["rounds"]),
         "useful_tflops": useful / 1e12,
@@ -51,13 +52,13 @@ def _run_summary(case: dict[str, Any], side: dict[str, Any], results: dict[str, 
     return summary
 
 
-def compare_sides(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
-    """A peer beside this trainer: each step beside the same step of the same round.
+def compare_sides(ours: dict[str, Any], theirs: dict[str, Any], *, warm_up: int) -> dict[str, Any]:
+    """A peer beside this trainer: each step beside the same step of the same round, after `warm_up` steps.
 
     Returns:
         `step_time_ratio`: theirs / ours over all steps and rounds; `whole_time_ratio`: of the sums of their times;
         `memory_share`: ours / theirs at the peak; `executed_ratio`: theirs / ours; `largest_loss_difference` over all
-        steps, the warm-up's included. What needs a run of both is left out where one did not run.
+        steps, those of the warm-up included. What needs a run of both is left out where one did not run.
     """
     found: dict[str, Any] = {}
     if theirs["work"]:
@@ -66,20 +67,20 @@ def compare_sides(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any
     both = [(by_round[one["round"]], one) for one in theirs["rounds"] if one["round"] in by_round]
     if not both:
         return found
-    totals = [sum(sum(timed(pair[side])) for pair in both) for side in (0, 1)]
-    ratios = [b / a for one, other in both for a, b in zip(timed(one), timed(other), strict=True)]
+    times = [[seconds for pair in both for seconds in timed(pair[side], warm_up)] for side in (0, 1)]
+    ratios = [b / a for a, b in zip(*times, strict=True)]
     differences = [abs(a - b) for one, other in both for a, b in zip(one["losses"], other["losses"], strict=True)]
     return found | {
         "step_time_ratio": spread(ratios),
-        "whole_time_ratio": totals[1] / totals[0],
+        "whole_time_ratio": sum(times[1]) / sum(times[0]),
         "memory_share": max(one["peak_gib"] for one, _ in both) / max(other["peak_gib"] for _, other in both),
         "largest_loss_difference": max(differences),
     }
 
 
-def timed(one: dict[str, Any]) -> list[float]:
-    """Step times of one process without its warm-up step."""
-    return one["step_times_s"][1:]
+def timed(one: dict[str, Any], warm_up: int) -> list[float]:
+    """Step times of one process without its warm-up steps."""
+    return one["step_times_s"][warm_up:]
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

@@ -51,7 +51,7 @@ def prepare(
     cases: list[dict[str, Any]],
     sides: list[str],
     steps: int,
-    warm_up: bool,
+    warm_up_steps: int,
     accumulation: int,
     device: str,
     bf16: bool,
@@ -65,7 +65,7 @@ def prepare(
         cases: fields of `Case`, with the micro-batch size that will be used.
         sides: whose operations to count.
         steps, accumulation: timed steps, micro-batches in each.
-        warm_up: whether the pairs of a warm-up step come first.
+        warm_up_steps: steps whose pairs come first.
         device: "auto", "cpu" or "cuda".
         bf16: whether products will be computed in bf16: the head's chunks hold more rows then.
         data: folder of the named sets.
@@ -95,7 +95,7 @@ def prepare(
             pairs = bench_cases.build_pairs(
                 case,
                 per_step * steps,
-                warm_up=per_step * warm_up,
+                warm_up=per_step * warm_up_steps,
                 vocab_size=config.get_text_config().vocab_size,
                 tokenizer=tokenizer,
                 data=data,
@@ -106,7 +106,8 @@ def prepare(
         path = Path(scratch) / f"{case.slug}.pairs.json"
         bench_cases.save_pairs(pairs, path)
         batches = list(iterate_steps(pairs, pairs_per_step=size))
-        first = accumulation * warm_up  # the first timed micro-batch
+        first = accumulation * warm_up_steps  # the first timed micro-batch
+        counted = batches[max(0, first - accumulation) : first]  # of the warm-up step that is counted when it runs
         timed = pairs[size * first :]
         works = [flops.pair_work(pair) for pair in timed]
         entries.append(
@@ -116,9 +117,7 @@ def prepare(
                 "lengths": bench_cases.describe_pairs(timed),
                 "tokens_needed": sum(work.shape.tokens for work in works),
                 "floor_flops": flops.floor_flops(shape, works),
-                "work": {
-                    side: counter.work(side, shape, warm_up=batches[:first], timed=batches[first:]) for side in sides
-                },
+                "work": {side: counter.work(side, shape, warm_up=counted, timed=batches[first:]) for side in sides},
                 "missing": {side: missing_package(side) for side in sides},
             }
         )
