@@ -68,8 +68,7 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
         resolved.require("dataset_mixer", "output_dir")
         from simpo.engine.mesh import leave_world
         from simpo.integrations.launcher import launched_by_accelerate
-        from simpo.stopping import Interrupted, NonFiniteError, OutOfMemory
-        from simpo.train import Trainer
+        from simpo.train import Interrupted, NonFiniteError, OutOfMemory, Trainer
 
         try:
             if launched_by_accelerate():

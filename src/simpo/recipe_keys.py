@@ -312,7 +312,8 @@ class Recipe(BaseModel):
     share_prompt: bool = _packing(
         True, "Compute the common prefix of chosen and rejected once.", "true or false")
     max_tokens_per_micro_batch: Whole | None = _packing(
-        None, "Tokens after which a micro-batch is split, whatever its number of pairs; the update stays the same.",
+        None, "Tokens after which a micro-batch is split, whatever its number of pairs; the update stays the same. One "
+        "process that runs out of memory in a step goes on with half as many.",
         "whole, >= 2; null = as many as fit into free memory when the run starts (no limit with pack: false)", ge=2)
     logits_chunk_size: Whole | None = _packing(
         None, "Response tokens whose vocabulary logits exist at one time; smaller needs less memory.",
@@ -370,8 +371,8 @@ class Recipe(BaseModel):
         42, "Seed of shuffles, splits, dropout, adapters and stochastic rounding.", "whole, 0 <= x < 2^32",
         ge=0, lt=2**32)
     full_determinism: bool = _optimisation(
-        False, "Use torch's deterministic algorithms alone: runs and resumed runs are equal bit for bit on CUDA too; "
-        "slower. (A CPU needs no such thing.)", "true or false")
+        False, "Use torch's deterministic algorithms alone: runs and resumed runs are equal bit for bit on CUDA too, "
+        "as on CPUs they are without it; slower.", "true or false")
     # -- lora
     use_peft: bool = _lora(
         False, "Train LoRA adapters instead of all weights (install simpo[peft]).", "true or false")

@@ -309,8 +309,8 @@ class Trainer:
             OutOfMemory: every micro-batch holds one pair, or other processes are in the middle of theirs.
         """
         tokens = self.loader.store.tokens
-        largest = max(int(tokens[list(indices)].sum()) for indices in plan.micro_batches if indices)
-        longest = max(int(tokens[list(indices)].max()) for indices in plan.micro_batches if indices)
+        largest = max(int(tokens[list(indices)].sum()) for indices in plan.micro_batches)
+        longest = max((int(tokens[list(indices)].max()) for indices in plan.micro_batches if indices), default=0)
         what = f"{self._where(plan)}: out of memory in micro-batches of up to {largest:,} tokens ({missing})"
         if longest == largest:
             raise OutOfMemory(f"{what}, which is one pair alone; nothing was updated. {_ADVICE_OF_STEP}")

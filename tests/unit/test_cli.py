@@ -149,6 +149,10 @@ class NonFiniteError(RuntimeError):
     pass
 
 
+class OutOfMemory(RuntimeError):
+    pass
+
+
 def trainer_that(behaviour):
     class Trainer:
         def __init__(self, recipe: Recipe) -> None:
@@ -157,7 +161,8 @@ def trainer_that(behaviour):
         def run(self) -> None:
             behaviour(self.recipe)
 
-    return {"Trainer": Trainer, "Interrupted": Interrupted, "NonFiniteError": NonFiniteError}
+    endings = {"Interrupted": Interrupted, "NonFiniteError": NonFiniteError, "OutOfMemory": OutOfMemory}
+    return {"Trainer": Trainer, **endings}
 
 
 def test_train_runs_the_trainer_with_the_overridden_recipe(monkeypatch, recipe_file):
@@ -170,7 +175,13 @@ def test_train_runs_the_trainer_with_the_overridden_recipe(monkeypatch, recipe_f
 
 @pytest.mark.parametrize(
     ("raised", "exit_code"),
-    [(Interrupted("saved"), 130), (KeyboardInterrupt(), 130), (NonFiniteError("row 3"), 1), (ValueError("bad"), 2)],
+    [
+        (Interrupted("saved"), 130),
+        (KeyboardInterrupt(), 130),
+        (NonFiniteError("row 3"), 1),
+        (OutOfMemory("step 4"), 1),
+        (ValueError("bad"), 2),
+    ],
 )
 def test_how_a_run_ends_is_its_exit_code(monkeypatch, recipe_file, raised, exit_code):
     def behaviour(recipe):

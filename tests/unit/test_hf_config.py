@@ -136,6 +136,7 @@ OTHER_VALUES = {
     "eval_on_start": True, "per_device_eval_batch_size": 3, "per_device_train_batch_size": 5, "run_name": "x",
     "gradient_accumulation_steps": 3, "gradient_checkpointing": True, "save_strategy": "epoch", "save_steps": 11,
     "save_total_limit": 2, "logging_steps": 4, "metric_for_best_model": "eval_rewards/margins",
+    "full_determinism": True,
 }  # fmt: skip
 
 
