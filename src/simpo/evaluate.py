@@ -36,6 +36,7 @@ from simpo.engine.model import (
     PACKED,
     compute_pair_logps,
     install_head,
+    is_packed,
     load_model,
     load_tokenizer,
     pick_device,
@@ -423,14 +424,15 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
     if settings.pack or settings.share_prompt:
         before = base.config._attn_implementation
         try:
-            base.set_attn_implementation(PACKED)
+            if not is_packed(before):
+                base.set_attn_implementation(PACKED)
             found = probe_layout(model, pack=True, share_prompt=True, bf16=bool(settings.bf16))
             if found.is_good:
                 return True, ()
             reason = f"packed log-probs {found}"
         except ValueError as error:
             reason = str(error)
-        base.set_attn_implementation("sdpa" if before == PACKED else before)
+        base.set_attn_implementation("sdpa" if is_packed(before) else before)
         notes = (f"padded rows, which are slower, since packed ones do not fit: {reason}",)
     check_forward(model, pack=False, share_prompt=False, bf16=bool(settings.bf16))
     return False, notes

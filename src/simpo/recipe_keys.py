@@ -227,6 +227,12 @@ class Recipe(BaseModel):
     attn_implementation: Text | None = _model(
         None, "transformers' attention for padded batches; only with pack: false and share_prompt: false.",
         "null = packed attention of this package; eager, sdpa, flash_attention_2, ...")
+    attention_kernel: Literal["auto", "varlen", "flash3", "flash4", "flex", "matmul", "blocks"] = _model(
+        "auto", "What computes packed attention. varlen: torch's FlashAttention; flash3, flash4: the same through "
+        "FlashAttention-3 (flash_attn_interface, Hopper) or -4 (flash_attn.cute, Hopper and Blackwell); flex: "
+        "FlexAttention, compiled; matmul: products in tiles, anywhere; blocks: torch's own, block by block. auto takes "
+        "the fastest that works with this machine and model; kernels for a GPU are tried at start.",
+        "auto, varlen, flash3, flash4, flex, matmul or blocks")
     master_dtype: Literal["float32", "bfloat16"] = _model(
         "float32", "Number format of the weights the optimizer changes. bfloat16 loses most updates at small "
         "learning rates, except with optim: adamw_bf16.", "float32 or bfloat16")
@@ -574,6 +580,7 @@ _NOT_IN_FINGERPRINT = frozenset(
         "cache_dir",
         "preprocessing_num_workers",
         "num_threads",
+        "attention_kernel",
         "activation_offload",
         "optimizer_offload",
         "dp_replicate",
@@ -649,6 +656,11 @@ def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[
             "pack: false with share_prompt: false uses theirs"
         )
         resolved["attn_implementation"] = None
+    if recipe.attention_kernel != "auto" and not (recipe.pack or recipe.share_prompt):
+        raise ValueError(
+            f"attention_kernel: {recipe.attention_kernel} computes packed attention, and pack and share_prompt are "
+            "false; remove it, or choose transformers' own with attn_implementation"
+        )
     settings = recipe.gradient_checkpointing_kwargs
     if settings and settings.get("use_reentrant"):
         notices.append("gradient_checkpointing_kwargs: use_reentrant is always false here")

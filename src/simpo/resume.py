@@ -45,6 +45,7 @@ _MAY_CHANGE_ON_RESUME = frozenset(
         # These change the order of sums, so the last bits. (Pairs in a step have to stay: see Trainer._identity.)
         "num_threads",
         "full_determinism",
+        "attention_kernel",
         "per_device_train_batch_size",
         "gradient_accumulation_steps",
         "max_tokens_per_micro_batch",

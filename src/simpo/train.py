@@ -47,6 +47,7 @@ from simpo.engine.export import (
     write_model_card,
 )
 from simpo.engine.host import keep_freed_memory
+from simpo.engine.kernels import describe_attention
 from simpo.engine.memory import TokenBudget, fit_micro_batches
 from simpo.engine.mesh import join_world
 from simpo.engine.metrics import (
@@ -61,7 +62,6 @@ from simpo.engine.metrics import (
 )
 from simpo.engine.model import (
     compute_pair_logps,
-    describe_attention,
     load_model,
     load_tokenizer,
     pick_device,

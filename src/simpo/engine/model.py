@@ -23,12 +23,11 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, A
 from transformers.masking_utils import AttentionMaskInterface
 from transformers.utils import logging as transformers_logging
 
-from simpo.core.attention import ATTENTION_PATHS, AttentionPath, attention_path, packed_attention
+from simpo.core.attention import ATTENTION_PATHS, AttentionPath, packed_attention
 from simpo.core.batch import PackedPairs
 from simpo.core.context import sum_over
 from simpo.core.logprobs import VocabShard, response_logps, token_logps
 from simpo.core.losses import PairLogps
-from simpo.engine.costs import decoder_sizes
 from simpo.engine.lean import READ_ROWS, install_lean_blocks
 from simpo.engine.mesh import Mesh, MeshSizes, check_heads, has_joined, local_rank_of
 from simpo.engine.sharding import (
@@ -143,25 +142,6 @@ def plain_implementation(model: PreTrainedModel) -> str:
     """transformers' own attention for this model: sdpa, or eager where sdpa cannot do what it needs (soft-caps)."""
     softcapped = getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None
     return "sdpa" if model._supports_sdpa and not softcapped else "eager"
-
-
-def describe_attention(model: nn.Module, *, half: bool) -> str:
-    """For people: how this model attends to its rows, computing in bf16 (half) or fp32."""
-    base = unwrap(model)
-    config, weight = base.config.get_text_config(), base.get_input_embeddings().weight
-    implementation = base.config._attn_implementation
-    if not is_packed(implementation):
-        return implementation
-    size = decoder_sizes(config)["head_dim"]
-    rows = torch.empty(1, 1, 1, size, dtype=torch.bfloat16 if half else weight.dtype, device=weight.device)
-    dropout = max((getattr(module, "attention_dropout", 0.0) for module in base.modules()), default=0.0)
-    path = attention_path(rows, rows, softcap=getattr(config, "attn_logit_softcapping", None), dropout=dropout)
-    return {
-        "varlen": "varlen_attn, all blocks at once",
-        "flex": "FlexAttention, all blocks at once",
-        "matmul": "products of matrices, in tiles",
-        "blocks": "torch's own, block by block",
-    }[path]
 
 
 @contextlib.contextmanager
@@ -433,8 +413,8 @@ def load_model(
         mesh: the processes to spread it over, all of which must call this; None = whole, on this process.
         check: compare its log-probs with its ordinary ones; False leaves that to the caller (`engine.probe`).
     Raises:
-        ValueError: no such model, an adapter or quantisation that cannot be had, a mesh that the model cannot be
-            spread over, or a model whose log-probs here do not agree with its ordinary forward pass.
+        ValueError: no such model, an adapter, quantisation or attention kernel that cannot be had, a mesh that the
+            model cannot be spread over, or a model whose log-probs here do not agree with its ordinary forward pass.
     """
     packed = recipe.pack or recipe.share_prompt
     mesh = mesh or Mesh(MeshSizes(), device=device)
@@ -457,6 +437,10 @@ def load_model(
         model = model.to(device)
     if recipe.disable_dropout or not trainable:
         disable_dropout(model)
+    if packed:
+        from simpo.engine.kernels import choose_kernel  # it imports this module
+
+        choose_kernel(model, recipe.attention_kernel, device=device, half=bool(recipe.bf16))
     if trainable and recipe.use_peft:
         model = add_adapters(model, lora_config(recipe), seed=recipe.seed)
         if mesh.sizes.tp > 1:

@@ -25,7 +25,8 @@ RECIPE_FIELDS = (
     *("prompt_column", "chosen_column", "rejected_column"),
     *("chat_template", "system_prompt", "auto_insert_empty_system_msg"),
     *("pack", "share_prompt", "max_tokens_per_micro_batch", "logits_chunk_size"),
-    *("master_dtype", "save_dtype", "attn_implementation", "trust_remote_code", "model_revision", "disable_dropout"),
+    *("master_dtype", "save_dtype", "attn_implementation", "attention_kernel", "trust_remote_code"),
+    *("model_revision", "disable_dropout"),
 )
 # TrainingArguments' own that the recipe has too, in the same meaning: for its checks, the model card and resuming.
 _SHARED = (
@@ -120,6 +121,7 @@ class SimPOConfig(TrainingArguments):
         "Number format of what save_model writes: float32, bfloat16 or float16; null = that of the trained weights."
     )
     attn_implementation: str | None = _key("attn_implementation")
+    attention_kernel: str | None = _key("attention_kernel")
     trust_remote_code: bool | None = _key("trust_remote_code")
     model_revision: str | None = _key("model_revision")
     disable_dropout: bool | None = _key("disable_dropout")

@@ -15,12 +15,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from simpo.engine.kernels import choose_kernel
 from simpo.engine.lean import install_lean_blocks
 from simpo.engine.model import (
-    PACKED,
     add_adapters,
     disable_dropout,
     install_head,
+    is_packed,
     load_pretrained,
     plain_implementation,
     unwrap,
@@ -62,9 +63,11 @@ def wrap_in_adapters(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Mod
     return add_adapters(model, peft_config, seed=seed, **options)
 
 
-def make_ready(model: nn.Module, recipe: Recipe) -> list[str]:
+def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> list[str]:
     """Packed attention, the log-prob head, lean blocks, no dropout, trainable weights in the master dtype.
 
+    Args:
+        device: where the model will compute; it may still be elsewhere.
     Returns:
         Lines to print: what was changed that its owner might not expect.
     Raises:
@@ -73,17 +76,19 @@ def make_ready(model: nn.Module, recipe: Recipe) -> list[str]:
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: a transformers model, or the name of one, is needed, not {type(base).__name__}")
-    if recipe.pack or recipe.share_prompt:
-        base.set_attn_implementation(PACKED)
-    elif recipe.attn_implementation is not None:
-        base.set_attn_implementation(recipe.attn_implementation)
-    elif base.config._attn_implementation in (None, PACKED):
-        base.set_attn_implementation(plain_implementation(base))
+    lines: list[str] = []
     if recipe.disable_dropout:
         disable_dropout(base)
+    if recipe.pack or recipe.share_prompt:
+        left_out = choose_kernel(model, recipe.attention_kernel, device=device, half=bool(recipe.bf16))
+        lines += [] if left_out is None else [f"attention: {left_out}"]
+    elif recipe.attn_implementation is not None:
+        base.set_attn_implementation(recipe.attn_implementation)
+    elif base.config._attn_implementation is None or is_packed(base.config._attn_implementation):
+        base.set_attn_implementation(plain_implementation(base))
     install_head(model)
     install_lean_blocks(model)
-    return [] if weights_are_elsewhere(model) else _keep_masters(model, recipe)
+    return lines if weights_are_elsewhere(model) else lines + _keep_masters(model, recipe)
 
 
 def _keep_masters(model: nn.Module, recipe: Recipe) -> list[str]:

@@ -309,7 +309,7 @@ class SimPOTrainer(Trainer):
     def _ready(self, model: nn.Module) -> nn.Module:
         if self._peft_config is not None:
             model = wrap_in_adapters(model, self._peft_config, seed=self.recipe.seed)
-        for line in make_ready(model, self.recipe):
+        for line in make_ready(model, self.recipe, device=self.mesh.device):
             self.display.say(line)
         self._check_if_here(model)
         return model
