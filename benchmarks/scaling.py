@@ -28,6 +28,7 @@ from simpo.recipe import load_recipe
 LORA = {"use_peft": True}
 LORA_BF16 = LORA | {"master_dtype": "bfloat16"}
 BF16 = {"master_dtype": "bfloat16", "optim": "adamw_bf16"}
+OFFLOADED = BF16 | {"optimizer_offload": True}
 SETTINGS: tuple[tuple[str, int, int, dict[str, Any], str], ...] = (
     # shape, GPUs, GiB of each, keys beside max_length, what the keys mean
     ("llama-1b", 1, 40, {}, ""),
@@ -39,7 +40,9 @@ SETTINGS: tuple[tuple[str, int, int, dict[str, Any], str], ...] = (
     ("llama-8b", 8, 80, {}, ""),
     ("llama-8b", 64, 80, {}, ""),
     ("llama-8b", 8, 80, {"max_length": 32768}, "`max_length: 32768`"),
-    ("llama-8b", 1, 40, LORA_BF16, "LoRA, bf16 weights"),
+    ("llama-8b", 1, 80, BF16, "bf16 weights and moments"),
+    ("mistral-7b", 1, 40, OFFLOADED, "bf16 weights and moments, `optimizer_offload`"),
+    ("llama-8b", 1, 24, LORA_BF16, "LoRA, bf16 weights"),
     ("llama-8b", 1, 24, LORA | {"load_in_4bit": True}, "QLoRA"),
     ("qwen-14b", 8, 80, {}, ""),
     ("qwen-32b", 16, 80, {}, ""),
@@ -53,6 +56,7 @@ SETTINGS: tuple[tuple[str, int, int, dict[str, Any], str], ...] = (
 )
 CLAIMS: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
     ("7B on one 40 GB card", "mistral-7b", 1, 40, {}),
+    ("the same, bf16 weights, moments offloaded", "mistral-7b", 1, 40, OFFLOADED),
     ("the same with LoRA, bf16 weights", "mistral-7b", 1, 40, LORA_BF16),
     ("7B on two 40 GB cards, offloaded", "mistral-7b", 2, 40, {"fsdp_cpu_offload": True}),
     ("8B on two 40 GB cards", "llama-8b", 2, 40, {}),

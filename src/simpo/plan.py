@@ -72,7 +72,7 @@ class Machines:
             return cls(gpus, per_node, gpu_gib)
         per_node = min(gpus, gpus_per_node or 8)
         if gpus % per_node:
-            raise ValueError(f"--gpus {gpus}: is no whole number of nodes of {per_node} GPUs; see --gpus-per-node")
+            raise ValueError(f"--gpus {gpus}: not a multiple of the {per_node} GPUs of a node; see --gpus-per-node")
         return cls(gpus, per_node, gpu_gib)
 
 
@@ -153,7 +153,7 @@ def is_fixed(recipe: Recipe) -> bool:
 
 def _check_optimizer(recipe: Recipe, mesh: MeshSizes) -> None:
     """What `engine.sharding` refuses as well."""
-    for key, value in (("optim", "adamw_8bit"), ("load_in_4bit", True)):
+    for key, value in (("optim", "adamw_8bit"), ("load_in_4bit", True), ("optimizer_offload", True)):
         if mesh.is_sharded and getattr(recipe, key) == value:
             raise ValueError(f"{key}: {str(value).lower()} cannot be sharded; set dp_shard, cp and tp to 1")
 
@@ -253,7 +253,8 @@ class Search:
         if is_fixed(self.recipe):
             reasons = dict.fromkeys([*sizes, "gradient_checkpointing"], "as the recipe says")
         elif not plan.fits:
-            reasons = dict.fromkeys([*sizes, "gradient_checkpointing"], "comes closest, and does not fit")
+            reasons = dict.fromkeys([*sizes, "gradient_checkpointing"], "")
+            reasons["dp_replicate"] = "no sizes fit; these need the least memory"
         else:
             reasons = {
                 "dp_replicate": self._why_replicate(mesh),
@@ -328,6 +329,11 @@ class Search:
             "optim: adamw_8bit": {"optim": "adamw_8bit"},
             "fsdp_cpu_offload: true": {"fsdp_cpu_offload": True},
             "activation_offload: true": {"activation_offload": True},
+            "master_dtype: bfloat16 with optim: adamw_bf16 and optimizer_offload: true": {
+                "master_dtype": "bfloat16",
+                "optim": "adamw_bf16",
+                "optimizer_offload": True,
+            },
             "master_dtype: bfloat16 with optim: adamw_bf16": {"master_dtype": "bfloat16", "optim": "adamw_bf16"},
             "use_peft: true (LoRA)": {"use_peft": True},
             "use_peft: true with master_dtype: bfloat16": {"use_peft": True, "master_dtype": "bfloat16"},
@@ -400,7 +406,7 @@ def describe_plan(plan: Plan, recipe: Recipe, *, recipe_name: str = "RECIPE", li
         *_aligned(_totals(plan)),
     ]
     if not model.is_known:
-        lines.append("its blocks are not known here: activations are estimated from Llama's, and may be half as much")
+        lines.append("the activations of its blocks are estimated from Llama's, from above: they may take half as much")
     lines += ["", *_traffic_lines(plan, links), "", *_ending(plan, recipe, recipe_name)]
     return "\n".join(line.rstrip() for line in lines)
 

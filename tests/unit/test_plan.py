@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +13,8 @@ from simpo.engine.footprint import GIB, compute_footprint, step_options
 from simpo.engine.mesh import MeshSizes
 from simpo.plan import Machines, describe_plan, launch_line, plan_as_dict, plan_recipe
 from simpo.recipe import load_recipe
+
+RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 
 def recipe_of(**keys):
@@ -59,7 +62,7 @@ def test_a_pick_fits_and_what_was_preferred_to_it_does_not():
 
 
 def test_every_size_has_a_reason_of_one_line():
-    for plan in (plan_of("llama-8b", 8), plan_of("llama-70b", 8), plan_of("llama-8b", 8, dp_shard=8)):
+    for plan in (plan_of("llama-8b", 8), plan_of("llama-8b", 8, dp_shard=8)):
         assert [choice.key for choice in plan.choices] == [
             *("dp_replicate", "dp_shard", "cp", "tp", "gradient_checkpointing", "max_tokens_per_micro_batch")
         ]
@@ -92,6 +95,7 @@ def test_seven_billion_on_one_40_gb_card_takes_adapters_or_host_memory():
     whole = plan_of("mistral-7b", 1, 40)
     assert not whole.fits
     assert any("use_peft" in words for words in whole.remedies)
+    assert any("optimizer_offload: true" in words and "27.0 GiB of host" in words for words in whole.remedies)
     assert plan_of("mistral-7b", 1, 40, use_peft=True, master_dtype="bfloat16").fits
     offloaded = plan_of("mistral-7b", 2, 40, fsdp_cpu_offload=True)
     assert offloaded.fits
@@ -113,6 +117,23 @@ def test_seventy_billion_on_eight_80_gb_cards_takes_adapters_host_memory_or_bf16
     assert plan_of("llama-70b", 8, fsdp_cpu_offload=True).fits
     assert plan_of("llama-70b", 8, master_dtype="bfloat16", optim="adamw_bf16").fits
     assert plan_of("llama-70b", 32).fits
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "gib"),
+    [
+        ("llama-3-8b-instruct-simpo-1x80gb", "llama-8b", 80),
+        ("llama-3-8b-instruct-lora-1x24gb", "llama-8b", 24),
+        ("llama-3-8b-instruct-qlora", "llama-8b", 24),
+        ("mistral-7b-instruct-simpo-1x40gb", "mistral-7b", 40),
+    ],
+)
+def test_recipes_for_one_card_fit_it(name, shape, gib):
+    recipe = load_recipe(RECIPES / f"{name}.yaml")
+    machines = Machines.of(gpus=1, nodes=None, gpus_per_node=None, gpu_gib=gib)
+    plan = plan_recipe(recipe, machines, shape=shape)
+    assert plan.fits, plan.footprint
+    assert launch_line(plan, recipe, recipe_name=name) == f"simpo train {name}"
 
 
 # --- what would help -------------------------------------------------------------------------------------------------
@@ -154,6 +175,10 @@ def test_remedies_fit():
         ({"tp": 16, "gpus": 16, "per_node": 16}, "num_key_value_heads = 8"),
         ({"cp": 3, "gpus": 6}, "cp = 3"),
         ({"optim": "adamw_8bit", "dp_shard": 8}, "adamw_8bit cannot be sharded"),
+        (
+            {"optim": "adamw_bf16", "optimizer_offload": True, "dp_shard": 8},
+            "optimizer_offload: true cannot be sharded",
+        ),
         ({"shape": "llama-9b"}, "llama-8b"),
     ],
 )

@@ -21,7 +21,7 @@ from simpo.engine.host import empty_on_host
 
 # Elements worked on at one time. Temporaries take about 40 bytes for each: CPU pieces fit a cache, CUDA pieces hide
 # the cost of launching kernels within a third of a GiB.
-_PIECE = {"cpu": 2**17, "cuda": 2**23}
+PIECE = {"cpu": 2**17, "cuda": 2**23}
 
 _Slice = tuple[Tensor, Tensor, Tensor, Tensor]  # flat parts of a weight, its gradient, first and second moment
 
@@ -79,7 +79,7 @@ class AdamWBf16(torch.optim.Optimizer):
         for group_index, group in enumerate(self.param_groups):
             batches = self._advance(group)
             for batch_index, ((step, dtype, device), tensors) in enumerate(batches.items()):
-                limit = self._piece_numel or _PIECE.get(device.type, _PIECE["cuda"])
+                limit = self._piece_numel or PIECE.get(device.type, PIECE["cuda"])
                 generator = torch.Generator(device)
                 pieces = _pieces(tensors, limit)
                 if self._offload:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA, SLICE_BYTES, SLICE_BYTES_CUDA
+from simpo.engine.adamw import PIECE
 from simpo.engine.memory import SHARE_OF_FREE, STILL_ON_ITS_WAY
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ OTHER_BLOCKS = 2.1
 """What blocks that `engine.lean` does not know keep, relative to Llama's: measured 1.4 (Cohere) to 2.1 (Gemma-2)."""
 
 _FP32, _ROUND_TO = 4, 64
-_BF16_PIECE, _BF16_PIECE_CPU = 40 * 2**23, 40 * 2**17  # AdamWBf16 works on so many numbers at a time, 40 bytes each
+_BERTHS = 8  # bytes a number: AdamWBf16 keeps two pieces' two moments on the GPU while they come and go
 _BNB_BLOCK, _BNB_SMALLEST = 256, 4096  # bitsandbytes: numbers that share a scale; smaller tensors stay fp32
 
 
@@ -68,6 +69,7 @@ class StepOptions:
         master_bytes, compute_bytes: of a weight, and of a number computed with.
         gather_bytes: of a weight that FSDP2 has gathered to compute a block.
         offload_weights: sharded weights, gradients and moments wait in host memory.
+        offload_moments: moments alone do.
         quantized_bytes: of a 4-bit weight and its share of constants; None = not quantised.
         on_cpu: the CPU's kernels and sizes of chunks, for comparisons with what is measured there.
     """
@@ -79,6 +81,7 @@ class StepOptions:
     gradient_checkpointing: bool = False
     activation_offload: bool = False
     offload_weights: bool = False
+    offload_moments: bool = False
     adapters: Adapters | None = None
     quantized_bytes: float | None = None
     chunk_size: int | None = None
@@ -114,6 +117,7 @@ def step_options(recipe: Recipe, **changes: Any) -> StepOptions:
         "gradient_checkpointing": recipe.gradient_checkpointing,
         "activation_offload": recipe.activation_offload,
         "offload_weights": recipe.fsdp_cpu_offload,
+        "offload_moments": recipe.optimizer_offload,
         "adapters": adapters,
         "quantized_bytes": quantized,
         "chunk_size": recipe.logits_chunk_size,
@@ -331,7 +335,7 @@ def compute_footprint(
     moments = _moments(model, options, mesh, tokens, tokens if labels is None else labels)
     moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     state = compute_state(model, options, mesh)
-    host = state.total if _offloads(options, mesh) else 0
+    host = state.total if _offloads(options, mesh) else options.offload_moments * state.moments
     if options.activation_offload:
         host += int(_kept(model, options, mesh).of(tokens / mesh.cp, tokens / mesh.cp))
     return Footprint({name: math.ceil(size) for name, size in parts.items() if size}, moment, host)
@@ -375,7 +379,8 @@ def _always(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> Parts:
     runtime: Parts = {} if options.on_cpu else {"CUDA and NCCL": RUNTIME_BYTES}
     if _offloads(options, mesh):
         return runtime
-    return {"weights": state.weights, "gradients": state.gradients, "moments": state.moments} | runtime
+    moments = _BERTHS * _piece(options) if options.offload_moments else state.moments
+    return {"weights": state.weights, "gradients": state.gradients, "moments": moments} | runtime
 
 
 def _at_head(model: ModelSizes, options: StepOptions, mesh: MeshSizes, labels: float) -> Parts:
@@ -420,7 +425,7 @@ def _at_embedding(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> P
         return {}
     numel = model.head_numel / mesh.tp
     if not uses_fsdp(mesh):
-        return {"gradients on their way": _FP32 * numel}
+        return {"gradients on their way": options.master_bytes * numel}
     unit = _end_numel(model, mesh) if model.head_tied else unit_numels(model, mesh).get("embedding", 0)
     block = _block_numel(model, mesh)
     on_their_way = _FP32 * (numel * (2 if model.head_tied else 1) + unit + block)
@@ -430,11 +435,16 @@ def _at_embedding(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> P
 def _at_update(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> Parts:
     state = compute_state(model, options, mesh)
     if options.optim == "adamw_bf16":
-        piece = _BF16_PIECE_CPU if options.on_cpu else _BF16_PIECE
-        return {"optimizer's workspace": min(piece, 40 * state.trainable)}
-    if options.optim == "adamw_torch":  # square roots of all second moments at once
-        return {"optimizer's workspace": options.master_bytes * state.trainable}
+        return {"optimizer's workspace": 40 * min(_piece(options), state.trainable)}
+    if options.optim == "adamw_torch":  # the square root of one tensor's second moments, and its quotient
+        largest = max(weight.local_numel(shard=mesh.shard, tp=mesh.tp) for weight in model.weights)
+        return {"optimizer's workspace": 2 * options.master_bytes * min(largest, state.trainable)}
     return {}
+
+
+def _piece(options: StepOptions) -> int:
+    """Numbers that AdamWBf16 works on at a time."""
+    return PIECE["cpu" if options.on_cpu else "cuda"]
 
 
 def _autocast_copies(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> float:
