@@ -40,6 +40,7 @@ from simpo.engine.model import (
     load_model,
     load_tokenizer,
     pick_device,
+    set_precision,
     unwrap,
 )
 from simpo.engine.optim import set_threads
@@ -402,7 +403,9 @@ def _ready_model(model: str | Path | nn.Module, settings: Recipe) -> Iterator[tu
         if adapter and importlib.util.find_spec("peft") is None:
             raise ValueError(f"{name} is a LoRA adapter, which needs peft: pip install 'simpo[peft]'")
         plain = load_recipe(settings, {"pack": False, "share_prompt": False})
-        model = load_model(plain, device=pick_device(settings.device), name=name, trainable=False, check=False)
+        device = pick_device(settings.device)
+        set_precision(settings, device)
+        model = load_model(plain, device=device, name=name, trainable=False, check=False)
     base, was_training = unwrap(model), model.training
     implementation, head = base.config._attn_implementation, base.get_output_embeddings()
     head_class = type(head)

@@ -65,6 +65,7 @@ from simpo.engine.model import (
     load_model,
     load_tokenizer,
     pick_device,
+    set_precision,
     unwrap,
 )
 from simpo.engine.offload import offload_activations
@@ -171,8 +172,7 @@ class Trainer:
                 "optimizer_offload: only for weights that are whole on each process; with sharded ones "
                 "fsdp_cpu_offload: true keeps the moments in host memory"
             )
-        if recipe.tf32 is not None:
-            torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+        set_precision(recipe, self.device)
         set_threads(recipe.num_threads)
         if self.device.type == "cpu" and not self.mesh.sizes.is_sharded:  # gathered weights come and go: holes
             keep_freed_memory()

@@ -294,9 +294,3 @@ def test_missing_model_folder_is_one_clear_line(tiny_recipe: Settings) -> None:
 def test_cuda_without_a_gpu_is_one_clear_line(tiny_recipe: Settings) -> None:
     with pytest.raises(ValueError, match=r"device: cuda"):
         build(tiny_recipe, device="cuda")
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_qlora_without_a_gpu_is_one_clear_line(tiny_recipe: Settings) -> None:
-    with pytest.raises(ValueError, match=r"load_in_4bit needs"):
-        build(tiny_recipe, use_peft=True, load_in_4bit=True)

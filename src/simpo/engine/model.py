@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -383,6 +384,27 @@ def pick_device(requested: str) -> torch.device:
     return torch.device(requested)
 
 
+def set_precision(recipe: Recipe, device: torch.device) -> None:
+    """Let CUDA compute as the recipe's `tf32` says, and refuse a precision that this machine does not have.
+
+    Raises:
+        ValueError: which key, and what this machine can do.
+    """
+    name, has_bf16 = f"a {device.type.upper()}", device.type != "cuda"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        has_bf16 = major >= 8
+        name = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    for key, wanted in (("bf16", recipe.bf16), ("master_dtype", recipe.master_dtype == "bfloat16")):
+        if wanted and not has_bf16:
+            instead = "bf16: false, which computes in float32" if key == "bf16" else "master_dtype: float32"
+            raise ValueError(f"{key}: {name} has no bfloat16, which begins with 8.0 (Ampere); set {instead}")
+    if recipe.tf32 and not (device.type == "cuda" and has_bf16):
+        raise ValueError(f"tf32: {name} has no TensorFloat-32, GPUs from 8.0 (Ampere) on have; remove it")
+    if recipe.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+
+
 def load_tokenizer(recipe: Recipe) -> Any:
     """The recipe's tokenizer, with the recipe's chat template and a padding token."""
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
@@ -431,6 +453,7 @@ def load_model(
     with local_rank_of(device):
         model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", **options, **sharding)
     check_sharded_by_block(model)
+    keep_quantized_trainable(model)
     if not packed and recipe.attn_implementation is None:
         model.set_attn_implementation(plain_implementation(model))
     if not (sharding or (recipe.load_in_4bit and trainable)):
@@ -486,7 +509,7 @@ def load_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **opt
             trust_remote_code=recipe.trust_remote_code,
             **options,
         )
-    except (OSError, KeyError) as error:  # what transformers raises for a missing or broken checkpoint
+    except (OSError, KeyError, ImportError) as error:  # a missing or broken checkpoint, an attention not installed
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(f"cannot load the {what} {name!r}: {first_line}") from error
 
@@ -506,22 +529,48 @@ def disable_dropout(model: nn.Module) -> None:
 
 
 def quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """What from_pretrained needs to hold the weights in 4 bits; a ValueError where that cannot be."""
+    """What `from_pretrained` needs to hold the weights in 4 bits; a ValueError where this machine cannot."""
+    # On a CPU it warns of a kernel for inference that it would fetch from the hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
-        import bitsandbytes  # noqa: F401
+        import bitsandbytes
     except ImportError as error:
         raise ValueError("load_in_4bit needs bitsandbytes: pip install 'simpo[qlora]'") from error
-    if device.type != "cuda":
-        raise ValueError("load_in_4bit needs a CUDA GPU here; drop load_in_4bit for LoRA on unquantised weights")
     from transformers import BitsAndBytesConfig
 
+    compute = torch.bfloat16 if recipe.bf16 else torch.float32
+    kind, nested = recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant
+    try:  # not every build of bitsandbytes runs everywhere, and what is raised differs from build to build
+        layer = bitsandbytes.nn.Linear4bit(
+            64, 64, bias=False, compute_dtype=compute, compress_statistics=nested, quant_type=kind
+        ).to(device)
+        layer(torch.ones(2, 64, dtype=compute, device=device, requires_grad=True)).sum().backward()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"load_in_4bit: bitsandbytes {bitsandbytes.__version__} cannot hold 4-bit weights on {device.type} here "
+            f"({reason}); set it to false for LoRA on unquantised weights (master_dtype: bfloat16 halves them)"
+        ) from error
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_quant_type=recipe.bnb_4bit_quant_type,
-        bnb_4bit_use_double_quant=recipe.bnb_4bit_use_double_quant,
-        bnb_4bit_compute_dtype=torch.bfloat16,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=compute,
     )
-    return {"quantization_config": quantization, "device_map": {"": device.index or 0}}
+    return {
+        "quantization_config": quantization,
+        "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
+    }
+
+
+def keep_quantized_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes on a CPU from packing 4-bit weights for inference in the first pass in eval mode.
+
+    They stay packed, and in 0.50 no gradient passes through packed ones: adapters below the last layer would not learn.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
 
 
 def lora_config(recipe: Recipe) -> Any:

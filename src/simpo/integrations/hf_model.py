@@ -22,6 +22,7 @@ from simpo.engine.model import (
     disable_dropout,
     install_head,
     is_packed,
+    keep_quantized_trainable,
     load_pretrained,
     plain_implementation,
     unwrap,
@@ -86,6 +87,7 @@ def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> lis
         base.set_attn_implementation(recipe.attn_implementation)
     elif base.config._attn_implementation is None or is_packed(base.config._attn_implementation):
         base.set_attn_implementation(plain_implementation(base))
+    keep_quantized_trainable(model)
     install_head(model)
     install_lean_blocks(model)
     return lines if weights_are_elsewhere(model) else lines + _keep_masters(model, recipe)

@@ -34,7 +34,7 @@ from simpo.engine.export import (
 from simpo.engine.host import keep_freed_memory
 from simpo.engine.mesh import Mesh
 from simpo.engine.metrics import MetricsLog, check_trackers
-from simpo.engine.model import load_tokenizer, lora_config, pick_device, quantization_options
+from simpo.engine.model import load_tokenizer, lora_config, pick_device, quantization_options, set_precision
 from simpo.engine.optim import set_threads
 from simpo.integrations.hf_config import RECIPE_FIELDS, SimPOConfig
 from simpo.integrations.hf_masters import held_tensors, local_masters, tie
@@ -73,8 +73,7 @@ def run_recipe(recipe: Recipe) -> None:
     check_trackers(recipe.report_to)
     resume = find_resume(recipe)
     device = pick_device(recipe.device)
-    if recipe.tf32 is not None:
-        torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+    set_precision(recipe, device)
     set_threads(recipe.num_threads)
     if device.type == "cpu":
         keep_freed_memory()

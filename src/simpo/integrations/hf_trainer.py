@@ -33,7 +33,7 @@ from simpo.engine.costs import cost_weights
 from simpo.engine.export import overflows, record_dtype
 from simpo.engine.mesh import Mesh, MeshSizes
 from simpo.engine.metrics import PAIR_METRICS, StepTotals, means, peak_memory_gib
-from simpo.engine.model import PACKED, compute_pair_logps, load_tokenizer, plain_attention, unwrap
+from simpo.engine.model import compute_pair_logps, is_packed, load_tokenizer, plain_attention, unwrap
 from simpo.engine.probe import check_forward
 from simpo.integrations.hf_batches import (
     EvaluationOrder,
@@ -327,7 +327,7 @@ class SimPOTrainer(Trainer):
     def _check_forward(self, model: nn.Module, *, bf16: bool) -> None:
         recipe, implementation = self.recipe, unwrap(model).config._attn_implementation
         # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
-        if implementation in (PACKED, "sdpa", "eager") or recipe.bf16:
+        if is_packed(implementation) or implementation in ("sdpa", "eager") or recipe.bf16:
             check_forward(model, pack=recipe.pack, share_prompt=recipe.share_prompt, bf16=bf16, mesh=self.mesh)
         self._is_checked = True
 
