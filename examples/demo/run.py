@@ -1,9 +1,11 @@
 """The demo: align SmolLM2-135M-Instruct with SimPO on pairs sampled from itself, and show what changed.
 
     make demo        (or: python examples/demo/run.py [--key value ...], any recipe key)
+    python examples/demo/run.py --bf16 false         training, evaluations and answers in fp32 (slower)
 
 Answers held-out prompts with the model as it is, trains it, answers the same prompts again, and compares both sets by
 the rule that made the pairs (rule.py). The rule looks at fresh answers only: nothing here is read off the loss.
+Everything computes in one precision, bf16 unless --bf16 false; the model is saved in fp32, as it was trained.
 Everything is written into the run directory; results are in demo.json and demo.md.
 """
 
@@ -48,15 +50,16 @@ def main(overrides: Sequence[str]) -> int:
         recipe = load_recipe(recipe, overrides)
         prompts = held_out_prompts()
         console.print(f"\n[bold]1/3[/] {len(prompts)} held-out prompts answered by the model as it is")
-        before = answer(model, prompts)
+        before = answer(model, prompts, bf16=recipe.bf16)
         console.print("\n[bold]2/3[/] training with SimPO")
         result = Trainer(recipe).run()
         console.print("\n[bold]3/3[/] the same prompts answered by the trained model")
-        after = answer(result.model_dir, prompts)
+        after = answer(result.model_dir, prompts, bf16=recipe.bf16)
     except (ValueError, Interrupted, NonFiniteError) as error:
         Console(stderr=True).print(str(error), style="red", markup=False)
         return 1
     summary = summarise(prompts, before, after, read_evaluations(result.output_dir))
+    summary["computed_in"] = "bf16" if recipe.bf16 else "fp32"
     summary["minutes"] = (time.perf_counter() - started) / 60
     save(result.output_dir, summary, prompts, before, after)
     show(console, summary, prompts, before, after)
@@ -81,12 +84,20 @@ def held_out_prompts() -> list[str]:
     return [json.loads(line)["prompt"][-1]["content"] for line in lines]
 
 
-def answer(model: Path, prompts: Sequence[str]) -> list[str]:
+def answer(model: Path, prompts: Sequence[str], *, bf16: bool) -> list[str]:
     """One sampled answer to each prompt, the same seed each time."""
+    import torch
     from sample import sample_responses
 
     samples = sample_responses(
-        model, prompts, num_samples=1, max_new_tokens=MAX_NEW_TOKENS, temperature=TEMPERATURE, seed=1, batch_size=64
+        model,
+        prompts,
+        num_samples=1,
+        max_new_tokens=MAX_NEW_TOKENS,
+        temperature=TEMPERATURE,
+        seed=1,
+        batch_size=64,
+        dtype=torch.bfloat16 if bf16 else torch.float32,
     )
     return [responses[0].text for responses in samples]
 
@@ -143,7 +154,8 @@ def show(
         table.add_column("after", ratio=1)
         table.add_row(before[index], after[index])
         console.print(table)
-    table = Table(title="fresh answers to held-out prompts, and held-out pairs", title_justify="left")
+    table = Table(title=f"fresh answers to held-out prompts, and held-out pairs ({summary['computed_in']})")
+    table.title_justify = "left"
     table.add_column("")
     table.add_column("before", justify="right")
     table.add_column("after", justify="right")

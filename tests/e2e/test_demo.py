@@ -35,8 +35,11 @@ def test_demo_trains_answers_and_reports(
     monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 8)
     monkeypatch.chdir(tmp_path)  # the demo finds its pairs from anywhere
     output = tmp_path / "demo"
-    assert demo.main([f"--output_dir={output}", "--max_steps=2", "--eval_steps=2", "--max_length=400"]) == 0
+    keys = [f"--output_dir={output}", "--max_steps=2", "--eval_steps=2", "--max_length=400", "--bf16=false"]
+    assert demo.main(keys) == 0
     result = json.loads((output / "demo.json").read_text())
+    assert result["computed_in"] == "fp32"
+    assert json.loads((output / "model" / "config.json").read_text())["dtype"] == "float32"
     assert len(result["answers"]) == result["prompts"] >= 80
     page = (output / "demo.md").read_text()
     assert page.count("## ") == result["prompts"]
