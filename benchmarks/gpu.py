@@ -1,34 +1,54 @@
-"""What this project wants measured where a CUDA GPU is at hand.
+"""What this project wants measured where a CUDA GPU is at hand, in one command.
 
-    python benchmarks/gpu.py parity                       # first: is what it computes right? exit code 1 if not
-    python benchmarks/gpu.py ladder --model llama-1b      # a step: padded, packed, shared, chunked head, lean, compiled
-    python benchmarks/gpu.py memory --model llama-8b      # peak of a step: checkpointing, offload, padded; predicted
-    python benchmarks/gpu.py head                         # the log-prob head beside a dense one
-    python benchmarks/gpu.py attention                    # beside FlexAttention and beside torch's own, block by block
+    python benchmarks/gpu.py                     # all of PARTS below, in 12 minutes at most
+    python benchmarks/gpu.py --minutes 9 --output DIR --wheels DIR
+    python benchmarks/gpu.py --parts ladder-8b,memory
+    python benchmarks/gpu.py table DIR           # table.md again, from the JSON files of a folder
+    python benchmarks/gpu.py ladder --model llama-1b --cases 1000/300/300    # one command alone; see PARTS, --help
 
-A rehearsal without a GPU: any of them with --device cpu --model tiny. Each command ends before 9 minutes are over
-(`--minutes`), keeps what it has measured, and prints a plain table. It needs torch 2.11, transformers 5.17 or newer and
-numpy, and no installation: it runs from the checkout. Exit codes: 0 all is well, 1 something is wrong (named), 2 it
-cannot run here, 3 the time was over first.
+Every part is a process of its own and writes one JSON file as it goes; table.md is made of these files after each. A
+rehearsal without a GPU, about a minute: --device cpu --model tiny. It needs torch 2.11, transformers 5.17 or newer and
+numpy, and no installation: it runs from the checkout. Exit codes: 0 all is well, 1 something is wrong (of the whole
+plan: parity does not hold, or was not seen to its end), 2 it cannot run here, 3 the time was over first (of the whole
+plan: parity holds, another part did not end well), 4 an error.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import shlex
+import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 BEGAN = time.monotonic()
 REPO = Path(__file__).resolve().parents[1]
-if str(REPO / "src") not in sys.path:
-    sys.path.insert(0, str(REPO / "src"))
+sys.path[:0] = [folder for folder in (str(REPO / "benchmarks"), str(REPO / "src")) if folder not in sys.path]
+
+from gpu.parts import Part, install_wheels, make_table, run_parts, write_whole  # noqa: E402  needs the path
+
+FULL = "--model llama-8b --weights bf16 --optimizer adamw_bf16"
+CHAT = "--cases ragged-200/350/350"
+# In this order, since the first decide whether the others mean anything. Together 12 minutes; a process takes 10 to 15
+# seconds of its limit to start. What a part leaves of its time the next ones have. Small: words for a rehearsal.
+PARTS = (
+    #    name   limit s, least s  command                                                       small
+    Part("kernels", 45, 20, "parity --only kernels"),  # does varlen_attn run, bottom-right, at every head size?
+    Part("parity", 155, 60, "parity --only 'llama 9/3 heads,mistral window,gemma2 soft-caps'", "--only 'llama tied'"),
+    Part("attention", 90, 40, f"attention --model llama-8b {CHAT} --pairs 4,20", "--pairs 2,4 --repeats 2"),
+    Part("ladder-1b", 140, 60, f"ladder --model llama-1b {CHAT} --pairs 20", "--pairs 4 --rounds 4"),
+    Part("ladder-8b", 140, 60, f"ladder {FULL} {CHAT} --pairs 8", "--pairs 4 --rounds 4"),
+    Part("memory", 80, 40, f"memory {FULL} --tokens 4096,16384 --modes checkpoints,offload", "--tokens 64,128"),
+    Part("train", 70, 30, "train"),  # simpo train itself: resumed bit by bit, and with each option
+)
 
 MODELS = "tiny, smollm2-135m, llama-1b, llama-3b, llama-8b"
-LONGEST = 9.0  # minutes
+LONGEST = 9.0  # minutes of one command
 # What is measured unless the command says otherwise; the small ones are for rehearsals.
 CASES = {"cuda": "ragged-200/350/350,1000/300/300,4096/256/256", "cpu": "ragged-12/8/9,20/6/6"}
 CASE = {"cuda": "200/350/350", "cpu": "12/8/9"}
@@ -42,8 +62,15 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     common.add_argument("--minutes", type=float, default=8.0, help=f"stop by then; at most {LONGEST:g}")
     common.add_argument("--output", help="folder for the JSON file; default benchmarks/results/<GPU's name>")
+    common.add_argument("--name", help="of the JSON file; default the command's, with the model's")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--model", choices=("tiny",), help="for a rehearsal: tiny models everywhere")
+    parser.add_argument("--minutes", type=float, default=12.0, help="for everything")
+    parser.add_argument("--output", help="folder for the results; default benchmarks/results/<GPU's name>")
+    parser.add_argument("--parts", help="some of " + ", ".join(part.name for part in PARTS))
+    parser.add_argument("--wheels", help="folder of wheels to use instead of what is installed")
+    commands = parser.add_subparsers(dest="command", metavar="command")
 
     def command(name: str, help: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, parents=[common], help=help)
@@ -52,21 +79,23 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--model", default="full", choices=("full", "tiny"), help="size of the models that are compared")
     one.add_argument("--only", help="kernels, and architectures by the names that the table shows; comma-separated")
 
-    one = command("ladder", "a training step, rung by rung")
+    one = command("ladder", "a training step, rung by rung, and a profile of the fastest")
     add_model(one, "llama-1b")
     one.add_argument("--compute", choices=("bf16", "fp32"), default="bf16")
-    one.add_argument("--rungs", default="all", help="padded, packed, shared, head, lean, compiled; or all")
+    one.add_argument("--rungs", default="all", help="padded, packed, shared, head, lean, compiled, checkpoints; or all")
     one.add_argument("--cases", help=f"prompt/chosen/rejected tokens; default {CASES['cuda']}")
     one.add_argument("--lengths", help='JSON file of token counts: {"name": [[prompt, chosen, rejected], ...]}')
-    one.add_argument("--pairs", type=positive, default=4, help="pairs in a micro-batch")
-    one.add_argument("--micro-batches", type=positive, default=3, help="different ones of a case, in turn")
+    one.add_argument(
+        "--pairs", type=positive, default=4, help="pairs of a step; more micro-batches where they do not fit"
+    )
+    one.add_argument("--steps", type=positive, default=3, help="different ones of a case, in turn")
     one.add_argument("--rounds", type=positive, default=12, help="at most; fewer when the time is over")
 
     one = command("memory", "peak memory of a training step")
     add_model(one, "llama-8b")
     one.add_argument("--case", help=f"what the pairs are like; default {CASE['cuda']}")
     one.add_argument("--tokens", help=f"packed tokens of the micro-batches; default {TOKENS['cuda']}")
-    one.add_argument("--modes", help="comma-separated parts of the modes' names; default all")
+    one.add_argument("--modes", help="packed, checkpoints, padded, padded-checkpoints, offload; default all")
 
     one = command("head", "the log-prob head")
     one.add_argument("--model", default="llama-8b", help=f"whose head: {MODELS}")
@@ -79,8 +108,14 @@ def build_parser() -> argparse.ArgumentParser:
     one.add_argument("--softcap", type=float, help="soft-cap of the scores, as Gemma-2's 50")
     one.add_argument("--cases", help="as for ladder")
     one.add_argument("--lengths", help="as for ladder")
-    one.add_argument("--pairs", type=positive, default=4)
+    one.add_argument("--pairs", default="4", help="of a micro-batch; several numbers, comma-separated, in turn")
     one.add_argument("--repeats", type=positive, default=20)
+
+    one = command("train", "simpo train on a small random model: resumed, and with each option")
+    one.add_argument("--model", default="full", choices=("full", "tiny"))
+
+    one = commands.add_parser("table", help="table.md again, from the JSON files of a folder")
+    one.add_argument("folder")
     return parser
 
 
@@ -119,42 +154,115 @@ def whole_numbers(name: str, text: str, *, word: str | None = None) -> list[Any]
 
 
 def main(arguments: Sequence[str] | None = None, *, began: float | None = None) -> int:
-    """Run one command; returns the exit code."""
+    """Run everything, or one command; returns the exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     args = build_parser().parse_args(arguments)
     try:
+        if args.command is None:
+            return run_all(args, began)
+        if args.command == "table":
+            write_whole(Path(args.folder) / "table.md", make_table(Path(args.folder), [part.name for part in PARTS]))
+            return 0
         return run(args, arguments, began)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception:
+        traceback.print_exc()
+        return 4
+
+
+def run_all(args: argparse.Namespace, began: float | None) -> int:
+    """The whole plan, or the parts that were asked for."""
+    names = [name.strip() for name in args.parts.split(",")] if args.parts else [part.name for part in PARTS]
+    for name in names:
+        if name not in {part.name for part in PARTS}:
+            raise ValueError(f"parts: {name!r} must be one of {', '.join(part.name for part in PARTS)}")
+    if not 1 <= args.minutes <= 60:
+        raise ValueError(f"minutes: {args.minutes:g} must be from 1 to 60")
+    environment, remarks = {"PYTHONUNBUFFERED": "1"}, []
+    if args.device == "cpu":
+        environment["OMP_NUM_THREADS"] = "1"
+    if args.wheels:
+        try:
+            carried, remark = install_wheels(Path(args.wheels))
+            environment |= carried
+        except ValueError as error:  # what is installed can still be measured
+            remark = f"{error}; going on with what is installed"
+            print(remark, flush=True)
+        remarks.append(remark)
+
+    folder = Path(args.output) if args.output else results_folder(args.device)
+    parts = [part for part in PARTS if part.name in names]
+    return run_parts(
+        parts,
+        folder,
+        minutes=args.minutes,
+        command_of=lambda part, seconds: command_of(args, folder, part, seconds),
+        environment=environment,
+        remarks=remarks,
+        say=lambda line: print(line, flush=True),
+        began=began,
+    )
+
+
+def command_of(args: argparse.Namespace, folder: Path, part: Part, seconds: float) -> list[str]:
+    """The command of a part that has so much time."""
+    words = shlex.split(part.words)
+    words += ["--name", part.name, "--output", str(folder), "--minutes", f"{min(LONGEST, seconds / 60):.3f}"]
+    if args.device == "cpu":
+        words += [*shlex.split(part.small), "--device", "cpu"]
+        words += ["--cases", CASE["cpu"]] if "--cases" in words else []
+    words += ["--model", args.model] if args.model else []
+    return [sys.executable, str(Path(__file__).resolve()), *words]
+
+
+def results_folder(device: str) -> Path:
+    """Where results go unless the command says otherwise; asks the driver, since CUDA belongs to the parts."""
+    if device == "cpu":
+        return Path("runs/gpu-rehearsal")
+    command = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        said = ""
+    return REPO / "benchmarks" / "results" / folder_name(said.split("\n")[0] or "cuda")
 
 
 def run(args: argparse.Namespace, arguments: Sequence[str], began: float | None) -> int:
     """Pick the device, open the report, call the command."""
     if not 0 < args.minutes <= LONGEST:
         raise ValueError(f"minutes: {args.minutes:g} must be above 0 and at most {LONGEST:g}")
-    if args.command == "parity":  # read when CUDA starts: with it matrix products give the same bits again
+    if args.command in ("parity", "train"):  # read when CUDA starts: with it matrix products give the same bits again
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from gpu.device import Deadline, folder_name, pick_meter
+    from gpu.device import Deadline, pick_meter
     from gpu.report import Report, shown_command
 
     meter = pick_meter(args.device)
     deadline = Deadline(args.minutes, began=began)
     gpu = meter.describe()["gpu"]
-    default = REPO / "benchmarks" / "results" / folder_name(gpu) if gpu else Path("runs/gpu-rehearsal")
+    default = REPO / "benchmarks" / "results" / folder_name(gpu) if gpu else results_folder("cpu")
     folder = Path(args.output) if args.output else default
-    work, conditions = COMMANDS[args.command](args, meter)
+    work, conditions, form = COMMANDS[args.command](args, meter)
     parts = (args.command, conditions.get("model"), "softcap" if conditions.get("softcap") else None)
-    name = "-".join(filter(None, parts))
-    report = Report(name, folder, command=shown_command(arguments), meter=meter, conditions=conditions)
+    name = args.name or "-".join(filter(None, parts))
+    report = Report(name, folder, **form, command=shown_command(arguments), meter=meter, conditions=conditions)
     fine = work(report, meter, deadline)
     return 1 if not fine else 0 if report.results["complete"] else 3
 
 
-def prepare_parity(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
-    """Check the names, and say what will be run under which conditions; so do the others below."""
-    from gpu.parity import KERNELS, PARAMETER_RATIO, RATIO, architectures, run_parity
+def folder_name(gpu: str) -> str:
+    """A GPU's name as that of a folder."""
+    return "".join(c if c.isalnum() else "-" for c in gpu.lower()).strip("-")
+
+
+Prepared = tuple[Any, dict[str, Any], dict[str, Any]]
+
+
+def prepare_parity(args: argparse.Namespace, meter: Any) -> Prepared:
+    """Check the options; what will be run, under which conditions, and the table's form. So do the others below."""
+    from gpu.parity import COLUMNS, KERNELS, PARAMETER_RATIO, RATIO, architectures, run_parity
 
     tiny = args.model == "tiny"
     only = [name.strip() for name in args.only.split(",")] if args.only else None
@@ -163,12 +271,13 @@ def prepare_parity(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str,
         if name not in known:
             raise ValueError(f"only: {name!r} must be one of {', '.join(known)}")
     conditions = {"size": args.model, "ratio": RATIO, "parameter ratio": PARAMETER_RATIO}
-    return lambda *context: run_parity(*context, tiny=tiny, only=only), conditions
+    form = {"columns": COLUMNS, "shown": lambda row: row["ok"] is not True or "twice" in row["what"]}
+    return lambda *context: run_parity(*context, tiny=tiny, only=only), conditions, form
 
 
-def prepare_ladder(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
+def prepare_ladder(args: argparse.Namespace, meter: Any) -> Prepared:
     """See `prepare_parity`."""
-    from gpu.ladder import find_rungs, run_ladder
+    from gpu.ladder import COLUMNS, find_rungs, run_ladder
     from gpu.workload import find_cases
 
     plan, conditions = plan_of(args, meter)
@@ -177,7 +286,7 @@ def prepare_ladder(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str,
     rungs, cases = find_rungs(args.rungs), find_cases(cases_of(args), args.lengths)
     if not rungs or not cases:
         raise ValueError("rungs, cases: at least one of each is needed")
-    conditions |= {"compute": args.compute, "pairs a micro-batch": args.pairs, "micro-batches": args.micro_batches}
+    conditions |= {"compute": args.compute, "pairs a step": args.pairs, "steps": args.steps}
 
     def work(*context: Any) -> bool:
         return run_ladder(
@@ -188,31 +297,31 @@ def prepare_ladder(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str,
             rungs=rungs,
             cases=cases,
             pairs=args.pairs,
-            micro_batches=args.micro_batches,
+            steps=args.steps,
             rounds=args.rounds,
             ceiling_size=CEILING_SIZE[args.device],
         )
 
-    return work, conditions
+    return work, conditions, {"columns": COLUMNS}
 
 
-def prepare_memory(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
+def prepare_memory(args: argparse.Namespace, meter: Any) -> Prepared:
     """See `prepare_parity`."""
-    from gpu.memory import MODES, run_memory
+    from gpu.memory import COLUMNS, MODES, run_memory
     from gpu.workload import find_cases
 
     plan, conditions = plan_of(args, meter)
-    parts = [part.strip() for part in args.modes.split(",")] if args.modes else [""]
-    modes = [mode for mode in MODES if any(part in mode.name for part in parts)]
+    wanted = [name.strip() for name in args.modes.split(",")] if args.modes else [mode.name for mode in MODES]
+    modes = [mode for mode in MODES if mode.name in wanted]
     cases = find_cases(args.case or CASE[args.device], None)
-    if not modes or len(cases) != 1:
-        raise ValueError(f"modes, case: one case, and modes of {'; '.join(mode.name for mode in MODES)}")
+    if len(modes) != len(wanted) or len(cases) != 1:
+        raise ValueError(f"modes, case: one case, and modes of {', '.join(mode.name for mode in MODES)}")
     tokens = sorted(whole_numbers("tokens", args.tokens or TOKENS[args.device]))
 
     def work(*context: Any) -> bool:
         return run_memory(*context, model=args.model, plan=plan, case=cases[0], tokens=tokens, modes=modes)
 
-    return work, conditions | {"pairs": cases[0].name}
+    return work, conditions | {"pairs": cases[0].name}, {"columns": COLUMNS}
 
 
 def plan_of(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
@@ -235,9 +344,9 @@ def plan_of(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def prepare_head(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
+def prepare_head(args: argparse.Namespace, meter: Any) -> Prepared:
     """See `prepare_parity`."""
-    from gpu.head import run_head
+    from gpu.head import COLUMNS, run_head
     from gpu.workload import build_config
 
     from simpo.core.logprobs import CHUNK_BYTES_CUDA
@@ -256,35 +365,37 @@ def prepare_head(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, A
         )
 
     shape = f"{args.rows} rows, {config.hidden_size} -> {config.vocab_size}"
-    return work, {"model": args.model, "head": shape, "CHUNK_BYTES_CUDA": CHUNK_BYTES_CUDA}
+    return work, {"model": args.model, "head": shape, "CHUNK_BYTES_CUDA": CHUNK_BYTES_CUDA}, {"columns": COLUMNS}
 
 
-def prepare_attention(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
+def prepare_attention(args: argparse.Namespace, meter: Any) -> Prepared:
     """See `prepare_parity`."""
-    from gpu.attention import run_attention
+    from gpu.attention import COLUMNS, run_attention
     from gpu.workload import build_config, find_cases
 
     config = build_config(args.model)
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    cases = find_cases(cases_of(args), args.lengths)
+    cases, pairs = find_cases(cases_of(args), args.lengths), whole_numbers("pairs", args.pairs)
 
     def work(*context: Any) -> bool:
         return run_attention(
             *context,
             cases=cases,
-            pairs=args.pairs,
+            pairs=pairs,
             heads=heads,
             softcap=args.softcap,
             repeats=args.repeats,
         )
 
-    return work, {
-        "model": args.model,
-        "heads": "{}/{}x{}".format(*heads),
-        "softcap": args.softcap,
-        "dtype": "bf16",
-        "pairs a micro-batch": args.pairs,
-    }
+    conditions = {"model": args.model, "heads": "{}/{}x{}".format(*heads), "softcap": args.softcap, "dtype": "bf16"}
+    return work, conditions, {"columns": COLUMNS}
+
+
+def prepare_train(args: argparse.Namespace, meter: Any) -> Prepared:
+    """See `prepare_parity`."""
+    from gpu.train import COLUMNS, run_train
+
+    return lambda *context: run_train(*context, tiny=args.model == "tiny"), {"size": args.model}, {"columns": COLUMNS}
 
 
 def cases_of(args: argparse.Namespace) -> str:
@@ -298,6 +409,7 @@ COMMANDS = {
     "memory": prepare_memory,
     "head": prepare_head,
     "attention": prepare_attention,
+    "train": prepare_train,
 }
 
 if __name__ == "__main__":

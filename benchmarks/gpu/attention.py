@@ -1,6 +1,9 @@
-"""`gpu.py attention`: packed attention beside FlexAttention and beside torch's own attention block by block.
+"""`gpu.py attention`: packed attention beside FlexAttention, torch's own block by block, and what it was before.
 
 packed      `core.attention.packed_attention`: what training uses (one `varlen_attn` on CUDA in bf16)
+flash3      the same with FlashAttention-3 switched on in torch, where that is installed
+sliced      one `varlen_attn` on slices put together: the backward pass of each slice writes the whole tensor, so time
+            a token grows with the pairs of a row
 flex        FlexAttention, compiled with dynamic shapes, over a block mask made from the same blocks; the mask is
             made once for all layers of a micro-batch, so its time stands beside the table's, not in it
 per-block   `scaled_dot_product_attention` on each block, causal from the bottom right
@@ -10,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import torch
@@ -60,6 +64,47 @@ def per_block_way(blocks: AttentionBlocks) -> Attention:
         return torch.cat(outputs, dim=2)
 
     return attend
+
+
+def sliced_way(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> Attention:
+    """Keys and queries sliced block by block and put together for one `varlen_attn`; blocks must cover the row."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    keys = [
+        [span for span in ((low, high), (start, end)) if span[0] < span[1]] for low, high, start, end in blocks.ranges
+    ]
+    q_lengths = [end - start for _, _, start, end in blocks.ranges]
+    k_lengths = [sum(end - start for start, end in spans) for spans in keys]
+
+    def cumulative(lengths: list[int]) -> Tensor:
+        return F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(device=device, dtype=torch.int32)
+
+    cu_q, cu_k = cumulative(q_lengths), cumulative(k_lengths)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        groups = query.shape[1] // key.shape[1]
+        grouped = {"enable_gqa": True} if groups > 1 and "enable_gqa" in signature(varlen_attn).parameters else {}
+        if not grouped:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+        q = torch.cat([q[start:end] for _, _, start, end in blocks.ranges])
+        k, v = (torch.cat([tensor[start:end] for spans in keys for start, end in spans]) for tensor in (k, v))
+        out = varlen_attn(q, k, v, cu_q, cu_k, max(q_lengths), max(k_lengths), window_size=(-1, 0), **grouped)
+        return out.transpose(0, 1)[None]
+
+    return attend
+
+
+@contextlib.contextmanager
+def flash_attention_3() -> Iterator[None]:
+    """Inside, torch's flash attention is the third; an ImportError where that is not installed."""
+    from torch.nn.attention import activate_flash_attention_impl, restore_flash_attention_impl
+
+    activate_flash_attention_impl("FA3")
+    try:
+        yield
+    finally:
+        restore_flash_attention_impl()
 
 
 def visible_function(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> Callable[..., Tensor]:
@@ -121,28 +166,28 @@ def run_attention(
     deadline: Deadline,
     *,
     cases: Sequence[LengthCase],
-    pairs: int,
+    pairs: Sequence[int],
     heads: tuple[int, int, int],
     softcap: float | None,
     repeats: int,
     dtype: torch.dtype = torch.bfloat16,
 ) -> bool:
-    """Check every way on a small row, then time those that are right; whether all that ran are right.
+    """Check every way on a small row, then time it where it is right; whether all that ran are right.
 
     Args:
+        pairs: of a micro-batch, each number of them in turn.
         heads: query heads, KV heads, head size.
         softcap: of the scores; None = off. torch's own attention has none, so that way is left out with it.
     """
     device = meter.device
     flex = flex_function(device)
-    fine = True
-    right: list[str] = []
-    checked = False
+    fine, expected = True, 0
     query, _, value, _ = _tensors(heads, 1, device, dtype, backward=False)
     report.conditions["packed takes"] = attention_path(query, value, softcap=softcap, dropout=0.0)
-    times: dict[tuple[str, str], float | None] = {}
+    rows = report.results["rows"]
+    ways = _ways(softcap, device)
     with contextlib.suppress(TimeUp), stop_at(deadline):
-        for way in _ways(softcap):
+        for way in ways:
             worst, failed = check_way(way, flex, heads, softcap, device, dtype)
             if failed is None and not worst <= TOLERANCE:  # NaN is not right
                 failed, fine = f"wrong: differs by {worst:.2g}", False
@@ -150,38 +195,48 @@ def run_attention(
             report.conditions[f"{way} differs"] = None if failed else worst
             if failed:
                 report.note(f"{way}: {failed}")
-            else:
-                right.append(way)
-        checked = True
-        for case in cases:
-            batch = case.pairs(pairs, vocab_size=1000)
-            for way in right:
-                if not deadline.allows(30 if device.type == "cuda" else 0):
-                    break
-                row = time_way(way, flex, meter, case.name, batch, heads, softcap, dtype, repeats)
-                times[case.name, way] = None if row.get("forward_only") else row.get("step_s")
-                report.add(row | {"flex_over_this": None})
-                report.say(f"{case.name:<22}{way:<10}{row['failed'] or digits(row['step_s'] * 1e3) + ' ms'}")
-    for row in report.results["rows"]:
-        other, own = times.get((row["case"], "flex")), times[row["case"], row["way"]]
-        row["flex_over_this"] = other / own if other and own else None
-    complete = checked and len(times) == len(cases) * len(right)
+                continue
+            expected += len(cases) * len(pairs)
+            for case, count in ((case, count) for case in cases for count in pairs):
+                if deadline.allows(10 if device.type == "cuda" else 0):
+                    batch = case.pairs(count, vocab_size=1000)
+                    row = time_way(way, flex, meter, case.name, batch, heads, softcap, dtype, repeats)
+                    report.add(row | {"flex_over_this": None})
+                    took = row["failed"] or digits(row["step_s"] * 1e3) + " ms"
+                    report.say(f"{case.name:<22}{count:>4} pairs  {way:<10}{took}")
+    names = [case.name for case in cases]
+    rows.sort(key=lambda row: (names.index(row["case"]), row["pairs"]))
+    for row in rows:
+        key, both = (row["case"], row["pairs"]), not row.get("forward_only", True)
+        others = [other for other in rows if (other["case"], other["pairs"], other["way"]) == (*key, "flex")]
+        if both and others and not others[0].get("forward_only", True):
+            row["flex_over_this"] = others[0]["step_s"] / row["step_s"]
+    complete = len(rows) == expected and {f"{way} differs" for way in ways} <= report.conditions.keys()
     if not complete:
         report.note("the time was over before all were measured: run the cases that are missing alone with --cases")
-    report.finish(COLUMNS, complete=complete)
+    report.finish(complete=complete)
     return fine
 
 
-def _ways(softcap: float | None) -> tuple[str, ...]:
-    return ("packed", "flex") if softcap is not None else ("packed", "flex", "per-block")
+def _ways(softcap: float | None, device: torch.device) -> tuple[str, ...]:
+    if softcap is not None:
+        return ("packed", "flex")
+    # flex last: compiling it takes its time
+    return (
+        ("packed", "flash3", "sliced", "per-block", "flex")
+        if device.type == "cuda"
+        else ("packed", "per-block", "flex")
+    )
 
 
 def build_way(
     way: str, flex: Callable[..., Tensor], blocks: AttentionBlocks, num_tokens: int, softcap: float | None, device: Any
 ) -> Attention:
     """A way by its name, for one row."""
-    if way == "packed":
+    if way in ("packed", "flash3"):
         return packed_way(blocks, softcap)
+    if way == "sliced":
+        return sliced_way(blocks, num_tokens, device)
     if way == "flex":
         return flex_way(flex, flex_mask(blocks, num_tokens, device), softcap)
     return per_block_way(blocks)
@@ -220,11 +275,12 @@ def check_way(
     exact = [tensor.detach().float().requires_grad_() for tensor in (query, key, value)]
     expected = reference_attention(*exact, rows.blocks, softcap=softcap)
     try:
-        attend = build_way(way, flex, rows.blocks, rows.num_tokens, softcap, device)
-        result = attend(query, key, value)
-        if not _has_backward(way, device):
-            return _relative(result, expected), None
-        gradients = torch.autograd.grad(result, (query, key, value), grad)
+        with flash_attention_3() if way == "flash3" else contextlib.nullcontext():
+            attend = build_way(way, flex, rows.blocks, rows.num_tokens, softcap, device)
+            result = attend(query, key, value)
+            if not _has_backward(way, device):
+                return _relative(result, expected), None
+            gradients = torch.autograd.grad(result, (query, key, value), grad)
     except Exception as error:  # what a kernel or a compiler raises where it cannot run differs
         return float("nan"), f"cannot run: {_first_line(error)}"
     exact_gradients = torch.autograd.grad(expected, exact, grad.float())
@@ -255,7 +311,7 @@ def time_way(
 ) -> dict[str, Any]:
     """Forward alone, and forward with backward, of one layer's attention over one micro-batch."""
     batch = build_batch(pairs)
-    row: dict[str, Any] = {"case": case, "way": way, "tokens": batch.num_tokens, "failed": None}
+    row: dict[str, Any] = {"case": case, "pairs": len(pairs), "way": way, "tokens": batch.num_tokens, "failed": None}
     attended = sum(
         (end - start) * (prefix_end - prefix_start) + (end - start) * (end - start + 1) // 2
         for prefix_start, prefix_end, start, end in batch.blocks.ranges
@@ -295,7 +351,8 @@ def time_way(
         }
 
     try:
-        found, row["failed"] = attempt(work, meter)
+        with flash_attention_3() if way == "flash3" else contextlib.nullcontext():
+            found, row["failed"] = attempt(work, meter)
     except Exception as error:  # as in `check_way`: the other ways go on
         found, row["failed"] = None, f"cannot run: {_first_line(error)}"
     return row | (found or {})
@@ -307,6 +364,7 @@ def _first_line(error: Exception) -> str:
 
 COLUMNS: tuple[Column, ...] = (
     ("case", lambda row: row["case"]),
+    ("pairs", lambda row: str(row["pairs"])),
     ("way", lambda row: row["way"]),
     ("tokens", lambda row: str(row["tokens"])),
     ("forward ms", lambda row: digits(row["forward_s"] * 1e3) if "forward_s" in row else row["failed"][:40]),
@@ -315,6 +373,7 @@ COLUMNS: tuple[Column, ...] = (
         "min-max",
         lambda row: "-".join(digits(row[k] * 1e3) for k in ("step_min_s", "step_max_s")) if "step_s" in row else "",
     ),
+    ("us/token", lambda row: digits(row["step_s"] / row["tokens"] * 1e6) if "step_s" in row else ""),
     ("TFLOP/s", lambda row: digits(row.get("step_tflops"))),
     ("flex's time/this", lambda row: digits(row.get("flex_over_this"))),
     ("mask ms", lambda row: digits(row["mask_s"] * 1e3) if row.get("mask_s") else ""),

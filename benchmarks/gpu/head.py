@@ -54,7 +54,7 @@ def run_head(
     expected = 2 * (1 + len(chunks))
     if len(report.results["rows"]) < expected:
         report.note(f"{len(report.results['rows'])} of {expected} heads were measured before the time was over")
-    report.finish(COLUMNS, complete=len(report.results["rows"]) == expected)
+    report.finish(complete=len(report.results["rows"]) == expected)
     return fine
 
 

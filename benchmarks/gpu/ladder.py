@@ -1,4 +1,8 @@
-"""`gpu.py ladder`: the same training steps on every rung, in alternation, from padded rows to compiled blocks."""
+"""`gpu.py ladder`: the same training steps on every rung, in alternation, from padded rows to compiled blocks.
+
+A rung whose micro-batch does not fit takes the step's pairs in twice as many micro-batches, as its user would have to;
+one that cannot run leaves the others. Compiling comes last: it may take all the time that is left.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +15,7 @@ from typing import Any
 import torch
 
 from gpu.device import Deadline, Meter, TimeUp, attempt, measure_ceiling, stop_at
+from gpu.profile import PROFILE_S, profile_step
 from gpu.report import Column, Report, digits
 from gpu.workload import (
     RUNGS,
@@ -29,6 +34,7 @@ from simpo.bench.summary import spread
 from simpo.data.loader import StoredPair
 
 DEFAULT_CASES = "ragged-200/350/350,1000/300/300,4096/256/256"
+CANNOT_RUN = "cannot run: "
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.1}
 """Largest accepted difference of a rung's loss from the padded rung's on the same pairs: with fp32 compute rounding
 alone; in bf16 the rungs round at different places (`parity` compares them with fp32)."""
@@ -36,14 +42,36 @@ alone; in bf16 the rungs round at different places (`parity` compares them with 
 
 @dataclass
 class Track:
-    """One rung over one case's micro-batches: its batches, and what came of them."""
+    """One rung over one case's steps, and what came of them.
+
+    Attributes:
+        steps: the pairs of each.
+        micro_batches: that the pairs of a step are spread over.
+    """
 
     rung: Rung
-    batches: list[Batch]
+    steps: Sequence[Sequence[StoredPair]]
+    micro_batches: int = 1
     failed: str | None = None
     losses: dict[int, float] = field(default_factory=dict)
-    times: list[tuple[int, int, float]] = field(default_factory=list)  # round, micro-batch, seconds
+    times: list[tuple[int, int, float]] = field(default_factory=list)  # round, step, seconds
     peak_bytes: int = 0
+    batches: list[list[Batch]] = field(init=False)
+
+    def __post_init__(self) -> None:
+        size = -(-len(self.steps[0]) // self.micro_batches)
+        self.batches = [
+            [lay_out(self.rung, pairs[at : at + size]) for at in range(0, len(pairs), size)] for pairs in self.steps
+        ]
+
+    def halve(self) -> bool:
+        """Spread steps over twice as many micro-batches, forgetting what was measured; False at one pair each."""
+        if self.micro_batches >= len(self.steps[0]):
+            return False
+        self.micro_batches *= 2
+        self.times.clear()
+        self.__post_init__()
+        return True
 
     def longest_step_s(self) -> float:
         return max((seconds for _, _, seconds in self.times), default=0.0)
@@ -74,7 +102,7 @@ def run_ladder(
     rungs: Sequence[Rung],
     cases: Sequence[LengthCase],
     pairs: int,
-    micro_batches: int,
+    steps: int,
     rounds: int,
     ceiling_size: int = 8192,
 ) -> bool:
@@ -82,7 +110,7 @@ def run_ladder(
 
     Args:
         compute: "bf16" or "fp32"; bf16 is under autocast where weights are fp32.
-        pairs, micro_batches: pairs in one micro-batch, and how many different ones there are.
+        pairs, steps: pairs of a step, and how many different steps there are.
         rounds: visits of every rung to every case, at most.
         ceiling_size: of the matrix product that gives the measured ceiling.
     """
@@ -97,22 +125,29 @@ def run_ladder(
     shape = flops.model_shape(config)
     with contextlib.suppress(TimeUp), stop_at(deadline):
         for index, case in enumerate(cases):
-            share_s = deadline.left_s / (len(cases) - index)
-            batches = case.micro_batches(micro_batches, pairs, vocab_size=config.vocab_size)
-            tracks = [Track(rung, [lay_out(rung, batch) for batch in batches]) for rung in rungs]
+            share_s = (deadline.left_s - PROFILE_S[meter.device.type]) / (len(cases) - index)
+            batches = case.micro_batches(steps, pairs, vocab_size=config.vocab_size)
+            tracks = [Track(rung, batches) for rung in rungs]
             try:
                 run_case(staged, optimizer, meter, tracks, rounds=rounds, deadline=deadline, share_s=share_s)
             finally:
-                for row in summarise_case(case.name, tracks, batches, shape, report.conditions):
+                for row in summarise_case(case.name, tracks, shape, report.conditions):
                     report.add(row)
                     report.say(f"{row['case']:<22}{row['rung']:<10}{row['outcome']}")
+        running = [track for track in tracks if track.times]
+        if running:
+            fastest = min(running, key=lambda track: statistics.median(seconds for *_, seconds in track.times))
+            with staged.on(fastest.rung):
+                profile_step(
+                    report, meter, fastest.rung.name, lambda: staged.step(fastest.rung, fastest.batches[0], optimizer)
+                )
     agree = check_losses(report, compute)
     measured = [row["case"] for row in report.results["rows"] if row["rounds"] or row["failed"]]
     missing = [case.name for case in cases if measured.count(case.name) < len(rungs)]
     if missing:
         report.note(f"no time was left for all of {', '.join(missing)}: run them alone with --cases")
-    report.finish(COLUMNS, complete=not missing)
-    return agree
+    report.finish(complete=not missing)
+    return agree and not any(str(row["failed"]).startswith(CANNOT_RUN) for row in report.results["rows"])
 
 
 def run_case(
@@ -125,25 +160,24 @@ def run_case(
     deadline: Deadline,
     share_s: float,
 ) -> None:
-    """Warm up every rung on every micro-batch, then go round; the order of the rungs turns with every round."""
+    """Go round, the order of the rungs turning with every round; compiled ones join in for the second half."""
     end_s = max(0.0, deadline.left_s - share_s)  # what has to be left for the other cases
-    for track in tracks:
-        try:
-            with staged.on(track.rung):
-                for index in range(len(track.batches)):
-                    _visit(staged, optimizer, meter, track, index, warm_up=True)
-        except Exception as error:  # what is raised where torch cannot compile a block differs; the other rungs go on
-            if not track.rung.compiled:
-                raise
-            track.failed = f"cannot be compiled: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
-    for number in range(rounds):
-        one_round_s = sum(track.longest_step_s() for track in tracks)
-        if number and not deadline.allows(end_s + 2 * one_round_s):
-            return
-        running = [track for track in tracks if not track.failed]
-        for track in running if number % 2 == 0 else reversed(running):
-            with staged.on(track.rung):
-                _visit(staged, optimizer, meter, track, number % len(track.batches), round_number=number)
+    plain = [track for track in tracks if not track.rung.compiled]
+    number = 0
+    for running in [plain, tracks] if len(plain) < len(tracks) else [plain]:
+        last = running is tracks or len(plain) == len(tracks)
+        for track in running:
+            for index in range(len(track.steps)):
+                if index not in track.losses:
+                    _visit(staged, optimizer, meter, track, index, round_number=None)
+        first = number
+        while number < (rounds if last else (rounds + 1) // 2):
+            one_round_s = sum(track.longest_step_s() for track in running)
+            if number > first and not deadline.allows(end_s + 2 * one_round_s + (0 if last else share_s / 2)):
+                break
+            for track in running if number % 2 == 0 else reversed(running):
+                _visit(staged, optimizer, meter, track, number % len(track.steps), round_number=number)
+            number += 1
 
 
 def _visit(
@@ -153,24 +187,29 @@ def _visit(
     track: Track,
     index: int,
     *,
-    warm_up: bool = False,
-    round_number: int = 0,
+    round_number: int | None,
 ) -> None:
-    """One step, unless the rung ran out of memory on an earlier micro-batch."""
-    if track.failed:
-        return
+    """One step, unless the rung failed before; None = to warm up."""
     kept: list[torch.Tensor] = []
 
     def work() -> None:
         kept.append(staged.step(track.rung, track.batches[index], optimizer)[0])
 
-    measured, reason = attempt(lambda: meter.measure(work), meter)
+    measured, reason = None, None
+    while measured is None and not track.failed:
+        try:
+            with staged.on(track.rung):
+                measured, reason = attempt(lambda: meter.measure(work), meter)
+        except Exception as error:  # what is raised where torch cannot compile, or has no kernel, differs
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            track.failed = ("cannot be compiled: " if track.rung.compiled else CANNOT_RUN) + reason
+        else:
+            if measured is None and not track.halve():
+                track.failed = f"out of memory: {reason}"
     if measured is None:
-        track.failed = f"out of memory: {reason}"
         return
-    loss = float(kept[0])
-    if warm_up:
-        track.losses[index] = loss
+    if round_number is None:
+        track.losses[index] = float(kept[-1])
     else:
         track.times.append((round_number, index, measured.seconds))
         track.peak_bytes = max(track.peak_bytes, measured.peak_bytes)
@@ -180,28 +219,25 @@ def _visit(
 
 
 def summarise_case(
-    name: str,
-    tracks: Sequence[Track],
-    batches: Sequence[Sequence[StoredPair]],
-    shape: flops.ModelShape,
-    conditions: dict[str, Any],
+    name: str, tracks: Sequence[Track], shape: flops.ModelShape, conditions: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """One row a rung."""
-    floors = [flops.floor_flops(shape, [flops.pair_work(pair) for pair in batch]) for batch in batches]
-    needed = sum(flops.pair_work(pair).shape.tokens for batch in batches for pair in batch)
     first = tracks[0]
+    floors = [flops.floor_flops(shape, [flops.pair_work(pair) for pair in pairs]) for pairs in first.steps]
+    needed = sum(flops.pair_work(pair).shape.tokens for pairs in first.steps for pair in pairs)
     rows = []
     for track in tracks:
-        computed = sum(batch.input_ids.numel() for batch in track.batches)
+        computed = sum(batch.input_ids.numel() for batches in track.batches for batch in batches)
         row: dict[str, Any] = {
             "case": name,
             "rung": track.rung.name,
             "failed": track.failed,
             "rounds": len(track.times),
-            "pairs_per_step": len(batches[0]),
+            "pairs_per_step": len(first.steps[0]),
+            "micro_batches": track.micro_batches,
             "tokens_computed": computed,
             "tokens_needed": needed,
-            "losses": [track.losses.get(index) for index in range(len(batches))],
+            "losses": [track.losses.get(index) for index in range(len(first.steps))],
         }
         if track.times:
             row |= speed_of(track, floors, conditions) | {"peak_bytes": track.peak_bytes}
@@ -269,6 +305,7 @@ COLUMNS: tuple[Column, ...] = (
     ("first/this", lambda row: digits(row["speedup"]["median"]) if row.get("speedup") else ""),
     ("min-max", lambda row: "-".join(digits(row["speedup"][k]) for k in ("min", "max")) if row.get("speedup") else ""),
     ("peak GiB", lambda row: f"{row['peak_bytes'] / 2**30:.2f}" if "peak_bytes" in row else ""),
+    ("micro-batches", lambda row: str(row["micro_batches"])),
     ("tokens/needed", lambda row: f"{row['tokens_computed'] / row['tokens_needed']:.2f}"),
     ("useful TFLOP/s", lambda row: digits(row.get("useful_tflops"))),
     ("MFU", lambda row: f"{row['mfu']:.1%}" if row.get("mfu") else ""),

@@ -1,9 +1,14 @@
-"""`gpu.py memory`: the peak of one training step as micro-batches grow, and what `engine.memory` predicts for it."""
+"""`gpu.py memory`: the peak of one training step as micro-batches grow, and what was predicted for it.
+
+Predicted twice: by `engine.memory`, which measures small rows of the model at hand before a run (with it training picks
+its micro-batches), and by `simpo plan`, which has never seen the model (`engine.footprint`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +18,7 @@ import torch
 from gpu.device import GIB, CpuMeter, Deadline, Meter, TimeUp, attempt, stop_at
 from gpu.report import Column, Report, digits, gib
 from gpu.workload import (
+    CHECKPOINTS_RUNG,
     DEFAULT_RUNG,
     PADDED_RUNG,
     Batch,
@@ -30,7 +36,10 @@ from simpo.bench.machine import available_gib
 from simpo.core.batch import PackedPairs
 from simpo.core.packing import PairShape
 from simpo.data.loader import StoredPair
+from simpo.engine.footprint import RUNTIME_BYTES, StepOptions, compute_footprint
 from simpo.engine.memory import ActivationBytes, measure_activations, step_bytes
+from simpo.engine.mesh import MeshSizes
+from simpo.engine.sizes import ModelSizes, describe_model
 
 HOST_SHARE = 0.8
 """Of the host's free memory that offloaded activations may take."""
@@ -44,16 +53,15 @@ class Mode:
 
     name: str
     rung: Rung
-    checkpointing: bool = False
     offload: bool = False
 
 
 MODES = (
     Mode("packed", DEFAULT_RUNG),
-    Mode("packed, checkpointing", DEFAULT_RUNG, checkpointing=True),
+    Mode("checkpoints", CHECKPOINTS_RUNG),
     Mode("padded", PADDED_RUNG),
-    Mode("padded, checkpointing", PADDED_RUNG, checkpointing=True),
-    Mode("packed, offload", DEFAULT_RUNG, offload=True),  # last: pinning tens of GiB takes its time
+    Mode("padded-checkpoints", dataclasses.replace(PADDED_RUNG, checkpointing=True)),
+    Mode("offload", DEFAULT_RUNG, offload=True),  # last: pinning tens of GiB takes its time
 )
 
 
@@ -81,19 +89,26 @@ def run_memory(
     report.conditions["weights_gib"] = weights_bytes / GIB
     batches = micro_batches_of(case, tokens, vocab_size=config.vocab_size)
     expected = [(mode.name, len(batch)) for mode in modes for batch in batches]
+    sizes = describe_model(config)
+
+    def planned(mode: Mode, pairs: Sequence[StoredPair]) -> float | None:
+        if plan.optimizer == "none":  # which no recipe has
+            return None
+        return plan_bytes(sizes, plan, mode, pairs, on_cpu=meter.device.type == "cpu")
+
     with contextlib.suppress(TimeUp), stop_at(deadline):
-        activations = {mode: measure_mode(staged, mode) for mode in modes if mode.rung is DEFAULT_RUNG}
-        fixed = state_bytes(network, plan)
+        activations = {mode: measure_mode(staged, mode) for mode in modes if mode.rung.layout != "padded"}
+        before = weights_bytes + state_bytes(network, plan)
         optimizer = build_optimizer(network, plan.optimizer)
         _first_step(staged, batches[0][:1], optimizer, meter)
         for mode in modes:
-            with staged.on(mode.rung), staged.checkpointing(mode.checkpointing):
-                _grow(report, meter, deadline, staged, mode, batches, optimizer, activations, weights_bytes + fixed)
+            with staged.on(mode.rung):
+                _grow(report, meter, deadline, staged, mode, batches, optimizer, activations, before, planned)
     done = {(row["mode"], row["pairs"]) for row in report.results["rows"]}
     missing = list(dict.fromkeys(name for name, pairs in expected if (name, pairs) not in done))
     if missing:
         report.note(f"no time was left for all of {'; '.join(missing)}: run them alone with --modes")
-    report.finish(COLUMNS, complete=not missing)
+    report.finish(complete=not missing)
     return True
 
 
@@ -118,7 +133,7 @@ def measure_mode(staged: StagedModel, mode: Mode) -> ActivationBytes:
     def forward(batch: PackedPairs) -> torch.Tensor:
         return staged.losses(mode.rung, batch).mean()
 
-    with staged.on(mode.rung), staged.checkpointing(mode.checkpointing):
+    with staged.on(mode.rung):
         return measure_activations(staged.model, forward, device=staged.device, offloaded=mode.offload)
 
 
@@ -139,6 +154,21 @@ def predict_bytes(activations: ActivationBytes, pairs: Sequence[StoredPair], bef
     return float(before + activations.fixed + sizes.sum())
 
 
+def plan_bytes(sizes: ModelSizes, plan: WeightPlan, mode: Mode, pairs: Sequence[StoredPair], *, on_cpu: bool) -> float:
+    """The same by `simpo plan`, without what CUDA itself takes, which the allocator does not see."""
+    works = [pair_work(pair) for pair in pairs]
+    options = StepOptions(
+        optim=plan.recipe_optim,
+        master_bytes=plan.dtype.itemsize,
+        gradient_checkpointing=mode.rung.checkpointing,
+        activation_offload=mode.offload,
+        on_cpu=on_cpu,
+    )
+    tokens, labels = sum(work.shape.tokens for work in works), sum(work.labels for work in works)
+    footprint = compute_footprint(sizes, options, MeshSizes(), tokens=tokens, labels=labels)
+    return footprint.total - (0 if on_cpu else RUNTIME_BYTES)
+
+
 # --- what happens ----------------------------------------------------------------------------------------------------
 
 
@@ -146,7 +176,7 @@ def _first_step(staged: StagedModel, pairs: Sequence[StoredPair], optimizer: Any
     """One pair, so that moments and workspaces are there before anything is measured."""
     with staged.on(DEFAULT_RUNG):
         batch = lay_out(DEFAULT_RUNG, pairs)
-        _, reason = attempt(lambda: staged.step(DEFAULT_RUNG, batch, optimizer), meter)
+        _, reason = attempt(lambda: staged.step(DEFAULT_RUNG, [batch], optimizer), meter)
     if reason:
         raise ValueError(f"model: one pair does not fit: {reason}; try --weights bf16, or --optimizer none")
 
@@ -161,6 +191,7 @@ def _grow(
     optimizer: Any,
     activations: dict[Mode, ActivationBytes],
     before: int,
+    planned: Callable[[Mode, Sequence[StoredPair]], float | None],
 ) -> None:
     """One mode, micro-batch by micro-batch; what follows one that does not fit is a row without numbers."""
     failed: str | None = None
@@ -174,6 +205,7 @@ def _grow(
             "packed_tokens": needed,
             "tokens_computed": batch.input_ids.numel(),
             "predicted_bytes": predict_bytes(activations[mode], pairs, before) if mode in activations else None,
+            "planned_bytes": planned(mode, pairs) if mode in activations else None,
         }
         if failed is None:
             failed = host_shortage(moved_per_token * needed) if mode.offload else None
@@ -197,7 +229,7 @@ def measure_step(
     moved: list[int] = []
 
     def work() -> None:
-        moved.append(staged.step(mode.rung, batch, optimizer, offload=mode.offload)[1])
+        moved.append(staged.step(mode.rung, [batch], optimizer, offload=mode.offload)[1])
 
     measured, failed = attempt(lambda: meter.measure(work), meter)
     if measured is None:
@@ -218,10 +250,10 @@ def host_shortage(wanted_bytes: float) -> str | None:
     return f"would pin up to {PINNED_OVERHEAD * wanted_bytes / GIB:.0f} GiB of the host's memory, {free:.0f} GiB free"
 
 
-def _ratio(row: dict[str, Any]) -> str:
-    if row.get("predicted_bytes") is None or "peak_bytes" not in row:
+def _over_peak(row: dict[str, Any], key: str) -> str:
+    if row.get(key) is None or "peak_bytes" not in row:
         return ""
-    return f"{row['predicted_bytes'] / row['peak_bytes']:.2f}"
+    return f"{row[key] / row['peak_bytes']:.2f}"
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -231,7 +263,9 @@ COLUMNS: tuple[Column, ...] = (
     ("computed", lambda row: str(row["tokens_computed"])),
     ("peak GiB", lambda row: gib(row.get("peak_bytes")) or (row["failed"] or "")[:40]),
     ("predicted GiB", lambda row: gib(row["predicted_bytes"])),
-    ("predicted/peak", _ratio),
+    ("/ peak", lambda row: _over_peak(row, "predicted_bytes")),
+    ("plan GiB", lambda row: gib(row["planned_bytes"])),
+    ("/ peak", lambda row: _over_peak(row, "planned_bytes")),
     ("offloaded GiB", lambda row: gib(row.get("offloaded_bytes") or None)),
     ("step s", lambda row: digits(row.get("seconds"))),
 )

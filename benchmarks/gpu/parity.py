@@ -9,42 +9,41 @@ transformers' own choice of attention, is off by its rounding alone, and so may 
     autocast    fp32 weights, bf16 under autocast, as `simpo train` computes
     bf16        bf16 weights
 
-Weights are random, and scaled so that logits reach `LARGEST_LOGIT`, as trained models' do: small logits hide faults.
+Weights are random; logits are as large as trained models' (`outcomes.LARGEST_LOGIT`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import types
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import simpo.core.attention
 from gpu.device import Deadline, Meter, TimeUp, stop_at
-from gpu.report import Column, Report
-from gpu.workload import (
-    BETA,
-    DEFAULT_RUNG,
-    GAMMA_BETA_RATIO,
-    RUNGS,
-    LengthCase,
-    Rung,
-    StagedModel,
-    build_model,
+from gpu.outcomes import (
+    Outcome,
+    architectures,
+    errors_of,
+    offloaded_outcome,
+    packed_outcome,
+    parity_pairs,
+    reference_outcome,
+    scale_logits,
 )
+from gpu.report import Column, Report
+from gpu.workload import BETA, CHECKPOINTS_RUNG, RUNGS, StagedModel, build_model
 from simpo.core.attention import packed_attention, reference_attention
 from simpo.core.batch import PackedPairs, build_batch
-from simpo.core.logprobs import reference_token_logps, response_logps, token_logps
+from simpo.core.logprobs import reference_token_logps, token_logps
 from simpo.data.loader import StoredPair
-from simpo.engine.model import compute_token_logps, plain_attention, plain_implementation
-from simpo.engine.offload import offload_activations
+from simpo.engine.model import compute_token_logps
 from simpo.engine.optim import build_optimizer
 
 RATIO = {"fp32": 3.0, "autocast": 2.0, "bf16": 2.0}
@@ -57,158 +56,9 @@ LEAST = {"fp32": 1e-5, "autocast": 1e-3, "bf16": 1e-3}
 LOSS_DEVIATIONS = 4.0
 """The loss is one number, the reference's error in it may be small by luck: so many standard deviations are allowed as
 well, taking the log-probs' errors (limited by `RATIO` themselves) to be independent."""
-LARGEST_LOGIT = 15.0
 KERNEL_LIMIT = 1e-5
 """|difference| / |reference| of one kernel in fp32."""
 MODES = ("fp32", "autocast", "bf16")
-
-
-# --- what is compared ------------------------------------------------------------------------------------------------
-
-
-def architectures(*, tiny: bool) -> dict[str, Any]:
-    """Configurations by name: head sizes 64 and 128, groups, windows, norms, soft-caps; two or three layers."""
-    import transformers as hf
-
-    head = 16 if tiny else 64
-    window = 24 if tiny else 200
-    common = {
-        "vocab_size": 199 if tiny else 16384,
-        "num_hidden_layers": 2,
-        "initializer_range": 0.06,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "attention_dropout": 0.0,
-    }
-
-    def sizes(heads: int, kv_heads: int, head_dim: int) -> dict[str, Any]:
-        hidden = heads * head_dim
-        return {
-            **common,
-            "hidden_size": hidden,
-            "intermediate_size": 2 * hidden,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv_heads,
-            "head_dim": head_dim,
-        }
-
-    return {
-        "llama 9/3 heads": hf.LlamaConfig(**sizes(9, 3, head)),
-        "llama tied": hf.LlamaConfig(**sizes(4, 4, 2 * head), tie_word_embeddings=True),
-        "mistral window": hf.MistralConfig(**sizes(8, 2, 2 * head), sliding_window=window),
-        "qwen2": hf.Qwen2Config(**sizes(8, 2, head)),
-        "qwen3": hf.Qwen3Config(**sizes(8, 4, 2 * head)),
-        "gemma2 soft-caps": hf.Gemma2Config(
-            **sizes(8, 4, head), sliding_window=window, query_pre_attn_scalar=head, attn_logit_softcapping=20.0
-        ),
-    }
-
-
-def parity_pairs(vocab_size: int, *, tiny: bool) -> list[StoredPair]:
-    """Ragged pairs: a prefix longer than a tile, one of a token, a response of a token, responses that begin alike."""
-    lengths = ((300, 90, 140), (17, 33, 5), (1, 4, 80), (513, 1, 60), (129, 128, 127))
-    if tiny:
-        lengths = ((40, 9, 14), (3, 5, 1), (1, 4, 20))
-    pairs = LengthCase("parity", lengths).pairs(len(lengths), vocab_size=vocab_size)
-    first = pairs[0]
-    start, alike = first.chosen_start, first.chosen_ids[: first.chosen_start + 5]
-    longer = StoredPair("alike", first.chosen_ids, start, alike + first.rejected_ids[start + 5 :], start)
-    return [*pairs, longer]
-
-
-@dataclass
-class Outcome:
-    """Log-probs [N], mean loss and gradients by name, all in fp32."""
-
-    logps: Tensor
-    loss: float
-    gradients: dict[str, Tensor]
-
-
-def outcome_of(model: nn.Module, logps: Tensor, lengths: Tensor) -> Outcome:
-    """Run the loss, written out, and the backward pass; leaves no gradient behind."""
-    means = response_logps(logps, lengths) / lengths
-    loss = -F.logsigmoid(BETA * (means[0::2] - means[1::2] - GAMMA_BETA_RATIO)).mean()
-    loss.backward()
-    gradients = {name: p.grad.float().clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad(set_to_none=True)
-    return Outcome(logps.detach().float(), float(loss.detach()), gradients)
-
-
-def reference_outcome(
-    staged: StagedModel, pairs: Sequence[StoredPair], *, attention: str | None, alone: bool = False
-) -> Outcome:
-    """The ordinary way; `attention` as transformers names it, None = its own choice; `alone`: pair by pair."""
-    model = staged.model
-    implementation = model.config._attn_implementation
-    logps, lengths = [], []
-    model.set_attn_implementation(attention or plain_implementation(model))
-    try:
-        for some in [[pair] for pair in pairs] if alone else [pairs]:
-            batch = build_batch(some, pack=False, share_prompt=False).to(staged.device)
-            with staged.computing():
-                logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
-            rows = logits.flatten(0, 1).index_select(0, batch.source_rows).float()
-            logps.append(torch.log_softmax(rows, dim=-1).gather(1, batch.labels[:, None])[:, 0])
-            lengths.append(batch.response_lengths)
-    finally:
-        model.set_attn_implementation(implementation)
-    return outcome_of(model, torch.cat(logps), torch.cat(lengths))
-
-
-def scale_logits(staged: StagedModel, pairs: Sequence[StoredPair]) -> None:
-    """Scale the final norm so that the largest logit of these pairs is `LARGEST_LOGIT`; before any soft-cap."""
-    base = staged.model
-    batch = build_batch(pairs, pack=False, share_prompt=False).to(staged.device)
-    heads: list[Tensor] = []
-    hook = base.get_output_embeddings().register_forward_hook(lambda module, args, out: heads.append(out))
-    with torch.no_grad(), plain_attention(base):
-        base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-    hook.remove()
-    norm = base.model.norm.weight
-    with torch.no_grad():
-        offset = 1.0 - norm.mean().round()  # a new norm multiplies by one: Gemma keeps the difference from it
-        norm.copy_((norm + offset) * (LARGEST_LOGIT / heads[0].abs().max()) - offset)
-
-
-def packed_outcome(
-    staged: StagedModel, batch: PackedPairs, rung: Rung = DEFAULT_RUNG, *, checkpointing: bool = False
-) -> Outcome:
-    """This package's way, or one of its rungs."""
-    batch = batch.to(staged.device)
-    with staged.on(rung), staged.checkpointing(checkpointing):
-        with staged.computing():
-            logps = compute_token_logps(staged.model, batch)
-        return outcome_of(staged.model, logps, batch.response_lengths)
-
-
-def offloaded_outcome(staged: StagedModel, batch: PackedPairs, eligible: dict[str, Any]) -> tuple[Outcome, int]:
-    """The same with activations in host memory between the passes, and the bytes that went there."""
-    batch = batch.to(staged.device)
-    with staged.on(DEFAULT_RUNG):
-        with offload_activations(staged.model, **eligible) as copies, staged.computing():
-            logps = compute_token_logps(staged.model, batch)
-        return outcome_of(staged.model, logps, batch.response_lengths), copies.num_bytes
-
-
-def errors_of(outcome: Outcome, truth: Outcome) -> dict[str, Any]:
-    """How far one outcome is from another."""
-    difference = outcome.logps - truth.logps
-    norms = {name: float(gradient.norm()) for name, gradient in truth.gradients.items()}
-    off = {
-        name: float((outcome.gradients[name] - gradient).norm()) if name in outcome.gradients else math.inf
-        for name, gradient in truth.gradients.items()
-    }
-    # A parameter whose gradient all but vanishes is measured against the largest one's.
-    floor = 1e-3 * max(norms.values())
-    return {
-        "log-probs": float(difference.abs().max()),
-        "log-probs rms": float(difference.square().mean().sqrt()),
-        "loss": abs(outcome.loss - truth.loss),
-        "gradients": math.hypot(*off.values()) / math.hypot(*norms.values()),
-        "parameters": {name: off[name] / (norms[name] + floor) for name in norms},
-    }
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -234,13 +84,11 @@ class Checks:
         self._report.say(f"FAILED  {subject}: {what}: {note}")
 
     @contextlib.contextmanager
-    def surviving(self, subject: str, what: str, *, when: bool = True) -> Iterator[None]:
+    def surviving(self, subject: str, what: str) -> Iterator[None]:
         """Inside, an error is a failed check; what torch raises where it has no kernel or no compiler differs."""
         try:
             yield
         except Exception as error:
-            if not when:
-                raise
             self.fail(subject, what, (str(error).strip() or type(error).__name__).splitlines()[0][:200])
 
     def tell(self, subject: str, what: str, note: str, value: float | None = None) -> None:
@@ -291,7 +139,7 @@ def run_parity(
     tiny: bool = False,
     only: Sequence[str] | None = None,
 ) -> bool:
-    """Check kernels, then architectures in every precision, the first also in every way to run a step.
+    """Check kernels, then architectures in every precision, then the first of them in every way to run a step.
 
     Args:
         tiny: small models and short pairs, for a CPU.
@@ -302,15 +150,15 @@ def run_parity(
     torch.set_float32_matmul_precision("highest")
     checks = Checks(report)
     configs = {name: c for name, c in architectures(tiny=tiny).items() if only is None or name in only}
-    finished = False
+    first, finished = list(configs.items())[:1], False
     with contextlib.suppress(TimeUp), stop_at(deadline):
         if only is None or KERNELS in only:
             check_attention_kernels(checks, meter.device, tiny=tiny)
             check_head_kernels(checks, meter.device, tiny=tiny)
-        for index, (name, config) in enumerate(configs.items()):
-            report.say(f"{name} ...")
+        for thorough, (name, config) in [*((False, item) for item in configs.items()), *((True, i) for i in first)]:
+            report.say(f"{name}{', every way' if thorough else ''} ...")
             with checks.surviving(name, "running"):
-                check_architecture(checks, name, config, meter.device, tiny=tiny, thorough=index == 0)
+                check_architecture(checks, name, config, meter.device, tiny=tiny, thorough=thorough)
             meter.release()
         finished = True
     if not finished:
@@ -320,14 +168,14 @@ def run_parity(
     report.note(f"{sum(row['ok'] is True for row in rows)} checks passed, {len(failures)} failed")
     for failure in failures:
         report.note(f"FAILED {failure}")
-    report.finish(COLUMNS, complete=finished)
+    report.finish(complete=finished)
     return finished and not failures
 
 
 def check_architecture(
     checks: Checks, name: str, config: Any, device: torch.device, *, tiny: bool, thorough: bool
 ) -> None:
-    """One architecture in every precision; `thorough` adds the ways to run a step."""
+    """One architecture in every precision; `thorough`: the ways to run a step, those that take longest last."""
     pairs = parity_pairs(config.vocab_size, tiny=tiny)
     batch = build_batch(pairs)
     slope = loss_slope(batch)
@@ -351,13 +199,17 @@ def check_architecture(
         def compare(subject: str, outcome: Outcome, mode: str = mode, reference: dict[str, Any] = reference) -> None:
             checks.compare(subject, mode, errors_of(outcome, truth), reference, truth, slope)
 
+        if thorough:
+            check_ways(checks, subject, mode, staged, pairs, outcome, reference["gradients"], compare)
+            continue
         compare(subject, outcome)
         if takes_varlen(device, mode, config) and not calls:
             checks.fail(subject, "varlen_attn", "was never called: attention takes the slow path in this precision")
-        if thorough:
-            check_ways(checks, subject, mode, staged, pairs, outcome, reference["gradients"], compare)
     if thorough:
         check_optimizers(checks, name, config, batch, device)
+        for rung in (rung for rung in RUNGS if rung.compiled):
+            with checks.surviving(f"{subject}, {rung.name}", "compiling"):
+                compare(f"{subject}, {rung.name}", packed_outcome(staged, batch, rung))
 
 
 def check_ways(
@@ -382,10 +234,8 @@ def check_ways(
     ):
         compare(f"{subject}, {layout}", packed_outcome(staged, other))
     for rung in RUNGS:
-        if rung.layout == "shared" and rung is not DEFAULT_RUNG:
-            with checks.surviving(f"{subject}, {rung.name}", "running", when=rung.compiled):
-                compare(f"{subject}, {rung.name}", packed_outcome(staged, batch, rung))
-    torch.compiler.reset()  # the next precision is compiled anew, not as one more version of the same code
+        if rung.layout == "shared" and not rung.lean and not rung.compiled:
+            compare(f"{subject}, {rung.name}", packed_outcome(staged, batch, rung))
 
     def repeat(what: str, again: Outcome, first: Outcome, limit: float) -> None:
         value = errors_of(again, first)["gradients"]
@@ -397,7 +247,7 @@ def check_ways(
         first = packed_outcome(staged, batch)
         repeat("twice, deterministic algorithms", packed_outcome(staged, batch), first, 0.0)
         repeat("deterministic or not", first, outcome, round_off)
-        repeat("checkpointing", packed_outcome(staged, batch, checkpointing=True), first, round_off)
+        repeat("checkpointing", packed_outcome(staged, batch, CHECKPOINTS_RUNG), first, round_off)
         eligible = {"min_bytes": 1} | ({} if staged.device.type == "cuda" else {"eligible": lambda tensor: True})
         moved, num_bytes = offloaded_outcome(staged, batch, eligible)
         repeat("activation offload", moved, first, round_off)
@@ -449,6 +299,7 @@ def check_attention_kernels(checks: Checks, device: torch.device, *, tiny: bool)
     """`packed_attention` against dense fp64: results and gradients, head by head; a rejected response has q != k."""
     blocks = build_batch(parity_pairs(199, tiny=tiny)).blocks
     num_tokens = blocks.ranges[-1][3]
+    masks = functools.cache(simpo.core.attention.dense_mask)  # written out row by row, which takes a while
     window = 24 if tiny else 200
     for num_heads, num_kv_heads, head_dim in ((9, 3, 64), (4, 4, 128), (8, 2, 128), (4, 2, 256)):
         for options in ({}, {"sliding_window": window}, {"softcap": 20.0}):
@@ -461,7 +312,8 @@ def check_attention_kernels(checks: Checks, device: torch.device, *, tiny: bool)
             def run(attention: Any, dtype: torch.dtype, drawn: Any = drawn, options: Any = options) -> list[Tensor]:
                 *inputs, grad = (tensor.to(dtype) for tensor in drawn)
                 inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-                out = attention(*inputs, blocks, **options)
+                with mock.patch.object(simpo.core.attention, "dense_mask", masks):
+                    out = attention(*inputs, blocks, **options)
                 return [out, *torch.autograd.grad(out, inputs, grad)]
 
             truth = run(reference_attention, torch.float64)

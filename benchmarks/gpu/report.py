@@ -1,4 +1,7 @@
-"""A command's results: one JSON file, written again after every row, and a plain table on the terminal."""
+"""A command's results: one JSON file, written again after every row, and a plain table on the terminal.
+
+The file also holds its tables as they are shown, so that whoever puts several together needs neither torch nor this.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.device import Meter
+from gpu.parts import write_whole
 from simpo.bench.machine import describe_machine, git_commit, package_versions, peak_tflops
 
 FORMAT = 1
@@ -26,6 +30,8 @@ class Report:
     Args:
         name: of the file, without .json.
         folder: where it goes; made when it is not there.
+        columns: of the table of rows.
+        shown: which rows the table shows; the file has all of them.
         command: as typed.
         conditions: what every number depends on.
         say: prints a line.
@@ -36,6 +42,8 @@ class Report:
         name: str,
         folder: Path,
         *,
+        columns: Sequence[Column] = (),
+        shown: Callable[[dict[str, Any]], bool] = lambda row: True,
         command: str,
         meter: Meter,
         conditions: dict[str, Any],
@@ -43,6 +51,7 @@ class Report:
     ) -> None:
         self.path = folder / f"{name}.json"
         self.say = say
+        self._columns, self._shown = columns, shown
         machine = describe_machine() | meter.describe()
         self.results: dict[str, Any] = {
             "format": FORMAT,
@@ -53,6 +62,7 @@ class Report:
             "machine": machine,
             "conditions": {"memory": meter.memory, **conditions},
             "notes": [],
+            "tables": [{"title": "", "head": [title for title, _ in columns], "cells": []}],
             "rows": [],
         }
         if machine["gpu"]:
@@ -76,19 +86,26 @@ class Report:
         self.say(text)
         self.save()
 
-    def save(self) -> None:
-        """Write the file; whoever reads it meanwhile sees the old or the new one whole."""
-        aside = self.path.with_suffix(".json.tmp")
-        aside.write_text(json.dumps(self.results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(aside, self.path)
+    def add_table(self, title: str, head: Sequence[str], cells: Sequence[Sequence[str]]) -> None:
+        """One more table below that of the rows."""
+        self.results["tables"].append({"title": title, "head": list(head), "cells": [list(row) for row in cells]})
+        self.save()
 
-    def finish(self, columns: Sequence[Column], *, complete: bool) -> None:
-        """The table, the conditions and the notes again, and where the file is."""
+    def save(self) -> None:
+        """Write the file; whoever reads it meanwhile, or after the machine is gone, sees the old or the new one."""
+        rows = filter(self._shown, self.results["rows"])
+        self.results["tables"][0]["cells"] = [[cell(row) for _, cell in self._columns] for row in rows]
+        write_whole(self.path, json.dumps(self.results, indent=1, ensure_ascii=False) + "\n")
+
+    def finish(self, *, complete: bool) -> None:
+        """The tables, the conditions and the notes again, and where the file is."""
         self.results["complete"] = complete
         self.save()
-        self.say("")
-        for line in table_lines(columns, self.results["rows"]):
-            self.say(line)
+        for table in self.results["tables"]:
+            if table["cells"]:
+                self.say("")
+                for line in [table["title"]] * bool(table["title"]) + table_lines(table["head"], table["cells"]):
+                    self.say(line)
         self.say("")
         for line in self.describe():
             self.say(line)
@@ -113,13 +130,13 @@ class Report:
         ]
 
 
-def table_lines(columns: Sequence[Column], rows: Sequence[dict[str, Any]]) -> list[str]:
+def table_lines(head: Sequence[str], cells: Sequence[Sequence[str]]) -> list[str]:
     """A table of plain text: the first column to the left, the others to the right."""
-    cells = [[title for title, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = ["  ".join(_pad(text, width, i) for i, (text, width) in enumerate(zip(row, widths))) for row in cells]
-    lines = [line.rstrip() for line in lines]
-    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
+    lines = [list(head), *cells]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    shown = ["  ".join(_pad(text, width, i) for i, (text, width) in enumerate(zip(row, widths))) for row in lines]
+    shown = [line.rstrip() for line in shown]
+    return [shown[0], "-" * max(map(len, shown)), *shown[1:]]
 
 
 def _pad(text: str, width: int, index: int) -> str:

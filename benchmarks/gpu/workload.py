@@ -13,6 +13,7 @@ classes of blocks and the compiled code are switched, the weights stay.
     lean        the blocks of `engine.lean`: less is kept for the backward pass, and the last MLP skips unread rows.
                 What `simpo train` does unless told otherwise
     compiled    transformers' blocks under torch.compile instead of the lean ones: `torch_compile: true`
+    checkpoints the lean blocks, computed again in the backward pass: `gradient_checkpointing: true`
 
 A step is forward, backward, clipping to norm 1 and the optimizer's update at learning rate 0: the same work as any
 other, and weights that stay as they are, so the losses of all rungs and rounds on the same pairs can be compared.
@@ -260,6 +261,7 @@ class Rung:
     dense_head: bool = False
     lean: bool = False
     compiled: bool = False
+    checkpointing: bool = False
 
 
 RUNGS = (
@@ -269,9 +271,10 @@ RUNGS = (
     Rung("head", "shared"),
     Rung("lean", "shared", lean=True),
     Rung("compiled", "shared", compiled=True),
+    Rung("checkpoints", "shared", lean=True, checkpointing=True),
 )
 DEFAULT_RUNG = next(rung for rung in RUNGS if rung.name == "lean")
-PADDED_RUNG = RUNGS[0]
+PADDED_RUNG, CHECKPOINTS_RUNG = RUNGS[0], RUNGS[-1]
 
 Batch = PaddedBatch | PackedPairs
 
@@ -281,6 +284,11 @@ def lay_out(rung: Rung, pairs: Sequence[StoredPair]) -> Batch:
     if rung.layout == "padded":
         return pad_pairs(pairs, pad_token_id=0)
     return build_batch(pairs, share_prompt=rung.layout == "shared")
+
+
+def count_pairs(batch: Batch) -> int:
+    """Pairs of a batch in either layout."""
+    return batch.num_pairs if isinstance(batch, PackedPairs) else batch.input_ids.shape[0] // 2
 
 
 def dense_token_logps(
@@ -333,6 +341,7 @@ class StagedModel:
         """Inside, the model is that of the rung."""
         base = unwrap(self.model)
         self._set_classes(lean=rung.lean)
+        self._set_checkpointing(rung.checkpointing)
         base.set_attn_implementation(plain_implementation(base) if rung.layout == "padded" else PACKED)
         head = contextlib.nullcontext()
         if rung.dense_head:
@@ -342,6 +351,7 @@ class StagedModel:
                 yield
             finally:
                 base.set_attn_implementation(PACKED)
+                self._set_checkpointing(False)
                 self._set_classes(lean=False)
 
     def _set_classes(self, *, lean: bool) -> None:
@@ -361,26 +371,13 @@ class StagedModel:
             for block, _ in self._compiled:
                 del block.forward  # what the class says shows again
 
-    @contextlib.contextmanager
-    def checkpointing(self, enabled: bool = True) -> Iterator[None]:
-        """Inside, with `enabled`, blocks are computed again in the backward pass; not for the compiled rung."""
-        if not enabled:
-            yield
-            return
-        base = unwrap(self.model)
-        if not self._checkpointing_ready:
+    def _set_checkpointing(self, value: bool) -> None:
+        if value and not self._checkpointing_ready:
+            base = unwrap(self.model)
             # transformers 5.23 gave it another name.
             enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
             enable({"use_reentrant": False})
             self._checkpointing_ready = True
-            self._set_checkpointing(False)
-        self._set_checkpointing(True)
-        try:
-            yield
-        finally:
-            self._set_checkpointing(False)
-
-    def _set_checkpointing(self, value: bool) -> None:
         for module in self.model.modules():
             if hasattr(module, "_gradient_checkpointing_func"):
                 module.gradient_checkpointing = value
@@ -388,29 +385,33 @@ class StagedModel:
     def step(
         self,
         rung: Rung,
-        batch: Batch,
+        batches: Sequence[Batch],
         optimizer: torch.optim.Optimizer | None,
         *,
         offload: bool = False,
     ) -> tuple[Tensor, int]:
-        """One training step; returns the mean loss before it, and the bytes that went to host memory.
+        """One training step over micro-batches; gives the mean loss before it, and the bytes that went to the host.
 
         Raises:
             RuntimeError: memory ran out; no gradient is left behind.
         """
-        moved = 0
+        moved, total = 0, torch.zeros((), device=self.device)
+        num_pairs = sum(map(count_pairs, batches))
         try:
-            if offload:
-                with offload_activations(self.model, **self._eligible()) as copies:
+            for batch in batches:
+                if offload:
+                    with offload_activations(self.model, **self._eligible()) as copies:
+                        losses = self.losses(rung, batch)
+                    moved += copies.num_bytes
+                else:
                     losses = self.losses(rung, batch)
-                moved = copies.num_bytes
-            else:
-                losses = self.losses(rung, batch)
-            losses.mean().backward()
+                (losses.sum() / num_pairs).backward()
+                total += losses.detach().sum()
+                del losses
             clip_gradients(self.model, MAX_GRAD_NORM)
             if optimizer is not None:
                 optimizer.step()
-            return losses.detach().mean(), moved
+            return total / num_pairs, moved
         finally:
             self.model.zero_grad(set_to_none=True)
 

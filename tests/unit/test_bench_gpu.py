@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import subprocess
 import sys
 import time
+import warnings
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import gpu.attention as attention_bench
 import pytest
 import torch
-from gpu import ladder, memory, parity, workload
+from gpu import ladder, memory, parity, parts, profile, workload
 from gpu.device import (
     CpuMeter,
     CudaMeter,
     Deadline,
     TimeUp,
     attempt,
-    folder_name,
     pick_meter,
     stop_at,
 )
@@ -33,7 +35,6 @@ import simpo.engine.compile
 import simpo.engine.model
 from simpo.bench import flops
 from simpo.core.attention import AttentionBlocks, dense_mask, packed_attention
-from simpo.core.batch import build_batch
 from simpo.core.logprobs import token_logps
 
 REPO = Path(__file__).resolve().parents[2]
@@ -92,7 +93,7 @@ def make_staged(*, autocast: bool = False) -> StagedModel:
 
 
 def test_all_rungs_have_the_same_losses_in_fp32_and_the_table_counts_their_tokens(command, capsys):
-    code, results = command("ladder", "--compute", "fp32", "--rounds", "2", "--micro-batches", "2")
+    code, results = command("ladder", "--compute", "fp32", "--rounds", "2", "--steps", "2")
     assert code == 0
     assert results["complete"]
     rows = {(row["case"], row["rung"]): row for row in results["rows"]}
@@ -102,10 +103,12 @@ def test_all_rungs_have_the_same_losses_in_fp32_and_the_table_counts_their_token
         for rung in RUNGS:
             row = rows[case, rung.name]
             assert row["losses"] == pytest.approx(expected, abs=1e-4)
-            assert len(row["times_s"]) == 2
+            assert len(row["times_s"]) == (1 if rung.name == "compiled" else 2)  # it joins in for the second half
+            assert row["micro_batches"] == 1
             assert row["mfu"] is None  # no stated peak for a CPU
             assert row["mfu_of_ceiling"] > 0
-    # Four pairs of 20/6/6, two micro-batches: both responses with the prompt, or the prompt once.
+    assert results["profile"]["kernels"][0]["seconds"] > 0
+    # Two steps of four pairs of 20/6/6: both responses with the prompt, or the prompt once.
     assert rows["20/6/6", "packed"]["tokens_computed"] == 2 * 4 * 2 * 26
     assert rows["20/6/6", "shared"]["tokens_computed"] == rows["20/6/6", "shared"]["tokens_needed"] == 2 * 4 * 32
     assert rows["ragged-12/8/9", "padded"]["tokens_computed"] > rows["ragged-12/8/9", "packed"]["tokens_computed"]
@@ -119,10 +122,10 @@ def test_useful_flops_and_mfu_are_those_counted_by_hand():
     floor = 3 * (2 * 2 * block * 10 + 4 * 2 * 48 * attended + 2 * 199 * 48 * 5)
     pair = workload.random_pair(0, (5, 2, 3), 199)
     shape = flops.model_shape(workload.build_config("tiny"))
-    track = ladder.Track(DEFAULT_RUNG, [build_batch([pair])], times=[(0, 0, 0.5), (1, 0, 0.25), (2, 0, 0.25)])
-    first = ladder.Track(PADDED_RUNG, [build_batch([pair])], times=[(0, 0, 1.0), (1, 0, 1.0)])
+    track = ladder.Track(DEFAULT_RUNG, [[pair]], times=[(0, 0, 0.5), (1, 0, 0.25), (2, 0, 0.25)])
+    first = ladder.Track(PADDED_RUNG, [[pair]], times=[(0, 0, 1.0), (1, 0, 1.0)])
     conditions = {"peak_tflops": 1e-6, "measured_ceiling_tflops": 2e-6}
-    _, row = ladder.summarise_case("case", [first, track], [[pair]], shape, conditions)
+    _, row = ladder.summarise_case("case", [first, track], shape, conditions)
     assert row["useful_tflops"] == pytest.approx(3 * floor / 1.0 / 1e12)
     assert row["mfu"] == pytest.approx(3 * floor / 1e6)
     assert row["mfu_of_ceiling"] == pytest.approx(row["mfu"] / 2)
@@ -160,6 +163,7 @@ def test_a_rung_switches_what_it_says_and_nothing_stays():
         "head": (packed, False, False, False),
         "lean": (packed, False, True, False),
         "compiled": (packed, False, False, True),
+        "checkpoints": (packed, False, True, False),
     }
     assert [type(module) for module in staged.model.modules()] == before
     assert "forward" not in vars(staged.model.model.layers[0])
@@ -172,32 +176,99 @@ def test_a_step_leaves_weights_and_no_gradients(no_cuda):
     optimizer = workload.build_optimizer(staged.model, "adamw")
     batch = workload.lay_out(DEFAULT_RUNG, LengthCase("9/4/4").pairs(2, vocab_size=199))
     with staged.on(DEFAULT_RUNG):
-        first, second = (staged.step(DEFAULT_RUNG, batch, optimizer)[0] for _ in range(2))
+        first, second = (staged.step(DEFAULT_RUNG, [batch], optimizer)[0] for _ in range(2))
     assert torch.equal(first, second)
     assert len(optimizer.state) == len(before)  # it did update
     assert all(torch.equal(a, b) and b.grad is None for a, b in zip(before, staged.model.parameters(), strict=True))
 
 
-def test_a_rung_that_runs_out_of_memory_or_cannot_be_compiled_leaves_the_others(command, monkeypatch):
+def test_a_step_over_micro_batches_is_the_step_at_once():
+    staged, pairs = make_staged(), LengthCase("ragged-12/8/9").pairs(5, vocab_size=199)
+    for rung in (PADDED_RUNG, DEFAULT_RUNG):
+        whole, split = ladder.Track(rung, [pairs]), ladder.Track(rung, [pairs], micro_batches=2)
+        assert [workload.count_pairs(batch) for batch in split.batches[0]] == [3, 2]
+        (loss, gradients), (split_loss, split_gradients) = (step_of(staged, track) for track in (whole, split))
+        torch.testing.assert_close(loss, split_loss)
+        torch.testing.assert_close(gradients, split_gradients)
+
+
+def step_of(staged, track) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Loss and gradients of the track's first step."""
+    kept: list[torch.Tensor] = []
+    with staged.on(track.rung), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workload, "clip_gradients", lambda model, norm: kept.extend(p.grad for p in model.parameters()))
+        loss = staged.step(track.rung, track.batches[0], None)[0]
+    return loss, kept
+
+
+def test_a_rung_that_runs_out_of_memory_takes_more_micro_batches_and_others_go_on(command, monkeypatch):
     step = StagedModel.step
 
-    def limited(self, rung, batch, optimizer, **options):
-        if rung.name == "padded":
+    def limited(self, rung, batches, optimizer, **options):
+        if rung.name == "packed" or (rung.name == "padded" and workload.count_pairs(batches[0]) > 1):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 17 GiB.\nMore lines")
-        return step(self, rung, batch, optimizer, **options)
+        return step(self, rung, batches, optimizer, **options)
 
     def no_compiler(*args, **kwargs):
         raise ValueError("torch_compile: torch cannot compile for cpu here (no g++)")
 
     monkeypatch.setattr(StagedModel, "step", limited)
     monkeypatch.setattr(workload, "compile_blocks", no_compiler)
-    code, results = command("ladder", "--rounds", "1", "--cases", "9/4/4", "--rungs", "padded,lean,compiled")
-    padded, lean, compiled = results["rows"]
+    words = ("--rounds", "1", "--cases", "9/4/4", "--rungs", "padded,packed,lean,compiled", "--compute", "fp32")
+    code, results = command("ladder", *words)
+    padded, packed, lean, compiled = results["rows"]
     assert code == 0
-    assert padded["failed"] == "out of memory: CUDA out of memory. Tried to allocate 17 GiB."
+    assert (padded["micro_batches"], lean["micro_batches"]) == (4, 1)
+    assert packed["failed"] == "out of memory: CUDA out of memory. Tried to allocate 17 GiB."
     assert "no g++" in compiled["failed"]
-    assert lean["rounds"] == 1
-    assert lean["speedup"] is None
+    assert lean["losses"] == pytest.approx(padded["losses"], abs=1e-4)
+    assert lean["speedup"]["median"] > 0
+
+
+def test_a_rung_that_cannot_run_leaves_the_others_and_is_an_error(command, monkeypatch):
+    def broken(*args, **kwargs):
+        raise RuntimeError("no kernel image is available")
+
+    monkeypatch.setattr(workload, "dense_token_logps", broken)
+    code, results = command("ladder", "--rounds", "1", "--cases", "9/4/4", "--rungs", "shared,lean")
+    assert code == 1
+    assert results["rows"][0]["failed"] == "cannot run: no kernel image is available"
+    assert results["rows"][1]["rounds"] == 1
+
+
+def test_a_profile_tells_kernels_from_calls_and_names_the_lines_that_wait():
+    cpu, cuda = torch.autograd.DeviceType.CPU, torch.autograd.DeviceType.CUDA
+
+    def event(key, count, device, micros):
+        return SimpleNamespace(
+            key=key, count=count, device_type=device, self_device_time_total=micros, self_cpu_time_total=7
+        )
+
+    events = [
+        event("aten::mm", 3, cpu, 900),
+        event("gemm", 3, cuda, 900),
+        event("flash", 2, cuda, 1500),
+        event("cudaLaunchKernel", 4, cpu, 0),
+        event("cuLaunchKernelEx", 2, cpu, 0),
+        event("cudaStreamSynchronize", 5, cpu, 0),
+    ]
+    kernels, calls = profile.read_events(events, on_gpu=True)
+    assert [(row["name"], row["count"], row["seconds"]) for row in kernels] == [("flash", 2, 1.5e-3), ("gemm", 3, 9e-4)]
+    assert calls["kernel launches"] == 6
+    assert calls["cudaStreamSynchronize"] == 5
+    assert calls["cudaDeviceSynchronize"] == 0
+    modes = []
+    fake = SimpleNamespace(get_sync_debug_mode=lambda: 0, set_sync_debug_mode=modes.append)
+
+    def work():
+        for _ in range(2):
+            warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+
+    ((line, count),) = profile.find_waits(work, fake).items()
+    assert line.startswith("test_bench_gpu.py:") or line.split(":")[0].endswith("tests/unit/test_bench_gpu.py")
+    assert (count, modes) == (2, ["warn", 0])
+    assert profile.short_path("/home/me/src/simpo/engine/model.py") == "simpo/engine/model.py"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -212,9 +283,9 @@ def test_memory_grows_its_micro_batches_and_predicts_more_for_more(command, no_c
     assert list(by_mode) == [mode.name for mode in memory.MODES]
     for mode, rows in by_mode.items():
         assert [row["pairs"] for row in rows] == [2, 4]  # of 29 packed tokens, within 64 and 128
-        if mode.startswith("packed"):
+        if not mode.startswith("padded"):
             assert rows[0]["predicted_bytes"] < rows[1]["predicted_bytes"]
-            assert (rows[1]["offloaded_bytes"] > 0) == (mode == "packed, offload")
+            assert (rows[1]["offloaded_bytes"] > 0) == (mode == "offload")
         else:
             assert rows[1]["tokens_computed"] == 4 * 2 * 21
 
@@ -222,8 +293,8 @@ def test_memory_grows_its_micro_batches_and_predicts_more_for_more(command, no_c
 def test_what_follows_a_micro_batch_that_does_not_fit_is_not_tried(tmp_path, monkeypatch):
     tried = []
 
-    def step(self, rung, batch, optimizer, **options):
-        tried.append(batch.input_ids.numel())
+    def step(self, rung, batches, optimizer, **options):
+        tried.append(batches[0].input_ids.numel())
         if tried[-1] > 60:
             raise RuntimeError("CUDA error: out of memory")
         return torch.tensor(0.0), 0
@@ -250,10 +321,10 @@ def test_checkpointing_runs_blocks_again_only_inside():
     calls = []
     staged.model.model.layers[0].mlp.register_forward_pre_hook(lambda *args: calls.append(1))
     batch = workload.lay_out(DEFAULT_RUNG, LengthCase("9/4/4").pairs(1, vocab_size=199))
-    for enabled, expected in ((False, 1), (True, 2), (False, 1)):
+    for rung, expected in ((DEFAULT_RUNG, 1), (workload.CHECKPOINTS_RUNG, 2), (DEFAULT_RUNG, 1)):
         calls.clear()
-        with staged.on(DEFAULT_RUNG), staged.checkpointing(enabled):
-            staged.step(DEFAULT_RUNG, batch, None)
+        with staged.on(rung):
+            staged.step(rung, [batch], None)
         assert len(calls) == expected
 
 
@@ -265,8 +336,9 @@ def test_parity_passes_on_the_cpu_and_covers_every_way(command):
     assert (code, results["complete"]) == (0, True)
     subjects = {row["subject"] for row in results["rows"]}
     for mode in parity.MODES:
-        for way in ("", ", repeated prompts", ", unpacked", ", head", ", compiled"):
+        for way in ("", ", repeated prompts", ", unpacked", ", shared", ", head"):
             assert f"llama 9/3 heads, {mode}{way}" in subjects
+    assert "llama 9/3 heads, bf16, compiled" in subjects
     checked = {row["what"] for row in results["rows"]}
     assert {"twice, deterministic algorithms", "checkpointing", "activation offload", "gradients", "loss"} <= checked
     assert {"off / learning rate", "units in the last place"} <= checked
@@ -402,9 +474,10 @@ def test_a_head_with_wrong_values_is_an_error(command, monkeypatch):
 
 
 def test_attention_checks_and_times_every_way(command, no_cuda):
-    code, results = command("attention", "--repeats", "1", "--cases", "20/6/6", "--pairs", "2")
+    code, results = command("attention", "--repeats", "1", "--cases", "20/6/6", "--pairs", "2,3")
     assert (code, results["complete"]) == (0, True)
-    assert [row["way"] for row in results["rows"]] == ["packed", "flex", "per-block"]
+    ways = ["packed", "per-block", "flex"]
+    assert [(row["pairs"], row["way"]) for row in results["rows"]] == [(n, way) for n in (2, 3) for way in ways]
     assert all(results["conditions"][f"{way} differs"] < 1e-2 for way in ("packed", "flex", "per-block"))
     assert results["conditions"]["packed takes"] == "matmul"  # on a CPU
     # A step of two pairs: 3 * 4 * heads * size * attended over its time.
@@ -425,7 +498,7 @@ def test_a_way_that_is_wrong_is_named_and_not_timed(command, monkeypatch):
     )
     code, results = command("attention", "--repeats", "1", "--cases", "9/4/4", "--pairs", "1")
     assert code == 1
-    assert [row["way"] for row in results["rows"]] == ["flex", "per-block"]
+    assert [row["way"] for row in results["rows"]] == ["per-block", "flex"]
     assert results["notes"][0].startswith("packed: wrong")
 
 
@@ -500,7 +573,7 @@ def test_rounds_end_when_the_case_has_used_its_share(tmp_path):
         ]
     )
     staged = make_staged()
-    track = ladder.Track(DEFAULT_RUNG, [workload.lay_out(DEFAULT_RUNG, LengthCase("9/4/4").pairs(1, vocab_size=199))])
+    track = ladder.Track(DEFAULT_RUNG, [LengthCase("9/4/4").pairs(1, vocab_size=199)])
     deadline = Deadline(200 / 60, began=0.0, clock=lambda: now[0])
     ladder.run_case(staged, None, meter, [track], rounds=50, deadline=deadline, share_s=100.0)
     assert now[0] <= 100.0
@@ -605,7 +678,7 @@ def test_lengths_come_from_a_file(tmp_path):
         (["ladder", "--model", "gpt"], "llama-8b"),
         (["ladder", "--weights", "bf16", "--compute", "fp32"], "needs --weights fp32"),
         (["memory", "--tokens", "0"], "at least 1"),
-        (["memory", "--modes", "magic"], "packed, checkpointing"),
+        (["memory", "--modes", "magic"], "packed, checkpoints"),
         (["head", "--chunks", "many"], "or default"),
         (["parity", "--only", "gpt2"], "llama 9/3 heads"),
         (["parity", "--minutes", "20"], "at most 9"),
@@ -618,16 +691,182 @@ def test_a_wrong_option_is_named_with_what_is_allowed(words, message, gpu, capsy
     assert not list(tmp_path.iterdir())
 
 
-def test_the_kept_command_names_no_folder_of_this_machine(tmp_path):
+def test_the_kept_command_names_no_folder_of_this_machine(tmp_path, gpu):
     words = ["ladder", "--output", str(tmp_path), "--lengths", str(tmp_path / "l.json"), f"--output={tmp_path}"]
     assert shown_command(words) == "python benchmarks/gpu.py ladder --lengths l.json"
-    assert folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert gpu.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 def test_a_table_is_plain_text():
-    columns = (("name", lambda row: row["name"]), ("value", lambda row: str(row["value"])))
-    lines = table_lines(columns, [{"name": "long name", "value": 1}, {"name": "b", "value": 23456}])
+    lines = table_lines(("name", "value"), [["long name", "1"], ["b", "23456"]])
     assert lines == ["name       value", "-" * 16, "long name      1", "b          23456"]
+
+
+# --- the whole plan --------------------------------------------------------------------------------------------------
+
+ENDINGS = {
+    "fine": "pass",
+    "wrong": "import sys; print('differs'); sys.exit(1)",
+    "crash": "import os, signal; print('before', flush=True); os.kill(os.getpid(), signal.SIGSEGV)",
+    "error": "import sys; print('RuntimeError: an illegal memory access'); sys.exit(4)",
+    "hang": "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)",
+}
+
+
+def run_endings(folder: Path, *names: str, minutes: float = 5.0, least_s: float = 0, say=lambda line: None) -> int:
+    """A plan of parts that end in these ways; a hang has some seconds, the others more than they need."""
+    plan = [parts.Part(name, minutes if name == "hang" else 60 * minutes, least_s, name) for name in names]
+
+    def command_of(part, seconds):
+        write = f"open({str(folder / part.name) + '.json'!r}, 'w').write({json.dumps(PARTIAL)!r})"
+        return [sys.executable, "-c", f"{write}\n{ENDINGS[part.name]}"]
+
+    return parts.run_parts(plan, folder, minutes=minutes, command_of=command_of, say=say)
+
+
+PARTIAL = {"tables": [{"title": "", "head": ["what", "ms"], "cells": [["a|b", "12.5"]]}], "notes": ["cut"], "rows": []}
+
+
+def test_parts_that_crash_hang_or_fail_leave_the_others_and_keep_what_they_wrote(tmp_path, monkeypatch):
+    monkeypatch.setattr(parts, "GRACE_S", 0.0)
+    said = []
+    code = run_endings(tmp_path, "hang", "crash", "error", "wrong", "fine", say=said.append)
+    assert code == 3
+    ended = {path.stem: json.loads(path.read_text())["outcome"] for path in tmp_path.glob("*.json")}
+    assert {name: outcome["how"] for name, outcome in ended.items()} == {
+        "crash": "failed",
+        "hang": "killed",
+        "error": "failed",
+        "wrong": "WRONG",
+        "fine": "done",
+    }
+    assert ended["crash"]["reason"] == "ended by SIGSEGV; before"
+    assert ended["error"]["reason"] == "RuntimeError: an illegal memory access"
+    assert ended["hang"]["seconds"] < 60
+    table = (tmp_path / "table.md").read_text()
+    assert table.count("| a\\|b | 12.5 |") == 5  # of every part, however it ended
+    assert said[-2] == table
+    assert parts.make_table(tmp_path, ["hang", "crash", "error", "wrong", "fine"]) == table  # from the files alone
+
+
+def test_the_exit_code_says_whether_parity_held(tmp_path, monkeypatch):
+    for name, ending in {"kernels": "pass", "parity": ENDINGS["wrong"], "memory": ENDINGS["error"]}.items():
+        monkeypatch.setitem(ENDINGS, name, ending)
+    assert run_endings(tmp_path, "kernels", "fine") == 0
+    assert run_endings(tmp_path, "kernels", "memory") == 3
+    assert run_endings(tmp_path, "kernels", "parity", "fine") == 1
+    assert run_endings(tmp_path, "kernels", "parity", least_s=1e6) == 1  # not seen to its end
+
+
+def test_without_a_gpu_the_first_part_ends_the_plan(tmp_path, monkeypatch):
+    monkeypatch.setitem(ENDINGS, "none", "import sys; print('error: no CUDA GPU is at hand'); sys.exit(2)")
+    assert run_endings(tmp_path, "none", "fine") == 2
+    assert "no CUDA GPU is at hand" in (tmp_path / "table.md").read_text()
+    assert not (tmp_path / "fine.json").exists()
+
+
+def test_a_part_for_which_no_time_is_left_is_skipped_with_the_reason(tmp_path):
+    assert run_endings(tmp_path, "fine", "error", minutes=1, least_s=100) == 3
+    outcome = json.loads((tmp_path / "error.json").read_text())["outcome"]
+    assert outcome["how"] == "skipped"
+    assert "it needs 100" in outcome["reason"]
+
+
+def test_a_plan_that_is_told_to_stop_writes_its_table(tmp_path):
+    script = f"""
+import sys
+sys.path[:0] = [{str(REPO / "benchmarks")!r}]
+from pathlib import Path
+from gpu.parts import Part, run_parts
+sleep = [sys.executable, "-c", "print('begun', flush=True); import time; time.sleep(600)"]
+run_parts([Part("a", 60, 0, "a")], Path({str(tmp_path)!r}), minutes=1, command_of=lambda *_: sleep,
+          say=lambda line: print(line, flush=True))
+"""
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    while "begun" not in (line := process.stdout.readline()):
+        assert line
+    process.terminate()
+    process.communicate(timeout=60)
+    assert "| a | interrupted |" in (tmp_path / "table.md").read_text()
+
+
+def test_the_plan_takes_at_most_twelve_minutes_and_eight_files(gpu):
+    assert sum(part.limit_s for part in gpu.PARTS) == 720
+    assert all(part.least_s < part.limit_s for part in gpu.PARTS)
+    assert len(gpu.PARTS) + 1 <= 8
+
+
+@pytest.mark.parametrize("name", [part.name for part in load_script("benchmarks", "gpu.py").PARTS])
+def test_every_part_of_the_plan_is_a_command_that_is_understood(name, gpu, tmp_path, monkeypatch):
+    """On the GPU and in a rehearsal alike; that it runs too is tested command by command above."""
+    (part,) = (part for part in gpu.PARTS if part.name == name)
+    for device in ("cuda", "cpu"):
+        words = ["--device", device] + ["--model", "tiny"] * (device == "cpu")
+        args = gpu.build_parser().parse_args(words)
+        command = gpu.command_of(args, tmp_path, part, 60.0)
+        parsed = gpu.build_parser().parse_args(command[2:])
+        parsed.device = "cpu"
+        gpu.COMMANDS[parsed.command](parsed, CpuMeter(CPU))
+        assert (parsed.name, parsed.output, parsed.minutes) == (name, str(tmp_path), 1.0)
+
+
+def test_the_rehearsal_survives_a_part_that_hangs_and_one_that_fails(gpu, tmp_path, monkeypatch, capsys):
+    """Real parts with tiny models between two that are not: results of the former, and one readable table."""
+    monkeypatch.setattr(
+        gpu,
+        "PARTS",
+        (
+            parts.Part("hang", 2, 0, "hang"),
+            parts.Part("kernels", 300, 1, "parity --only kernels"),
+            parts.Part("error", 60, 1, "error"),
+            parts.Part("ladder-1b", 400, 1, "ladder --rungs padded,lean --rounds 1 --steps 1"),
+        ),
+    )
+    command_of = gpu.command_of
+
+    def replaced(args, folder, part, seconds):
+        if part.name in ENDINGS:
+            return [sys.executable, "-c", ENDINGS[part.name]]
+        return command_of(args, folder, part, seconds)
+
+    monkeypatch.setattr(gpu, "command_of", replaced)
+    code = gpu.main(["--device", "cpu", "--model", "tiny", "--minutes", "12.8", "--output", str(tmp_path)])
+    table = (tmp_path / "table.md").read_text()
+    assert code == 3, table
+    lines = table.splitlines()
+    assert lines[0].startswith("# A rehearsal on a CPU")
+    ended = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines if line.count(" | ") == 4}
+    assert ended == {
+        "part": "ended",
+        "---": "---:",
+        "hang": "killed",
+        "kernels": "done",
+        "error": "failed",
+        "ladder-1b": "done",
+    }
+    assert any(line.startswith("| ragged-12/8/9 | lean |") for line in lines)
+    assert "checks passed, 0 failed" in table
+    assert capsys.readouterr().out.rstrip().endswith(f"written: {tmp_path}")
+    again = tmp_path / "table.md"
+    again.unlink()
+    monkeypatch.undo()
+    assert gpu.main(["table", str(tmp_path)]) == 0
+    assert set(again.read_text().splitlines()) == set(lines)
+
+
+def test_wheels_come_before_what_is_installed(tmp_path):
+    with pytest.raises(ValueError, match=r"no \.whl file"):
+        parts.install_wheels(tmp_path)
+    with zipfile.ZipFile(tmp_path / "carried_thing-1.2-py3-none-any.whl", "w") as wheel:
+        info = "carried_thing-1.2.dist-info"
+        wheel.writestr("carried_thing.py", "here = True\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-thing\nVersion: 1.2\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    environment, remark = parts.install_wheels(tmp_path)
+    assert remark == "carried: carried_thing-1.2"
+    code = "import carried_thing; assert carried_thing.here"
+    assert subprocess.run([sys.executable, "-c", code], env=dict(os.environ) | environment).returncode == 0
 
 
 WITHOUT = """

@@ -13,6 +13,7 @@ from typing import Any
 
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_tile")
 PACKAGES = ("simpo", "torch", "transformers", "trl", "liger-kernel", "accelerate", "datasets", "numpy", "triton")
+PACKAGES += ("tokenizers", "peft", "bitsandbytes", "pydantic", "flash-attn", "flash-attn-3")
 PEAK_TFLOPS = {"H100 PCIe": 756.0, "H100": 989.0, "H200": 989.0, "A100": 312.0}
 """Dense bf16 peak by a part of the GPU's name, as its maker states it; the first that fits counts."""
 
