@@ -239,6 +239,10 @@ def run(args: argparse.Namespace, arguments: Sequence[str], began: float | None)
     from gpu.device import Deadline, pick_meter
     from gpu.report import Report, shown_command
 
+    import simpo.engine.compile
+
+    if args.device == "cpu":  # a rehearsal: what the compiler reads is the same, and it writes no code
+        simpo.engine.compile.BACKEND = "aot_eager"
     meter = pick_meter(args.device)
     deadline = Deadline(args.minutes, began=began)
     gpu = meter.describe()["gpu"]

@@ -7,8 +7,9 @@ one that cannot run leaves the others. Compiling comes last: it may take all the
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from gpu.device import Deadline, Meter, TimeUp, attempt, measure_ceiling, stop_a
 from gpu.profile import PROFILE_S, profile_step
 from gpu.report import Column, Report, digits
 from gpu.workload import (
+    DEFAULT_RUNG,
     RUNGS,
     Batch,
     LengthCase,
@@ -126,21 +128,23 @@ def run_ladder(
     with contextlib.suppress(TimeUp), stop_at(deadline):
         for index, case in enumerate(cases):
             share_s = (deadline.left_s - PROFILE_S[meter.device.type]) / (len(cases) - index)
-            batches = case.micro_batches(steps, pairs, vocab_size=config.vocab_size)
-            tracks = [Track(rung, batches) for rung in rungs]
-            try:
-                run_case(staged, optimizer, meter, tracks, rounds=rounds, deadline=deadline, share_s=share_s)
-            finally:
-                for row in summarise_case(case.name, tracks, shape, report.conditions):
-                    report.add(row)
-                    report.say(f"{row['case']:<22}{row['rung']:<10}{row['outcome']}")
-        running = [track for track in tracks if track.times]
-        if running:
-            fastest = min(running, key=lambda track: statistics.median(seconds for *_, seconds in track.times))
-            with staged.on(fastest.rung):
-                profile_step(
-                    report, meter, fastest.rung.name, lambda: staged.step(fastest.rung, fastest.batches[0], optimizer)
-                )
+            end_s = max(0.0, deadline.left_s - share_s)  # what has to be left for the other cases
+            tracks = [Track(rung, case.micro_batches(steps, pairs, vocab_size=config.vocab_size)) for rung in rungs]
+            plain = [track for track in tracks if not track.rung.compiled]
+            compiling = len(plain) < len(tracks)
+            keep = functools.partial(_keep, report, list(report.results["rows"]), case.name, tracks, shape)
+            step = functools.partial(_visit, staged, optimizer, meter)
+            half = (rounds + 1) // 2 if compiling else rounds
+            go_round(step, plain, range(half), deadline, end_s + share_s / 2 * compiling, keep)
+            running = [track for track in plain if track.times]
+            if index == 0 and running:
+                track = next((track for track in running if track.rung is DEFAULT_RUNG), running[-1])
+                with staged.on(track.rung):
+                    work = functools.partial(staged.step, track.rung, track.batches[0], optimizer)
+                    profile_step(report, meter, track.rung.name, work)
+            if compiling:
+                go_round(step, tracks, range(half, rounds), deadline, end_s, keep)
+            keep(say=report.say)
     agree = check_losses(report, compute)
     measured = [row["case"] for row in report.results["rows"] if row["rounds"] or row["failed"]]
     missing = [case.name for case in cases if measured.count(case.name) < len(rungs)]
@@ -150,34 +154,47 @@ def run_ladder(
     return agree and not any(str(row["failed"]).startswith(CANNOT_RUN) for row in report.results["rows"])
 
 
-def run_case(
-    staged: StagedModel,
-    optimizer: torch.optim.Optimizer | None,
-    meter: Meter,
+def go_round(
+    visit: Callable[[Track, int, int | None], None],
     tracks: Sequence[Track],
-    *,
-    rounds: int,
+    rounds: Sequence[int],
     deadline: Deadline,
-    share_s: float,
+    end_s: float,
+    keep: Callable[[], None],
 ) -> None:
-    """Go round, the order of the rungs turning with every round; compiled ones join in for the second half."""
-    end_s = max(0.0, deadline.left_s - share_s)  # what has to be left for the other cases
-    plain = [track for track in tracks if not track.rung.compiled]
-    number = 0
-    for running in [plain, tracks] if len(plain) < len(tracks) else [plain]:
-        last = running is tracks or len(plain) == len(tracks)
-        for track in running:
-            for index in range(len(track.steps)):
-                if index not in track.losses:
-                    _visit(staged, optimizer, meter, track, index, round_number=None)
-        first = number
-        while number < (rounds if last else (rounds + 1) // 2):
-            one_round_s = sum(track.longest_step_s() for track in running)
-            if number > first and not deadline.allows(end_s + 2 * one_round_s + (0 if last else share_s / 2)):
-                break
-            for track in running if number % 2 == 0 else reversed(running):
-                _visit(staged, optimizer, meter, track, number % len(track.steps), round_number=number)
-            number += 1
+    """Warm up what was not yet, then visit all in turn, the order turning with every round, until `end_s` are left.
+
+    keep: called whenever there is something new.
+    """
+    for track in tracks:
+        for index in range(len(track.steps)):
+            if index not in track.losses:
+                visit(track, index, None)
+        keep()
+    for number in rounds:
+        one_round_s = sum(track.longest_step_s() for track in tracks)
+        if number > rounds[0] and not deadline.allows(end_s + 2 * one_round_s):
+            return
+        for track in tracks if number % 2 == 0 else reversed(tracks):
+            visit(track, number % len(track.steps), number)
+        keep()
+
+
+def _keep(
+    report: Report,
+    before: Sequence[dict[str, Any]],
+    case: str,
+    tracks: Sequence[Track],
+    shape: flops.ModelShape,
+    *,
+    say: Callable[[str], None] = lambda line: None,
+) -> None:
+    """The case's rows so far, behind those of the cases before it."""
+    rows = summarise_case(case, tracks, shape, report.conditions)
+    report.results["rows"] = [*before, *rows]
+    report.save()
+    for row in rows:
+        say(f"{case:<22}{row['rung']:<13}{row['outcome']}")
 
 
 def _visit(
@@ -186,7 +203,6 @@ def _visit(
     meter: Meter,
     track: Track,
     index: int,
-    *,
     round_number: int | None,
 ) -> None:
     """One step, unless the rung failed before; None = to warm up."""

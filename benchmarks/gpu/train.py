@@ -39,8 +39,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "8-bit": {"optim": "adamw_8bit"},
     "bf16 weights": {"master_dtype": "bfloat16", "optim": "adamw_bf16"},
     "optimizer_offload": {"master_dtype": "bfloat16", "optim": "adamw_bf16", "optimizer_offload": True},
-    "torch_compile": {"torch_compile": True},
     "liger": {"use_liger_kernel": True},
+    "torch_compile": {"torch_compile": True},  # last: it takes its time
 }
 """Keys of a recipe; a row whose keys this version lacks is left out."""
 

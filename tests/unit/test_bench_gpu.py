@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import gpu.attention as attention_bench
 import pytest
 import torch
-from gpu import ladder, memory, parity, parts, profile, workload
+from gpu import ladder, memory, parity, parts, profile, train, workload
 from gpu.device import (
     CpuMeter,
     CudaMeter,
@@ -512,6 +513,40 @@ def test_the_flex_mask_is_the_definition_of_the_blocks():
     assert torch.equal(visible(0, 0, query, key), expected)
 
 
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_trainer_is_resumed_and_compared_and_an_option_that_fails_leaves_the_others(command, monkeypatch):
+    options = {
+        "wrong": {"learning_rate": -1.0},
+        "checkpointing": {"gradient_checkpointing": True},
+        "new": {"no_key": 1},
+    }
+    monkeypatch.setattr(train, "OPTIONS", options)
+    code, results = command("train")
+    assert (code, results["complete"]) == (1, True)
+    rows = {row["what"]: row for row in results["rows"]}
+    resumed = [row for what, row in rows.items() if what.startswith("resume")]
+    assert [row["note"] for row in resumed] == ["resumed: equal bits"] * len(resumed)  # on a CPU without any key too
+    assert "learning_rate" in rows["wrong"]["note"]
+    assert (rows["checkpointing"]["ok"], rows["checkpointing"]["steps"]) == (True, 3)
+    assert "new" not in rows
+
+
+@pytest.mark.parametrize(("off", "deterministic", "fine"), [(0, True, True), (1e-9, True, False), (1e-9, False, True)])
+def test_a_deterministic_run_must_be_resumed_to_the_bit(off, deterministic, fine, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "load_weights", lambda folder: {"w": next(weights)})
+    weights = iter([torch.ones(3).double(), torch.ones(3).double() + off, torch.zeros(3).double()])
+    monkeypatch.setattr(train, "run_steps", lambda keys: {"steps": 6, "loss": 1.0})
+    assert train.check_resume(tmp_path, {}, deterministic)["ok"] is fine
+
+
+def test_without_the_packages_of_simpo_train_its_part_says_which_are_missing(gpu, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train, "NEEDED", ("json", "no_such_package"))
+    assert gpu.main(["train", "--device", "cpu", "--model", "tiny", "--output", str(tmp_path)]) == 2
+    assert "needs no_such_package; carry wheels" in capsys.readouterr().err
+
+
 # --- time, memory, devices -------------------------------------------------------------------------------------------
 
 
@@ -575,9 +610,12 @@ def test_rounds_end_when_the_case_has_used_its_share(tmp_path):
     staged = make_staged()
     track = ladder.Track(DEFAULT_RUNG, [LengthCase("9/4/4").pairs(1, vocab_size=199)])
     deadline = Deadline(200 / 60, began=0.0, clock=lambda: now[0])
-    ladder.run_case(staged, None, meter, [track], rounds=50, deadline=deadline, share_s=100.0)
+    kept = []
+    visit = functools.partial(ladder._visit, staged, None, meter)
+    ladder.go_round(visit, [track], range(50), deadline, 100.0, lambda: kept.append(len(track.times)))
     assert now[0] <= 100.0
     assert len(track.times) >= 7
+    assert kept == list(range(len(track.times) + 1))  # on the disk after every round
 
 
 def test_out_of_memory_is_a_reason_and_other_errors_go_on():
