@@ -7,7 +7,7 @@
     python benchmarks/gpu.py ladder --model llama-1b --cases 1000/300/300    # one command alone; see PARTS, --help
 
 Every part is a process of its own and writes one JSON file as it goes; table.md is made of these files after each. A
-rehearsal without a GPU, about a minute: --device cpu --model tiny. It needs torch 2.11, transformers 5.17 or newer and
+rehearsal without a GPU, a minute or two: --device cpu --model tiny. It needs torch 2.11, transformers 5.17 or newer and
 numpy, and no installation: it runs from the checkout. Exit codes: 0 all is well, 1 something is wrong (of the whole
 plan: parity does not hold, or was not seen to its end), 2 it cannot run here, 3 the time was over first (of the whole
 plan: parity holds, another part did not end well), 4 an error.

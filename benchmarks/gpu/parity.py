@@ -412,6 +412,6 @@ COLUMNS: tuple[Column, ...] = (
     ("check", lambda row: row["what"]),
     ("value", lambda row: _shown(row["value"])),
     ("limit", lambda row: _shown(row["limit"])),
-    ("", lambda row: {True: "ok", False: "FAILED", None: "-"}[row["ok"]]),
+    ("result", lambda row: {True: "ok", False: "FAILED", None: "-"}[row["ok"]]),
     ("note", lambda row: row["note"][:60]),
 )

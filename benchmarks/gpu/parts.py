@@ -235,17 +235,32 @@ def make_table(folder: Path, order: Sequence[str] = (), remarks: Sequence[str] =
     lines = _heading([found[name] for name in names]) + [f"- {remark}" for remark in remarks]
     ended = [outcome for name in names if (outcome := found[name].get("outcome"))]
     cells = [[o["part"], o["how"], f"{o['seconds']:.0f}", f"{o['limit_s']:.0f}", o["reason"]] for o in ended]
-    lines += ["", *_markdown(("part", "ended", "s", "of", "why"), cells)]
+    lines += [_verdict(ended), "", *_markdown(("part", "ended", "s", "of", "why"), cells)]
     for name in names:
         results = found[name]
         lines += ["", f"## {name}", ""]
         lines += [f"`{results['command']}`", ""] if results.get("command") else []
+        lines += [show_conditions(results["conditions"]), ""] if results.get("conditions") else []
         for table in results.get("tables", ()):
             if table["cells"]:
                 lines += [table["title"], ""] if table["title"] else []
                 lines += [*_markdown(table["head"], table["cells"]), ""]
         lines += [f"- {note}" for note in results.get("notes", ())]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _verdict(ended: Sequence[dict[str, Any]]) -> str:
+    """Whether the other numbers mean anything."""
+    codes = {outcome["part"]: outcome["exit_code"] for outcome in ended if outcome["part"] in PARITY}
+    if any(codes.values()):
+        return "**Parity does not hold, or was not seen to its end: until it does, no other number counts.**"
+    return "**Parity holds.**" if set(codes) == set(PARITY) else "Parity was not checked in full here."
+
+
+def show_conditions(conditions: Mapping[str, Any]) -> str:
+    """What the numbers depend on, in a line."""
+    shown = {name: f"{value:.4g}" if isinstance(value, float) else value for name, value in conditions.items()}
+    return "; ".join(f"{name}: {value}" for name, value in shown.items() if value is not None)
 
 
 def _heading(results: Sequence[dict[str, Any]]) -> list[str]:

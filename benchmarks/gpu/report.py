@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu.device import Meter
-from gpu.parts import write_whole
+from gpu.parts import show_conditions, write_whole
 from simpo.bench.machine import describe_machine, git_commit, package_versions, peak_tflops
 
 FORMAT = 1
@@ -124,7 +124,7 @@ class Report:
         shown = ("simpo", "commit", "python", "torch", "transformers", "triton")
         return [
             place + "; " + ", ".join(f"{name} {versions[name]}" for name in shown if versions.get(name)),
-            "; ".join(f"{name}: {_plain(value)}" for name, value in self.conditions.items() if value is not None),
+            show_conditions(self.conditions),
             *self.results["notes"],
             self.results["command"],
         ]
@@ -143,15 +143,11 @@ def _pad(text: str, width: int, index: int) -> str:
     return text.ljust(width) if index == 0 else text.rjust(width)
 
 
-def _plain(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def shown_command(arguments: Sequence[str]) -> str:
     """The command without where its results go, and with files by their names alone: it says what was measured."""
     words: list[str] = []
     for word in itertools.chain.from_iterable(word.split("=", 1) for word in arguments):
-        if words and words[-1] == "--output":
+        if words and words[-1] in ("--output", "--name"):
             words.pop()
         else:
             words.append(os.path.basename(word) if os.path.isabs(word) else word)

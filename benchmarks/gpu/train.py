@@ -197,6 +197,6 @@ COLUMNS: tuple[Column, ...] = (
     ("steps", lambda row: str(row.get("steps", ""))),
     ("loss", lambda row: f"{row['loss']:.5f}" if "loss" in row else ""),
     ("s", lambda row: digits(row["seconds"])),
-    ("", lambda row: "ok" if row["ok"] else "FAILED"),
+    ("result", lambda row: "ok" if row["ok"] else "FAILED"),
     ("note", lambda row: row["note"]),
 )

@@ -93,7 +93,16 @@ def make_staged(*, autocast: bool = False) -> StagedModel:
 # --- ladder ----------------------------------------------------------------------------------------------------------
 
 
-def test_all_rungs_have_the_same_losses_in_fp32_and_the_table_counts_their_tokens(command, capsys):
+def stand_in_for_compiling(model, *, device):
+    """Blocks with a forward of their own, as `compile_blocks` leaves them; `parity` compiles them in earnest."""
+    blocks = simpo.engine.compile.find_blocks(model)
+    for block in blocks:
+        block.forward = block.forward
+    return blocks
+
+
+def test_all_rungs_have_the_same_losses_in_fp32_and_the_table_counts_their_tokens(command, capsys, monkeypatch):
+    monkeypatch.setattr(workload, "compile_blocks", stand_in_for_compiling)
     code, results = command("ladder", "--compute", "fp32", "--rounds", "2", "--steps", "2")
     assert code == 0
     assert results["complete"]
@@ -730,7 +739,16 @@ def test_a_wrong_option_is_named_with_what_is_allowed(words, message, gpu, capsy
 
 
 def test_the_kept_command_names_no_folder_of_this_machine(tmp_path, gpu):
-    words = ["ladder", "--output", str(tmp_path), "--lengths", str(tmp_path / "l.json"), f"--output={tmp_path}"]
+    words = [
+        "ladder",
+        "--name",
+        "a",
+        "--output",
+        str(tmp_path),
+        "--lengths",
+        str(tmp_path / "l.json"),
+        f"--output={tmp_path}",
+    ]
     assert shown_command(words) == "python benchmarks/gpu.py ladder --lengths l.json"
     assert gpu.folder_name("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
@@ -794,6 +812,10 @@ def test_the_exit_code_says_whether_parity_held(tmp_path, monkeypatch):
     assert run_endings(tmp_path, "kernels", "memory") == 3
     assert run_endings(tmp_path, "kernels", "parity", "fine") == 1
     assert run_endings(tmp_path, "kernels", "parity", least_s=1e6) == 1  # not seen to its end
+    assert "**Parity does not hold, or was not seen to its end" in (tmp_path / "table.md").read_text()
+    monkeypatch.setitem(ENDINGS, "parity", "pass")
+    assert run_endings(tmp_path, "kernels", "parity", "memory") == 3
+    assert "**Parity holds.**" in (tmp_path / "table.md").read_text()
 
 
 def test_without_a_gpu_the_first_part_ends_the_plan(tmp_path, monkeypatch):
