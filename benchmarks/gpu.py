@@ -34,16 +34,23 @@ from gpu.parts import Part, install_wheels, make_table, run_parts, write_whole  
 
 FULL = "--model llama-8b --weights bf16 --optimizer adamw_bf16"
 CHAT = "--cases ragged-200/350/350"
+LEAST = "checkpoints,offload,optimizer-offload"
 # In this order, since the first decide whether the others mean anything. Together 12 minutes; a process takes 10 to 15
 # seconds of its limit to start. What a part leaves of its time the next ones have. Small: words for a rehearsal.
 PARTS = (
     #    name   limit s, least s  command                                                       small
-    Part("kernels", 45, 20, "parity --only kernels"),  # does varlen_attn run, bottom-right, at every head size?
-    Part("parity", 155, 60, "parity --only 'llama 9/3 heads,mistral window,gemma2 soft-caps'", "--only 'llama tied'"),
-    Part("attention", 90, 40, f"attention --model llama-8b {CHAT} --pairs 4,20", "--pairs 2,4 --repeats 2"),
-    Part("ladder-1b", 140, 60, f"ladder --model llama-1b {CHAT} --pairs 20", "--pairs 4 --rounds 4"),
-    Part("ladder-8b", 140, 60, f"ladder {FULL} {CHAT} --pairs 8", "--pairs 4 --rounds 4"),
-    Part("memory", 80, 40, f"memory {FULL} --tokens 4096,16384 --modes checkpoints,offload", "--tokens 64,128"),
+    Part("kernels", 55, 20, "parity --only kernels"),  # does varlen_attn run, bottom-right, at every head size?
+    Part("parity", 165, 60, "parity --only 'llama 9/3 heads,mistral window,gemma2 soft-caps'", "--only 'llama tied'"),
+    Part("attention", 80, 40, f"attention --model llama-8b {CHAT} --pairs 4,20", "--pairs 2,4 --repeats 2"),
+    Part("ladder-1b", 135, 60, f"ladder --model llama-1b {CHAT} --pairs 20", "--pairs 4 --rounds 4"),
+    Part("ladder-8b", 135, 60, f"ladder {FULL} {CHAT} --pairs 8", "--pairs 4 --rounds 4"),
+    Part(
+        "memory",
+        80,
+        40,
+        f"memory {FULL} --tokens 4096,16384 --modes checkpoints,offload,optimizer-offload",
+        "--tokens 64,128",
+    ),
     Part("train", 70, 30, "train"),  # simpo train itself: resumed bit by bit, and with each option
 )
 
@@ -95,7 +102,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_model(one, "llama-8b")
     one.add_argument("--case", help=f"what the pairs are like; default {CASE['cuda']}")
     one.add_argument("--tokens", help=f"packed tokens of the micro-batches; default {TOKENS['cuda']}")
-    one.add_argument("--modes", help="packed, checkpoints, padded, padded-checkpoints, offload; default all")
+    one.add_argument(
+        "--modes", help="packed, checkpoints, padded, padded-checkpoints, offload, optimizer-offload; default all"
+    )
 
     one = command("head", "the log-prob head")
     one.add_argument("--model", default="llama-8b", help=f"whose head: {MODELS}")
@@ -315,11 +324,12 @@ def prepare_memory(args: argparse.Namespace, meter: Any) -> Prepared:
     from gpu.workload import find_cases
 
     plan, conditions = plan_of(args, meter)
-    wanted = [name.strip() for name in args.modes.split(",")] if args.modes else [mode.name for mode in MODES]
-    modes = [mode for mode in MODES if mode.name in wanted]
+    possible = [mode for mode in MODES if plan.optimizer == "adamw_bf16" or not mode.optimizer_offload]
+    wanted = [name.strip() for name in args.modes.split(",")] if args.modes else [mode.name for mode in possible]
+    modes = [mode for mode in possible if mode.name in wanted]
     cases = find_cases(args.case or CASE[args.device], None)
     if len(modes) != len(wanted) or len(cases) != 1:
-        raise ValueError(f"modes, case: one case, and modes of {', '.join(mode.name for mode in MODES)}")
+        raise ValueError(f"modes, case: one case, and modes of {', '.join(mode.name for mode in possible)}")
     tokens = sorted(whole_numbers("tokens", args.tokens or TOKENS[args.device]))
 
     def work(*context: Any) -> bool:

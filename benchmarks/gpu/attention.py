@@ -1,18 +1,16 @@
-"""`gpu.py attention`: packed attention beside FlexAttention, torch's own block by block, and what it was before.
+"""`gpu.py attention`: packed attention beside FlexAttention, torch's own block by block, and slices.
 
 packed      `core.attention.packed_attention`: what training uses (one `varlen_attn` on CUDA in bf16)
 flash3      the same with FlashAttention-3 switched on in torch, where that is installed
 sliced      one `varlen_attn` on slices put together: the backward pass of each slice writes the whole tensor, so time
             a token grows with the pairs of a row
-flex        FlexAttention, compiled with dynamic shapes, over a block mask made from the same blocks; the mask is
-            made once for all layers of a micro-batch, so its time stands beside the table's, not in it
+flex        FlexAttention (`core.flex_attention`), which soft-capped models train with; CUDA alone
 per-block   `scaled_dot_product_attention` on each block, causal from the bottom right
 """
 
 from __future__ import annotations
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from inspect import signature
 from typing import Any
@@ -21,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gpu.device import Deadline, Meter, TimeUp, attempt, measure_median, stop_at
+from gpu.device import Deadline, Meter, TimeUp, attempt, first_line, measure_median, stop_at
 from gpu.report import Column, Report, digits, gib
 from gpu.workload import LengthCase
 from simpo.core.attention import AttentionBlocks, attention_path, packed_attention, reference_attention
@@ -37,11 +35,6 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 # --- the ways --------------------------------------------------------------------------------------------------------
-
-
-def packed_way(blocks: AttentionBlocks, softcap: float | None) -> Attention:
-    """This package's."""
-    return lambda q, k, v: packed_attention(q, k, v, blocks, softcap=softcap)
 
 
 def per_block_way(blocks: AttentionBlocks) -> Attention:
@@ -66,7 +59,7 @@ def per_block_way(blocks: AttentionBlocks) -> Attention:
     return attend
 
 
-def sliced_way(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> Attention:
+def sliced_way(blocks: AttentionBlocks, device: torch.device) -> Attention:
     """Keys and queries sliced block by block and put together for one `varlen_attn`; blocks must cover the row."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -107,56 +100,6 @@ def flash_attention_3() -> Iterator[None]:
         restore_flash_attention_impl()
 
 
-def visible_function(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention's `mask_mod` of the blocks; padding sees itself alone."""
-    prefix_start, prefix_end, begin = (torch.zeros(num_tokens, dtype=torch.int32) for _ in range(3))
-    begin += torch.arange(num_tokens, dtype=torch.int32)
-    for low, high, start, end in blocks.ranges:
-        prefix_start[start:end], prefix_end[start:end], begin[start:end] = low, high, start
-    prefix_start, prefix_end, begin = (tensor.to(device) for tensor in (prefix_start, prefix_end, begin))
-
-    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        in_prefix = (key >= prefix_start[query]) & (key < prefix_end[query])
-        return in_prefix | ((key >= begin[query]) & (key <= query))
-
-    return visible
-
-
-def flex_mask(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> Any:
-    """The block mask of a row."""
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    visible = visible_function(blocks, num_tokens, device)
-    return create_block_mask(visible, None, None, num_tokens, num_tokens, device=device)
-
-
-def flex_function(device: torch.device) -> Callable[..., Tensor]:
-    """FlexAttention, compiled on a GPU; written out on a CPU, where there is no backward pass either way."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    if device.type == "cuda":
-        return torch.compile(flex_attention, dynamic=True)
-
-    def written_out(*tensors: Tensor, **options: Any) -> Tensor:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it says that it is slow, once
-            return flex_attention(*tensors, **options)
-
-    return written_out
-
-
-def flex_way(function: Callable[..., Tensor], mask: Any, softcap: float | None) -> Attention:
-    """FlexAttention over a mask."""
-    options: dict[str, Any] = {"block_mask": mask}
-    if softcap is not None:
-        options["score_mod"] = lambda score, batch, head, query, key: softcap * torch.tanh(score / softcap)
-
-    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return function(query, key, value, enable_gqa=query.shape[1] != key.shape[1], **options)
-
-    return attend
-
-
 # --- the command -----------------------------------------------------------------------------------------------------
 
 
@@ -180,15 +123,14 @@ def run_attention(
         softcap: of the scores; None = off. torch's own attention has none, so that way is left out with it.
     """
     device = meter.device
-    flex = flex_function(device)
     fine, expected = True, 0
-    query, _, value, _ = _tensors(heads, 1, device, dtype, backward=False)
+    query, _, value, _ = _tensors(heads, 1, device, dtype)
     report.conditions["packed takes"] = attention_path(query, value, softcap=softcap, dropout=0.0)
     rows = report.results["rows"]
     ways = _ways(softcap, device)
     with contextlib.suppress(TimeUp), stop_at(deadline):
         for way in ways:
-            worst, failed = check_way(way, flex, heads, softcap, device, dtype)
+            worst, failed = check_way(way, heads, softcap, device, dtype)
             if failed is None and not worst <= TOLERANCE:  # NaN is not right
                 failed, fine = f"wrong: differs by {worst:.2g}", False
             fine &= failed is None or way != "packed"  # rivals may be unable to run here
@@ -200,17 +142,16 @@ def run_attention(
             for case, count in ((case, count) for case in cases for count in pairs):
                 if deadline.allows(10 if device.type == "cuda" else 0):
                     batch = case.pairs(count, vocab_size=1000)
-                    row = time_way(way, flex, meter, case.name, batch, heads, softcap, dtype, repeats)
-                    report.add(row | {"flex_over_this": None})
+                    row = time_way(way, meter, case.name, batch, heads, softcap, dtype, repeats)
+                    report.add(row)
                     took = row["failed"] or digits(row["step_s"] * 1e3) + " ms"
                     report.say(f"{case.name:<22}{count:>4} pairs  {way:<10}{took}")
     names = [case.name for case in cases]
     rows.sort(key=lambda row: (names.index(row["case"]), row["pairs"]))
     for row in rows:
-        key, both = (row["case"], row["pairs"]), not row.get("forward_only", True)
-        others = [other for other in rows if (other["case"], other["pairs"], other["way"]) == (*key, "flex")]
-        if both and others and not others[0].get("forward_only", True):
-            row["flex_over_this"] = others[0]["step_s"] / row["step_s"]
+        others = [o for o in rows if (o["case"], o["pairs"], o["way"]) == (row["case"], row["pairs"], "packed")]
+        if others and "step_s" in others[0] and "step_s" in row:
+            row["over_packed"] = row["step_s"] / others[0]["step_s"]
     complete = len(rows) == expected and {f"{way} differs" for way in ways} <= report.conditions.keys()
     if not complete:
         report.note("the time was over before all were measured: run the cases that are missing alone with --cases")
@@ -220,46 +161,32 @@ def run_attention(
 
 def _ways(softcap: float | None, device: torch.device) -> tuple[str, ...]:
     if softcap is not None:
-        return ("packed", "flex")
-    # flex last: compiling it takes its time
-    return (
-        ("packed", "flash3", "sliced", "per-block", "flex")
-        if device.type == "cuda"
-        else ("packed", "per-block", "flex")
-    )
+        return ("packed",)
+    only_there = ("flash3", "sliced", "flex") if device.type == "cuda" else ()  # flex last: it is compiled
+    return ("packed", "per-block", *only_there)
 
 
-def build_way(
-    way: str, flex: Callable[..., Tensor], blocks: AttentionBlocks, num_tokens: int, softcap: float | None, device: Any
-) -> Attention:
+def build_way(way: str, blocks: AttentionBlocks, softcap: float | None, device: torch.device) -> Attention:
     """A way by its name, for one row."""
-    if way in ("packed", "flash3"):
-        return packed_way(blocks, softcap)
     if way == "sliced":
-        return sliced_way(blocks, num_tokens, device)
-    if way == "flex":
-        return flex_way(flex, flex_mask(blocks, num_tokens, device), softcap)
-    return per_block_way(blocks)
+        return sliced_way(blocks, device)
+    if way == "per-block":
+        return per_block_way(blocks)
+    prefer = "flex" if way == "flex" else None
+    return lambda q, k, v: packed_attention(q, k, v, blocks, softcap=softcap, prefer=prefer)
 
 
-def _tensors(
-    heads: tuple[int, int, int], num_tokens: int, device: torch.device, dtype: torch.dtype, *, backward: bool
-) -> list[Tensor]:
+def _tensors(heads: tuple[int, int, int], num_tokens: int, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
     """Query, key and value, and the gradient of the result."""
     num_heads, num_kv_heads, head_dim = heads
     generator = torch.Generator(device).manual_seed(0)
     sizes = (num_heads, num_kv_heads, num_kv_heads, num_heads)
     made = [torch.randn(1, h, num_tokens, head_dim, device=device, generator=generator).to(dtype) for h in sizes]
-    return [tensor.requires_grad_(backward and i < 3) for i, tensor in enumerate(made)]
-
-
-def _has_backward(way: str, device: torch.device) -> bool:
-    return way != "flex" or device.type == "cuda"
+    return [tensor.requires_grad_(i < 3) for i, tensor in enumerate(made)]
 
 
 def check_way(
     way: str,
-    flex: Callable[..., Tensor],
     heads: tuple[int, int, int],
     softcap: float | None,
     device: torch.device,
@@ -271,18 +198,15 @@ def check_way(
     """
     cases = ((300, 70, 150), (1, 40, 3), (130, 1, 129))
     rows = build_batch([_pair(*sizes) for sizes in cases])
-    query, key, value, grad = _tensors(heads, rows.num_tokens, device, dtype, backward=_has_backward(way, device))
+    query, key, value, grad = _tensors(heads, rows.num_tokens, device, dtype)
     exact = [tensor.detach().float().requires_grad_() for tensor in (query, key, value)]
     expected = reference_attention(*exact, rows.blocks, softcap=softcap)
     try:
         with flash_attention_3() if way == "flash3" else contextlib.nullcontext():
-            attend = build_way(way, flex, rows.blocks, rows.num_tokens, softcap, device)
-            result = attend(query, key, value)
-            if not _has_backward(way, device):
-                return _relative(result, expected), None
+            result = build_way(way, rows.blocks, softcap, device)(query, key, value)
             gradients = torch.autograd.grad(result, (query, key, value), grad)
     except Exception as error:  # what a kernel or a compiler raises where it cannot run differs
-        return float("nan"), f"cannot run: {_first_line(error)}"
+        return float("nan"), f"cannot run: {first_line(error)}"
     exact_gradients = torch.autograd.grad(expected, exact, grad.float())
     return max(
         _relative(result, expected), *(_relative(a, e) for a, e in zip(gradients, exact_gradients, strict=True))
@@ -300,7 +224,6 @@ def _relative(actual: Tensor, expected: Tensor) -> float:
 
 def time_way(
     way: str,
-    flex: Callable[..., Tensor],
     meter: Meter,
     case: str,
     pairs: Sequence[StoredPair],
@@ -316,50 +239,36 @@ def time_way(
         (end - start) * (prefix_end - prefix_start) + (end - start) * (end - start + 1) // 2
         for prefix_start, prefix_end, start, end in batch.blocks.ranges
     )
-    backward = _has_backward(way, meter.device)
-    query, key, value, grad = _tensors(heads, batch.num_tokens, meter.device, dtype, backward=backward)
-    kept: list[Attention] = []
-
-    def prepare() -> None:
-        kept.append(build_way(way, flex, batch.blocks, batch.num_tokens, softcap, meter.device))
+    query, key, value, grad = _tensors(heads, batch.num_tokens, meter.device, dtype)
+    attend = build_way(way, batch.blocks, softcap, meter.device)
 
     def forward() -> None:
         with torch.no_grad():
-            kept[-1](query, key, value)
+            attend(query, key, value)
 
     def both() -> None:
-        torch.autograd.grad(kept[-1](query, key, value), (query, key, value), grad)
+        torch.autograd.grad(attend(query, key, value), (query, key, value), grad)
 
     def work() -> dict[str, Any]:
-        mask_s = measure_median(meter, prepare, repeats=3, warm_up=1)["median_s"] if way == "flex" else None
-        if not kept:
-            prepare()
         ahead = measure_median(meter, forward, repeats=repeats, warm_up=3)
-        step = measure_median(meter, both, repeats=repeats, warm_up=3) if backward else ahead
+        step = measure_median(meter, both, repeats=repeats, warm_up=3)
         unit = 4 * heads[0] * heads[2] * attended / 1e12  # both products, forward
-        factor = 3 if backward else 1
         return {
-            "mask_s": mask_s,
             "forward_s": ahead["median_s"],
             "forward_tflops": unit / ahead["median_s"],
             "step_s": step["median_s"],
             "step_min_s": step["min_s"],
             "step_max_s": step["max_s"],
-            "step_tflops": factor * unit / step["median_s"],
+            "step_tflops": 3 * unit / step["median_s"],
             "extra_bytes": step["extra_bytes"],
-            "forward_only": not backward,
         }
 
     try:
         with flash_attention_3() if way == "flash3" else contextlib.nullcontext():
             found, row["failed"] = attempt(work, meter)
     except Exception as error:  # as in `check_way`: the other ways go on
-        found, row["failed"] = None, f"cannot run: {_first_line(error)}"
+        found, row["failed"] = None, f"cannot run: {first_line(error)}"
     return row | (found or {})
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 COLUMNS: tuple[Column, ...] = (
@@ -368,14 +277,13 @@ COLUMNS: tuple[Column, ...] = (
     ("way", lambda row: row["way"]),
     ("tokens", lambda row: str(row["tokens"])),
     ("forward ms", lambda row: digits(row["forward_s"] * 1e3) if "forward_s" in row else row["failed"][:40]),
-    ("fwd+bwd ms", lambda row: digits(row["step_s"] * 1e3) if "step_s" in row and not row["forward_only"] else ""),
+    ("fwd+bwd ms", lambda row: digits(row["step_s"] * 1e3) if "step_s" in row else ""),
     (
         "min-max",
         lambda row: "-".join(digits(row[k] * 1e3) for k in ("step_min_s", "step_max_s")) if "step_s" in row else "",
     ),
     ("us/token", lambda row: digits(row["step_s"] / row["tokens"] * 1e6) if "step_s" in row else ""),
     ("TFLOP/s", lambda row: digits(row.get("step_tflops"))),
-    ("flex's time/this", lambda row: digits(row.get("flex_over_this"))),
-    ("mask ms", lambda row: digits(row["mask_s"] * 1e3) if row.get("mask_s") else ""),
+    ("/ packed's time", lambda row: digits(row.get("over_packed"))),
     ("extra GiB", lambda row: gib(row.get("extra_bytes"))),
 )

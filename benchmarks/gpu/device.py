@@ -221,6 +221,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def first_line(error: BaseException) -> str:
+    """Of what an error says."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def attempt(work: Callable[[], Any], meter: Meter) -> tuple[Any, str | None]:
     """Its result, or the reason why memory did not suffice, in one line; other errors go on."""
     try:
@@ -228,7 +233,7 @@ def attempt(work: Callable[[], Any], meter: Meter) -> tuple[Any, str | None]:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        reason = first_line(error)
     meter.release()  # only here: the error held everything that its frames held
     return None, reason
 

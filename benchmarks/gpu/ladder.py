@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from gpu.device import Deadline, Meter, TimeUp, attempt, measure_ceiling, stop_at
+from gpu.device import Deadline, Meter, TimeUp, attempt, first_line, measure_ceiling, stop_at
 from gpu.profile import PROFILE_S, profile_step
 from gpu.report import Column, Report, digits
 from gpu.workload import (
@@ -217,7 +217,7 @@ def _visit(
             with staged.on(track.rung):
                 measured, reason = attempt(lambda: meter.measure(work), meter)
         except Exception as error:  # what is raised where torch cannot compile, or has no kernel, differs
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+            reason = first_line(error)
             track.failed = ("cannot be compiled: " if track.rung.compiled else CANNOT_RUN) + reason
         else:
             if measured is None and not track.halve():

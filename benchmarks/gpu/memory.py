@@ -54,6 +54,7 @@ class Mode:
     name: str
     rung: Rung
     offload: bool = False
+    optimizer_offload: bool = False
 
 
 MODES = (
@@ -61,7 +62,9 @@ MODES = (
     Mode("checkpoints", CHECKPOINTS_RUNG),
     Mode("padded", PADDED_RUNG),
     Mode("padded-checkpoints", dataclasses.replace(PADDED_RUNG, checkpointing=True)),
-    Mode("offload", DEFAULT_RUNG, offload=True),  # last: pinning tens of GiB takes its time
+    # Last: pinning tens of GiB takes its time.
+    Mode("offload", DEFAULT_RUNG, offload=True),
+    Mode("optimizer-offload", CHECKPOINTS_RUNG, optimizer_offload=True),
 )
 
 
@@ -92,16 +95,21 @@ def run_memory(
     sizes = describe_model(config)
 
     def planned(mode: Mode, pairs: Sequence[StoredPair]) -> float | None:
-        if plan.optimizer == "none":  # which no recipe has
+        if plan.optimizer == "none" or mode.optimizer_offload:  # which no recipe has, or the plan has not yet
             return None
         return plan_bytes(sizes, plan, mode, pairs, on_cpu=meter.device.type == "cpu")
 
     with contextlib.suppress(TimeUp), stop_at(deadline):
         activations = {mode: measure_mode(staged, mode) for mode in modes if mode.rung.layout != "padded"}
-        before = weights_bytes + state_bytes(network, plan)
-        optimizer = build_optimizer(network, plan.optimizer)
-        _first_step(staged, batches[0][:1], optimizer, meter)
+        optimizer = None
         for mode in modes:
+            if optimizer is None or mode.optimizer_offload:
+                optimizer = None  # its moments must be gone before there are others
+                meter.release()
+                optimizer = build_optimizer(network, plan.optimizer, offload=mode.optimizer_offload)
+                _first_step(staged, batches[0][:1], optimizer, meter)
+                optim = "offloaded" if mode.optimizer_offload else plan.recipe_optim
+                before = weights_bytes + state_bytes(network, plan, optim)
             with staged.on(mode.rung):
                 _grow(report, meter, deadline, staged, mode, batches, optimizer, activations, before, planned)
     done = {(row["mode"], row["pairs"]) for row in report.results["rows"]}
@@ -137,9 +145,9 @@ def measure_mode(staged: StagedModel, mode: Mode) -> ActivationBytes:
         return measure_activations(staged.model, forward, device=staged.device, offloaded=mode.offload)
 
 
-def state_bytes(network: torch.nn.Module, plan: WeightPlan) -> int:
+def state_bytes(network: torch.nn.Module, plan: WeightPlan, optim: str) -> int:
     """Gradients, moments and the head's work by `engine.memory`; without moments where nothing is updated."""
-    total = step_bytes(network, optim=plan.recipe_optim)
+    total = step_bytes(network, optim=optim)
     if plan.optimizer == "none":
         total -= sum(2 * p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
     return total

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import simpo.core.attention
-from gpu.device import Deadline, Meter, TimeUp, stop_at
+from gpu.device import Deadline, Meter, TimeUp, first_line, stop_at
 from gpu.outcomes import (
     Outcome,
     architectures,
@@ -89,7 +89,7 @@ class Checks:
         try:
             yield
         except Exception as error:
-            self.fail(subject, what, (str(error).strip() or type(error).__name__).splitlines()[0][:200])
+            self.fail(subject, what, first_line(error))
 
     def tell(self, subject: str, what: str, note: str, value: float | None = None) -> None:
         """Something that was not checked, or only looked at."""
@@ -153,8 +153,8 @@ def run_parity(
     first, finished = list(configs.items())[:1], False
     with contextlib.suppress(TimeUp), stop_at(deadline):
         if only is None or KERNELS in only:
-            check_attention_kernels(checks, meter.device, tiny=tiny)
             check_head_kernels(checks, meter.device, tiny=tiny)
+            check_attention_kernels(checks, meter.device, tiny=tiny)
         for thorough, (name, config) in [*((False, item) for item in configs.items()), *((True, i) for i in first)]:
             report.say(f"{name}{', every way' if thorough else ''} ...")
             with checks.surviving(name, "running"):
@@ -301,28 +301,30 @@ def check_attention_kernels(checks: Checks, device: torch.device, *, tiny: bool)
     num_tokens = blocks.ranges[-1][3]
     masks = functools.cache(simpo.core.attention.dense_mask)  # written out row by row, which takes a while
     window = 24 if tiny else 200
-    for num_heads, num_kv_heads, head_dim in ((9, 3, 64), (4, 4, 128), (8, 2, 128), (4, 2, 256)):
-        for options in ({}, {"sliding_window": window}, {"softcap": 20.0}):
-            generator = torch.Generator(device).manual_seed(0)
-            drawn = [
-                torch.randn(1, heads, num_tokens, head_dim, device=device, generator=generator).bfloat16()
-                for heads in (num_heads, num_kv_heads, num_kv_heads, num_heads)
-            ]
+    heads = (9, 3, 64), (4, 4, 128), (8, 2, 128), (4, 2, 256)
+    cases = [(each, options) for each in heads for options in ({}, {"sliding_window": window})]
+    # Last, since FlexAttention is compiled for them.
+    for (num_heads, num_kv_heads, head_dim), options in [*cases, (heads[-1], {"softcap": 20.0})]:
+        generator = torch.Generator(device).manual_seed(0)
+        drawn = [
+            torch.randn(1, count, num_tokens, head_dim, device=device, generator=generator).bfloat16()
+            for count in (num_heads, num_kv_heads, num_kv_heads, num_heads)
+        ]
 
-            def run(attention: Any, dtype: torch.dtype, drawn: Any = drawn, options: Any = options) -> list[Tensor]:
-                *inputs, grad = (tensor.to(dtype) for tensor in drawn)
-                inputs = [tensor.detach().requires_grad_() for tensor in inputs]
-                with mock.patch.object(simpo.core.attention, "dense_mask", masks):
-                    out = attention(*inputs, blocks, **options)
-                return [out, *torch.autograd.grad(out, inputs, grad)]
+        def run(attention: Any, dtype: torch.dtype, drawn: Any = drawn, options: Any = options) -> list[Tensor]:
+            *inputs, grad = (tensor.to(dtype) for tensor in drawn)
+            inputs = [tensor.detach().requires_grad_() for tensor in inputs]
+            with mock.patch.object(simpo.core.attention, "dense_mask", masks):
+                out = attention(*inputs, blocks, **options)
+            return [out, *torch.autograd.grad(out, inputs, grad)]
 
-            truth = run(reference_attention, torch.float64)
-            subject = f"attention {num_heads}/{num_kv_heads}x{head_dim} {' '.join(options)}".strip()
-            with checks.surviving(subject, "bf16"):
-                limit = RATIO["bf16"] * relative(run(reference_attention, torch.bfloat16), truth)
-                checks.at_most(subject, "bf16", relative(run(packed_attention, torch.bfloat16), truth), limit)
-            value = relative(run(packed_attention, torch.float32), truth)
-            checks.at_most(subject, "fp32", value, KERNEL_LIMIT)
+        truth = run(reference_attention, torch.float64)
+        subject = f"attention {num_heads}/{num_kv_heads}x{head_dim} {' '.join(options)}".strip()
+        with checks.surviving(subject, "bf16"):
+            limit = RATIO["bf16"] * relative(run(reference_attention, torch.bfloat16), truth)
+            checks.at_most(subject, "bf16", relative(run(packed_attention, torch.bfloat16), truth), limit)
+        value = relative(run(packed_attention, torch.float32), truth)
+        checks.at_most(subject, "fp32", value, KERNEL_LIMIT)
 
 
 def check_head_kernels(checks: Checks, device: torch.device, *, tiny: bool) -> None:
@@ -372,6 +374,7 @@ def check_optimizers(checks: Checks, name: str, config: Any, batch: PackedPairs,
             adam_beta1=0.9,
             adam_beta2=0.999,
             adam_epsilon=epsilon,
+            optimizer_offload=False,
             seed=0,
         )
         try:

@@ -16,7 +16,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from gpu.device import CudaMeter, Meter
+from gpu.device import CudaMeter, Meter, first_line
 from gpu.report import Report, digits
 
 PROFILE_S = {"cuda": 20.0, "cpu": 2.0}
@@ -38,7 +38,7 @@ def profile_step(report: Report, meter: Meter, what: str, work: Callable[[], Any
     try:
         found = measure_profile(meter, work)
     except Exception as error:  # CUPTI may be missing, or not be allowed
-        report.note(f"no profile: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}")
+        report.note(f"no profile: {first_line(error)}")
         return
     report.results["profile"] = {"of": what, **found}
     total = sum(kernel["seconds"] for kernel in found["kernels"]) or 1.0

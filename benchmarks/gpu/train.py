@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from gpu.device import Deadline, Meter, TimeUp, stop_at
+from gpu.device import Deadline, Meter, TimeUp, first_line, stop_at
 from gpu.report import Column, Report, digits
 
 NEEDED = ("datasets", "pydantic", "rich", "accelerate")
@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "8-bit": {"optim": "adamw_8bit"},
     "bf16 weights": {"master_dtype": "bfloat16", "optim": "adamw_bf16"},
     "optimizer_offload": {"master_dtype": "bfloat16", "optim": "adamw_bf16", "optimizer_offload": True},
+    "flash3": {"attention_kernel": "flash3"},
     "liger": {"use_liger_kernel": True},
     "torch_compile": {"torch_compile": True},  # last: it takes its time
 }
@@ -91,17 +92,23 @@ def run_train(report: Report, meter: Meter, deadline: Deadline, *, tiny: bool) -
     if not finished:
         report.note("the time was over before all options were run")
     report.finish(complete=finished)
-    return all(row["ok"] for row in report.results["rows"])
+    return all(row["ok"] is not False for row in report.results["rows"])
 
 
 def attempt_row(meter: Meter, what: str, work: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """The row that `work` gives, with its time; or the error that it ended with, which leaves the other rows."""
+    """The row that `work` gives, with its time; or the error that it ended with, which leaves the other rows.
+
+    A ValueError is the trainer's own word that something cannot be had here, such as a package: no failure.
+    """
     row: dict[str, Any] = {"what": what, "ok": True, "note": ""}
     began = time.perf_counter()
     try:
         row |= work(*args)
     except Exception as error:
-        row |= {"ok": False, "note": (str(error).strip() or type(error).__name__).splitlines()[0][:200]}
+        row |= {
+            "ok": None if isinstance(error, ValueError) else False,
+            "note": first_line(error),
+        }
     meter.release()
     return row | {"seconds": time.perf_counter() - began}
 
@@ -197,6 +204,6 @@ COLUMNS: tuple[Column, ...] = (
     ("steps", lambda row: str(row.get("steps", ""))),
     ("loss", lambda row: f"{row['loss']:.5f}" if "loss" in row else ""),
     ("s", lambda row: digits(row["seconds"])),
-    ("result", lambda row: "ok" if row["ok"] else "FAILED"),
+    ("result", lambda row: {True: "ok", False: "FAILED", None: "not here"}[row["ok"]]),
     ("note", lambda row: row["note"]),
 )

@@ -164,12 +164,14 @@ def plan_weights(
     return WeightPlan(weights, optimizer, "as asked for")
 
 
-def build_optimizer(model: nn.Module, name: str, *, learning_rate: float = 0.0) -> torch.optim.Optimizer | None:
-    """The optimizer of a `WeightPlan`."""
+def build_optimizer(
+    model: nn.Module, name: str, *, learning_rate: float = 0.0, offload: bool = False
+) -> torch.optim.Optimizer | None:
+    """The optimizer of a `WeightPlan`; `offload`: adamw_bf16's moments in host memory."""
     if name == "none":
         return None
     if name == "adamw_bf16":
-        return AdamWBf16(model.parameters(), lr=learning_rate)
+        return AdamWBf16(model.parameters(), lr=learning_rate, offload=offload)
     return torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0, fused=True)
 
 
