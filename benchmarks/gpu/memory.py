@@ -95,7 +95,7 @@ def run_memory(
     sizes = describe_model(config)
 
     def planned(mode: Mode, pairs: Sequence[StoredPair]) -> float | None:
-        if plan.optimizer == "none" or mode.optimizer_offload:  # which no recipe has, or the plan has not yet
+        if plan.optimizer == "none":  # which no recipe has
             return None
         return plan_bytes(sizes, plan, mode, pairs, on_cpu=meter.device.type == "cpu")
 
@@ -170,6 +170,7 @@ def plan_bytes(sizes: ModelSizes, plan: WeightPlan, mode: Mode, pairs: Sequence[
         master_bytes=plan.dtype.itemsize,
         gradient_checkpointing=mode.rung.checkpointing,
         activation_offload=mode.offload,
+        offload_moments=mode.optimizer_offload,
         on_cpu=on_cpu,
     )
     tokens, labels = sum(work.shape.tokens for work in works), sum(work.labels for work in works)
