@@ -371,6 +371,10 @@ class Recipe(BaseModel):
     torch_compile: bool = _optimisation(
         False, "Compile the transformer blocks with torch.compile: a slow first step, then fewer and larger kernels.",
         "true or false; true not with load_in_4bit")
+    use_liger_kernel: bool = _optimisation(
+        False, "Compute norms, rotary embeddings and gated MLPs by Liger's fused kernels (install simpo[liger]), for "
+        "the architectures that it supports; head and loss stay simpo's. Without CUDA it has no effect, and says so.",
+        "true or false; true not with torch_compile, nor with tp")
     disable_dropout: bool = _optimisation(
         True, "Set the model's dropout to 0.", "true or false")
     seed: Whole = _optimisation(
@@ -640,6 +644,8 @@ def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[
         raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves; set use_peft: true as well (QLoRA)")
     if recipe.torch_compile and recipe.load_in_4bit:
         raise ValueError("torch_compile: blocks with 4-bit weights are not compiled here; set one of them to false")
+    if recipe.torch_compile and recipe.use_liger_kernel:
+        raise ValueError("use_liger_kernel: torch_compile fuses the same operations; set one of them to false")
     if recipe.activation_offload and recipe.device == "cpu":
         raise ValueError("activation_offload: with device: cpu activations are in host memory already; remove it")
     if recipe.optimizer_offload and recipe.device == "cpu":

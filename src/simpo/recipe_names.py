@@ -80,6 +80,7 @@ ALIASES: dict[str, Alias] = {
     "activation_checkpointing": Alias("gradient_checkpointing"),
     "activation_checkpointing_kwargs": Alias("gradient_checkpointing_kwargs"),
     "activation_offloading": Alias("activation_offload"),
+    "use_liger": Alias("use_liger_kernel"),
     "no_cuda": Alias("device", _flag("cpu")),
     "use_cpu": Alias("device", _flag("cpu")),
     # TRL and the alignment-handbook
@@ -203,7 +204,7 @@ _BY_HINT: Mapping[str, str] = {
     _PRECISION: "fp16 fp16_full_eval bf16_full_eval fp16_opt_level half_precision_backend fp16_backend "
     "attention_softmax_in_fp32 accumulate_allreduce_grads_in_fp32 reuse_fp32_param loss_scale fp32_residual_connection "
     "main_grads_dtype main_params_dtype load_in_8bit fp8_format bnb_4bit_quant_storage bnb_4bit_compute_dtype",
-    _KERNEL: "torch_compile_backend torch_compile_mode use_liger_kernel use_liger liger_kernel_config "
+    _KERNEL: "torch_compile_backend torch_compile_mode liger_kernel_config "
     "jit_mode_eval use_ipex use_flash_attn no_masked_softmax_fusion no_bias_gelu_fusion no_bias_swiglu_fusion "
     "no_rope_fusion use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb use_fused_mlp "
     "gradient_accumulation_fusion no_gradient_accumulation_fusion use_mc2 attention_backend swap_attention "

@@ -48,6 +48,7 @@ from simpo.engine.export import (
 )
 from simpo.engine.host import keep_freed_memory
 from simpo.engine.kernels import describe_attention
+from simpo.engine.lean import why_no_liger
 from simpo.engine.memory import TokenBudget, fit_micro_batches
 from simpo.engine.mesh import join_world
 from simpo.engine.metrics import (
@@ -183,6 +184,8 @@ class Trainer:
         )
         self.export_dtype = export_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
         self.model = load_model(recipe, device=self.device, mesh=self.mesh)
+        if recipe.use_liger_kernel and (reason := why_no_liger(unwrap(self.model), self.device)):
+            self.display.say(f"use_liger_kernel: without effect here: {reason}")
         self.model.train()
         self._untrained = None if recipe.use_peft else WeightSample(self._trained_weights())
         self.gradients = GradientSync(self.model, self.mesh)

@@ -66,6 +66,7 @@ def test_gamma_is_what_each_program_means_by_it(given: dict[str, Any], expected:
         ({"is_encoder_decoder": True}, "encoder-decoder models are not supported"),
         ({"label_smoothing_factor": 0.1}, "for noisy preferences use label_smoothing"),
         ({"torch_compile": True}, "torch_compile: not with this trainer"),
+        ({"use_liger_kernel": True}, "use_liger_kernel: not with this trainer"),
     ],
 )
 def test_what_does_not_fit_is_an_error_that_names_it(given: dict[str, Any], match: str):
@@ -171,6 +172,7 @@ def test_every_key_of_the_recipe_is_honoured_or_refused(tmp_path: Path):
     [
         *(("dp_replicate", 2), ("dp_shard", 2), ("cp", 2), ("tp", 2), ("fsdp_param_dtype", "float32")),
         *(("fsdp_cpu_offload", True), ("async_save", True), ("activation_offload", True), ("torch_compile", True)),
+        ("use_liger_kernel", True),
         *(("num_eval_generations", 4), ("optim", "adamw_bf16")),
     ],
 )

@@ -190,6 +190,7 @@ def test_megatron_options_in_a_yaml_file(tmp_path):
         ("lora_target_modules", "q_proj, v_proj", "lora_target_modules", ["q_proj", "v_proj"]),
         ("optim", "adamw_bnb_8bit", "optim", "adamw_8bit"),
         ("activation_offloading", True, "activation_offload", True),
+        ("use_liger", True, "use_liger_kernel", True),
     ],
 )
 def test_other_names_and_spellings(alias, value, key, resolved):
@@ -279,6 +280,7 @@ def test_reentrant_checkpointing_is_noticed():
 
 def test_options_of_the_step_that_exclude_each_other_are_refused():
     assert "4-bit" in refusal(torch_compile=True, load_in_4bit=True, use_peft=True)
+    assert "fuses the same operations" in refusal(torch_compile=True, use_liger_kernel=True)
     assert "host memory already" in refusal(activation_offload=True, device="cpu")
     assert recipe(torch_compile=True, activation_offload=True, device="cuda").notices == ()
 

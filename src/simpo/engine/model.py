@@ -29,7 +29,7 @@ from simpo.core.batch import PackedPairs
 from simpo.core.context import sum_over
 from simpo.core.logprobs import VocabShard, response_logps, token_logps
 from simpo.core.losses import PairLogps
-from simpo.engine.lean import READ_ROWS, install_lean_blocks
+from simpo.engine.lean import READ_ROWS, install_lean_blocks, install_liger_kernels, why_no_liger
 from simpo.engine.mesh import Mesh, MeshSizes, check_heads, has_joined, local_rank_of
 from simpo.engine.sharding import (
     check_sharded_by_block,
@@ -469,6 +469,8 @@ def load_model(
         if mesh.sizes.tp > 1:
             rebuild_adapters(model, seed=recipe.seed)
     install_head(model)
+    if recipe.use_liger_kernel and why_no_liger(unwrap(model), device) is None:
+        install_liger_kernels(unwrap(model))
     install_lean_blocks(model)
     if trainable and recipe.gradient_checkpointing:
         unwrap(model).activation_checkpointing_enable(

@@ -43,6 +43,10 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
         raise ValueError(
             "torch_compile: does not know sharded weights; set it to false, or dp_shard: 1 where that fits"
         )
+    if recipe.use_liger_kernel and sizes.tp > 1:
+        raise ValueError(
+            "use_liger_kernel: Liger's kernels do not take tensor-parallel weights; set it to false, or tp: 1"
+        )
     if recipe.use_peft and recipe.lora_modules_to_save:
         raise ValueError("lora_modules_to_save: not possible with sharded weights; leave it out, or set dp_shard: 1")
     if sizes.cp > 1 and not (recipe.pack or recipe.share_prompt):

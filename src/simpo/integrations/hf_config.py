@@ -170,6 +170,10 @@ class SimPOConfig(TrainingArguments):
         self.gamma = None  # gamma_beta_ratio holds it now
         if self.torch_compile:
             raise ValueError("torch_compile: not with this trainer; the native one (simpo train) compiles its blocks")
+        if self.use_liger_kernel:  # transformers would put Liger's own head in place after the start-up check
+            raise ValueError(
+                "use_liger_kernel: not with this trainer; the native one (simpo train) has Liger's kernels"
+            )
 
     def _rename(self) -> None:
         """Other programs' names -> ours, as far as their meaning depends on more than their own value."""

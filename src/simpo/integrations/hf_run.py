@@ -56,6 +56,7 @@ _ONLY_DEFAULT = {
     "activation_offload": _NATIVE_ONLY,
     "optimizer_offload": _NATIVE_ONLY,
     "torch_compile": _NATIVE_ONLY,
+    "use_liger_kernel": _NATIVE_ONLY,
     "num_eval_generations": _NATIVE_ONLY,
 }
 """Keys that this host takes at their defaults alone -> why."""
