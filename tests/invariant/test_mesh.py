@@ -82,6 +82,27 @@ def run_steps(settings: Settings, steps: int = STEPS, *, prepare: str | None = N
     return (result if trainer.mesh.is_main else few) | report()
 
 
+def compile_and_count(trainer: Any) -> Callable[[], dict[str, Any]]:
+    """Blocks traced forward and backward and not compiled further, which would take minutes."""
+    from collections import Counter
+
+    from torch._dynamo.backends.debugging import aot_eager
+
+    from simpo.engine.compile import compile_blocks
+
+    seen: set[Any] = set()
+
+    def backend(graph: torch.fx.GraphModule, example_inputs: Any) -> Any:
+        seen.add(torch._guards.CompileContext.current_compile_id())
+        return aot_eager(graph, example_inputs)
+
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")  # dynamo looks at every tensor's
+    torch._dynamo.reset()
+    compile_blocks(trainer.model, device=trainer.device, backend=backend)
+    seen.clear()  # the trial's
+    return lambda: {"compilations": max(Counter(each.frame_id for each in seen).values())}
+
+
 def move_activations(trainer: Any) -> Callable[[], dict[str, Any]]:
     """What the backward pass needs makes the journey of `activation_offload`; on a CPU anything stands for a GPU's.
 
@@ -265,6 +286,14 @@ def test_four_processes_make_the_update_of_one(case, four_ranks: Ranks, model_fo
     check(four_ranks, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
 
 
+@pytest.mark.parametrize("case", ["fsdp2 checkpointed", "fsdp2 LoRA", "cp2"])
+def test_compiled_blocks_make_the_same_update_on_two_processes(case, two_ranks: Ranks, model_folder, step_recipe):
+    """And each piece of a block is compiled once, for all layers, lengths and steps."""
+    shape, data, keys = TWO[case]
+    found = check(two_ranks, step_recipe(model_folder(**SHAPES[shape]), data, **keys), prepare="compile_and_count")
+    assert [result["compilations"] for result in found] == [1, 1]
+
+
 SHARDED = ["fsdp2 tied", "fsdp2 checkpointed", "fsdp2 LoRA", "tp2 checkpointed", "cp2"]
 
 
@@ -431,6 +460,8 @@ def start(settings: Settings) -> None:
         ({}, {"cp": 2, "pack": False, "share_prompt": False}, "cp = 2: a row that is padded cannot be shared out"),
         ({}, {"dp_shard": 2, "fsdp_cpu_offload": True}, "fsdp_cpu_offload: on a CPU"),
         ({}, {"dp_shard": 2, "optim": "adamw_8bit"}, "optim: adamw_8bit does not know sharded weights"),
+        ({}, {**TP, "torch_compile": True}, "torch_compile: torch's compiler cannot trace tensor-parallel blocks"),
+        ({}, {**TP, "use_liger_kernel": True}, "use_liger_kernel: Liger's kernels do not take tensor-parallel weights"),
         ({}, {**FSDP, **LORA, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: not possible with sharded"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {"cp": 2}, "dynamic"),
     ],

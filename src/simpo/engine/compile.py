@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from simpo.engine.model import unwrap
+from simpo.engine.sharding import original_class
 
 BACKEND = "inductor"
 
@@ -50,20 +51,25 @@ def find_blocks(base: nn.Module) -> list[nn.Module]:
     """
     names = set(getattr(base, "_no_split_modules", None) or ())
     lists = [module for module in base.modules() if isinstance(module, nn.ModuleList)]
-    blocks = [block for members in lists for block in members if type(block).__name__ in names]
+    blocks = [block for members in lists for block in members if original_class(block).__name__ in names]
     if not blocks:
         raise ValueError(
-            f"torch_compile: {type(base).__name__} does not say which of its modules are its blocks; "
+            f"torch_compile: {original_class(base).__name__} does not say which of its modules are its blocks; "
             "set torch_compile: false"
         )
     return blocks
 
 
 def _compile_block(block: nn.Module, backend: str | Callable[..., Any]) -> None:
-    forward = torch.compile(block.forward, dynamic=True, backend=backend)
+    # transformers checkpoints inside the block's forward, and a graph cannot break inside a checkpoint, as it must at
+    # attention: all of the block would run uncompiled. So the checkpoint goes around the compiled block, inside FSDP2's
+    # hooks. What is compiled is the code within transformers' wrapper, which FSDP2's class has around its own once
+    # more: dynamo would count both, and those of all architectures, as recompilations of one function.
+    own = original_class(block).forward
+    while own.__code__.co_name == "forward_with_checkpointing":
+        own = own.__wrapped__
+    forward = torch.compile(own.__get__(block), dynamic=True, backend=backend)
     if getattr(block, "gradient_checkpointing", False):
-        # transformers checkpoints inside the block's forward, and a graph cannot break inside a checkpoint, as it must
-        # at attention: all of the block would run uncompiled. So the checkpoint goes around the compiled block.
         block.gradient_checkpointing = False
         forward = _checkpointed(block, forward, block._gradient_checkpointing_func)
     block.forward = forward

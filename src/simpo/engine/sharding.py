@@ -39,9 +39,10 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
         )
     if recipe.optim == "adamw_8bit":
         raise ValueError("optim: adamw_8bit does not know sharded weights; use adamw_bf16, or dp_shard: 1")
-    if recipe.torch_compile:
+    if recipe.torch_compile and sizes.tp > 1:
         raise ValueError(
-            "torch_compile: does not know sharded weights; set it to false, or dp_shard: 1 where that fits"
+            "torch_compile: torch's compiler cannot trace tensor-parallel blocks whose rows change in length; set it "
+            "to false, or tp: 1"
         )
     if recipe.use_liger_kernel and sizes.tp > 1:
         raise ValueError(
