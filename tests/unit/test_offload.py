@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -122,6 +124,42 @@ def test_what_was_copied_out_is_copied_back_once_and_a_little_ahead_of_its_use(m
     largest = 2 * 50 * 32 * 4
     assert 0 < max(ahead) <= max(offload.num_bytes // 8, largest)
     assert all(each() is None for each in offload._order)  # with the graph, both copies are gone
+
+
+class Stream:
+    """In place of a CUDA stream: writes down what it is told."""
+
+    def __init__(self, name: str, told: list[str]) -> None:
+        self.name, self.told = name, told
+
+    def wait_stream(self, other: Stream) -> None:
+        self.told.append(f"{self.name} waits for {other.name}")
+
+    def wait_event(self, event: str) -> None:
+        self.told.append(f"{self.name} waits until {event}")
+
+    def record_event(self) -> str:
+        self.told.append(f"{self.name} has copied")
+        return "it is back"
+
+
+def test_a_copy_back_waits_for_the_copy_out_and_its_use_for_the_copy_back(monkeypatch):
+    from simpo.engine import offload as module
+
+    told: list[str] = []
+    main, back = Stream("main", told), Stream("back", told)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: told.append(f"memory is {stream.name}'s too"))
+    monkeypatch.setattr(module.Offload, "_stream", lambda self, device, name: back)
+    values = torch.randn(3)
+    on_host = module._OnHost(values, torch.device("cpu"), 0, copied="it is out")
+    offload = module.Offload()
+    assert torch.equal(offload.restore(on_host), values)
+    once = ["back waits for main", "back waits until it is out", "back has copied", "memory is back's too"]
+    assert told == [*once, "main waits until it is back"]
+    offload.restore(on_host)
+    assert told == [*once, "main waits until it is back", "main waits until it is back"]
 
 
 def test_copies_that_came_back_are_freed_with_their_last_use():
