@@ -106,12 +106,12 @@ def measure(row: Row, rows: list[Row], folder: Path, args: argparse.Namespace) -
         if "lora_A" not in name:
             after, before = (reader(where)(name).bfloat16() for where in (folder / "model", args.model))
             lost += float((after == before).sum())
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").split("\n") if line]
     return {
         "cosine": dot / max((own * other) ** 0.5, 1e-300),
         "length_ratio": (own / other) ** 0.5,
         "mean_change": total / count,
-        "eval_loss": [line["eval_loss"] for line in lines if "eval_loss" in line][-1],
+        "eval_loss": next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), float("nan")),
         "lost_in_bf16": lost / count,
     }
 
@@ -137,7 +137,7 @@ def train(row: Row, folder: Path, args: argparse.Namespace) -> str:
         "output_dir": str(folder),
         "cache_dir": str(folder.parent / "cache"),
         **{"max_length": args.max_length, "max_prompt_length": args.max_length - 1},
-        **{"overlong": "drop", "max_dropped_fraction": 1.0, "max_eval_samples": 24},
+        **{"overlong": "drop", "max_dropped_fraction": 1.0},
         **{"learning_rate": args.learning_rate, "lr_scheduler_type": "constant", "warmup_ratio": 0.0},
         **{"max_steps": args.steps, "per_device_train_batch_size": args.pairs_per_step // processes},
         **{
