@@ -41,6 +41,7 @@ class _RMSNorm(torch.autograd.Function):
         # 1 / root mean square of each row, [..., 1]
         inverse = torch.rsqrt(torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_() / x.shape[-1] + eps)
         ctx.save_for_backward(x, weight, inverse)
+        ctx.x_dtype = x.dtype
         normed = (wide * inverse).to(x.dtype)
         return (normed * weight).to(out_dtype)
 
@@ -48,15 +49,18 @@ class _RMSNorm(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
-        normed = x.to(inverse.dtype) * inverse
-        grad = grad.to(inverse.dtype)
-        d_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        if not ctx.needs_input_grad[0]:
-            return None, d_weight, None, None
-        d_normed = grad * weight
-        # d x = inverse (d_normed - normed mean(d_normed normed)): the row's own direction does not change its norm
-        along = torch.linalg.vecdot(d_normed, normed).unsqueeze(-1) / x.shape[-1]
-        return torch.addcmul(d_normed, normed, along, value=-1).mul_(inverse).to(x.dtype), d_weight, None, None
+        x, grad, wide_weight = (tensor.to(inverse.dtype) for tensor in (x, grad, weight))
+        # Both sums, over rows and over columns, are products of this with a vector.
+        product = grad * x
+        d_weight, d_x = None, None
+        with torch.autocast(x.device.type, enabled=False):  # a backward pass inside it would round them
+            if ctx.needs_input_grad[1]:
+                d_weight = (inverse.flatten() @ product.flatten(0, -2)).to(weight.dtype)
+            if ctx.needs_input_grad[0]:
+                # d x = inverse (d_normed - normed mean(d_normed normed)): a row's own direction keeps its norm
+                along = (product @ wide_weight).unsqueeze(-1) * inverse.square() / x.shape[-1]
+                d_x = torch.addcmul(grad * wide_weight, x, along, value=-1).mul_(inverse).to(ctx.x_dtype)
+        return d_x, d_weight, None, None
 
 
 class _GatedSilu(torch.autograd.Function):
