@@ -109,6 +109,7 @@ def attempt_row(meter: Meter, what: str, work: Callable[..., dict[str, Any]], *a
             "ok": None if isinstance(error, ValueError) else False,
             "note": first_line(error),
         }
+    torch.use_deterministic_algorithms(False)  # full_determinism holds for its process, and the next row shares it
     meter.release()
     return row | {"seconds": time.perf_counter() - began}
 
