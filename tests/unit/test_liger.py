@@ -160,6 +160,20 @@ def test_what_keeps_liger_from_running_is_said(stand_in, monkeypatch):
     assert "is not installed (pip install 'simpo[liger]')" in why_no_liger(model, CUDA)
 
 
+def test_a_run_without_a_gpu_says_that_it_goes_on_without_them(tiny_recipe, monkeypatch):
+    from simpo.display import Display
+    from simpo.recipe import load_recipe
+    from simpo.train import Trainer
+
+    said: list[str] = []
+    monkeypatch.setattr(Display, "say", lambda self, line: said.append(line))
+    Trainer(load_recipe({**tiny_recipe, "use_liger_kernel": True, "device": "cpu"}), display=Display(quiet=True))
+    (line,) = [line for line in said if "liger" in line.lower()]
+    assert line == (
+        "use_liger_kernel: without effect here: Liger's kernels need a CUDA GPU, and this run computes on cpu"
+    )
+
+
 # --- Liger's own -----------------------------------------------------------------------------------------------------
 
 
