@@ -473,9 +473,9 @@ def load_model(
         install_liger_kernels(unwrap(model))
     install_lean_blocks(model)
     if trainable and recipe.gradient_checkpointing:
-        unwrap(model).activation_checkpointing_enable(
-            {**(recipe.gradient_checkpointing_kwargs or {}), "use_reentrant": False}
-        )
+        base = unwrap(model)  # transformers before 5.18 has it under its older name alone
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({**(recipe.gradient_checkpointing_kwargs or {}), "use_reentrant": False})
     if not trainable:
         model.requires_grad_(False)
         model.eval()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -54,13 +55,15 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
         raise ValueError(f"cp = {sizes.cp}: a row that is padded cannot be shared out; set pack: true, or cp: 1")
     if recipe.fsdp_cpu_offload and mesh.device.type == "cpu":
         raise ValueError("fsdp_cpu_offload: on a CPU weights are in host memory already; set it to false")
-    config = DistributedConfig(
-        dp_replicate_size=sizes.dp_replicate,
-        fsdp_size=sizes.shard,
-        tp_size=sizes.tp,
-        fsdp_cpu_offload=recipe.fsdp_cpu_offload,
-    )
-    return {"distributed_config": config}
+    options = {"fsdp_size": sizes.shard, "tp_size": sizes.tp, "fsdp_cpu_offload": recipe.fsdp_cpu_offload}
+    if sizes.dp_replicate > 1:
+        if "dp_replicate_size" not in DistributedConfig.__dataclass_fields__:
+            raise ValueError(
+                f"dp_replicate = {sizes.dp_replicate}: transformers {transformers.__version__} cannot replicate a sharded "
+                "model; update transformers, or set dp_replicate: 1"
+            )
+        options["dp_replicate_size"] = sizes.dp_replicate
+    return {"distributed_config": DistributedConfig(**options)}
 
 
 def check_sharded_by_block(model: nn.Module) -> None:
