@@ -473,7 +473,7 @@ def load_model(
         install_liger_kernels(unwrap(model))
     install_lean_blocks(model)
     if trainable and recipe.gradient_checkpointing:
-        base = unwrap(model)  # transformers before 5.18 has it under its older name alone
+        base = unwrap(model)  # transformers 5.17 has the older name alone
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
         enable({**(recipe.gradient_checkpointing_kwargs or {}), "use_reentrant": False})
     if not trainable:

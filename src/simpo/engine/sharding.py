@@ -59,8 +59,8 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
     if sizes.dp_replicate > 1:
         if "dp_replicate_size" not in DistributedConfig.__dataclass_fields__:
             raise ValueError(
-                f"dp_replicate = {sizes.dp_replicate}: transformers {transformers.__version__} cannot replicate a sharded "
-                "model; update transformers, or set dp_replicate: 1"
+                f"dp_replicate = {sizes.dp_replicate}: transformers {transformers.__version__} cannot replicate a "
+                "sharded model; update transformers, or set dp_replicate: 1"
             )
         options["dp_replicate_size"] = sizes.dp_replicate
     return {"distributed_config": DistributedConfig(**options)}
