@@ -9,12 +9,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_hosts import read_rows
+from hf_hosts import launch, read_rows
 from mesh_runs import ONE, Settings
 from mesh_runs import build as build_trainer
 from torch import Tensor, nn
@@ -24,7 +26,7 @@ import simpo
 pytestmark = pytest.mark.real_model
 needs = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
-    for name in ("bitsandbytes", "peft")
+    for name in ("bitsandbytes", "deepspeed", "peft")
 }
 BF16 = {"master_dtype": "bfloat16", "optim": "adamw_bf16"}
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
@@ -137,6 +139,15 @@ def test_fsdp_on_two_processes_gathers_in_bf16(settings: Settings, first_loss: f
     assert first == second
 
 
+@needs["deepspeed"]
+@pytest.mark.parametrize("stage", [3])
+def test_zero_in_bf16_on_two_processes(stage: int, smol_model: Path, pairs: Path, first_loss: float, tmp_path: Path):
+    output = tmp_path / "found.json"
+    done = launch(f"deepspeed_zero{stage}.yaml", tmp_path, Path(__file__), output, smol_model, pairs)
+    assert output.is_file(), done.stdout + done.stderr
+    check(json.loads(output.read_text(encoding="utf-8")), first_loss)
+
+
 def train_under_transformers(model: Any, pairs: Path | str, folder: Path, *, batch: int, **keys: Any) -> dict[str, Any]:
     """The same three steps through SimPOTrainer."""
     from simpo.integrations.hf import SimPOConfig, SimPOTrainer
@@ -161,3 +172,12 @@ def test_a_loaded_bf16_model_is_evaluated_and_trained(smol_model: Path, pairs: P
     assert math.isfinite(evaluation.margin.value)
     found = train_under_transformers(model, pairs, tmp_path, batch=2, master_dtype="bfloat16")
     check(found, first_loss)
+
+
+if __name__ == "__main__":
+    output, model, pairs = sys.argv[1:]
+    found = train_under_transformers(model, pairs, Path(output).parent, batch=1)
+    if torch.distributed.get_rank() == 0:
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads may abort a process that ends in the ordinary way
