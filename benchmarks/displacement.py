@@ -4,10 +4,10 @@
 
 At a learning rate of 1e-6 a run moves each weight by some 1e-5: less than bf16 can tell apart, and nothing that a loss
 curve would show. So each row trains the same pairs in the same order on the CPU, writes its model in float32, and its
-displacement (weights written - weights read) is compared with the first row's: the cosine between the two, and the
-ratio of their lengths. The last column is the share of the weights that a file in bf16 would show as they were before.
-LoRA rows compare what the adapters add to the weights, with LoRA in fp32. Exits 1 where a row could not be trained.
-ZeRO rows need deepspeed; a row takes one to two minutes on two cores.
+displacement (weights written - weights read, as bf16 has them where it trains those) is compared with the first row's:
+the cosine between the two, and the ratio of their lengths. The last column is the share of the weights that a file in
+bf16 would show as they were before. LoRA rows compare what the adapters add to the weights, with LoRA in fp32. Exits 1
+where a row could not be trained. ZeRO rows need deepspeed; a row takes one to two minutes on two cores.
 """
 
 from __future__ import annotations
@@ -98,8 +98,9 @@ def measure(row: Row, rows: list[Row], folder: Path, args: argparse.Namespace) -
     reference = folder.with_name(row.like.replace(" ", "-").replace(",", ""))
     dot = own = other = total = lost = 0.0
     count = 0
-    for name, ours in displacement(folder / "model", args.model):
-        theirs = displacement_of(name, reference / "model", args.model)
+    in_bf16 = row.keys.get("master_dtype") == "bfloat16"
+    for name, ours in displacement(folder / "model", args.model, in_bf16=in_bf16):
+        theirs = displacement_of(name, reference / "model", args.model, in_bf16=False)
         dot += float((ours * theirs).sum())
         own, other = own + float(ours.square().sum()), other + float(theirs.square().sum())
         total, count = total + float(ours.abs().sum()), count + ours.numel()
@@ -112,16 +113,17 @@ def measure(row: Row, rows: list[Row], folder: Path, args: argparse.Namespace) -
         "length_ratio": (own / other) ** 0.5,
         "mean_change": total / count,
         "eval_loss": next((line["eval_loss"] for line in reversed(lines) if "eval_loss" in line), float("nan")),
-        "lost_in_bf16": lost / count,
+        "lost_in_bf16": None if row.keys.get("use_peft") else lost / count,
     }
 
 
 def as_line(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"| {result['row']} | {result['error']} | | | | |"
+    lost = "" if result["lost_in_bf16"] is None else f"{result['lost_in_bf16']:.1%}"
     return (
         f"| {result['row']} | {result['cosine']:.4f} | {result['length_ratio']:.4f} | {result['mean_change']:.2e} | "
-        f"{result['eval_loss']:.4f} | {result['lost_in_bf16']:.1%} |"
+        f"{result['eval_loss']:.4f} | {lost} |"
     )
 
 
@@ -182,20 +184,21 @@ def launcher(row: Row, folder: Path) -> list[str]:
 # --- displacement ----------------------------------------------------------------------------------------------------
 
 
-def displacement(model: Path, base: Path) -> Iterator[tuple[str, Tensor]]:
+def displacement(model: Path, base: Path, *, in_bf16: bool) -> Iterator[tuple[str, Tensor]]:
     """(name, what training added), in fp64, for each weight of a model folder or of its adapters."""
     for name in sorted(names_in(model)):
         if "lora_B" not in name:
-            yield name, displacement_of(name, model, base)
+            yield name, displacement_of(name, model, base, in_bf16=in_bf16)
 
 
-def displacement_of(name: str, model: Path, base: Path) -> Tensor:
+def displacement_of(name: str, model: Path, base: Path, *, in_bf16: bool) -> Tensor:
     """What training added to one weight; for LoRA `name` is that of A, and B times A is what counts (up to a factor
     that all rows share)."""
     read = reader(model)
     if "lora_A" in name:
         return read(name.replace("lora_A", "lora_B")) @ read(name)
-    return read(name) - reader(base)(name)
+    before = reader(base)(name)
+    return read(name) - (before.bfloat16().double() if in_bf16 else before)
 
 
 def names_in(folder: Path) -> list[str]:
