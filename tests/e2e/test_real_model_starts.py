@@ -16,12 +16,16 @@ from typing import Any
 
 import pytest
 import torch
+from faults import FAULTS
 from hf_hosts import launch, read_rows
 from mesh_runs import ONE, Settings
 from mesh_runs import build as build_trainer
 from torch import Tensor, nn
 
 import simpo
+from simpo.engine.model import load_model
+from simpo.engine.probe import probe_layout
+from simpo.recipe import load_recipe
 
 pytestmark = pytest.mark.real_model
 needs = {
@@ -140,7 +144,7 @@ def test_fsdp_on_two_processes_gathers_in_bf16(settings: Settings, first_loss: f
 
 
 @needs["deepspeed"]
-@pytest.mark.parametrize("stage", [3])
+@pytest.mark.parametrize("stage", [2, 3])
 def test_zero_in_bf16_on_two_processes(stage: int, smol_model: Path, pairs: Path, first_loss: float, tmp_path: Path):
     output = tmp_path / "found.json"
     done = launch(f"deepspeed_zero{stage}.yaml", tmp_path, Path(__file__), output, smol_model, pairs)
@@ -172,6 +176,16 @@ def test_a_loaded_bf16_model_is_evaluated_and_trained(smol_model: Path, pairs: P
     assert math.isfinite(evaluation.margin.value)
     found = train_under_transformers(model, pairs, tmp_path, batch=2, master_dtype="bfloat16")
     check(found, first_loss)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float32"])
+def test_a_planted_fault_is_found_in_real_weights(settings: Settings, precision: str):
+    recipe = load_recipe({**settings, "master_dtype": precision, "bf16": False})
+    model = load_model(recipe, device=torch.device("cpu"), trainable=False, check=False)
+    for name, fault in FAULTS.items():
+        with fault():
+            found = probe_layout(model, pack=True, share_prompt=True, bf16=False)
+        assert found.is_good == (name == "none"), f"{name}: {found}"
 
 
 if __name__ == "__main__":

@@ -22,13 +22,17 @@ from torch.distributed.tensor import DTensor
 
 from simpo.core.batch import build_batch
 from simpo.engine.mesh import Mesh, MeshSizes
-from simpo.engine.model import PACKED, compute_token_logps, plain_attention, unwrap
+from simpo.engine.model import compute_token_logps, is_packed, plain_attention, unwrap
 
 NOISE_FACTOR = 1.4
 """A layout may differ from the ordinary log-probs by this many times what rounding moves those by. Measured on
 SmolLM2-135M in bfloat16, six draws of tokens: right ones differ by 0.8 to 1.1 times that, a rotary position that is off
 by one by 1.6 to 3.1 times, a leak of one token by 3 to 11 times. Chosen and rejected responses are judged each for
 themselves: a mistake may touch one kind only."""
+
+DRAWS = 3
+"""Draws of tokens that a layout gets where only that limit speaks against it, by no more than twice: right layouts pass
+one of them, a fault of this size stays above the limit in each."""
 
 OUTLIER_FACTOR = 4.0
 """The same for all labels. The limit above is for nine tenths of them: rounding moves a few labels far."""
@@ -83,6 +87,11 @@ class Agreement:
         """Whether rounding explains the differences; they may be no numbers."""
         outliers_fit = self.rms_of_all <= self.limit * OUTLIER_FACTOR / NOISE_FACTOR
         return self.rms <= self.limit and outliers_fit and self._odd_scale is None
+
+    @property
+    def is_close(self) -> bool:
+        """Whether another draw of tokens may show it good."""
+        return replace(self, rms=self.rms / 2).is_good
 
     @property
     def _odd_scale(self) -> float | None:
@@ -142,7 +151,7 @@ def probe_layout(
     was_training = model.training
     model.eval()
     try:
-        if bf16 and _is_whole_fp32(model) and base.config._attn_implementation in (PACKED, "sdpa", "eager"):
+        if bf16 and _is_whole_fp32(model) and _takes_fp32(base.config._attn_implementation):
             with torch.autocast(device.type, enabled=False):
                 found = probe.compare()
             if not found.is_good:
@@ -161,12 +170,22 @@ class _Probe:
         base = unwrap(model)
         config = base.config.get_text_config()
         self.device = base.get_input_embeddings().weight.device
-        self.pairs = _probe_pairs(config.vocab_size, getattr(config, "max_position_embeddings", None) or _CHOSEN)
-        self.batch = build_batch(self.pairs, pack=pack, share_prompt=share_prompt)
+        self.vocab_size = config.vocab_size
+        self.max_positions = getattr(config, "max_position_embeddings", None) or _CHOSEN
+        self.layout = {"pack": pack, "share_prompt": share_prompt}
         self.precision = torch.float32
 
     def compare(self) -> Agreement:
         """In the precision of the context that it is called in."""
+        for seed in range(DRAWS):
+            self.pairs = _probe_pairs(self.vocab_size, self.max_positions, seed=seed)
+            self.batch = build_batch(self.pairs, **self.layout)
+            found = self._compare_draw()
+            if found.is_good or not found.is_close:
+                break
+        return found
+
+    def _compare_draw(self) -> Agreement:
         ordinary, *slopes = self._ordinary()
         difference = self._layout_logps() - ordinary
         scales = tuple(_fit(difference, slope) for slope in slopes)
@@ -285,9 +304,9 @@ def _fit(difference: Tensor, slope: Tensor) -> tuple[float, float]:
     return 1 + float((difference * slope).double().sum()) / max(norm, 1e-12) ** 2, norm
 
 
-def _probe_pairs(vocabulary: int, max_positions: int) -> list[_Pair]:
+def _probe_pairs(vocabulary: int, max_positions: int, *, seed: int = 0) -> list[_Pair]:
     """The same for every model of that vocabulary; shortened in proportion for models that take fewer tokens."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     longest = min(_CHOSEN, max_positions)
 
     def tokens(count: int) -> list[int]:
@@ -300,6 +319,11 @@ def _probe_pairs(vocabulary: int, max_positions: int) -> list[_Pair]:
         chosen, rejected = tokens(longest - start), tokens(_REJECTED * longest // _CHOSEN - start)
         pairs.append(_Pair(f"probe-{number}", prompt + chosen, start, prompt + rejected, start))
     return pairs
+
+
+def _takes_fp32(attention: str) -> bool:
+    """Whether an attention implementation of transformers computes in fp32; flash kernels do not."""
+    return is_packed(attention) or attention in ("sdpa", "eager")
 
 
 def _is_whole_fp32(model: nn.Module) -> bool:
