@@ -78,7 +78,9 @@ def build_fake(shape: str, recipe: Any, fakes: FakeTensorMode) -> nn.Module:
     install_head(model)
     install_lean_blocks(model)
     if recipe.gradient_checkpointing:
-        unwrap(model).activation_checkpointing_enable({"use_reentrant": False})
+        base = unwrap(model)  # transformers 5.17 has the older name alone
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({"use_reentrant": False})
     done: dict[torch.Tensor, Any] = {}
     for module in model.modules():
         for name, value in module._parameters.items():

@@ -56,6 +56,11 @@ def _other(meaning: str) -> Any:
     return field(default=None, metadata={"help": meaning})
 
 
+_CHECKPOINTING = "activation_checkpointing"  # the name in transformers; 5.17 has the older one alone
+if _CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    _CHECKPOINTING = "gradient_checkpointing"
+
+
 @dataclass
 class SimPOConfig(TrainingArguments):
     """What to train and how, for `SimPOTrainer`.
@@ -209,14 +214,15 @@ class SimPOConfig(TrainingArguments):
             if self.warmup_steps in (0, SimPOConfig.warmup_steps):
                 self.warmup_steps = self.warmup_ratio
             self.warmup_ratio = None
-        if self.activation_checkpointing is None and self.gradient_checkpointing is not None:
-            self.activation_checkpointing = self.gradient_checkpointing  # said here, so that transformers need not warn
-        if self.activation_checkpointing_kwargs is None:
-            self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
-        if self.activation_checkpointing:
-            given = self.activation_checkpointing_kwargs
+        if _CHECKPOINTING != "gradient_checkpointing":  # said here, so that transformers need not warn
+            if getattr(self, _CHECKPOINTING) is None and self.gradient_checkpointing is not None:
+                setattr(self, _CHECKPOINTING, self.gradient_checkpointing)
+            if getattr(self, f"{_CHECKPOINTING}_kwargs") is None:
+                setattr(self, f"{_CHECKPOINTING}_kwargs", self.gradient_checkpointing_kwargs)
+        if getattr(self, _CHECKPOINTING):
+            given = getattr(self, f"{_CHECKPOINTING}_kwargs")
             given = given if isinstance(given, dict) else {}
-            self.activation_checkpointing_kwargs = {**given, "use_reentrant": False}
+            setattr(self, f"{_CHECKPOINTING}_kwargs", {**given, "use_reentrant": False})
 
     def _settle_device(self) -> None:
         """Without an accelerator: the CPU, and gloo between processes, without which DeepSpeed makes worlds of one."""
@@ -247,7 +253,7 @@ class SimPOConfig(TrainingArguments):
         if options.get("revision") is not None and self.model_revision is None:
             values["model_revision"] = options["revision"]
         values |= {"fp16": self.fp16 or None, "label_smoothing_factor": self.label_smoothing_factor or None}
-        values |= {"output_dir": self.output_dir, "gradient_checkpointing": bool(self.activation_checkpointing)}
+        values |= {"output_dir": self.output_dir, "gradient_checkpointing": bool(getattr(self, _CHECKPOINTING))}
         return load_recipe({name: value for name, value in values.items() if value is not None}, processes=1)
 
     def loading_options(self) -> dict[str, Any]:
