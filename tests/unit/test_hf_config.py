@@ -94,7 +94,8 @@ def test_names_of_older_transformers_are_read():
     args = config(evaluation_strategy="epoch", warmup_ratio=0.2, gradient_checkpointing=True, dataset_num_proc=3)
     assert args.eval_strategy == "epoch"
     assert args.get_warmup_steps(50) == 10
-    assert args.activation_checkpointing_kwargs == {"use_reentrant": False}
+    kwargs = getattr(args, "activation_checkpointing_kwargs", None) or args.gradient_checkpointing_kwargs
+    assert kwargs == {"use_reentrant": False}
     assert args.to_recipe().preprocessing_num_workers == 3
 
 
