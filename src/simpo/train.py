@@ -38,12 +38,11 @@ from simpo.engine.costs import cost_weights
 from simpo.engine.export import (
     WeightSample,
     as_saved,
-    describe_loss_by_rounding,
     dtype_name,
     export_dtype,
-    overflows,
     save_model,
     saved_tensors,
+    settle_dtype,
     write_model_card,
 )
 from simpo.engine.host import keep_freed_memory
@@ -416,18 +415,14 @@ class Trainer:
 
     def _settle_export_dtype(self) -> torch.dtype:
         """In which dtype to write; says what that costs the trained weights, or why it is not the one asked for."""
-        dtype = self.export_dtype
-        if self.mesh.largest(overflows(saved_tensors(self.model), dtype)):
-            self.display.say(
-                f"save_dtype: a weight is too large for {dtype_name(dtype)}; the model is written in float32"
-            )
-            return torch.float32
-        if self._untrained is not None:
-            counts = self._untrained.count_moved(self._trained_weights(), dtype)
-            line = describe_loss_by_rounding(self.mesh.sum_over_all(counts.to(self.device)), dtype)
-            if line is not None:
-                self.display.say(line)
-        return dtype
+        return settle_dtype(
+            self.export_dtype,
+            saved_tensors(self.model),
+            untrained=self._untrained,
+            trained=self._trained_weights(),
+            mesh=self.mesh,
+            say=self.display.say,
+        )
 
     def _trained_weights(self) -> Iterator[tuple[str, Tensor]]:
         return ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)

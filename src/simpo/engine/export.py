@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +121,32 @@ def describe_loss_by_rounding(counts: Tensor, dtype: torch.dtype) -> str | None:
         f"written in {dtype_name(dtype)}, {lost / moved:.1%} of the weights that training moved are as they were "
         "before it: it moved them by less than this format tells apart; save_dtype: float32 keeps them"
     )
+
+
+def settle_dtype(
+    dtype: torch.dtype,
+    held: Iterable[Tensor],
+    *,
+    untrained: WeightSample | None,
+    trained: Iterable[tuple[str, Tensor]],
+    mesh: Mesh,
+    say: Callable[[str], None],
+) -> torch.dtype:
+    """In which dtype to write; says what that costs the trained weights, or why it is not the one asked for.
+
+    Args:
+        held: what this process computes the saved weights from.
+        untrained, trained: the trained weights before and after; None = the former are no longer known.
+    """
+    if mesh.largest(overflows(held, dtype)):
+        say(f"save_dtype: a weight is too large for {dtype_name(dtype)}; the model is written in float32")
+        return torch.float32
+    if untrained is not None:
+        counts = untrained.count_moved(trained, dtype)
+        line = describe_loss_by_rounding(mesh.sum_over_all(counts.to(mesh.device)), dtype)
+        if line is not None:
+            say(line)
+    return dtype
 
 
 def dtype_name(dtype: torch.dtype) -> str:

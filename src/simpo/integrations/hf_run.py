@@ -24,10 +24,9 @@ from simpo.engine.checkpoint import list_checkpoints
 from simpo.engine.export import (
     WeightSample,
     as_saved,
-    describe_loss_by_rounding,
     dtype_name,
     export_dtype,
-    overflows,
+    settle_dtype,
     write_model,
     write_model_card,
 )
@@ -107,7 +106,14 @@ def run_recipe(recipe: Recipe) -> None:
     model_dir = Path(recipe.output_dir) / "model"
     with contextlib.closing(directory):
         trainer.train(resume_from_checkpoint=resume)
-        dtype = settle_dtype(trainer, dtype, directory.untrained)
+        dtype = settle_dtype(
+            dtype,
+            held_tensors(trainer.model),
+            untrained=directory.untrained,
+            trained=local_masters(trainer.model),
+            mesh=mesh,
+            say=display.say,
+        )
         save_final_model(trainer, model_dir, dtype=dtype)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
@@ -210,22 +216,6 @@ def describe(trainer: SimPOTrainer) -> dict[str, Any]:
         "micro-batches": "no limit of tokens" if limit is None else f"up to {limit:,} tokens",
         "loss": recipe.describe_loss(),
     }
-
-
-def settle_dtype(trainer: SimPOTrainer, dtype: torch.dtype, untrained: WeightSample | None) -> torch.dtype:
-    """In which dtype to write; says what that costs the trained weights, or why it is not the one asked for."""
-    mesh = trainer.mesh
-    if mesh.largest(overflows(held_tensors(trainer.model), dtype)):
-        trainer.display.say(
-            f"save_dtype: a weight is too large for {dtype_name(dtype)}; the model is written in float32"
-        )
-        return torch.float32
-    if untrained is not None:
-        counts = untrained.count_moved(local_masters(trainer.model), dtype)
-        line = describe_loss_by_rounding(mesh.sum_over_all(counts.to(trainer.args.device)), dtype)
-        if line is not None:
-            trainer.display.say(line)
-    return dtype
 
 
 def evaluate_as_saved(trainer: SimPOTrainer, dtype: torch.dtype) -> dict[str, float]:
