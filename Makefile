@@ -10,7 +10,7 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # A folder of SmolLM2-135M-Instruct; fetched once into the user cache when not given.
 MODEL  ?=
-# Options of `simpo bench`, for make bench.
+# Options of benchmarks/bench.py, for make bench.
 BENCH  ?=
 
 RUN    := $(VENV)/bin/python
@@ -31,7 +31,7 @@ test-scale: engines
 
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model
-	$(VENV)/bin/simpo bench $(if $(MODEL),--model "$(MODEL)") $(BENCH)
+	$(RUN) benchmarks/bench.py $(if $(MODEL),--model "$(MODEL)") $(BENCH)
 
 install: $(VENV)/.installed
 

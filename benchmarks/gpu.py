@@ -248,10 +248,10 @@ def run(args: argparse.Namespace, arguments: Sequence[str], began: float | None)
     from gpu.device import Deadline, pick_meter
     from gpu.report import Report, shown_command
 
-    import simpo.engine.compile
+    import simpo.model.compile
 
     if args.device == "cpu":  # a rehearsal: what the compiler reads is the same, and it writes no code
-        simpo.engine.compile.BACKEND = "aot_eager"
+        simpo.model.compile.BACKEND = "aot_eager"
     meter = pick_meter(args.device)
     deadline = Deadline(args.minutes, began=began)
     gpu = meter.describe()["gpu"]
@@ -341,8 +341,7 @@ def prepare_memory(args: argparse.Namespace, meter: Any) -> Prepared:
 def plan_of(args: argparse.Namespace, meter: Any) -> tuple[Any, dict[str, Any]]:
     """The weights, their optimizer, and what to say of them."""
     from gpu.workload import build_config, plan_weights
-
-    from simpo.bench.flops import model_shape
+    from peers.flops import model_shape
 
     config = build_config(args.model)
     shape = model_shape(config)

@@ -23,7 +23,7 @@ from torch.utils.data import SequentialSampler
 
 from simpo.display import Display
 from simpo.recipe import Recipe, load_recipe
-from simpo.train import Trainer
+from simpo.trainer import Trainer
 
 warnings.filterwarnings("ignore")
 

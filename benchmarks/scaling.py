@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                          print them
     python benchmarks/scaling.py --write docs/scaling.md  put them between the document's markers
 
-Everything comes from `simpo.plan`, `engine.footprint` and `engine.traffic`; nothing is measured. A table stands between
+Everything comes from `simpo.plan`; nothing is measured. A table stands between
 `<!-- table: NAME -->` and `<!-- end of table -->`.
 """
 
@@ -17,12 +17,12 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from simpo.engine.footprint import GIB, StepOptions, compute_footprint, compute_state, step_options
-from simpo.engine.mesh import MeshSizes
-from simpo.engine.shapes import build_config
-from simpo.engine.sizes import ModelSizes, describe_model
-from simpo.engine.traffic import Links, compute_seconds, compute_traffic
-from simpo.plan import Machines, Plan, plan_recipe
+from simpo.parallel.mesh import MeshSizes
+from simpo.plan.footprint import GIB, StepOptions, compute_footprint, compute_state, step_options
+from simpo.plan.search import Machines, Plan, plan_recipe
+from simpo.plan.shapes import build_config
+from simpo.plan.sizes import ModelSizes, describe_model
+from simpo.plan.traffic import Links, compute_seconds, compute_traffic
 from simpo.recipe import load_recipe
 
 LORA = {"use_peft": True}

@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import LlamaForCausalLM
 
 from simpo.core.batch import PackedPairs
-from simpo.engine import model as engine_model
-from simpo.engine import probe
+from simpo.model import head, probe
 
 
 def change_logits(change: Callable[[Tensor], Tensor]) -> Any:
@@ -63,8 +62,8 @@ def misread_scale(scale: float) -> Iterator[None]:
     class Owner:
         value = 1.0
 
-    transforms = [engine_model._Transform(Owner, "value", scale=scale)]
-    with mock.patch.object(engine_model, "_find_transforms", return_value=transforms):
+    transforms = [head._Transform(Owner, "value", scale=scale)]
+    with mock.patch.object(head, "_find_transforms", return_value=transforms):
         yield
 
 

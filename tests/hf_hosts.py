@@ -19,9 +19,9 @@ from ranks import free_port
 from transformers import TrainerCallback
 
 from simpo.display import Display
-from simpo.integrations.hf import SimPOConfig, SimPOTrainer
+from simpo.hosts.hf import SimPOConfig, SimPOTrainer
 from simpo.recipe import load_recipe
-from simpo.train import NonFiniteError, Trainer
+from simpo.trainer import NonFiniteError, Trainer
 
 REPO = Path(__file__).resolve().parents[1]
 TOLERANCE = 2e-6  # relative to the largest number of a kind

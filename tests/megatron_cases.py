@@ -14,8 +14,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from simpo.data.loader import StoredPair
-from simpo.engine.model import PACKED
-from simpo.integrations.megatron_settings import MegatronSettings
+from simpo.hosts.megatron.settings import MegatronSettings
+from simpo.model.attention import PACKED
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "megatron"
 SEED = 5
@@ -128,7 +128,7 @@ def run_step(case: Case, sizes: dict[str, int], num_microbatches: int) -> dict[s
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from simpo.integrations import megatron as host
+    from simpo.hosts import megatron as host
 
     settings = case.settings(**sizes)
     config = build_model(case.model).config

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from simpo.display import Display
-from simpo.engine.checkpoint import read_state
 from simpo.recipe import load_recipe
-from simpo.train import Interrupted, Trainer
+from simpo.run.checkpoint import read_state
+from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
 Whole = dict[str, Tensor]

@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from simpo.cli import main
-from simpo.train import Trainer
+from simpo.trainer import Trainer
 
 
 def send_signals(plan: list[list[Any]]) -> None:

@@ -18,8 +18,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-
-from simpo.bench.machine import available_gib, resident_gib
+from peers.machine import available_gib, resident_gib
 
 GIB = 2**30
 

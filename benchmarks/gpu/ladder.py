@@ -14,6 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from peers import flops
+from peers.summary import spread
 
 from gpu.device import Deadline, Meter, TimeUp, attempt, first_line, measure_ceiling, stop_at
 from gpu.profile import PROFILE_S, profile_step
@@ -31,8 +33,6 @@ from gpu.workload import (
     build_optimizer,
     lay_out,
 )
-from simpo.bench import flops
-from simpo.bench.summary import spread
 from simpo.data.loader import StoredPair
 
 DEFAULT_CASES = "ragged-200/350/350,1000/300/300,4096/256/256"

@@ -1,7 +1,7 @@
 """`gpu.py memory`: the peak of one training step as micro-batches grow, and what was predicted for it.
 
-Predicted twice: by `engine.memory`, which measures small rows of the model at hand before a run (with it training picks
-its micro-batches), and by `simpo plan`, which has never seen the model (`engine.footprint`).
+Predicted twice: by `run.memory`, which measures small rows of the model at hand before a run (with it training picks
+its micro-batches), and by `simpo plan`, which has never seen the model (`plan.footprint`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from peers.flops import pair_work
+from peers.machine import available_gib
 
 from gpu.device import GIB, CpuMeter, Deadline, Meter, TimeUp, attempt, stop_at
 from gpu.report import Column, Report, digits, gib
@@ -31,15 +33,13 @@ from gpu.workload import (
     build_optimizer,
     lay_out,
 )
-from simpo.bench.flops import pair_work
-from simpo.bench.machine import available_gib
 from simpo.core.batch import PackedPairs
 from simpo.core.packing import PairShape
 from simpo.data.loader import StoredPair
-from simpo.engine.footprint import RUNTIME_BYTES, StepOptions, compute_footprint
-from simpo.engine.memory import ActivationBytes, measure_activations, step_bytes
-from simpo.engine.mesh import MeshSizes
-from simpo.engine.sizes import ModelSizes, describe_model
+from simpo.parallel.mesh import MeshSizes
+from simpo.plan.footprint import RUNTIME_BYTES, StepOptions, compute_footprint
+from simpo.plan.sizes import ModelSizes, describe_model
+from simpo.run.memory import ActivationBytes, measure_activations, step_bytes
 
 HOST_SHARE = 0.8
 """Of the host's free memory that offloaded activations may take."""
@@ -132,11 +132,11 @@ def micro_batches_of(case: LengthCase, tokens: Sequence[int], *, vocab_size: int
     return [pairs[:size] for size in dict.fromkeys(sizes)]
 
 
-# --- what engine.memory predicts -------------------------------------------------------------------------------------
+# --- what run.memory predicts -------------------------------------------------------------------------------------
 
 
 def measure_mode(staged: StagedModel, mode: Mode) -> ActivationBytes:
-    """Activations by `engine.memory`, measured on small rows as `simpo train` does."""
+    """Activations by `run.memory`, measured on small rows as `simpo train` does."""
 
     def forward(batch: PackedPairs) -> torch.Tensor:
         return staged.losses(mode.rung, batch).mean()
@@ -146,7 +146,7 @@ def measure_mode(staged: StagedModel, mode: Mode) -> ActivationBytes:
 
 
 def state_bytes(network: torch.nn.Module, plan: WeightPlan, optim: str) -> int:
-    """Gradients, moments and the head's work by `engine.memory`; without moments where nothing is updated."""
+    """Gradients, moments and the head's work by `run.memory`; without moments where nothing is updated."""
     total = step_bytes(network, optim=optim)
     if plan.optimizer == "none":
         total -= sum(2 * p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)

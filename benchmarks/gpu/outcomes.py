@@ -15,8 +15,9 @@ from gpu.workload import BETA, DEFAULT_RUNG, GAMMA_BETA_RATIO, LengthCase, Rung,
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import response_logps
 from simpo.data.loader import StoredPair
-from simpo.engine.model import compute_token_logps, plain_attention, plain_implementation
-from simpo.engine.offload import offload_activations
+from simpo.model.attention import plain_attention, plain_implementation
+from simpo.model.head import compute_token_logps
+from simpo.model.offload import offload_activations
 
 LARGEST_LOGIT = 15.0
 """Of the models that are compared, as trained models have it: small logits hide faults."""

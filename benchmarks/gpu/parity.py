@@ -43,8 +43,8 @@ from simpo.core.attention import packed_attention, reference_attention
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import reference_token_logps, token_logps
 from simpo.data.loader import StoredPair
-from simpo.engine.model import compute_token_logps
-from simpo.engine.optim import build_optimizer
+from simpo.model.head import compute_token_logps
+from simpo.run.optim import build_optimizer
 
 RATIO = {"fp32": 3.0, "autocast": 2.0, "bf16": 2.0}
 """Of an error to the ordinary way's: two computations that round at different places have errors of one size, not the

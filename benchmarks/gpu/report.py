@@ -14,9 +14,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from peers.machine import describe_machine, git_commit, package_versions, peak_tflops
+
 from gpu.device import Meter
 from gpu.parts import show_conditions, write_whole
-from simpo.bench.machine import describe_machine, git_commit, package_versions, peak_tflops
 
 FORMAT = 1
 

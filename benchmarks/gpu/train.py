@@ -56,7 +56,7 @@ def run_train(report: Report, meter: Meter, deadline: Deadline, *, tiny: bool) -
     if missing:
         report.finish(complete=False)
         raise ValueError(f"train: needs {', '.join(missing)}; carry wheels of them and add --wheels FOLDER")
-    from simpo.recipe_keys import Recipe
+    from simpo.recipe.keys import Recipe
 
     finished = False
     with contextlib.suppress(TimeUp), stop_at(deadline), tempfile.TemporaryDirectory() as name:
@@ -134,7 +134,7 @@ def run_steps(keys: dict[str, Any]) -> dict[str, Any]:
     """One run of the trainer; its last loss."""
     from simpo.display import Display
     from simpo.recipe import load_recipe
-    from simpo.train import Trainer
+    from simpo.trainer import Trainer
 
     result = Trainer(load_recipe(keys), display=Display(quiet=True)).run()
     lines = (result.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()

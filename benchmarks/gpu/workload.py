@@ -10,7 +10,7 @@ classes of blocks and the compiled code are switched, the weights stay.
                 attention; logits of response tokens only, all at one time (dense)
     shared      the prompt of a pair once
     head        the head in chunks, forward and backward (`core.logprobs.token_logps`)
-    lean        the blocks of `engine.lean`: less is kept for the backward pass, and the last MLP skips unread rows.
+    lean        the blocks of `model.low_memory`: less is kept for the backward pass; the last MLP skips unread rows.
                 What `simpo train` does unless told otherwise
     compiled    transformers' blocks under torch.compile instead of the lean ones: `torch_compile: true`
     checkpoints the lean blocks, computed again in the backward pass: `gradient_checkpointing: true`
@@ -32,30 +32,25 @@ from unittest import mock
 
 import numpy as np
 import torch
+from peers.cases import Case, build_pairs
+from peers.models import SHAPES
+from peers.sides import BETA, GAMMA_BETA_RATIO, MAX_GRAD_NORM, PaddedBatch, pad_pairs, padded_pair_losses
 from torch import Tensor, nn
 
-import simpo.engine.model
-from simpo.bench.cases import Case, build_pairs
-from simpo.bench.models import SHAPES
-from simpo.bench.sides import BETA, GAMMA_BETA_RATIO, MAX_GRAD_NORM, PaddedBatch, pad_pairs, padded_pair_losses
+import simpo.model.head
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import reference_token_logps
 from simpo.core.losses import LOSSES
 from simpo.core.packing import iterate_steps
 from simpo.data.loader import StoredPair
-from simpo.engine.adamw import AdamWBf16
-from simpo.engine.compile import compile_blocks
-from simpo.engine.lean import install_lean_blocks
-from simpo.engine.model import (
-    PACKED,
-    compute_pair_logps,
-    disable_dropout,
-    install_head,
-    plain_implementation,
-    unwrap,
-)
-from simpo.engine.offload import offload_activations
-from simpo.engine.optim import clip_gradients
+from simpo.model.attention import PACKED, plain_implementation, unwrap
+from simpo.model.compile import compile_blocks
+from simpo.model.head import compute_pair_logps, install_head
+from simpo.model.load import disable_dropout
+from simpo.model.low_memory import install_lean_blocks
+from simpo.model.offload import offload_activations
+from simpo.run.adamw import AdamWBf16
+from simpo.run.optim import clip_gradients
 
 GIB = 2**30
 
@@ -347,7 +342,7 @@ class StagedModel:
         base.set_attn_implementation(plain_implementation(base) if rung.layout == "padded" else PACKED)
         head = contextlib.nullcontext()
         if rung.dense_head:
-            head = mock.patch.object(simpo.engine.model, "token_logps", dense_token_logps)
+            head = mock.patch.object(simpo.model.head, "token_logps", dense_token_logps)
         with head, self._running_compiled() if rung.compiled else contextlib.nullcontext():
             try:
                 yield

@@ -37,7 +37,7 @@ CAVEAT = "The rule sees manners (brief, direct, complete, no repeats), not facts
 def main(overrides: Sequence[str]) -> int:
     console, started = Console(highlight=False), time.perf_counter()
     from simpo.recipe import load_recipe
-    from simpo.train import Interrupted, NonFiniteError, Trainer
+    from simpo.trainer import Interrupted, NonFiniteError, Trainer
 
     try:
         model = get_model()

@@ -4,7 +4,7 @@
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --bf16
 
 Everything between `get_forward_backward_func` and the optimizer is Megatron's; the step it runs, the batches and the
-metrics are `simpo.integrations.megatron`. Arguments have Megatron's names. Meant to be read and changed: there are no
+metrics are `simpo.hosts.megatron`. Arguments have Megatron's names. Meant to be read and changed: there are no
 checkpoints, no evaluation and no distributed optimizer.
 """
 
@@ -35,16 +35,16 @@ from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
-from simpo.data.audit import prepare_pairs
 from simpo.data.loader import PairStore
-from simpo.engine.model import load_tokenizer
-from simpo.integrations.megatron import (
+from simpo.data.prepare import prepare_pairs
+from simpo.hosts.megatron import (
     MegatronSettings,
     add_simpo_arguments,
     forward_step,
     iterate_batches,
     reduce_metrics,
 )
+from simpo.model.load import load_tokenizer
 from simpo.recipe import load_recipe
 
 

@@ -4,7 +4,7 @@
     python examples/ray/train.py RECIPE --workers 8 --gpu --dp_shard 8
 
 Ray starts the workers, joins them in a process group and starts them anew when one is lost; all else is
-`simpo.train`'s. Checkpoints, metrics and the model are written by the trainer into `output_dir`, which every node must
+the trainer's. Checkpoints, metrics and the model are written by it into `output_dir`, which every node must
 see under the same path, like the recipe's local data. Ray's own storage holds no more than its record of the run.
 """
 
@@ -20,14 +20,14 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from simpo.engine.checkpoint import list_checkpoints
 from simpo.recipe import Recipe, load_recipe
-from simpo.resume import find_checkpoint
+from simpo.run.checkpoint import list_checkpoints
+from simpo.run.resume import find_checkpoint
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
     """What each worker runs, in the process group that Ray has made."""
-    from simpo.train import Trainer
+    from simpo.trainer import Trainer
 
     os.chdir(config["folder"])  # the driver's: the recipe's relative paths mean the same here
     result = Trainer(go_on(config["recipe"])).run()

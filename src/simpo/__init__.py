@@ -11,26 +11,28 @@ Importing this package imports nothing heavy: each name below is fetched when it
 from __future__ import annotations
 
 import importlib
-import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from simpo import environment  # noqa: F401  first of all: torch reads these settings when it loads
 
 if TYPE_CHECKING:
     from simpo.core.losses import simpo_loss
-    from simpo.evaluate import evaluate
+    from simpo.evaluation.results import Comparison, Evaluation, compare
+    from simpo.evaluation.run import evaluate
     from simpo.recipe import Recipe, load_recipe
-    from simpo.results import Comparison, Evaluation, compare
-    from simpo.train import TrainResult
+    from simpo.run.stopping import Interrupted, NonFiniteError
+    from simpo.trainer import Trainer, TrainResult
 
 __all__ = [
     "Comparison",
     "Evaluation",
+    "Interrupted",
+    "NonFiniteError",
     "Recipe",
     "TrainResult",
+    "Trainer",
     "__version__",
     "compare",
     "evaluate",
@@ -40,12 +42,15 @@ __all__ = [
 ]
 
 _HOMES = {
-    "Comparison": "simpo.results",
-    "Evaluation": "simpo.results",
+    "Comparison": "simpo.evaluation.results",
+    "Evaluation": "simpo.evaluation.results",
+    "Interrupted": "simpo.run.stopping",
+    "NonFiniteError": "simpo.run.stopping",
     "Recipe": "simpo.recipe",
-    "TrainResult": "simpo.train",
-    "compare": "simpo.results",
-    "evaluate": "simpo.evaluate",
+    "TrainResult": "simpo.trainer",
+    "Trainer": "simpo.trainer",
+    "compare": "simpo.evaluation.results",
+    "evaluate": "simpo.evaluation.run",
     "load_recipe": "simpo.recipe",
     "simpo_loss": "simpo.core.losses",
 }
@@ -61,11 +66,11 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> 
         Where the run and its model are, and the last evaluation's metrics.
     Raises:
         ValueError: recipe, data, model or run directory do not fit together.
-        simpo.train.Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved first.
-        simpo.train.NonFiniteError: a loss or gradient is not finite.
+        simpo.Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved first.
+        simpo.NonFiniteError: a loss or gradient is not finite.
     """
     from simpo.recipe import load_recipe
-    from simpo.train import Trainer
+    from simpo.trainer import Trainer
 
     return Trainer(load_recipe(recipe, overrides)).run()
 
@@ -85,19 +90,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
-
-
-class _Package(ModuleType):
-    """Keeps `simpo.train` and `simpo.evaluate` functions, though the modules of these names exist too.
-
-    Python binds an imported submodule as an attribute of its package; for these two that is left out. Their modules
-    are reached as `from simpo.train import Trainer`.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if isinstance(value, ModuleType) and name in ("train", "evaluate"):
-            return
-        super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package

@@ -66,13 +66,13 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
     with _one_line_errors():
         resolved = _load(recipe, context.args)
         resolved.require("dataset_mixer", "output_dir")
-        from simpo.engine.mesh import leave_world
-        from simpo.integrations.launcher import launched_by_accelerate
-        from simpo.train import Interrupted, NonFiniteError, OutOfMemory, Trainer
+        from simpo.hosts.launcher import launched_by_accelerate
+        from simpo.parallel.mesh import leave_world
+        from simpo.trainer import Interrupted, NonFiniteError, OutOfMemory, Trainer
 
         try:
             if launched_by_accelerate():
-                from simpo.integrations.hf import run_recipe
+                from simpo.hosts.hf import run_recipe
 
                 run_recipe(resolved)
             else:
@@ -121,7 +121,7 @@ def plan(
     """Compute memory by part, pick a mesh and other sizes, say what is sent; reads no weights. Any key can follow."""
     with _one_line_errors():
         resolved = _load(recipe, context.args, processes=1)
-        from simpo.plan import Machines, describe_plan, plan_recipe, save_plan
+        from simpo.plan.search import Machines, describe_plan, plan_recipe, save_plan
 
         machines = Machines.of(gpus=gpus, nodes=nodes, gpus_per_node=gpus_per_node, gpu_gib=gpu_memory)
         found = plan_recipe(resolved, machines, shape=shape)
@@ -149,8 +149,8 @@ def audit(
         resolved.require("dataset_mixer")
         from rich.console import Console
 
-        from simpo.data.audit import prepare_pairs
-        from simpo.engine.model import load_tokenizer
+        from simpo.data.prepare import prepare_pairs
+        from simpo.model.load import load_tokenizer
 
         prepared = prepare_pairs(resolved, load_tokenizer(resolved))
         prepared.ledger.render(Console(), examples=examples)
@@ -178,7 +178,7 @@ def evaluate(
 ) -> None:
     """Measure a model on held-out pairs: preference accuracy, margins, length bias. Any key can follow."""
     with _one_line_errors():
-        from simpo.evaluate import run_eval_command
+        from simpo.evaluation.run import run_eval_command
 
         run_eval_command(
             recipe_or_data=recipe_or_data,
@@ -190,85 +190,6 @@ def evaluate(
             split=split,
             overrides=context.args,
         )
-
-
-@app.command()
-def bench(
-    model: Annotated[
-        str | None,
-        typer.Option(
-            "--model",
-            help="A model's folder, or llama-1b, llama-3b, llama-8b: that shape with random weights. "
-            "Default: the small model that `make model` fetches.",
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option("--data", envvar="SIMPO_DATA", help="Folder that holds the real cases' sets."),
-    ] = "../shared/data",
-    cases: Annotated[
-        str,
-        typer.Option(
-            "--cases",
-            help="chat, hh, longprompt, code, 200/350/350, 1000/300/300, 4096/256/256, or all; any lengths as "
-            "prompt/chosen/rejected tokens; or a file or folder of pairs. Several with commas.",
-        ),
-    ] = "chat,hh,longprompt",
-    peers: Annotated[
-        str, typer.Option("--peers", help="trl, liger, padded, with commas; none for this trainer alone.")
-    ] = "trl",
-    pairs_per_micro_batch: Annotated[
-        int | None, typer.Option("--pairs-per-micro-batch", min=1, help="Default: 4, and 1 for 4096/256/256.")
-    ] = None,
-    accumulation: Annotated[int, typer.Option("--accumulation", min=1, help="Micro-batches of a step.")] = 1,
-    steps: Annotated[int, typer.Option("--steps", min=1, help="Timed steps of each process.")] = 2,
-    warm_up_steps: Annotated[
-        int, typer.Option("--warm-up", min=1, help="Steps of each process before them; the first are slower.")
-    ] = 3,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Processes of each side, in alternation.")] = 2,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="bf16 (autocast on fp32 weights) or fp32.")] = "bf16",
-    output: Annotated[
-        str | None,
-        typer.Option("--output", help="Folder for results.json, table.md and charts.png. Default: runs/bench."),
-    ] = None,
-    flops_only: Annotated[bool, typer.Option("--flops-only", help="Count operations, run nothing.")] = False,
-    results: Annotated[
-        str | None, typer.Option("--from", help="Show an earlier run's results.json again; runs nothing.")
-    ] = None,
-) -> None:
-    """Run the same pairs through this trainer and its peers, side by side: speed, memory, operations, losses."""
-    with _one_line_errors():
-        import sys
-
-        from rich.console import Console
-
-        from simpo.bench.models import small_model_folder
-        from simpo.bench.run import BenchOptions, describe_command, run_benchmark, show_results
-
-        console = Console(highlight=False)
-        if results is not None:
-            folder = show_results(results, output=output, console=console)
-        else:
-            options = BenchOptions(
-                model=model or str(small_model_folder()),
-                cases=cases,
-                peers=peers,
-                data=data,
-                pairs_per_micro_batch=pairs_per_micro_batch,
-                accumulation=accumulation,
-                steps=steps,
-                warm_up_steps=warm_up_steps,
-                rounds=rounds,
-                device=device,
-                dtype=dtype,
-                output=output or "runs/bench",
-                flops_only=flops_only,
-            )
-            folder = run_benchmark(options, command=describe_command(sys.argv[1:]), console=console).parent
-        for name in ("table.md", "results.json", "charts.png"):
-            if (folder / name).is_file():
-                typer.echo(str(folder / name))
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -340,7 +261,7 @@ def _say_once(line: str, *, color: str) -> None:
     """A line on stderr: of several processes' equal lines the first process's; another process's own with its rank."""
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
     if _has_met_others():
-        from simpo.engine.mesh import is_said_by_main
+        from simpo.parallel.mesh import is_said_by_main
 
         if is_said_by_main(line):
             return
@@ -354,7 +275,7 @@ def _say_once(line: str, *, color: str) -> None:
 def _has_met_others() -> bool:
     if "torch" not in sys.modules:
         return False
-    from simpo.engine.mesh import has_joined
+    from simpo.parallel.mesh import has_joined
 
     return has_joined()
 
@@ -405,7 +326,7 @@ def _key_text(doc: KeyDoc) -> str:
 
 def _explain_key(name: str) -> str:
     from simpo.recipe import KEYS, nearest_key
-    from simpo.recipe_names import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE
+    from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE
 
     if name in ALIASES:
         target = ALIASES[name].target

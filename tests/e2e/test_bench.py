@@ -1,4 +1,4 @@
-"""`simpo bench` from the command line, with real processes: the same pairs, the same losses, every promised number."""
+"""The benchmark from the command line, with real processes: same pairs, same losses, every promised number."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ import os
 from pathlib import Path
 
 import pytest
+from bench import app
+from peers.cases import CASES, build_pairs, find_cases
+from peers.models import SHAPES, write_random_model
+from peers.sides import SideSpec, missing_package, run_side
 from typer.testing import CliRunner
 
-from simpo.bench.cases import CASES, build_pairs, find_cases
-from simpo.bench.models import SHAPES, write_random_model
-from simpo.bench.sides import SideSpec, missing_package, run_side
-from simpo.cli import app
 from simpo.data.loader import StoredPair
-from simpo.engine import shapes
+from simpo.plan import shapes
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PEERS = ["padded"] + ([] if missing_package("trl") else ["trl"])
@@ -25,7 +25,7 @@ def outcome(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPat
     """What one small benchmark printed, and where its files are."""
     folder = tmp_path_factory.mktemp("bench")
     cases = f"{pair_files / 'train.jsonl'},hh"
-    words = ["bench", "--model", str(tiny_model), "--data", str(folder), "--cases", cases, "--output", str(folder)]
+    words = ["--model", str(tiny_model), "--data", str(folder), "--cases", cases, "--output", str(folder)]
     words += ["--peers", ",".join(PEERS), "--steps", "1", "--warm-up", "2", "--rounds", "1"]
     words += ["--dtype", "fp32", "--device", "cpu"]
     words += ["--pairs-per-micro-batch", "2", "--accumulation", "2"]
@@ -139,7 +139,7 @@ def test_weights_that_cannot_be_loaded_are_a_failed_side_with_its_reason(tiny_mo
     for file in tiny_model.iterdir():
         if file.suffix != ".safetensors":
             (broken / file.name).write_bytes(file.read_bytes())
-    words = ["bench", "--model", str(broken), "--cases", "9/5/4", "--peers", "none", "--steps", "1", "--rounds", "1"]
+    words = ["--model", str(broken), "--cases", "9/5/4", "--peers", "none", "--steps", "1", "--rounds", "1"]
     done = CliRunner().invoke(app, [*words, "--output", str(tmp_path), "--device", "cpu"], env=ONE_THREAD)
     assert done.exit_code == 0, done.output
     side = json.loads((tmp_path / "results.json").read_text())["cases"][0]["sides"]["simpo"]
@@ -158,7 +158,7 @@ def test_weights_that_cannot_be_loaded_are_a_failed_side_with_its_reason(tiny_mo
     ],
 )
 def test_wrong_words_are_one_line_that_names_what_is_allowed(words: list[str], message: str) -> None:
-    done = CliRunner().invoke(app, ["bench", "--model", "llama-1b", *words])
+    done = CliRunner().invoke(app, ["--model", "llama-1b", *words])
     assert done.exit_code == 2
     assert done.stderr.startswith(message)
     assert len(done.stderr.splitlines()) == 1

@@ -9,7 +9,7 @@ import pytest
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.trainer import Trainer
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 

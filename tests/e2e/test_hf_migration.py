@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from hf_hosts import read_rows, settings
 
-from simpo.data.audit import prepare_rows
-from simpo.engine.model import load_tokenizer
-from simpo.integrations.hf import SimPOConfig
+from simpo.data.prepare import prepare_rows
+from simpo.hosts.hf import SimPOConfig
+from simpo.model.load import load_tokenizer
 from simpo.recipe import load_recipe
 
 TRL_SCRIPT = """
@@ -59,7 +59,7 @@ trainer = SimPOTrainer(
 trainer.train()
 """
 
-OUR_IMPORTS = "from simpo.integrations.hf import SimPOConfig, SimPOTrainer"
+OUR_IMPORTS = "from simpo.hosts.hf import SimPOConfig, SimPOTrainer"
 
 
 def run_script(text: str, model: Path, rows: Path, output: Path) -> list[dict[str, Any]]:
@@ -120,7 +120,7 @@ def test_the_authors_script_runs_with_only_its_imports_changed(
 def test_plain_text_is_put_into_the_chat_template_unless_it_was_already(
     tiny_model: Path, rendered: Path, pair_files: Path, tmp_path: Path
 ) -> None:
-    from simpo.integrations.hf_batches import prepare_datasets
+    from simpo.hosts.hf.batches import prepare_datasets
 
     recipe = SimPOConfig(**settings(tmp_path / "run")).to_recipe(str(tiny_model))
     tokenizer = load_tokenizer(recipe)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from simpo.display import Display
-from simpo.engine import checkpoint as checkpoints
-from simpo.engine.mesh import MeshSizes
+from simpo.parallel.mesh import MeshSizes
 from simpo.recipe import load_recipe
-from simpo.stopping import OutOfMemory, missing_memory
-from simpo.train import Trainer
+from simpo.run import checkpoint as checkpoints
+from simpo.run.stopping import OutOfMemory, missing_memory
+from simpo.trainer import Trainer
 
 Settings = dict[str, Any]
 MESSAGE = "CUDA out of memory. Tried to allocate 2.31 GiB. GPU 0 has a total capacity of 79.11 GiB of which 1 is free."
@@ -221,7 +221,7 @@ def test_evaluation_and_samples_say_which_key_to_lower(big_steps: Settings, monk
     def too_much(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError(MESSAGE)
 
-    monkeypatch.setattr("simpo.engine.model.PreTrainedModel.generate", too_much, raising=False)
+    monkeypatch.setattr("transformers.PreTrainedModel.generate", too_much, raising=False)
     monkeypatch.setattr(type(trainer.model), "generate", too_much)
     with pytest.raises(OutOfMemory, match="lower num_eval_generations or eval_generation_max_new_tokens"):
         trainer._generate_samples()

@@ -19,9 +19,9 @@ import yaml
 from mesh_runs import losses
 
 from simpo.display import Display
-from simpo.engine.checkpoint import list_checkpoints
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.run.checkpoint import list_checkpoints
+from simpo.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (simpo[ray])")
 

@@ -23,8 +23,8 @@ from mesh_runs import build as build_trainer
 from torch import Tensor, nn
 
 import simpo
-from simpo.engine.model import load_model
-from simpo.engine.probe import probe_layout
+from simpo.model.load import load_model
+from simpo.model.probe import probe_layout
 from simpo.recipe import load_recipe
 
 pytestmark = pytest.mark.real_model
@@ -154,7 +154,7 @@ def test_zero_in_bf16_on_two_processes(stage: int, smol_model: Path, pairs: Path
 
 def train_under_transformers(model: Any, pairs: Path | str, folder: Path, *, batch: int, **keys: Any) -> dict[str, Any]:
     """The same three steps through SimPOTrainer."""
-    from simpo.integrations.hf import SimPOConfig, SimPOTrainer
+    from simpo.hosts.hf import SimPOConfig, SimPOTrainer
 
     changes = {"per_device_train_batch_size": batch, "learning_rate": 1e-5, "warmup_steps": 0, "seed": 42, "bf16": True}
     quiet = {"report_to": [], "save_strategy": "no", "disable_tqdm": True, "cache_dir": str(folder / "cache")}

@@ -17,9 +17,9 @@ import torch
 import yaml
 
 from simpo.display import Display
-from simpo.engine.checkpoint import list_checkpoints
 from simpo.recipe import load_recipe
-from simpo.train import Interrupted, Trainer
+from simpo.run.checkpoint import list_checkpoints
+from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
 TIMES = {"step_time_s", "pairs_per_s", "memory_gib", "eval_time_s"}

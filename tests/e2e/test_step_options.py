@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from simpo.display import Display
-from simpo.engine.compile import compile_blocks
-from simpo.engine.offload import offload_activations
+from simpo.model.compile import compile_blocks
+from simpo.model.offload import offload_activations
 from simpo.recipe import load_recipe
-from simpo.train import Interrupted, Trainer
+from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
 # Dynamo looks for a gradient on every tensor it meets and hides torch's warning about that only where warnings show.
@@ -272,7 +272,7 @@ def test_a_compiled_run_resumes_and_saves_an_ordinary_model(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr("simpo.engine.compile.BACKEND", "aot_eager")  # inductor would take a minute
+    monkeypatch.setattr("simpo.model.compile.BACKEND", "aot_eager")  # inductor would take a minute
     settings = {**tiny_recipe, "torch_compile": True, "gradient_checkpointing": True}
     whole = build(settings, output_dir=str(tmp_path / "whole"))
     result = whole.run()
@@ -288,7 +288,7 @@ def test_a_missing_compiler_is_one_clear_line_at_start(tiny_recipe: Settings, mo
     def no_compiler(graph: Any, example_inputs: Any) -> Any:
         raise RuntimeError("InvalidCxxCompiler: no working C++ compiler\nand a page of advice")
 
-    monkeypatch.setattr("simpo.engine.compile.BACKEND", no_compiler)
+    monkeypatch.setattr("simpo.model.compile.BACKEND", no_compiler)
     expected = r"torch_compile: .*no working C\+\+ compiler.*set torch_compile: false"
     with pytest.raises(ValueError, match=expected) as error:
         build(tiny_recipe, torch_compile=True)

@@ -15,10 +15,10 @@ import pytest
 import torch
 
 from simpo.display import Display
-from simpo.engine import checkpoint as checkpoints
-from simpo.engine import memory
 from simpo.recipe import load_recipe
-from simpo.train import Interrupted, Trainer
+from simpo.run import checkpoint as checkpoints
+from simpo.run import memory
+from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
 MIB = 2**20
@@ -211,7 +211,7 @@ import json, sys, threading, time
 import torch
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.trainer import Trainer
 
 def resident():
     for line in open("/proc/self/status", encoding="ascii"):

@@ -18,9 +18,9 @@ import yaml
 from mesh_runs import assert_same_run, metrics, run
 from ranks import Ranks
 
-from simpo.engine.checkpoint import list_checkpoints
 from simpo.recipe import load_recipe
-from simpo.resume import find_checkpoint, record_launch
+from simpo.run.checkpoint import list_checkpoints
+from simpo.run.resume import find_checkpoint, record_launch
 
 Settings = dict[str, Any]
 

@@ -13,10 +13,10 @@ import torch
 
 from simpo.core.losses import sigmoid
 from simpo.display import Display
-from simpo.engine.checkpoint import list_checkpoints
-from simpo.engine.model import compute_pair_logps
+from simpo.model.head import compute_pair_logps
 from simpo.recipe import LOSS_OPTIONS, load_recipe
-from simpo.train import Trainer, TrainResult
+from simpo.run.checkpoint import list_checkpoints
+from simpo.trainer import Trainer, TrainResult
 
 Settings = dict[str, Any]
 
@@ -130,12 +130,12 @@ def test_reference_losses_start_at_log_2_and_cache_their_reference(
     run(tiny_recipe, loss_type=loss_type, max_steps=2, eval_strategy="no")
     first = read_metrics(tiny_recipe["output_dir"])[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the reference
-    import simpo.reference
+    import simpo.run.reference
 
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("the reference was computed again")
 
-    monkeypatch.setattr(simpo.reference, "load_model", refuse)
+    monkeypatch.setattr(simpo.run.reference, "load_model", refuse)
     again = run(tiny_recipe, loss_type=loss_type, max_steps=2, eval_strategy="no", output_dir=str(tmp_path / "again"))
     assert read_metrics(again.output_dir)[0]["loss"] == first["loss"]
 

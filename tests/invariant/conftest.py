@@ -14,7 +14,7 @@ from ranks import Ranks
 from transformers import PreTrainedModel
 
 from simpo.data.loader import StoredPair
-from simpo.engine.model import PACKED
+from simpo.model.attention import PACKED
 
 VOCABULARY = 509
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
 from simpo.data.loader import PairStore, StepLoader, StepPlan
-from simpo.engine.mesh import Mesh, MeshSizes
-from simpo.engine.metrics import PAIR_METRICS, PairMeter
-from simpo.engine.model import compute_pair_logps
-from simpo.engine.sharding import GradientSync
+from simpo.model.head import compute_pair_logps
+from simpo.parallel.mesh import Mesh, MeshSizes
+from simpo.parallel.sharding import GradientSync
 from simpo.recipe import load_recipe
-from simpo.stopping import StopRequest
-from simpo.train import Progress, Trainer
+from simpo.run.metrics import PAIR_METRICS, PairMeter
+from simpo.run.stopping import StopRequest
+from simpo.trainer import Progress, Trainer
 
 Gradients = dict[str, Tensor]
 

@@ -333,8 +333,8 @@ def test_response_sums_and_summed_gradients_over_four_ranks_equal_the_whole_row_
 def build_model(architecture: str, **config: Any) -> nn.Module:
     import transformers
 
-    from simpo.engine.lean import install_lean_blocks
-    from simpo.engine.model import PACKED
+    from simpo.model.attention import PACKED
+    from simpo.model.low_memory import install_lean_blocks
 
     settings = {
         "hidden_size": 48,
@@ -360,8 +360,8 @@ def build_model(architecture: str, **config: Any) -> nn.Module:
 
 
 def compare_architecture(architecture: str, config: dict[str, Any]) -> dict[str, float]:
-    """`engine.model.compute_response_logps` of slices, with activation checkpointing and without, beside the whole."""
-    from simpo.engine.model import compute_response_logps
+    """`model.head.compute_response_logps` of slices, with activation checkpointing and without, beside the whole."""
+    from simpo.model.head import compute_response_logps
 
     rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
     model, errors = build_model(architecture, **config).double(), {}
@@ -385,7 +385,7 @@ def compare_architecture(architecture: str, config: dict[str, Any]) -> dict[str,
 
 def refusal_of_window(length: int) -> str:
     """What a Qwen2-MoE says of a window that its mask alone knows, when a slice is shorter than the window."""
-    from simpo.engine.model import compute_response_logps
+    from simpo.model.head import compute_response_logps
 
     moe = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
     model = build_model("Qwen2Moe", **moe, use_sliding_window=True, sliding_window=12, max_window_layers=1)

@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM, masking_utils
 
 from simpo.core import attention, logprobs
 from simpo.core.batch import build_batch
-from simpo.engine.lean import install_lean_blocks
-from simpo.engine.model import PACKED, compute_pair_logps, compute_token_logps, install_head
+from simpo.model.attention import PACKED
+from simpo.model.head import compute_pair_logps, compute_token_logps, install_head
+from simpo.model.low_memory import install_lean_blocks
 
 SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16}
 FAMILIES: dict[str, dict[str, Any]] = {

@@ -12,10 +12,10 @@ from hf_hosts import METRICS, TOLERANCE, assert_same_run, first_rows, read_rows,
 from miniature import write_pairs
 
 from simpo.display import Display
-from simpo.integrations.hf import SimPOConfig, SimPOTrainer
+from simpo.hosts.hf import SimPOConfig, SimPOTrainer
 from simpo.recipe import load_recipe
-from simpo.stopping import OutOfMemory
-from simpo.train import Trainer
+from simpo.run.stopping import OutOfMemory
+from simpo.trainer import Trainer
 
 DPO = {"loss_type": "dpo", "beta": 0.1}
 
@@ -66,7 +66,7 @@ def test_want_of_memory_is_one_line_that_names_the_key(
     def too_much(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.31 GiB.")
 
-    monkeypatch.setattr("simpo.integrations.hf_trainer.compute_pair_logps", too_much)
+    monkeypatch.setattr("simpo.hosts.hf.trainer.compute_pair_logps", too_much)
     line = r"^step 1: out of memory \(2.31 GiB more were asked for\); a smaller max_tokens_per_micro_batch than 100, or"
     with pytest.raises(OutOfMemory, match=line):
         run_host(tiny_model, pairs, tmp_path / "run", max_tokens_per_micro_batch=100)
@@ -290,7 +290,7 @@ def test_a_recipes_model_is_evaluated_as_it_is_written(
     """A model that comes in bf16, and steps that bf16 cannot tell apart: fp32 masters differ from what is written."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from simpo.integrations.hf_run import run_recipe
+    from simpo.hosts.hf.run import run_recipe
 
     half, source = tmp_path / "half", tiny_recipe["model_name_or_path"]
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(half)

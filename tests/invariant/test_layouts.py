@@ -18,8 +18,10 @@ from transformers import PreTrainedModel
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
 from simpo.data.loader import StoredPair
-from simpo.engine.model import PACKED, compute_pair_logps, compute_token_logps, load_model
-from simpo.engine.probe import check_forward
+from simpo.model.attention import PACKED
+from simpo.model.head import compute_pair_logps, compute_token_logps
+from simpo.model.load import load_model
+from simpo.model.probe import check_forward
 from simpo.recipe import load_recipe
 
 BETA, RATIO = 2.0, 0.5

@@ -1,4 +1,4 @@
-"""core.lean and engine.lean: the same values and gradients as autograd's own, from less that is kept."""
+"""core.low_memory and model.low_memory: the same values and gradients as autograd's own, from less that is kept."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from simpo.core.batch import build_batch
-from simpo.core.lean import gated_silu, rms_norm
-from simpo.engine.lean import install_lean_blocks
-from simpo.engine.model import compute_token_logps
+from simpo.core.low_memory import gated_silu, rms_norm
+from simpo.model.head import compute_token_logps
+from simpo.model.low_memory import install_lean_blocks
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:

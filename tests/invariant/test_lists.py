@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from simpo.core.batch import build_batch, build_list_batch
-from simpo.engine.model import compute_pair_logps, compute_response_logps
+from simpo.model.head import compute_pair_logps, compute_response_logps
 
 VOCABULARY = 509
 LAYOUTS = [(True, True), (True, False), (False, True), (False, False)]

@@ -34,9 +34,9 @@ from torch import Tensor
 
 from simpo.core.batch import build_batch
 from simpo.core.losses import PairLogps
-from simpo.engine.metrics import PAIR_METRICS
-from simpo.engine.model import compute_pair_logps
-from simpo.objective import trained_losses
+from simpo.model.head import compute_pair_logps
+from simpo.run.metrics import PAIR_METRICS
+from simpo.run.objective import trained_losses
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("megatron") is None, reason="needs megatron-core: pip install 'simpo[megatron]'"
@@ -191,7 +191,7 @@ def evaluate_and_reference(case: Case, sizes: dict[str, int], num_microbatches: 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron_on_cpu import on_cpu
 
-    from simpo.integrations import megatron as host
+    from simpo.hosts import megatron as host
 
     with on_cpu(**sizes):
         settings = case.settings(**sizes, variable_seq_lengths=True)
@@ -253,8 +253,8 @@ def poisoned_step(sizes: dict[str, int], victim: int) -> str:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron_on_cpu import on_cpu
 
-    from simpo.integrations import megatron as host
-    from simpo.train import NonFiniteError
+    from simpo.hosts import megatron as host
+    from simpo.trainer import NonFiniteError
 
     with on_cpu(**sizes):
         settings = SIMPO.settings(**sizes)
@@ -309,7 +309,7 @@ def refusals() -> dict[str, str]:
     """Messages of what a step refuses."""
     from megatron_on_cpu import on_cpu
 
-    from simpo.integrations import megatron as host
+    from simpo.hosts import megatron as host
 
     pairs, found = make_pairs(2), {}
     settings = SIMPO.settings()
@@ -356,7 +356,7 @@ def settings_from_global_arguments(argument: str, value: float) -> tuple[str, fl
 
     import megatron_on_cpu  # noqa: F401  silences what importing megatron warns of
 
-    from simpo.integrations import megatron as host
+    from simpo.hosts import megatron as host
 
     training = types.ModuleType("megatron.training")
     training.get_args = lambda: argparse.Namespace(micro_batch_size=2, seq_length=8, **{argument: value})

@@ -55,7 +55,7 @@ def run_steps(settings: Settings, steps: int = STEPS, *, prepare: str | None = N
     """
     from simpo.display import Display
     from simpo.recipe import load_recipe
-    from simpo.train import Trainer
+    from simpo.trainer import Trainer
 
     trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
     report = globals()[prepare](trainer) if prepare else dict
@@ -88,7 +88,7 @@ def compile_and_count(trainer: Any) -> Callable[[], dict[str, Any]]:
 
     from torch._dynamo.backends.debugging import aot_eager
 
-    from simpo.engine.compile import compile_blocks
+    from simpo.model.compile import compile_blocks
 
     seen: set[Any] = set()
 
@@ -110,7 +110,8 @@ def move_activations(trainer: Any) -> Callable[[], dict[str, Any]]:
     """
     from torch.distributed.fsdp import FSDPModule
 
-    from simpo.engine import offload, sharding
+    from simpo.model import offload
+    from simpo.parallel import sharding
 
     moved: list[Tensor] = []
     passes: list[offload.Offload] = []
@@ -158,9 +159,9 @@ def _fill_adapters(model: torch.nn.Module) -> None:
 
 def reference_steps(settings: Settings, *, adapters: dict[str, Tensor] | None = None, steps: int = STEPS) -> dict:
     """The same steps by the definition: mean over the step's pairs of -log sigmoid(beta (m_w - m_l) - gamma)."""
-    from simpo.data.audit import prepare_pairs
     from simpo.data.loader import PairStore, StepLoader
-    from simpo.engine.model import load_tokenizer
+    from simpo.data.prepare import prepare_pairs
+    from simpo.model.load import load_tokenizer
     from simpo.recipe import load_recipe
 
     pairs_per_step = settings.pop("pairs_per_step")
@@ -378,7 +379,7 @@ def step_with_nan_on_one_rank(settings: Settings) -> None:
 
     from simpo.display import Display
     from simpo.recipe import load_recipe
-    from simpo.train import Trainer
+    from simpo.trainer import Trainer
 
     trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
     forward = trainer.forward
@@ -404,7 +405,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", ["dp2", "fsdp2", "tp2", "cp2"])
 def test_nan_on_one_rank_stops_all_with_its_rank_and_row(case, two_ranks: Ranks, model_folder, step_recipe):
-    from simpo.train import NonFiniteError
+    from simpo.trainer import NonFiniteError
 
     shape, data, keys = TWO[case]
     outcomes = two_ranks.outcomes(step_with_nan_on_one_rank, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
@@ -420,7 +421,7 @@ def start_with_other_recipe(settings: Settings, changes: Settings) -> None:
 
     from simpo.display import Display
     from simpo.recipe import load_recipe
-    from simpo.train import Trainer
+    from simpo.trainer import Trainer
 
     mine = {**settings, **(changes if dist.get_rank() == 1 else {})}
     Trainer(load_recipe(mine), display=Display(quiet=True))
@@ -481,10 +482,10 @@ def measure(settings: Settings) -> dict[str, float]:
     import dataclasses
 
     from simpo.display import Display
-    from simpo.engine.memory import measure_activations, step_bytes
-    from simpo.engine.sharding import drop_gathered
+    from simpo.parallel.sharding import drop_gathered
     from simpo.recipe import load_recipe
-    from simpo.train import Trainer
+    from simpo.run.memory import measure_activations, step_bytes
+    from simpo.trainer import Trainer
 
     trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
 

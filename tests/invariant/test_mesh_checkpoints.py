@@ -24,7 +24,7 @@ from mesh_runs import (
     train_and_save,
 )
 
-from simpo.engine.checkpoint import list_checkpoints
+from simpo.run.checkpoint import list_checkpoints
 
 
 def check_reshards(

@@ -7,9 +7,9 @@ import torch
 from faults import FAULTS
 from mesh_runs import Settings
 
-from simpo.engine.mesh import join_world
-from simpo.engine.model import load_model
-from simpo.engine.probe import probe_layout
+from simpo.model.load import load_model
+from simpo.model.probe import probe_layout
+from simpo.parallel.mesh import join_world
 from simpo.recipe import load_recipe
 
 SHAPE = {"vocab_size": 509, "initializer_range": 0.2}

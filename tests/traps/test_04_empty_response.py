@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from simpo.data.audit import prepare_pairs
 from simpo.data.preferences import Pair, RowError
+from simpo.data.prepare import prepare_pairs
 from simpo.data.tokenize import tokenize_pair, tokenize_pairs
 
 

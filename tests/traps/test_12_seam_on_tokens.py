@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simpo.data.audit import prepare_pairs
 from simpo.data.preferences import Pair, RowError
+from simpo.data.prepare import prepare_pairs
 from simpo.data.tokenize import tokenize_pair, tokenize_pairs
 
 PIECES = st.lists(

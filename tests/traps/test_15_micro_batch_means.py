@@ -12,7 +12,8 @@ from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
 from simpo.core.packing import plan_micro_batches
 from simpo.data.loader import StoredPair
-from simpo.engine.model import PACKED, compute_pair_logps
+from simpo.model.attention import PACKED
+from simpo.model.head import compute_pair_logps
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simpo.core.losses import LOSSES, PairLogps, loss_options
-from simpo.engine.metrics import PAIR_METRICS, PairMeter, pair_metric_sums
+from simpo.run.metrics import PAIR_METRICS, PairMeter, pair_metric_sums
 
 
 def two_pairs(factor: int) -> PairLogps:

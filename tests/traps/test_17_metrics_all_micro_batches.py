@@ -11,9 +11,9 @@ import torch
 
 from simpo.core.losses import LOSSES, PairLogps
 from simpo.display import Display
-from simpo.engine.metrics import PAIR_METRICS, PairMeter, pair_metric_sums
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.run.metrics import PAIR_METRICS, PairMeter, pair_metric_sums
+from simpo.trainer import Trainer
 
 
 def sums_of(chosen: list[float], rejected: list[float]) -> tuple[torch.Tensor, int]:

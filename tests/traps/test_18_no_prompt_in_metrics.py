@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
 from simpo.data.loader import StoredPair
-from simpo.engine.metrics import PairMeter, pair_metric_sums
-from simpo.engine.model import PACKED, compute_pair_logps
+from simpo.model.attention import PACKED
+from simpo.model.head import compute_pair_logps
+from simpo.run.metrics import PairMeter, pair_metric_sums
 
 LAYOUTS = [(True, True), (True, False), (False, True), (False, False)]
 PAIRS = [

@@ -13,7 +13,8 @@ from transformers import AutoModelForCausalLM
 from simpo.core.attention import AttentionBlocks
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.data.loader import StoredPair
-from simpo.engine.model import PACKED, compute_token_logps
+from simpo.model.attention import PACKED
+from simpo.model.head import compute_token_logps
 
 
 @pytest.fixture(scope="module")

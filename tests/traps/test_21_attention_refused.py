@@ -14,7 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from simpo.core.batch import build_batch
 from simpo.data.loader import StoredPair
-from simpo.engine.model import PACKED, compute_token_logps, load_model, plain_attention
+from simpo.model.attention import PACKED, plain_attention
+from simpo.model.head import compute_token_logps
+from simpo.model.load import load_model
 from simpo.recipe import load_recipe
 
 PAIRS = [

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from simpo.display import Display
-from simpo.engine import model as engine_model
+from simpo.model import load as loading
 from simpo.recipe import LOSS_OPTIONS, load_recipe
-from simpo.train import Trainer
+from simpo.trainer import Trainer
 
 
 @pytest.mark.parametrize("loss_type", sorted(LOSS_OPTIONS))
@@ -17,12 +17,12 @@ def test_only_losses_that_need_a_reference_load_one(
     tiny_recipe: dict[str, Any], loss_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
-    original = engine_model.AutoModelForCausalLM.from_pretrained
+    original = loading.AutoModelForCausalLM.from_pretrained
 
     def count(name: str, *args: Any, **kwargs: Any) -> Any:
         loads.append(name)
         return original(name, *args, **kwargs)
 
-    monkeypatch.setattr(engine_model.AutoModelForCausalLM, "from_pretrained", count)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", count)
     Trainer(load_recipe({**tiny_recipe, "loss_type": loss_type}), display=Display(quiet=True))
     assert len(loads) == (2 if loss_type in ("dpo", "dpo_norm") else 1)

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from simpo.display import Display
-from simpo.engine.model import load_model
-from simpo.engine.optim import build_optimizer
+from simpo.model.load import load_model
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.run.optim import build_optimizer
+from simpo.trainer import Trainer
 
 
 def test_bf16_weights_hardly_move_and_fp32_weights_do() -> None:

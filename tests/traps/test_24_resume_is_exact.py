@@ -10,7 +10,7 @@ import pytest
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.trainer import Trainer
 
 
 @pytest.mark.parametrize("pairs_per_step", [3, 4, 7, 40, 64])

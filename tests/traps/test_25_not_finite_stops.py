@@ -11,9 +11,9 @@ import torch
 from simpo.core.losses import PairLogps
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.train import NonFiniteError, Trainer
+from simpo.trainer import NonFiniteError, Trainer
 
-train_module = importlib.import_module("simpo.train")  # `simpo.train` itself is the function
+train_module = importlib.import_module("simpo.trainer")  # `simpo.trainer` itself is the function
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, row_id: str, value: float) -> None:

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from simpo.data.audit import prepare_pairs
 from simpo.data.preferences import Pair, RowError
+from simpo.data.prepare import prepare_pairs
 from simpo.data.tokenize import tokenize_pair
 
 GOOD = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(20)]

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from simpo.display import Display
-from simpo.engine import checkpoint as checkpoints
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.run import checkpoint as checkpoints
+from simpo.trainer import Trainer
 
 
 class PowerCut(Exception):

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.trainer import Trainer
 
 MESSAGES = [{"role": "user", "content": "the water and the stone?"}]
 
@@ -67,7 +67,7 @@ def test_lora_is_saved_with_its_bases_name_and_loads(tiny_recipe: dict[str, Any]
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads an attribute that transformers 5.23 renamed
         loaded = peft.AutoPeftModelForCausalLM.from_pretrained(folder)
     ids = torch.tensor([[5, 6, 7, 8]])
-    from simpo.engine.model import plain_attention
+    from simpo.model.attention import plain_attention
 
     with torch.no_grad(), plain_attention(trainer.model):
         trainer.model.eval()

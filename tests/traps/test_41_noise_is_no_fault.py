@@ -15,10 +15,10 @@ import torch
 from faults import FAULTS, change_logits
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from simpo.engine import model as engine_model
-from simpo.engine import probe
-from simpo.engine.model import PACKED, install_head, plain_attention
-from simpo.engine.probe import check_forward, probe_layout
+from simpo.model import attention, probe
+from simpo.model.attention import PACKED, plain_attention
+from simpo.model.head import install_head
+from simpo.model.probe import check_forward, probe_layout
 
 PRECISIONS = ["float32", "float32 under autocast", "bfloat16"]
 
@@ -76,7 +76,7 @@ def test_the_check_passes_however_deep_the_model_and_large_its_logits(
 @pytest.fixture
 def another_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ordinary rows attend by a kernel that rounds elsewhere: on a CPU short packed rows have the very bits of sdpa."""
-    monkeypatch.setattr(engine_model, "plain_implementation", lambda model: "eager")
+    monkeypatch.setattr(attention, "plain_implementation", lambda model: "eager")
 
 
 def test_what_is_compared_in_half_precision_would_not_pass_as_fp32(another_kernel: None) -> None:

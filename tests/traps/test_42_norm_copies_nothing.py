@@ -13,8 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simpo.engine.optim import build_optimizer, clip_gradients, gradient_norm
 from simpo.recipe import load_recipe
+from simpo.run.optim import build_optimizer, clip_gradients, gradient_norm
 
 # Weights of one block of Llama-3-8B, and how many blocks, embeddings and norms there are.
 BLOCK = [(4096, 4096), (1024, 4096), (1024, 4096), (4096, 4096), (14336, 4096), (14336, 4096), (4096, 14336), (4096,)]
@@ -75,7 +75,7 @@ def test_on_a_cpu_a_piece_at_a_time_is_widened() -> None:
 @pytest.mark.parametrize("dtypes", [[torch.float32], [torch.bfloat16], [torch.bfloat16, torch.float32, torch.float64]])
 def test_the_accelerators_way_of_adding_is_the_norm(dtypes: list[torch.dtype], monkeypatch: pytest.MonkeyPatch) -> None:
     """The same calls on a CPU, which takes them too; widths and odd strides mixed."""
-    from simpo.engine import sharding
+    from simpo.parallel import sharding
 
     generator = torch.Generator().manual_seed(1)
     parts = [torch.randn(40, 30, generator=generator).to(dtypes[i % len(dtypes)]) for i in range(7)]

@@ -66,7 +66,7 @@ def displacement_in_fp32(model: Path, pairs: Path, folder: Path) -> dict[str, Te
 
     from simpo.display import Display
     from simpo.recipe import load_recipe
-    from simpo.train import Trainer
+    from simpo.trainer import Trainer
 
     data = {"model_name_or_path": str(model), "dataset_mixer": {str(pairs): 1.0}, "num_threads": 1}
     keys = {**KEYS, "warmup_ratio": 0.0, "bf16": False, "save_strategy": "no", "load_best_model_at_end": False}
@@ -86,7 +86,7 @@ def main(output: str, model: str, pairs: str) -> None:
     from hf_hosts import read_rows, settings
     from transformers import TrainerCallback
 
-    from simpo.integrations.hf import SimPOConfig, SimPOTrainer
+    from simpo.hosts.hf import SimPOConfig, SimPOTrainer
     from simpo.recipe import load_recipe
 
     def masters(trained: Any) -> dict[str, Tensor]:

@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from simpo.display import Display
-from simpo.engine.export import WeightSample, as_saved, describe_loss_by_rounding, overflows, saved_tensors
 from simpo.recipe import load_recipe
-from simpo.train import Trainer, TrainResult
+from simpo.run.export import WeightSample, as_saved, describe_loss_by_rounding, overflows, saved_tensors
+from simpo.trainer import Trainer, TrainResult
 
 SMALL_STEPS = {"learning_rate": 1e-6, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 4}
 SAID = "of the weights that training moved are as they were before it"

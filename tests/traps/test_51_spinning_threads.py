@@ -14,12 +14,13 @@ from simpo.environment import SETTINGS, set_defaults
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP runtime, which torch brings on Linux")
 
+FOLDERS = os.pathsep.join(str(Path(__file__).resolve().parents[2] / name) for name in ("benchmarks", "src"))
 TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=1", "--master-port=0", "--rdzv-backend=c10d")
 ENTRIES = {
     "simpo": ("-c", "from simpo.cli import main; main()", "train", "RECIPE"),
     "torchrun -m simpo": (*TORCHRUN, "--rdzv-endpoint=127.0.0.1:0", "-m", "simpo", "train", "RECIPE"),
-    "Hugging Face host": ("-c", "from simpo.integrations.hf import SimPOTrainer"),
-    "bench worker": ("-m", "simpo.bench.worker", "SPEC"),
+    "Hugging Face host": ("-c", "from simpo.hosts.hf import SimPOTrainer"),
+    "bench worker": ("-m", "peers.worker", "SPEC"),
 }
 
 
@@ -33,7 +34,7 @@ def run(words: tuple[str, ...], folder: Path, **environment: str) -> str:
     clean = {name: value for name, value in os.environ.items() if name not in SETTINGS and name != "OMP_WAIT_POLICY"}
     done = subprocess.run(
         [sys.executable, *(files.get(word, word) for word in words)],
-        env={**clean, "OMP_DISPLAY_ENV": "verbose", **environment},
+        env={**clean, "PYTHONPATH": FOLDERS, "OMP_DISPLAY_ENV": "verbose", **environment},
         cwd=folder,
         stderr=subprocess.PIPE,
         stdout=subprocess.DEVNULL,

@@ -1,4 +1,4 @@
-"""engine.adamw: the rounding is unbiased, the update is AdamW's, small steps add up where plain bfloat16 drops them."""
+"""run.adamw: the rounding is unbiased, the update is AdamW's, small steps add up where plain bfloat16 drops them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simpo.engine.adamw import AdamWBf16, stochastic_round
+from simpo.run.adamw import AdamWBf16, stochastic_round
 
 
 def random_bits(shape: tuple[int, ...], seed: int = 0) -> Tensor:

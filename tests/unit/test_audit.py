@@ -10,9 +10,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from simpo.data import audit
-from simpo.data.audit import prepare_pairs
+from simpo.data import prepare as audit
 from simpo.data.ledger import Dropped, Ledger, SplitLedger
+from simpo.data.prepare import prepare_pairs
 from simpo.data.workers import WorkersFailed, map_in_processes
 
 

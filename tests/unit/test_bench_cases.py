@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from simpo.bench.cases import (
+from peers.cases import (
     CASES,
     Case,
     CaseSkipped,
@@ -19,8 +18,9 @@ from simpo.bench.cases import (
     load_pairs,
     save_pairs,
 )
-from simpo.bench.models import check_model, tokenizer_folder
-from simpo.bench.sides import IGNORED, ColumnTable, pad_pairs, pairs_as_dataset, trl_columns
+from peers.models import check_model, tokenizer_folder
+from peers.sides import IGNORED, ColumnTable, pad_pairs, pairs_as_dataset, trl_columns
+
 from simpo.core.packing import iterate_steps, shared_prefix_length
 from simpo.data.loader import PairStore
 
@@ -169,7 +169,7 @@ def test_cases_and_operations_need_torch_transformers_and_numpy_alone():
     others = ("datasets", "trl", "pyarrow", "pydantic", "rich", "typer", "peft", "liger_kernel", "matplotlib")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
-        "import simpo.bench.cases, simpo.bench.flops, simpo.bench.models, simpo.bench.sides"
+        "import peers.cases, peers.flops, peers.models, peers.sides"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from peers import flops
+from peers.models import SHAPES, build_config, num_parameters
+from peers.sides import forward_backward, missing_package
+from peers.worker import prepare
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from simpo.bench import flops
-from simpo.bench.models import SHAPES, build_config, num_parameters
-from simpo.bench.sides import forward_backward, missing_package
-from simpo.bench.worker import prepare
 from simpo.data.loader import StoredPair
-from simpo.engine.model import load_model
+from simpo.model.load import load_model
 from simpo.recipe import load_recipe
 
 SMOL = {

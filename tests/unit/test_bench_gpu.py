@@ -29,12 +29,13 @@ from gpu.device import (
 )
 from gpu.report import Report, shown_command, table_lines
 from gpu.workload import DEFAULT_RUNG, PADDED_RUNG, RUNGS, LengthCase, StagedModel, WeightPlan
+from peers import flops
 from scripts import load_script
 
 import simpo.core.attention
-import simpo.engine.compile
-import simpo.engine.model
-from simpo.bench import flops
+import simpo.model.attention
+import simpo.model.compile
+import simpo.model.head
 from simpo.core.attention import AttentionBlocks, packed_attention
 from simpo.core.logprobs import token_logps
 
@@ -53,7 +54,7 @@ def gpu():
 @pytest.fixture(autouse=True)
 def light_compiler(monkeypatch):
     """Traces and differentiates, generates no code."""
-    monkeypatch.setattr(simpo.engine.compile, "BACKEND", "aot_eager")
+    monkeypatch.setattr(simpo.model.compile, "BACKEND", "aot_eager")
 
 
 @pytest.fixture
@@ -95,7 +96,7 @@ def make_staged(*, autocast: bool = False) -> StagedModel:
 
 def stand_in_for_compiling(model, *, device):
     """Blocks with a forward of their own, as `compile_blocks` leaves them; `parity` compiles them in earnest."""
-    blocks = simpo.engine.compile.find_blocks(model)
+    blocks = simpo.model.compile.find_blocks(model)
     for block in blocks:
         block.forward = block.forward
     return blocks
@@ -160,12 +161,12 @@ def test_a_rung_switches_what_it_says_and_nothing_stays():
             block = staged.model.model.layers[0]
             seen[rung.name] = (
                 staged.model.config._attn_implementation,
-                simpo.engine.model.token_logps is workload.dense_token_logps,
+                simpo.model.head.token_logps is workload.dense_token_logps,
                 [type(module) for module in staged.model.modules()] != before,
                 "forward" in vars(block),
             )
             assert torch.isfinite(staged.losses(rung, workload.lay_out(rung, pairs))).all()
-    packed = simpo.engine.model.PACKED
+    packed = simpo.model.attention.PACKED
     assert seen == {
         "padded": ("sdpa", True, False, False),
         "packed": (packed, True, False, False),
@@ -177,7 +178,7 @@ def test_a_rung_switches_what_it_says_and_nothing_stays():
     }
     assert [type(module) for module in staged.model.modules()] == before
     assert "forward" not in vars(staged.model.model.layers[0])
-    assert simpo.engine.model.token_logps is not workload.dense_token_logps
+    assert simpo.model.head.token_logps is not workload.dense_token_logps
 
 
 def test_a_step_leaves_weights_and_no_gradients(no_cuda):
@@ -278,7 +279,7 @@ def test_a_profile_tells_kernels_from_calls_and_names_the_lines_that_wait():
     ((line, count),) = profile.find_waits(work, fake).items()
     assert line.startswith("test_bench_gpu.py:") or line.split(":")[0].endswith("tests/unit/test_bench_gpu.py")
     assert (count, modes) == (2, ["warn", 0])
-    assert profile.short_path("/home/me/src/simpo/engine/model.py") == "simpo/engine/model.py"
+    assert profile.short_path("/home/me/src/simpo/model/load.py") == "simpo/model/load.py"
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -390,7 +391,10 @@ def scaled_logits(*tensors, scale=1.0, **options):
 @pytest.mark.parametrize("wrong", [off_by_one, slightly_off, scaled_logits])
 def test_parity_fails_in_every_precision_when_attention_or_head_is_wrong(wrong, tmp_path, monkeypatch):
     """Logits 2% off among them: that logits are as large as trained models' is what shows it in bf16."""
-    monkeypatch.setattr(simpo.engine.model, "token_logps" if wrong is scaled_logits else "packed_attention", wrong)
+    if wrong is scaled_logits:
+        monkeypatch.setattr(simpo.model.head, "token_logps", wrong)
+    else:
+        monkeypatch.setattr(simpo.model.attention, "packed_attention", wrong)
     report = make_report(tmp_path)
     config = parity.architectures(tiny=True)["llama tied"]
     parity.check_architecture(parity.Checks(report), "llama", config, CPU, tiny=True, thorough=False)
@@ -408,8 +412,8 @@ def test_a_wrong_gradient_alone_fails_and_the_command_says_so(command, monkeypat
         def backward(ctx, grad):
             return 0.99 * grad
 
-    token_logps = simpo.engine.model.token_logps
-    monkeypatch.setattr(simpo.engine.model, "token_logps", lambda *a, **k: Half.apply(token_logps(*a, **k)))
+    token_logps = simpo.model.head.token_logps
+    monkeypatch.setattr(simpo.model.head, "token_logps", lambda *a, **k: Half.apply(token_logps(*a, **k)))
     monkeypatch.setattr(parity, "check_ways", lambda *args: None)
     monkeypatch.setattr(parity, "check_optimizers", lambda *args: None)
     code, results = command("parity", "--only", "llama 9/3 heads")

@@ -10,13 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from peers import run as bench
+from peers.machine import describe_machine, package_versions, peak_tflops, resident_gib
+from peers.report import render, save_report
+from peers.run import BenchOptions, describe_command, run_process, show_results
+from peers.summary import compare_sides, summarise
 from rich.console import Console
-
-from simpo.bench import run as bench
-from simpo.bench.machine import describe_machine, package_versions, peak_tflops, resident_gib
-from simpo.bench.report import render, save_report
-from simpo.bench.run import BenchOptions, describe_command, run_process, show_results
-from simpo.bench.summary import compare_sides, summarise
 
 
 def worker_result(times: list[float], losses: list[float], *, peak: float, loaded: float = 1.0) -> dict:
@@ -76,7 +75,7 @@ def results() -> dict:
     }
     found = {
         "format": 1,
-        "command": "simpo bench --cases chat,hh",
+        "command": "python benchmarks/bench.py --cases chat,hh",
         "date": "2026-01-02T03:04:05+00:00",
         "versions": package_versions() | {"commit": "abc"},
         "machine": describe_machine() | {"device": "cpu"},
@@ -166,7 +165,7 @@ def test_the_table_names_every_side_and_what_was_skipped_or_failed_and_the_condi
     assert "hh: skipped: there is no folder" in text
     assert "padded reference failed (chat): killed by signal 9, probably out of memory" in text
     assert "2 rounds of 2 timed steps after 2 to warm up; 2026-01-02" in text
-    assert "simpo bench --cases chat,hh" in text
+    assert "python benchmarks/bench.py --cases chat,hh" in text
 
 
 def test_table_and_charts_are_made_from_the_file_alone(results, tmp_path: Path):
@@ -249,8 +248,8 @@ def test_no_peers_is_this_trainer_alone():
 def test_the_command_is_written_without_paths_of_this_machine(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     monkeypatch.chdir(tmp_path)
-    words = ["bench", "--model", str(tmp_path / "me/models/m"), f"--data={tmp_path}/data", "--cases", "a b"]
-    assert describe_command(words) == "simpo bench --model ~/models/m --data=data --cases 'a b'"
+    words = ["--model", str(tmp_path / "me/models/m"), f"--data={tmp_path}/data", "--cases", "a b"]
+    assert describe_command(words) == "python benchmarks/bench.py --model ~/models/m --data=data --cases 'a b'"
 
 
 # --- processes -------------------------------------------------------------------------------------------------------
@@ -334,7 +333,7 @@ def scripted(monkeypatch, tiny_model: Path, tmp_path: Path):
         script = Scripted(**behaviour)
         monkeypatch.setattr(bench, "run_process", script)
         given = BenchOptions(**{"model": str(tiny_model), "steps": 2, "output": str(tmp_path), **options})
-        path = bench.run_benchmark(given, command="simpo bench", console=Console(quiet=True))
+        path = bench.run_benchmark(given, command="python benchmarks/bench.py", console=Console(quiet=True))
         return script, json.loads(path.read_text())
 
     return go

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from simpo.engine.checkpoint import HostCopies, _digest
-from simpo.engine.mesh import Mesh, MeshSizes
+from simpo.parallel.mesh import Mesh, MeshSizes
+from simpo.run.checkpoint import HostCopies, _digest
 
 
 def state(seed: int) -> dict[str, dict[str, Any]]:

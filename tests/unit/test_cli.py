@@ -167,7 +167,7 @@ def trainer_that(behaviour):
 
 def test_train_runs_the_trainer_with_the_overridden_recipe(monkeypatch, recipe_file):
     seen = []
-    stand_in(monkeypatch, "simpo.train", **trainer_that(seen.append))
+    stand_in(monkeypatch, "simpo.trainer", **trainer_that(seen.append))
     result = run("train", recipe_file, "--lr", "5e-7", "--use_peft")
     assert result.exit_code == 0, result.output
     assert (seen[0].learning_rate, seen[0].use_peft) == (5e-7, True)
@@ -187,7 +187,7 @@ def test_how_a_run_ends_is_its_exit_code(monkeypatch, recipe_file, raised, exit_
     def behaviour(recipe):
         raise raised
 
-    stand_in(monkeypatch, "simpo.train", **trainer_that(behaviour))
+    stand_in(monkeypatch, "simpo.trainer", **trainer_that(behaviour))
     result = run("train", recipe_file)
     assert result.exit_code == exit_code
     assert str(raised) in result.stderr
@@ -218,8 +218,8 @@ def prepared(monkeypatch):
     }
     row |= {"chosen_start": 4, "rejected_ids": [1] * 6, "rejected_start": 4}
     found = types.SimpleNamespace(train=Rows([row]), eval=None, ledger=Ledger(), fingerprint="f")
-    stand_in(monkeypatch, "simpo.data.audit", prepare_pairs=lambda recipe, tokenizer: found)
-    stand_in(monkeypatch, "simpo.engine.model", load_tokenizer=lambda recipe: None)
+    stand_in(monkeypatch, "simpo.data.prepare", prepare_pairs=lambda recipe, tokenizer: found)
+    stand_in(monkeypatch, "simpo.model.load", load_tokenizer=lambda recipe: None)
 
 
 @pytest.mark.usefixtures("prepared")
@@ -249,7 +249,7 @@ def test_audit_saves_where_it_is_told(recipe_file, tmp_path):
 
 def test_eval_hands_its_options_on(monkeypatch):
     seen = {}
-    stand_in(monkeypatch, "simpo.evaluate", run_eval_command=lambda **options: seen.update(options))
+    stand_in(monkeypatch, "simpo.evaluation.run", run_eval_command=lambda **options: seen.update(options))
     result = run("eval", "pairs.jsonl", "--model", "m", "--compare", "n", "--max-pairs", "5", "--max_length", "64")
     assert result.exit_code == 0, result.output
     assert seen == {

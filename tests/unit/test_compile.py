@@ -1,4 +1,4 @@
-"""engine.compile: blocks of several architectures, each compiled once for all layers and lengths."""
+"""model.compile: blocks of several architectures, each compiled once for all layers and lengths."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import transformers
 from torch import Tensor, nn
 
 from simpo.core.batch import PackedPairs, build_batch
-from simpo.engine.compile import compile_blocks, find_blocks
-from simpo.engine.model import PACKED, compute_token_logps, install_head
+from simpo.model.attention import PACKED
+from simpo.model.compile import compile_blocks, find_blocks
+from simpo.model.head import compute_token_logps, install_head
 
 
 class Pair(NamedTuple):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from simpo.core.diagnostics import (
+from simpo.evaluation.statistics import (
     accuracy_by_length,
     average_ranks,
     compare_accuracies,

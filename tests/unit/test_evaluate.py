@@ -16,11 +16,12 @@ from typer.testing import CliRunner
 
 import simpo
 from simpo.cli import app
-from simpo.data.audit import prepare_pairs
-from simpo.engine.model import PACKED, load_tokenizer
-from simpo.evaluate import evaluate
+from simpo.data.prepare import prepare_pairs
+from simpo.evaluation.results import Evaluation, PairRecord, build_evaluation, compare
+from simpo.evaluation.run import evaluate
+from simpo.model.attention import PACKED
+from simpo.model.load import load_tokenizer
 from simpo.recipe import load_recipe
-from simpo.results import Evaluation, PairRecord, build_evaluation, compare
 
 DATASET_COLUMNS = ("row_id", "chosen_ids", "chosen_start", "rejected_ids", "rejected_start")
 
@@ -199,7 +200,7 @@ def test_a_model_whose_packed_rows_do_not_fit_is_evaluated_on_padded_ones(
 ):
     import importlib
 
-    module = importlib.import_module("simpo.evaluate")
+    module = importlib.import_module("simpo.evaluation.run")
     real = module.probe_layout
 
     def disagree(model, **how):

@@ -1,4 +1,4 @@
-"""engine.footprint: the memory of a step from sizes alone, beside measured activations and real models' tensors."""
+"""plan.footprint: the memory of a step from sizes alone, beside measured activations and real models' tensors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from simpo.engine.footprint import (
+from simpo.model.attention import PACKED
+from simpo.model.head import compute_pair_logps, install_head
+from simpo.model.low_memory import install_lean_blocks
+from simpo.parallel.mesh import MeshSizes
+from simpo.plan.footprint import (
     GIB,
     Adapters,
     StepOptions,
@@ -20,14 +24,11 @@ from simpo.engine.footprint import (
     fit_tokens,
     step_options,
 )
-from simpo.engine.lean import install_lean_blocks
-from simpo.engine.memory import measure_activations
-from simpo.engine.mesh import MeshSizes
-from simpo.engine.model import PACKED, compute_pair_logps, install_head
-from simpo.engine.optim import build_optimizer
-from simpo.engine.shapes import SHAPES, build_config, load_config
-from simpo.engine.sizes import describe_model
+from simpo.plan.shapes import SHAPES, build_config, load_config
+from simpo.plan.sizes import describe_model
 from simpo.recipe import load_recipe
+from simpo.run.memory import measure_activations
+from simpo.run.optim import build_optimizer
 
 CPU = torch.device("cpu")
 ONE = MeshSizes()

@@ -16,11 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from simpo.engine.footprint import compute_footprint, compute_state, step_options
-from simpo.engine.mesh import mesh_sizes
-from simpo.engine.shapes import load_config
-from simpo.engine.sizes import describe_model
-from simpo.engine.traffic import compute_traffic
+from simpo.parallel.mesh import mesh_sizes
+from simpo.plan.footprint import compute_footprint, compute_state, step_options
+from simpo.plan.shapes import load_config
+from simpo.plan.sizes import describe_model
+from simpo.plan.traffic import compute_traffic
 from simpo.recipe import load_recipe
 
 PAIRS = [(40, 130, 90), (25, 70, 160), (60, 20, 45)]  # prefix, chosen, rejected
@@ -61,10 +61,11 @@ def measure(keys: dict[str, Any], world: int = 2) -> dict[str, float]:
     """Bytes of this rank's weights, gradients and moments, and the peak of a second step above weights and moments."""
     from simpo.core.batch import build_batch
     from simpo.data.loader import StoredPair
-    from simpo.engine.mesh import Mesh
-    from simpo.engine.model import compute_pair_logps, load_model
-    from simpo.engine.optim import build_optimizer
-    from simpo.engine.sharding import GradientSync
+    from simpo.model.head import compute_pair_logps
+    from simpo.model.load import load_model
+    from simpo.parallel.mesh import Mesh
+    from simpo.parallel.sharding import GradientSync
+    from simpo.run.optim import build_optimizer
 
     warnings.simplefilter("ignore")
     recipe = load_recipe(keys)

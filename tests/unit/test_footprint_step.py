@@ -23,15 +23,17 @@ from transformers import AutoModelForCausalLM
 from simpo.core import attention, logprobs
 from simpo.core.batch import build_batch
 from simpo.data.loader import StoredPair
-from simpo.engine import adamw
-from simpo.engine.footprint import RUNTIME_BYTES, compute_footprint, step_options
-from simpo.engine.lean import install_lean_blocks
-from simpo.engine.mesh import MeshSizes
-from simpo.engine.model import PACKED, add_adapters, compute_pair_logps, install_head, lora_config, unwrap
-from simpo.engine.optim import build_optimizer, clip_gradients
-from simpo.engine.shapes import build_config
-from simpo.engine.sizes import describe_model
+from simpo.model.attention import PACKED, unwrap
+from simpo.model.head import compute_pair_logps, install_head
+from simpo.model.load import add_adapters, lora_config
+from simpo.model.low_memory import install_lean_blocks
+from simpo.parallel.mesh import MeshSizes
+from simpo.plan.footprint import RUNTIME_BYTES, compute_footprint, step_options
+from simpo.plan.shapes import build_config
+from simpo.plan.sizes import describe_model
 from simpo.recipe import load_recipe
+from simpo.run import adamw
+from simpo.run.optim import build_optimizer, clip_gradients
 
 ON_A_GPU = {"device": torch.device("cuda", 0), "is_cuda": True}
 TOKENS = 4096

@@ -12,11 +12,11 @@ import pytest
 import torch
 import yaml
 
-from simpo.integrations import hf
-from simpo.integrations.hf import SimPOConfig
-from simpo.integrations.hf_config import RECIPE_FIELDS
-from simpo.integrations.hf_run import build_config, check_keys, find_resume
-from simpo.integrations.launcher import launched_by_accelerate
+from simpo.hosts import hf
+from simpo.hosts.hf import SimPOConfig
+from simpo.hosts.hf.config import RECIPE_FIELDS
+from simpo.hosts.hf.run import build_config, check_keys, find_resume
+from simpo.hosts.launcher import launched_by_accelerate
 from simpo.recipe import KEYS, load_recipe
 
 REPO = Path(__file__).resolve().parents[2]
@@ -153,7 +153,7 @@ def test_every_key_of_the_trainer_reaches_it(tmp_path: Path):
 
 def test_every_key_of_the_recipe_is_honoured_or_refused(tmp_path: Path):
     """A key added to the recipe must be given a place in this host: this test has to be told which."""
-    from simpo.integrations import hf_run
+    from simpo.hosts.hf import run as hf_run
 
     by_the_run = {
         *("model_name_or_path", "tokenizer_name_or_path", "dataset_mixer", "dataset_splits", "dataset_configs"),
@@ -223,7 +223,7 @@ def test_python_in_the_documentation_uses_names_that_exist():
     fields = {field.name for field in dataclasses.fields(SimPOConfig)}
     for block in blocks:
         compile(block, "hugging_face.md", "exec")
-        for names in re.findall(r"from simpo\.integrations\.hf import (.*)", block):
+        for names in re.findall(r"from simpo\.hosts\.hf import (.*)", block):
             assert all(hasattr(hf, name.strip()) for name in names.split(","))
     for call in re.findall(r"SimPOConfig\((.*)\)", PAGE):
         assert set(re.findall(r"(\w+)=", call)) <= fields

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from simpo.display import Display
-from simpo.engine.metrics import PAIR_METRICS, StepTotals
-from simpo.engine.optim import build_optimizer
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.run.metrics import PAIR_METRICS, StepTotals
+from simpo.run.optim import build_optimizer
+from simpo.trainer import Trainer
 
 CASES = {
     "packed": {},

@@ -1,4 +1,4 @@
-"""engine.kernels: the kernel of packed attention that a recipe asks for, or that `auto` finds to work."""
+"""model.kernels: the kernel of packed attention that a recipe asks for, or that `auto` finds to work."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo.core import attention
-from simpo.engine import kernels
-from simpo.engine.kernels import choose_kernel, describe_attention
-from simpo.engine.model import PACKED, is_packed, packed_by
+from simpo.model import kernels
+from simpo.model.attention import PACKED, is_packed, packed_by
+from simpo.model.kernels import choose_kernel, describe_attention
 from simpo.recipe import load_recipe
 
 CPU = torch.device("cpu")

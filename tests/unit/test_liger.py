@@ -22,9 +22,10 @@ from transformers.models.llama import modeling_llama
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.data.loader import StoredPair
-from simpo.engine.lean import install_lean_blocks, install_liger_kernels, why_no_liger
-from simpo.engine.model import PACKED, LogprobHead, compute_token_logps, install_head
-from simpo.engine.probe import check_forward
+from simpo.model.attention import PACKED
+from simpo.model.head import LogprobHead, compute_token_logps, install_head
+from simpo.model.low_memory import install_lean_blocks, install_liger_kernels, why_no_liger
+from simpo.model.probe import check_forward
 
 CUDA = torch.device("cuda")
 WITH_TRITON = importlib.util.find_spec("triton") is not None
@@ -163,7 +164,7 @@ def test_what_keeps_liger_from_running_is_said(stand_in, monkeypatch):
 def test_a_run_without_a_gpu_says_that_it_goes_on_without_them(tiny_recipe, monkeypatch):
     from simpo.display import Display
     from simpo.recipe import load_recipe
-    from simpo.train import Trainer
+    from simpo.trainer import Trainer
 
     said: list[str] = []
     monkeypatch.setattr(Display, "say", lambda self, line: said.append(line))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses, simpo_loss
 from simpo.recipe import LOSS_OPTIONS
-from simpo.recipe_losses import ZeroMargin
+from simpo.recipe.losses import ZeroMargin
 
 OPTIONS = {
     "beta": 1.7,

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from simpo.data.loader import StoredPair
-from simpo.integrations.megatron_batch import IGNORED, MegatronBatch, collate, iterate_batches
-from simpo.integrations.megatron_settings import MegatronSettings, add_simpo_arguments
+from simpo.hosts.megatron.batch import IGNORED, MegatronBatch, collate, iterate_batches
+from simpo.hosts.megatron.settings import MegatronSettings, add_simpo_arguments
 
 
 def settings_of(**arguments: Any) -> MegatronSettings:

@@ -1,4 +1,4 @@
-"""engine.memory: what a micro-batch is predicted to hold, what is free, and the token budget made of both."""
+"""run.memory: what a micro-batch is predicted to hold, what is free, and the token budget made of both."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ from simpo.core.batch import build_batch
 from simpo.core.logprobs import CHUNK_BYTES
 from simpo.core.packing import PairShape
 from simpo.data.loader import StoredPair
-from simpo.engine import memory
-from simpo.engine.memory import (
+from simpo.model.attention import PACKED
+from simpo.model.head import compute_pair_logps
+from simpo.run import memory
+from simpo.run.memory import (
     ActivationBytes,
     free_memory,
     kept_bytes,
@@ -23,7 +25,6 @@ from simpo.engine.memory import (
     pick_token_budget,
     step_bytes,
 )
-from simpo.engine.model import PACKED, compute_pair_logps
 
 CPU = torch.device("cpu")
 LAYERS, HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 4, 48, 96, 4, 2, 12

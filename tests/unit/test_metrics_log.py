@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from simpo.engine.metrics import MetricsLog, check_trackers
 from simpo.recipe import Recipe, load_recipe
+from simpo.run.metrics import MetricsLog, check_trackers
 
 
 def recipe(**changes: Any) -> Recipe:

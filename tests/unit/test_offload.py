@@ -1,4 +1,4 @@
-"""engine.offload: the same gradients bit for bit, activations moved once each, weights never."""
+"""model.offload: the same gradients bit for bit, activations moved once each, weights never."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from simpo.engine.offload import offload_activations
+from simpo.model.offload import offload_activations
 
 
 def anything(tensor: Tensor) -> bool:
@@ -61,7 +61,7 @@ def test_gradients_are_the_same_bit_for_bit():
 
 @pytest.mark.parametrize("autocast", [False, True])
 def test_no_weight_is_moved_nor_its_bf16_copy(monkeypatch, autocast):
-    from simpo.engine import offload as module
+    from simpo.model import offload as module
 
     model = make_model()
     moved: list[Tensor] = []
@@ -98,7 +98,7 @@ def test_a_tensor_that_several_operations_save_is_moved_once():
 
 
 def test_what_was_copied_out_is_copied_back_once_and_a_little_ahead_of_its_use(monkeypatch):
-    from simpo.engine import offload as module
+    from simpo.model import offload as module
 
     torch.manual_seed(0)
     model = nn.Sequential(*[Block(16) for _ in range(6)])
@@ -144,7 +144,7 @@ class Stream:
 
 
 def test_a_copy_back_waits_for_the_copy_out_and_its_use_for_the_copy_back(monkeypatch):
-    from simpo.engine import offload as module
+    from simpo.model import offload as module
 
     told: list[str] = []
     main, back = Stream("main", told), Stream("back", told)

@@ -1,4 +1,4 @@
-"""engine.optim: the schedules of transformers, torch's clipping, and which parameters are decayed."""
+"""run.optim: the schedules of transformers, torch's clipping, and which parameters are decayed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from torch import nn
 from transformers import get_scheduler
 
 from simpo.display import Display
-from simpo.engine.adamw import AdamWBf16
-from simpo.engine.optim import build_optimizer, clip_gradients, learning_rate_at, make_deterministic, warmup_steps
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.run.adamw import AdamWBf16
+from simpo.run.optim import build_optimizer, clip_gradients, learning_rate_at, make_deterministic, warmup_steps
+from simpo.trainer import Trainer
 
 
 def make_recipe(**changes) -> SimpleNamespace:
-    """The keys that engine.optim reads."""
+    """The keys that run.optim reads."""
     defaults = {
         "learning_rate": 3e-6,
         "lr_scheduler_type": "cosine",
@@ -241,7 +241,7 @@ def test_on_cuda_a_deterministic_run_resumes_to_the_same_bits(tiny_recipe, tmp_p
 import sys, torch
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.trainer import Trainer
 recipe, steps, out = eval(sys.argv[1]), range(int(sys.argv[2]), int(sys.argv[3])), sys.argv[4]
 trainer = Trainer(load_recipe(recipe), display=Display(quiet=True))
 for plan in trainer.loader.plans(steps.start, steps.stop):

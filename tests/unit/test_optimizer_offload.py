@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from simpo.display import Display
-from simpo.engine import adamw
-from simpo.engine.adamw import AdamWBf16
 from simpo.recipe import load_recipe
-from simpo.train import Trainer
+from simpo.run import adamw
+from simpo.run.adamw import AdamWBf16
+from simpo.trainer import Trainer
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA GPU"))]

@@ -1,4 +1,4 @@
-"""engine.mesh: which GPU a process takes, with a stand-in for torch.cuda where there is none."""
+"""parallel.mesh: which GPU a process takes, with a stand-in for torch.cuda where there is none."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from ranks import Ranks
 
-from simpo.engine import mesh
+from simpo.parallel import mesh
 
 
 def see(gpus: list[str]) -> list[torch.device]:

@@ -9,9 +9,9 @@ import pytest
 from typer.testing import CliRunner
 
 from simpo.cli import app
-from simpo.engine.footprint import GIB, compute_footprint, step_options
-from simpo.engine.mesh import MeshSizes
-from simpo.plan import Machines, describe_plan, launch_line, plan_as_dict, plan_recipe
+from simpo.parallel.mesh import MeshSizes
+from simpo.plan.footprint import GIB, compute_footprint, step_options
+from simpo.plan.search import Machines, describe_plan, launch_line, plan_as_dict, plan_recipe
 from simpo.recipe import load_recipe
 
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from simpo.engine.model import keep_quantized_trainable, quantization_options, set_precision
+from simpo.model.load import keep_quantized_trainable, quantization_options, set_precision
 from simpo.recipe import load_recipe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)

@@ -29,28 +29,13 @@ def test_the_recipe_and_the_version_need_no_torch():
     assert run_python(code) == "2.0 False"
 
 
-@pytest.mark.parametrize(
-    "first",
-    [
-        "from simpo.train import Trainer; from simpo.evaluate import evaluate; import simpo.train, simpo.evaluate",
-        "import simpo; simpo.train, simpo.evaluate; import simpo.train, simpo.evaluate; from simpo import train",
-    ],
-)
-def test_train_and_evaluate_are_functions_whatever_was_imported_first(first):
-    code = f"{first}; import simpo; print([type(f).__name__ for f in (simpo.train, simpo.evaluate)])"
-    assert run_python(code) == "['function', 'function']"
-
-
-def test_modules_named_like_functions_are_still_importable():
+def test_what_a_run_raises_is_reached_from_the_package():
     import simpo
+    from simpo.run import stopping
 
-    before = simpo.train
-    from simpo.evaluate import evaluate
-    from simpo.train import Trainer
-
-    assert Trainer.__module__ == "simpo.train"
-    assert simpo.train is before
-    assert simpo.evaluate is evaluate
+    assert simpo.Interrupted is stopping.Interrupted
+    assert simpo.NonFiniteError is stopping.NonFiniteError
+    assert simpo.Trainer.__module__ == "simpo.trainer"
 
 
 def test_every_public_name_is_there_and_no_other():
@@ -75,7 +60,7 @@ def test_train_runs_the_trainer_with_overrides(monkeypatch):
         def run(self):
             return "result"
 
-    monkeypatch.setattr(importlib.import_module("simpo.train"), "Trainer", Stub)
+    monkeypatch.setattr(importlib.import_module("simpo.trainer"), "Trainer", Stub)
     assert simpo.train({"model_name_or_path": "m", "beta": 2.0}, beta=3.0, output_dir="runs/a") == "result"
     assert train({"model_name_or_path": "m"}, gamma=1.0) == "result"
     assert (seen[0].beta, seen[0].output_dir) == (3.0, "runs/a")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from simpo.recipe import KEYS, LOSS_OPTIONS, Recipe, load_recipe, nearest_key
-from simpo.recipe_names import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
+from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
 
 REPO = Path(__file__).resolve().parents[2]
 WILD = Path(__file__).parent / "recipes_in_the_wild"

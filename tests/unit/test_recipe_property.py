@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simpo.recipe import KEYS, LOSS_OPTIONS, Recipe, load_recipe
-from simpo.recipe_names import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE
-from simpo.recipe_yaml import dump_yaml, parse_yaml
+from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE
+from simpo.recipe.yaml import dump_yaml, parse_yaml
 
 OUR_NAMES = [*KEYS, *ALIASES, *INPUT_KEYS]
 ALL_NAMES = [*OUR_NAMES, *KNOWN_ELSEWHERE]

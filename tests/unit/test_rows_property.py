@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from simpo.data import preferences
-from simpo.data.audit import RowSettings, RowTokenizer, prepare_pairs
 from simpo.data.preferences import RowError, pair_from_row
+from simpo.data.prepare import RowSettings, RowTokenizer, prepare_pairs
 from simpo.data.sources import RawRow
 
 COLUMNS = sorted(

@@ -1,14 +1,14 @@
-"""engine.traffic: the formulas of collectives, and what grows with what. Beside real collectives: footprint_peaks."""
+"""plan.traffic: the formulas of collectives, and what grows with what. Beside real collectives: footprint_peaks."""
 
 from __future__ import annotations
 
 import pytest
 
-from simpo.engine.footprint import Adapters, StepOptions
-from simpo.engine.mesh import MeshSizes
-from simpo.engine.shapes import build_config
-from simpo.engine.sizes import describe_model
-from simpo.engine.traffic import Exchange, Links, compute_seconds, compute_traffic
+from simpo.parallel.mesh import MeshSizes
+from simpo.plan.footprint import Adapters, StepOptions
+from simpo.plan.shapes import build_config
+from simpo.plan.sizes import describe_model
+from simpo.plan.traffic import Exchange, Links, compute_seconds, compute_traffic
 
 MODEL = describe_model(build_config("llama-8b"))
 LINKS = Links(node_bytes_per_s=400e9, network_bytes_per_s=50e9, hop_s=0.0)

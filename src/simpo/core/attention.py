@@ -12,7 +12,7 @@ share one prefix. Nothing else is visible to anything, so packed pairs cannot se
 The row may be spread over ranks (context parallelism, `core.context`): blocks with a `group` say that each rank brings
 a slice of it.
 
-Tensors in, tensors out; torch only. Registration with transformers is in `engine.model`.
+Tensors in, tensors out; torch only. Registration with transformers is in `model.load`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """From tokenised pairs to the micro-batches of each optimizer step.
 
 Owns the order of the data. What step k consists of is a pure function of the lengths, the seed and k, so a resumed run
-needs nothing but k, and every rank can work out every other rank's share. Must not import the engine.
+needs nothing but k, and every rank can work out every other rank's share. Must not import models.
 """
 
 from __future__ import annotations

@@ -1,0 +1,75 @@
+"""Responses of a model to prompts: greedy samples during evaluation.
+
+Prompts are token ids, exactly those that training sees.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from simpo.model.attention import plain_attention, unwrap
+
+
+@torch.no_grad()
+def generate_greedy(
+    model: nn.Module,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 16,
+) -> list[str]:
+    """The most likely response to each prompt, token by token.
+
+    Args:
+        model: a causal language model; its mode and attention are as before afterwards.
+        tokenizer: decodes; its end-of-sequence token ends a response.
+        prompts: token ids, the generation header included.
+        max_new_tokens: longer responses are cut there.
+        batch_size: prompts generated together, padded on the left.
+    Returns:
+        One text for each prompt, special tokens left out.
+    """
+    device = unwrap(model).get_input_embeddings().weight.device
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    was_training, texts = model.training, []
+    model.eval()
+    try:
+        # Compiled blocks would be compiled anew for one token at a time, a cache and a mask.
+        with plain_attention(model), torch.compiler.set_stance("force_eager"):
+            for start in range(0, len(prompts), batch_size):
+                batch = prompts[start : start + batch_size]
+                width = max(len(ids) for ids in batch)
+                ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=device)
+                mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                    use_cache=True,
+                    pad_token_id=pad,
+                )
+                texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+    finally:
+        model.train(was_training)
+    return [text.strip() for text in texts]
+
+
+def save_generations(
+    path: Path, *, step: int, row_ids: Sequence[str], prompts: Sequence[str], responses: Sequence[str]
+) -> None:
+    """Append one JSON line per response to `generations.jsonl`."""
+    with path.open("a", encoding="utf-8") as file:
+        for row_id, prompt, response in zip(row_ids, prompts, responses, strict=True):
+            record = {"step": step, "row_id": row_id, "prompt": prompt, "response": response}
+            file.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -1,0 +1,399 @@
+"""What an evaluation found: its numbers, their JSON and their tables.
+
+`Evaluation` is one model on some pairs, `Comparison` two models on the same pairs. Both are plain values built from
+per-pair log-probs; running models is `evaluate.py`'s part. Must not import engine or data.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from simpo.evaluation.statistics import (
+    SIMILAR_LENGTH,
+    AccuracyTest,
+    Interval,
+    LengthBucket,
+    PairedDifference,
+    accuracy_by_length,
+    compare_accuracies,
+    displaced_share,
+    mean_interval,
+    paired_difference,
+    preference_accuracy,
+    preference_scores,
+    spearman_correlation,
+)
+
+_BUCKET_WORDS = {
+    "shorter": "chosen shorter",
+    "similar": f"lengths within {SIMILAR_LENGTH:.0%}",
+    "longer": "chosen longer",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class PairRecord:
+    """One pair: summed log-probs in nats, and trained tokens, of both responses."""
+
+    row_id: str
+    chosen_sum: float
+    rejected_sum: float
+    chosen_length: int
+    rejected_length: int
+
+    @property
+    def chosen_mean(self) -> float:
+        """Nats per token."""
+        return self.chosen_sum / self.chosen_length
+
+    @property
+    def rejected_mean(self) -> float:
+        """Nats per token."""
+        return self.rejected_sum / self.rejected_length
+
+    @property
+    def margin(self) -> float:
+        """M, nats per token."""
+        return self.chosen_mean - self.rejected_mean
+
+    def to_dict(self) -> dict[str, Any]:
+        """One line of the JSONL file."""
+        means = {"chosen_mean": self.chosen_mean, "rejected_mean": self.rejected_mean, "margin": self.margin}
+        return dataclasses.asdict(self) | means
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A greedy response. `repeated_share`: share of its 4-token sequences that occur in it before."""
+
+    row_id: str
+    prompt: str
+    response: str
+    num_tokens: int
+    repeated_share: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One model on held-out pairs. Intervals are at 95%; log-probs in nats.
+
+    Attributes:
+        model, data: what was evaluated, as it was named.
+        split: of the data; None for pairs that came as tokens.
+        data_fingerprint: hash of the very tokens that were evaluated.
+        num_pairs: P.
+        accuracy: share of pairs with mean log-prob chosen > rejected, ties half.
+        accuracy_sum: the same under summed log-probs (no length normalisation).
+        margin: M, mean log-prob of chosen minus rejected, per token.
+        chosen_mean, rejected_mean: mean over pairs of the mean log-prob per token.
+        chosen_sum, rejected_sum: mean over pairs of the summed log-prob.
+        chosen_length, rejected_length: mean trained tokens.
+        accuracy_by_length: buckets "shorter", "similar", "longer" of chosen against rejected.
+        length_correlation: Spearman, of length and mean log-prob over all 2P responses; nan if there is none.
+        generations: greedy responses, if any were asked for.
+        pairs: the records all this comes from.
+        settings: how it was computed: device, precision, layout.
+        versions: of the packages that computed it.
+        notes: what the reader must know: pairs dropped or cut, a fallback.
+    """
+
+    model: str
+    data: str
+    split: str | None
+    data_fingerprint: str
+    num_pairs: int
+    accuracy: Interval
+    accuracy_sum: Interval
+    margin: Interval
+    chosen_mean: float
+    rejected_mean: float
+    chosen_sum: float
+    rejected_sum: float
+    chosen_length: float
+    rejected_length: float
+    accuracy_by_length: tuple[LengthBucket, ...]
+    length_correlation: float
+    generations: tuple[Generation, ...]
+    pairs: tuple[PairRecord, ...]
+    settings: Mapping[str, Any]
+    versions: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the per-pair records, as plain values; what is not a number is None."""
+        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "pairs"}
+        return _plain(content | {"repeated_share": self.repeated_share})
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        save_json(self.to_dict(), path)
+
+    def save_pairs(self, path: str | Path) -> None:
+        """Write one JSON line per pair: row_id, sums, means, margin, lengths."""
+        _write("".join(json.dumps(pair.to_dict()) + "\n" for pair in self.pairs), path)
+
+    @property
+    def repeated_share(self) -> float | None:
+        """Mean over generations; None without any."""
+        shares = [generation.repeated_share for generation in self.generations]
+        return sum(shares) / len(shares) if shares else None
+
+    def render(self, console: Console | None = None) -> None:
+        """Print as a table, and the generations."""
+        console = console or Console(highlight=False)
+        split = "" if self.split is None else f", split {self.split}"
+        _say(console, f"model  {self.model}", style="bold")
+        _say(console, f"data   {self.data}{split}: {self.num_pairs} pairs, tokens {self.data_fingerprint}")
+        table = _table("", "value", "95% interval")
+        table.add_row("preference accuracy", *_percent(self.accuracy))
+        table.add_row("margin M, nats per token", *_nats(self.margin))
+        table.add_row("accuracy under sums", *_percent(self.accuracy_sum))
+        for bucket in self.accuracy_by_length:
+            name = f"accuracy, {_BUCKET_WORDS[bucket.name]} ({bucket.num_pairs} pairs)"
+            table.add_row(name, *(("-", "") if bucket.accuracy is None else _percent(bucket.accuracy)))
+        correlation = "-" if math.isnan(self.length_correlation) else f"{self.length_correlation:+.3f}"
+        table.add_row("Spearman of length and mean log-prob", correlation, "")
+        console.print(table)
+        table = _table("", "chosen", "rejected")
+        table.add_row("log-prob per token", f"{self.chosen_mean:.4f}", f"{self.rejected_mean:.4f}")
+        table.add_row("log-prob, summed", f"{self.chosen_sum:.2f}", f"{self.rejected_sum:.2f}")
+        table.add_row("tokens", f"{self.chosen_length:.1f}", f"{self.rejected_length:.1f}")
+        console.print(table)
+        self._render_generations(console)
+        for note in self.notes:
+            _say(console, f"note: {note}", style="yellow")
+
+    def _render_generations(self, console: Console) -> None:
+        for generation in self.generations:
+            text = Text(_last_characters(generation.prompt.strip(), 600), style="dim")
+            text.append("\n\n" + (generation.response or "(empty)"), style="not dim")
+            title = f"{generation.row_id}: {generation.num_tokens} tokens, {generation.repeated_share:.0%} repeated"
+            console.print(Panel(text, title=Text(title), title_align="left"))
+        if self.generations:
+            _say(console, f"repeated 4-token sequences: {self.repeated_share:.1%} on average")
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Model a against model b (the baseline) on the same pairs. Differences are a - b, intervals at 95%.
+
+    Attributes:
+        model_a, model_b: their names.
+        num_pairs: P.
+        accuracy_a, accuracy_b: preference accuracies.
+        accuracy_difference: of the accuracies, normal interval over pairs.
+        accuracy_test: pairs on which each is better, and McNemar's exact p-value.
+        margin, chosen_mean, rejected_mean: paired differences, nats per token, with sign-flip p-values.
+        chosen_fell: share of pairs whose chosen mean log-prob is lower under a: likelihood displacement.
+        notes: what the reader must know, such as different tokenisations.
+    """
+
+    model_a: str
+    model_b: str
+    num_pairs: int
+    accuracy_a: Interval
+    accuracy_b: Interval
+    accuracy_difference: Interval
+    accuracy_test: AccuracyTest
+    margin: PairedDifference
+    chosen_mean: PairedDifference
+    rejected_mean: PairedDifference
+    chosen_fell: Interval
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values; what is not a number is None."""
+        return _plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+
+    def save(self, path: str | Path) -> None:
+        """Write `to_dict` as JSON."""
+        save_json(self.to_dict(), path)
+
+    def render(self, console: Console | None = None) -> None:
+        """Print as a table."""
+        console = console or Console(highlight=False)
+        _say(console, f"a  {self.model_a}", style="bold")
+        _say(console, f"b  {self.model_b}", style="bold")
+        table = _table(f"a - b on {self.num_pairs} pairs", "value", "95% interval", "p")
+        test = self.accuracy_test
+        points = [f"{100 * x:+.1f}" for x in self.accuracy_difference]
+        name = f"accuracy {self.accuracy_a.value:.1%} - {self.accuracy_b.value:.1%}, points"
+        table.add_row(name, points[0], f"{points[1]} .. {points[2]}", _p(test.p_value))
+        table.add_row(f"  a better on {test.a_better}, b on {test.b_better} pairs", "", "", "")
+        for name, difference in (
+            ("margin M, nats per token", self.margin),
+            ("chosen log-prob per token", self.chosen_mean),
+            ("rejected log-prob per token", self.rejected_mean),
+        ):
+            table.add_row(name, *_nats(Interval(*difference[:3])), _p(difference.p_value))
+        table.add_row("pairs whose chosen log-prob is lower under a", *_percent(self.chosen_fell), "")
+        console.print(table)
+        for note in self.notes:
+            _say(console, f"note: {note}", style="yellow")
+
+
+# --- from records to numbers -----------------------------------------------------------------------------------------
+
+
+def build_evaluation(pairs: Sequence[PairRecord], **identity: Any) -> Evaluation:
+    """The numbers of some pairs.
+
+    Args:
+        pairs: at least one, with finite log-probs.
+        identity: the other attributes of `Evaluation`: model, data, split, data_fingerprint, generations, settings,
+            versions, notes.
+    Raises:
+        ValueError: no pairs, or log-probs that are not finite.
+    """
+    if not pairs:
+        raise ValueError("no pairs to evaluate")
+    broken = [p.row_id for p in pairs if not (math.isfinite(p.chosen_sum) and math.isfinite(p.rejected_sum))]
+    if broken:
+        more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
+        raise ValueError(
+            f"the model's log-probs are not finite on {len(broken)} of {len(pairs)} pairs: {', '.join(broken[:8])}"
+            f"{more}; the model's weights are broken, or overflow in this precision (try bf16: false)"
+        )
+    chosen, rejected = _column(pairs, "chosen_mean"), _column(pairs, "rejected_mean")
+    chosen_sum, rejected_sum = _column(pairs, "chosen_sum"), _column(pairs, "rejected_sum")
+    chosen_length, rejected_length = _column(pairs, "chosen_length"), _column(pairs, "rejected_length")
+    return Evaluation(
+        num_pairs=len(pairs),
+        accuracy=preference_accuracy(chosen - rejected),
+        accuracy_sum=preference_accuracy(chosen_sum - rejected_sum),
+        margin=mean_interval(chosen - rejected),
+        chosen_mean=float(chosen.mean()),
+        rejected_mean=float(rejected.mean()),
+        chosen_sum=float(chosen_sum.mean()),
+        rejected_sum=float(rejected_sum.mean()),
+        chosen_length=float(chosen_length.mean()),
+        rejected_length=float(rejected_length.mean()),
+        accuracy_by_length=accuracy_by_length(chosen - rejected, chosen_length, rejected_length),
+        length_correlation=spearman_correlation(
+            torch.cat([chosen_length, rejected_length]), torch.cat([chosen, rejected])
+        ),
+        pairs=tuple(pairs),
+        **identity,
+    )
+
+
+def compare(evaluation_a: Evaluation, evaluation_b: Evaluation) -> Comparison:
+    """Two models on the same pairs, by paired tests.
+
+    Args:
+        evaluation_a: the model in question.
+        evaluation_b: the baseline, evaluated on the same pairs, in any order.
+    Raises:
+        ValueError: the two were not evaluated on the same pairs, or a row_id names two pairs.
+    """
+    pairs_a, pairs_b = evaluation_a.pairs, _aligned(evaluation_a.pairs, evaluation_b.pairs)
+    chosen_a, chosen_b = _column(pairs_a, "chosen_mean"), _column(pairs_b, "chosen_mean")
+    rejected_a, rejected_b = _column(pairs_a, "rejected_mean"), _column(pairs_b, "rejected_mean")
+    margin_a, margin_b = chosen_a - rejected_a, chosen_b - rejected_b
+    notes = ()
+    lengths = [[(p.chosen_length, p.rejected_length) for p in pairs] for pairs in (pairs_a, pairs_b)]
+    if lengths[0] != lengths[1]:
+        notes = ("the models split the text into different tokens: nats per token do not compare, accuracies do",)
+    return Comparison(
+        model_a=evaluation_a.model,
+        model_b=evaluation_b.model,
+        num_pairs=len(pairs_a),
+        accuracy_a=evaluation_a.accuracy,
+        accuracy_b=evaluation_b.accuracy,
+        accuracy_difference=mean_interval(preference_scores(margin_a) - preference_scores(margin_b)),
+        accuracy_test=compare_accuracies(margin_a, margin_b),
+        margin=paired_difference(margin_a, margin_b),
+        chosen_mean=paired_difference(chosen_a, chosen_b),
+        rejected_mean=paired_difference(rejected_a, rejected_b),
+        chosen_fell=displaced_share(chosen_a, chosen_b),
+        notes=notes,
+    )
+
+
+def _aligned(pairs_a: Sequence[PairRecord], pairs_b: Sequence[PairRecord]) -> list[PairRecord]:
+    """pairs_b in the order of pairs_a."""
+    by_id = {pair.row_id: pair for pair in pairs_b}
+    ids = {pair.row_id for pair in pairs_a}
+    if len(by_id) < len(pairs_b) or len(ids) < len(pairs_a):
+        raise ValueError("two models are compared pair by pair, but some pairs have the same row_id; make them unique")
+    if ids != set(by_id):
+        only, total = sorted(ids ^ set(by_id)), len(ids | set(by_id))
+        raise ValueError(
+            f"two models are compared on the same pairs, but {len(only)} of {total} pairs were evaluated for one model "
+            f"alone, for example {only[0]}; use the same data, split and max_pairs for both"
+        )
+    return [by_id[pair.row_id] for pair in pairs_a]
+
+
+def _column(pairs: Sequence[PairRecord], name: str) -> Tensor:
+    return torch.tensor([getattr(pair, name) for pair in pairs], dtype=torch.float64)
+
+
+# --- writing and printing --------------------------------------------------------------------------------------------
+
+
+def save_json(content: Mapping[str, Any], path: str | Path) -> None:
+    """Write a mapping of plain values as JSON, whole or not at all."""
+    _write(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
+
+
+def _write(text: str, path: str | Path) -> None:
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def _plain(value: Any) -> Any:
+    """Named tuples and dataclasses as mappings; nan and infinities as None."""
+    if dataclasses.is_dataclass(value):
+        return _plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+    if hasattr(value, "_asdict"):
+        return _plain(value._asdict())
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, padding=(0, 2), pad_edge=False)
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="right" if index else "left", header_style="dim", no_wrap=bool(index))
+    return table
+
+
+def _say(console: Console, text: str, *, style: str | None = None) -> None:
+    console.print(text, markup=False, highlight=False, style=style, soft_wrap=True)
+
+
+def _percent(interval: Interval) -> tuple[str, str]:
+    return f"{interval.value:.1%}", f"{interval.low:.1%} .. {interval.high:.1%}"
+
+
+def _nats(interval: Interval) -> tuple[str, str]:
+    return f"{interval.value:+.4f}", f"{interval.low:+.4f} .. {interval.high:+.4f}"
+
+
+def _p(value: float) -> str:
+    return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
+
+
+def _last_characters(text: str, count: int) -> str:
+    return text if len(text) <= count else "..." + text[-count:]

@@ -1,0 +1,215 @@
+"""The batch plan as transformers' Trainer can iterate over it, and rows in memory as tokenised pairs.
+
+What a process computes in optimizer step k is a function of k, so a resumed run goes on with the right pairs.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from operator import itemgetter
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from simpo.core.packing import CostWeights
+from simpo.data.ledger import Ledger
+from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan, StoredPair
+from simpo.data.prepare import PreparedData, prepare_rows
+from simpo.data.templates import load_chat_template
+from simpo.recipe import Recipe, load_recipe
+
+_LOOKED_AT = 100  # rows in which a template's markers are searched
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a process computes in one turn of the Trainer's loop: a micro-batch, or several where tokens are limited.
+
+    Attributes:
+        plan: of the optimizer step.
+        parts: pairs of each micro-batch, as indices into the store; an empty part waits for other processes.
+    """
+
+    plan: StepPlan
+    parts: tuple[tuple[int, ...], ...]
+
+
+class PlannedPairs(Dataset):
+    """Builds what a `Work` asks for. Its length is the number of pairs.
+
+    Args:
+        name: of the pairs, where a reference's log-probs of them are looked up.
+    """
+
+    def __init__(self, loader: StepLoader, name: str) -> None:
+        self.loader, self.name = loader, name
+
+    def __len__(self) -> int:
+        return len(self.loader.store)
+
+    def __getitem__(self, work: Work) -> dict[str, Any]:
+        parts = [self._build(indices) for indices in work.parts]
+        tokens = torch.cat([part.pairs.input_ids.flatten() for part in parts])  # for the Trainer, which counts them
+        return {"input_ids": tokens, "plan": work.plan, "parts": parts, "name": self.name}
+
+    def _build(self, indices: tuple[int, ...]) -> MicroBatch:
+        return self.loader.build(indices) if indices else self.loader.stand_in()
+
+
+class TrainingOrder:
+    """One epoch of `Work`, in lists of one: a batch sampler, with as many items on every process.
+
+    Args:
+        loader: plans the steps.
+        done: optimizer steps done so far; asked when an epoch begins. An epoch that was begun earlier is gone through
+            from its start: the Trainer skips what it has done.
+    """
+
+    def __init__(self, loader: StepLoader, done: Callable[[], int]) -> None:
+        self.loader, self.done = loader, done
+
+    def __len__(self) -> int:
+        return self.loader.steps_per_epoch * self.loader.num_micro_batches
+
+    def __iter__(self) -> Iterator[list[Work]]:
+        first = self.done() // self.loader.steps_per_epoch * self.loader.steps_per_epoch
+        for plan in self.loader.plans(first, first + self.loader.steps_per_epoch):
+            count, turns = len(plan.micro_batches), self.loader.num_micro_batches
+            for turn in range(turns):
+                parts = plan.micro_batches[count * turn // turns : count * (turn + 1) // turns]
+                yield [Work(plan, parts)]
+
+
+class EvaluationOrder:
+    """Every pair once over all processes, as `TrainingOrder`."""
+
+    def __init__(self, loader: StepLoader) -> None:
+        self.plan = loader.plan_everything()
+
+    def __len__(self) -> int:
+        return len(self.plan.micro_batches)
+
+    def __iter__(self) -> Iterator[list[Work]]:
+        for indices in self.plan.micro_batches:
+            yield [Work(self.plan, (indices,))]
+
+
+def build_dataloader(loader: StepLoader, order: TrainingOrder | EvaluationOrder, args: Any, *, name: str) -> DataLoader:
+    """A DataLoader over the plan, with the workers that TrainingArguments ask for.
+
+    It is not handed to accelerate, which would share out and repeat what is planned for this process already.
+    """
+    return DataLoader(
+        PlannedPairs(loader, name),
+        batch_sampler=order,
+        collate_fn=itemgetter(0),
+        num_workers=args.dataloader_num_workers,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+    )
+
+
+def build_loader(
+    dataset: Any,
+    recipe: Recipe,
+    *,
+    pad_token_id: int,
+    weights: CostWeights,
+    max_positions: int | None,
+    rank: int,
+    num_ranks: int,
+    evaluation: bool = False,
+) -> StepLoader:
+    """The native trainer's batch plan, for one process of several.
+
+    Args:
+        dataset: tokenised pairs.
+        weights: what attention and the head cost in this model.
+        max_positions: longest sequence the model takes; None = any.
+    """
+    store = PairStore(dataset, share_prompt=recipe.share_prompt)
+    store.check_lengths(max_positions)
+    return StepLoader(
+        store,
+        pairs_per_step=recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(num_ranks),
+        num_micro_batches=1 if evaluation else recipe.gradient_accumulation_steps,
+        max_tokens=None if evaluation else recipe.max_tokens_per_micro_batch,
+        pack=recipe.pack,
+        pad_token_id=pad_token_id,
+        seed=recipe.seed,
+        weights=weights,
+        rank=rank,
+        num_ranks=num_ranks,
+    )
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+
+def is_tokenised(dataset: Any) -> bool:
+    """Whether a dataset holds what the data layer gives, and no rows to be tokenised."""
+    return set(StoredPair.__dataclass_fields__) <= set(getattr(dataset, "column_names", None) or ())
+
+
+def prepare_datasets(
+    train: Any, evaluation: Any, recipe: Recipe, tokenizer: Any, *, text_as_is: bool | None, progress: bool
+) -> PreparedData:
+    """Rows of a program's datasets as tokenised pairs, with their ledger; tokenised ones are taken as they are.
+
+    Args:
+        train, evaluation: rows in any shape that the data layer reads, or tokenised pairs; evaluation may be None.
+        text_as_is: see `SimPOConfig`.
+    Raises:
+        ValueError: a dataset without length or rows, a tokenised one beside one that is not, or as `prepare_rows`.
+    """
+    for name, dataset in (("train_dataset", train), ("eval_dataset", evaluation)):
+        if dataset is not None and not hasattr(dataset, "__len__"):
+            raise ValueError(f"{name}: rows are read whole, so a list or a datasets.Dataset is needed, not a stream")
+        if dataset is not None and not len(dataset):
+            raise ValueError(f"{name}: it holds no rows")
+    if is_tokenised(train):
+        if evaluation is not None and not is_tokenised(evaluation):
+            raise ValueError("eval_dataset: rows beside a tokenised train_dataset; give both as rows or both tokenised")
+        return PreparedData(train, evaluation, Ledger(), fingerprint_pairs(train))
+    if text_as_is is None:
+        first = [train[index] for index in range(min(len(train), _LOOKED_AT))]
+        text_as_is = any(holds_markers(row, tokenizer, recipe) for row in first)
+    if text_as_is:
+        tokenizer = copy.deepcopy(tokenizer)
+        tokenizer.chat_template = None
+        recipe = load_recipe(recipe, {"chat_template": None}) if recipe.chat_template else recipe
+    return prepare_rows(recipe, tokenizer, train, evaluation, progress=progress)
+
+
+def holds_markers(row: Any, tokenizer: Any, recipe: Recipe) -> bool:
+    """Whether a row of plain text holds the chat template's own markers: it was rendered before it came here."""
+    template = load_chat_template(tokenizer, recipe.chat_template)
+    names = (recipe.prompt_column or "prompt", recipe.chosen_column or "chosen")
+    texts = [row.get(name) for name in names] if isinstance(row, dict) else []
+    texts = [text for text in texts if isinstance(text, str)]
+    return template is not None and any(marker in text for text in texts for marker in _markers(tokenizer, template))
+
+
+def _markers(tokenizer: Any, template: str) -> Sequence[str]:
+    """What the template writes around a message: its special tokens, or where it has none all of what it writes."""
+    probe = [{"role": "user", "content": "\x00"}]
+    text = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False, add_generation_prompt=True)
+    special = [token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token in text]
+    around = [part.strip() for part in text.split("\x00") if part.strip()]
+    return special or around
+
+
+def fingerprint_pairs(dataset: Any) -> str:
+    """32 hex digits over the ids and tokens of tokenised pairs."""
+    digest = hashlib.sha256()
+    for row in dataset:
+        digest.update(f"{row['row_id']} {row['chosen_start']} {row['rejected_start']}\n".encode())
+        for side in ("chosen_ids", "rejected_ids"):
+            digest.update(np.asarray([len(row[side]), *row[side]], dtype="<i8").tobytes())
+    return digest.hexdigest()[:32]

@@ -1,0 +1,262 @@
+"""SimPOConfig: transformers' TrainingArguments and the keys of a recipe, under the names their users know.
+
+What a key means, its default and what is wrong with a value is the recipe's to say: every value passes through
+`load_recipe`. Also takes the names of TRL's CPOConfig and of the SimPO authors' config.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.recipe.losses import LOSS_KEYS
+
+# Recipe keys that are fields here and not TrainingArguments' own. None in a field is the recipe's default.
+RECIPE_FIELDS = (
+    *("loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "sft_weight", "sft_reduction"),
+    *("orpo_lambda", "alphapo_alpha", "slic_delta"),
+    *("max_length", "max_prompt_length", "overlong", "max_dropped_fraction", "drop_duplicates"),
+    *("max_train_samples", "max_eval_samples", "preprocessing_num_workers", "cache_dir"),
+    *("prompt_column", "chosen_column", "rejected_column"),
+    *("chat_template", "system_prompt", "auto_insert_empty_system_msg"),
+    *("pack", "share_prompt", "max_tokens_per_micro_batch", "logits_chunk_size"),
+    *("master_dtype", "save_dtype", "attn_implementation", "attention_kernel", "trust_remote_code"),
+    *("model_revision", "disable_dropout"),
+)
+# TrainingArguments' own that the recipe has too, in the same meaning: for its checks, the model card and resuming.
+_SHARED = (
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),
+    *("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "seed", "bf16"),
+)
+# Names of TRL and of the authors that the recipe knows to mean nothing here: one printed line each.
+_MEANINGLESS = (
+    *("max_completion_length", "max_target_length", "truncation_mode", "label_pad_token_id", "padding_value"),
+    *("generate_during_eval", "is_encoder_decoder", "overwrite_output_dir", "save_safetensors", "group_by_length"),
+)
+# Options of from_pretrained that the recipe has a say in.
+_OF_MODEL = ("dtype", "torch_dtype", "attn_implementation", "use_flash_attention_2", "trust_remote_code")
+
+_TRL_MEANS_OTHERWISE = (None, "sigmoid", "hinge", "ipo")  # losses that TRL's CPOConfig has under the same names
+
+
+def _key(name: str) -> Any:
+    """A field for a recipe key."""
+    return field(
+        default=None, metadata={"help": f"{KEYS[name].meaning} Allowed: {KEYS[name].allowed}.".replace("%", "%%")}
+    )
+
+
+def _other(meaning: str) -> Any:
+    """A field under another program's name."""
+    return field(default=None, metadata={"help": meaning})
+
+
+_CHECKPOINTING = "activation_checkpointing"  # the name in transformers; 5.17 has the older one alone
+if _CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
+    _CHECKPOINTING = "gradient_checkpointing"
+
+
+@dataclass
+class SimPOConfig(TrainingArguments):
+    """What to train and how, for `SimPOTrainer`.
+
+    Every field of TrainingArguments, with a recipe's defaults where both have one (learning rate 1e-6, cosine with 10%
+    warm-up, one epoch, bf16 compute, 2 pairs a micro-batch), and the recipe keys listed here; `simpo keys` explains
+    them. Batch sizes count pairs. After construction the fields of the loss hold what will be used.
+
+    Raises:
+        ValueError: as `simpo.recipe.load_recipe`, and for names of TRL whose meaning is not the one here.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+
+    # --- TrainingArguments' own, with a recipe's defaults
+    per_device_train_batch_size: int = field(default=2, metadata={"help": "Pairs in one micro-batch of one process."})
+    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs in one evaluation batch."})
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training pairs."})
+    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
+    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate after warm-up."})
+    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
+    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps, as means over them."})
+    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; null = true."})
+    ddp_find_unused_parameters: bool | None = field(
+        default=False, metadata={"help": "As in TrainingArguments; true where an architecture leaves weights unused."}
+    )
+
+    # --- recipe keys
+    loss_type: str | None = _key("loss_type")
+    beta: float | None = _key("beta")
+    gamma_beta_ratio: float | None = _key("gamma_beta_ratio")
+    gamma: float | None = _other("Target reward margin of the paper: gamma_beta_ratio times beta. Never both.")
+    label_smoothing: float | None = _key("label_smoothing")
+    sft_weight: float | None = _key("sft_weight")
+    sft_reduction: str | None = _key("sft_reduction")
+    orpo_lambda: float | None = _key("orpo_lambda")
+    alphapo_alpha: float | None = _key("alphapo_alpha")
+    slic_delta: float | None = _key("slic_delta")
+    max_length: int | None = _key("max_length")
+    max_prompt_length: int | None = _key("max_prompt_length")
+    overlong: str | None = _key("overlong")
+    max_dropped_fraction: float | None = _key("max_dropped_fraction")
+    drop_duplicates: bool | None = _key("drop_duplicates")
+    max_train_samples: int | None = _key("max_train_samples")
+    max_eval_samples: int | None = _key("max_eval_samples")
+    preprocessing_num_workers: int | None = _key("preprocessing_num_workers")
+    cache_dir: str | None = _key("cache_dir")
+    prompt_column: str | None = _key("prompt_column")
+    chosen_column: str | None = _key("chosen_column")
+    rejected_column: str | None = _key("rejected_column")
+    chat_template: str | None = _key("chat_template")
+    system_prompt: str | None = _key("system_prompt")
+    auto_insert_empty_system_msg: bool | None = _key("auto_insert_empty_system_msg")
+    pack: bool | None = _key("pack")
+    share_prompt: bool | None = _key("share_prompt")
+    max_tokens_per_micro_batch: int | None = field(
+        default=None,
+        metadata={"help": "Tokens after which a micro-batch is split; the update stays the same. null = no limit."},
+    )
+    logits_chunk_size: int | None = _key("logits_chunk_size")
+    master_dtype: str | None = _key("master_dtype")
+    save_dtype: str | None = _other(
+        "Number format of what save_model writes: float32, bfloat16 or float16; null = that of the trained weights."
+    )
+    attn_implementation: str | None = _key("attn_implementation")
+    attention_kernel: str | None = _key("attention_kernel")
+    trust_remote_code: bool | None = _key("trust_remote_code")
+    model_revision: str | None = _key("model_revision")
+    disable_dropout: bool | None = _key("disable_dropout")
+
+    # --- this host's own
+    text_as_is: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Take plain-text rows as they are instead of putting them into the chat template; "
+            "null = where they hold the template's own markers already."
+        },
+    )
+    model_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Further options of from_pretrained, for a model given by name."}
+    )
+
+    # --- names of TRL's CPOConfig, of the SimPO authors' config and of older transformers
+    simpo_gamma: float | None = _other("TRL's name of gamma.")
+    cpo_alpha: float | None = _other("TRL's name of sft_weight.")
+    alpha: float | None = _other("TRL's name of alphapo_alpha; not 0 means loss_type alphapo.")
+    dataset_num_proc: int | None = _other("TRL's name of preprocessing_num_workers.")
+    warmup_ratio: float | None = _other("Share of the steps over which the learning rate rises.")
+    evaluation_strategy: str | None = _other("Older name of eval_strategy.")
+    max_completion_length: int | None = _other("Accepted, not used here.")
+    max_target_length: int | None = _other("Accepted, not used here.")
+    truncation_mode: str | None = _other("Accepted, not used here.")
+    label_pad_token_id: int | None = _other("Accepted, not used here.")
+    padding_value: int | None = _other("Accepted, not used here.")
+    generate_during_eval: bool | None = _other("Accepted, not used here.")
+    is_encoder_decoder: bool | None = _other("Accepted, not used here.")
+    overwrite_output_dir: bool | None = _other("Accepted, not used here.")
+    save_safetensors: bool | None = _other("Accepted, not used here.")
+    group_by_length: bool | None = _other("Accepted, not used here.")
+
+    def __post_init__(self) -> None:
+        self._rename()
+        if self.bf16 is None:
+            self.bf16 = not self.fp16
+        self._settle_device()
+        recipe = self.to_recipe()  # what is wrong is said before a process group is started
+        super().__post_init__()
+        unread = {*LOSS_KEYS} - {*recipe.loss_options.keys}
+        for name in ("loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "sft_weight", "max_length"):
+            if name not in unread:
+                setattr(self, name, getattr(recipe, name))
+        self.gamma = None  # gamma_beta_ratio holds it now
+        if self.torch_compile:
+            raise ValueError("torch_compile: not with this trainer; the native one (simpo train) compiles its blocks")
+        if self.use_liger_kernel:  # transformers would put Liger's own head in place after the start-up check
+            raise ValueError(
+                "use_liger_kernel: not with this trainer; the native one (simpo train) has Liger's kernels"
+            )
+
+    def _rename(self) -> None:
+        """Other programs' names -> ours, as far as their meaning depends on more than their own value."""
+        trl = [name for name in ("simpo_gamma", "cpo_alpha", "alpha") if getattr(self, name) is not None]
+        loss = self.loss_type[0] if isinstance(self.loss_type, list) and len(self.loss_type) == 1 else self.loss_type
+        if trl and loss in _TRL_MEANS_OTHERWISE:
+            shown = "its default, sigmoid" if loss is None else repr(loss)
+            raise ValueError(
+                f"loss_type = {shown}, with {trl[0]} of TRL's CPOConfig: there it names a CPO loss, here one of SimPO; "
+                f"write loss_type 'simpo' for SimPO, 'cpo' for TRL's sigmoid, or drop {trl[0]}"
+            )
+        self.loss_type = loss
+        if self.alpha is not None:
+            if self.alpha or self.loss_type == "alphapo":
+                self.loss_type, self.alphapo_alpha = "alphapo", self.alpha
+            self.alpha = None
+        for old, new in (
+            ("simpo_gamma", "gamma"),
+            ("cpo_alpha", "sft_weight"),
+            ("dataset_num_proc", "preprocessing_num_workers"),
+        ):
+            if getattr(self, old) is not None:
+                if getattr(self, new) is not None:
+                    raise ValueError(f"{old} and {new}: two names of the same key; keep one")
+                setattr(self, new, getattr(self, old))
+                setattr(self, old, None)
+        if self.evaluation_strategy is not None:
+            self.eval_strategy, self.evaluation_strategy = self.evaluation_strategy, None
+        if self.warmup_ratio is not None:
+            if not 0 <= self.warmup_ratio < 1:
+                raise ValueError(f"warmup_ratio = {self.warmup_ratio}: must be at least 0 and less than 1")
+            # As everywhere, steps that are given win over the ratio; 0.1 is the default of warmup_steps.
+            if self.warmup_steps in (0, SimPOConfig.warmup_steps):
+                self.warmup_steps = self.warmup_ratio
+            self.warmup_ratio = None
+        if _CHECKPOINTING != "gradient_checkpointing":  # said here, so that transformers need not warn
+            if getattr(self, _CHECKPOINTING) is None and self.gradient_checkpointing is not None:
+                setattr(self, _CHECKPOINTING, self.gradient_checkpointing)
+            if getattr(self, f"{_CHECKPOINTING}_kwargs") is None:
+                setattr(self, f"{_CHECKPOINTING}_kwargs", self.gradient_checkpointing_kwargs)
+        if getattr(self, _CHECKPOINTING):
+            given = getattr(self, f"{_CHECKPOINTING}_kwargs")
+            given = given if isinstance(given, dict) else {}
+            setattr(self, f"{_CHECKPOINTING}_kwargs", {**given, "use_reentrant": False})
+
+    def _settle_device(self) -> None:
+        """Without an accelerator: the CPU, and gloo between processes, without which DeepSpeed makes worlds of one."""
+        launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        if launched != "no" and not (self.bf16 or self.fp16):
+            raise ValueError(
+                f"bf16: false, but accelerate was launched with mixed_precision {launched}; set bf16: true, or "
+                "mixed_precision: 'no' in its configuration file"
+            )
+        if not torch.accelerator.is_available():
+            self.use_cpu = True
+        if self.use_cpu and self.ddp_backend is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            self.ddp_backend = "gloo"
+
+    def to_recipe(self, model: str | None = None) -> Recipe:
+        """The recipe of these settings: what the data, the loss and the log-probs are computed by.
+
+        Args:
+            model: its name or folder; None where it was loaded by somebody else.
+        """
+        options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        values: dict[str, Any] = {"model_name_or_path": model or "a loaded model", "validation_fraction": 0.0}
+        values |= {name: getattr(self, name) for name in (*_SHARED, *RECIPE_FIELDS, "gamma")}
+        values |= {name: getattr(self, name) for name in _MEANINGLESS}
+        for name in _OF_MODEL:
+            if options.get(name) is not None and values.get(name) is None:
+                values[name] = str(options[name]) if isinstance(options[name], torch.dtype) else options[name]
+        if options.get("revision") is not None and self.model_revision is None:
+            values["model_revision"] = options["revision"]
+        values |= {"fp16": self.fp16 or None, "label_smoothing_factor": self.label_smoothing_factor or None}
+        values |= {"output_dir": self.output_dir, "gradient_checkpointing": bool(getattr(self, _CHECKPOINTING))}
+        return load_recipe({name: value for name, value in values.items() if value is not None}, processes=1)
+
+    def loading_options(self) -> dict[str, Any]:
+        """What of `model_init_kwargs` goes to from_pretrained as it is."""
+        options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
+        return {name: value for name, value in options.items() if name not in (*_OF_MODEL, "revision")}

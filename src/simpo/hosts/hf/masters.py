@@ -1,0 +1,155 @@
+"""fp32 masters under DeepSpeed: kept when the engine casts the weights, and read for exports.
+
+With bf16 DeepSpeed computes with bf16 weights and updates an fp32 copy, split over the processes. Left alone, it makes
+that copy from the weights in bf16 and hands out the weights in bf16: each loses what small learning rates change. Must
+not import the trainer.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from simpo.parallel.sharding import local_part
+
+_HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_READ = "_read_in_fp32"  # attribute of a ZeRO-3 parameter: this process's partition as it was read
+
+# --- at the start ----------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def reading_in_fp32() -> Iterator[None]:
+    """Around from_pretrained: ZeRO-3 splits weights in the dtype they are asked for, not in that of the engine.
+
+    `narrow_partitions` has to follow.
+    """
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    config = (deepspeed_config() or {}) if is_deepspeed_zero3_enabled() else {}
+    on_disk = config.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme"
+    halves = [config[name] for name in _HALF if config.get(name, {}).get("enabled") is True and not on_disk]
+    for part in halves:
+        part["enabled"] = False
+    try:
+        yield
+    finally:
+        for part in halves:
+            part["enabled"] = True
+
+
+@torch.no_grad()
+def narrow_partitions(model: nn.Module) -> None:
+    """Give a model that ZeRO-3 has split the engine's dtype; what it was read in is kept for `take_masters`."""
+    from transformers.integrations.deepspeed import deepspeed_config
+
+    config = (deepspeed_config() or {}) if is_deepspeed_zero3_enabled() else {}
+    half = next((dtype for name, dtype in _HALF.items() if config.get(name, {}).get("enabled") is True), None)
+    for parameter in model.parameters():
+        if half is not None and hasattr(parameter, "ds_tensor") and parameter.ds_tensor.dtype == torch.float32:
+            setattr(parameter, _READ, parameter.ds_tensor.data)
+            parameter.ds_tensor.data = parameter.ds_tensor.data.to(half)
+            parameter.data = parameter.data.to(half)
+
+
+def take_masters(model: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """The trained weights that are there in fp32 before the engine is prepared: whole, or this process's partition."""
+    masters = {}
+    for parameter in model.parameters():
+        read = parameter.__dict__.pop(_READ, None)
+        if parameter.requires_grad and read is not None:
+            masters[parameter] = read
+        elif parameter.requires_grad and parameter.dtype == torch.float32 and not hasattr(parameter, "ds_id"):
+            masters[parameter] = parameter.data
+    return masters
+
+
+@torch.no_grad()
+def give_masters(masters: dict[nn.Parameter, Tensor]) -> None:
+    """Have a prepared engine update the weights that `take_masters` found, where it cast its own."""
+    for parameter, master in masters.items():
+        if parameter.dtype == torch.float32:
+            continue
+        if hasattr(parameter, "ds_id"):
+            size = parameter.ds_tensor.ds_numel
+            if master.shape == parameter.ds_shape:  # whole; the last partition is filled up with zeros
+                part = master.reshape(-1)[parameter.ds_zero_partition_rank * size :][:size]
+                master = torch.zeros(size, dtype=part.dtype, device=part.device)
+                master[: part.numel()] = part
+            parameter._z3_optimizer.set_local_hp_param(master, parameter)
+        elif hasattr(parameter, "set_full_hp_param"):
+            parameter.set_full_hp_param(master)
+
+
+# --- exports ---------------------------------------------------------------------------------------------------------
+
+
+def held_tensors(model: nn.Module) -> list[Tensor]:
+    """What this process computes the saved weights from; see `run.export.saved_tensors`."""
+    adapters = hasattr(model, "peft_config")
+    found = []
+    for parameter in model.parameters():
+        if parameter.requires_grad or not adapters:
+            found += [local_part(parameter.detach()), getattr(parameter, "ds_tensor", None)]
+    return [tensor for tensor in found if tensor is not None and tensor.numel() and tensor.is_floating_point()]
+
+
+@torch.no_grad()
+def whole_weights(engine: Any, *, keep: bool) -> Iterator[tuple[str, Tensor | None]]:
+    """(name, whole tensor in host memory) of a model that DeepSpeed trains: masters where it has them.
+
+    One at a time. Every process must run through all of it. Of a PEFT model the trained parameters alone; a tied weight
+    comes under its first name.
+
+    Args:
+        keep: whether this process wants the tensors; others get None.
+    """
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    model = engine.module
+    adapters = hasattr(model, "peft_config")
+    if engine._optimizer_has_ckpt_event_prologue():
+        engine.optimizer.checkpoint_event_prologue()
+    for name, parameter in model.named_parameters():
+        if adapters and not parameter.requires_grad:
+            continue
+        has_master = hasattr(parameter, "_z3_optimizer") or hasattr(parameter, "_hp_mapping")
+        master = safe_get_full_fp32_param(parameter) if has_master and parameter.requires_grad else None
+        gathers = master is None and hasattr(parameter, "ds_id")
+        with deepspeed.zero.GatheredParameters([parameter], enabled=gathers):
+            whole = parameter.detach() if master is None else master
+            yield name, whole.to("cpu", copy=True) if keep else None
+    if engine._optimizer_has_ckpt_event_epilogue():
+        engine.optimizer.checkpoint_event_epilogue()
+    persistent = {name for name in model.state_dict()} - {name for name, _ in model.named_parameters()}
+    for name, buffer in model.named_buffers():
+        if name in persistent and not adapters:
+            yield name, buffer.detach().cpu() if keep else None
+
+
+def local_masters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(name, this process's part) of each trained weight, as the optimizer of a prepared engine updates it."""
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if hasattr(parameter, "_z3_optimizer"):
+            yield name, parameter._z3_optimizer.get_local_fp32_param(parameter)
+        elif not hasattr(parameter, "_hp_mapping"):
+            yield name, parameter.detach()
+        elif parameter._hp_mapping is not None:  # None: another process has all of it
+            yield name, parameter._hp_mapping.hp_fragment
+
+
+def tie(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Give all names of a tied weight the tensor that its first name has: engines hand out none or several."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied_to = first.setdefault(id(parameter), name)
+        if tied_to in state:
+            state[name] = state[tied_to]

@@ -1,0 +1,109 @@
+"""Models for `SimPOTrainer`: given by name or loaded by somebody else, made ready for packed pairs.
+
+Loading for the native trainer's meshes is `model.load`'s; here accelerate, DeepSpeed or transformers' Trainer places
+the weights.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from simpo.hosts.hf.masters import narrow_partitions, reading_in_fp32
+from simpo.model.attention import is_packed, plain_implementation, unwrap
+from simpo.model.head import install_head
+from simpo.model.kernels import choose_kernel
+from simpo.model.load import add_adapters, disable_dropout, keep_quantized_trainable, load_pretrained
+from simpo.model.low_memory import install_lean_blocks
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+
+def load_by_name(name: str, recipe: Recipe, options: dict[str, Any]) -> PreTrainedModel:
+    """A model with weights in the recipe's master dtype, split over ranks as it is read where ZeRO-3 is on.
+
+    Args:
+        name: folder or hub name.
+        options: further ones of from_pretrained.
+    Raises:
+        ValueError: no such model.
+    """
+    dtype = getattr(torch, recipe.master_dtype)
+    with reading_in_fp32():
+        model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", dtype=dtype, **options)
+    narrow_partitions(model)
+    return model
+
+
+def wrap_in_adapters(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Module:
+    """A PEFT model around the model.
+
+    Raises:
+        ValueError: peft is not installed, or the model has adapters already.
+    """
+    if importlib.util.find_spec("peft") is None:
+        raise ValueError("peft_config needs peft: pip install 'simpo[peft]'")
+    if unwrap(model) is not model:
+        raise ValueError("peft_config: the model has adapters already; give one of the two")
+    # Under ZeRO-3 every weight must have the dtype of the engine; elsewhere adapters are trained in fp32.
+    options = {"autocast_adapter_dtype": False} if is_deepspeed_zero3_enabled() else {}
+    return add_adapters(model, peft_config, seed=seed, **options)
+
+
+def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> list[str]:
+    """Packed attention, the log-prob head, lean blocks, no dropout, trainable weights in the master dtype.
+
+    Args:
+        device: where the model will compute; it may still be elsewhere.
+    Returns:
+        Lines to print: what was changed that its owner might not expect.
+    Raises:
+        ValueError: the model cannot be trained on pairs here, see `model.load`.
+    """
+    base = unwrap(model)
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"model: a transformers model, or the name of one, is needed, not {type(base).__name__}")
+    lines: list[str] = []
+    if recipe.disable_dropout:
+        disable_dropout(base)
+    if recipe.pack or recipe.share_prompt:
+        left_out = choose_kernel(model, recipe.attention_kernel, device=device, half=bool(recipe.bf16))
+        lines += [] if left_out is None else [f"attention: {left_out}"]
+    elif recipe.attn_implementation is not None:
+        base.set_attn_implementation(recipe.attn_implementation)
+    elif base.config._attn_implementation is None or is_packed(base.config._attn_implementation):
+        base.set_attn_implementation(plain_implementation(base))
+    keep_quantized_trainable(model)
+    install_head(model)
+    install_lean_blocks(model)
+    return lines if weights_are_elsewhere(model) else lines + _keep_masters(model, recipe)
+
+
+def _keep_masters(model: nn.Module, recipe: Recipe) -> list[str]:
+    """Trained weights below the master dtype are widened: at small learning rates they would not move."""
+    if recipe.master_dtype != "float32" or getattr(model, "is_quantized", False):
+        return []
+    narrow = [p for p in model.parameters() if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not narrow:
+        return []
+    came_in = str(narrow[0].dtype).removeprefix("torch.")
+    for parameter in narrow:
+        parameter.data = parameter.data.float()
+    return [
+        f"the trained weights came in {came_in} and are kept in float32: at small learning rates they would not move; "
+        "set master_dtype='bfloat16' to insist"
+    ]
+
+
+def weights_are_elsewhere(model: nn.Module) -> bool:
+    """Whether this process holds only a part of the weights before the engine has prepared the model."""
+    some = next(model.parameters())
+    loads_on_one = os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "false").lower() in ("1", "true")
+    return hasattr(some, "ds_id") or some.is_meta or (loads_on_one and os.environ.get("ACCELERATE_USE_FSDP") == "true")

@@ -1,0 +1,322 @@
+"""A recipe trained by transformers' Trainer: `accelerate launch ... -m simpo train RECIPE`.
+
+The run directory is the native trainer's, but for the checkpoints in it, which are the Trainer's. A key of the recipe
+is honoured or refused by name; none is passed over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from simpo.data.cache import PreparedData
+from simpo.data.prepare import prepare_pairs
+from simpo.display import Display
+from simpo.hosts.hf.config import RECIPE_FIELDS, SimPOConfig
+from simpo.hosts.hf.masters import held_tensors, local_masters, tie
+from simpo.hosts.hf.trainer import SimPOTrainer, join_launched_world
+from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options, set_precision
+from simpo.parallel.mesh import Mesh
+from simpo.recipe import Recipe
+from simpo.recipe.losses import LOSS_KEYS
+from simpo.run.checkpoint import list_checkpoints
+from simpo.run.export import (
+    WeightSample,
+    as_saved,
+    dtype_name,
+    export_dtype,
+    settle_dtype,
+    write_model,
+    write_model_card,
+)
+from simpo.run.metrics import MetricsLog, check_trackers
+from simpo.run.optim import set_threads
+from simpo.run.ram import keep_freed_memory
+from simpo.run.resume import find_checkpoint, is_begun_by_this_launch, record_launch
+
+_THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
+_NATIVE_ONLY = "only the native trainer does it (simpo train, or torchrun -m simpo train)"
+_ONLY_DEFAULT = {
+    "dp_replicate": _THE_LAUNCHER,
+    "dp_shard": _THE_LAUNCHER,
+    "cp": _NATIVE_ONLY,
+    "tp": _NATIVE_ONLY,
+    "fsdp_param_dtype": _THE_LAUNCHER,
+    "fsdp_cpu_offload": _THE_LAUNCHER,
+    "async_save": _NATIVE_ONLY,
+    "activation_offload": _NATIVE_ONLY,
+    "optimizer_offload": _NATIVE_ONLY,
+    "torch_compile": _NATIVE_ONLY,
+    "use_liger_kernel": _NATIVE_ONLY,
+    "num_eval_generations": _NATIVE_ONLY,
+}
+"""Keys that this host takes at their defaults alone -> why."""
+SAVED = "eval_saved"  # in front of metrics of the weights as they are written
+
+
+def run_recipe(recipe: Recipe) -> None:
+    """Train as a recipe says, with the engine that accelerate was launched for.
+
+    Raises:
+        ValueError: a key that this host cannot honour, or data, model, run directory and launcher do not fit together.
+        simpo.trainer.NonFiniteError: a loss or gradient is not finite.
+    """
+    check_keys(recipe)
+    check_trackers(recipe.report_to)
+    resume = find_resume(recipe)
+    device = pick_device(recipe.device)
+    set_precision(recipe, device)
+    set_threads(recipe.num_threads)
+    if device.type == "cpu":
+        keep_freed_memory()
+    # DeepSpeed 0.19 calls collectives by the names that they had before torch 2.13, at every step.
+    warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+    args = build_config(recipe, device)
+    mesh = join_launched_world(args)
+    display = Display(quiet=not mesh.is_main)
+    for notice in recipe.notices:
+        display.say(notice)
+    tokenizer = load_tokenizer(recipe)
+    data = mesh.main_first(lambda: prepare_pairs(recipe, tokenizer, progress=mesh.is_main))
+    if data.eval is None:
+        args.eval_strategy = "no"
+    dtype = export_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
+    directory = RunDirectory(recipe, display, mesh)
+    trainer = SimPOTrainer(
+        recipe.model_name_or_path,
+        args,
+        train_dataset=data,
+        processing_class=tokenizer,
+        peft_config=lora_config(recipe) if recipe.use_peft else None,
+        callbacks=[directory],
+    )
+    trainer.recipe = recipe  # the same settings; with the rest of it, a checkpoint knows the whole run
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    mesh.on_main(lambda: directory.open(data))
+    display.table("training", describe(trainer))
+    model_dir = Path(recipe.output_dir) / "model"
+    with contextlib.closing(directory):
+        trainer.train(resume_from_checkpoint=resume)
+        dtype = settle_dtype(
+            dtype,
+            held_tensors(trainer.model),
+            untrained=directory.untrained,
+            trained=local_masters(trainer.model),
+            mesh=mesh,
+            say=display.say,
+        )
+        save_final_model(trainer, model_dir, dtype=dtype)
+    metrics = Path(recipe.output_dir) / "metrics.jsonl"
+    display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
+
+
+def check_keys(recipe: Recipe) -> None:
+    """Raise ValueError naming a key that this host would have to pass over."""
+    recipe.require("dataset_mixer", "output_dir")
+    for name, reason in _ONLY_DEFAULT.items():
+        value = getattr(recipe, name)
+        if value != Recipe.model_fields[name].default:
+            raise ValueError(f"{name} = {value}: not with accelerate launch; {reason}")
+    if recipe.optim == "adamw_bf16":
+        raise ValueError(f"optim = adamw_bf16: not with accelerate launch; {_NATIVE_ONLY}")
+    reference = recipe.ref_model_name_or_path
+    if recipe.loss_options.needs_reference and reference not in (None, recipe.model_name_or_path):
+        raise ValueError(
+            f"ref_model_name_or_path = {reference}: with accelerate launch the reference is the model itself before "
+            f"its first update; for another one, {_NATIVE_ONLY}"
+        )
+
+
+def find_resume(recipe: Recipe) -> str | None:
+    """The Trainer's checkpoint to go on from; None to start afresh.
+
+    Raises:
+        ValueError: there is none where one was named, it is the native trainer's, or a run would be overwritten.
+    """
+    folder, wanted = Path(recipe.output_dir) / "checkpoints", recipe.resume_from_checkpoint
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    if not wanted and not is_begun_by_this_launch(Path(recipe.output_dir)):
+        if last is not None:
+            raise ValueError(
+                f"output_dir: {recipe.output_dir} already holds a run ({Path(last).name}); add "
+                "--resume_from_checkpoint true to go on with it, or choose another output_dir"
+            )
+        find_checkpoint(recipe)  # refuses what a native run has left
+        return None
+    if isinstance(wanted, str):
+        if not (Path(wanted) / "trainer_state.json").is_file() or not Path(wanted).name.startswith("checkpoint-"):
+            raise ValueError(f"resume_from_checkpoint: {wanted} is no checkpoint-N of transformers' Trainer")
+        return wanted
+    if last is None and list_checkpoints(folder):
+        raise ValueError(
+            f"resume_from_checkpoint: the checkpoints in {folder} are the native trainer's; go on with simpo train or "
+            "torchrun -m simpo train"
+        )
+    return last
+
+
+def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
+    """The recipe as the Trainer's arguments; what it saves goes to `checkpoints/` of the run directory."""
+    unread = {*LOSS_KEYS} - {*recipe.loss_options.keys}
+    values: dict[str, Any] = {name: getattr(recipe, name) for name in RECIPE_FIELDS if name not in unread}
+    same = (
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+        *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
+        *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "full_determinism"),
+        *("bf16", "ddp_timeout"),
+        *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
+        *("eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps", "save_total_limit"),
+        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "logging_steps", "run_name"),
+    )
+    values |= {name: getattr(recipe, name) for name in same}
+    if recipe.lr_scheduler_type == "constant":
+        values["warmup_steps"] = 0
+    elif recipe.warmup_steps > 0:
+        values["warmup_steps"] = recipe.warmup_steps
+    else:
+        values["warmup_steps"], values["warmup_ratio"] = 0, recipe.warmup_ratio
+    if recipe.load_in_4bit:
+        values["model_init_kwargs"] = quantization_options(recipe, device)
+    return SimPOConfig(
+        output_dir=str(Path(recipe.output_dir) / "checkpoints"),
+        use_cpu=device.type == "cpu",
+        report_to=[],  # the run directory's log writes to the recipe's trackers
+        disable_tqdm=True,
+        **values,
+    )
+
+
+def describe(trainer: SimPOTrainer) -> dict[str, Any]:
+    """What is about to run, for people."""
+    recipe, model, world = trainer.recipe, trainer.model, trainer.mesh.sizes.world
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    engine = trainer.accelerator.distributed_type.value
+    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
+    pairs = recipe.pairs_per_step(world)
+    steps = recipe.max_steps
+    if steps < 1:
+        steps = math.ceil(recipe.num_train_epochs * math.ceil(len(trainer.data.train) / pairs))
+    limit = recipe.max_tokens_per_micro_batch
+    return {
+        "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
+        "host": "transformers' Trainer",
+        "engine": f"{engine}{'' if stage is None else f', ZeRO-{stage}'}, {world} process{'es' * (world > 1)}",
+        "device": f"{trainer.args.device}, {'bf16' if recipe.bf16 else 'fp32'} compute",
+        "pairs": f"{len(trainer.data.train)} to train, {len(trainer.data.eval or ())} held out",
+        "steps": f"{steps} of {pairs} pairs",
+        "micro-batches": "no limit of tokens" if limit is None else f"up to {limit:,} tokens",
+        "loss": recipe.describe_loss(),
+    }
+
+
+def evaluate_as_saved(trainer: SimPOTrainer, dtype: torch.dtype) -> dict[str, float]:
+    """The last evaluation again, of the weights as they are written, where that is not what was evaluated."""
+    with as_saved(held_tensors(trainer.model), dtype) as changed:
+        if not trainer.mesh.largest(changed):
+            return {}
+        values = trainer.evaluate(metric_key_prefix=SAVED)
+    trainer.display.say_evaluation(f"as written in {dtype_name(dtype)}", values, prefix=SAVED)
+    return {name: value for name, value in values.items() if name.startswith(SAVED)}
+
+
+def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype) -> None:
+    """The model as the native trainer leaves it, put together from whatever engine held it. Every process calls it."""
+    recipe, model = trainer.recipe, trainer.model
+    step, results = trainer.state.global_step, last_evaluation(trainer)
+    if recipe.load_best_model_at_end and trainer.state.best_global_step:
+        step = trainer.state.best_global_step
+    data = {
+        "training pairs": len(trainer.data.train),
+        "held-out pairs": len(trainer.data.eval or ()),
+        "data fingerprint": trainer.data.fingerprint,
+        "optimizer step of these weights": f"{step} of {trainer.state.max_steps}",
+    }
+    state: dict[str, torch.Tensor] = {}
+    for name, value in trainer.whole_weights():  # narrowed one by one, so that no whole model is there in fp32
+        if value is not None and trainer.mesh.is_main:
+            state[name] = value.detach().to(dtype) if value.is_floating_point() else value
+    tie(state, model)
+    tokenizer = trainer.processing_class
+    trainer.mesh.on_main(
+        lambda: write_model(model, state, tokenizer, recipe, folder, dtype=dtype, data=data, results=results)
+    )
+    state.clear()
+    written = evaluate_as_saved(trainer, dtype) if results else {}  # once the model is safe
+    if written:
+        trainer.mesh.on_main(lambda: write_model_card(folder, recipe, data=data, results=results | written))
+
+
+def last_evaluation(trainer: SimPOTrainer) -> dict[str, float]:
+    """Metrics of the evaluation that belongs to the final weights; empty without one."""
+    wanted = trainer.state.best_global_step if trainer.recipe.load_best_model_at_end else None
+    lines = [line for line in trainer.state.log_history if "eval_loss" in line]
+    lines = [line for line in lines if wanted in (None, line["step"])]
+    return {name: value for name, value in lines[-1].items() if name.startswith("eval_")} if lines else {}
+
+
+class RunDirectory(TrainerCallback):
+    """Keeps the run directory as the native trainer does, and what a run shows on the terminal.
+
+    Args:
+        recipe: says where it is, and which trackers to write to.
+        display: of this process; quiet on all but the first.
+        mesh: the run's processes; the first one writes.
+    """
+
+    def __init__(self, recipe: Recipe, display: Display, mesh: Mesh) -> None:
+        self.recipe, self.display, self.mesh = recipe, display, mesh
+        self.folder = Path(recipe.output_dir)
+        self.log: MetricsLog | None = None
+        self.untrained: WeightSample | None = None
+
+    def open(self, data: PreparedData) -> None:
+        """Write down what is about to run."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        record_launch(self.folder)
+        self.recipe.save(self.folder / "recipe.yaml")
+        data.ledger.save(self.folder / "audit.json")
+
+    def close(self) -> None:
+        """Close the log and the trackers."""
+        if self.log is not None:
+            self.log.close()
+            self.log = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **others: Any) -> None:
+        if not self.recipe.use_peft and not state.global_step:  # a resumed run no longer has the untrained weights
+            self.untrained = WeightSample(local_masters(model))
+        if self.mesh.is_main:
+            self.log = MetricsLog(self.folder / "metrics.jsonl", self.recipe, resume_step=state.global_step or None)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **others: Any) -> None:
+        known = ("loss", "eval_loss", f"{SAVED}_loss")  # the Trainer's own summary has none of them
+        if self.log is None or not any(name in logs for name in known):
+            return
+        self.log.write(logs, step=state.global_step)
+        if f"{SAVED}_loss" in logs:
+            return
+        if "eval_loss" in logs:
+            self.display.say_evaluation(f"evaluation at step {state.global_step}", logs)
+        else:
+            left_s = logs["step_time_s"] * (state.max_steps - state.global_step)
+            self.display.log_step(state.global_step, state.max_steps, logs, left_s=left_s)
+
+    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if self.log is not None:
+            self.log.sync()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """After the last step: log, evaluate and save, whatever the intervals."""
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate |= args.eval_strategy != "no"
+            control.should_save |= args.save_strategy != "no"

@@ -1,0 +1,565 @@
+"""SimPOTrainer: transformers' Trainer around this project's data, packed batches, log-prob head and losses.
+
+The loop, the engines (DDP, FSDP2, DeepSpeed ZeRO), callbacks, trackers, checkpoints and the hub are transformers' and
+accelerate's. What is trained is the native trainer's: the same plan of the same pairs, and the same loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from simpo.core.batch import PackedPairs
+from simpo.core.losses import PairLogps
+from simpo.data.cache import PreparedData
+from simpo.data.ledger import Ledger
+from simpo.data.loader import MicroBatch, StepLoader, StepPlan
+from simpo.display import Display
+from simpo.hosts.hf.batches import (
+    EvaluationOrder,
+    TrainingOrder,
+    build_dataloader,
+    build_loader,
+    fingerprint_pairs,
+    is_tokenised,
+    prepare_datasets,
+)
+from simpo.hosts.hf.config import SimPOConfig
+from simpo.hosts.hf.masters import give_masters, take_masters, tie, whole_weights
+from simpo.hosts.hf.model import load_by_name, make_ready, weights_are_elsewhere, wrap_in_adapters
+from simpo.hosts.hf.reference import References
+from simpo.model.attention import is_packed, plain_attention, unwrap
+from simpo.model.costs import cost_weights
+from simpo.model.head import compute_pair_logps
+from simpo.model.load import load_tokenizer
+from simpo.model.probe import check_forward
+from simpo.parallel.mesh import Mesh, MeshSizes
+from simpo.recipe import Recipe, load_recipe
+from simpo.run.checkpoint import Checkpoint
+from simpo.run.export import overflows, record_dtype
+from simpo.run.metrics import PAIR_METRICS, StepTotals, means, peak_memory_gib
+from simpo.run.objective import trained_losses
+from simpo.run.resume import check_same_run, recipe_identity
+from simpo.run.stopping import NonFiniteError, needs_memory
+
+IDENTITY_FILE = "simpo.json"  # in each checkpoint: what must be equal to go on from it
+
+
+class SimPOTrainer(Trainer):
+    """transformers' Trainer for preference pairs.
+
+    Args:
+        model: a name or folder, or a loaded causal language model, with adapters or without. A name is loaded with
+            fp32 weights; those of a loaded model that are trained are widened to fp32 (see `SimPOConfig.master_dtype`).
+        args: what to train and how.
+        train_dataset, eval_dataset: rows with prompt, chosen and rejected in any shape the data layer reads, as a
+            `datasets.Dataset` or a list, or tokenised pairs; train_dataset may be `PreparedData`, which has both.
+            eval_dataset may be a mapping of name to dataset.
+        processing_class: the tokenizer; None = the model's own. `tokenizer` is its older name.
+        peft_config: adapters to train instead of all weights.
+        model_init, callbacks, optimizers: as in transformers.
+    Attributes:
+        recipe: the settings as a recipe: what data, loss and log-probs are computed by.
+        ledger: every row kept, cut or dropped, and why; empty for datasets that came tokenised.
+    Raises:
+        ValueError: settings, data or model do not fit together, or the processes are not what the launcher said.
+    """
+
+    loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole step
+
+    def __init__(
+        self,
+        model: str | nn.Module | None = None,
+        args: SimPOConfig | None = None,
+        data_collator: None = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        peft_config: Any = None,
+        tokenizer: Any = None,
+        **others: Any,
+    ) -> None:
+        args = SimPOConfig(output_dir="simpo_trainer") if args is None else args
+        _check_arguments(args, data_collator, others)
+        self.recipe: Recipe = args.to_recipe(model if isinstance(model, str) else None)
+        self.mesh = join_launched_world(args)
+        self.references = References(self.mesh)  # filled when training begins, for losses that need one
+        self.display = Display(quiet=not self.mesh.is_main)
+        for notice in self.recipe.notices:
+            self.display.say(notice)
+        if isinstance(model, str):
+            model = load_by_name(model, self.recipe, args.loading_options())
+        elif args.model_init_kwargs:
+            raise ValueError(
+                "model_init_kwargs: the model is loaded already; give its name, or give them to from_pretrained"
+            )
+        tokenizer = processing_class or tokenizer or _tokenizer_of(model, self.recipe)
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        self._peft_config, self._tokenizer, self._text_as_is = peft_config, tokenizer, args.text_as_is
+        self._is_checked = False  # the model's forward pass, where it trains
+        model = None if model is None else self._ready(model)
+        if isinstance(train_dataset, PreparedData):
+            self.data, eval_dataset = train_dataset, eval_dataset or train_dataset.eval
+        else:
+            self.data = self._prepare(train_dataset, None if isinstance(eval_dataset, Mapping) else eval_dataset)
+        self.ledger: Ledger = self.data.ledger
+        if isinstance(eval_dataset, Mapping):
+            eval_dataset = {name: self._tokenised(rows) for name, rows in eval_dataset.items()}
+        elif not isinstance(train_dataset, PreparedData):
+            eval_dataset = self.data.eval
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=self.data.train,
+            eval_dataset=eval_dataset,
+            processing_class=tokenizer,
+            **others,
+        )
+        check_launch(self.accelerator)
+        if self.model is not None:
+            self._check_if_here(self.model)
+        self.loader: StepLoader | None = None  # of the training pairs; made when training begins
+        self._total_steps = 0
+        self._train_sums = StepTotals()
+        self._eval_totals: StepTotals | None = None
+        self._step_losses: list[tuple[tuple[str, ...], torch.Tensor]] = []
+        self._logged = (0, time.perf_counter())
+
+    # --- what is trained ---------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """This process's share of the mean loss over all pairs of the step, times the processes that are averaged."""
+        (part,) = inputs["parts"]
+        plan: StepPlan = inputs["plan"]
+        losses, sums = self._pair_losses(model, part, plan, name=inputs["name"])
+        loss = losses.sum() / plan.num_pairs
+        if model.training:
+            self._train_sums.add(sums, losses, num_tokens=part.num_tokens)
+            self._step_losses.append((part.pairs.row_ids, losses.detach()))
+            if self.accelerator.sync_gradients:
+                self._stop_unless_finite()
+            loss = loss * self.mesh.sizes.world
+        elif self._eval_totals is not None:
+            self._eval_totals.add(sums, losses, num_tokens=part.num_tokens)
+        return (loss, {"loss": loss.detach()}) if return_outputs else loss
+
+    def _pair_losses(
+        self, model: nn.Module, part: MicroBatch, plan: StepPlan, *, name: str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Losses [P] and the sums of their metrics; `name` is the pairs' in `references`."""
+        batch = part.pairs.to(self.args.device)
+        logps = compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
+        if not part.indices:  # a stand-in: every weight takes part, with a gradient of zero
+            nothing = 0.0 * (logps.chosen_sum + logps.rejected_sum)
+            return nothing, torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=batch.input_ids.device)
+        if self.recipe.loss_options.needs_reference:
+            logps = self._with_reference(logps, part.indices, name)
+        return trained_losses(logps, self.recipe, num_pairs=plan.num_pairs, num_chosen_tokens=plan.num_chosen_tokens)
+
+    def _with_reference(self, logps: PairLogps, indices: Sequence[int], name: str) -> PairLogps:
+        if name in self.references:
+            chosen, rejected = self.references[name].lookup(indices, device=logps.chosen_sum.device)
+        elif self.is_in_train or self.state.global_step > 0:
+            raise ValueError(
+                f"loss_type = {self.recipe.loss_type}: these held-out pairs were not there when training began, so the "
+                "reference's log-probs of them are not known; give them to the trainer as eval_dataset"
+            )
+        else:  # untrained, the model is its own reference
+            chosen, rejected = logps.chosen_sum.detach(), logps.rejected_sum.detach()
+        return dataclasses.replace(logps, ref_chosen_sum=chosen, ref_rejected_sum=rejected)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch, or of the several that max_tokens_per_micro_batch makes of it."""
+        parts, is_last = inputs["parts"], self.accelerator.sync_gradients
+        total = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(parts, start=1):
+            syncs = is_last and number == len(parts)
+            self.accelerator.gradient_state._set_sync_gradients(syncs)
+            waits = number < len(parts) and not self.is_deepspeed_enabled
+            with self._needs_memory(), self.accelerator.no_sync(model) if waits else contextlib.nullcontext():
+                total += super().training_step(model, {**inputs, "parts": [part]}, num_items_in_batch)
+        return total
+
+    def _needs_memory(self) -> contextlib.AbstractContextManager[None]:
+        """Around a micro-batch: want of memory becomes one line, unless transformers looks for a size by itself."""
+        if self.args.auto_find_batch_size:
+            return contextlib.nullcontext()
+        rank = f"rank {self.mesh.rank}, " if self.mesh.sizes.world > 1 else ""
+        limit = self.recipe.max_tokens_per_micro_batch
+        advice = f"{'a smaller' if limit else 'set'} max_tokens_per_micro_batch{f' than {limit}' if limit else ''}"
+        return needs_memory(
+            f"{rank}step {self.state.global_step + 1}",
+            advice=f"{advice}, or activation_checkpointing, needs less; then go on from the last checkpoint",
+        )
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int | None:
+        """Pairs of the whole step over all processes: the plan knows them, so nobody has to be asked."""
+        return batch_samples[0]["plan"].num_pairs if batch_samples else None
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The norm before clipping; one that is not finite stops every process, since all of them have the same one."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        rows = [row for row_ids, _ in self._step_losses for row in row_ids]
+        self._step_losses = []
+        if norm is not None and not math.isfinite(float(norm)):
+            raise self._not_finite(f"the gradient norm is {float(norm)}", rows)
+        return norm
+
+    def _stop_unless_finite(self) -> None:
+        """Before the step's last backward pass, which is where DeepSpeed updates the weights."""
+        finite = [(row_ids, torch.isfinite(losses)) for row_ids, losses in self._step_losses]
+        bad = torch.stack([(~fine).sum() for _, fine in finite]).sum().double()
+        if self.mesh.sum_over_all(bad).item():
+            rows = [row for row_ids, fine in finite for row, ok in zip(row_ids, fine.tolist(), strict=True) if not ok]
+            raise self._not_finite("a loss is not finite", rows)
+
+    def _not_finite(self, what: str, rows: list[str]) -> NonFiniteError:
+        """The error to raise on every process, all of which call this together."""
+        by_rank = {rank: theirs for rank, theirs in enumerate(self.mesh.gather(rows)) if theirs}
+        named = [row for theirs in by_rank.values() for row in theirs]
+        if self.mesh.sizes.world > 1:
+            named = [f"rank {rank}: {row}" for rank, theirs in by_rank.items() for row in theirs]
+        more = f" and {len(named) - 16} more" if len(named) > 16 else ""
+        return NonFiniteError(
+            f"step {self.state.global_step + 1}: {what}; nothing was updated. Rows: {', '.join(named[:16])}{more}. "
+            "Look at these rows, or lower learning_rate or beta"
+        )
+
+    # --- batches -----------------------------------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The plan of this process; see `hf_batches`."""
+        self.loader = self._build_loader(self.train_dataset)
+        order = TrainingOrder(self.loader, lambda: self.state.global_step)
+        return build_dataloader(self.loader, order, self.args, name="train")
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """This process's share of the held-out pairs; no pair is computed twice."""
+        if isinstance(eval_dataset, str):
+            eval_dataset = self.eval_dataset[eval_dataset]
+        elif eval_dataset is None:
+            eval_dataset = self.eval_dataset
+        if eval_dataset is None:
+            raise ValueError("eval_dataset: there is none to evaluate on; give one to the trainer or to evaluate()")
+        pairs = self._tokenised(eval_dataset)
+        loader = self._build_loader(pairs, evaluation=True)
+        return build_dataloader(loader, EvaluationOrder(loader), self.args, name=self._name_of(pairs))
+
+    get_test_dataloader = get_eval_dataloader
+
+    def _build_loader(self, dataset: Any, *, evaluation: bool = False) -> StepLoader:
+        if dataset is None:
+            raise ValueError("train_dataset: there is none to train on")
+        config = unwrap(self.model).config.get_text_config()
+        return build_loader(
+            dataset,
+            self.recipe,
+            pad_token_id=self._tokenizer.pad_token_id or 0,
+            weights=cost_weights(config),
+            max_positions=getattr(config, "max_position_embeddings", None),
+            rank=self.mesh.rank,
+            num_ranks=self.mesh.sizes.world,
+            evaluation=evaluation,
+        )
+
+    def _name_of(self, held_out: Any) -> str:
+        """Of held-out pairs, in `references`; only losses with a reference ask for it, and it takes a while."""
+        return fingerprint_pairs(held_out) if self.recipe.loss_options.needs_reference else ""
+
+    def _prepare(self, train: Any, evaluation: Any, *, recipe: Recipe | None = None) -> PreparedData:
+        if train is None and evaluation is None:
+            return PreparedData(None, None, Ledger(), "")
+        if train is None:
+            return PreparedData(None, self._tokenised(evaluation), Ledger(), "")
+        return self.mesh.main_first(
+            lambda: prepare_datasets(
+                train,
+                evaluation,
+                recipe or self.recipe,
+                self._tokenizer,
+                text_as_is=self._text_as_is,
+                progress=self.mesh.is_main,
+            )
+        )
+
+    def _tokenised(self, dataset: Any) -> Any:
+        """Held-out rows of one dataset as tokenised pairs."""
+        if is_tokenised(dataset):
+            return dataset
+        limit = load_recipe(self.recipe, {"max_train_samples": self.recipe.max_eval_samples})
+        return self._prepare(dataset, None, recipe=limit).train
+
+    # --- the model ---------------------------------------------------------------------------------------------------
+
+    def _ready(self, model: nn.Module) -> nn.Module:
+        if self._peft_config is not None:
+            model = wrap_in_adapters(model, self._peft_config, seed=self.recipe.seed)
+        for line in make_ready(model, self.recipe, device=self.mesh.device):
+            self.display.say(line)
+        self._check_if_here(model)
+        return model
+
+    def _check_if_here(self, model: nn.Module) -> None:
+        """Check the forward pass, once, of a model that is whole on the device that trains."""
+        if (
+            self._is_checked
+            or weights_are_elsewhere(model)
+            or next(model.parameters()).device.type != self.mesh.device.type
+        ):
+            return
+        self._check_forward(model, bf16=bool(self.recipe.bf16))
+
+    def _check_forward(self, model: nn.Module, *, bf16: bool) -> None:
+        recipe, implementation = self.recipe, unwrap(model).config._attn_implementation
+        # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
+        if is_packed(implementation) or implementation in ("sdpa", "eager") or recipe.bf16:
+            check_forward(model, pack=recipe.pack, share_prompt=recipe.share_prompt, bf16=bf16, mesh=self.mesh)
+        self._is_checked = True
+
+    def call_model_init(self, trial: Any = None) -> nn.Module:
+        """The model of `model_init`, made ready."""
+        self._is_checked = False
+        return self._ready(super().call_model_init(trial))
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
+        """Hand everything to the engine, then check what only the engine's model can show."""
+        masters = take_masters(self.model) if self.is_deepspeed_enabled else {}
+        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        if resume_from_checkpoint is None:
+            give_masters(masters)
+        del masters
+        if not self._is_checked or self.is_deepspeed_enabled or self.is_fsdp_enabled:  # these have weights of their own
+            with self.compute_loss_context_manager():
+                self._check_forward(model, bf16=False)
+        facts = {f"recipe key {name}": value for name, value in self.recipe.to_dict().items()}
+        facts |= {"fingerprint of the data": self.data.fingerprint, "batch plan": self.loader.fingerprint}
+        self.mesh.check_agreement({**facts, "optimizer steps done": self.state.global_step})
+        if self.recipe.loss_options.needs_reference:
+            self._prepare_references(model, resume_from_checkpoint)
+        self._logged = (self.state.global_step, time.perf_counter())
+        return model, dataloader
+
+    def _prepare_references(self, model: nn.Module, resume_from_checkpoint: Any) -> None:
+        """Before the first update the model is the reference; a resumed run has its log-probs from the checkpoint."""
+        stores = {"train": self.loader.store}
+        every = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
+        stores |= {self._name_of(d): self._build_loader(d, evaluation=True).store for d in every if d is not None}
+        if resume_from_checkpoint is not None:
+            self.references.load(Path(resume_from_checkpoint), stores)
+            return
+        self.display.say("computing the reference's log-probs: the model's own before its first update")
+
+        def forward(batch: PackedPairs) -> PairLogps:
+            with self.compute_loss_context_manager():
+                return compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
+
+        model.eval()
+        self.references.compute(forward, stores, self.recipe)
+        model.train()
+
+    # --- metrics -----------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """As in transformers; a training line has the means over all pairs since the last one, of all processes."""
+        if "loss" in logs and self.is_in_train and self.state.global_step > self._logged[0]:
+            logs |= self._window()
+        super().log(logs, start_time)
+
+    def _window(self) -> dict[str, float]:
+        """Means over every pair, and speed, since the last training line; every process calls it."""
+        (step, started), now = self._logged, time.perf_counter()
+        total = self._train_sums.over(self.mesh)
+        pairs = self._pairs_before(self.state.global_step) - self._pairs_before(step)
+        earlier = (line["tokens_seen"] for line in reversed(self.state.log_history) if "tokens_seen" in line)
+        self._train_sums, self._logged = StepTotals(), (self.state.global_step, now)
+        return means(total.metric_sums, pairs) | {
+            "pairs_seen": self._pairs_before(self.state.global_step),
+            "tokens_seen": next(earlier, 0) + total.num_tokens,
+            "step_time_s": (now - started) / (self.state.global_step - step),
+            "pairs_per_s": pairs / (now - started),
+            "memory_gib": self.mesh.largest(peak_memory_gib(self.args.device)),
+        }
+
+    def _pairs_before(self, step: int) -> int:
+        """Pairs in the first so many optimizer steps."""
+        epochs, within = divmod(step, self.loader.steps_per_epoch)
+        return epochs * len(self.loader.store) + min(within * self.loader.pairs_per_step, len(self.loader.store))
+
+    def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **options: Any) -> Any:
+        """The loss of one evaluation batch; there are no logits to hand on."""
+        with needs_memory("evaluation", advice="lower per_device_eval_batch_size"), torch.no_grad():
+            return self.compute_loss(model, self._prepare_inputs(inputs)).detach(), None, None
+
+    def evaluation_loop(
+        self, dataloader: DataLoader, description: str, *others: Any, metric_key_prefix: str = "eval", **options: Any
+    ) -> EvalLoopOutput:
+        """Means over all pairs of all processes, each pair once."""
+        started, self._eval_totals = time.perf_counter(), StepTotals()
+        output = super().evaluation_loop(
+            dataloader, description, *others, metric_key_prefix=metric_key_prefix, **options
+        )
+        total, self._eval_totals = self._eval_totals.over(self.mesh), None
+        self._logged = (self._logged[0], self._logged[1] + time.perf_counter() - started)  # not time of training
+        values = means(total.metric_sums, output.num_samples)
+        values |= {"pairs": output.num_samples, "time_s": time.perf_counter() - started}
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        return output
+
+    # --- saving and resuming -----------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """As in transformers, with the weights that the optimizer updates, wherever the engine has them.
+
+        They are written in `save_dtype`; in the dtype they are trained in where that is not set, and in checkpoints.
+        """
+        asked = None if _internal_call or self.recipe.save_dtype == "auto" else getattr(torch, self.recipe.save_dtype)
+        with plain_attention(self.model):
+            if asked is None and not isinstance(self.deepspeed, nn.Module):
+                super().save_model(output_dir, _internal_call=_internal_call)
+                return
+            state = self._whole_state_dict(asked)
+            folder = self.args.output_dir if output_dir is None else output_dir
+            self._save(folder, state_dict=state)
+        if self.args.should_save:
+            record_dtype(Path(folder), next(iter(state.values())).dtype)
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _whole_state_dict(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """The model's state dict with whole tensors, on the first process; every process calls it."""
+        state = {}
+        for name, value in self.whole_weights():
+            narrows = value is not None and dtype is not None and value.is_floating_point()
+            if narrows and overflows([value], dtype):
+                raise ValueError(
+                    f"save_dtype = {self.recipe.save_dtype}: a weight of {name} is too large; use bfloat16"
+                )
+            state[name] = value.to(dtype) if narrows else value
+        tie(state, self.model)
+        return state if self.mesh.is_main else {}
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        """(name, whole tensor) of all that a saved model holds, as it is trained, on the first process; None elsewhere.
+
+        Every process must run through all of it.
+        """
+        if isinstance(self.deepspeed, nn.Module):
+            yield from whole_weights(self.deepspeed, keep=self.mesh.is_main)
+        elif self.is_fsdp_enabled:
+            yield from (self.accelerator.get_state_dict(self.model_wrapped) or {}).items()
+        else:
+            yield from self.model.state_dict().items()
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / IDENTITY_FILE).write_text(json.dumps(self._identity()), encoding="utf-8")
+            if self.references:
+                self.references.save(folder)
+
+    def _init_training_state(self, max_steps: int, *others: Any) -> Any:
+        """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
+        self._total_steps = max_steps
+        *_, resume_from_checkpoint, _ = others
+        if resume_from_checkpoint is not None:
+            folder = Path(resume_from_checkpoint)
+            if not (folder / IDENTITY_FILE).is_file():
+                raise ValueError(f"resume_from_checkpoint: {folder} was not saved by this trainer (no {IDENTITY_FILE})")
+            saved = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
+            check_same_run(saved, self._identity(), Checkpoint(folder, 0))
+        return super()._init_training_state(max_steps, *others)
+
+    def _identity(self) -> dict[str, Any]:
+        """What must be equal for a checkpoint to be gone on from; JSON values."""
+        identity = {
+            "recipe": recipe_identity(self.recipe),
+            "data_fingerprint": self.data.fingerprint,
+            "pairs_per_step": self.loader.pairs_per_step,
+            "total_steps": self._total_steps,
+        }
+        return json.loads(json.dumps(identity))
+
+
+# --- start-up --------------------------------------------------------------------------------------------------------
+
+
+def _check_arguments(args: Any, data_collator: Any, others: Mapping[str, Any]) -> None:
+    if not isinstance(args, SimPOConfig):
+        raise ValueError(f"args: a SimPOConfig is needed, not {type(args).__name__}")
+    refused = {
+        "data_collator": "batches are planned and built here",
+        "compute_loss_func": "the loss is loss_type",
+        "compute_metrics": "there are no logits to compute from; rewards, log-probs and accuracies are logged",
+        "preprocess_logits_for_metrics": "there are no logits to process",
+    }
+    for name, reason in refused.items():
+        if (data_collator if name == "data_collator" else others.get(name)) is not None:
+            raise ValueError(f"{name}: not taken by this trainer: {reason}")
+
+
+def _tokenizer_of(model: Any, recipe: Recipe) -> Any:
+    name = getattr(getattr(unwrap(model), "config", None), "name_or_path", "") if model is not None else ""
+    if not name:
+        raise ValueError("processing_class: this model does not know where it came from; give its tokenizer")
+    return load_tokenizer(load_recipe(recipe, {"model_name_or_path": name}))
+
+
+def join_launched_world(args: SimPOConfig) -> Mesh:
+    """The processes that transformers has met, checked against what the launcher said.
+
+    Raises:
+        ValueError: fewer met than were started, or they talk through a backend that does not fit the device.
+    """
+    started = int(os.environ.get("WORLD_SIZE", "1"))
+    if args.world_size != started:
+        raise ValueError(
+            f"the launcher started {started} processes, and accelerate made a world of {args.world_size} of them: each "
+            "would train alone. On CPUs give use_cpu=True and ddp_backend='gloo', and no GPU-only configuration"
+        )
+    if started == 1:
+        if args.n_gpu > 1:  # transformers would split every batch over the GPUs of one process
+            print(f"{args.n_gpu} GPUs are visible and one is used; accelerate launch or torchrun uses them all")
+            args._n_gpu = 1
+        return Mesh(MeshSizes(), device=args.device)
+    backend = str(torch.distributed.get_backend())
+    if args.device.type == "cpu" and "nccl" in backend:
+        raise ValueError(f"processes that compute on CPUs talk through gloo, not {backend}; give ddp_backend='gloo'")
+    return Mesh(MeshSizes(dp_replicate=started), device=args.device)
+
+
+def check_launch(accelerator: Any) -> None:
+    """Raise ValueError where accelerate has silently become something else than it was launched as."""
+    for name, wanted in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
+        asked = os.environ.get(wanted, "false").lower() in ("1", "true")
+        if asked and accelerator.distributed_type.value != name:
+            raise ValueError(
+                f"accelerate was launched for {name} and runs as {accelerator.distributed_type.value}: "
+                "FSDP needs GPUs; choose another configuration file"
+            )
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
+        raise ValueError("fsdp_version: only 2 is supported; see recipes/accelerate/fsdp2.yaml")
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 0 and accelerator.mixed_precision != "no":
+        raise ValueError(
+            "zero_stage: 0 keeps fp32 weights where nobody can read them; use zero_stage: 1, or for plain data "
+            "parallelism recipes/accelerate/multi_gpu.yaml"
+        )

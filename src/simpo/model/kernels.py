@@ -1,0 +1,203 @@
+"""Which kernel computes a model's packed attention: the recipe's `attention_kernel`, tried before the run starts.
+
+What needs a GPU is tried once on a few hundred tokens, with heads like the model's, and compared with the reference,
+values and gradients. FlashAttention-3 and -4 come in through torch's own switch, which holds for the whole process.
+Must not import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from simpo.core.attention import (
+    ATTENTION_PATHS,
+    AttentionBlocks,
+    AttentionPath,
+    attention_path,
+    packed_attention,
+    reference_attention,
+    why_not,
+)
+from simpo.model.attention import PACKED, is_packed, packed_by, unwrap
+from simpo.model.costs import decoder_sizes
+
+
+class _Flash(NamedTuple):
+    """A flash attention that torch can switch to: its name there, the package it is in, the cards it runs on."""
+
+    name: str
+    package: str
+    majors: tuple[int, ...]  # of compute capability
+
+
+_FLASH = {
+    "flash3": _Flash("FA3", "flash_attn_interface", (9,)),
+    "flash4": _Flash("FA4", "flash_attn.cute.interface", (9, 10)),
+}
+_ERROR_LIMIT = 3e-2  # of the largest value; bf16 keeps 8 bits, and a wrong mask or scale is off by far more
+
+
+@dataclass(frozen=True)
+class _Heads:
+    """What attention looks like in a model: sizes, and what decides which kernels can compute it."""
+
+    groups: int
+    query: Tensor  # [1, 1, 1, D], for its dtype, device and size
+    value: Tensor
+    softcap: float | None
+    dropout: float
+    sliding_window: int | None
+
+
+def choose_kernel(model: nn.Module, kernel: str = "auto", *, device: torch.device, half: bool) -> str | None:
+    """Have a model's packed attention computed by a kernel; `auto` takes the fastest that works here.
+
+    Args:
+        kernel: see `attention_kernel` in the recipe.
+        device: where the model will compute.
+        half: whether it will compute in bf16, whatever its weights are in.
+    Returns:
+        For people: what `auto` had to leave out, and why; None = nothing.
+    Raises:
+        ValueError: a kernel that cannot compute this model's attention here.
+    """
+    base = unwrap(model)
+    heads = _heads(base, device, half)
+    if torch.nn.attention.current_flash_attention_impl() in [flash.name for flash in _FLASH.values()]:
+        torch.nn.attention.restore_flash_attention_impl()
+    left_out: list[str] = []
+    if kernel != "auto":
+        problem = _problem(kernel, heads)
+        if problem is not None:
+            able = [name for name in (*_FLASH, *ATTENTION_PATHS) if name != kernel and _refusal(name, heads) is None]
+            raise ValueError(
+                f"attention_kernel: {kernel} cannot be used here: {problem}; this machine and model can do "
+                f"{', '.join(able)}; auto takes the fastest"
+            )
+        path = "varlen" if kernel in _FLASH else kernel
+    else:
+        path = attention_path(heads.query, heads.value, softcap=heads.softcap, dropout=heads.dropout)
+        candidates = [name for name in _FLASH if path == "varlen" and _refusal(name, heads) is None]
+        for name in (*candidates, *((path,) if path in ("varlen", "flex") else ())):
+            problem = _problem(name, heads)
+            if problem is None:
+                break
+            left_out.append(f"{name} was left out: {problem}")
+            if name == path:
+                path = "matmul" if heads.softcap is not None else "blocks"
+                break
+        if not left_out:
+            path = None  # each call chooses by its tensors
+    base.set_attn_implementation(packed_by(path))
+    base.__dict__["_attention_left_out"] = note = "; ".join(left_out)
+    return note or None
+
+
+def describe_attention(model: nn.Module, *, half: bool) -> str:
+    """For people: how this model attends to its rows, computing in bf16 (half) or in its weights' dtype."""
+    base = unwrap(model)
+    implementation = base.config._attn_implementation
+    if not is_packed(implementation):
+        return implementation
+    heads = _heads(base, base.get_input_embeddings().weight.device, half)
+    preferred = implementation.removeprefix(PACKED).removeprefix("_") or None
+    path = attention_path(heads.query, heads.value, softcap=heads.softcap, dropout=heads.dropout, prefer=preferred)
+    version = torch.nn.attention.current_flash_attention_impl() or "torch's flash attention"
+    text = {
+        "varlen": f"varlen_attn ({version}), all blocks at once",
+        "flex": "FlexAttention, all blocks at once",
+        "matmul": "products of matrices, in tiles",
+        "blocks": "torch's own, block by block",
+    }[path]
+    left_out = base.__dict__.get("_attention_left_out")
+    return f"{text} ({left_out})" if left_out else text
+
+
+def _heads(base: nn.Module, device: torch.device, half: bool) -> _Heads:
+    config = base.config.get_text_config()
+    sizes = decoder_sizes(config)
+    size = getattr(config, "qk_head_dim", None) or sizes["head_dim"]
+    value_size = getattr(config, "v_head_dim", None) or size
+    dtype = torch.bfloat16 if half else base.get_input_embeddings().weight.dtype
+    query, value = (torch.empty(1, 1, 1, width, dtype=dtype, device=device) for width in (size, value_size))
+    dropout = max((getattr(module, "attention_dropout", 0.0) for module in base.modules()), default=0.0)
+    softcap = getattr(config, "attn_logit_softcapping", None)
+    groups = max(1, sizes["num_heads"] // sizes["num_kv_heads"])
+    window = 100 if getattr(config, "sliding_window", None) else None
+    return _Heads(groups, query, value, softcap, dropout, window)
+
+
+def _refusal(kernel: str, heads: _Heads) -> str | None:
+    """Why a kernel cannot be used here, without trying it."""
+    flash = _FLASH.get(kernel)
+    path: AttentionPath = "varlen" if flash is not None else kernel
+    reason = why_not(path, heads.query, heads.value, softcap=heads.softcap, dropout=heads.dropout)
+    if reason is not None or flash is None:
+        return reason
+    major, minor = torch.cuda.get_device_capability(heads.query.device)
+    if major not in flash.majors:
+        cards = " or ".join(f"{number}.0" for number in flash.majors)
+        return f"it needs a GPU of compute capability {cards}, this one has {major}.{minor}"
+    if flash.name not in torch.nn.attention.list_flash_attention_impls():
+        return "this torch cannot switch to it"
+    return None if _is_installed(flash.package) else f"the package {flash.package} is not installed"
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return importlib.util.find_spec(package) is not None
+    except ImportError:  # its parent package is missing
+        return False
+
+
+def _problem(kernel: str, heads: _Heads) -> str | None:
+    """Why a kernel cannot be used here; one that needs a GPU is tried, and switched on for good if it is right."""
+    reason = _refusal(kernel, heads)
+    if reason is not None or kernel in ("matmul", "blocks"):
+        return reason
+    if kernel not in _FLASH:
+        return _try(kernel, heads)
+    try:
+        torch.nn.attention.activate_flash_attention_impl(_FLASH[kernel].name)
+    except Exception as error:  # whatever the package raises as it is imported
+        return _first_line(error)
+    problem = _try("varlen", heads)
+    if problem is not None:
+        torch.nn.attention.restore_flash_attention_impl()
+    return problem
+
+
+def _try(path: AttentionPath, heads: _Heads) -> str | None:
+    """Attend to a few short blocks both ways: what went wrong, or None."""
+    blocks = AttentionBlocks(((0, 0, 0, 150), (0, 70, 150, 260), (260, 260, 260, 300)))
+    options: dict[str, Any] = {"softcap": heads.softcap}
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(1, 2 * heads.groups, 300, heads.query.shape[-1]), (1, 2, 300, heads.query.shape[-1])]
+    shapes.append((1, 2, 300, heads.value.shape[-1]))
+    half = [torch.randn(shape, generator=generator).to(heads.query).requires_grad_() for shape in shapes]
+    exact = [tensor.detach().float().requires_grad_() for tensor in half]
+    try:
+        for window in {None, heads.sliding_window}:
+            with torch.enable_grad(), torch.autocast(heads.query.device.type, enabled=False):
+                out = packed_attention(*half, blocks, sliding_window=window, prefer=path, **options)
+                truth = reference_attention(*exact, blocks, sliding_window=window, **options)
+                direction = torch.ones_like(truth).cumsum(2) / truth.shape[2]
+                gradients = torch.autograd.grad(out, half, direction.to(out.dtype))
+                true_gradients = torch.autograd.grad(truth, exact, direction)
+            pairs = zip((out, *gradients), (truth, *true_gradients), strict=True)
+            error = max(float(((a.float() - b).abs().max() / b.abs().max()).detach()) for a, b in pairs)
+            if not error <= _ERROR_LIMIT:
+                return f"its results differ from the reference by {error:.2g} of the largest"
+    except Exception as error:  # what a kernel or its compiler cannot do decides what is raised
+        return _first_line(error)
+    return None
+
+
+def _first_line(error: Exception) -> str:
+    cause = getattr(error, "inner_exception", error)  # dynamo wraps what its backend raises
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -1,0 +1,266 @@
+"""Loading of tokenizers and Hugging Face models, LoRA and QLoRA included, ready for preference training."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from simpo.model.attention import PACKED, plain_implementation, unwrap
+from simpo.model.head import install_head
+from simpo.model.kernels import choose_kernel
+from simpo.model.low_memory import install_lean_blocks, install_liger_kernels, why_no_liger
+from simpo.model.probe import check_forward
+from simpo.parallel.mesh import Mesh, MeshSizes, check_heads, local_rank_of
+from simpo.parallel.sharding import (
+    check_sharded_by_block,
+    drop_gathered,
+    gather_blocks_in,
+    loading_options,
+    rebuild_adapters,
+    share_tied_shards,
+)
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+
+def pick_device(requested: str) -> torch.device:
+    """The recipe's `device` as a torch device.
+
+    Raises:
+        ValueError: "cuda" where there is none.
+    """
+    if requested == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: cuda was asked for, but torch sees no CUDA GPU; use device: auto or cpu")
+    if requested == "auto":
+        requested = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(requested)
+
+
+def set_precision(recipe: Recipe, device: torch.device) -> None:
+    """Let CUDA compute as the recipe's `tf32` says, and refuse a precision that this machine does not have.
+
+    Raises:
+        ValueError: which key, and what this machine can do.
+    """
+    name, has_bf16 = f"a {device.type.upper()}", device.type != "cuda"
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        has_bf16 = major >= 8
+        name = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+    for key, wanted in (("bf16", recipe.bf16), ("master_dtype", recipe.master_dtype == "bfloat16")):
+        if wanted and not has_bf16:
+            instead = "bf16: false, which computes in float32" if key == "bf16" else "master_dtype: float32"
+            raise ValueError(f"{key}: {name} has no bfloat16, which begins with 8.0 (Ampere); set {instead}")
+    if recipe.tf32 and not (device.type == "cuda" and has_bf16):
+        raise ValueError(f"tf32: {name} has no TensorFloat-32, GPUs from 8.0 (Ampere) on have; remove it")
+    if recipe.tf32 is not None:
+        torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+
+
+def load_tokenizer(recipe: Recipe) -> Any:
+    """The recipe's tokenizer, with the recipe's chat template and a padding token."""
+    name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
+    tokenizer = load_pretrained(AutoTokenizer, name, recipe, what="tokenizer")
+    if recipe.chat_template is not None:
+        tokenizer.chat_template = recipe.chat_template
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    name: str | None = None,
+    trainable: bool = True,
+    mesh: Mesh | None = None,
+    check: bool = True,
+) -> nn.Module:
+    """The recipe's model on a device, ready for `compute_pair_logps`.
+
+    Args:
+        recipe: says which model, attention, master dtype, adapters.
+        device: where its weights go.
+        name: another checkpoint to load instead (a reference model, a model to evaluate).
+        trainable: False loads it frozen, in eval mode and without adapters of the recipe.
+        mesh: the processes to spread it over, all of which must call this; None = whole, on this process.
+        check: compare its log-probs with its ordinary ones; False leaves that to the caller (`model.probe`).
+    Raises:
+        ValueError: no such model, an adapter, quantisation or attention kernel that cannot be had, a mesh that the
+            model cannot be spread over, or a model whose log-probs here do not agree with its ordinary forward pass.
+    """
+    packed = recipe.pack or recipe.share_prompt
+    mesh = mesh or Mesh(MeshSizes(), device=device)
+    name = name or recipe.model_name_or_path
+    options: dict[str, Any] = {
+        "attn_implementation": PACKED if packed else recipe.attn_implementation,
+        "dtype": getattr(torch, recipe.master_dtype),
+    }
+    if recipe.load_in_4bit and trainable:
+        options |= quantization_options(recipe, device)
+    if mesh.sizes.is_sharded:
+        check_heads(load_pretrained(AutoConfig, name, recipe, what="configuration"), mesh.sizes)
+    sharding = loading_options(mesh, recipe)
+    with local_rank_of(device):
+        model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", **options, **sharding)
+    check_sharded_by_block(model)
+    keep_quantized_trainable(model)
+    if not packed and recipe.attn_implementation is None:
+        model.set_attn_implementation(plain_implementation(model))
+    if not (sharding or (recipe.load_in_4bit and trainable)):
+        model = model.to(device)
+    if recipe.disable_dropout or not trainable:
+        disable_dropout(model)
+    if packed:
+        choose_kernel(model, recipe.attention_kernel, device=device, half=bool(recipe.bf16))
+    if trainable and recipe.use_peft:
+        model = add_adapters(model, lora_config(recipe), seed=recipe.seed)
+        if mesh.sizes.tp > 1:
+            rebuild_adapters(model, seed=recipe.seed)
+    install_head(model)
+    if recipe.use_liger_kernel and why_no_liger(unwrap(model), device) is None:
+        install_liger_kernels(unwrap(model))
+    install_lean_blocks(model)
+    if trainable and recipe.gradient_checkpointing:
+        base = unwrap(model)  # transformers 5.17 has the older name alone
+        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+        enable({**(recipe.gradient_checkpointing_kwargs or {}), "use_reentrant": False})
+    if not trainable:
+        model.requires_grad_(False)
+        model.eval()
+    in_half = bool(sharding) and bool(recipe.bf16) and recipe.fsdp_param_dtype != "float32"
+    if in_half:
+        gather_blocks_in(model, torch.bfloat16)  # from here on a forward pass needs autocast
+    share_tied_shards(model)
+    # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
+    if check and (packed or recipe.attn_implementation in (None, "sdpa", "eager") or recipe.bf16):
+        check_forward(model, pack=recipe.pack, share_prompt=recipe.share_prompt, bf16=bool(recipe.bf16), mesh=mesh)
+        drop_gathered(model)
+    return model
+
+
+def source_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype that the base model's own checkpoint is stored in; the final model is saved in it."""
+    config = load_pretrained(AutoConfig, recipe.model_name_or_path, recipe, what="configuration")
+    return config.dtype or torch.float32
+
+
+def load_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **options: Any) -> Any:
+    """factory.from_pretrained with the recipe's revision; a ValueError of one line where there is no such thing."""
+    if _looks_local(name) and not Path(name).is_dir():
+        raise ValueError(f"model_name_or_path: there is no folder {name!r}; give a folder or a hub name")
+    if Path(name).is_dir():  # a bar for reading local weights is noise beside the run's own; a download keeps its bar
+        transformers_logging.disable_progress_bar()
+    try:
+        return factory.from_pretrained(
+            name,
+            revision=recipe.model_revision or "main",
+            trust_remote_code=recipe.trust_remote_code,
+            **options,
+        )
+    except (OSError, KeyError, ImportError) as error:  # a missing or broken checkpoint, an attention not installed
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"cannot load the {what} {name!r}: {first_line}") from error
+
+
+def _looks_local(name: str) -> bool:
+    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout probability to 0: a policy's log-probs should not depend on the dice."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name in ("attention_dropout", "attn_dropout", "dropout"):
+            if isinstance(module.__dict__.get(name), float):
+                setattr(module, name, 0.0)
+
+
+def quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
+    """What `from_pretrained` needs to hold the weights in 4 bits; a ValueError where this machine cannot."""
+    # On a CPU it warns of a kernel for inference that it would fetch from the hub.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise ValueError("load_in_4bit needs bitsandbytes: pip install 'simpo[qlora]'") from error
+    from transformers import BitsAndBytesConfig
+
+    compute = torch.bfloat16 if recipe.bf16 else torch.float32
+    kind, nested = recipe.bnb_4bit_quant_type, recipe.bnb_4bit_use_double_quant
+    try:  # not every build of bitsandbytes runs everywhere, and what is raised differs from build to build
+        layer = bitsandbytes.nn.Linear4bit(
+            64, 64, bias=False, compute_dtype=compute, compress_statistics=nested, quant_type=kind
+        ).to(device)
+        layer(torch.ones(2, 64, dtype=compute, device=device, requires_grad=True)).sum().backward()
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(
+            f"load_in_4bit: bitsandbytes {bitsandbytes.__version__} cannot hold 4-bit weights on {device.type} here "
+            f"({reason}); set it to false for LoRA on unquantised weights (master_dtype: bfloat16 halves them)"
+        ) from error
+    quantization = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=kind,
+        bnb_4bit_use_double_quant=nested,
+        bnb_4bit_compute_dtype=compute,
+    )
+    return {
+        "quantization_config": quantization,
+        "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
+    }
+
+
+def keep_quantized_trainable(model: nn.Module) -> None:
+    """Keep bitsandbytes on a CPU from packing 4-bit weights for inference in the first pass in eval mode.
+
+    They stay packed, and in 0.50 no gradient passes through packed ones: adapters below the last layer would not learn.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def lora_config(recipe: Recipe) -> Any:
+    """The recipe's adapters as peft wants them; a ValueError where peft is not installed."""
+    try:
+        from peft import LoraConfig
+    except ImportError as error:
+        raise ValueError("use_peft needs peft: pip install 'simpo[peft]'") from error
+    targets = recipe.lora_target_modules
+    return LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora_r,
+        lora_alpha=recipe.lora_alpha,
+        lora_dropout=recipe.lora_dropout,
+        target_modules=targets if isinstance(targets, str) else list(targets),
+        modules_to_save=list(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
+    )
+
+
+def add_adapters(model: PreTrainedModel, config: Any, *, seed: int, **options: Any) -> nn.Module:
+    """A PEFT model around the model; its adapters' initial values follow from the seed, whatever ran before.
+
+    Args:
+        config: peft's, see `lora_config`.
+        options: further ones of `peft.get_peft_model`.
+    """
+    from peft import get_peft_model, prepare_model_for_kbit_training
+
+    if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    torch.manual_seed(seed)
+    with warnings.catch_warnings():
+        # peft 0.21 reads an attribute that transformers 5.23 renamed.
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        return get_peft_model(model, config, **options)

@@ -1,0 +1,235 @@
+"""Activations kept in host memory between the forward and the backward pass.
+
+`torch.autograd.graph.save_on_cpu` would move every saved tensor, the weights with them and a tensor that three layers
+save three times. This moves activations only, each once out and once back, and lets the copies run beside the
+computation: those back start before they are asked for, in the reversed order of those out.
+
+Must not import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from simpo.parallel.sharding import local_part
+
+MOST_AHEAD = 2**29
+"""Bytes that may wait on the GPU before the backward pass asks for them."""
+
+
+@dataclass(eq=False)
+class _OnHost:
+    """A saved tensor's copy in host memory, and on the device again from its first use to its last.
+
+    Every operation that saved the tensor holds this object and lets go of it once its own backward is done: with the
+    last of them both copies are free.
+
+    Attributes:
+        place: in the order of copies out.
+        copied: reached when a CUDA copy out is whole; None off CUDA.
+        back: the copy that came back.
+        arrived: reached when a CUDA copy back is whole.
+    """
+
+    values: Tensor
+    device: torch.device
+    place: int
+    copied: torch.cuda.Event | None
+    back: Tensor | None = None
+    arrived: torch.cuda.Event | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return self.values.numel() * self.values.element_size()
+
+
+@dataclass(eq=False)
+class Offload:
+    """What one forward pass left in host memory.
+
+    Attributes:
+        num_tensors, num_bytes: copied out, each tensor counted once however many operations saved it.
+        num_bytes_back: copied back so far.
+    """
+
+    num_tensors: int = 0
+    num_bytes: int = 0
+    num_bytes_back: int = 0
+    _copies: dict[tuple[object, ...], tuple[StorageWeakRef, _OnHost]] = field(default_factory=dict, repr=False)
+    _order: list[weakref.ref[_OnHost]] = field(default_factory=list, repr=False)
+    _reached: int = 0  # copies at this place and after it were fetched or are not needed
+    _ahead: list[weakref.ref[_OnHost]] = field(default_factory=list, repr=False)  # fetched, not asked for yet
+    _streams: dict[tuple[torch.device, str], torch.cuda.Stream] = field(default_factory=dict, repr=False)
+
+    def keep(self, tensor: Tensor) -> _OnHost:
+        """The tensor's copy in host memory: a new one, or that of the same memory, unchanged since."""
+        # While the weak reference stands, no other storage can have its address: a hit is the same memory.
+        reference = StorageWeakRef(tensor.untyped_storage())
+        view = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version)
+        key = (reference.cdata, *view)
+        known = self._copies.get(key)
+        if known is not None:
+            return known[1]
+        values, copied = _copy_to_host(tensor.detach(), self._stream(tensor.device, "out"))
+        on_host = _OnHost(values, tensor.device, len(self._order), copied)
+        self._copies[key] = (reference, on_host)
+        self._order.append(weakref.ref(on_host))
+        self._reached = len(self._order)
+        self.num_tensors += 1
+        self.num_bytes += on_host.num_bytes
+        return on_host
+
+    def restore(self, on_host: _OnHost) -> Tensor:
+        """The tensor on its device, and those that will be asked for next on their way there."""
+        if on_host.back is None:
+            self._fetch(on_host)
+        self._reached = min(self._reached, on_host.place)
+        self._ahead = [each for each in self._ahead if each() not in (None, on_host)]
+        waiting = sum(each().num_bytes for each in self._ahead)
+        most = min(MOST_AHEAD, self.num_bytes // 8)
+        while self._reached > 0:
+            following = self._order[self._reached - 1]()
+            if following is not None and following.back is None:
+                if waiting and waiting + following.num_bytes > most:
+                    break
+                self._fetch(following)
+                self._ahead.append(weakref.ref(following))
+                waiting += following.num_bytes
+            self._reached -= 1
+        if on_host.arrived is not None:
+            torch.cuda.current_stream(on_host.device).wait_event(on_host.arrived)
+        return on_host.back
+
+    def _fetch(self, on_host: _OnHost) -> None:
+        self.num_bytes_back += on_host.num_bytes
+        if on_host.copied is None:
+            on_host.back = on_host.values.to(on_host.device, copy=True)
+            return
+        # The memory belongs to the computation's stream, which may still use it for something else: the copy waits.
+        stream = self._stream(on_host.device, "back")
+        on_host.back = torch.empty_like(on_host.values, device=on_host.device)
+        stream.wait_stream(torch.cuda.current_stream(on_host.device))
+        stream.wait_event(on_host.copied)
+        with torch.cuda.stream(stream):
+            on_host.back.copy_(on_host.values, non_blocking=True)
+            on_host.arrived = stream.record_event()
+        on_host.back.record_stream(stream)  # if nobody asks for it, its memory is free only when the copy is done
+
+    def _stream(self, device: torch.device, name: str) -> torch.cuda.Stream | None:
+        if device.type != "cuda":
+            return None
+        if (device, name) not in self._streams:
+            self._streams[device, name] = torch.cuda.Stream(device)
+        return self._streams[device, name]
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+@contextlib.contextmanager
+def offload_activations(
+    model: nn.Module, *, eligible: Callable[[Tensor], bool] = _is_on_gpu, min_bytes: int = 2**20
+) -> Iterator[Offload]:
+    """Around a forward pass: what its backward needs waits in (pinned) host memory. Gradients are bit for bit the same.
+
+    Weights stay where they are, and so does whatever looks like one: a tensor with a weight's shape, either way round,
+    is its copy in autocast's precision, or put together from its shards. (An activation that happens to have such a
+    shape stays too.) The backward pass belongs outside, or what it recomputes under gradient checkpointing would make
+    the journey for nothing.
+
+    Args:
+        model: its parameters are not moved; as they are when the block is entered.
+        eligible: which tensors may be moved at all.
+        min_bytes: smaller tensors are not worth a copy.
+    """
+    storages, shapes = _weights(model)
+    offload = Offload()
+
+    def pack(tensor: Tensor) -> Tensor | tuple[_OnHost, Callable[[Tensor], Tensor]]:
+        part = _plain_part(tensor)
+        if part is None or part.numel() * part.element_size() < min_bytes or not eligible(part):
+            return tensor
+        if part.untyped_storage().data_ptr() in storages or tuple(part.shape) in shapes:
+            return tensor
+        return offload.keep(part), _like(tensor)
+
+    def unpack(packed: Tensor | tuple[_OnHost, Callable[[Tensor], Tensor]]) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        on_host, wrap = packed
+        return wrap(offload.restore(on_host))
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield offload
+    finally:
+        offload._copies.clear()  # from here on only the graph keeps them
+
+
+def _weights(model: nn.Module) -> tuple[set[int], set[tuple[int, ...]]]:
+    """Where the model's own weights lie in memory, and the shapes in which one may be met elsewhere.
+
+    FSDP2 gathers a weight over the mesh dimension that it shards, into memory that comes and goes; tensor parallelism
+    never does: a weight is met whole, as this process's part of it, or in between.
+    """
+    storages: set[int] = set()
+    shapes: set[tuple[int, ...]] = set()
+    for weight in model.parameters():
+        own = local_part(weight.detach())
+        storages.add(own.untyped_storage().data_ptr())
+        for shape in {weight.shape, own.shape, _gathered_shape(weight)}:
+            shapes |= {tuple(shape), tuple(shape[:-2] + shape[-1:] + shape[-2:-1])}
+    return storages, shapes
+
+
+def _gathered_shape(weight: Tensor) -> torch.Size:
+    """Of a weight in its layer's forward pass: whole, but for the dimensions that tensor parallelism shards."""
+    if not isinstance(weight, DTensor) or "tp" not in (weight.device_mesh.mesh_dim_names or ()):
+        return weight.shape
+    mesh, shape = weight.device_mesh, list(weight.shape)
+    at = mesh.mesh_dim_names.index("tp")
+    placement = weight.placements[at]
+    if isinstance(placement, Shard):
+        dim = placement.dim
+        shape[dim], _ = Shard.local_shard_size_and_offset(shape[dim], mesh.size(at), mesh.get_local_rank(at))
+    return torch.Size(shape)
+
+
+def _plain_part(tensor: Tensor) -> Tensor | None:
+    """The strided memory of this process in a tensor; None where there is none to copy."""
+    with torch.no_grad():
+        part = local_part(tensor)
+    return part if type(part) in (Tensor, nn.Parameter) and part.layout == torch.strided else None
+
+
+def _like(tensor: Tensor) -> Callable[[Tensor], Tensor]:
+    """From a restored part to a tensor such as the one that was saved."""
+    if not isinstance(tensor, DTensor):
+        return _itself
+    mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
+    return lambda part: DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _copy_to_host(tensor: Tensor, side: torch.cuda.Stream | None) -> tuple[Tensor, torch.cuda.Event | None]:
+    if side is None:
+        return torch.empty_like(tensor, device="cpu").copy_(tensor), None
+    side.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(side):
+        values = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        values.copy_(tensor, non_blocking=True)
+        copied = side.record_event()
+    tensor.record_stream(side)  # its memory may be given away only when the copy is done
+    return values, copied

@@ -1,0 +1,335 @@
+"""The start-up check: log-probs of the rows that train, against the model's ordinary ones.
+
+It finds architectures that do something after their head, or attend in a way, that this package does not reproduce.
+Ordinary are the logits that transformers computes with its own attention for unpadded sequences. How far rounding alone
+moves those is measured on the model, since it grows with its logits and depth and differs between precisions: in
+bfloat16 it is around 0.08 nats of SmolLM2-135M, half of what a logit scale that is off by 2% makes.
+
+Owns the probe rows, the noise and the verdict. Must not import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from simpo.core.batch import build_batch
+from simpo.model.attention import is_packed, plain_attention, unwrap
+from simpo.model.head import compute_token_logps
+from simpo.parallel.mesh import Mesh, MeshSizes
+
+NOISE_FACTOR = 1.4
+"""A layout may differ from the ordinary log-probs by this many times what rounding moves those by. Measured on
+SmolLM2-135M in bfloat16, six draws of tokens: right ones differ by 0.8 to 1.1 times that, a rotary position that is off
+by one by 1.6 to 3.1 times, a leak of one token by 3 to 11 times. Chosen and rejected responses are judged each for
+themselves: a mistake may touch one kind only."""
+
+DRAWS = 3
+"""Draws of tokens that a layout gets where only that limit speaks against it, by no more than twice: right layouts pass
+one of them, a fault of this size stays above the limit in each."""
+
+OUTLIER_FACTOR = 4.0
+"""The same for all labels. The limit above is for nine tenths of them: rounding moves a few labels far."""
+
+FLOOR = 1e-4
+"""Nats that are never held against a layout, however little rounding moves the model."""
+
+SCALE_LIMIT = 0.008
+"""The factor on the logits that explains the differences best may differ from 1 by this much. Noise averages out of it:
+a scale that is off by 2% shows where single tokens hide it."""
+
+# Tokens of the prompts, of all sequences with a chosen and of all with a rejected response. Sequences of one kind are
+# equally long, so that they need no padding; the layouts that train see prompts and responses of many lengths.
+_PROMPTS, _CHOSEN, _REJECTED = (12, 20, 8, 16), 52, 40
+
+
+class _Pair(NamedTuple):
+    row_id: str
+    chosen_ids: list[int]
+    chosen_start: int
+    rejected_ids: list[int]
+    rejected_start: int
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How a layout's log-probs compare with the ordinary ones.
+
+    Attributes:
+        rms: root mean square of the differences in nats, without the tenth of the labels that differ most; of chosen or
+            of rejected responses, whichever is larger.
+        rms_of_all: with that tenth.
+        noise: what rounding moves the ordinary ones by, as `rms`; None where it was not needed.
+        scales: the factors on the logits that would explain the differences best, one in the head and one behind it,
+            each with the nats (root of the sum of squares) by which a factor of 2 would show.
+        precision: what was computed in.
+    """
+
+    rms: float
+    rms_of_all: float
+    noise: float | None
+    scales: tuple[tuple[float, float], ...]
+    precision: torch.dtype
+
+    @property
+    def limit(self) -> float:
+        """The largest `rms` that is accepted."""
+        return max(FLOOR, NOISE_FACTOR * (self.noise or 0.0))
+
+    @property
+    def is_good(self) -> bool:
+        """Whether rounding explains the differences; they may be no numbers."""
+        outliers_fit = self.rms_of_all <= self.limit * OUTLIER_FACTOR / NOISE_FACTOR
+        return self.rms <= self.limit and outliers_fit and self._odd_scale is None
+
+    @property
+    def is_close(self) -> bool:
+        """Whether another draw of tokens may show it good."""
+        return replace(self, rms=self.rms / 2).is_good
+
+    @property
+    def _odd_scale(self) -> float | None:
+        """The factor that is further from 1 than rounding leaves it, if there is one."""
+        for scale, shows in self.scales:
+            if not abs(scale - 1) <= max(SCALE_LIMIT, 5 * (self.noise or 0.0) / max(shows, 1e-12)):
+                return scale
+        return None
+
+    def __str__(self) -> str:
+        precision = str(self.precision).removeprefix("torch.")
+        noise = "" if self.noise is None else f"; rounding alone makes {self.noise:.2g}"
+        scale = "" if self._odd_scale is None else f", as if logits were scaled by {self._odd_scale:.3f}"
+        return (
+            f"differ from the model's ordinary ones by {self.rms_of_all:.2g} nats (rms, in {precision}{noise}){scale}"
+        )
+
+
+def check_forward(
+    model: nn.Module, *, pack: bool = True, share_prompt: bool = True, bf16: bool = False, mesh: Mesh | None = None
+) -> Agreement:
+    """Refuse a model whose log-probs in a layout are not its ordinary ones.
+
+    Args:
+        model: as it will train, inside an engine or not; left in the mode it was in.
+        pack, share_prompt: the layout that trains.
+        bf16: compute under autocast to bfloat16; False = in what the model, its engine and the caller's context say.
+        mesh: the processes that hold the model, all of which must call this; None = this one.
+    Returns:
+        How well they agree, in the precision that trains.
+    Raises:
+        ValueError: they do not, in that precision or in the model's own fp32; says whether the padded layout would.
+    """
+    found = probe_layout(model, pack=pack, share_prompt=share_prompt, bf16=bf16, mesh=mesh)
+    if found.is_good:
+        return found
+    layout = "packed" if pack or share_prompt else "padded"
+    kind = f"{type(unwrap(model)).__name__}: {layout} log-probs {found}"
+    reason = "this architecture does something after its head or in its attention that is not supported here"
+    if layout == "packed" and probe_layout(model, pack=False, share_prompt=False, bf16=bf16, mesh=mesh).is_good:
+        raise ValueError(f"{kind}: {reason}; set pack and share_prompt to false: that layout agrees")
+    also = ", with pack and share_prompt set to false as well" if layout == "packed" else ""
+    raise ValueError(f"{kind}: {reason}{also}; it cannot be trained")
+
+
+@torch.no_grad()
+def probe_layout(
+    model: nn.Module, *, pack: bool, share_prompt: bool, bf16: bool, mesh: Mesh | None = None
+) -> Agreement:
+    """Compare; arguments as in `check_forward`. The same verdict on every process.
+
+    Whole fp32 weights that train under autocast are compared in fp32 first, where nothing hides in rounding.
+    """
+    base = unwrap(model)
+    device = base.get_input_embeddings().weight.device
+    probe = _Probe(model, mesh or Mesh(MeshSizes(), device=device), pack=pack, share_prompt=share_prompt)
+    was_training = model.training
+    model.eval()
+    try:
+        if bf16 and _is_whole_fp32(model) and _takes_fp32(base.config._attn_implementation):
+            with torch.autocast(device.type, enabled=False):
+                found = probe.compare()
+            if not found.is_good:
+                return found
+        with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
+            return probe.compare()
+    finally:
+        model.train(was_training)
+
+
+class _Probe:
+    """Probe pairs, and what a model on a mesh makes of them; `compare` is the whole of it."""
+
+    def __init__(self, model: nn.Module, mesh: Mesh, *, pack: bool, share_prompt: bool) -> None:
+        self.model, self.mesh = model, mesh
+        base = unwrap(model)
+        config = base.config.get_text_config()
+        self.device = base.get_input_embeddings().weight.device
+        self.vocab_size = config.vocab_size
+        self.max_positions = getattr(config, "max_position_embeddings", None) or _CHOSEN
+        self.layout = {"pack": pack, "share_prompt": share_prompt}
+        self.precision = torch.float32
+
+    def compare(self) -> Agreement:
+        """In the precision of the context that it is called in."""
+        for seed in range(DRAWS):
+            self.pairs = _probe_pairs(self.vocab_size, self.max_positions, seed=seed)
+            self.batch = build_batch(self.pairs, **self.layout)
+            found = self._compare_draw()
+            if found.is_good or not found.is_close:
+                break
+        return found
+
+    def _compare_draw(self) -> Agreement:
+        ordinary, *slopes = self._ordinary()
+        difference = self._layout_logps() - ordinary
+        scales = tuple(_fit(difference, slope) for slope in slopes)
+        rms, rms_of_all = self._rms(difference, share=0.9), self._rms(difference, share=1.0)
+        found = self._of_all(Agreement(rms, rms_of_all, None, scales, self.precision))
+        if found.is_good:
+            return found
+        noise = self._rms(self._rounded_logps() - ordinary, share=0.9)
+        return self._of_all(replace(found, noise=noise))
+
+    def _of_all(self, found: Agreement) -> Agreement:
+        """One process's finding for all: they must go the same way, or some would wait for the others for ever."""
+        everyone = self.mesh.gather(found)
+        return next((theirs for theirs in everyone if not theirs.is_good), everyone[0])
+
+    def _rms(self, difference: Tensor, *, share: float) -> float:
+        """Of that share of the chosen labels or of the rejected ones, whichever is larger; nan if anything is."""
+        responses = difference.double().split(self.batch.response_lengths.tolist())
+        found = []
+        for side in (0, 1):
+            squares = torch.cat(responses[side::2]).square().sort().values  # nan comes last
+            kept = squares[: math.ceil(share * len(squares))]
+            found.append(kept.mean().sqrt() if not squares[-1].isnan() else squares[-1])
+        return float(torch.stack(found).amax())
+
+    def _layout_logps(self) -> Tensor:
+        """Of every label, in the layout that trains and by the attention that trains."""
+        mine = self.mesh.own_rows(self.batch)
+        logps = compute_token_logps(self.model, mine.to(self.device))
+        if self.mesh.cp_group is None:
+            return logps
+        here = self.batch.source_rows // mine.num_tokens == self.mesh.cp_rank
+        every = logps.new_zeros(len(here))
+        every[here.to(self.device)] = logps
+        dist.all_reduce(every, group=self.mesh.cp_group)
+        return every
+
+    def _ordinary(self) -> list[Tensor]:
+        """Of every label what `_read` gives from ordinary logits."""
+        parts: list[list[tuple[Tensor, ...]]] = []
+        for ids, starts in self._sides():
+            logits = self._plain_logits(torch.tensor(ids))
+            parts.append([_read(*row) for row in zip(logits, ids, starts, strict=True)])
+        both = [part for pair in zip(*parts, strict=True) for part in pair]  # chosen and rejected in turn
+        return [torch.cat(column) for column in zip(*both, strict=True)]
+
+    def _rounded_logps(self) -> Tensor:
+        """Of every label its log-prob from ordinary logits of one padded batch, its embeddings rounded otherwise.
+
+        Of small models the padded batch alone has the very bits of the unpadded ones. Every later rounding falls
+        otherwise after the first one did, as it does in another layout on another kernel.
+        """
+        (chosen, chosen_starts), (rejected, rejected_starts) = self._sides()
+        sequences, starts = [*chosen, *rejected], [*chosen_starts, *rejected_starts]
+        ids = torch.zeros(len(sequences), len(chosen[0]), dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for row, sequence in enumerate(sequences):
+            ids[row, : len(sequence)], mask[row, : len(sequence)] = torch.tensor(sequence), 1
+        generator = torch.Generator().manual_seed(1)
+
+        def round_otherwise(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
+            wide = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
+            factor = 1 + self._rounding() * (torch.rand(embedded.shape, generator=generator) - 0.5)
+            return (wide * factor.to(self.device)).to(embedded.dtype)
+
+        hook = unwrap(self.model).get_input_embeddings().register_forward_hook(round_otherwise)
+        try:
+            logits = self._plain_logits(ids, attention_mask=mask.to(self.device))
+        finally:
+            hook.remove()
+        rows = [_read(*row)[0] for row in zip(logits, sequences, starts, strict=True)]
+        return torch.cat([rows[side * len(chosen) + pair] for pair in range(len(chosen)) for side in (0, 1)])
+
+    def _sides(self) -> list[tuple[list[list[int]], list[int]]]:
+        """The pairs' chosen sequences and where their responses start, and the same of the rejected ones."""
+        return [
+            ([p.chosen_ids for p in self.pairs], [p.chosen_start for p in self.pairs]),
+            ([p.rejected_ids for p in self.pairs], [p.rejected_start for p in self.pairs]),
+        ]
+
+    def _plain_logits(self, ids: Tensor, **options: Any) -> Tensor:
+        hook = unwrap(self.model).get_output_embeddings().register_forward_hook(self._note_precision)
+        try:
+            with plain_attention(self.model):
+                return self.model(input_ids=ids.to(self.device), use_cache=False, **options).logits
+        finally:
+            hook.remove()
+
+    def _note_precision(self, head: nn.Module, args: Any, logits: Tensor) -> None:
+        """The head's own output says what is computed in: an engine may autocast inside its wrapper, then widen."""
+        self.precision = logits.dtype
+
+    def _rounding(self) -> float:
+        """The distance of neighbouring numbers around 1, as products round them."""
+        tf32 = self.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
+        return 2.0**-10 if tf32 and self.precision == torch.float32 else torch.finfo(self.precision).eps
+
+
+def _read(logits: Tensor, ids: list[int], start: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ids[start:], from logits [at least len(ids), V]: log-probs, and how those that train would differ by a scale.
+
+    By 1 + x on the logits: x times the logit's distance from their mean. Behind a head that gives log-probs instead of
+    logits: (1 + x) log p stands where the ordinary one is that of scaled logits, x times the entropy less.
+    """
+    logits = logits[start - 1 : len(ids) - 1].float()
+    labels = torch.tensor(ids[start:], device=logits.device)[:, None]
+    every = logits.log_softmax(dim=-1)
+    logps, logit = every.gather(1, labels)[:, 0], logits.gather(1, labels)[:, 0]
+    in_head = logit - (every.exp() * logits).sum(dim=-1)
+    return logps, in_head, logps - in_head
+
+
+def _fit(difference: Tensor, slope: Tensor) -> tuple[float, float]:
+    """The factor 1 + x with the least squares of difference - x slope, and the norm of the slope."""
+    norm = float(slope.double().norm())
+    return 1 + float((difference * slope).double().sum()) / max(norm, 1e-12) ** 2, norm
+
+
+def _probe_pairs(vocabulary: int, max_positions: int, *, seed: int = 0) -> list[_Pair]:
+    """The same for every model of that vocabulary; shortened in proportion for models that take fewer tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    longest = min(_CHOSEN, max_positions)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(0, vocabulary, (count,), generator=generator).tolist()
+
+    pairs = []
+    for number, length in enumerate(_PROMPTS):
+        start = max(1, length * longest // _CHOSEN)
+        prompt = tokens(start)
+        chosen, rejected = tokens(longest - start), tokens(_REJECTED * longest // _CHOSEN - start)
+        pairs.append(_Pair(f"probe-{number}", prompt + chosen, start, prompt + rejected, start))
+    return pairs
+
+
+def _takes_fp32(attention: str) -> bool:
+    """Whether an attention implementation of transformers computes in fp32; flash kernels do not."""
+    return is_packed(attention) or attention in ("sdpa", "eager")
+
+
+def _is_whole_fp32(model: nn.Module) -> bool:
+    """Whether every weight lies here, unsharded, in float32."""
+    return all(
+        p.dtype == torch.float32 and not (p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id"))
+        for p in model.parameters()
+    )

@@ -1,0 +1,429 @@
+"""The processes of a run: how many, which of them this one is, and how they agree.
+
+One mesh of four sizes, outermost first:
+
+    dp_replicate   copies of the model; other pairs
+    dp_shard       weights, gradients and moments sharded (FSDP2); other pairs
+    cp             one row's tokens shared out (context parallel); the same pairs
+    tp             one weight shared out (tensor parallel); the same pairs
+
+Neighbouring ranks share the innermost size, so tp talks most and travels least. Started by torchrun, or by anything
+else that sets its environment variables; a run of one process needs none of this and starts no process group. Must not
+import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from simpo.core.context import split_rows
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from simpo.core.batch import PackedPairs
+    from simpo.recipe import Recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class MeshSizes:
+    """The mesh of a run; every size at least 1."""
+
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+
+    @property
+    def world(self) -> int:
+        """All processes."""
+        return self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def data(self) -> int:
+        """Processes (or groups of them) that see other pairs than each other."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def shard(self) -> int:
+        """Processes that a weight's shards are spread over, besides tp: context parallel ranks hold shards too."""
+        return self.dp_shard * self.cp
+
+    @property
+    def gradient(self) -> int:
+        """Processes whose gradients add up to one tp rank's; torch's wrappers average over them."""
+        return self.data * self.cp
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether transformers shards the model (FSDP2, HSDP, TP); otherwise it is whole on every process."""
+        return self.shard > 1 or self.tp > 1
+
+    def __str__(self) -> str:
+        if self.world == 1:
+            return "1 process"
+        parts = [f"{name} {size}" for name, size in asdict(self).items() if size != 1]
+        return f"{self.world} processes: {' x '.join(parts)}"
+
+
+def mesh_sizes(recipe: Recipe, world: int) -> MeshSizes:
+    """The recipe's mesh over `world` processes.
+
+    Raises:
+        ValueError: the sizes do not multiply to the world.
+    """
+    given = recipe.dp_replicate * recipe.cp * recipe.tp
+    shard = recipe.dp_shard
+    if shard is None and world % given == 0:
+        shard = world // given
+    if shard is None or given * shard != world:
+        sizes = f"dp_replicate {recipe.dp_replicate}, cp {recipe.cp}, tp {recipe.tp}"
+        sizes += "" if recipe.dp_shard is None else f", dp_shard {recipe.dp_shard}"
+        need = f"a multiple of {given}" if recipe.dp_shard is None else str(given * recipe.dp_shard)
+        raise ValueError(
+            f"the mesh ({sizes}) needs {need} processes, and {world} {'was' if world == 1 else 'were'} started; "
+            "change the sizes, or start as many with torchrun --nproc-per-node"
+        )
+    return MeshSizes(recipe.dp_replicate, shard, recipe.cp, recipe.tp)
+
+
+def check_heads(config: Any, sizes: MeshSizes) -> None:
+    """Raise ValueError where a model's heads do not divide by tp and cp, or transformers cannot shard it by tp.
+
+    Args:
+        config: the model's transformers configuration.
+    """
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    if sizes.tp > 1:
+        for name, count in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads)):
+            if count % sizes.tp:
+                raise ValueError(
+                    f"tp = {sizes.tp}: does not divide this model's {name} = {count}; choose one that does"
+                )
+        if not getattr(text, "base_model_tp_plan", None):
+            raise ValueError(
+                f"tp = {sizes.tp}: transformers has no tensor-parallel plan for {text.model_type}; set tp: 1"
+            )
+    if heads // sizes.tp % sizes.cp:
+        each = f"{heads // sizes.tp} attention heads" + (f" of each of {sizes.tp} tp ranks" if sizes.tp > 1 else "")
+        raise ValueError(f"cp = {sizes.cp}: does not divide the {each} of this model; choose one that does")
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+    if sizes.cp > 1 and rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"cp = {sizes.cp}: {text.model_type}'s rotary embedding ({rope}) depends on the longest position of a row, "
+            "which the processes that share it would see differently; set cp: 1"
+        )
+    if sizes.shard > 1 and not getattr(text, "base_model_fsdp_plan", None):
+        raise ValueError(
+            f"transformers has no sharding plan for {text.model_type}; "
+            "set dp_shard: 1, cp: 1 and dp_replicate to the number of processes"
+        )
+
+
+class Mesh:
+    """This process's place in the mesh, and what the processes say to each other.
+
+    With one process every method is the identity and `cp_group` is None.
+
+    Args:
+        sizes: of the mesh; their product is the number of processes in torch's default group.
+        device: where this process computes.
+    Attributes:
+        rank: 0..world - 1.
+        data_rank: which share of the pairs this process computes, 0..sizes.data - 1.
+        cp_rank, cp_group: among the processes that share its rows; None where there is one.
+        gradient_group: the processes whose gradients belong together; None where there is one.
+        host_group: all processes, for threads that talk beside the training step; None unless asked for.
+    """
+
+    def __init__(self, sizes: MeshSizes, *, device: torch.device, with_host_group: bool = False) -> None:
+        self.sizes, self.device = sizes, device
+        self.rank = self.data_rank = self.cp_rank = 0
+        self.data_group: ProcessGroup | None = None
+        self.cp_group: ProcessGroup | None = None
+        self.gradient_group: ProcessGroup | None = None
+        self.host_group: ProcessGroup | None = None
+        if sizes.world == 1:
+            return
+        self.rank = dist.get_rank()
+        mesh = dist.init_device_mesh(device.type, (sizes.data, sizes.cp, sizes.tp), mesh_dim_names=("data", "cp", "tp"))
+        self.data_rank, self.cp_rank = mesh.get_local_rank("data"), mesh.get_local_rank("cp")
+        if sizes.data > 1:
+            self.data_group = mesh.get_group("data")
+        if sizes.cp > 1:
+            self.cp_group = mesh.get_group("cp")
+        if sizes.gradient > 1:
+            flat = dist.init_device_mesh(device.type, (sizes.gradient, sizes.tp), mesh_dim_names=("gradient", "tp"))
+            self.gradient_group = flat.get_group("gradient")
+        if with_host_group:
+            self.host_group = dist.new_group(backend="gloo")
+
+    def own_rows(self, batch: PackedPairs) -> PackedPairs:
+        """This process's slice of a batch's tokens; without context parallelism the batch itself."""
+        if self.cp_group is None:
+            return batch
+        return split_rows(batch, rank=self.cp_rank, size=self.sizes.cp, group=self.cp_group)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and prints for all."""
+        return self.rank == 0
+
+    def sum_over_data(self, values: Tensor) -> Tensor:
+        """The sum over all pairs' processes of a tensor that is equal within cp and tp, in place where it has to be."""
+        if self.data_group is not None:
+            dist.all_reduce(values, group=self.data_group)
+        return values
+
+    def sum_over_all(self, values: Tensor) -> Tensor:
+        """The sum over all processes, in place where it has to be."""
+        if self.sizes.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def largest(self, value: float) -> float:
+        """The largest of all processes' values."""
+        return max(self.gather(value))
+
+    def least(self, value: float) -> float:
+        """The least of all processes' values."""
+        return min(self.gather(value))
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's value, in the order of ranks, on every process; anything that pickles."""
+        if self.sizes.world == 1:
+            return [value]
+        found: list[Any] = [None] * self.sizes.world
+        dist.all_gather_object(found, value)
+        return found
+
+    def from_main(self, value: T) -> T:
+        """Rank 0's value, on every process."""
+        if self.sizes.world == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        if self.sizes.world > 1:
+            dist.barrier()
+
+    def on_main(self, function: Callable[[], T]) -> T:
+        """function() on rank 0 alone; its result on every process, or the exception it raised."""
+        result, error = None, None
+        if self.is_main:
+            result, error = _attempt(function)
+        self.raise_together(error)
+        return self.from_main(result)
+
+    def main_first(self, function: Callable[[], T]) -> T:
+        """function() on every process: on rank 0 first, then on one of each node, then on the rest.
+
+        For what the first to come writes to a cache and the others read. What one raises, all raise.
+        """
+        turn = 0 if self.is_main else 1 if local_rank() == 0 else 2
+        result = None
+        for now in range(3 if self.sizes.world > 1 else 1):
+            error = None
+            if now == turn:
+                result, error = _attempt(function)
+            self.raise_together(error)
+        return result
+
+    def raise_together(self, error: Exception | None) -> None:
+        """Raise on every process if any of them has an error: its own where it has one, else the first rank's."""
+        errors = self.gather(_portable(error)) if self.sizes.world > 1 else [error]
+        if error is not None:
+            raise error
+        first = next((found for found in errors if found is not None), None)
+        if first is not None:
+            raise first
+
+    def check_agreement(self, facts: dict[str, Any]) -> None:
+        """Raise ValueError unless every process has the same facts; says which differ, and between which ranks.
+
+        Args:
+            facts: what must be equal, by its name for people.
+        """
+        everyone = self.gather(facts)
+        for name, value in everyone[0].items():
+            others = [rank for rank, theirs in enumerate(everyone) if theirs[name] != value]
+            if others:
+                raise ValueError(
+                    f"{name}: rank {others[0]} has {everyone[others[0]][name]}, rank 0 has {value}"
+                    + (f" ({len(others)} ranks differ from it)" if len(others) > 1 else "")
+                    + "; every process needs the same recipe, data and package versions"
+                )
+
+
+def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
+    try:
+        return function(), None
+    except Exception as error:
+        return None, error
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    """The exception as another process can raise it: kinds with arguments of their own do not always pickle."""
+    if error is None or type(error) in (ValueError, RuntimeError):
+        return error and type(error)(str(error))
+    kind = ValueError if isinstance(error, ValueError) else RuntimeError
+    return kind(f"{type(error).__name__}: {error}")
+
+
+# --- the process group -----------------------------------------------------------------------------------------------
+
+
+def world_size() -> int:
+    """Processes of this run: of the process group if there is one, else what the launcher says (WORLD_SIZE)."""
+    if has_joined():
+        return dist.get_world_size()
+    return _number("WORLD_SIZE", 1)
+
+
+def local_rank() -> int:
+    """Which process of its machine this one is."""
+    return _number("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0)
+
+
+def join_world(recipe: Recipe, device: torch.device) -> Mesh:
+    """Meet the other processes and check that all are there; one process alone meets nobody.
+
+    A process group that exists already (Ray, a notebook, a test) is used as it is.
+
+    Args:
+        recipe: its mesh, and how long to wait for others.
+        device: the kind to compute on, see `model.load.pick_device`; of several GPUs a process takes the one of its
+            local rank.
+    Raises:
+        ValueError: the mesh does not fit the number of processes, or a GPU is missing.
+    """
+    world = world_size()
+    sizes = mesh_sizes(recipe, world)
+    if world == 1:
+        return Mesh(sizes, device=device)
+    if device.type == "cuda":
+        device = _own_gpu()
+    elif torch.cuda.is_available():
+        raise ValueError("device: cpu with several processes needs the GPUs hidden; set CUDA_VISIBLE_DEVICES= (empty)")
+    if not dist.is_initialized():
+        _init_process_group(world, device, timeout=timedelta(seconds=recipe.ddp_timeout))
+    if device.type == "cuda":
+        _check_own_gpu(device)
+    if dist.get_world_size() != world:
+        raise ValueError(f"the launcher said {world} processes, and {dist.get_world_size()} met")
+    backend = str(dist.get_backend_config()) if hasattr(dist, "get_backend_config") else dist.get_backend()
+    wanted = "nccl" if device.type == "cuda" else "gloo"
+    if wanted not in backend:
+        raise ValueError(f"processes that compute on {device.type} talk through {wanted}, not {backend}")
+    return Mesh(sizes, device=device, with_host_group=recipe.async_save)
+
+
+def _own_gpu() -> torch.device:
+    """The GPU of this process's local rank; the only one it sees, where a launcher shows each process its own."""
+    number, count = local_rank(), torch.cuda.device_count()
+    if number >= count > 1:
+        raise ValueError(
+            f"process {number} of this machine has no GPU of its own: torch sees {count}; "
+            f"start {count} processes a machine (torchrun --nproc-per-node {count})"
+        )
+    device = torch.device("cuda", number if count > 1 else 0)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _check_own_gpu(device: torch.device) -> None:
+    """Raise ValueError, on every process, where two compute on one GPU."""
+    mine = str(getattr(torch.cuda.get_device_properties(device), "uuid", dist.get_rank()))
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    for rank, gpu in enumerate(found):
+        if found.index(gpu) < rank:
+            raise ValueError(
+                f"processes {found.index(gpu)} and {rank} compute on the same GPU ({gpu}); start as many processes a "
+                "machine as it has GPUs (torchrun --nproc-per-node), or let the launcher give each process its own "
+                "(srun --gpus-per-task=1)"
+            )
+
+
+@contextlib.contextmanager
+def local_rank_of(device: torch.device) -> Iterator[None]:
+    """Inside, LOCAL_RANK is the number of this process's GPU, since transformers computes on the GPU of that number."""
+    before = os.environ.get("LOCAL_RANK")
+    if before is not None and device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
+
+
+def _init_process_group(world: int, device: torch.device, *, timeout: timedelta) -> None:
+    # Tensors on GPUs go through NCCL; what lies in host memory (offloaded shards, checkpoints, texts) through gloo.
+    options: dict[str, Any] = {
+        "backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        "timeout": timeout,
+        "rank": _number("RANK", 0),
+        "world_size": world,
+    }
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        # torchrun keeps one store over its restarts, in which the addresses of processes that died would be found.
+        agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        options["store"] = dist.PrefixStore(f"simpo attempt {restart_count()}", agent)
+    dist.init_process_group(**options)
+
+
+def has_joined() -> bool:
+    """Whether this process has met others in a process group."""
+    return dist.is_available() and dist.is_initialized()
+
+
+def leave_world() -> None:
+    """Part from the other processes, if there were any, once all are done."""
+    if has_joined():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def is_said_by_main(line: str, *, wait_s: float = 10.0) -> bool:
+    """Whether rank 0 says this very line too, so that this process need not; on rank 0: False, and the others learn.
+
+    For processes that have met. Waits a moment for rank 0.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    key = f"said {hashlib.sha256(line.encode()).hexdigest()}"
+    try:
+        if dist.get_rank() == 0:
+            store.set(key, "yes")
+            return False
+        store.wait([key], timedelta(seconds=wait_s))
+    except Exception:  # rank 0, or the machine it was on, is gone
+        return False
+    return True
+
+
+def restart_count() -> int:
+    """How often torchrun has started this run again after a failure."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def _number(name: str, default: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isdecimal() else default

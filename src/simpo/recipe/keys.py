@@ -1,0 +1,780 @@
+"""The keys of a recipe: each with its type, range, meaning and default, and the checks between them.
+
+Longer than most files because it is mostly documentation: what stands beside a key is what `simpo keys` prints. To add
+a key, add its field here, nothing else. How files, other programs' names and overrides become a recipe is in
+`recipe.py`; import from there. Must not import torch, transformers or datasets.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+
+from simpo.recipe.aliases import ALIASES, INPUT_KEYS
+from simpo.recipe.losses import LOSS_KEYS, LOSS_OPTIONS, LossOptions, ZeroMargin, losses_reading
+from simpo.recipe.yaml import dump_yaml
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Types of values. Strict: true is not 1, "3" is not 3; 3.0 is 3, since YAML writers mean it.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def as_number(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError("a number is needed, without quotes")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("a finite number is needed")
+    return number
+
+
+def as_whole(value: Any) -> Any:
+    number = as_number(value)
+    if number is None:
+        return None
+    if number != int(number) or abs(number) > 2**53:
+        raise ValueError("a whole number is needed")
+    return int(value)
+
+
+def _steps(value: Any) -> Any:
+    """Whole steps, or a share of all steps in (0, 1)."""
+    number = as_number(value)
+    if number is None or 0 < number < 1:
+        return number
+    if number < 1:
+        raise ValueError("must be at least 1 step, or a share of all steps between 0 and 1")
+    return as_whole(value)
+
+
+def as_text(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("text is needed (in quotes if it looks like a number)")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds characters that UTF-8 cannot write") from None
+    return value
+
+
+def _words(value: Any) -> Any:
+    """A list of text; one text is a list of one."""
+    if isinstance(value, (str, os.PathLike)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("a list of names is needed")
+    return [as_text(item) for item in value]
+
+
+def _trackers(value: Any) -> Any:
+    if value is None or value is False or (isinstance(value, str) and value.lower() == "none"):
+        return []
+    words = _words(value)
+    return [] if [str(word).lower() for word in words] == ["none"] else words
+
+
+def _strategy(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads a bare `no` as false
+
+
+def as_loss_name(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    return "sigmoid" if value == "simpo" else value
+
+
+def _optimizer(value: Any) -> Any:
+    return "adamw_8bit" if value == "adamw_bnb_8bit" else value  # transformers has both names for the one
+
+
+def _mixture(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError("a mapping of dataset name to fraction is needed")
+    if not value:
+        raise ValueError("is empty; name at least one dataset")
+    for name, fraction in value.items():
+        try:
+            as_text(name)
+            positive = as_number(fraction) > 0
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{short(name)}: {error}") from None
+        if not positive:
+            raise ValueError(f"{short(name)}: the fraction must be > 0 (1.0 is the whole dataset, 2.0 twice)")
+    return {os.fspath(name): float(fraction) for name, fraction in value.items()}
+
+
+def _lora_targets(value: Any) -> Any:
+    if value is None or value == "all-linear" or value == ["all-linear"]:
+        return "all-linear"
+    words = [part for word in _words(value) for part in word.replace(",", " ").split()]
+    if not words:
+        raise ValueError("is empty; name modules, or write all-linear")
+    return words
+
+
+def _settings(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError("a mapping of names to values is needed")
+    for name, setting in value.items():
+        if not isinstance(setting, (bool, str, int, type(None))):
+            raise ValueError(f"{name} must be true, false, text or a whole number, not {short(setting)}")
+    return dict(value)
+
+
+def _resume(value: Any) -> Any:
+    if isinstance(value, bool) or value is None:
+        return value or None
+    return as_text(value)
+
+
+Number = Annotated[float, BeforeValidator(as_number)]
+Whole = Annotated[int, BeforeValidator(as_whole)]
+Steps = Annotated[int | float, BeforeValidator(_steps)]
+Text = Annotated[str, BeforeValidator(as_text)]
+Words = Annotated[list[str], BeforeValidator(_words)]
+Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]
+LossName = Annotated[Literal[tuple(LOSS_OPTIONS)], BeforeValidator(as_loss_name)]  # a new row there is a value here
+
+
+def short(value: Any, limit: int = 60) -> str:
+    """repr of a value, cut, for messages; survives values whose repr fails."""
+    try:
+        text = repr(value[:limit] if isinstance(value, str) else value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit + 2 else text[:limit] + "..."
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The keys
+# ---------------------------------------------------------------------------------------------------------------------
+
+SECTIONS = ("model", "data", "loss", "packing", "optimisation", "lora", "parallel", "evaluation", "saving", "run")
+
+
+def _in(section: str):
+    """A maker of documented fields of one section: key(default, meaning, allowed, **constraints)."""
+
+    def key(default: Any, meaning: str, allowed: str, *, derived: str = "", **constraints: Any) -> Any:
+        extra = {"section": section, "allowed": allowed, "derived": derived}
+        return Field(default, description=meaning, json_schema_extra=extra, **constraints)
+
+    return key
+
+
+_model, _data, _loss, _packing, _optimisation, _lora, _parallel, _evaluation, _saving, _run = map(_in, SECTIONS)
+
+METRICS: dict[str, bool] = {
+    "eval_loss": False,
+    "eval_sft_loss": False,
+    "eval_rewards/accuracies": True,
+    "eval_rewards/margins": True,
+    "eval_rewards/chosen": True,
+    "eval_rewards/rejected": False,
+    "eval_logps/chosen": True,
+    "eval_logps/rejected": False,
+}
+"""Evaluation metrics that can choose the best checkpoint -> whether greater is better."""
+
+
+OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_bf16", "adamw_8bit")
+
+
+class Recipe(BaseModel):
+    """A complete, resolved, read-only recipe; `simpo.recipe.load_recipe` makes one from any accepted spelling.
+
+    After construction every derived default is filled in: `beta`, `gamma_beta_ratio` and `sft_weight` by the loss,
+    `bf16`, `eval_strategy`, `greater_is_better`, `max_prompt_length`. Two recipes are equal when their resolved values
+    are. A loss that does not read `beta` or `gamma_beta_ratio` has them at 1 and 0.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+    # fmt: off
+    # -- model
+    model_name_or_path: Text = _model(
+        ..., "The model to train: a local folder or a hub name.", "path or name")
+    model_revision: Text | None = _model(
+        None, "Branch, tag or commit of a hub model.", "text; null = main")
+    trust_remote_code: bool = _model(
+        False, "Run code that comes with the model or dataset.", "true or false")
+    tokenizer_name_or_path: Text | None = _model(
+        None, "Tokenizer, when it is not beside the model.", "path or name; null = the model's")
+    ref_model_name_or_path: Text | None = _model(
+        None, "Reference model of dpo and dpo_norm; never loaded for other losses.",
+        "path or name; null = the model to train, before training")
+    attn_implementation: Text | None = _model(
+        None, "transformers' attention for padded batches; only with pack: false and share_prompt: false.",
+        "null = packed attention of this package; eager, sdpa, flash_attention_2, ...")
+    attention_kernel: Literal["auto", "varlen", "flash3", "flash4", "flex", "matmul", "blocks"] = _model(
+        "auto", "What computes packed attention. varlen: torch's FlashAttention; flash3, flash4: the same through "
+        "FlashAttention-3 (flash_attn_interface, Hopper) or -4 (flash_attn.cute, Hopper and Blackwell); flex: "
+        "FlexAttention, compiled; matmul: products in tiles, anywhere; blocks: torch's own, block by block. auto takes "
+        "the fastest that works with this machine and model; kernels for a GPU are tried at start.",
+        "auto, varlen, flash3, flash4, flex, matmul or blocks")
+    master_dtype: Literal["float32", "bfloat16"] = _model(
+        "float32", "Number format of the weights the optimizer changes. bfloat16 loses most updates at small "
+        "learning rates, except with optim: adamw_bf16.", "float32 or bfloat16")
+    bf16: bool = _model(
+        None, "Compute in bfloat16 (weights stay in master_dtype); false computes in float32.", "true or false",
+        derived="true")
+    tf32: bool | None = _model(
+        None, "TensorFloat-32 matrix products where CUDA computes float32.", "true, false; null = as torch is set")
+    # -- data
+    dataset_mixer: Annotated[dict[str, float], BeforeValidator(_mixture)] = _data(
+        {}, "Datasets and the fraction of each: local files, folders or hub names. A fraction is taken after a seeded "
+        "shuffle; over 1 repeats rows.", "mapping of name to fraction > 0")
+    dataset_splits: Words = _data(
+        ["train", "test"], "Splits to read: the first to train on, the others to evaluate on unless they say `train`.",
+        "list of names", min_length=1)
+    dataset_configs: Annotated[list[str | None] | None, BeforeValidator(
+        lambda value: None if value is None else _words(value))] = _data(
+        None, "Configuration name of each dataset, in the mixer's order.", "list as long as dataset_mixer, or null")
+    validation_fraction: Number = _data(
+        0.05, "Share of the training prompts held out when no evaluation split exists; 0 holds out none.",
+        "0 <= x < 1", ge=0, lt=1)
+    prompt_column: Text | None = _data(
+        None, "Column of the prompt, when its name is not a usual one.", "column name; null = found")
+    chosen_column: Text | None = _data(
+        None, "Column of the chosen response, when its name is not a usual one.", "column name; null = found")
+    rejected_column: Text | None = _data(
+        None, "Column of the rejected response, when its name is not a usual one.", "column name; null = found")
+    chat_template: Text | None = _data(
+        None, "Jinja chat template that replaces the tokenizer's.", "template; null = the tokenizer's")
+    system_prompt: Text | None = _data(
+        None, "System message for pairs that have none.", "text; null = none is added")
+    auto_insert_empty_system_msg: bool = _data(
+        False, "Add an empty system message to pairs that have none, if the template takes one.", "true or false")
+    max_length: Whole = _data(
+        2048, "Longest prompt + response, in tokens.", "whole, >= 2", ge=2)
+    max_prompt_length: Whole | None = _data(
+        None, "How far, in tokens, a prompt is cut (on the left) in a pair that exceeds max_length.",
+        "whole, >= 1 and < max_length; null = half of max_length",
+        derived="1800, or half of max_length where that is 1800 or less", ge=1)
+    overlong: Literal["truncate", "drop", "error"] = _data(
+        "truncate", "What happens to a pair that exceeds max_length; always counted in audit.json.",
+        "truncate, drop or error")
+    max_dropped_fraction: Number = _data(
+        0.2, "Stop when a larger share of rows than this is unusable.", "0 <= x <= 1", ge=0, le=1)
+    max_train_samples: Whole | None = _data(
+        None, "At most this many training pairs, after the seeded shuffle.", "whole, >= 1; null = all", ge=1)
+    max_eval_samples: Whole | None = _data(
+        None, "At most this many evaluation pairs.", "whole, >= 1; null = all", ge=1)
+    drop_duplicates: bool = _data(
+        False, "Drop pairs that repeat an earlier one exactly.", "true or false")
+    preprocessing_num_workers: Whole | None = _data(
+        None, "Processes that tokenise.", "whole, >= 1; null = one", ge=1)
+    cache_dir: Text | None = _data(
+        None, "Folder of tokenised data.", "path; null = the user's cache")
+    # -- loss
+    loss_type: LossName = _loss(
+        "sigmoid", "The preference loss; `simpo losses` prints the equations. sigmoid (or simpo) is SimPO.",
+        "one of " + ", ".join(LOSS_OPTIONS))
+    beta: Number = _loss(
+        None, "Reward scale: the reward is beta times the mean log-prob per token.", "x > 0",
+        derived="2.0 for SimPO and its kin, 0.1 for cpo and dpo", gt=0)
+    gamma_beta_ratio: Number = _loss(
+        None, "Target margin gamma / beta, in nats per token: how much better chosen must be before a pair is "
+        "satisfied. `gamma` may be given instead, never both.", "x >= 0", derived="0.5 where the loss reads it", ge=0)
+    label_smoothing: Number = _loss(
+        0.0, "Assumed probability that a pair is labelled the wrong way round.",
+        "0 <= x < 0.5; only " + ", ".join(losses_reading("label_smoothing")), ge=0, lt=0.5)
+    sft_weight: Number = _loss(
+        None, "Weight of an added term: the chosen response's mean negative log-prob.", "x >= 0",
+        derived="0.0; 1.0 for cpo, cpo_simpo, slic and rrhf", ge=0)
+    sft_reduction: Literal["pairs", "tokens"] = _loss(
+        "pairs", "What the added term is a mean over: pairs (independent of batching) or the batch's tokens (as the "
+        "SimPO authors' trainer).", "pairs or tokens")
+    orpo_lambda: Number = _loss(
+        0.1, "Weight of the odds-ratio term of orpo.", "x >= 0; only orpo", ge=0)
+    alphapo_alpha: Number = _loss(
+        0.25, "Shape of the reward of alphapo; 0 is SimPO.", "any finite number; only alphapo")
+    slic_delta: Number = _loss(
+        1.0, "Margin of slic, in nats per response.", "x >= 0; only slic", ge=0)
+    # -- packing
+    pack: bool = _packing(
+        True, "Lay pairs of a micro-batch end to end in one row instead of padding them.", "true or false")
+    share_prompt: bool = _packing(
+        True, "Compute the common prefix of chosen and rejected once.", "true or false")
+    max_tokens_per_micro_batch: Whole | None = _packing(
+        None, "Tokens after which a micro-batch is split, whatever its number of pairs; the update stays the same. One "
+        "process that runs out of memory in a step goes on with half as many.",
+        "whole, >= 2; null = as many as fit into free memory when the run starts (no limit with pack: false)", ge=2)
+    logits_chunk_size: Whole | None = _packing(
+        None, "Response tokens whose vocabulary logits exist at one time; smaller needs less memory.",
+        "whole, >= 1; null = chosen by memory", ge=1)
+    # -- optimisation
+    per_device_train_batch_size: Whole = _optimisation(
+        2, "Pairs in one micro-batch of one process; times gradient_accumulation_steps, in one optimizer step.",
+        "whole, >= 1", ge=1)
+    gradient_accumulation_steps: Whole = _optimisation(
+        1, "Micro-batches in one optimizer step; more where its pairs exceed max_tokens_per_micro_batch.",
+        "whole, >= 1", ge=1)
+    num_train_epochs: Number = _optimisation(
+        1.0, "Passes over the training pairs.", "x > 0", gt=0)
+    max_steps: Whole = _optimisation(
+        -1, "Optimizer steps; overrides num_train_epochs.", "whole, >= 1; -1 = by epochs", ge=-1)
+    learning_rate: Number = _optimisation(
+        1e-6, "Peak learning rate. The critical setting: try 3e-7, 5e-7, 8e-7, 1e-6 for 7-8B models.", "x >= 0", ge=0)
+    lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _optimisation(
+        "cosine", "Shape of the learning rate after warm-up; cosine and linear end at 0.",
+        "cosine, linear, constant or constant_with_warmup")
+    warmup_ratio: Number = _optimisation(
+        0.1, "Share of the steps over which the learning rate rises from 0.", "0 <= x <= 1", ge=0, le=1)
+    warmup_steps: Annotated[int, BeforeValidator(as_whole)] = _optimisation(
+        0, "Steps of warm-up; more than 0 overrides warmup_ratio.", "whole, >= 0", ge=0)
+    optim: Annotated[Literal[tuple(OPTIMIZERS)], BeforeValidator(_optimizer)] = _optimisation(
+        "adamw_torch_fused", "The optimizer; all compute AdamW. adamw_bf16 keeps its moments, and bfloat16 weights, "
+        "with stochastic rounding; adamw_8bit is bitsandbytes' (install simpo[8bit]).",
+        "one of " + ", ".join(OPTIMIZERS))
+    weight_decay: Number = _optimisation(
+        0.0, "AdamW's decoupled weight decay; biases and norms are spared.", "x >= 0", ge=0)
+    adam_beta1: Number = _optimisation(
+        0.9, "AdamW's decay of the first moment.", "0 <= x < 1", ge=0, lt=1)
+    adam_beta2: Number = _optimisation(
+        0.999, "AdamW's decay of the second moment.", "0 <= x < 1", ge=0, lt=1)
+    adam_epsilon: Number = _optimisation(
+        1e-8, "AdamW's term that keeps its division finite.", "x > 0", gt=0)
+    max_grad_norm: Number = _optimisation(
+        1.0, "Gradients are scaled down to this global norm.", "x >= 0; 0 = off", ge=0)
+    gradient_checkpointing: bool = _optimisation(
+        False, "Recompute activations in the backward pass: less memory, about a third more time.", "true or false")
+    gradient_checkpointing_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = _optimisation(
+        None, "Settings of gradient checkpointing; only use_reentrant: false is supported.", "mapping or null")
+    activation_offload: bool = _optimisation(
+        False, "Keep what the backward pass needs in host memory instead of the GPU's: less GPU memory, the same "
+        "numbers, more time.", "true or false; true only on CUDA")
+    optimizer_offload: bool = _optimisation(
+        False, "Keep AdamW's moments in pinned host memory, 4 bytes a weight; each piece comes to the GPU for its "
+        "update. The same numbers, more time.", "true or false; true only on CUDA with optim: adamw_bf16")
+    torch_compile: bool = _optimisation(
+        False, "Compile the transformer blocks with torch.compile: a slow first step, then fewer and larger kernels.",
+        "true or false; true not with load_in_4bit")
+    use_liger_kernel: bool = _optimisation(
+        False, "Compute norms, rotary embeddings and gated MLPs by Liger's fused kernels (install simpo[liger]), for "
+        "the architectures that it supports; head and loss stay simpo's. Without CUDA it has no effect, and says so.",
+        "true or false; true not with torch_compile, nor with tp")
+    disable_dropout: bool = _optimisation(
+        True, "Set the model's dropout to 0.", "true or false")
+    seed: Whole = _optimisation(
+        42, "Seed of shuffles, splits, dropout, adapters and stochastic rounding.", "whole, 0 <= x < 2^32",
+        ge=0, lt=2**32)
+    full_determinism: bool = _optimisation(
+        False, "Use torch's deterministic algorithms alone: runs and resumed runs are equal bit for bit on CUDA too, "
+        "as on CPUs they are without it; slower.", "true or false")
+    # -- lora
+    use_peft: bool = _lora(
+        False, "Train LoRA adapters instead of all weights (install simpo[peft]).", "true or false")
+    lora_r: Whole = _lora(
+        16, "Rank of the adapters.", "whole, >= 1", ge=1)
+    lora_alpha: Number = _lora(
+        32.0, "Scale of the adapters: alpha / r multiplies them.", "x > 0", gt=0)
+    lora_dropout: Number = _lora(
+        0.05, "Dropout before the adapters; applied also with disable_dropout.", "0 <= x < 1", ge=0, lt=1)
+    lora_target_modules: Annotated[list[str] | str, BeforeValidator(_lora_targets)] = _lora(
+        "all-linear", "Modules that get adapters.", "list of module names, or all-linear (all but the output head)")
+    lora_modules_to_save: Annotated[list[str] | None, BeforeValidator(
+        lambda value: None if value is None else _words(value))] = _lora(
+        None, "Modules trained whole beside the adapters.", "list of module names, or null")
+    load_in_4bit: bool = _lora(
+        False, "QLoRA: hold the frozen weights in 4 bits (install simpo[qlora]; needs use_peft).", "true or false")
+    bnb_4bit_quant_type: Literal["nf4", "fp4"] = _lora(
+        "nf4", "4-bit number format.", "nf4 or fp4")
+    bnb_4bit_use_double_quant: bool = _lora(
+        False, "Quantise the quantisation constants too.", "true or false")
+    # -- parallel
+    dp_replicate: Whole = _parallel(
+        1, "Copies of the (sharded) model; each computes other pairs.", "whole, >= 1", ge=1)
+    dp_shard: Whole | None = _parallel(
+        None, "Processes over which weights, gradients and moments are sharded (FSDP2); each computes other pairs. "
+        "With dp_replicate, HSDP; 1 with dp_replicate above 1 is DDP.",
+        "whole, >= 1; null = every process that dp_replicate, cp and tp leave", ge=1)
+    cp: Whole = _parallel(
+        1, "Context parallel: processes that share each row's tokens. Must divide the attention heads of a tp rank.",
+        "whole, >= 1", ge=1)
+    tp: Whole = _parallel(
+        1, "Tensor parallel: processes that share each weight, the output head by vocabulary. Must divide the "
+        "attention and the key-value heads.", "whole, >= 1", ge=1)
+    fsdp_param_dtype: Literal["float32", "bfloat16"] | None = _parallel(
+        None, "Number format in which sharded blocks are gathered to compute; gradients are reduced in float32.",
+        "float32 or bfloat16; null = bfloat16 with bf16: true, else float32")
+    fsdp_cpu_offload: bool = _parallel(
+        False, "Keep sharded weights, gradients and moments in host memory between uses.", "true or false")
+    ddp_timeout: Whole = _parallel(
+        1800, "Seconds after which a process that waits for another one gives up.", "whole, >= 1", ge=1)
+    # -- evaluation
+    eval_strategy: Strategy = _evaluation(
+        None, "When to evaluate on the evaluation split.", "no, steps or epoch", derived="steps if eval_steps is given")
+    eval_steps: Steps | None = _evaluation(
+        None, "Evaluate every so many optimizer steps; between 0 and 1: every such share of all steps.",
+        "whole >= 1, or 0 < x < 1; null = logging_steps")
+    eval_on_start: bool = _evaluation(
+        False, "Evaluate once before the first step.", "true or false")
+    per_device_eval_batch_size: Whole = _evaluation(
+        4, "Pairs in one evaluation batch of one process; also for reference log-probs.", "whole, >= 1", ge=1)
+    num_eval_generations: Whole = _evaluation(
+        0, "Evaluation prompts whose answer is generated and written down at each evaluation.", "whole, >= 0", ge=0)
+    eval_generation_max_new_tokens: Whole = _evaluation(
+        128, "Longest generated answer, in tokens.", "whole, >= 1", ge=1)
+    metric_for_best_model: Text = _evaluation(
+        "eval_loss", "Metric that chooses the best checkpoint; `eval_` in front may be left out.",
+        "one of " + ", ".join(METRICS))
+    greater_is_better: bool = _evaluation(
+        None, "Whether a larger metric is better.", "true or false", derived="by the metric")
+    # -- saving
+    output_dir: Text | None = _saving(
+        None, "Folder of the run; needed to train.", "path")
+    save_strategy: Strategy = _saving(
+        "steps", "When to save a checkpoint; the final model is always saved.", "no, steps or epoch")
+    save_steps: Whole = _saving(
+        500, "Save every so many optimizer steps.", "whole, >= 1", ge=1)
+    save_total_limit: Whole | None = _saving(
+        None, "Checkpoints kept, newest first; the best is kept too.", "whole, >= 1; null = all", ge=1)
+    async_save: bool = _saving(
+        False, "Write checkpoints in the background while training goes on.", "true or false")
+    load_best_model_at_end: bool = _saving(
+        False, "Save the best checkpoint's weights as the final model.", "true or false")
+    save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _saving(
+        "auto", "Number format of the final model's files. Small learning rates move weights by less than bfloat16 "
+        "tells apart; float32 keeps all that was learnt.",
+        "auto (that of the model's own checkpoint), float32, bfloat16 or float16")
+    resume_from_checkpoint: Annotated[bool | str | None, BeforeValidator(_resume)] = _saving(
+        None, "Continue a run: true for the newest checkpoint of output_dir, or a checkpoint's folder.",
+        "true, path or null")
+    # -- run
+    logging_steps: Whole = _run(
+        1, "Write metrics every so many optimizer steps, as means over them.", "whole, >= 1", ge=1)
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_trackers)] = _run(
+        [], "Trackers beside metrics.jsonl (each installed on its own).", "list of tensorboard, wandb, trackio; none")
+    run_name: Text | None = _run(
+        None, "Name of the run in trackers.", "text; null = the folder's name")
+    logging_dir: Text | None = _run(
+        None, "Folder of tensorboard's files.", "path; null = inside output_dir")
+    device: Literal["auto", "cpu", "cuda"] = _run(
+        "auto", "Where to compute; auto is CUDA if there is one.", "auto, cpu or cuda")
+    num_threads: Whole | None = _run(
+        None, "CPU threads of one process.", "whole, >= 1; null = as torch is set", ge=1)
+    # fmt: on
+
+    _notices: tuple[str, ...] = PrivateAttr(())
+    _given: frozenset[str] = PrivateAttr(frozenset())
+
+    @model_validator(mode="after")
+    def _resolve(self) -> Recipe:
+        """Fill derived defaults and check keys against each other; notices collect in order."""
+        notices: list[str] = []
+        given = set(self.model_fields_set)
+        resolved: dict[str, Any] = {}
+        for step in (_resolve_loss, _resolve_model, _resolve_lengths, _resolve_steps, _resolve_evaluation):
+            resolved |= step(self, given, notices)
+        self.__dict__.update(resolved)  # the model is frozen for everybody else
+        _check_best_model(self)
+        self._notices, self._given = tuple(notices), frozenset(given)
+        return self
+
+    @property
+    def notices(self) -> tuple[str, ...]:
+        """One line for each thing accepted that has no effect or another effect than elsewhere."""
+        return self._notices
+
+    @property
+    def loss_options(self) -> LossOptions:
+        """The chosen loss's row of LOSS_OPTIONS."""
+        return LOSS_OPTIONS[self.loss_type]
+
+    @property
+    def gamma(self) -> float:
+        """Target reward margin of the paper, beta * gamma_beta_ratio."""
+        return self.beta * self.gamma_beta_ratio
+
+    def pairs_per_step(self, world: int = 1) -> int:
+        """Pairs in one optimizer step over `world` data-parallel processes."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps * world
+
+    def loss_at_zero_margin(self) -> float:
+        """Predicted pair loss in nats when chosen and rejected are equally likely, without the added SFT term.
+
+        For orpo the pair term only: see `loss_options.zero_margin_note`.
+        """
+        return self.loss_options.zero_margin(
+            ZeroMargin(self.beta, self.gamma_beta_ratio, self.label_smoothing, self.orpo_lambda, self.slic_delta)
+        )
+
+    def describe_loss(self) -> str:
+        """One line: the loss, the effective values of its keys, and the loss they predict at zero margin."""
+        options = self.loss_options
+        shown = {"gamma_beta_ratio": "gamma/beta"}
+        parts = [f"{shown.get(key, key)} {getattr(self, key):g}" for key in LOSS_KEYS if key in options.keys]
+        parts = [part for part in parts if part != "label_smoothing 0"]
+        if {"beta", "gamma_beta_ratio"} <= set(options.keys):
+            parts.append(f"gamma {self.gamma:g}")
+        if self.sft_weight:
+            parts.append(f"sft_weight {self.sft_weight:g} (per {self.sft_reduction[:-1]})")
+        without = [note for note in (options.zero_margin_note, "without the sft term" * bool(self.sft_weight)) if note]
+        predicted = f"{self.loss_at_zero_margin():.4f} nats at zero margin" + "".join(f", {note}" for note in without)
+        return f"{self.loss_type}: {', '.join([*parts, predicted])}"
+
+    def require(self, *names: str) -> None:
+        """Raise ValueError naming those of the keys that are not set, for commands that cannot do without."""
+        missing = [name for name in names if not getattr(self, name)]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be set in the recipe, or given as --{missing[0]} VALUE")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every key and its resolved value, in the order of the documentation; plain Python values."""
+        return self.model_dump()
+
+    def to_yaml(self) -> str:
+        """The resolved recipe as YAML with sections; reads back equal. Keys the loss does not read are left out."""
+        unread = set(LOSS_KEYS) - set(self.loss_options.keys)
+        lines = [f"# Resolved recipe, written by simpo {version('simpo')}. `simpo keys` explains every key.\n"]
+        values = {name: value for name, value in self.to_dict().items() if name not in unread}
+        if not self.dataset_mixer:
+            del values["dataset_mixer"]
+        for section in SECTIONS:
+            part = {name: value for name, value in values.items() if KEYS[name].section == section}
+            lines.append(f"\n# {section}\n{dump_yaml(part)}")
+        return "".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write the resolved recipe to `path`; `load_recipe(path)` gives an equal one."""
+        Path(path).write_text(self.to_yaml(), encoding="utf-8")
+
+    @property
+    def fingerprint(self) -> str:
+        """12 hex digits that change with anything that changes what is trained, not with where results go."""
+        values = {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_FINGERPRINT}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
+
+    def __hash__(self) -> int:
+        return hash(self.fingerprint)
+
+
+_NOT_IN_FINGERPRINT = frozenset(
+    [
+        "output_dir",
+        "run_name",
+        "logging_dir",
+        "report_to",
+        "resume_from_checkpoint",
+        "cache_dir",
+        "preprocessing_num_workers",
+        "num_threads",
+        "attention_kernel",
+        "activation_offload",
+        "optimizer_offload",
+        "dp_replicate",
+        "dp_shard",
+        "cp",
+        "tp",
+        "fsdp_cpu_offload",
+        "ddp_timeout",
+        "async_save",
+        "save_dtype",
+    ]
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Derived defaults and checks across keys. Each takes the typed recipe and the keys that were given.
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _resolve_loss(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    name, options = recipe.loss_type, recipe.loss_options
+    if recipe.label_smoothing and "label_smoothing" not in options.keys:
+        allowed = ", ".join(losses_reading("label_smoothing"))
+        raise ValueError(
+            f"label_smoothing = {recipe.label_smoothing}: not defined for loss_type {name!r}; "
+            f"set it to 0 or use one of {allowed}"
+        )
+    for key in ("orpo_lambda", "alphapo_alpha", "slic_delta"):
+        if key in given and key not in options.keys:
+            raise ValueError(
+                f"{key}: loss_type {name!r} does not read it, only {losses_reading(key)[0]} does; remove one of them"
+            )
+    for key in ("beta", "gamma_beta_ratio"):
+        if key in given and key not in options.keys:
+            hint = "; the weight of its odds-ratio term is orpo_lambda" if name == "orpo" else ""
+            notices.append(f"{key}: not used, since loss_type {name!r} does not read it{hint}")
+    if recipe.ref_model_name_or_path is not None and not options.needs_reference:
+        notices.append(f"ref_model_name_or_path: never loaded, since loss_type {name!r} has no reference model")
+    return {
+        "beta": _pick(recipe.beta, "beta" in options.keys, options.beta, 1.0),
+        "gamma_beta_ratio": _pick(
+            recipe.gamma_beta_ratio, "gamma_beta_ratio" in options.keys, options.gamma_beta_ratio, 0.0
+        ),
+        "sft_weight": options.sft_weight if recipe.sft_weight is None else recipe.sft_weight,
+    }
+
+
+def _pick(value: float | None, is_read: bool, default: float | None, neutral: float) -> float | None:
+    """The given value, or the loss's default; neutral where the loss does not read the key."""
+    if not is_read:
+        return neutral
+    return default if value is None else value
+
+
+def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    if recipe.load_in_4bit and not recipe.use_peft:
+        raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves; set use_peft: true as well (QLoRA)")
+    if recipe.torch_compile and recipe.load_in_4bit:
+        raise ValueError("torch_compile: blocks with 4-bit weights are not compiled here; set one of them to false")
+    if recipe.torch_compile and recipe.use_liger_kernel:
+        raise ValueError("use_liger_kernel: torch_compile fuses the same operations; set one of them to false")
+    if recipe.activation_offload and recipe.device == "cpu":
+        raise ValueError("activation_offload: with device: cpu activations are in host memory already; remove it")
+    if recipe.optimizer_offload and recipe.device == "cpu":
+        raise ValueError("optimizer_offload: with device: cpu the optimizer is in host memory already; remove it")
+    if recipe.optimizer_offload and recipe.optim != "adamw_bf16":
+        raise ValueError(
+            f"optimizer_offload: optim {recipe.optim} keeps its moments where the weights are; set optim: adamw_bf16, "
+            "or optimizer_offload: false"
+        )
+    resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
+    if recipe.attn_implementation is not None and (recipe.pack or recipe.share_prompt):
+        notices.append(
+            f"attn_implementation: packed attention is used instead of {recipe.attn_implementation}; "
+            "pack: false with share_prompt: false uses theirs"
+        )
+        resolved["attn_implementation"] = None
+    if recipe.attention_kernel != "auto" and not (recipe.pack or recipe.share_prompt):
+        raise ValueError(
+            f"attention_kernel: {recipe.attention_kernel} computes packed attention, and pack and share_prompt are "
+            "false; remove it, or choose transformers' own with attn_implementation"
+        )
+    settings = recipe.gradient_checkpointing_kwargs
+    if settings and settings.get("use_reentrant"):
+        notices.append("gradient_checkpointing_kwargs: use_reentrant is always false here")
+    if settings is not None:
+        resolved["gradient_checkpointing_kwargs"] = {**settings, "use_reentrant": False}
+    return resolved
+
+
+def _resolve_lengths(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    prompt = recipe.max_prompt_length
+    if prompt is None and "max_prompt_length" not in recipe.model_fields_set:
+        prompt = 1800 if recipe.max_length > 1800 else recipe.max_length // 2
+    if prompt is not None and prompt >= recipe.max_length:
+        raise ValueError(
+            f"max_prompt_length = {prompt}: must be less than max_length = {recipe.max_length}, "
+            "so that a response fits; lower it or raise max_length"
+        )
+    if recipe.dataset_configs is not None and len(recipe.dataset_configs) != len(recipe.dataset_mixer):
+        raise ValueError(
+            f"dataset_configs: {len(recipe.dataset_configs)} names for {len(recipe.dataset_mixer)} datasets of "
+            "dataset_mixer; give one for each, in the same order"
+        )
+    return {"max_prompt_length": prompt}
+
+
+def _resolve_steps(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    if recipe.max_steps == 0:
+        raise ValueError("max_steps = 0: must be >= 1, or -1 to train for num_train_epochs")
+    if recipe.max_tokens_per_micro_batch is not None and not recipe.pack:
+        raise ValueError(
+            "max_tokens_per_micro_batch counts packed tokens, and pack is false; set pack: true, or leave it out and "
+            "choose per_device_train_batch_size"
+        )
+    return {}
+
+
+def _resolve_evaluation(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    strategy, steps = recipe.eval_strategy, recipe.eval_steps
+    if strategy is None:
+        strategy = "no" if steps is None else "steps"
+    if strategy == "steps" and steps is None:
+        steps = recipe.logging_steps
+        notices.append(f"eval_steps: not given, so evaluation runs every logging_steps = {steps} steps")
+    if strategy != "steps" and steps is not None:
+        notices.append(f"eval_steps: not used, since eval_strategy is {strategy!r}")
+        steps = None
+    metric = recipe.metric_for_best_model
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    if metric not in METRICS:
+        raise ValueError(
+            f"metric_for_best_model = {short(recipe.metric_for_best_model)}: must be one of {', '.join(METRICS)}"
+        )
+    better = METRICS[metric] if recipe.greater_is_better is None else recipe.greater_is_better
+    return {
+        "eval_strategy": strategy,
+        "eval_steps": steps,
+        "metric_for_best_model": metric,
+        "greater_is_better": better,
+    }
+
+
+def _check_best_model(recipe: Recipe) -> None:
+    """load_best_model_at_end needs every checkpoint evaluated when it is saved."""
+    if not recipe.load_best_model_at_end:
+        return
+    saves, evaluates = recipe.save_strategy, recipe.eval_strategy
+    if evaluates == "no" or saves != evaluates:
+        raise ValueError(
+            f"load_best_model_at_end: eval_strategy ({evaluates}) and save_strategy ({saves}) must be the same, "
+            "steps or epoch, so that every checkpoint has its metric"
+        )
+    if saves == "steps" and (recipe.eval_steps < 1 or recipe.save_steps % recipe.eval_steps):
+        raise ValueError(
+            f"load_best_model_at_end: save_steps = {recipe.save_steps} must be a multiple of "
+            f"eval_steps = {recipe.eval_steps}, so that every checkpoint has its metric"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Documentation of the keys
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class KeyDoc:
+    """What `simpo keys` prints about one key.
+
+    Attributes:
+        default: as YAML, or a sentence where it depends on other keys; "required" where there is none.
+        aliases: other accepted names.
+    """
+
+    name: str
+    section: str
+    meaning: str
+    allowed: str
+    default: str
+    aliases: tuple[str, ...]
+
+
+def _document(name: str) -> KeyDoc:
+    info = Recipe.model_fields[name]
+    extra: Any = info.json_schema_extra
+    default = "required" if info.is_required() else extra["derived"] or json.dumps(info.default)
+    aliases = [alias for alias, target in ALIASES.items() if target.target == name]
+    aliases += [key for key, (target, _) in INPUT_KEYS.items() if target == name]
+    return KeyDoc(name, extra["section"], info.description or "", extra["allowed"], default, tuple(aliases))
+
+
+KEYS: dict[str, KeyDoc] = {name: _document(name) for name in Recipe.model_fields}
+"""Documentation of every key, by name, grouped by section in order."""

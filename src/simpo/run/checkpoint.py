@@ -1,0 +1,495 @@
+"""Checkpoints: everything a resumed run needs, written so that a kill at any moment loses nothing that was whole.
+
+A checkpoint is a folder `step-N`. It is written beside its place under another name, synced to disk, and renamed;
+a folder that has its final name is therefore complete. Model and optimizer go through torch.distributed.checkpoint:
+every process writes its own shards, and a run may go on from them on another mesh. Must not import data, train or
+evaluate.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor, nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._pytree import tree_map
+
+from simpo.parallel.mesh import Mesh
+from simpo.parallel.sharding import local_part
+from simpo.run.ram import empty_on_host
+
+STATE_FILE = "trainer_state.json"
+RNG_FILE = "rng-{rank}.pt"
+_NAME = re.compile(r"step-(\d+)")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    step: int
+
+
+def list_checkpoints(folder: Path) -> list[Checkpoint]:
+    """Complete checkpoints below a run's `checkpoints/`, oldest first."""
+    if not folder.is_dir():
+        return []
+    matches = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()]
+    found = [Checkpoint(path, int(match.group(1))) for path, match in matches if match]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def checkpoint_at(folder: Path, step: int) -> Checkpoint | None:
+    """The complete checkpoint of a step; None where there is none."""
+    return next((checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.step == step), None)
+
+
+class CheckpointSave:
+    """A checkpoint on its way to disk: `finish()` gives it its name once every process has written its part.
+
+    Attributes:
+        checkpoint: what it will be; its folder exists once `is_complete`.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, aside: Path, written: Future[Any] | None, *, mesh: Mesh) -> None:
+        self.checkpoint = checkpoint
+        self._aside, self._written, self._mesh = aside, written, mesh
+        self.is_complete = False
+
+    @property
+    def is_written(self) -> bool:
+        """Whether this process's writer is done, or has failed."""
+        return self._written is None or self._written.done()
+
+    def finish(self) -> Checkpoint:
+        """Wait for the writers and complete the checkpoint. Every process calls it, after the same step.
+
+        Raises:
+            RuntimeError: some process could not write; on every process.
+        """
+        if self.is_complete:
+            return self.checkpoint
+        error = None
+        if self._written is not None:
+            try:
+                self._written.result()
+            except (Exception, CheckpointException) as cause:
+                error = _not_written(self.checkpoint.folder, cause)
+        self._mesh.raise_together(error)
+        self._mesh.on_main(self._give_name)
+        self.is_complete = True
+        return self.checkpoint
+
+    def _give_name(self) -> None:
+        sync_tree(self._aside)
+        replace_folder(self._aside, self.checkpoint.folder)
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    mesh: Mesh,
+    in_background: dist.ProcessGroup | bool = False,
+    copies: HostCopies | None = None,
+) -> CheckpointSave:
+    """Write `folder/step-N` atomically; every process calls it.
+
+    Args:
+        folder: a run's `checkpoints/`, which all processes see; made if missing.
+        step: optimizer steps done.
+        model: only its trainable parameters and its buffers are kept (a LoRA run does not store its base).
+        optimizer: its moments and step counts.
+        state: JSON-able trainer state.
+        mesh: the run's processes.
+        in_background: return once the tensors are copied to host memory and write them in a thread. With several
+            processes, the gloo group those threads talk through.
+        copies: where the tensors are copied to then; the last save from there must be complete. None = new memory.
+    Returns:
+        The save; without in_background it is complete.
+    Raises:
+        RuntimeError: some process could not write; on every process.
+    """
+    final = folder / f"step-{step}"
+    aside = folder / f".step-{step}.writing"
+
+    def make_folder() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+
+    mesh.on_main(make_folder)
+    tensors = _in_one_piece(_tensor_state(model, optimizer))
+    record = {**state, "step": step, "mesh": str(mesh.sizes), "digest": _digest(tensors, mesh)}
+    error = None
+    try:
+        torch.save(_rng_state(), aside / RNG_FILE.format(rank=mesh.rank))
+        if mesh.is_main:
+            (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+    except Exception as cause:
+        error = cause
+    mesh.raise_together(error)
+    if in_background:
+        group = None if in_background is True else in_background
+        written = _write_in_background((copies or HostCopies()).of(tensors), aside / "tensors", group)
+        return CheckpointSave(Checkpoint(final, step), aside, written, mesh=mesh)
+    try:
+        with _quiet_dcp():
+            dcp.save(tensors, checkpoint_id=aside / "tensors")
+    except CheckpointException as cause:
+        raise _not_written(final, cause) from cause
+    save = CheckpointSave(Checkpoint(final, step), aside, None, mesh=mesh)
+    save.finish()
+    return save
+
+
+class HostCopies:
+    """Where tensors wait for the disk: host memory, pinned next to a GPU, that is kept from one save to the next."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, str], Tensor] = {}
+
+    def of(self, tensors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+        """The same state in host memory, good until the next call; what is not a tensor as it is.
+
+        All copies are under way before the first is waited for.
+        """
+        copies = {part: {name: self._copy((part, name), v) for name, v in of.items()} for part, of in tensors.items()}
+        if torch.cuda.is_initialized():
+            torch.cuda.current_stream().synchronize()
+        return copies
+
+    def _copy(self, key: tuple[str, str], value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        value, kept = value.detach(), self._kept.get(key)
+        if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
+            kept = self._kept[key] = empty_on_host(value)
+        local_part(kept).copy_(local_part(value), non_blocking=True)
+        return kept
+
+
+def _write_in_background(copies: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> Future[Any]:
+    """Write what nobody changes meanwhile in a thread; the processes' threads talk through `group`.
+
+    (torch 2.13's own `dcp.async_save` cannot copy what FSDP2 shards.)
+    """
+    if group is None:  # see _quiet_dcp, which would end before the thread's warning
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", module=r"torch\.distributed.*")
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+    written = thread.submit(dcp.save, copies, checkpoint_id=folder, process_group=group)
+    thread.shutdown(wait=False)
+    return written
+
+
+def _not_written(folder: Path, cause: BaseException) -> RuntimeError:
+    error = RuntimeError(f"checkpoint {folder} could not be written: {_reason(cause)}")
+    error.__cause__ = cause
+    return error
+
+
+def load_checkpoint(
+    checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
+) -> dict[str, Any]:
+    """Restore weights, moments and random-number states in place; return the trainer state. Every process calls it.
+
+    The checkpoint may come from another mesh. Random-number states are restored on the mesh they were saved on;
+    otherwise they stay as the seed left them.
+
+    Raises:
+        ValueError: a file is missing or broken, the tensors are not those that were saved, or the model does not fit;
+            on every process.
+    """
+    state = mesh.on_main(lambda: read_state(checkpoint))
+    live = _tensor_state(model, optimizer)
+    tensors = _in_one_piece(live)
+    same_mesh = state["mesh"] == str(mesh.sizes)
+    rng = _load_tensors(checkpoint, tensors, mesh, digest=state["digest"], with_rng=same_mesh)
+    tensors = _sharded_like(tensors, live)
+    set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=False))
+    set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_OPTIMIZER_OPTIONS)
+    if rng is not None:
+        _set_rng_state(rng)
+    return state
+
+
+def load_weights(checkpoint: Checkpoint, *, model: nn.Module, mesh: Mesh) -> None:
+    """Restore the weights alone, as for the best checkpoint at the end of a run. Every process calls it.
+
+    Raises:
+        ValueError: as `load_checkpoint`.
+    """
+    live = _model_state(model)
+    tensors = {"model": _in_one_piece(live)}
+    digest = mesh.on_main(lambda: read_state(checkpoint))["digest"]
+    _load_tensors(checkpoint, tensors, mesh, digest={"model": digest["model"]})
+    set_model_state_dict(model, _sharded_like(tensors["model"], live), options=StateDictOptions(strict=False))
+
+
+def _load_tensors(
+    checkpoint: Checkpoint, tensors: dict[str, Any], mesh: Mesh, *, digest: dict[str, str], with_rng: bool = False
+) -> dict[str, Any] | None:
+    """Fill the tensors in place and check them; returns this process's random-number states if wanted."""
+    rng, error = None, None
+    try:
+        with _quiet_dcp():
+            dcp.load(tensors, checkpoint_id=checkpoint.folder / "tensors")
+        if with_rng:
+            rng = torch.load(checkpoint.folder / RNG_FILE.format(rank=mesh.rank), weights_only=False)
+    except (Exception, CheckpointException) as cause:  # dcp's own wrapper is a BaseException
+        error = ValueError(
+            f"checkpoint {checkpoint.folder} cannot be loaded into this model: {_reason(cause)}; "
+            "resume from an earlier one with resume_from_checkpoint: PATH"
+        )
+        error.__cause__ = cause
+    mesh.raise_together(error)
+    if _digest(tensors, mesh) != digest:
+        raise ValueError(
+            f"checkpoint {checkpoint.folder} is damaged: its tensors are not the ones that were saved; "
+            "resume from an earlier one with resume_from_checkpoint: PATH"
+        )
+    return rng
+
+
+def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The trainer state of a checkpoint.
+
+    Raises:
+        ValueError: it is missing or not JSON.
+    """
+    try:
+        return json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError) as error:
+        raise ValueError(f"{checkpoint.folder} is not a complete checkpoint: {_reason(error)}") from error
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete what a kill left half-written or half-deleted."""
+    for leftover in folder.glob(".step-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def prune_checkpoints(folder: Path, *, keep: int, protect: int | None) -> None:
+    """Delete the oldest checkpoints beyond `keep`, never the newest nor step `protect`; clear half-written ones."""
+    clear_leftovers(folder)
+    checkpoints = list_checkpoints(folder)
+    surplus = len(checkpoints) - keep
+    for checkpoint in checkpoints[:-1]:
+        if surplus <= 0:
+            return
+        if checkpoint.step != protect:
+            doomed = folder / f".{checkpoint.folder.name}.deleting"
+            checkpoint.folder.rename(doomed)  # a folder with its final name is always whole, also while it goes
+            shutil.rmtree(doomed)
+            surplus -= 1
+
+
+def forget_after(folder: Path, checkpoint: Checkpoint) -> None:
+    """Set later checkpoints aside (`step-N.superseded`) when a run goes on from an earlier one on purpose."""
+    for later in list_checkpoints(folder):
+        if later.step > checkpoint.step:
+            aside = later.folder.with_name(f"{later.folder.name}.superseded")
+            shutil.rmtree(aside, ignore_errors=True)
+            later.folder.rename(aside)
+
+
+_OPTIMIZER_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+def _model_state(model: nn.Module) -> dict[str, Any]:
+    """Trainable parameters, tied ones once, and persistent buffers."""
+    every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    state = get_model_state_dict(model)
+    return {name: value for name, value in state.items() if name in wanted or name not in every}
+
+
+def _tensor_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {
+        "model": _model_state(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIMIZER_OPTIONS),
+    }
+
+
+def _in_one_piece(state: Any) -> Any:
+    """Strided shards (tensor parallel and FSDP2 on one dimension) as contiguous ones, all that dcp can write."""
+
+    def contiguous(value: Any) -> Any:
+        if not isinstance(value, DTensor) or not any(isinstance(p, _StridedShard) for p in value.placements):
+            return value
+        return value.redistribute(
+            placements=[Shard(p.dim) if isinstance(p, _StridedShard) else p for p in value.placements]
+        )
+
+    return tree_map(contiguous, state)
+
+
+def _sharded_like(state: Any, live: Any) -> Any:
+    """Undo `_in_one_piece`."""
+
+    def as_live(value: Any, wanted: Any) -> Any:
+        if not isinstance(value, DTensor) or value.placements == wanted.placements:
+            return value
+        return value.redistribute(placements=wanted.placements)
+
+    return tree_map(as_live, state, live)
+
+
+_DIGEST_CHUNK = {"cpu": 2**20, "cuda": 2**24}  # elements at a time: 16 bytes each, and a few kernels a chunk
+_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def _digest(tensors: dict[str, Any], mesh: Mesh) -> dict[str, str]:
+    """A checksum of every bit of the whole tensors of each part: of elements, not of files; the same on every mesh.
+
+    All of it is read on the device, wherever it lies, and the sums are fetched together.
+    """
+    sums: list[tuple[str, Tensor]] = []
+    for part, values in tensors.items():
+        for name, value in sorted(values.items()):
+            if isinstance(value, Tensor) and value.numel():
+                key = int.from_bytes(hashlib.blake2b(f"{part} {name}".encode(), digest_size=8).digest(), "little") | 1
+                total = _tensor_digest(value.detach(), mesh.device, is_main=mesh.is_main)
+                if total is not None:
+                    sums.append((part, total * (key - 2**64 if key >= 2**63 else key)))
+    totals = dict.fromkeys(tensors, 0)
+    numbers = torch.stack([total for _, total in sums]).tolist() if sums else []
+    for (part, _), number in zip(sums, numbers, strict=True):
+        totals[part] += number
+    everyone = mesh.gather(totals)
+    return {part: f"{sum(theirs[part] for theirs in everyone) % 2**64:016x}" for part in totals}
+
+
+def _tensor_digest(tensor: Tensor, device: torch.device, *, is_main: bool) -> Tensor | None:
+    """This process's share of the sum of elements, as whole numbers, times odd weights by place, modulo 2**64.
+
+    A place's weight is the product of one for each of its indices, so that shards need no more than their offsets. Odd
+    weights let no changed bit pass; irregular ones no exchange of places.
+
+    Returns:
+        A scalar in int64 on `device`, which nobody has waited for; None where this process has no share.
+    """
+    offsets = [0] * tensor.ndim
+    if isinstance(tensor, DTensor):
+        mesh, placements = tensor.device_mesh, tensor.placements
+        _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
+        # Of copies the first counts; a mesh that is a part of the world has others beside it that hold the same.
+        copies = [dim for dim, placement in enumerate(placements) if not placement.is_shard()]
+        counts = bool((mesh.mesh == 0).any()) and all(mesh.get_local_rank(dim) == 0 for dim in copies)
+        tensor = tensor.to_local()
+    else:
+        counts = is_main
+    if not counts or not tensor.numel():
+        return None
+    words = tensor.contiguous().view(_WORDS[tensor.element_size()])
+    if words.ndim == 0:
+        words, offsets = words[None], [0]
+    weights = [
+        _place_weights(torch.arange(offset, offset + size, device=device), dim)
+        for dim, (offset, size) in enumerate(zip(offsets, words.shape, strict=True))
+    ]
+    chunk = _DIGEST_CHUNK.get(device.type, _DIGEST_CHUNK["cuda"])
+    total, many = torch.zeros((), dtype=torch.int64, device=device), max(1, chunk // words[0].numel())
+    for start in range(0, len(words), many):
+        sums = words[start : start + many].to(device, non_blocking=True).to(torch.int64)
+        for of_dim in reversed(weights[1:]):
+            sums = sums.mul_(of_dim).sum(dim=-1)
+        total += (sums * weights[0][start : start + many]).sum()
+    return total
+
+
+def _place_weights(places: Tensor, dim: int) -> Tensor:
+    """An odd 64-bit number for each index along a dimension, without any pattern; wraps around on purpose."""
+    mixed = (places + ((dim + 1) << 48)) * -0x61C8864680B583EB
+    mixed = (mixed ^ (mixed >> 29)) * 0x2545F4914F6CDD1D
+    return (mixed ^ (mixed >> 32)) | 1
+
+
+def _rng_state() -> dict[str, Any]:
+    return {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_rng_state(state: dict[str, Any]) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+def sync_tree(folder: Path) -> None:
+    """Make every file below a folder survive a power cut."""
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def replace_folder(aside: Path, final: Path) -> None:
+    """Give a finished folder its final name; one that is there already steps aside first, and goes afterwards."""
+    old = final.with_name(f".{final.name}.old")
+    if final.exists():  # otherwise `old` may be all that a kill between these two renames left
+        shutil.rmtree(old, ignore_errors=True)
+        final.rename(old)
+    aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+    descriptor = os.open(final.parent, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _quiet_dcp() -> Iterator[None]:
+    """Without a process group dcp says each time that it assumes a single process; here that is so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
+        yield
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line; of the processes' errors that dcp collects, the first rank's."""
+    where = ""
+    if isinstance(error, CheckpointException):
+        rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
+        where, error = f"rank {rank}: " if rank or len(error.failures) > 1 else "", inner
+    text = str(error).strip()
+    return where + (text.splitlines()[0] if text else type(error).__name__)

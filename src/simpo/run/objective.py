@@ -1,0 +1,42 @@
+"""What every host trains: the loss of each pair by a recipe, its added SFT term, and the sums of the metrics.
+
+The native trainer, transformers' Trainer and Megatron differ in how they compute log-probs and add up gradients; from
+log-probs on, all of them go through here. Must not import data, train or evaluate.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses
+from simpo.run.metrics import pair_metric_sums
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+
+def trained_losses(
+    logps: PairLogps, recipe: Recipe, *, num_pairs: int, num_chosen_tokens: int
+) -> tuple[Tensor, Tensor]:
+    """The trained loss of each pair and the sums of its metrics.
+
+    Args:
+        logps: of P pairs; with the reference's sums where the loss reads them.
+        recipe: its loss, beta and so on.
+        num_pairs, num_chosen_tokens: pairs, and trained tokens of their chosen responses, in the whole optimizer step
+            over all ranks.
+    Returns:
+        losses [P], SFT term included: their sum over every pair of the step, divided by num_pairs, is what is trained.
+        sums [len(PAIR_METRICS)], see `run.metrics.pair_metric_sums`.
+    """
+    options = {name: getattr(recipe, name) for name in loss_options(recipe.loss_type)}
+    loss = LOSSES[recipe.loss_type](logps, **options)
+    total = loss.losses
+    if recipe.sft_weight and recipe.sft_reduction == "tokens":
+        # The step's token mean, written so that (sum over pairs) / num_pairs gives it.
+        total = total - recipe.sft_weight * logps.chosen_sum * (num_pairs / num_chosen_tokens)
+    elif recipe.sft_weight:
+        total = total + recipe.sft_weight * sft_losses(logps)
+    return total, pair_metric_sums(logps, loss, total)

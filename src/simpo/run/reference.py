@@ -1,0 +1,133 @@
+"""Log-probs of a frozen reference model, computed once ahead of training and cached.
+
+Only losses that need a reference come here; for all others no second model is ever loaded. Uses the same packed
+forward pass as training.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from simpo.core.batch import PackedPairs, build_batch
+from simpo.core.losses import PairLogps
+from simpo.data.loader import PairStore, evaluation_batches
+from simpo.model.head import compute_pair_logps
+from simpo.model.load import load_model
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from simpo.parallel.mesh import Mesh
+    from simpo.recipe import Recipe
+
+Forward = Callable[[PackedPairs], PairLogps]
+
+
+@dataclass(frozen=True)
+class ReferenceLogps:
+    """Summed reference log-probs of every pair of a store: [num_pairs, 2] fp32, chosen and rejected, nats."""
+
+    sums: np.ndarray
+
+    def is_of(self, num_pairs: int) -> bool:
+        """Whether there are finite ones for so many pairs: what was read from a file may be anything."""
+        return self.sums.shape == (num_pairs, 2) and bool(np.isfinite(self.sums).all())
+
+    def lookup(self, indices: Sequence[int], *, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Chosen and rejected sums [P] of the given pairs."""
+        rows = torch.from_numpy(self.sums[list(indices)])
+        rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+        return rows[:, 0], rows[:, 1]
+
+
+def compute_reference_logps(
+    recipe: Recipe, stores: Mapping[str, PairStore], *, mesh: Mesh, fingerprint: str
+) -> dict[str, ReferenceLogps]:
+    """Reference log-probs of every store, from the cache where they are known; every process computes a share.
+
+    Args:
+        recipe: names the reference (`ref_model_name_or_path`, else the initial policy `model_name_or_path`).
+        stores: split name -> pairs.
+        mesh: the processes that the reference runs on; it is freed afterwards.
+        fingerprint: of the tokenised data; with the model's it keys the cache.
+    """
+    name = recipe.ref_model_name_or_path or recipe.model_name_or_path
+    paths = {split: _cache_path(recipe, name, fingerprint, split) for split in stores}
+    found = mesh.on_main(lambda: {split: _read(path, len(stores[split])) for split, path in paths.items()})
+    missing = [split for split, logps in found.items() if logps is None]
+    if missing:
+        model = load_model(recipe, device=mesh.device, name=name, trainable=False, mesh=mesh)
+        for split in missing:
+            found[split] = compute_all(functools.partial(_forward, model, recipe), stores[split], recipe, mesh=mesh)
+            mesh.on_main(functools.partial(_write, paths[split], found[split]))
+        del model
+    return {split: logps for split, logps in found.items() if logps is not None}
+
+
+@torch.no_grad()
+def compute_all(forward: Forward, store: PairStore, recipe: Recipe, *, mesh: Mesh) -> ReferenceLogps:
+    """Reference log-probs of a store's pairs; every process computes a share and has all of them in the end.
+
+    Args:
+        forward: from a batch on the mesh's device (this process's part of its rows) to its log-probs.
+        recipe: says how batches are built.
+    """
+    device, sums = mesh.device, torch.zeros(len(store), 2)
+    batches = evaluation_batches(
+        store, pairs_per_batch=recipe.per_device_eval_batch_size, rank=mesh.data_rank, num_ranks=mesh.sizes.data
+    )
+    for indices in batches:
+        # A rank without pairs takes part with the first one: shards are put together by all.
+        pairs = [store[i] for i in indices or [0]]
+        batch = build_batch(pairs, pack=recipe.pack, share_prompt=recipe.share_prompt)
+        logps = forward(mesh.own_rows(batch).to(device))
+        if indices:
+            sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).float().cpu()
+    return ReferenceLogps(mesh.sum_over_data(sums.to(device)).cpu().numpy())
+
+
+def _forward(model: nn.Module, recipe: Recipe, batch: PackedPairs) -> PairLogps:
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
+        return compute_pair_logps(model, batch, chunk_size=recipe.logits_chunk_size)
+
+
+def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path:
+    root = recipe.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "simpo")
+    settings = f"{_model_fingerprint(name, recipe.model_revision)}|{fingerprint}|{split}|{recipe.bf16}"
+    key = hashlib.sha256(settings.encode()).hexdigest()[:20]
+    return Path(root) / "reference" / f"{key}.npy"
+
+
+def _model_fingerprint(name: str, revision: str | None) -> str:
+    """A local model by the names, sizes and times of its weight files; a hub model by name and revision."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{revision}"
+    files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
+    return "|".join([str(folder.resolve()), *(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)])
+
+
+def _read(path: Path, num_pairs: int) -> ReferenceLogps | None:
+    try:
+        logps = ReferenceLogps(np.load(path))
+    except (OSError, ValueError):  # not there, or cut short: computed again
+        return None
+    return logps if logps.is_of(num_pairs) else None
+
+
+def _write(path: Path, logps: ReferenceLogps) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with aside.open("wb") as file:
+        np.save(file, logps.sums)
+    os.replace(aside, path)
