@@ -256,7 +256,7 @@ def test_script_without_main_guard_is_not_run_again_by_the_processes(tmp_path, b
     (tmp_path / "script.py").write_text(
         "print('script runs')\n"
         "from transformers import AutoTokenizer\n"
-        "from simpo.data import audit\n"
+        "from simpo.data import prepare as audit\n"
         "from simpo.recipe import load_recipe\n"
         "audit.ROWS_PER_PROCESS, audit.CHUNK_ROWS = 20, 10\n"
         "recipe = load_recipe({'model_name_or_path': 'none', 'dataset_mixer': {'a.jsonl': 1.0}, 'cache_dir': 'cache',\n"

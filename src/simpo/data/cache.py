@@ -21,7 +21,7 @@ from simpo.data import sources as source_files
 from simpo.data.ledger import Ledger
 from simpo.data.sources import Source
 
-_LAYER = ("sources", "files", "preferences", "templates", "tokenize", "ledger", "audit", "cache", "workers")
+_LAYER = ("sources", "files", "preferences", "templates", "tokenize", "ledger", "prepare", "cache", "workers")
 _RECIPE_KEYS = (
     "dataset_splits",
     "dataset_configs",
