@@ -14,6 +14,7 @@ from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
 from simpo.data.loader import PairStore, StepLoader, StepPlan
 from simpo.model.head import compute_pair_logps
+from simpo.model.load import checkpoint_activations
 from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.parallel.sharding import GradientSync
 from simpo.recipe import load_recipe
@@ -203,7 +204,7 @@ def test_gradient_checkpointing_gives_the_same_bits(random_model, ragged_pairs, 
     model.model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     kept = run_step(model, pairs, micro_batches=2)
     assert len(calls) == 2
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     recomputed = run_step(model, pairs, micro_batches=2)
     assert len(calls) == 2 + 4, "checkpointing was not active"
     assert recomputed[0] == kept[0]

@@ -19,6 +19,7 @@ from simpo.core.batch import PackedPairs, build_batch, build_list_batch
 from simpo.core.context import rows_to_heads, split_rows, sum_over
 from simpo.core.logprobs import reference_token_logps, response_logps, token_logps
 from simpo.data.loader import StoredPair
+from simpo.model.load import checkpoint_activations
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # relative to the largest entry of each tensor
 VOCABULARY = 61
@@ -367,7 +368,7 @@ def compare_architecture(architecture: str, config: dict[str, Any]) -> dict[str,
     model, errors = build_model(architecture, **config).double(), {}
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(model)
         for name in ("pack=True share=True", "pack=False share=True", "one pair"):
             batch = make_batches()[name]
             expected = sums_and_gradients(model, compute_response_logps(model, batch)[0], batch)

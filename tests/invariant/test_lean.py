@@ -13,6 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from simpo.core.batch import build_batch
 from simpo.core.low_memory import gated_silu, rms_norm
 from simpo.model.head import compute_token_logps
+from simpo.model.load import checkpoint_activations
 from simpo.model.low_memory import install_lean_blocks
 
 
@@ -99,7 +100,7 @@ def test_lean_blocks_change_no_log_prob_and_no_gradient(
     assert install_lean_blocks(model) == 2
     assert [name for name, _ in model.named_parameters()] == names
     if checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
     largest = max(float(e.abs().max()) for e in expected[1:])
     for name, a, e in zip(["logps", *names], gradients(model, batch), expected, strict=True):
         assert float((a - e).abs().max()) <= 2e-6 * largest + 2e-5 * float(e.abs().max()), name

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -256,7 +257,7 @@ def test_saved_json_and_pairs_say_the_same(evaluation, tmp_path):
     result = json.loads((tmp_path / "deep" / "result.json").read_text())
     records = [json.loads(line) for line in (tmp_path / "pairs.jsonl").read_text().splitlines()]
     assert result["accuracy"]["value"] == evaluation.accuracy.value
-    assert result["versions"]["torch"] == torch.__version__
+    assert result["versions"]["torch"] == version("torch")
     assert "pairs" not in result
     assert len(records) == result["num_pairs"]
     assert sum(r["margin"] for r in records) / len(records) == pytest.approx(result["margin"]["value"])

@@ -24,6 +24,7 @@ from simpo.core.batch import PackedPairs, build_batch
 from simpo.data.loader import StoredPair
 from simpo.model.attention import PACKED
 from simpo.model.head import LogprobHead, compute_token_logps, install_head
+from simpo.model.load import checkpoint_activations
 from simpo.model.low_memory import install_lean_blocks, install_liger_kernels, why_no_liger
 from simpo.model.probe import check_forward
 
@@ -129,8 +130,7 @@ def test_fused_blocks_run_the_kernels_and_make_the_same_update(stand_in, autocas
     install_liger_kernels(model)
     install_lean_blocks(model)
     if checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     found = gradients(model, autocast=autocast)
     assert_close(found, expected, tolerance=2e-2 if autocast else 1e-5)
     again = 2 if checkpointing else 1

@@ -16,6 +16,7 @@ from simpo.core.packing import PairShape
 from simpo.data.loader import StoredPair
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_pair_logps
+from simpo.model.load import checkpoint_activations
 from simpo.run import memory
 from simpo.run.memory import (
     ActivationBytes,
@@ -132,7 +133,7 @@ def test_bytes_of_a_token_are_between_the_least_and_the_most_that_a_hand_count_g
 
 def test_checkpointing_keeps_the_blocks_inputs_and_one_block(model):
     plain = measure_activations(model, forward_of(model), device=CPU)
-    model.activation_checkpointing_enable({"use_reentrant": False})
+    checkpoint_activations(model)
     try:
         found = measure_activations(model, forward_of(model), device=CPU)
         assert all(layer.gradient_checkpointing for layer in model.model.layers), "switched back on"

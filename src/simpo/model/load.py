@@ -131,9 +131,7 @@ def load_model(
         install_liger_kernels(unwrap(model))
     install_lean_blocks(model)
     if trainable and recipe.gradient_checkpointing:
-        base = unwrap(model)  # transformers 5.17 has the older name alone
-        enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
-        enable({**(recipe.gradient_checkpointing_kwargs or {}), "use_reentrant": False})
+        checkpoint_activations(unwrap(model), **(recipe.gradient_checkpointing_kwargs or {}))
     if not trainable:
         model.requires_grad_(False)
         model.eval()
@@ -174,6 +172,13 @@ def load_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **opt
 
 def _looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
+    """Have the model compute its blocks' activations again in the backward pass; options of torch's checkpoint()."""
+    # transformers 5.17 has the older name alone.
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({**options, "use_reentrant": False})
 
 
 def disable_dropout(model: nn.Module) -> None:
