@@ -21,7 +21,6 @@ from simpo.data import sources as source_files
 from simpo.data.ledger import Ledger
 from simpo.data.sources import Source
 
-_LAYER = ("sources", "files", "preferences", "templates", "tokenize", "ledger", "prepare", "cache", "workers")
 _RECIPE_KEYS = (
     "dataset_splits",
     "dataset_configs",
@@ -99,8 +98,8 @@ def _fingerprint_tokenizer(tokenizer: Any) -> str:
 
 def _fingerprint_code() -> str:
     digest = hashlib.sha256()
-    for name in _LAYER:
-        digest.update((Path(__file__).parent / f"{name}.py").read_bytes())
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
