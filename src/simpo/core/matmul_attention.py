@@ -10,8 +10,8 @@ Per block and per tile of its queries, with K and V the keys and values that the
 
 A tile multiplies only the keys up to its last query, so about half the square is never computed; P is computed again in
 the backward pass, so memory is one tile's scores. The heads that share a key head are stacked as more queries of it.
-Half-precision products that end in a softmax or in its derivative (S and dP) come out in fp32, as in flash attention:
-their operands are widened, and oneDNN is told that it may multiply them as the bf16 they are. Torch only.
+Products of bf16 come out in fp32, as in flash attention: their operands are widened, once for all tiles, and oneDNN is
+told that it may multiply them as bf16. Torch only.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-TILE_ROWS = 128  # most queries of one tile: fewer skip more of the masked half, more make larger products
+TILE_ROWS = 256  # most queries of one tile: fewer skip more of the masked half, more make larger products
 TILE_BYTES = 4 * 2**20  # of a tile's fp32 scores: what a core's caches still hold
 TILE_BYTES_CUDA = 256 * 2**20  # few large products
 FLASH_ROWS = 256  # most queries of a call with a mask: what a mask hides is computed all the same
@@ -108,45 +108,42 @@ def _flash_forward(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, blo
 
 def _tiled_forward(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block: Any, options: ScoreOptions) -> None:
     """The same from products: for soft-caps, and on accelerators."""
+    heads, key_heads = query.shape[1], keys.shape[0]
     wide_keys = keys.to(_precise(keys))
     for tile in _tiles(block, query):
-        queries = _stack_queries(query, tile, keys.shape[0])
-        weights, _ = _weights(queries, wide_keys, tile, options, query.shape[1])
+        queries = _stack_heads(query[:, :, tile.start : tile.end], key_heads)
+        with _products_in_bf16(query.dtype):
+            weights, _ = _weights(queries, wide_keys[:, : tile.num_keys], tile, options)
         mixed = torch.bmm(weights.to(values.dtype), values[:, : tile.num_keys])
-        out[tile.start : tile.end] = _unstack(mixed, query.shape[1]).transpose(0, 1)
+        out[tile.start : tile.end] = _unstack_heads(mixed, heads).transpose(0, 1)
 
 
 def _gradients(
     query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, ranges: Any, options: ScoreOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, key_heads = query.shape[1], key.shape[1]
-    precise = _precise(query)
-    d_query = torch.zeros_like(query)
-    d_key = key.new_zeros(key.shape, dtype=precise)
-    d_value = value.new_zeros(value.shape, dtype=precise)
-    for block in ranges:
-        keys, values = _rows_of(key, block), _rows_of(value, block)
-        wide_keys, wide_values = keys.to(precise), values.to(precise)
-        d_keys = torch.zeros_like(wide_keys)
-        d_values = torch.zeros_like(wide_values)
-        for tile in _tiles(block, query):
-            seen = slice(tile.num_keys)
-            queries = _stack_queries(query, tile, key_heads)
-            grads = _stack_queries(grad_out, tile, key_heads)
-            weights, tanh = _weights(queries, wide_keys, tile, options, heads)
-            d_values[:, seen] += torch.bmm(weights.to(values.dtype).transpose(1, 2), grads)
-            with _products_in_bf16(values.dtype):
-                d_weights = torch.bmm(grads.to(precise), wide_values[:, seen].transpose(1, 2))
-            d_scores = torch._softmax_backward_data(d_weights, weights, -1, precise)
-            if tanh is not None:
-                d_scores *= 1 - tanh * tanh
-            d_scores = d_scores.to(query.dtype)
-            d_queries = torch.bmm(d_scores, keys[:, seen]).mul_(options.scale)
-            d_query[0, :, tile.start : tile.end] = _unstack(d_queries, heads)
-            d_keys[:, seen] += torch.bmm(d_scores.transpose(1, 2), queries)
-        _add_rows(d_key, d_keys.mul_(options.scale), block)
-        _add_rows(d_value, d_values, block)
-    return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
+    group = heads // key_heads
+    all_queries, all_grads = _stack_heads(query, key_heads), _stack_heads(grad_out, key_heads)
+    wide_key, wide_value = key.to(_precise(key)), value.to(_precise(value))
+    d_queries, d_key, d_value = (torch.zeros_like(x) for x in (all_queries, wide_key, wide_value))
+    with _products_in_bf16(query.dtype):
+        for block in ranges:
+            keys, values = _rows_of(wide_key, block), _rows_of(wide_value, block)
+            d_keys, d_values = torch.zeros_like(keys), torch.zeros_like(values)
+            for tile in _tiles(block, query):
+                rows, seen = slice(tile.start * group, tile.end * group), slice(tile.num_keys)
+                queries, grads = all_queries[:, rows], all_grads[:, rows]
+                weights, tanh = _weights(queries, keys[:, seen], tile, options)
+                d_values[:, seen].baddbmm_(weights.transpose(1, 2), grads)
+                d_scores = torch.bmm(grads, values[:, seen].transpose(1, 2))
+                torch._softmax_backward_data(d_scores, weights, -1, d_scores.dtype, grad_input=d_scores)
+                if tanh is not None:
+                    d_scores *= 1 - tanh * tanh
+                d_keys[:, seen].baddbmm_(d_scores.transpose(1, 2), queries, alpha=options.scale)
+                d_queries[:, rows] = _scaled_product(d_scores, keys[:, seen], options.scale)
+            _add_rows(d_key, d_keys, block)
+            _add_rows(d_value, d_values, block)
+    return _unstack_heads(d_queries, heads)[None].to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype)
 
 
 def _precise(tensor: Tensor) -> torch.dtype:
@@ -168,39 +165,41 @@ def _add_rows(total: Tensor, rows: Tensor, block: tuple[int, int, int, int]) -> 
     total[0, :, start:end] += rows[:, prefix:]
 
 
-def _stack_queries(tensor: Tensor, tile: _Tile, key_heads: int) -> Tensor:
-    """[1, Hq, T, D] -> [Hkv, G * m, D]: the tile's rows, the G heads of each key head one after the other."""
-    return tensor[0, :, tile.start : tile.end].reshape(key_heads, -1, tensor.shape[3])
+def _stack_heads(tensor: Tensor, key_heads: int) -> Tensor:
+    """[1, Hq, m, D] -> [Hkv, m * G, D], widened: each row's G heads of a key head one after the other."""
+    rows = tensor[0].unflatten(0, (key_heads, -1)).transpose(1, 2).reshape(key_heads, -1, tensor.shape[3])
+    return rows.to(_precise(tensor))
 
 
-def _unstack(rows: Tensor, heads: int) -> Tensor:
-    """[Hkv, G * m, D] -> [Hq, m, D]."""
-    return rows.reshape(heads, -1, rows.shape[2])
+def _unstack_heads(rows: Tensor, heads: int) -> Tensor:
+    """[Hkv, m * G, D] -> [Hq, m, D]."""
+    return rows.unflatten(1, (-1, heads // rows.shape[0])).transpose(1, 2).reshape(heads, -1, rows.shape[2])
 
 
-def _weights(
-    queries: Tensor, keys: Tensor, tile: _Tile, options: ScoreOptions, heads: int
-) -> tuple[Tensor, Tensor | None]:
-    """Softmax weights [Hkv, G * m, n] of a tile in the dtype of `keys`, and tanh of the soft-cap where there is one."""
-    seen = keys[:, : tile.num_keys].transpose(1, 2)
-    with _products_in_bf16(queries.dtype):
-        scores = torch.baddbmm(keys.new_empty(()), queries.to(keys.dtype), seen, beta=0, alpha=options.scale)
+def _scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
+    return torch.baddbmm(left.new_empty(()), left, right, beta=0, alpha=scale)
+
+
+def _weights(queries: Tensor, keys: Tensor, tile: _Tile, options: ScoreOptions) -> tuple[Tensor, Tensor | None]:
+    """Softmax weights [Hkv, m * G, n] of a tile, and tanh of the soft-cap where there is one."""
+    scores = _scaled_product(queries, keys.transpose(1, 2), options.scale)
     tanh = None
     if options.softcap is not None:
         tanh = torch.tanh(scores / options.softcap)
         scores = tanh * options.softcap
-    _hide(scores.view(heads, tile.end - tile.start, tile.num_keys), tile, options.sliding_window)
-    return torch.softmax(scores, dim=-1), tanh
+    _hide(scores, tile, options.sliding_window)
+    return torch.softmax(scores, dim=-1, out=scores), tanh
 
 
 def _hide(scores: Tensor, tile: _Tile, sliding_window: int | None) -> None:
-    """Scores [Hq, m, n] of a tile: what lies ahead of a query or before its window becomes -inf, in place."""
+    """Scores [Hkv, m * G, n] of a tile: what lies ahead of a query or before its window becomes -inf, in place."""
     rows = tile.end - tile.start
+    by_row = scores.unflatten(1, (rows, -1))
     if sliding_window is not None and tile.num_keys > sliding_window:
-        scores += _hidden(tile, sliding_window, scores.dtype, scores.device)
+        by_row += _hidden(tile, sliding_window, scores.dtype, scores.device)[:, None]
     else:  # all that is hidden is in the last square
         square = _Tile(tile.start, tile.end, rows)
-        scores[:, :, tile.num_keys - rows :] += _hidden(square, None, scores.dtype, scores.device)
+        by_row[..., tile.num_keys - rows :] += _hidden(square, None, scores.dtype, scores.device)[:, None]
 
 
 def _hidden(tile: _Tile, sliding_window: int | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
