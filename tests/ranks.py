@@ -12,6 +12,7 @@ from one process that has imported what they need and has computed nothing, so t
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import gc
@@ -113,8 +114,10 @@ class Ranks:
 def _forker() -> Connection:
     """To the process that forks ranks: send it (address, environment), receive the pid."""
     with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "forker"), "AF_UNIX") as listener:
-        subprocess.Popen([sys.executable, str(Path(__file__)), str(listener.address)])
-        return listener.accept()
+        process = subprocess.Popen([sys.executable, str(Path(__file__)), str(listener.address)])
+        connection = listener.accept()
+    atexit.register(lambda: (connection.close(), process.wait()))
+    return connection
 
 
 def _fork_ranks(address: str) -> None:
