@@ -16,7 +16,7 @@ BENCH  ?=
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-scale bench install engines model pairs lint check clean help
+.PHONY: demo test test-scale test-long bench install engines model pairs lint check clean help
 
 demo: model
 	MODEL="$(MODEL)" $(RUN) examples/demo/run.py
@@ -28,6 +28,10 @@ test: engines
 # The same claims on four processes: a few minutes more.
 test-scale: engines
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m four_processes
+
+# And those that take most of a minute each: DeepSpeed, Ray, compiling, real weights on two processes.
+test-long: engines
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'long and not four_processes' -n 2
 
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model

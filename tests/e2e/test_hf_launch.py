@@ -23,6 +23,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_pairs(tmp_path_factory.mktemp("rows") / "train.jsonl", 21, seed=3)
 
 
+@pytest.mark.long
 @needs_deepspeed
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_makes_the_update_of_one_process(stage: int, tiny_model: Path, pairs: Path, tmp_path: Path) -> None:

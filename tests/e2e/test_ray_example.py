@@ -84,6 +84,7 @@ def kill_a_worker(process: subprocess.Popen[str], checkpoints: Path) -> None:
     workers[1].send_signal(signal.SIGKILL)
 
 
+@pytest.mark.long
 def test_two_workers_make_the_steps_of_one_process_though_one_of_them_is_killed(settings, ray_folder, tmp_path):
     process = launch(["-c", RUN, str(ray_folder), *command(settings, ray_folder)], ray_folder)
     kill_a_worker(process, Path(settings["output_dir"], "checkpoints"))

@@ -113,7 +113,10 @@ def check(found: dict[str, Any], first_loss: float, *, tolerance: float = 0.2) -
             {**LORA, "load_in_4bit": True}, 0.5, id="QLoRA", marks=[needs["peft"], needs["bitsandbytes"]]
         ),  # other weights, after all
         pytest.param(
-            {**BF16, "pack": False, "share_prompt": False, "max_tokens_per_micro_batch": None}, 0.2, id="padded, bf16"
+            {**BF16, "pack": False, "share_prompt": False, "max_tokens_per_micro_batch": None},
+            0.2,
+            id="padded, bf16",
+            marks=pytest.mark.long,
         ),
     ],
 )
@@ -136,6 +139,7 @@ def test_float32_with_operands_rounded_as_tf32_does(settings: Settings, first_lo
     check(train_and_evaluate({**settings, "bf16": False}), first_loss, tolerance=0.01)
 
 
+@pytest.mark.long
 def test_fsdp_on_two_processes_gathers_in_bf16(settings: Settings, first_loss: float, two_ranks):
     keys = {"dp_shard": 2, "per_device_train_batch_size": 1}
     first, second = two_ranks.run(train_and_evaluate, {**settings, **keys})
@@ -143,6 +147,7 @@ def test_fsdp_on_two_processes_gathers_in_bf16(settings: Settings, first_loss: f
     assert first == second
 
 
+@pytest.mark.long
 @needs["deepspeed"]
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_in_bf16_on_two_processes(stage: int, smol_model: Path, pairs: Path, first_loss: float, tmp_path: Path):

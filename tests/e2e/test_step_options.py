@@ -183,8 +183,8 @@ def gradients(trainer: Trainer, batch: Any) -> dict[str, torch.Tensor]:
         {},
         {"bf16": True},
         {"gradient_checkpointing": True},
-        {"use_peft": True, "lora_dropout": 0.0},
-        {"use_peft": True, "lora_dropout": 0.0, "gradient_checkpointing": True},
+        pytest.param({"use_peft": True, "lora_dropout": 0.0}, marks=pytest.mark.long),
+        pytest.param({"use_peft": True, "lora_dropout": 0.0, "gradient_checkpointing": True}, marks=pytest.mark.long),
     ],
     ids=["fp32", "bf16", "checkpointing", "adapters", "adapters and checkpointing"],
 )

@@ -83,6 +83,7 @@ def test_a_launch_leaves_the_run_directory_of_one_process(recipe: Settings, unin
     assert_same_run(folder, uninterrupted)
 
 
+@pytest.mark.long
 def test_processes_killed_twice_are_started_again_and_end_in_the_same_bits(
     recipe: Settings, uninterrupted: Path, tmp_path: Path
 ):

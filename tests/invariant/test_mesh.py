@@ -288,9 +288,8 @@ def test_four_processes_make_the_update_of_one(case, four_ranks: Ranks, model_fo
 
 
 # The LoRA case takes a minute: it runs with the longer tests.
-@pytest.mark.parametrize(
-    "case", ["fsdp2 checkpointed", "cp2", pytest.param("fsdp2 LoRA", marks=pytest.mark.four_processes)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["fsdp2 checkpointed", "cp2", "fsdp2 LoRA"])
 def test_compiled_blocks_make_the_same_update_on_two_processes(case, two_ranks: Ranks, model_folder, step_recipe):
     """And each piece of a block is compiled once, for all layers, lengths and steps."""
     shape, data, keys = TWO[case]

@@ -26,7 +26,7 @@ KEYS = {
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_deepspeed_in_bf16_trains_and_saves_fp32_masters(
     stage: int, tiny_model: Path, pair_files: Path, tmp_path: Path
 ) -> None:

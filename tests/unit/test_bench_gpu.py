@@ -152,6 +152,7 @@ def test_a_rung_whose_loss_differs_is_an_error(command, monkeypatch, no_cuda):
     assert any("shared" not in note and "head" in note and "differs" in note for note in results["notes"])
 
 
+@pytest.mark.long
 def test_a_rung_switches_what_it_says_and_nothing_stays():
     staged, pairs = make_staged(), LengthCase("9/4/4").pairs(2, vocab_size=199)
     before = [type(module) for module in staged.model.modules()]
@@ -351,6 +352,7 @@ def test_checkpointing_runs_blocks_again_only_inside():
 # --- parity ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_parity_passes_on_the_cpu_and_covers_every_way(command):
     code, results = command("parity", "--only", "kernels,llama 9/3 heads")
     assert (code, results["complete"]) == (0, True)
@@ -529,6 +531,7 @@ def test_a_way_that_is_wrong_is_named_and_not_timed(command, monkeypatch):
 # --- train -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_the_trainer_is_resumed_and_compared_and_an_option_that_fails_leaves_the_others(command, monkeypatch):
     options = {
         "refused": {"learning_rate": -1.0},
@@ -909,6 +912,7 @@ runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 """
 
 
+@pytest.mark.long
 def test_the_rehearsal_survives_a_part_that_hangs_and_one_that_fails(gpu, tmp_path, monkeypatch, capsys):
     """One real part, where only torch, transformers and numpy are, behind two that end badly; and a readable table."""
     ladder_words = "ladder --rungs padded,lean --rounds 1 --steps 1 --cases ragged-200/350/350"
