@@ -4,7 +4,7 @@
         --tensor-model-parallel-size 2 --pipeline-model-parallel-size 2 --bf16
 
 Everything between `get_forward_backward_func` and the optimizer is Megatron's; the step it runs, the batches and the
-metrics are `simpo.hosts.megatron`. Arguments have Megatron's names. Meant to be read and changed: there are no
+metrics are `simpo.hosts.megatron.step`. Arguments have Megatron's names. Meant to be read and changed: there are no
 checkpoints, no evaluation and no distributed optimizer.
 """
 
@@ -37,13 +37,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
 from simpo.data.loader import PairStore
 from simpo.data.prepare import prepare_pairs
-from simpo.hosts.megatron import (
-    MegatronSettings,
-    add_simpo_arguments,
-    forward_step,
-    iterate_batches,
-    reduce_metrics,
-)
+from simpo.hosts.megatron.batch import iterate_batches
+from simpo.hosts.megatron.settings import MegatronSettings, add_simpo_arguments
+from simpo.hosts.megatron.step import forward_step, reduce_metrics
 from simpo.model.load import load_tokenizer
 from simpo.recipe import load_recipe
 
