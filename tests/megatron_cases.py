@@ -14,6 +14,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
 from simpo.data.loader import StoredPair
+from simpo.hosts.megatron.batch import iterate_batches
 from simpo.hosts.megatron.settings import MegatronSettings
 from simpo.model.attention import PACKED
 
@@ -128,7 +129,7 @@ def run_step(case: Case, sizes: dict[str, int], num_microbatches: int) -> dict[s
     from megatron.core import parallel_state
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from simpo.hosts import megatron as host
+    from simpo.hosts.megatron import step as host
 
     settings = case.settings(**sizes)
     config = build_model(case.model).config
@@ -138,7 +139,7 @@ def run_step(case: Case, sizes: dict[str, int], num_microbatches: int) -> dict[s
             host.dpo_forward_step if case.dpo else host.forward_step, settings=settings
         ),
         data_iterator=[
-            host.iterate_batches(
+            iterate_batches(
                 make_pairs(case.num_pairs),
                 settings,
                 num_microbatches=num_microbatches,

@@ -34,6 +34,7 @@ from torch import Tensor
 
 from simpo.core.batch import build_batch
 from simpo.core.losses import PairLogps
+from simpo.hosts.megatron.batch import collate, iterate_batches
 from simpo.model.head import compute_pair_logps
 from simpo.run.metrics import PAIR_METRICS
 from simpo.run.objective import trained_losses
@@ -191,7 +192,7 @@ def evaluate_and_reference(case: Case, sizes: dict[str, int], num_microbatches: 
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron_on_cpu import on_cpu
 
-    from simpo.hosts import megatron as host
+    from simpo.hosts.megatron import step as host
 
     with on_cpu(**sizes):
         settings = case.settings(**sizes, variable_seq_lengths=True)
@@ -200,7 +201,7 @@ def evaluate_and_reference(case: Case, sizes: dict[str, int], num_microbatches: 
         wrapped, _ = build_megatron(case, build_model(case.model).config, sizes, **others)
 
         def run(**options: Any) -> list[Any]:
-            batches = host.iterate_batches(
+            batches = iterate_batches(
                 make_pairs(case.num_pairs),
                 settings,
                 num_microbatches=num_microbatches,
@@ -253,7 +254,7 @@ def poisoned_step(sizes: dict[str, int], victim: int) -> str:
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron_on_cpu import on_cpu
 
-    from simpo.hosts import megatron as host
+    from simpo.hosts.megatron import step as host
     from simpo.trainer import NonFiniteError
 
     with on_cpu(**sizes):
@@ -267,7 +268,7 @@ def poisoned_step(sizes: dict[str, int], victim: int) -> str:
                 output[1] = float("nan")  # the first pair's rejected response
             return output, loss
 
-        batches = host.iterate_batches(
+        batches = iterate_batches(
             make_pairs(4),
             settings,
             num_microbatches=2 // parallel_state.get_data_parallel_world_size(),
@@ -309,7 +310,7 @@ def refusals() -> dict[str, str]:
     """Messages of what a step refuses."""
     from megatron_on_cpu import on_cpu
 
-    from simpo.hosts import megatron as host
+    from simpo.hosts.megatron import step as host
 
     pairs, found = make_pairs(2), {}
     settings = SIMPO.settings()
@@ -330,8 +331,8 @@ def refusals() -> dict[str, str]:
         loss(output)
 
     with on_cpu(tensor_model_parallel_size=2):
-        attempt("ragged", lambda: lose(settings, host.collate(pairs[:1], settings)))
-        attempt("no reference", lambda: lose(dpo, host.collate(pairs, dpo)))
+        attempt("ragged", lambda: lose(settings, collate(pairs[:1], settings)))
+        attempt("no reference", lambda: lose(dpo, collate(pairs, dpo)))
         attempt("wrong twin", lambda: host.forward_step(iter([]), None, settings=dpo))
         attempt("wrong other twin", lambda: host.dpo_forward_step(iter([]), None, settings=settings))
         attempt("no data", lambda: host.get_batch(None))
@@ -356,7 +357,7 @@ def settings_from_global_arguments(argument: str, value: float) -> tuple[str, fl
 
     import megatron_on_cpu  # noqa: F401  silences what importing megatron warns of
 
-    from simpo.hosts import megatron as host
+    from simpo.hosts.megatron import step as host
 
     training = types.ModuleType("megatron.training")
     training.get_args = lambda: argparse.Namespace(micro_batch_size=2, seq_length=8, **{argument: value})
