@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from simpo.recipe import KeyDoc, Recipe
+    from simpo.recipe import Key, Recipe
 
 app = typer.Typer(
     name="simpo",
@@ -30,12 +30,6 @@ app = typer.Typer(
 
 _TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file; see `simpo keys` for what it may hold.")]
-
-_ALWAYS_SHOWN = (
-    *("model_name_or_path", "dataset_mixer", "dataset_splits", "loss_type", "beta", "gamma_beta_ratio", "sft_weight"),
-    *("learning_rate", "lr_scheduler_type", "max_length", "max_prompt_length", "per_device_train_batch_size"),
-    *("gradient_accumulation_steps", "num_train_epochs", "bf16", "master_dtype", "seed", "output_dir"),
-)
 
 
 def main() -> None:
@@ -282,11 +276,11 @@ def _has_met_others() -> bool:
 
 def _key_lines(recipe: Recipe) -> str:
     """The keys that matter: the important ones first, then those that differ from their defaults."""
-    from simpo.recipe import load_recipe
+    from simpo.recipe import KEYS, load_recipe
 
     values, defaults = recipe.to_dict(), load_recipe({"model_name_or_path": "any"}).to_dict()
-    shown = [name for name in _ALWAYS_SHOWN if values[name] not in (None, {})]
-    shown += [name for name in values if name not in _ALWAYS_SHOWN and values[name] != defaults[name]]
+    shown = [name for name, key in KEYS.items() if key.shown and values[name] not in (None, {})]
+    shown += [name for name, key in KEYS.items() if not key.shown and values[name] != defaults[name]]
     unread = {"beta", "gamma_beta_ratio"} - set(recipe.loss_options.keys)
     width = max(map(len, shown))
     return "\n".join(f"{name:<{width}}  {_plain(values[name])}" for name in shown if name not in unread)
@@ -319,7 +313,7 @@ def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
     return lines
 
 
-def _key_text(doc: KeyDoc) -> str:
+def _key_text(doc: Key) -> str:
     aliases = f"\n      also: {', '.join(doc.aliases)}" if doc.aliases else ""
     return f"  {doc.name}\n      {doc.meaning}\n      allowed: {doc.allowed}\n      default: {doc.default}{aliases}"
 

@@ -55,7 +55,6 @@ def attempt(*args, **kwargs) -> Recipe | str:
 def assert_reads_back_equal(recipe: Recipe) -> None:
     again = load_recipe(parse_yaml(recipe.to_yaml(), where="saved"))
     assert again == recipe
-    assert again.fingerprint == recipe.fingerprint
 
 
 @thorough

@@ -20,23 +20,7 @@ from rich.console import Console
 from simpo.data import sources as source_files
 from simpo.data.ledger import Ledger
 from simpo.data.sources import Source
-
-_RECIPE_KEYS = (
-    "dataset_splits",
-    "dataset_configs",
-    "validation_fraction",
-    "prompt_column",
-    "chosen_column",
-    "rejected_column",
-    "system_prompt",
-    "auto_insert_empty_system_msg",
-    "max_length",
-    "max_prompt_length",
-    "overlong",
-    "drop_duplicates",
-    "max_train_samples",
-    "max_eval_samples",
-)
+from simpo.recipe import KEYS
 
 _IDS = pa.list_(pa.int32())
 PAIR_COLUMNS = {
@@ -69,9 +53,9 @@ def fingerprint_data(recipe: Any, tokenizer: Any, sources: list[Source], templat
     import tokenizers
     import transformers
 
-    keys = {name: getattr(recipe, name) for name in _RECIPE_KEYS}
-    if source_files.uses_seed(recipe, sources):
-        keys["seed"] = recipe.seed
+    keys = {name: getattr(recipe, name) for name, key in KEYS.items() if key.decides_tokens}
+    if not source_files.uses_seed(recipe, sources):
+        del keys["seed"]
     content = {
         "keys": keys,
         "sources": source_files.fingerprint_sources(sources),

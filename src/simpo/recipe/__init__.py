@@ -1,6 +1,6 @@
 """The settings of a run: every key, what other programs call it, and how a recipe is loaded and checked."""
 
-from simpo.recipe.keys import KEYS, METRICS, KeyDoc, Recipe
+from simpo.recipe.keys import KEYS, METRICS, Key, Recipe
 from simpo.recipe.load import load_recipe, nearest_key
 from simpo.recipe.losses import LOSS_KEYS, LOSS_OPTIONS, LossOptions
 
@@ -9,7 +9,7 @@ __all__ = [
     "LOSS_KEYS",
     "LOSS_OPTIONS",
     "METRICS",
-    "KeyDoc",
+    "Key",
     "LossOptions",
     "Recipe",
     "load_recipe",

@@ -1,13 +1,13 @@
-"""The keys of a recipe: each with its type, range, meaning and default, and the checks between them.
+"""The keys of a recipe: each with its type, range, meaning, default and flags, and the checks between them.
 
-Longer than most files because it is mostly documentation: what stands beside a key is what `simpo keys` prints. To add
-a key, add its field here, nothing else. How files, other programs' names and overrides become a recipe is in
-`recipe.py`; import from there. Must not import torch, transformers or datasets.
+A key is declared once, in `Recipe`: what is written there is what `simpo keys` prints, what a value is checked
+against, and what resuming, the store of prepared data and each host read. The keys that one loss alone reads are
+declared with it in `core.losses`. How files, other programs' names and overrides become a recipe is in `recipe.load`.
+Longer than most files because it is mostly documentation. Must not import torch, transformers or datasets.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import numbers
@@ -16,9 +16,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic.fields import FieldInfo
 
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS
 from simpo.recipe.losses import LOSS_KEYS, LOSS_OPTIONS, LossOptions, ZeroMargin, losses_reading
@@ -83,6 +85,10 @@ def _words(value: Any) -> Any:
     if not isinstance(value, (list, tuple)):
         raise ValueError("a list of names is needed")
     return [as_text(item) for item in value]
+
+
+def _words_or_null(value: Any) -> Any:
+    return None if value is None else _words(value)
 
 
 def _trackers(value: Any) -> Any:
@@ -153,6 +159,9 @@ Whole = Annotated[int, BeforeValidator(as_whole)]
 Steps = Annotated[int | float, BeforeValidator(_steps)]
 Text = Annotated[str, BeforeValidator(as_text)]
 Words = Annotated[list[str], BeforeValidator(_words)]
+Optimizer = Annotated[
+    Literal["adamw_torch_fused", "adamw_torch", "adamw_bf16", "adamw_8bit"], BeforeValidator(_optimizer)
+]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]
 LossName = Annotated[Literal[tuple(LOSS_OPTIONS)], BeforeValidator(as_loss_name)]  # a new row there is a value here
 
@@ -172,18 +181,73 @@ def short(value: Any, limit: int = 60) -> str:
 
 SECTIONS = ("model", "data", "loss", "packing", "optimisation", "lora", "parallel", "evaluation", "saving", "run")
 
+Hosted = Literal["field", "argument", "shared", "run", "launcher", "refused"]
+"""How the Hugging Face host takes a key: `field` of SimPOConfig under the recipe's rules; `argument` of
+TrainingArguments, same name and meaning; `shared`, an argument that SimPOConfig also hands to the recipe; `run`, read
+where a recipe is run; at its default only, since the `launcher` decides it or, `refused`, the native trainer alone
+does it."""
 
-def _in(section: str):
-    """A maker of documented fields of one section: key(default, meaning, allowed, **constraints)."""
 
-    def key(default: Any, meaning: str, allowed: str, *, derived: str = "", **constraints: Any) -> Any:
-        extra = {"section": section, "allowed": allowed, "derived": derived}
-        return Field(default, description=meaning, json_schema_extra=extra, **constraints)
+@dataclass(frozen=True, slots=True)
+class Key:
+    """One key of a recipe, as it was declared.
+
+    Attributes:
+        allowed: its values in words, from the type and range where they say it all.
+        default: as YAML, or a sentence where it depends on other keys; "required" where there is none.
+        aliases: other accepted names.
+        types: the plain types of its values; null left out.
+        may_change: whether a resumed run may have another value: it changes what is written and shown, or at most the
+            order of sums, never what is computed.
+        decides_tokens: whether prepared data is stored by its value.
+        hf: how the Hugging Face host takes it.
+        megatron: the name of the Megatron host's argument; "" for none.
+        shown: whether `simpo check` shows it at its default too.
+    """
+
+    name: str
+    section: str
+    meaning: str
+    allowed: str
+    default: str
+    aliases: tuple[str, ...]
+    types: frozenset[type]
+    may_change: bool
+    decides_tokens: bool
+    hf: Hosted
+    megatron: str
+    shown: bool
+
+
+def _in(section: str, *, tokens: bool = False, host: Hosted = "refused"):
+    """A maker of documented fields of one section. A flag that is not given is the careful one."""
+
+    def key(
+        default: Any,
+        meaning: str,
+        allowed: str = "",
+        *,
+        null: str = "",
+        derived: str = "",
+        may_change: bool = False,
+        decides_tokens: bool = tokens,
+        hf: Hosted = host,
+        megatron: str = "",
+        shown: bool = False,
+        **bounds: Any,
+    ) -> Any:
+        flags = {"may_change": may_change, "decides_tokens": decides_tokens, "hf": hf, "megatron": megatron}
+        words = {"section": section, "allowed": allowed, "null": null, "derived": derived, "bounds": bounds}
+        return Field(default, description=meaning, json_schema_extra={**words, **flags, "shown": shown}, **bounds)
 
     return key
 
 
-_model, _data, _loss, _packing, _optimisation, _lora, _parallel, _evaluation, _saving, _run = map(_in, SECTIONS)
+_model, _optimisation, _parallel, _evaluation, _saving, _run = map(
+    _in, ("model", "optimisation", "parallel", "evaluation", "saving", "run")
+)
+_data = _in("data", tokens=True, host="field")  # prepared alike for every host
+_loss, _packing, _lora = _in("loss", host="field"), _in("packing", host="field"), _in("lora", host="run")
 
 METRICS: dict[str, bool] = {
     "eval_loss": False,
@@ -196,9 +260,6 @@ METRICS: dict[str, bool] = {
     "eval_logps/rejected": False,
 }
 """Evaluation metrics that can choose the best checkpoint -> whether greater is better."""
-
-
-OPTIMIZERS = ("adamw_torch_fused", "adamw_torch", "adamw_bf16", "adamw_8bit")
 
 
 class Recipe(BaseModel):
@@ -214,160 +275,166 @@ class Recipe(BaseModel):
     # fmt: off
     # -- model
     model_name_or_path: Text = _model(
-        ..., "The model to train: a local folder or a hub name.", "path or name")
+        ..., "The model to train: a local folder or a hub name.", "path or name", hf="run", shown=True)
     model_revision: Text | None = _model(
-        None, "Branch, tag or commit of a hub model.", "text; null = main")
+        None, "Branch, tag or commit of a hub model.", "text", null="main", hf="field")
     trust_remote_code: bool = _model(
-        False, "Run code that comes with the model or dataset.", "true or false")
+        False, "Run code that comes with the model or dataset.", hf="field")
     tokenizer_name_or_path: Text | None = _model(
-        None, "Tokenizer, when it is not beside the model.", "path or name; null = the model's")
+        None, "Tokenizer, where it is not in the model's folder.", "path or name", null="the model's", hf="run")
     ref_model_name_or_path: Text | None = _model(
-        None, "Reference model of dpo and dpo_norm; never loaded for other losses.",
-        "path or name; null = the model to train, before training")
+        None, "Reference model of dpo and dpo_norm; never loaded for other losses.", "path or name",
+        null="the model to train, before training", hf="run")
     attn_implementation: Text | None = _model(
         None, "transformers' attention for padded batches; only with pack: false and share_prompt: false.",
-        "null = packed attention of this package; eager, sdpa, flash_attention_2, ...")
+        "null = packed attention of this package; eager, sdpa, flash_attention_2, ...", hf="field")
     attention_kernel: Literal["auto", "varlen", "flash3", "flash4", "flex", "matmul", "blocks"] = _model(
         "auto", "What computes packed attention. varlen: torch's FlashAttention; flash3, flash4: the same through "
         "FlashAttention-3 (flash_attn_interface, Hopper) or -4 (flash_attn.cute, Hopper and Blackwell); flex: "
         "FlexAttention, compiled; matmul: products in tiles, anywhere; blocks: torch's own, block by block. auto takes "
         "the fastest that works with this machine and model; kernels for a GPU are tried at start.",
-        "auto, varlen, flash3, flash4, flex, matmul or blocks")
+        hf="field", may_change=True)
     master_dtype: Literal["float32", "bfloat16"] = _model(
         "float32", "Number format of the weights the optimizer changes. bfloat16 loses most updates at small "
-        "learning rates, except with optim: adamw_bf16.", "float32 or bfloat16")
+        "learning rates, except with optim: adamw_bf16.", hf="field", shown=True)
     bf16: bool = _model(
-        None, "Compute in bfloat16 (weights stay in master_dtype); false computes in float32.", "true or false",
-        derived="true")
+        None, "Compute in bfloat16 (weights stay in master_dtype); false computes in float32.",
+        derived="true", hf="shared", shown=True)
     tf32: bool | None = _model(
-        None, "TensorFloat-32 matrix products where CUDA computes float32.", "true, false; null = as torch is set")
+        None, "TensorFloat-32 matrix products where CUDA computes float32.", null="as torch is set", hf="run")
     # -- data
     dataset_mixer: Annotated[dict[str, float], BeforeValidator(_mixture)] = _data(
         {}, "Datasets and the fraction of each: local files, folders or hub names. A fraction is taken after a seeded "
-        "shuffle; over 1 repeats rows.", "mapping of name to fraction > 0")
+        "shuffle; over 1 repeats rows.", "mapping of name to fraction > 0",
+        decides_tokens=False, hf="run", shown=True)  # the files themselves are, and their fractions
     dataset_splits: Words = _data(
         ["train", "test"], "Splits to read: the first to train on, the others to evaluate on unless they say `train`.",
-        "list of names", min_length=1)
-    dataset_configs: Annotated[list[str | None] | None, BeforeValidator(
-        lambda value: None if value is None else _words(value))] = _data(
-        None, "Configuration name of each dataset, in the mixer's order.", "list as long as dataset_mixer, or null")
+        "list of names", hf="run", shown=True, min_length=1)
+    dataset_configs: Annotated[list[str | None] | None, BeforeValidator(_words_or_null)] = _data(
+        None, "Configuration name of each dataset, in the mixer's order.", "list as long as dataset_mixer, or null",
+        hf="run")
     validation_fraction: Number = _data(
         0.05, "Share of the training prompts held out when no evaluation split exists; 0 holds out none.",
-        "0 <= x < 1", ge=0, lt=1)
+        hf="run", ge=0, lt=1)
     prompt_column: Text | None = _data(
-        None, "Column of the prompt, when its name is not a usual one.", "column name; null = found")
+        None, "Column of the prompt, when its name is not a usual one.", "column name", null="found")
     chosen_column: Text | None = _data(
-        None, "Column of the chosen response, when its name is not a usual one.", "column name; null = found")
+        None, "Column of the chosen response, when its name is not a usual one.", "column name", null="found")
     rejected_column: Text | None = _data(
-        None, "Column of the rejected response, when its name is not a usual one.", "column name; null = found")
+        None, "Column of the rejected response, when its name is not a usual one.", "column name", null="found")
     chat_template: Text | None = _data(
-        None, "Jinja chat template that replaces the tokenizer's.", "template; null = the tokenizer's")
+        None, "Jinja chat template that replaces the tokenizer's.", "template", null="the tokenizer's",
+        decides_tokens=False)  # the template that is used does, whichever it is
     system_prompt: Text | None = _data(
-        None, "System message for pairs that have none.", "text; null = none is added")
+        None, "System message for pairs that have none.", "text", null="none is added")
     auto_insert_empty_system_msg: bool = _data(
-        False, "Add an empty system message to pairs that have none, if the template takes one.", "true or false")
+        False, "Add an empty system message to pairs that have none, if the template takes one.")
     max_length: Whole = _data(
-        2048, "Longest prompt + response, in tokens.", "whole, >= 2", ge=2)
+        2048, "Longest prompt + response, in tokens.", shown=True, ge=2)
     max_prompt_length: Whole | None = _data(
         None, "How far, in tokens, a prompt is cut (on the left) in a pair that exceeds max_length.",
-        "whole, >= 1 and < max_length; null = half of max_length",
-        derived="1800, or half of max_length where that is 1800 or less", ge=1)
+        "whole, >= 1 and < max_length", null="half of max_length",
+        derived="1800, or half of max_length where that is 1800 or less", shown=True, ge=1)
     overlong: Literal["truncate", "drop", "error"] = _data(
-        "truncate", "What happens to a pair that exceeds max_length; always counted in audit.json.",
-        "truncate, drop or error")
+        "truncate", "What happens to a pair that exceeds max_length; always counted in audit.json.")
     max_dropped_fraction: Number = _data(
-        0.2, "Stop when a larger share of rows than this is unusable.", "0 <= x <= 1", ge=0, le=1)
+        0.2, "Stop when a larger share of rows than this is unusable.", decides_tokens=False, ge=0, le=1)
     max_train_samples: Whole | None = _data(
-        None, "At most this many training pairs, after the seeded shuffle.", "whole, >= 1; null = all", ge=1)
+        None, "At most this many training pairs, after the seeded shuffle.", null="all", ge=1)
     max_eval_samples: Whole | None = _data(
-        None, "At most this many evaluation pairs.", "whole, >= 1; null = all", ge=1)
+        None, "At most this many evaluation pairs.", null="all", ge=1)
     drop_duplicates: bool = _data(
-        False, "Drop pairs that repeat an earlier one exactly.", "true or false")
+        False, "Drop pairs that repeat an earlier one exactly.")
     preprocessing_num_workers: Whole | None = _data(
-        None, "Processes that tokenise.", "whole, >= 1; null = one", ge=1)
+        None, "Processes that tokenise.", null="one a core, at most 8; one for a few rows",
+        decides_tokens=False, may_change=True, ge=1)
     cache_dir: Text | None = _data(
-        None, "Folder of tokenised data.", "path; null = the user's cache")
+        None, "Folder of tokenised data.", "path", null="the user's cache", decides_tokens=False, may_change=True)
     # -- loss
     loss_type: LossName = _loss(
         "sigmoid", "The preference loss; `simpo losses` prints the equations. sigmoid (or simpo) is SimPO.",
-        "one of " + ", ".join(LOSS_OPTIONS))
+        "one of " + ", ".join(LOSS_OPTIONS), megatron="simpo_loss_type", shown=True)
     beta: Number = _loss(
-        None, "Reward scale: the reward is beta times the mean log-prob per token.", "x > 0",
-        derived="2.0 for SimPO and its kin, 0.1 for cpo and dpo", gt=0)
+        None, "Reward scale: the reward is beta times the mean log-prob per token.",
+        derived="2.0 for SimPO and its kin, 0.1 for cpo and dpo", megatron="simpo_beta", shown=True, gt=0)
     gamma_beta_ratio: Number = _loss(
         None, "Target margin gamma / beta, in nats per token: how much better chosen must be before a pair is "
-        "satisfied. `gamma` may be given instead, never both.", "x >= 0", derived="0.5 where the loss reads it", ge=0)
+        "satisfied. `gamma` may be given instead, never both.", derived="0.5 where the loss reads it",
+        megatron="simpo_gamma_beta_ratio", shown=True, ge=0)
     label_smoothing: Number = _loss(
         0.0, "Assumed probability that a pair is labelled the wrong way round.",
-        "0 <= x < 0.5; only " + ", ".join(losses_reading("label_smoothing")), ge=0, lt=0.5)
+        "0 <= x < 0.5; only " + ", ".join(losses_reading("label_smoothing")),
+        megatron="simpo_label_smoothing", ge=0, lt=0.5)
     sft_weight: Number = _loss(
-        None, "Weight of an added term: the chosen response's mean negative log-prob.", "x >= 0",
-        derived="0.0; 1.0 for cpo, cpo_simpo, slic and rrhf", ge=0)
+        None, "Weight of an added term: the chosen response's mean negative log-prob.",
+        derived="0.0; 1.0 for cpo, cpo_simpo, slic and rrhf", megatron="pref_ftx", shown=True, ge=0)
     sft_reduction: Literal["pairs", "tokens"] = _loss(
         "pairs", "What the added term is a mean over: pairs (independent of batching) or the batch's tokens (as the "
-        "SimPO authors' trainer).", "pairs or tokens")
+        "SimPO authors' trainer).")
     orpo_lambda: Number = _loss(
-        0.1, "Weight of the odds-ratio term of orpo.", "x >= 0; only orpo", ge=0)
+        0.1, "Weight of the odds-ratio term of orpo.", "x >= 0; only orpo", megatron="orpo_lambda", ge=0)
     alphapo_alpha: Number = _loss(
-        0.25, "Shape of the reward of alphapo; 0 is SimPO.", "any finite number; only alphapo")
+        0.25, "Shape of the reward of alphapo; 0 is SimPO.", "any finite number; only alphapo",
+        megatron="alphapo_alpha")
     slic_delta: Number = _loss(
-        1.0, "Margin of slic, in nats per response.", "x >= 0; only slic", ge=0)
+        1.0, "Margin of slic, in nats per response.", "x >= 0; only slic", megatron="slic_delta", ge=0)
     # -- packing
     pack: bool = _packing(
-        True, "Lay pairs of a micro-batch end to end in one row instead of padding them.", "true or false")
+        True, "Lay pairs of a micro-batch end to end in one row instead of padding them.")
     share_prompt: bool = _packing(
-        True, "Compute the common prefix of chosen and rejected once.", "true or false")
+        True, "Compute the common prefix of chosen and rejected once.")
     max_tokens_per_micro_batch: Whole | None = _packing(
-        None, "Tokens after which a micro-batch is split, whatever its number of pairs; the update stays the same. One "
-        "process that runs out of memory in a step goes on with half as many.",
-        "whole, >= 2; null = as many as fit into free memory when the run starts (no limit with pack: false)", ge=2)
+        None, "Tokens after which a micro-batch is split, whatever its number of pairs; the update stays the same. A "
+        "single process that runs out of memory in a step continues with half as many.",
+        null="as many as fit into free memory when the run starts (no limit with pack: false)", may_change=True, ge=2)
     logits_chunk_size: Whole | None = _packing(
         None, "Response tokens whose vocabulary logits exist at one time; smaller needs less memory.",
-        "whole, >= 1; null = chosen by memory", ge=1)
+        null="chosen by memory", ge=1)
     # -- optimisation
     per_device_train_batch_size: Whole = _optimisation(
         2, "Pairs in one micro-batch of one process; times gradient_accumulation_steps, in one optimizer step.",
-        "whole, >= 1", ge=1)
+        hf="shared", may_change=True, shown=True, ge=1)
     gradient_accumulation_steps: Whole = _optimisation(
         1, "Micro-batches in one optimizer step; more where its pairs exceed max_tokens_per_micro_batch.",
-        "whole, >= 1", ge=1)
+        hf="shared", may_change=True, shown=True, ge=1)
     num_train_epochs: Number = _optimisation(
-        1.0, "Passes over the training pairs.", "x > 0", gt=0)
+        1.0, "Passes over the training pairs.", hf="shared", shown=True, gt=0)
     max_steps: Whole = _optimisation(
-        -1, "Optimizer steps; overrides num_train_epochs.", "whole, >= 1; -1 = by epochs", ge=-1)
+        -1, "Optimizer steps; overrides num_train_epochs.", "whole, >= 1; -1 = by epochs", hf="shared", ge=-1)
     learning_rate: Number = _optimisation(
-        1e-6, "Peak learning rate. The critical setting: try 3e-7, 5e-7, 8e-7, 1e-6 for 7-8B models.", "x >= 0", ge=0)
+        1e-6, "Peak learning rate. The critical setting: try 3e-7, 5e-7, 8e-7, 1e-6 for 7-8B models.",
+        hf="shared", shown=True, ge=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _optimisation(
-        "cosine", "Shape of the learning rate after warm-up; cosine and linear end at 0.",
-        "cosine, linear, constant or constant_with_warmup")
+        "cosine", "Shape of the learning rate after warm-up; cosine and linear end at 0.", hf="argument", shown=True)
     warmup_ratio: Number = _optimisation(
-        0.1, "Share of the steps over which the learning rate rises from 0.", "0 <= x <= 1", ge=0, le=1)
-    warmup_steps: Annotated[int, BeforeValidator(as_whole)] = _optimisation(
-        0, "Steps of warm-up; more than 0 overrides warmup_ratio.", "whole, >= 0", ge=0)
-    optim: Annotated[Literal[tuple(OPTIMIZERS)], BeforeValidator(_optimizer)] = _optimisation(
+        0.1, "Share of the steps over which the learning rate rises from 0.", hf="run", ge=0, le=1)
+    warmup_steps: Whole = _optimisation(
+        0, "Steps of warm-up; more than 0 overrides warmup_ratio.", hf="run", ge=0)
+    optim: Optimizer = _optimisation(
         "adamw_torch_fused", "The optimizer; all compute AdamW. adamw_bf16 keeps its moments, and bfloat16 weights, "
-        "with stochastic rounding; adamw_8bit is bitsandbytes' (install simpo[8bit]).",
-        "one of " + ", ".join(OPTIMIZERS))
+        "with stochastic rounding; adamw_8bit is bitsandbytes' (install simpo[8bit]).", hf="argument")
     weight_decay: Number = _optimisation(
-        0.0, "AdamW's decoupled weight decay; biases and norms are spared.", "x >= 0", ge=0)
+        0.0, "AdamW's decoupled weight decay; biases and norms are spared.", hf="shared", ge=0)
     adam_beta1: Number = _optimisation(
-        0.9, "AdamW's decay of the first moment.", "0 <= x < 1", ge=0, lt=1)
+        0.9, "AdamW's decay of the first moment.", hf="argument", ge=0, lt=1)
     adam_beta2: Number = _optimisation(
-        0.999, "AdamW's decay of the second moment.", "0 <= x < 1", ge=0, lt=1)
+        0.999, "AdamW's decay of the second moment.", hf="argument", ge=0, lt=1)
     adam_epsilon: Number = _optimisation(
-        1e-8, "AdamW's term that keeps its division finite.", "x > 0", gt=0)
+        1e-8, "AdamW's term that keeps its division finite.", hf="argument", gt=0)
     max_grad_norm: Number = _optimisation(
-        1.0, "Gradients are scaled down to this global norm.", "x >= 0; 0 = off", ge=0)
+        1.0, "Gradients are scaled down to this global norm.", "x >= 0; 0 = off", hf="shared", ge=0)
     gradient_checkpointing: bool = _optimisation(
-        False, "Recompute activations in the backward pass: less memory, about a third more time.", "true or false")
+        False, "Recompute activations in the backward pass: less memory, about a third more time.", hf="argument")
     gradient_checkpointing_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = _optimisation(
-        None, "Settings of gradient checkpointing; only use_reentrant: false is supported.", "mapping or null")
+        None, "Settings of gradient checkpointing; only use_reentrant: false is supported.", "mapping or null",
+        hf="argument")
     activation_offload: bool = _optimisation(
-        False, "Keep what the backward pass needs in host memory instead of the GPU's: less GPU memory, the same "
-        "numbers, more time.", "true or false; true only on CUDA")
+        False, "Keep what the backward pass needs in CPU memory instead of the GPU's: less GPU memory, the same "
+        "numbers, more time.", "true or false; true only on CUDA", may_change=True)
     optimizer_offload: bool = _optimisation(
-        False, "Keep AdamW's moments in pinned host memory, 4 bytes a weight; each piece comes to the GPU for its "
-        "update. The same numbers, more time.", "true or false; true only on CUDA with optim: adamw_bf16")
+        False, "Keep AdamW's moments in pinned CPU memory, 4 bytes a weight; each piece comes to the GPU for its "
+        "update. The same numbers, more time.", "true or false; true only on CUDA with optim: adamw_bf16",
+        may_change=True)
     torch_compile: bool = _optimisation(
         False, "Compile the transformer blocks with torch.compile: a slow first step, then fewer and larger kernels.",
         "true or false; true not with load_in_4bit")
@@ -376,105 +443,109 @@ class Recipe(BaseModel):
         "the architectures that it supports; head and loss stay simpo's. Without CUDA it has no effect, and says so.",
         "true or false; true not with torch_compile, nor with tp")
     disable_dropout: bool = _optimisation(
-        True, "Set the model's dropout to 0.", "true or false")
+        True, "Set the model's dropout to 0.", hf="field")
     seed: Whole = _optimisation(
         42, "Seed of shuffles, splits, dropout, adapters and stochastic rounding.", "whole, 0 <= x < 2^32",
-        ge=0, lt=2**32)
+        decides_tokens=True, hf="shared", shown=True, ge=0, lt=2**32)
     full_determinism: bool = _optimisation(
         False, "Use torch's deterministic algorithms alone: runs and resumed runs are equal bit for bit on CUDA too, "
-        "as on CPUs they are without it; slower.", "true or false")
+        "as on CPUs they are without it; slower.", hf="argument", may_change=True)
     # -- lora
     use_peft: bool = _lora(
-        False, "Train LoRA adapters instead of all weights (install simpo[peft]).", "true or false")
+        False, "Train LoRA adapters instead of all weights (install simpo[peft]).")
     lora_r: Whole = _lora(
-        16, "Rank of the adapters.", "whole, >= 1", ge=1)
+        16, "Rank of the adapters.", ge=1)
     lora_alpha: Number = _lora(
-        32.0, "Scale of the adapters: alpha / r multiplies them.", "x > 0", gt=0)
+        32.0, "Scale of the adapters: alpha / r multiplies them.", gt=0)
     lora_dropout: Number = _lora(
-        0.05, "Dropout before the adapters; applied also with disable_dropout.", "0 <= x < 1", ge=0, lt=1)
+        0.05, "Dropout before the adapters; applied also with disable_dropout.", ge=0, lt=1)
     lora_target_modules: Annotated[list[str] | str, BeforeValidator(_lora_targets)] = _lora(
         "all-linear", "Modules that get adapters.", "list of module names, or all-linear (all but the output head)")
-    lora_modules_to_save: Annotated[list[str] | None, BeforeValidator(
-        lambda value: None if value is None else _words(value))] = _lora(
-        None, "Modules trained whole beside the adapters.", "list of module names, or null")
+    lora_modules_to_save: Annotated[list[str] | None, BeforeValidator(_words_or_null)] = _lora(
+        None, "Modules trained whole besides the adapters.", "list of module names, or null")
     load_in_4bit: bool = _lora(
-        False, "QLoRA: hold the frozen weights in 4 bits (install simpo[qlora]; needs use_peft).", "true or false")
+        False, "QLoRA: hold the frozen weights in 4 bits (install simpo[qlora]; needs use_peft).")
     bnb_4bit_quant_type: Literal["nf4", "fp4"] = _lora(
-        "nf4", "4-bit number format.", "nf4 or fp4")
+        "nf4", "4-bit number format.")
     bnb_4bit_use_double_quant: bool = _lora(
-        False, "Quantise the quantisation constants too.", "true or false")
+        False, "Quantise the quantisation constants too.")
     # -- parallel
     dp_replicate: Whole = _parallel(
-        1, "Copies of the (sharded) model; each computes other pairs.", "whole, >= 1", ge=1)
+        1, "Copies of the (sharded) model; each computes other pairs.", hf="launcher", may_change=True, ge=1)
     dp_shard: Whole | None = _parallel(
         None, "Processes over which weights, gradients and moments are sharded (FSDP2); each computes other pairs. "
         "With dp_replicate, HSDP; 1 with dp_replicate above 1 is DDP.",
-        "whole, >= 1; null = every process that dp_replicate, cp and tp leave", ge=1)
+        null="every process that dp_replicate, cp and tp leave", hf="launcher", may_change=True, ge=1)
     cp: Whole = _parallel(
         1, "Context parallel: processes that share each row's tokens. Must divide the attention heads of a tp rank.",
-        "whole, >= 1", ge=1)
+        may_change=True, ge=1)
     tp: Whole = _parallel(
         1, "Tensor parallel: processes that share each weight, the output head by vocabulary. Must divide the "
-        "attention and the key-value heads.", "whole, >= 1", ge=1)
+        "attention and the key-value heads.", may_change=True, ge=1)
     fsdp_param_dtype: Literal["float32", "bfloat16"] | None = _parallel(
         None, "Number format in which sharded blocks are gathered to compute; gradients are reduced in float32.",
-        "float32 or bfloat16; null = bfloat16 with bf16: true, else float32")
+        null="bfloat16 with bf16: true, else float32", hf="launcher")
     fsdp_cpu_offload: bool = _parallel(
-        False, "Keep sharded weights, gradients and moments in host memory between uses.", "true or false")
+        False, "Keep sharded weights, gradients and moments in CPU memory between uses.",
+        hf="launcher", may_change=True)
     ddp_timeout: Whole = _parallel(
-        1800, "Seconds after which a process that waits for another one gives up.", "whole, >= 1", ge=1)
+        1800, "Seconds after which a process that waits for another one gives up.",
+        hf="argument", may_change=True, ge=1)
     # -- evaluation
     eval_strategy: Strategy = _evaluation(
-        None, "When to evaluate on the evaluation split.", "no, steps or epoch", derived="steps if eval_steps is given")
+        None, "When to evaluate on the evaluation split.", derived="steps if eval_steps is given",
+        hf="argument", may_change=True)
     eval_steps: Steps | None = _evaluation(
-        None, "Evaluate every so many optimizer steps; between 0 and 1: every such share of all steps.",
-        "whole >= 1, or 0 < x < 1; null = logging_steps")
+        None, "Optimizer steps from one evaluation to the next; between 0 and 1, a share of all steps.",
+        "whole >= 1, or 0 < x < 1", null="logging_steps", hf="argument", may_change=True)
     eval_on_start: bool = _evaluation(
-        False, "Evaluate once before the first step.", "true or false")
+        False, "Evaluate once before the first step.", hf="argument", may_change=True)
     per_device_eval_batch_size: Whole = _evaluation(
-        4, "Pairs in one evaluation batch of one process; also for reference log-probs.", "whole, >= 1", ge=1)
+        4, "Pairs in one evaluation batch of one process; also for reference log-probs.", hf="shared", ge=1)
     num_eval_generations: Whole = _evaluation(
-        0, "Evaluation prompts whose answer is generated and written down at each evaluation.", "whole, >= 0", ge=0)
+        0, "Evaluation prompts whose answer is generated and written down at each evaluation.", may_change=True, ge=0)
     eval_generation_max_new_tokens: Whole = _evaluation(
-        128, "Longest generated answer, in tokens.", "whole, >= 1", ge=1)
+        128, "Longest generated answer, in tokens.", hf="run", may_change=True, ge=1)
     metric_for_best_model: Text = _evaluation(
         "eval_loss", "Metric that chooses the best checkpoint; `eval_` in front may be left out.",
-        "one of " + ", ".join(METRICS))
+        "one of " + ", ".join(METRICS), hf="argument")
     greater_is_better: bool = _evaluation(
-        None, "Whether a larger metric is better.", "true or false", derived="by the metric")
+        None, "Whether a larger metric is better.", derived="by the metric", hf="argument")
     # -- saving
     output_dir: Text | None = _saving(
-        None, "Folder of the run; needed to train.", "path")
+        None, "Folder of the run; needed to train.", "path", hf="run", may_change=True, shown=True)
     save_strategy: Strategy = _saving(
-        "steps", "When to save a checkpoint; the final model is always saved.", "no, steps or epoch")
+        "steps", "When to save a checkpoint; the final model is always saved.", hf="argument", may_change=True)
     save_steps: Whole = _saving(
-        500, "Save every so many optimizer steps.", "whole, >= 1", ge=1)
+        500, "Optimizer steps from one checkpoint to the next.", hf="argument", may_change=True, ge=1)
     save_total_limit: Whole | None = _saving(
-        None, "Checkpoints kept, newest first; the best is kept too.", "whole, >= 1; null = all", ge=1)
+        None, "Checkpoints kept, newest first; the best is kept too.", null="all", hf="argument", may_change=True, ge=1)
     async_save: bool = _saving(
-        False, "Write checkpoints in the background while training goes on.", "true or false")
+        False, "Write checkpoints in the background while training continues.", may_change=True)
     load_best_model_at_end: bool = _saving(
-        False, "Save the best checkpoint's weights as the final model.", "true or false")
+        False, "Save the best checkpoint's weights as the final model.", hf="argument", may_change=True)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _saving(
         "auto", "Number format of the final model's files. Small learning rates move weights by less than bfloat16 "
         "tells apart; float32 keeps all that was learnt.",
-        "auto (that of the model's own checkpoint), float32, bfloat16 or float16")
+        "auto (that of the model's own checkpoint), float32, bfloat16 or float16", hf="field", may_change=True)
     resume_from_checkpoint: Annotated[bool | str | None, BeforeValidator(_resume)] = _saving(
         None, "Continue a run: true for the newest checkpoint of output_dir, or a checkpoint's folder.",
-        "true, path or null")
+        "true, path or null", hf="run", may_change=True)
     # -- run
     logging_steps: Whole = _run(
-        1, "Write metrics every so many optimizer steps, as means over them.", "whole, >= 1", ge=1)
+        1, "Optimizer steps from one line of metrics to the next; each line holds means over them.",
+        hf="argument", may_change=True, ge=1)
     report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_trackers)] = _run(
-        [], "Trackers beside metrics.jsonl (each installed on its own).", "list of tensorboard, wandb, trackio; none")
+        [], "Trackers, in addition to metrics.jsonl (each installed on its own).",
+        "list of tensorboard, wandb, trackio; none", hf="run", may_change=True)
     run_name: Text | None = _run(
-        None, "Name of the run in trackers.", "text; null = the folder's name")
+        None, "Name of the run in trackers.", "text", null="the folder's name", hf="argument", may_change=True)
     logging_dir: Text | None = _run(
-        None, "Folder of tensorboard's files.", "path; null = inside output_dir")
+        None, "Folder of tensorboard's files.", "path", null="inside output_dir", hf="run", may_change=True)
     device: Literal["auto", "cpu", "cuda"] = _run(
-        "auto", "Where to compute; auto is CUDA if there is one.", "auto, cpu or cuda")
+        "auto", "Where to compute; auto is CUDA if there is one.", hf="run")
     num_threads: Whole | None = _run(
-        None, "CPU threads of one process.", "whole, >= 1; null = as torch is set", ge=1)
+        None, "CPU threads of one process.", null="as torch is set", hf="run", may_change=True, ge=1)
     # fmt: on
 
     _notices: tuple[str, ...] = PrivateAttr(())
@@ -561,42 +632,10 @@ class Recipe(BaseModel):
         """Write the resolved recipe to `path`; `load_recipe(path)` gives an equal one."""
         Path(path).write_text(self.to_yaml(), encoding="utf-8")
 
-    @property
-    def fingerprint(self) -> str:
-        """12 hex digits that change with anything that changes what is trained, not with where results go."""
-        values = {name: value for name, value in self.to_dict().items() if name not in _NOT_IN_FINGERPRINT}
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
-
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
 
-    def __hash__(self) -> int:
-        return hash(self.fingerprint)
-
-
-_NOT_IN_FINGERPRINT = frozenset(
-    [
-        "output_dir",
-        "run_name",
-        "logging_dir",
-        "report_to",
-        "resume_from_checkpoint",
-        "cache_dir",
-        "preprocessing_num_workers",
-        "num_threads",
-        "attention_kernel",
-        "activation_offload",
-        "optimizer_offload",
-        "dp_replicate",
-        "dp_shard",
-        "cp",
-        "tp",
-        "fsdp_cpu_offload",
-        "ddp_timeout",
-        "async_save",
-        "save_dtype",
-    ]
-)
+    __hash__ = None  # type: ignore[assignment]  values are lists and mappings
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -647,9 +686,9 @@ def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[
     if recipe.torch_compile and recipe.use_liger_kernel:
         raise ValueError("use_liger_kernel: torch_compile fuses the same operations; set one of them to false")
     if recipe.activation_offload and recipe.device == "cpu":
-        raise ValueError("activation_offload: with device: cpu activations are in host memory already; remove it")
+        raise ValueError("activation_offload: with device: cpu activations are in CPU memory already; remove it")
     if recipe.optimizer_offload and recipe.device == "cpu":
-        raise ValueError("optimizer_offload: with device: cpu the optimizer is in host memory already; remove it")
+        raise ValueError("optimizer_offload: with device: cpu the optimizer is in CPU memory already; remove it")
     if recipe.optimizer_offload and recipe.optim != "adamw_bf16":
         raise ValueError(
             f"optimizer_offload: optim {recipe.optim} keeps its moments where the weights are; set optim: adamw_bf16, "
@@ -746,35 +785,55 @@ def _check_best_model(recipe: Recipe) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Documentation of the keys
+# What each key declares, by name
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class KeyDoc:
-    """What `simpo keys` prints about one key.
-
-    Attributes:
-        default: as YAML, or a sentence where it depends on other keys; "required" where there is none.
-        aliases: other accepted names.
-    """
-
-    name: str
-    section: str
-    meaning: str
-    allowed: str
-    default: str
-    aliases: tuple[str, ...]
+def _plain_types(annotation: Any) -> frozenset[Any]:
+    """The types an annotation allows: str, bool, list, ... without None."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _plain_types(get_args(annotation)[0])
+    if origin in (Union, UnionType):
+        return frozenset().union(*map(_plain_types, get_args(annotation)))
+    if origin is Literal:
+        return frozenset({str})
+    return frozenset({origin or annotation}) - {NoneType}
 
 
-def _document(name: str) -> KeyDoc:
-    info = Recipe.model_fields[name]
-    extra: Any = info.json_schema_extra
-    default = "required" if info.is_required() else extra["derived"] or json.dumps(info.default)
+def _literals(annotation: Any) -> tuple[str, ...]:
+    if get_origin(annotation) is Literal:
+        return get_args(annotation)
+    return next((found for part in get_args(annotation) if (found := _literals(part))), ())
+
+
+def _allowed(annotation: Any, types: frozenset[Any], bounds: Mapping[str, Any]) -> str:
+    """The values that a type and its bounds allow, in words."""
+    names = _literals(annotation)
+    if names:
+        return f"{', '.join(names[:-1])} or {names[-1]}"
+    if types == {bool}:
+        return "true or false"
+    low = next((f"{name} {bounds[key]}" for key, name in (("ge", ">="), ("gt", ">")) if key in bounds), "")
+    high = next((f"{name} {bounds[key]}" for key, name in (("le", "<="), ("lt", "<")) if key in bounds), "")
+    if types == {int}:
+        return ", ".join(part for part in ("whole", low, high) if part)
+    if low and high:
+        return f"{low.split()[1]} {low.split()[0].replace('>', '<')} x {high}"
+    return f"x {low or high}" if low or high else "any finite number"
+
+
+def _declared(name: str, info: FieldInfo) -> Key:
+    declared: dict[str, Any] = dict(info.json_schema_extra)  # type: ignore[arg-type]  what `_in` put there
+    bounds, null, derived = (declared.pop(part) for part in ("bounds", "null", "derived"))
+    types = _plain_types(info.annotation)
+    allowed = (declared.pop("allowed") or _allowed(info.annotation, types, bounds)) + f"; null = {null}" * bool(null)
+    default = "required" if info.is_required() else derived or json.dumps(info.default)
     aliases = [alias for alias, target in ALIASES.items() if target.target == name]
     aliases += [key for key, (target, _) in INPUT_KEYS.items() if target == name]
-    return KeyDoc(name, extra["section"], info.description or "", extra["allowed"], default, tuple(aliases))
+    words = {"meaning": info.description or "", "allowed": allowed, "default": default, "aliases": tuple(aliases)}
+    return Key(name, types=types, **words, **declared)
 
 
-KEYS: dict[str, KeyDoc] = {name: _document(name) for name in Recipe.model_fields}
-"""Documentation of every key, by name, grouped by section in order."""
+KEYS: dict[str, Key] = {name: _declared(name, info) for name, info in Recipe.model_fields.items()}
+"""Every key by name, grouped by section in order."""

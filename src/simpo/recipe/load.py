@@ -16,17 +16,14 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from pydantic import ValidationError
 
 from simpo.recipe.aliases import ALIASES, BF16_MASTERS_NOTICE, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED, UNSET
-from simpo.recipe.keys import KEYS, METRICS, KeyDoc, Recipe, as_loss_name, as_number, as_text, as_whole, short
-from simpo.recipe.losses import LOSS_KEYS, LOSS_OPTIONS, LossOptions
+from simpo.recipe.keys import KEYS, Recipe, as_loss_name, as_number, as_text, as_whole, short
+from simpo.recipe.losses import LOSS_KEYS, LOSS_OPTIONS
 from simpo.recipe.yaml import Kind, parse_overrides, read_recipe_file
-
-__all__ = ["KEYS", "LOSS_OPTIONS", "METRICS", "KeyDoc", "LossOptions", "Recipe", "load_recipe", "nearest_key"]
 
 
 def load_recipe(
@@ -358,20 +355,8 @@ def _kind_of(name: str) -> Kind:
     return _KINDS[target]
 
 
-def _plain_types(annotation: Any) -> set[Any]:
-    """The types an annotation allows: str, bool, list, ... without None."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _plain_types(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return set().union(*map(_plain_types, get_args(annotation)))
-    if origin is Literal:
-        return {str}
-    return {origin or annotation} - {NoneType}
-
-
 def _kind_of_field(name: str) -> Kind:
-    types = _plain_types(Recipe.model_fields[name].annotation)
+    types = KEYS[name].types
     for kind, contained in (("mapping", dict), ("list", list)):
         if contained in types:
             return kind
@@ -380,7 +365,7 @@ def _kind_of_field(name: str) -> Kind:
         frozenset({str}): "text",
         frozenset({bool, str}): "open",
     }
-    return kinds.get(frozenset(types), "value")
+    return kinds.get(types, "value")
 
 
 _KINDS: dict[str, Kind] = {name: _kind_of_field(name) for name in KEYS}

@@ -11,56 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpo.parallel.mesh import restart_count
+from simpo.recipe import KEYS
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
 
-# Keys that change what is written and shown, never what is computed.
-_MAY_CHANGE_ON_RESUME = frozenset(
-    {
-        "output_dir",
-        "run_name",
-        "report_to",
-        "logging_dir",
-        "logging_steps",
-        "save_strategy",
-        "save_steps",
-        "save_total_limit",
-        "save_dtype",
-        "load_best_model_at_end",
-        "resume_from_checkpoint",
-        "eval_strategy",
-        "eval_steps",
-        "eval_on_start",
-        "num_eval_generations",
-        "eval_generation_max_new_tokens",
-        "preprocessing_num_workers",
-        "cache_dir",
-        "activation_offload",
-        "optimizer_offload",
-        "async_save",
-        "ddp_timeout",
-        # These change the order of sums, so the last bits. (Pairs in a step have to stay: see Trainer._identity.)
-        "num_threads",
-        "full_determinism",
-        "attention_kernel",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "max_tokens_per_micro_batch",
-        "dp_replicate",
-        "dp_shard",
-        "cp",
-        "tp",
-        "fsdp_cpu_offload",
-    }
-)
-
 
 def recipe_identity(recipe: Recipe) -> dict[str, Any]:
     """The keys that decide what a run computes, and their values."""
-    return {key: value for key, value in recipe.to_dict().items() if key not in _MAY_CHANGE_ON_RESUME}
+    return {key: value for key, value in recipe.to_dict().items() if not KEYS[key].may_change}
 
 
 LAUNCH_FILE = ".launch"

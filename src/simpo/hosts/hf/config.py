@@ -7,7 +7,7 @@ What a key means, its default and what is wrong with a value is the recipe's to 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any
 
 import torch
@@ -17,22 +17,7 @@ from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.recipe.losses import LOSS_KEYS
 
 # Recipe keys that are fields here and not TrainingArguments' own. None in a field is the recipe's default.
-RECIPE_FIELDS = (
-    *("loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "sft_weight", "sft_reduction"),
-    *("orpo_lambda", "alphapo_alpha", "slic_delta"),
-    *("max_length", "max_prompt_length", "overlong", "max_dropped_fraction", "drop_duplicates"),
-    *("max_train_samples", "max_eval_samples", "preprocessing_num_workers", "cache_dir"),
-    *("prompt_column", "chosen_column", "rejected_column"),
-    *("chat_template", "system_prompt", "auto_insert_empty_system_msg"),
-    *("pack", "share_prompt", "max_tokens_per_micro_batch", "logits_chunk_size"),
-    *("master_dtype", "save_dtype", "attn_implementation", "attention_kernel", "trust_remote_code"),
-    *("model_revision", "disable_dropout"),
-)
-# TrainingArguments' own that the recipe has too, in the same meaning: for its checks, the model card and resuming.
-_SHARED = (
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size"),
-    *("learning_rate", "weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "seed", "bf16"),
-)
+RECIPE_FIELDS = tuple(name for name, key in KEYS.items() if key.hf == "field")
 # Names of TRL and of the authors that the recipe knows to mean nothing here: one printed line each.
 _MEANINGLESS = (
     *("max_completion_length", "max_target_length", "truncation_mode", "label_pad_token_id", "padding_value"),
@@ -44,11 +29,23 @@ _OF_MODEL = ("dtype", "torch_dtype", "attn_implementation", "use_flash_attention
 _TRL_MEANS_OTHERWISE = (None, "sigmoid", "hinge", "ipo")  # losses that TRL's CPOConfig has under the same names
 
 
-def _key(name: str) -> Any:
-    """A field for a recipe key."""
-    return field(
-        default=None, metadata={"help": f"{KEYS[name].meaning} Allowed: {KEYS[name].allowed}.".replace("%", "%%")}
-    )
+_MEANS_HERE = {
+    "max_tokens_per_micro_batch": "Tokens after which a micro-batch is split; the update stays the same. null = no "
+    "limit.",
+    "save_dtype": "Number format of what save_model writes: float32, bfloat16 or float16; null = that of the trained "
+    "weights.",
+}
+
+
+def _field(name: str) -> tuple[str, Any, Any]:
+    """A recipe key as a field of a dataclass: its name, type and default, None for the recipe's."""
+    (kind,) = KEYS[name].types
+    meaning = _MEANS_HERE.get(name) or f"{KEYS[name].meaning} Allowed: {KEYS[name].allowed}."
+    return name, kind | None, field(default=None, metadata={"help": meaning.replace("%", "%%")})
+
+
+# TrainingArguments and the fields of the recipe. (Any: they are known once this has run, not to a type checker.)
+_Arguments: Any = make_dataclass("_Arguments", map(_field, RECIPE_FIELDS), bases=(TrainingArguments,))
 
 
 def _other(meaning: str) -> Any:
@@ -62,12 +59,12 @@ if _CHECKPOINTING not in TrainingArguments.__dataclass_fields__:
 
 
 @dataclass
-class SimPOConfig(TrainingArguments):
+class SimPOConfig(_Arguments):
     """What to train and how, for `SimPOTrainer`.
 
     Every field of TrainingArguments, with a recipe's defaults where both have one (learning rate 1e-6, cosine with 10%
-    warm-up, one epoch, bf16 compute, 2 pairs a micro-batch), and the recipe keys listed here; `simpo keys` explains
-    them. Batch sizes count pairs. After construction the fields of the loss hold what will be used.
+    warm-up, one epoch, bf16 compute, 2 pairs a micro-batch), and every recipe key of data, loss and log-probs, which
+    `simpo keys` explains. Batch sizes count pairs. After construction the fields of the loss hold what will be used.
 
     Raises:
         ValueError: as `simpo.recipe.load_recipe`, and for names of TRL whose meaning is not the one here.
@@ -88,48 +85,7 @@ class SimPOConfig(TrainingArguments):
         default=False, metadata={"help": "As in TrainingArguments; true where an architecture leaves weights unused."}
     )
 
-    # --- recipe keys
-    loss_type: str | None = _key("loss_type")
-    beta: float | None = _key("beta")
-    gamma_beta_ratio: float | None = _key("gamma_beta_ratio")
     gamma: float | None = _other("Target reward margin of the paper: gamma_beta_ratio times beta. Never both.")
-    label_smoothing: float | None = _key("label_smoothing")
-    sft_weight: float | None = _key("sft_weight")
-    sft_reduction: str | None = _key("sft_reduction")
-    orpo_lambda: float | None = _key("orpo_lambda")
-    alphapo_alpha: float | None = _key("alphapo_alpha")
-    slic_delta: float | None = _key("slic_delta")
-    max_length: int | None = _key("max_length")
-    max_prompt_length: int | None = _key("max_prompt_length")
-    overlong: str | None = _key("overlong")
-    max_dropped_fraction: float | None = _key("max_dropped_fraction")
-    drop_duplicates: bool | None = _key("drop_duplicates")
-    max_train_samples: int | None = _key("max_train_samples")
-    max_eval_samples: int | None = _key("max_eval_samples")
-    preprocessing_num_workers: int | None = _key("preprocessing_num_workers")
-    cache_dir: str | None = _key("cache_dir")
-    prompt_column: str | None = _key("prompt_column")
-    chosen_column: str | None = _key("chosen_column")
-    rejected_column: str | None = _key("rejected_column")
-    chat_template: str | None = _key("chat_template")
-    system_prompt: str | None = _key("system_prompt")
-    auto_insert_empty_system_msg: bool | None = _key("auto_insert_empty_system_msg")
-    pack: bool | None = _key("pack")
-    share_prompt: bool | None = _key("share_prompt")
-    max_tokens_per_micro_batch: int | None = field(
-        default=None,
-        metadata={"help": "Tokens after which a micro-batch is split; the update stays the same. null = no limit."},
-    )
-    logits_chunk_size: int | None = _key("logits_chunk_size")
-    master_dtype: str | None = _key("master_dtype")
-    save_dtype: str | None = _other(
-        "Number format of what save_model writes: float32, bfloat16 or float16; null = that of the trained weights."
-    )
-    attn_implementation: str | None = _key("attn_implementation")
-    attention_kernel: str | None = _key("attention_kernel")
-    trust_remote_code: bool | None = _key("trust_remote_code")
-    model_revision: str | None = _key("model_revision")
-    disable_dropout: bool | None = _key("disable_dropout")
 
     # --- this host's own
     text_as_is: bool | None = field(
@@ -245,7 +201,8 @@ class SimPOConfig(TrainingArguments):
         """
         options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         values: dict[str, Any] = {"model_name_or_path": model or "a loaded model", "validation_fraction": 0.0}
-        values |= {name: getattr(self, name) for name in (*_SHARED, *RECIPE_FIELDS, "gamma")}
+        values |= {name: getattr(self, name) for name in (*RECIPE_FIELDS, "gamma")}
+        values |= {name: getattr(self, name) for name, key in KEYS.items() if key.hf == "shared"}
         values |= {name: getattr(self, name) for name in _MEANINGLESS}
         for name in _OF_MODEL:
             if options.get(name) is not None and values.get(name) is None:

@@ -25,7 +25,7 @@ from simpo.hosts.hf.masters import held_tensors, local_masters, tie
 from simpo.hosts.hf.trainer import SimPOTrainer, join_launched_world
 from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options, set_precision
 from simpo.parallel.mesh import Mesh
-from simpo.recipe import Recipe
+from simpo.recipe import KEYS, Recipe
 from simpo.recipe.losses import LOSS_KEYS
 from simpo.run.checkpoint import list_checkpoints
 from simpo.run.export import (
@@ -44,21 +44,6 @@ from simpo.run.resume import find_checkpoint, is_begun_by_this_launch, record_la
 
 _THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
 _NATIVE_ONLY = "only the native trainer does it (simpo train, or torchrun -m simpo train)"
-_ONLY_DEFAULT = {
-    "dp_replicate": _THE_LAUNCHER,
-    "dp_shard": _THE_LAUNCHER,
-    "cp": _NATIVE_ONLY,
-    "tp": _NATIVE_ONLY,
-    "fsdp_param_dtype": _THE_LAUNCHER,
-    "fsdp_cpu_offload": _THE_LAUNCHER,
-    "async_save": _NATIVE_ONLY,
-    "activation_offload": _NATIVE_ONLY,
-    "optimizer_offload": _NATIVE_ONLY,
-    "torch_compile": _NATIVE_ONLY,
-    "use_liger_kernel": _NATIVE_ONLY,
-    "num_eval_generations": _NATIVE_ONLY,
-}
-"""Keys that this host takes at their defaults alone -> why."""
 SAVED = "eval_saved"  # in front of metrics of the weights as they are written
 
 
@@ -122,9 +107,10 @@ def run_recipe(recipe: Recipe) -> None:
 def check_keys(recipe: Recipe) -> None:
     """Raise ValueError naming a key that this host would have to pass over."""
     recipe.require("dataset_mixer", "output_dir")
-    for name, reason in _ONLY_DEFAULT.items():
+    for name, key in KEYS.items():
         value = getattr(recipe, name)
-        if value != Recipe.model_fields[name].default:
+        if key.hf in ("launcher", "refused") and value != Recipe.model_fields[name].default:
+            reason = _THE_LAUNCHER if key.hf == "launcher" else _NATIVE_ONLY
             raise ValueError(f"{name} = {value}: not with accelerate launch; {reason}")
     if recipe.optim == "adamw_bf16":
         raise ValueError(f"optim = adamw_bf16: not with accelerate launch; {_NATIVE_ONLY}")
@@ -168,16 +154,7 @@ def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
     """The recipe as the Trainer's arguments; what it saves goes to `checkpoints/` of the run directory."""
     unread = {*LOSS_KEYS} - {*recipe.loss_options.keys}
     values: dict[str, Any] = {name: getattr(recipe, name) for name in RECIPE_FIELDS if name not in unread}
-    same = (
-        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
-        *("num_train_epochs", "max_steps", "learning_rate", "lr_scheduler_type", "optim", "weight_decay"),
-        *("adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "seed", "full_determinism"),
-        *("bf16", "ddp_timeout"),
-        *("gradient_checkpointing", "gradient_checkpointing_kwargs"),
-        *("eval_strategy", "eval_steps", "eval_on_start", "save_strategy", "save_steps", "save_total_limit"),
-        *("load_best_model_at_end", "metric_for_best_model", "greater_is_better", "logging_steps", "run_name"),
-    )
-    values |= {name: getattr(recipe, name) for name in same}
+    values |= {name: getattr(recipe, name) for name, key in KEYS.items() if key.hf in ("argument", "shared")}
     if recipe.lr_scheduler_type == "constant":
         values["warmup_steps"] = 0
     elif recipe.warmup_steps > 0:

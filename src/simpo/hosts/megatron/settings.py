@@ -12,31 +12,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from simpo.recipe import Recipe, load_recipe
-from simpo.recipe.losses import LOSS_OPTIONS
+from simpo.recipe import KEYS, LOSS_OPTIONS, Recipe, load_recipe
 
 Method = Literal["simpo", "dpo"]
 
-# Megatron name -> key of the recipe. The recipe knows the simpo_* names itself and uses them in its messages.
-SIMPO_ARGUMENTS = {
-    "simpo_beta": "simpo_beta",
-    "simpo_gamma_beta_ratio": "simpo_gamma_beta_ratio",
-    "gamma_beta_ratio": "gamma_beta_ratio",  # as forks call it; theirs to add to the parser
-    "simpo_loss_type": "simpo_loss_type",
-    "simpo_label_smoothing": "simpo_label_smoothing",
-    "pref_ftx": "pref_ftx",
-    "orpo_lambda": "orpo_lambda",
-    "alphapo_alpha": "alphapo_alpha",
-    "slic_delta": "slic_delta",
-}
+# Megatron's name -> the name that load_recipe takes. It knows the simpo_* names and uses them in its messages.
+SIMPO_ARGUMENTS = {key.megatron: key.megatron for key in KEYS.values() if key.megatron}
+SIMPO_ARGUMENTS["gamma_beta_ratio"] = "gamma_beta_ratio"  # as forks call it; theirs to add to the parser
 DPO_ARGUMENTS = {
     "dpo_beta": "beta",
     "dpo_loss_type": "loss_type",
     "dpo_label_smoothing": "label_smoothing",
     "pref_ftx": "sft_weight",
 }
-DPO_LOSSES = {"sigmoid": "dpo", "dpo": "dpo", "dpo_norm": "dpo_norm"}
-REFERENCE_FREE = tuple(name for name, options in LOSS_OPTIONS.items() if not options.needs_reference)
+DPO_LOSSES = {"sigmoid": "dpo", **{name: name for name, loss in LOSS_OPTIONS.items() if loss.needs_reference}}
+REFERENCE_FREE = tuple(name for name, loss in LOSS_OPTIONS.items() if not loss.needs_reference)
 
 
 def add_simpo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -46,19 +36,12 @@ def add_simpo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPar
     """
     group = parser.add_argument_group("preference optimization (simpo)")
     group.add_argument("--simpo-loss-type", choices=REFERENCE_FREE, help="the loss; default sigmoid, which is SimPO")
-    numbers = {
-        "--simpo-beta": "reward scale; default 2.0",
-        "--simpo-gamma-beta-ratio": "target margin gamma / beta, nats per token; default 0.5",
-        "--simpo-label-smoothing": "probability that a pair is labelled the wrong way round; default 0",
-        "--pref-ftx": "weight of the added SFT term, the chosen response's mean negative log-prob; default 0",
-        "--orpo-lambda": "weight of the odds-ratio term of orpo",
-        "--alphapo-alpha": "shape of the reward of alphapo",
-        "--slic-delta": "margin of slic, nats per response",
-        "--dpo-beta": "reward scale of the DPO twin; default 0.1 (dpo_norm: 2.0)",
-        "--dpo-label-smoothing": "label smoothing of the DPO twin; default 0",
-    }
-    for name, meaning in numbers.items():
-        group.add_argument(name, type=float, help=meaning)
+    for key in KEYS.values():
+        if key.megatron and key.types == {float}:
+            meaning = f"{key.meaning} Default: {key.default}.".replace("%", "%%")
+            group.add_argument(f"--{key.megatron.replace('_', '-')}", type=float, help=meaning)
+    group.add_argument("--dpo-beta", type=float, help="reward scale of the DPO twin; default 0.1 (dpo_norm: 2.0)")
+    group.add_argument("--dpo-label-smoothing", type=float, help="label smoothing of the DPO twin; default 0")
     group.add_argument("--dpo-loss-type", choices=tuple(DPO_LOSSES), help="loss of the DPO twin; default sigmoid = dpo")
     return parser
 
