@@ -208,17 +208,16 @@ def keys(
 @app.command()
 def losses() -> None:
     """List the losses: equation, defaults, source."""
-    from simpo.recipe import LOSS_OPTIONS
+    from simpo.core.losses import LOSSES
 
     typer.echo("l: summed log-prob of a response; m = l/length; p = exp(m); w chosen, r rejected; M = m_w - m_r;")
     typer.echo("z = beta (M - gamma_beta_ratio); D: l_w - l_r less the same under the reference; sft = -m_w\n")
-    for name, options in LOSS_OPTIONS.items():
-        defaults = ((key, getattr(options, key)) for key in ("beta", "gamma_beta_ratio", "sft_weight"))
-        shown = ", ".join(f"{key} {value:g}" for key, value in defaults if value is not None)
-        typer.echo(f"{name:<10} {options.equation}")
-        typer.echo(f"{'':<10} reads {', '.join(options.keys) or 'no key'}; default {shown}")
-        needs = "; needs a reference model" if options.needs_reference else ""
-        typer.echo(f"{'':<10} {options.source}{needs}\n")
+    for name, loss in LOSSES.items():
+        shown = ", ".join(
+            f"{key} {value:g}" for key, value in (*loss.defaults.items(), ("sft_weight", loss.sft_weight))
+        )
+        needs = "; needs a reference model" if loss.needs_reference else ""
+        typer.echo(f"{name:<10} {loss.equation}\n{'':<10} {shown}\n{'':<10} {loss.source}{needs}\n")
 
 
 def _load(recipe: str, overrides: list[str], *, processes: int | None = None) -> Recipe:
@@ -281,9 +280,8 @@ def _key_lines(recipe: Recipe) -> str:
     values, defaults = recipe.to_dict(), load_recipe({"model_name_or_path": "any"}).to_dict()
     shown = [name for name, key in KEYS.items() if key.shown and values[name] not in (None, {})]
     shown += [name for name, key in KEYS.items() if not key.shown and values[name] != defaults[name]]
-    unread = {"beta", "gamma_beta_ratio"} - set(recipe.loss_options.keys)
     width = max(map(len, shown))
-    return "\n".join(f"{name:<{width}}  {_plain(values[name])}" for name in shown if name not in unread)
+    return "\n".join(f"{name:<{width}}  {_plain(values[name])}" for name in shown if name not in recipe.unread_keys)
 
 
 def _plain(value: Any) -> str:
@@ -303,7 +301,7 @@ def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
     lines = [
         "",
         f"loss: {recipe.describe_loss()}",
-        f"      {recipe.loss_options.equation}  [{recipe.loss_options.source}]",
+        f"      {recipe.loss.equation}  [{recipe.loss.source}]",
         f"batch: {recipe.pairs_per_step(data)} pairs an optimizer step "
         f"({each} a micro-batch x {accumulation} accumulated x {many})",
     ]

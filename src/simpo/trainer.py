@@ -42,7 +42,7 @@ from simpo.model.low_memory import why_no_liger
 from simpo.model.offload import offload_activations
 from simpo.parallel.mesh import join_world
 from simpo.parallel.sharding import GradientSync, drop_gathered
-from simpo.recipe import LOSS_OPTIONS, Recipe
+from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSave
 from simpo.run.export import (
@@ -684,7 +684,7 @@ class Trainer:
         )
 
     def _prepare_reference(self) -> dict[str, ReferenceLogps] | None:
-        if not LOSS_OPTIONS[self.recipe.loss_type].needs_reference:
+        if not self.recipe.loss.needs_reference:
             return None  # a reference-free loss never loads a second model
         stores = {"train": self.loader.store}
         if self.eval_loader is not None:

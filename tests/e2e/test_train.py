@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from simpo.core.losses import sigmoid
+from simpo.core.losses import LOSSES, sigmoid
 from simpo.display import Display
 from simpo.model.head import compute_pair_logps
-from simpo.recipe import LOSS_OPTIONS, load_recipe
+from simpo.recipe import load_recipe
 from simpo.run.checkpoint import list_checkpoints
 from simpo.trainer import Trainer, TrainResult
 
@@ -116,7 +116,7 @@ def test_token_budget_splits_a_step_without_changing_it(tiny_recipe: Settings, t
     assert [m["loss"] for m in ours] == pytest.approx([m["loss"] for m in theirs], rel=2e-5)
 
 
-@pytest.mark.parametrize("loss_type", sorted(LOSS_OPTIONS))
+@pytest.mark.parametrize("loss_type", sorted(LOSSES))
 def test_every_loss_trains(tiny_recipe: Settings, loss_type: str) -> None:
     result = run(tiny_recipe, loss_type=loss_type, max_steps=3, eval_steps=3)
     values = [value for m in read_metrics(result.output_dir) for value in m.values()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from simpo.core.losses import LOSSES, PairLogps, loss_options
+from simpo.core.losses import LOSSES, PairLogps
 from simpo.run.metrics import PAIR_METRICS, PairMeter, pair_metric_sums
 
 
@@ -20,7 +20,7 @@ def two_pairs(factor: int) -> PairLogps:
 @pytest.mark.parametrize("loss_type", ["sigmoid", "hinge", "ipo", "orpo", "alphapo", "repo", "simper", "rrhf"])
 def test_a_pair_of_many_tokens_weighs_as_much_as_a_short_one(loss_type: str) -> None:
     values = {"beta": 2.0, "gamma_beta_ratio": 0.5, "orpo_lambda": 1.0, "alphapo_alpha": 0.25}
-    options = {key: value for key, value in values.items() if key in loss_options(loss_type)}
+    options = {key: value for key, value in values.items() if key in LOSSES[loss_type].defaults}
     logps = two_pairs(40)
     loss = LOSSES[loss_type](logps, **options)
     short, long = loss.losses.tolist()

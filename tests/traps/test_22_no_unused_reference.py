@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 
+from simpo.core.losses import LOSSES
 from simpo.display import Display
 from simpo.model import load as loading
-from simpo.recipe import LOSS_OPTIONS, load_recipe
+from simpo.recipe import load_recipe
 from simpo.trainer import Trainer
 
 
-@pytest.mark.parametrize("loss_type", sorted(LOSS_OPTIONS))
+@pytest.mark.parametrize("loss_type", sorted(LOSSES))
 def test_only_losses_that_need_a_reference_load_one(
     tiny_recipe: dict[str, Any], loss_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from simpo.recipe import LOSS_OPTIONS, load_recipe
+from simpo.core.losses import LOSSES
+from simpo.recipe import load_recipe
 
 WITH = {"sigmoid", "cpo", "cpo_simpo", "dpo", "dpo_norm"}
 
 
-@pytest.mark.parametrize("loss", LOSS_OPTIONS)
+@pytest.mark.parametrize("loss", LOSSES)
 def test_label_smoothing_is_used_or_refused(loss):
     values = {"model_name_or_path": "m", "loss_type": loss, "label_smoothing": 0.1}
     if loss in WITH:

@@ -13,7 +13,8 @@ import yaml
 from typer.testing import CliRunner
 
 from simpo.cli import app
-from simpo.recipe import KEYS, LOSS_OPTIONS, Recipe, load_recipe
+from simpo.core.losses import LOSSES
+from simpo.recipe import KEYS, Recipe, load_recipe
 
 REPO = Path(__file__).resolve().parents[2]
 WILD = Path(__file__).parent / "recipes_in_the_wild"
@@ -277,6 +278,6 @@ def test_keys_explains_every_key_and_each_by_any_name():
 
 def test_losses_lists_every_loss_with_its_source():
     output = run("losses").output
-    for name, options in LOSS_OPTIONS.items():
-        assert f"{name:<10} {options.equation}" in output
-        assert options.source in output
+    for name, loss in LOSSES.items():
+        assert f"{name:<10} {loss.equation}" in output
+        assert loss.source in output

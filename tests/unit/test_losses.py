@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses, simpo_loss
-from simpo.recipe import LOSS_OPTIONS
-from simpo.recipe.losses import ZeroMargin
+from simpo.core.losses import LOSSES, Loss, LossKey, PairLogps, declare, sft_losses, simpo_loss
 
 OPTIONS = {
     "beta": 1.7,
@@ -24,7 +22,7 @@ OPTIONS = {
 
 
 def options_of(name: str, **changes: float) -> dict[str, float]:
-    return {key: value for key, value in (OPTIONS | changes).items() if key in loss_options(name)}
+    return {key: value for key, value in (OPTIONS | changes).items() if key in LOSSES[name].defaults}
 
 
 def log_sigmoid(x: float) -> float:
@@ -163,20 +161,12 @@ def test_each_pair_depends_on_itself_alone(name):
 
 
 @pytest.mark.parametrize("name", LOSSES)
-def test_recipe_table_lists_exactly_the_options_each_loss_takes(name):
-    assert LOSS_OPTIONS.keys() == LOSSES.keys()
-    assert set(LOSS_OPTIONS[name].keys) == set(loss_options(name))
-
-
-@pytest.mark.parametrize("name", LOSSES)
-def test_recipe_table_predicts_the_loss_at_zero_margin(name):
+def test_the_declared_value_at_zero_margin_is_what_the_loss_computes(name):
     logps = mean_logps([-0.8], [-0.8])
     (loss,) = LOSSES[name](logps, **options_of(name)).losses.tolist()
-    if name == "orpo":  # its table leaves out -m_w, and says so
+    if name == "orpo":  # its declaration leaves out -m_w, and says so
         loss -= 0.8
-    fields = ZeroMargin.__dataclass_fields__
-    predicted = LOSS_OPTIONS[name].zero_margin(ZeroMargin(**{k: v for k, v in OPTIONS.items() if k in fields}))
-    assert loss == pytest.approx(predicted, abs=1e-12)
+    assert loss == pytest.approx(LOSSES[name].at_zero_margin(**options_of(name)), abs=1e-12)
 
 
 # --- worked examples and limits --------------------------------------------------------------------------------------
@@ -319,7 +309,7 @@ def test_label_smoothing_without_a_meaning_is_an_error(loss_type):
         LOSSES[loss_type](random_logps(), beta=2.0, gamma_beta_ratio=0.5, label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("name", [name for name, options in LOSS_OPTIONS.items() if options.needs_reference])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if loss.needs_reference])
 def test_a_loss_with_a_reference_refuses_to_run_without(name):
     logps = random_logps()
     bare = PairLogps(logps.chosen_sum, logps.rejected_sum, logps.chosen_length, logps.rejected_length)
@@ -327,7 +317,7 @@ def test_a_loss_with_a_reference_refuses_to_run_without(name):
         LOSSES[name](bare, **options_of(name))
 
 
-@pytest.mark.parametrize("name", [name for name, options in LOSS_OPTIONS.items() if not options.needs_reference])
+@pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.needs_reference])
 def test_a_reference_free_loss_runs_without_a_reference(name):
     logps = random_logps()
     bare = PairLogps(logps.chosen_sum, logps.rejected_sum, logps.chosen_length, logps.rejected_length)
@@ -360,7 +350,40 @@ def test_wrong_options_are_refused(change, message):
         simpo_loss(**(good | change))
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if "beta" in loss_options(name)])
+@pytest.mark.parametrize("name", [name for name in LOSSES if "beta" in LOSSES[name].defaults])
 def test_beta_must_be_positive_in_every_loss(name):
     with pytest.raises(ValueError, match="beta must be > 0, not -1"):
         LOSSES[name](random_logps(), **options_of(name, beta=-1.0))
+
+
+# --- declarations ----------------------------------------------------------------------------------------------------
+
+
+def test_every_default_is_inside_its_range():
+    for loss in LOSSES.values():
+        assert isinstance(loss, Loss)
+        for name, key in loss.own_keys.items():
+            assert not [bound for bound in key.bounds.values() if (loss.defaults[name] - bound) < 0 and key.ge == bound]
+            assert key.meaning.endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("function", "declaration", "message"),
+    [
+        (lambda logps, *, tau=1.0: None, {}, "tau: not in own_keys, and not one of beta"),
+        (lambda logps, *, beta: None, {}, "beta: no default"),
+        (lambda logps: None, {"own_keys": {"tau": LossKey("A key.")}}, "tau: in own_keys, but not a keyword-only"),
+        (
+            lambda logps, *, orpo_lambda=1.0: None,
+            {"own_keys": {"orpo_lambda": LossKey("A key.")}},
+            "orpo_lambda: the key of another loss already",
+        ),
+        (lambda logps: None, {"name": "repo"}, "repo: the name of another loss already"),
+        (lambda logps, *, beta=1.0: None, {"at_zero_margin": lambda: 0.0}, "unexpected keyword argument 'beta'"),
+    ],
+)
+def test_a_declaration_that_does_not_fit_its_function_is_refused_when_it_is_read(function, declaration, message):
+    before = dict(LOSSES)
+    with pytest.raises(TypeError, match=message):
+        declare("x", "y", **{"name": "new", "at_zero_margin": lambda **values: 0.0, **declaration})(function)
+    assert before == LOSSES

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from simpo.recipe import KEYS, LOSS_OPTIONS, Recipe, keys, load_recipe, nearest_key
+from simpo.core.losses import LOSSES, PairLogps
+from simpo.recipe import KEYS, Recipe, keys, load_recipe, nearest_key
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
 
 REPO = Path(__file__).resolve().parents[2]
@@ -85,15 +86,6 @@ def test_no_name_means_two_things():
     assert set(REFUSED) <= set(KNOWN_ELSEWHERE)
     assert all(alias.target in KEYS or alias.target in INPUT_KEYS for alias in ALIASES.values())
     assert all(target in KEYS for target, _ in INPUT_KEYS.values())
-
-
-def test_losses_listed_for_the_recipe_are_the_losses_there_are():
-    pytest.importorskip("torch")
-    from simpo.core.losses import LOSSES, loss_options
-
-    assert list(LOSS_OPTIONS) == list(LOSSES)
-    for name, options in LOSS_OPTIONS.items():
-        assert set(options.keys) == set(loss_options(name)), name
 
 
 # --- published recipes -----------------------------------------------------------------------------------------------
@@ -315,12 +307,13 @@ def test_four_bits_need_adapters():
 # --- losses ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", LOSS_OPTIONS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_each_loss_gets_its_own_defaults_and_saves_only_keys_it_reads(name, tmp_path):
-    options, r = LOSS_OPTIONS[name], recipe(loss_type=name)
-    assert r.beta == (1.0 if options.beta is None else options.beta)
-    assert r.gamma_beta_ratio == (options.gamma_beta_ratio or 0.0)
-    assert r.sft_weight == options.sft_weight
+    loss, r = LOSSES[name], recipe(loss_type=name)
+    assert r.beta == loss.defaults.get("beta", 1.0)
+    assert r.gamma_beta_ratio == loss.defaults.get("gamma_beta_ratio", 0.0)
+    assert r.sft_weight == loss.sft_weight
+    assert r.loss_values == loss.defaults
     assert r.notices == ()
     r.save(tmp_path / "recipe.yaml")
     again = load_recipe(tmp_path / "recipe.yaml")
@@ -363,15 +356,13 @@ def test_loss_at_zero_margin_by_hand():
     assert "without the sft term" in recipe(loss_type="cpo").describe_loss()
 
 
-@pytest.mark.parametrize("name", LOSS_OPTIONS)
+@pytest.mark.parametrize("name", LOSSES)
 def test_predicted_loss_at_zero_margin_is_what_the_loss_computes(name):
     torch = pytest.importorskip("torch")
-    from simpo.core.losses import LOSSES, PairLogps, loss_options
-
     r = recipe(loss_type=name)
     sums, lengths = torch.tensor([-6.0]), torch.tensor([5])
     logps = PairLogps(sums, sums, lengths, lengths, ref_chosen_sum=sums, ref_rejected_sum=sums)
-    loss = LOSSES[name](logps, **{key: getattr(r, key) for key in loss_options(name)}).losses.item()
+    loss = LOSSES[name](logps, **r.loss_values).losses.item()
     own_term = 6.0 / 5 if name == "orpo" else 0.0  # "pair term only"
     assert loss - own_term == pytest.approx(r.loss_at_zero_margin(), abs=1e-6)
 

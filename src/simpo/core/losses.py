@@ -1,21 +1,26 @@
-"""Preference losses: pure, unreduced, one function each.
+"""Preference losses: pure, unreduced, one function each, with everything that is said of a loss in its declaration.
 
 Every loss takes the log-probs of P pairs (`PairLogps`) and returns P losses and detached rewards (`PairLoss`).
 Notation as in the papers: l = sum of log pi(y_t | x, y_<t) over the response, m = l / |y|, w = chosen, r = rejected,
-M = m_w - m_r, p = exp(m). A loss never averages: the trainer divides the sum by the number of pairs in the global
-batch. To add one, write the function and put it in `LOSSES`; its keyword arguments become recipe keys.
+M = m_w - m_r, p = exp(m), z = beta * (M - gamma_beta_ratio); D is l_w - l_r minus the same under the reference model. A
+loss never averages: the trainer divides the sum by the number of pairs in the global batch.
+
+To add a loss, write its function here under `@declare(...)`. Its keyword-only arguments are recipe keys and their
+defaults the loss's own; a key that no other loss has is described there too. Nothing else is to be edited: recipe,
+command line, documentation and every host read the declaration. They do so without torch, which is imported only where
+a loss is computed.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class PairLoss(NamedTuple):
@@ -24,6 +29,10 @@ class PairLoss(NamedTuple):
     losses: Tensor
     chosen_rewards: Tensor
     rejected_rewards: Tensor
+
+
+class NeedsReference(ValueError):
+    """Log-probs of a reference model were asked for and had not been computed."""
 
 
 @dataclass(frozen=True)
@@ -54,10 +63,136 @@ class PairLogps:
         return self.rejected_sum / self.rejected_length
 
     def reference(self) -> tuple[Tensor, Tensor]:
-        """Reference sums, or a ValueError when they were not computed."""
+        """Reference sums, or NeedsReference, a ValueError, when they were not computed."""
         if self.ref_chosen_sum is None or self.ref_rejected_sum is None:
-            raise ValueError("this loss needs the reference model's log-probs: ref_chosen_sum and ref_rejected_sum")
+            raise NeedsReference("this loss needs the reference model's log-probs: ref_chosen_sum and ref_rejected_sum")
         return self.ref_chosen_sum, self.ref_rejected_sum
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Declarations
+# ---------------------------------------------------------------------------------------------------------------------
+
+GENERAL_KEYS = ("beta", "gamma_beta_ratio", "label_smoothing")
+"""Loss keys that several losses read; `recipe.keys` describes them."""
+
+
+@dataclass(frozen=True)
+class LossKey:
+    """A recipe key that one loss alone reads; its default and type are the argument's.
+
+    Attributes:
+        meaning: a sentence, for `simpo keys`.
+        ge, gt, le, lt: bounds of a number.
+    """
+
+    meaning: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The bounds that are set, by name."""
+        return {name: bound for name in ("ge", "gt", "le", "lt") if (bound := getattr(self, name)) is not None}
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One loss, and all that the recipe, the command line and the trainers know of it.
+
+    Attributes:
+        name: its `loss_type`.
+        function: PairLogps and keyword arguments -> PairLoss.
+        defaults: each keyword argument and its default. These are the recipe keys that the loss reads; sft_weight and
+            sft_reduction act on every loss.
+        equation, source: one line of text each; the source is an arXiv id, or where the loss was published.
+        at_zero_margin: the same keyword arguments -> pair loss in nats when both responses have the same log-prob (per
+            token; summed for cpo and slic).
+        zero_margin_note: what that number leaves out, or "".
+        sft_weight: default weight of the added term -m_w.
+        needs_reference: whether log-probs of a reference model enter it.
+        own_keys: those of its keys that no other loss has.
+    """
+
+    name: str
+    function: Callable[..., PairLoss]
+    defaults: Mapping[str, Any]
+    equation: str
+    source: str
+    at_zero_margin: Callable[..., float]
+    zero_margin_note: str = ""
+    sft_weight: float = 0.0
+    needs_reference: bool = False
+    own_keys: Mapping[str, LossKey] = field(default_factory=dict)
+
+    def __call__(self, logps: PairLogps, **options: Any) -> PairLoss:
+        """The loss of each pair. Raises ValueError for a beta that is not positive."""
+        if "beta" in options:
+            _check_beta(options["beta"])
+        return self.function(logps, **options)
+
+
+LOSSES: dict[str, Loss] = {}
+"""Every `loss_type` that has a name, in the order the documentation lists them."""
+
+
+def declare(
+    equation: str, source: str, *, name: str = "", own_keys: Mapping[str, LossKey] | None = None, **rest: Any
+) -> Callable[[Callable[..., PairLoss]], Callable[..., PairLoss]]:
+    """Enter a function into LOSSES, under its own name or `name`; the rest as in `Loss`.
+
+    Raises:
+        TypeError: the declaration and the function do not say the same.
+    """
+
+    def enter(function: Callable[..., PairLoss]) -> Callable[..., PairLoss]:
+        defaults = keyword_defaults(function)
+        own = dict(own_keys or {})
+        loss = Loss(name or function.__name__, function, defaults, equation, source, own_keys=own, **rest)
+        undeclared = [key for key in defaults if key not in (*GENERAL_KEYS, *own)]
+        without = [key for key, default in defaults.items() if default is inspect.Parameter.empty]
+        taken = [key for key in own for other in LOSSES.values() if key in other.own_keys]
+        for wrong, problem in (
+            (undeclared, f"not in own_keys, and not one of {', '.join(GENERAL_KEYS)}"),
+            (without, "no default"),
+            ([key for key in own if key not in defaults], "in own_keys, but not a keyword-only argument"),
+            (taken, "the key of another loss already"),
+            ([loss.name] * (loss.name in LOSSES), "the name of another loss already"),
+        ):
+            if wrong:
+                raise TypeError(f"loss {loss.name}: {', '.join(wrong)}: {problem}")
+        loss.at_zero_margin(**defaults)  # takes the same arguments
+        LOSSES[loss.name] = loss
+        return function
+
+    return enter
+
+
+def keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
+    """Keyword-only arguments of a function and their defaults (`inspect.Parameter.empty` for none)."""
+    parameters = inspect.signature(function).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
+
+
+def softplus(x: float) -> float:
+    """log(1 + exp(x)), without overflow; x in nats."""
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def _simpo_at_zero(beta: float, gamma_beta_ratio: float, label_smoothing: float) -> float:
+    gamma = beta * gamma_beta_ratio
+    return (1 - label_smoothing) * softplus(gamma) + label_smoothing * softplus(-gamma)
+
+
+def _log_2(**options: float) -> float:
+    return math.log(2.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The losses
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def simpo_loss(
@@ -97,7 +232,7 @@ def simpo_loss(
     elif label_smoothing != 0.0:
         raise ValueError(f"label_smoothing is not defined for {loss_type!r}; set it to 0 or use 'sigmoid'")
     elif loss_type == "hinge":
-        losses = torch.relu(1 - scores)
+        losses = (1 - scores).relu()
     elif loss_type == "ipo":
         losses = (margin - gamma_beta_ratio - 1 / (2 * beta)) ** 2
     else:
@@ -105,7 +240,10 @@ def simpo_loss(
     return _with_rewards(losses, beta * chosen_mean_logps, beta * rejected_mean_logps)
 
 
-def sigmoid(logps: PairLogps, *, beta: float, gamma_beta_ratio: float, label_smoothing: float = 0.0) -> PairLoss:
+@declare("-log sigmoid(z)", "SimPO, arXiv:2405.14734", at_zero_margin=_simpo_at_zero)
+def sigmoid(
+    logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, label_smoothing: float = 0.0
+) -> PairLoss:
     """SimPO: -log sigmoid(beta*M - gamma). Source: arXiv:2405.14734, eq. 6."""
     return simpo_loss(
         logps.chosen_mean,
@@ -116,120 +254,144 @@ def sigmoid(logps: PairLogps, *, beta: float, gamma_beta_ratio: float, label_smo
     )
 
 
-def hinge(logps: PairLogps, *, beta: float, gamma_beta_ratio: float) -> PairLoss:
+@declare(
+    "relu(1 - z)",
+    "SimPO trainer, arXiv:2405.14734",
+    at_zero_margin=lambda beta, gamma_beta_ratio: 1.0 + beta * gamma_beta_ratio,
+)
+def hinge(logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLoss:
     """SimPO's score in a hinge: relu(1 - z), z = beta*M - gamma."""
-    return simpo_loss(
-        logps.chosen_mean,
-        logps.rejected_mean,
-        beta=beta,
-        gamma_beta_ratio=gamma_beta_ratio,
-        loss_type="hinge",
-    )
+    means = logps.chosen_mean, logps.rejected_mean
+    return simpo_loss(*means, beta=beta, gamma_beta_ratio=gamma_beta_ratio, loss_type="hinge")
 
 
-def ipo(logps: PairLogps, *, beta: float, gamma_beta_ratio: float) -> PairLoss:
+@declare(
+    "(M - gamma_beta_ratio - 1/(2 beta))^2",
+    "IPO, arXiv:2310.12036, on SimPO's margin",
+    at_zero_margin=lambda beta, gamma_beta_ratio: (gamma_beta_ratio + 1 / (2 * beta)) ** 2,
+)
+def ipo(logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLoss:
     """Squared distance of the margin from its target: (M - ratio - 1/(2*beta))^2. Source: arXiv:2310.12036, eq. 17."""
-    return simpo_loss(
-        logps.chosen_mean, logps.rejected_mean, beta=beta, gamma_beta_ratio=gamma_beta_ratio, loss_type="ipo"
-    )
+    means = logps.chosen_mean, logps.rejected_mean
+    return simpo_loss(*means, beta=beta, gamma_beta_ratio=gamma_beta_ratio, loss_type="ipo")
 
 
-def cpo(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> PairLoss:
+@declare("-log sigmoid(beta (l_w - l_r)) + sft", "CPO, arXiv:2401.08417", at_zero_margin=_log_2, sft_weight=1.0)
+def cpo(logps: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
     """-log sigmoid(beta*(l_w - l_r)), not length-normalised. Source: CPO, arXiv:2401.08417 (its preference term)."""
-    _check_beta(beta)
     losses = _smoothed_logsigmoid(beta * (logps.chosen_sum - logps.rejected_sum), label_smoothing)
     return _with_rewards(losses, beta * logps.chosen_sum, beta * logps.rejected_sum)
 
 
-def orpo(logps: PairLogps, *, orpo_lambda: float) -> PairLoss:
+# SimPO whose SFT term is on by default; the term itself is added by the trainer.
+declare(
+    "-log sigmoid(z) + sft",
+    "github: fe1ixxu/CPO_SIMPO",
+    name="cpo_simpo",
+    at_zero_margin=_simpo_at_zero,
+    sft_weight=1.0,
+)(sigmoid)
+
+
+@declare(
+    "-m_w - orpo_lambda log sigmoid(log(p_w/(1-p_w)) - log(p_r/(1-p_r)))",
+    "ORPO, arXiv:2403.07691",
+    own_keys={"orpo_lambda": LossKey("Weight of the odds-ratio term of orpo.", ge=0)},
+    at_zero_margin=lambda orpo_lambda: orpo_lambda * math.log(2.0),
+    zero_margin_note="pair term only; its own term -m_w depends on the model",
+)
+def orpo(logps: PairLogps, *, orpo_lambda: float = 0.1) -> PairLoss:
     """-m_w - lambda*log sigmoid(log odds_w - log odds_r), odds = p/(1-p). Source: arXiv:2403.07691, eq. 6-7.
 
     log(1-p) through log1mexp, so that probabilities near 1 keep their digits.
     """
     chosen, rejected = logps.chosen_mean, logps.rejected_mean
     log_odds = (chosen - _log1mexp(chosen)) - (rejected - _log1mexp(rejected))
-    losses = -chosen - orpo_lambda * F.logsigmoid(log_odds)
+    losses = -chosen - orpo_lambda * _logsigmoid(log_odds)
     return _with_rewards(losses, orpo_lambda * chosen, orpo_lambda * rejected)
 
 
-def alphapo(logps: PairLogps, *, beta: float, gamma_beta_ratio: float, alphapo_alpha: float) -> PairLoss:
+@declare(
+    "-log sigmoid(R_w - R_r - gamma), R = beta (1 - p^(-alpha))/alpha",
+    "AlphaPO, arXiv:2501.03884",
+    own_keys={"alphapo_alpha": LossKey("Shape of the reward of alphapo; 0 is SimPO.")},
+    at_zero_margin=lambda beta, gamma_beta_ratio, alphapo_alpha: softplus(beta * gamma_beta_ratio),
+)
+def alphapo(
+    logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, alphapo_alpha: float = 0.25
+) -> PairLoss:
     """Reward R = beta*(1 - p^-alpha)/alpha, loss -log sigmoid(R_w - R_r - gamma). Source: arXiv:2501.03884.
 
     alpha -> 0 gives SimPO; alpha = 0 is taken as that limit.
     """
-    _check_beta(beta)
 
     def reward(mean_logps: Tensor) -> Tensor:
         if alphapo_alpha == 0.0:
             return beta * mean_logps
-        return -beta * torch.expm1(-alphapo_alpha * mean_logps) / alphapo_alpha
+        return -beta * (-alphapo_alpha * mean_logps).expm1() / alphapo_alpha
 
     chosen, rejected = reward(logps.chosen_mean), reward(logps.rejected_mean)
-    return _with_rewards(-F.logsigmoid(chosen - rejected - beta * gamma_beta_ratio), chosen, rejected)
+    return _with_rewards(-_logsigmoid(chosen - rejected - beta * gamma_beta_ratio), chosen, rejected)
 
 
-def repo(logps: PairLogps, *, gamma_beta_ratio: float) -> PairLoss:
+@declare(
+    "relu(gamma_beta_ratio - M)",
+    "RePO, arXiv:2503.07426",
+    at_zero_margin=lambda gamma_beta_ratio: gamma_beta_ratio,
+)
+def repo(logps: PairLogps, *, gamma_beta_ratio: float = 0.5) -> PairLoss:
     """relu(gamma' - M): SimPO divided by beta as beta -> infinity at fixed ratio. Source: arXiv:2503.07426."""
-    losses = torch.relu(gamma_beta_ratio - (logps.chosen_mean - logps.rejected_mean))
+    losses = (gamma_beta_ratio - (logps.chosen_mean - logps.rejected_mean)).relu()
     return _with_rewards(losses, logps.chosen_mean, logps.rejected_mean)
 
 
+@declare("p_r - p_w", "SimPER, arXiv:2502.00883", at_zero_margin=lambda: 0.0)
 def simper(logps: PairLogps) -> PairLoss:
     """-p_w + p_r, inverse perplexities; no hyperparameters. Source: SimPER, arXiv:2502.00883."""
     chosen, rejected = logps.chosen_mean.exp(), logps.rejected_mean.exp()
     return _with_rewards(rejected - chosen, chosen, rejected)
 
 
-def slic(logps: PairLogps, *, slic_delta: float) -> PairLoss:
+@declare(
+    "relu(slic_delta - l_w + l_r) + sft",
+    "SLiC-HF, arXiv:2305.10425",
+    own_keys={"slic_delta": LossKey("Margin of slic, in nats per response.", ge=0)},
+    at_zero_margin=lambda slic_delta: slic_delta,
+    sft_weight=1.0,
+)
+def slic(logps: PairLogps, *, slic_delta: float = 1.0) -> PairLoss:
     """relu(delta - l_w + l_r). Source: SLiC-HF, arXiv:2305.10425 (its calibration term)."""
-    losses = torch.relu(slic_delta - logps.chosen_sum + logps.rejected_sum)
+    losses = (slic_delta - logps.chosen_sum + logps.rejected_sum).relu()
     return _with_rewards(losses, logps.chosen_sum, logps.rejected_sum)
 
 
+@declare("relu(-M) + sft", "RRHF, arXiv:2304.05302", at_zero_margin=lambda: 0.0, sft_weight=1.0)
 def rrhf(logps: PairLogps) -> PairLoss:
     """relu(-M). Source: RRHF, arXiv:2304.05302 (its ranking term, two responses)."""
-    losses = torch.relu(logps.rejected_mean - logps.chosen_mean)
+    losses = (logps.rejected_mean - logps.chosen_mean).relu()
     return _with_rewards(losses, logps.chosen_mean, logps.rejected_mean)
 
 
-def dpo(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> PairLoss:
+@declare("-log sigmoid(beta D)", "DPO, arXiv:2305.18290", at_zero_margin=_log_2, needs_reference=True)
+def dpo(logps: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
     """-log sigmoid(beta*D), D = (l_w - l_w^ref) - (l_r - l_r^ref). Source: DPO, arXiv:2305.18290, eq. 7."""
-    _check_beta(beta)
     ref_chosen, ref_rejected = logps.reference()
     chosen, rejected = beta * (logps.chosen_sum - ref_chosen), beta * (logps.rejected_sum - ref_rejected)
     return _with_rewards(_smoothed_logsigmoid(chosen - rejected, label_smoothing), chosen, rejected)
 
 
-def dpo_norm(logps: PairLogps, *, beta: float, label_smoothing: float = 0.0) -> PairLoss:
+@declare(
+    "-log sigmoid(beta D), each side of D divided by its |y|",
+    "SimPO, arXiv:2405.14734 (length-normalised DPO)",
+    at_zero_margin=_log_2,
+    needs_reference=True,
+)
+def dpo_norm(logps: PairLogps, *, beta: float = 2.0, label_smoothing: float = 0.0) -> PairLoss:
     """DPO with each side's log-ratio divided by its length. Source: arXiv:2405.14734 (length-normalised DPO)."""
-    _check_beta(beta)
     ref_chosen, ref_rejected = logps.reference()
     chosen = beta * (logps.chosen_sum - ref_chosen) / logps.chosen_length
     rejected = beta * (logps.rejected_sum - ref_rejected) / logps.rejected_length
     return _with_rewards(_smoothed_logsigmoid(chosen - rejected, label_smoothing), chosen, rejected)
-
-
-LOSSES: dict[str, Callable[..., PairLoss]] = {
-    "sigmoid": sigmoid,
-    "hinge": hinge,
-    "ipo": ipo,
-    "cpo": cpo,
-    "cpo_simpo": sigmoid,  # SimPO whose SFT term is on by default; the term itself is added by the trainer
-    "orpo": orpo,
-    "alphapo": alphapo,
-    "repo": repo,
-    "simper": simper,
-    "slic": slic,
-    "rrhf": rrhf,
-    "dpo": dpo,
-    "dpo_norm": dpo_norm,
-}
-
-
-def loss_options(loss_type: str) -> tuple[str, ...]:
-    """Names of the keyword arguments that a loss takes."""
-    parameters = inspect.signature(LOSSES[loss_type]).parameters.values()
-    return tuple(p.name for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
 def sft_losses(logps: PairLogps) -> Tensor:
@@ -240,18 +402,26 @@ def sft_losses(logps: PairLogps) -> Tensor:
     return -logps.chosen_mean
 
 
+def _logsigmoid(x: Tensor) -> Tensor:
+    from torch.nn.functional import logsigmoid
+
+    return logsigmoid(x)
+
+
 def _smoothed_logsigmoid(scores: Tensor, label_smoothing: float) -> Tensor:
     """-(1-e) log sigmoid(z) - e log sigmoid(-z): a label is wrong with probability e."""
     if not 0.0 <= label_smoothing < 0.5:
         raise ValueError(f"label_smoothing must be in [0, 0.5), not {label_smoothing}")
-    losses = -(1 - label_smoothing) * F.logsigmoid(scores)
+    losses = -(1 - label_smoothing) * _logsigmoid(scores)
     if label_smoothing:
-        losses = losses - label_smoothing * F.logsigmoid(-scores)
+        losses = losses - label_smoothing * _logsigmoid(-scores)
     return losses
 
 
 def _log1mexp(x: Tensor) -> Tensor:
     """log(1 - exp(x)) for x <= 0, accurate at both ends (Maechler 2012); x = 0 is nudged below 0 to stay finite."""
+    import torch
+
     x = torch.clamp(x, max=-torch.finfo(x.dtype).tiny)
     near_zero = x > -0.6931471805599453
     # Each branch sees only arguments it is accurate for, so that neither leaks a NaN into the other's gradient.

@@ -12,18 +12,20 @@ import json
 import math
 import numbers
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import starmap
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, create_model, model_validator
 from pydantic.fields import FieldInfo
 
+from simpo.core.losses import GENERAL_KEYS, LOSSES, Loss
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS
-from simpo.recipe.losses import LOSS_KEYS, LOSS_OPTIONS, LossOptions, ZeroMargin, losses_reading
 from simpo.recipe.yaml import dump_yaml
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -108,6 +110,13 @@ def as_loss_name(value: Any) -> Any:
     return "sigmoid" if value == "simpo" else value
 
 
+def _loss_name(value: Any) -> Any:
+    value = as_loss_name(value)
+    if not isinstance(value, str) or (value not in LOSSES and not re.fullmatch(r"[\w.]+:\w+", value)):
+        raise ValueError("not one of its values")
+    return value
+
+
 def _optimizer(value: Any) -> Any:
     return "adamw_8bit" if value == "adamw_bnb_8bit" else value  # transformers has both names for the one
 
@@ -143,8 +152,9 @@ def _settings(value: Any) -> Any:
     if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
         raise ValueError("a mapping of names to values is needed")
     for name, setting in value.items():
-        if not isinstance(setting, (bool, str, int, type(None))):
-            raise ValueError(f"{name} must be true, false, text or a whole number, not {short(setting)}")
+        is_plain = isinstance(setting, (bool, str, int, type(None)))
+        if not is_plain and not (isinstance(setting, float) and math.isfinite(setting)):
+            raise ValueError(f"{name} must be true, false, text or a finite number, not {short(setting)}")
     return dict(value)
 
 
@@ -163,7 +173,6 @@ Optimizer = Annotated[
     Literal["adamw_torch_fused", "adamw_torch", "adamw_bf16", "adamw_8bit"], BeforeValidator(_optimizer)
 ]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]
-LossName = Annotated[Literal[tuple(LOSS_OPTIONS)], BeforeValidator(as_loss_name)]  # a new row there is a value here
 
 
 def short(value: Any, limit: int = 60) -> str:
@@ -228,6 +237,7 @@ def _in(section: str, *, tokens: bool = False, host: Hosted = "refused"):
         allowed: str = "",
         *,
         null: str = "",
+        only: str = "",
         derived: str = "",
         may_change: bool = False,
         decides_tokens: bool = tokens,
@@ -237,7 +247,14 @@ def _in(section: str, *, tokens: bool = False, host: Hosted = "refused"):
         **bounds: Any,
     ) -> Any:
         flags = {"may_change": may_change, "decides_tokens": decides_tokens, "hf": hf, "megatron": megatron}
-        words = {"section": section, "allowed": allowed, "null": null, "derived": derived, "bounds": bounds}
+        words = {
+            "section": section,
+            "allowed": allowed,
+            "null": null,
+            "only": only,
+            "derived": derived,
+            "bounds": bounds,
+        }
         return Field(default, description=meaning, json_schema_extra={**words, **flags, "shown": shown}, **bounds)
 
     return key
@@ -262,7 +279,41 @@ METRICS: dict[str, bool] = {
 """Evaluation metrics that can choose the best checkpoint -> whether greater is better."""
 
 
-class Recipe(BaseModel):
+def losses_reading(key: str) -> list[str]:
+    """The losses that read `key`, for messages."""
+    return [name for name, loss in LOSSES.items() if key in loss.defaults]
+
+
+def _by_loss(values: Mapping[str, float]) -> str:
+    """A default that the loss decides, in words: "2.0; 0.1 for cpo and dpo"."""
+    by_value: dict[float, list[str]] = {}
+    for name, value in values.items():
+        by_value.setdefault(value, []).append(name)
+    first, *others = sorted(by_value, key=lambda value: -len(by_value[value]))
+    named = (" and ".join(", ".join(by_value[value]).rsplit(", ", 1)) for value in others)
+    return "; ".join([str(first), *(f"{value} for {names}" for value, names in zip(others, named, strict=True))])
+
+
+def _default_by_loss(key: str) -> str:
+    return _by_loss({name: LOSSES[name].defaults[key] for name in losses_reading(key)})
+
+
+def _own_keys() -> dict[str, Any]:
+    """Fields for the keys that one loss alone reads, as they are declared with it."""
+    kinds = {bool: bool, int: Whole, float: Number, str: Text}
+    fields: dict[str, Any] = {}
+    for loss in LOSSES.values():
+        for name, key in loss.own_keys.items():
+            default = loss.defaults[name]
+            words = {"only": loss.name, "megatron": name if isinstance(default, float) else ""}
+            fields[name] = (kinds[type(default)], _loss(default, key.meaning, **words, **key.bounds))
+    return fields
+
+
+_LossKeys = create_model("_LossKeys", **_own_keys())
+
+
+class Recipe(_LossKeys):
     """A complete, resolved, read-only recipe; `simpo.recipe.load_recipe` makes one from any accepted spelling.
 
     After construction every derived default is filled in: `beta`, `gamma_beta_ratio` and `sft_weight` by the loss,
@@ -351,33 +402,32 @@ class Recipe(BaseModel):
     cache_dir: Text | None = _data(
         None, "Folder of tokenised data.", "path", null="the user's cache", decides_tokens=False, may_change=True)
     # -- loss
-    loss_type: LossName = _loss(
-        "sigmoid", "The preference loss; `simpo losses` prints the equations. sigmoid (or simpo) is SimPO.",
-        "one of " + ", ".join(LOSS_OPTIONS), megatron="simpo_loss_type", shown=True)
+    loss_type: Annotated[str, BeforeValidator(_loss_name)] = _loss(
+        "sigmoid", "The preference loss; `simpo losses` prints the equations. sigmoid (or simpo) is SimPO. "
+        "module:function is a loss of your own, imported from the working directory or an installed package: it takes "
+        "PairLogps and keyword-only options, and returns PairLoss or losses [P]. Options called beta, gamma_beta_ratio "
+        "and label_smoothing are the keys of these names; loss_kwargs holds the others.",
+        f"one of {', '.join(LOSSES)}; or module:function", megatron="simpo_loss_type", shown=True)
+    loss_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = _loss(
+        None, "Options of a loss of your own (loss_type: module:function); the function's defaults fill in the rest.",
+        "mapping of option to value, or null")
     beta: Number = _loss(
         None, "Reward scale: the reward is beta times the mean log-prob per token.",
-        derived="2.0 for SimPO and its kin, 0.1 for cpo and dpo", megatron="simpo_beta", shown=True, gt=0)
+        derived=_default_by_loss("beta"), megatron="simpo_beta", shown=True, gt=0)
     gamma_beta_ratio: Number = _loss(
         None, "Target margin gamma / beta, in nats per token: how much better chosen must be before a pair is "
-        "satisfied. `gamma` may be given instead, never both.", derived="0.5 where the loss reads it",
+        "satisfied. `gamma` may be given instead, never both.", derived=_default_by_loss("gamma_beta_ratio"),
         megatron="simpo_gamma_beta_ratio", shown=True, ge=0)
     label_smoothing: Number = _loss(
         0.0, "Assumed probability that a pair is labelled the wrong way round.",
-        "0 <= x < 0.5; only " + ", ".join(losses_reading("label_smoothing")),
-        megatron="simpo_label_smoothing", ge=0, lt=0.5)
+        only=", ".join(losses_reading("label_smoothing")), megatron="simpo_label_smoothing", ge=0, lt=0.5)
     sft_weight: Number = _loss(
         None, "Weight of an added term: the chosen response's mean negative log-prob.",
-        derived="0.0; 1.0 for cpo, cpo_simpo, slic and rrhf", megatron="pref_ftx", shown=True, ge=0)
+        derived=_by_loss({name: loss.sft_weight for name, loss in LOSSES.items()}),
+        megatron="pref_ftx", shown=True, ge=0)
     sft_reduction: Literal["pairs", "tokens"] = _loss(
         "pairs", "What the added term is a mean over: pairs (independent of batching) or the batch's tokens (as the "
         "SimPO authors' trainer).")
-    orpo_lambda: Number = _loss(
-        0.1, "Weight of the odds-ratio term of orpo.", "x >= 0; only orpo", megatron="orpo_lambda", ge=0)
-    alphapo_alpha: Number = _loss(
-        0.25, "Shape of the reward of alphapo; 0 is SimPO.", "any finite number; only alphapo",
-        megatron="alphapo_alpha")
-    slic_delta: Number = _loss(
-        1.0, "Margin of slic, in nats per response.", "x >= 0; only slic", megatron="slic_delta", ge=0)
     # -- packing
     pack: bool = _packing(
         True, "Lay pairs of a micro-batch end to end in one row instead of padding them.")
@@ -570,9 +620,26 @@ class Recipe(BaseModel):
         return self._notices
 
     @property
-    def loss_options(self) -> LossOptions:
-        """The chosen loss's row of LOSS_OPTIONS."""
-        return LOSS_OPTIONS[self.loss_type]
+    def loss(self) -> Loss:
+        """The chosen loss. One of the user's own is imported, and tried, when it is first asked for."""
+        if self.loss_type in LOSSES:
+            return LOSSES[self.loss_type]
+        from simpo.core.own_loss import load_own_loss
+
+        return load_own_loss(self.loss_type, json.dumps(self.loss_kwargs or {}, sort_keys=True))
+
+    loss_options = loss
+
+    @property
+    def loss_values(self) -> dict[str, Any]:
+        """Keyword arguments of the loss."""
+        own = self.loss_kwargs or {}
+        return {name: own[name] if name in own else getattr(self, name) for name in self.loss.defaults}
+
+    @property
+    def unread_keys(self) -> frozenset[str]:
+        """Loss keys that the chosen loss does not read."""
+        return frozenset(LOSS_KEYS) - (set(self.loss.defaults) - set(self.loss_kwargs or ()))
 
     @property
     def gamma(self) -> float:
@@ -586,23 +653,25 @@ class Recipe(BaseModel):
     def loss_at_zero_margin(self) -> float:
         """Predicted pair loss in nats when chosen and rejected are equally likely, without the added SFT term.
 
-        For orpo the pair term only: see `loss_options.zero_margin_note`.
+        For orpo the pair term only: see `loss.zero_margin_note`.
         """
-        return self.loss_options.zero_margin(
-            ZeroMargin(self.beta, self.gamma_beta_ratio, self.label_smoothing, self.orpo_lambda, self.slic_delta)
-        )
+        return self.loss.at_zero_margin(**self.loss_values)
 
     def describe_loss(self) -> str:
         """One line: the loss, the effective values of its keys, and the loss they predict at zero margin."""
-        options = self.loss_options
-        shown = {"gamma_beta_ratio": "gamma/beta"}
-        parts = [f"{shown.get(key, key)} {getattr(self, key):g}" for key in LOSS_KEYS if key in options.keys]
-        parts = [part for part in parts if part != "label_smoothing 0"]
-        if {"beta", "gamma_beta_ratio"} <= set(options.keys):
+        values, shown = self.loss_values, {"gamma_beta_ratio": "gamma/beta"}
+        parts = [
+            f"{shown.get(key, key)} {value:g}" if isinstance(value, float) else f"{key} {value}"
+            for key, value in values.items()
+            if (key, value) != ("label_smoothing", 0.0)
+        ]
+        if {"beta", "gamma_beta_ratio"} <= set(values):
             parts.append(f"gamma {self.gamma:g}")
         if self.sft_weight:
             parts.append(f"sft_weight {self.sft_weight:g} (per {self.sft_reduction[:-1]})")
-        without = [note for note in (options.zero_margin_note, "without the sft term" * bool(self.sft_weight)) if note]
+        without = [
+            note for note in (self.loss.zero_margin_note, "without the sft term" * bool(self.sft_weight)) if note
+        ]
         predicted = f"{self.loss_at_zero_margin():.4f} nats at zero margin" + "".join(f", {note}" for note in without)
         return f"{self.loss_type}: {', '.join([*parts, predicted])}"
 
@@ -618,9 +687,8 @@ class Recipe(BaseModel):
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML with sections; reads back equal. Keys the loss does not read are left out."""
-        unread = set(LOSS_KEYS) - set(self.loss_options.keys)
         lines = [f"# Resolved recipe, written by simpo {version('simpo')}. `simpo keys` explains every key.\n"]
-        values = {name: value for name, value in self.to_dict().items() if name not in unread}
+        values = {name: value for name, value in self.to_dict().items() if name not in self.unread_keys}
         if not self.dataset_mixer:
             del values["dataset_mixer"]
         for section in SECTIONS:
@@ -644,38 +712,33 @@ class Recipe(BaseModel):
 
 
 def _resolve_loss(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
-    name, options = recipe.loss_type, recipe.loss_options
-    if recipe.label_smoothing and "label_smoothing" not in options.keys:
-        allowed = ", ".join(losses_reading("label_smoothing"))
+    name, loss = recipe.loss_type, recipe.loss
+    if recipe.loss_kwargs and name in LOSSES:
         raise ValueError(
-            f"label_smoothing = {recipe.label_smoothing}: not defined for loss_type {name!r}; "
-            f"set it to 0 or use one of {allowed}"
+            f"loss_kwargs: only for a loss of your own, loss_type: module:function; {name} reads the keys "
+            f"{', '.join(loss.defaults) or 'of no loss'}"
         )
-    for key in ("orpo_lambda", "alphapo_alpha", "slic_delta"):
-        if key in given and key not in options.keys:
+    for key in (key for key in LOSS_KEYS if key in given & recipe.unread_keys):
+        value, reading = getattr(recipe, key), losses_reading(key)
+        if key == "label_smoothing" and value:
             raise ValueError(
-                f"{key}: loss_type {name!r} does not read it, only {losses_reading(key)[0]} does; remove one of them"
+                f"label_smoothing = {value}: not defined for loss_type {name!r}; set it to 0 or use one of "
+                f"{', '.join(reading)}"
             )
+        if key not in GENERAL_KEYS:
+            raise ValueError(f"{key}: loss_type {name!r} does not read it, only {reading[0]} does; remove one of them")
     for key in ("beta", "gamma_beta_ratio"):
-        if key in given and key not in options.keys:
-            hint = "; the weight of its odds-ratio term is orpo_lambda" if name == "orpo" else ""
-            notices.append(f"{key}: not used, since loss_type {name!r} does not read it{hint}")
-    if recipe.ref_model_name_or_path is not None and not options.needs_reference:
+        if key in given & recipe.unread_keys:
+            own = f", it reads {', '.join(loss.own_keys)}" * bool(loss.own_keys)
+            notices.append(f"{key}: not used, since loss_type {name!r} does not read it{own}")
+    if recipe.ref_model_name_or_path is not None and not loss.needs_reference:
         notices.append(f"ref_model_name_or_path: never loaded, since loss_type {name!r} has no reference model")
-    return {
-        "beta": _pick(recipe.beta, "beta" in options.keys, options.beta, 1.0),
-        "gamma_beta_ratio": _pick(
-            recipe.gamma_beta_ratio, "gamma_beta_ratio" in options.keys, options.gamma_beta_ratio, 0.0
-        ),
-        "sft_weight": options.sft_weight if recipe.sft_weight is None else recipe.sft_weight,
-    }
-
-
-def _pick(value: float | None, is_read: bool, default: float | None, neutral: float) -> float | None:
-    """The given value, or the loss's default; neutral where the loss does not read the key."""
-    if not is_read:
-        return neutral
-    return default if value is None else value
+    neutral = {"beta": 1.0, "gamma_beta_ratio": 0.0}
+    by_loss = {**neutral, **loss.defaults, "sft_weight": loss.sft_weight}
+    resolved = {key: by_loss[key] for key in ("beta", "gamma_beta_ratio", "sft_weight")}
+    kept = {key for key in resolved if key not in recipe.unread_keys and getattr(recipe, key) is not None}
+    options = {key: value for key, value in loss.defaults.items() if name not in LOSSES and key not in GENERAL_KEYS}
+    return resolved | {key: getattr(recipe, key) for key in kept} | {"loss_kwargs": options or None}
 
 
 def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
@@ -825,9 +888,10 @@ def _allowed(annotation: Any, types: frozenset[Any], bounds: Mapping[str, Any]) 
 
 def _declared(name: str, info: FieldInfo) -> Key:
     declared: dict[str, Any] = dict(info.json_schema_extra)  # type: ignore[arg-type]  what `_in` put there
-    bounds, null, derived = (declared.pop(part) for part in ("bounds", "null", "derived"))
+    bounds, null, only, derived = (declared.pop(part) for part in ("bounds", "null", "only", "derived"))
     types = _plain_types(info.annotation)
-    allowed = (declared.pop("allowed") or _allowed(info.annotation, types, bounds)) + f"; null = {null}" * bool(null)
+    allowed = declared.pop("allowed") or _allowed(info.annotation, types, bounds)
+    allowed += f"; null = {null}" * bool(null) + f"; only {only}" * bool(only)
     default = "required" if info.is_required() else derived or json.dumps(info.default)
     aliases = [alias for alias, target in ALIASES.items() if target.target == name]
     aliases += [key for key, (target, _) in INPUT_KEYS.items() if target == name]
@@ -835,5 +899,11 @@ def _declared(name: str, info: FieldInfo) -> Key:
     return Key(name, types=types, **words, **declared)
 
 
-KEYS: dict[str, Key] = {name: _declared(name, info) for name, info in Recipe.model_fields.items()}
+KEYS: dict[str, Key] = {
+    key.name: key
+    for key in sorted(starmap(_declared, Recipe.model_fields.items()), key=lambda key: SECTIONS.index(key.section))
+}
 """Every key by name, grouped by section in order."""
+
+LOSS_KEYS = (*GENERAL_KEYS, *(name for loss in LOSSES.values() for name in loss.own_keys))
+"""Keys that some losses read and others do not; sft_weight and sft_reduction act on every loss."""

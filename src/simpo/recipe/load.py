@@ -20,9 +20,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from simpo.core.losses import LOSSES
 from simpo.recipe.aliases import ALIASES, BF16_MASTERS_NOTICE, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED, UNSET
 from simpo.recipe.keys import KEYS, Recipe, as_loss_name, as_number, as_text, as_whole, short
-from simpo.recipe.losses import LOSS_KEYS, LOSS_OPTIONS
 from simpo.recipe.yaml import Kind, parse_overrides, read_recipe_file
 
 
@@ -49,8 +49,8 @@ def load_recipe(
     if isinstance(source, Recipe):
         if not overrides:
             return source
-        unread = set(LOSS_KEYS) - set(source.loss_options.keys)
-        base = _Layer({name: getattr(source, name) for name in source._given - unread}, list(source.notices))
+        given = source._given - source.unread_keys
+        base = _Layer({name: getattr(source, name) for name in given}, list(source.notices))
     elif isinstance(source, Mapping):
         base = _read_layer(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -91,7 +91,7 @@ class _Layer:
     bf16_asked: str | None = None
 
 
-_MAPPINGS = ("dataset_mixer", "gradient_checkpointing_kwargs")
+_MAPPINGS = tuple(name for name, key in KEYS.items() if dict in key.types)
 _DERIVED = ("bf16", "beta", "gamma_beta_ratio", "sft_weight", "eval_strategy", "greater_is_better")
 """Keys for which null is the same as leaving the line out, since they have no one default."""
 
@@ -238,11 +238,17 @@ def _resolve_gamma(layer: _Layer) -> None:
         return
     name, gamma = layer.spelled["gamma"], _take(layer, "gamma", as_number)
     loss_type = as_loss_name(values.get("loss_type", "sigmoid"))
-    options = LOSS_OPTIONS.get(loss_type) if isinstance(loss_type, str) else None
-    if options is not None and "gamma_beta_ratio" not in options.keys:
+    loss = LOSSES.get(loss_type) if isinstance(loss_type, str) else None
+    if loss is not None and "gamma_beta_ratio" not in loss.defaults:
         layer.notices.append(f"{name}: not used, since loss_type {loss_type!r} does not read it")
         return
-    beta = _checked(layer, "beta", as_number, values["beta"]) if "beta" in values else (options and options.beta) or 1.0
+    beta = (
+        _checked(layer, "beta", as_number, values["beta"])
+        if "beta" in values
+        else loss.defaults.get("beta", 1.0)
+        if loss
+        else 1.0
+    )
     if beta <= 0:
         return  # the recipe's own check speaks
     if gamma < 0 or not math.isfinite(gamma / beta):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from simpo.core.losses import LOSSES, PairLogps, loss_options, sft_losses
+from simpo.core.losses import PairLogps, sft_losses
 from simpo.run.metrics import pair_metric_sums
 
 if TYPE_CHECKING:
@@ -31,8 +31,7 @@ def trained_losses(
         losses [P], SFT term included: their sum over every pair of the step, divided by num_pairs, is what is trained.
         sums [len(PAIR_METRICS)], see `run.metrics.pair_metric_sums`.
     """
-    options = {name: getattr(recipe, name) for name in loss_options(recipe.loss_type)}
-    loss = LOSSES[recipe.loss_type](logps, **options)
+    loss = recipe.loss(logps, **recipe.loss_values)
     total = loss.losses
     if recipe.sft_weight and recipe.sft_reduction == "tokens":
         # The step's token mean, written so that (sum over pairs) / num_pairs gives it.

@@ -6,6 +6,7 @@ What a key means, its default and what is wrong with a value is the recipe's to 
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass, field, make_dataclass
 from typing import Any
@@ -14,7 +15,6 @@ import torch
 from transformers import TrainingArguments
 
 from simpo.recipe import KEYS, Recipe, load_recipe
-from simpo.recipe.losses import LOSS_KEYS
 
 # Recipe keys that are fields here and not TrainingArguments' own. None in a field is the recipe's default.
 RECIPE_FIELDS = tuple(name for name, key in KEYS.items() if key.hf == "field")
@@ -40,6 +40,7 @@ _MEANS_HERE = {
 def _field(name: str) -> tuple[str, Any, Any]:
     """A recipe key as a field of a dataclass: its name, type and default, None for the recipe's."""
     (kind,) = KEYS[name].types
+    kind = dict | str if kind is dict else kind  # as transformers has its mappings: JSON on a command line
     meaning = _MEANS_HERE.get(name) or f"{KEYS[name].meaning} Allowed: {KEYS[name].allowed}."
     return name, kind | None, field(default=None, metadata={"help": meaning.replace("%", "%%")})
 
@@ -70,7 +71,7 @@ class SimPOConfig(_Arguments):
         ValueError: as `simpo.recipe.load_recipe`, and for names of TRL whose meaning is not the one here.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "loss_kwargs"]  # noqa: RUF012
 
     # --- TrainingArguments' own, with a recipe's defaults
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Pairs in one micro-batch of one process."})
@@ -124,9 +125,8 @@ class SimPOConfig(_Arguments):
         self._settle_device()
         recipe = self.to_recipe()  # what is wrong is said before a process group is started
         super().__post_init__()
-        unread = {*LOSS_KEYS} - {*recipe.loss_options.keys}
         for name in ("loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "sft_weight", "max_length"):
-            if name not in unread:
+            if name not in recipe.unread_keys:
                 setattr(self, name, getattr(recipe, name))
         self.gamma = None  # gamma_beta_ratio holds it now
         if self.torch_compile:
@@ -147,6 +147,11 @@ class SimPOConfig(_Arguments):
                 f"write loss_type 'simpo' for SimPO, 'cpo' for TRL's sigmoid, or drop {trl[0]}"
             )
         self.loss_type = loss
+        if isinstance(self.loss_kwargs, str):
+            try:
+                self.loss_kwargs = json.loads(self.loss_kwargs)
+            except ValueError:
+                raise ValueError(f"loss_kwargs = {self.loss_kwargs!r}: a JSON mapping is needed") from None
         if self.alpha is not None:
             if self.alpha or self.loss_type == "alphapo":
                 self.loss_type, self.alphapo_alpha = "alphapo", self.alpha

@@ -26,7 +26,6 @@ from simpo.hosts.hf.trainer import SimPOTrainer, join_launched_world
 from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options, set_precision
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
-from simpo.recipe.losses import LOSS_KEYS
 from simpo.run.checkpoint import list_checkpoints
 from simpo.run.export import (
     WeightSample,
@@ -152,8 +151,7 @@ def find_resume(recipe: Recipe) -> str | None:
 
 def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
     """The recipe as the Trainer's arguments; what it saves goes to `checkpoints/` of the run directory."""
-    unread = {*LOSS_KEYS} - {*recipe.loss_options.keys}
-    values: dict[str, Any] = {name: getattr(recipe, name) for name in RECIPE_FIELDS if name not in unread}
+    values: dict[str, Any] = {name: getattr(recipe, name) for name in RECIPE_FIELDS if name not in recipe.unread_keys}
     values |= {name: getattr(recipe, name) for name, key in KEYS.items() if key.hf in ("argument", "shared")}
     if recipe.lr_scheduler_type == "constant":
         values["warmup_steps"] = 0

@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from simpo.recipe import KEYS, LOSS_OPTIONS, Recipe, load_recipe
+from simpo.core.losses import LOSSES
+from simpo.recipe import KEYS, Recipe, load_recipe
 
 Method = Literal["simpo", "dpo"]
 
@@ -25,8 +26,8 @@ DPO_ARGUMENTS = {
     "dpo_label_smoothing": "label_smoothing",
     "pref_ftx": "sft_weight",
 }
-DPO_LOSSES = {"sigmoid": "dpo", **{name: name for name, loss in LOSS_OPTIONS.items() if loss.needs_reference}}
-REFERENCE_FREE = tuple(name for name, loss in LOSS_OPTIONS.items() if not loss.needs_reference)
+DPO_LOSSES = {"sigmoid": "dpo", **{name: name for name, loss in LOSSES.items() if loss.needs_reference}}
+REFERENCE_FREE = tuple(name for name, loss in LOSSES.items() if not loss.needs_reference)
 
 
 def add_simpo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -133,6 +134,11 @@ def _loss_recipe(values: Mapping[str, Any], method: Method) -> Recipe:
     given = {key: values[name] for name, key in names.items() if values.get(name) is not None}
     if method == "simpo":
         recipe = load_recipe({"model_name_or_path": "megatron", **given}, processes=1)
+        if recipe.loss_type not in LOSSES:
+            raise ValueError(
+                f"simpo_loss_type = {recipe.loss_type!r}: a loss of your own is for simpo train and the Hugging Face "
+                f"host; here one of {', '.join(REFERENCE_FREE)}"
+            )
         if recipe.loss_options.needs_reference:
             raise ValueError(
                 f"simpo_loss_type = {recipe.loss_type!r}: needs a reference model; use dpo_forward_step with "
