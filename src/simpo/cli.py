@@ -1,27 +1,44 @@
 """The `simpo` command. Imports nothing heavy until the arguments are parsed: torch loads only where it computes.
 
-A ValueError is the user's to mend: it is printed in one line, without a traceback (SIMPO_TRACEBACK=1 shows it), and the
-command exits with 2. An interrupted run exits with 130, one that met a loss that is no number, or the end of its
-memory, with 1.
+What the user can put right (a ValueError, a file that cannot be read or written) is printed in one line, without a
+traceback (SIMPO_TRACEBACK=1 shows it), and the command exits with 2. An interrupted run exits with 130; one whose loss
+is not finite, or that runs out of memory, with 1.
 """
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 if TYPE_CHECKING:
     from simpo.recipe import Key, Recipe
 
+
+class _OneLineErrors(TyperGroup):
+    """What the user can put right -> one line and exit 2; Ctrl-C -> exit 130."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, NotImplementedError) as error:
+            if os.environ.get("SIMPO_TRACEBACK"):
+                raise
+            _say_once(f"error: {error}", color="red")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.secho("interrupted", fg="yellow", err=True)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
     name="simpo",
+    cls=_OneLineErrors,
     help="Align language models with preference pairs by SimPO.",
     add_completion=False,
     no_args_is_help=True,
@@ -57,27 +74,26 @@ def _options(
 @app.command(context_settings=_TAKES_OVERRIDES)
 def train(context: typer.Context, recipe: RecipeFile) -> None:
     """Train. Any key can follow the recipe: --learning_rate 5e-7 --output_dir runs/first"""
-    with _one_line_errors():
-        resolved = _load(recipe, context.args)
-        resolved.require("dataset_mixer", "output_dir")
-        from simpo.hosts.launcher import launched_by_accelerate
-        from simpo.parallel.mesh import leave_world
-        from simpo.trainer import Interrupted, NonFiniteError, OutOfMemory, Trainer
+    resolved = _load(recipe, context.args)
+    resolved.require("dataset_mixer", "output_dir")
+    from simpo.hosts.launcher import launched_by_accelerate
+    from simpo.parallel.mesh import leave_world
+    from simpo.trainer import Interrupted, NonFiniteError, OutOfMemory, Trainer
 
-        try:
-            if launched_by_accelerate():
-                from simpo.hosts.hf import run_recipe
+    try:
+        if launched_by_accelerate():
+            from simpo.hosts.hf import run_recipe
 
-                run_recipe(resolved)
-            else:
-                Trainer(resolved).run()
-        except Interrupted as stopped:
-            _say_once(str(stopped), color="yellow")
-            raise typer.Exit(130) from None
-        except (NonFiniteError, OutOfMemory) as error:
-            _print_error(error)
-            raise typer.Exit(1) from None
-        leave_world()
+            run_recipe(resolved)
+        else:
+            Trainer(resolved).run()
+    except Interrupted as stopped:
+        _say_once(str(stopped), color="yellow")
+        raise typer.Exit(130) from None
+    except (NonFiniteError, OutOfMemory) as error:
+        _say_once(f"error: {error}", color="red")
+        raise typer.Exit(1) from None
+    leave_world()
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
@@ -88,12 +104,11 @@ def check(
     processes: Annotated[int, typer.Option("--processes", min=1, help="Data-parallel processes of the run.")] = 1,
 ) -> None:
     """Check a recipe and print what it resolves to; needs no model, data, network or torch."""
-    with _one_line_errors():
-        resolved = _load(recipe, context.args, processes=processes)
-        typer.echo(resolved.to_yaml() if full else _key_lines(resolved))
-        prefix = "# " if full else ""
-        for line in _effective_lines(resolved, processes):
-            typer.echo(prefix + line)
+    resolved = _load(recipe, context.args, processes=processes)
+    typer.echo(resolved.to_yaml() if full else _key_lines(resolved))
+    prefix = "# " if full else ""
+    for line in _effective_lines(resolved, processes):
+        typer.echo(prefix + line)
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
@@ -113,19 +128,18 @@ def plan(
     output: Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write the plan as JSON too.")] = None,
 ) -> None:
     """Compute memory by part, pick a mesh and other sizes, say what is sent; reads no weights. Any key can follow."""
-    with _one_line_errors():
-        resolved = _load(recipe, context.args, processes=1)
-        from simpo.plan.search import Machines, describe_plan, plan_recipe, save_plan
+    resolved = _load(recipe, context.args, processes=1)
+    from simpo.plan.search import Machines, describe_plan, plan_recipe, save_plan
 
-        machines = Machines.of(gpus=gpus, nodes=nodes, gpus_per_node=gpus_per_node, gpu_gib=gpu_memory)
-        found = plan_recipe(resolved, machines, shape=shape)
-        # Again, for the number of ranks that share a global_batch_size is known now.
-        shared = _load(recipe, context.args, processes=found.mesh.data * resolved.cp * resolved.tp)
-        if shared != resolved:
-            found = plan_recipe(shared, machines, shape=shape)
-        typer.echo(describe_plan(found, shared, recipe_name=recipe))
-        if output is not None:
-            save_plan(found, output)
+    machines = Machines.of(gpus=gpus, nodes=nodes, gpus_per_node=gpus_per_node, gpu_gib=gpu_memory)
+    found = plan_recipe(resolved, machines, shape=shape)
+    # Again, for the number of ranks that share a global_batch_size is known now.
+    shared = _load(recipe, context.args, processes=found.mesh.data * resolved.cp * resolved.tp)
+    if shared != resolved:
+        found = plan_recipe(shared, machines, shape=shape)
+    typer.echo(describe_plan(found, shared, recipe_name=recipe))
+    if output is not None:
+        save_plan(found, output)
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
@@ -138,21 +152,20 @@ def audit(
     output: Annotated[str | None, typer.Option("--output", help="File for the ledger, instead of output_dir.")] = None,
 ) -> None:
     """Read and tokenise the data, and account for every row: kept, cut or dropped, and why."""
-    with _one_line_errors():
-        resolved = _load(recipe, context.args)
-        resolved.require("dataset_mixer")
-        from rich.console import Console
+    resolved = _load(recipe, context.args)
+    resolved.require("dataset_mixer")
+    from rich.console import Console
 
-        from simpo.data.prepare import prepare_pairs
-        from simpo.model.load import load_tokenizer
+    from simpo.data.prepare import prepare_pairs
+    from simpo.model.load import load_tokenizer
 
-        prepared = prepare_pairs(resolved, load_tokenizer(resolved))
-        prepared.ledger.render(Console(), examples=examples)
-        path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
-        if path:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            prepared.ledger.save(path)
-            typer.echo(f"ledger: {path}")
+    prepared = prepare_pairs(resolved, load_tokenizer(resolved))
+    prepared.ledger.render(Console(), examples=examples)
+    path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        prepared.ledger.save(path)
+        typer.echo(f"ledger: {path}")
 
 
 @app.command(name="eval", context_settings=_TAKES_OVERRIDES)
@@ -171,19 +184,18 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Split of the data to use; test is what is held out.")] = "test",
 ) -> None:
     """Measure a model on held-out pairs: preference accuracy, margins, length bias. Any key can follow."""
-    with _one_line_errors():
-        from simpo.evaluation.run import run_eval_command
+    from simpo.evaluation.run import run_eval_command
 
-        run_eval_command(
-            recipe_or_data=recipe_or_data,
-            model=model,
-            baseline=compare,
-            output=output,
-            generations=generations,
-            max_pairs=max_pairs,
-            split=split,
-            overrides=context.args,
-        )
+    run_eval_command(
+        recipe_or_data=recipe_or_data,
+        model=model,
+        baseline=compare,
+        output=output,
+        generations=generations,
+        max_pairs=max_pairs,
+        split=split,
+        overrides=context.args,
+    )
 
 
 @app.command(context_settings={"ignore_unknown_options": True})
@@ -191,18 +203,17 @@ def keys(
     name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One key, by any of its names.")] = None,
 ) -> None:
     """Explain the keys of a recipe: meaning, allowed values, default."""
-    with _one_line_errors():
-        from simpo.recipe import KEYS
+    from simpo.recipe import KEYS
 
-        if name is not None:
-            typer.echo(_explain_key(name.removeprefix("--").replace("-", "_")))
-            return
-        section = None
-        for doc in KEYS.values():
-            if doc.section != section:
-                typer.echo(f"\n{doc.section.upper()}")
-                section = doc.section
-            typer.echo(_key_text(doc))
+    if name is not None:
+        typer.echo(_explain_key(name.removeprefix("--").replace("-", "_")))
+        return
+    section = None
+    for doc in KEYS.values():
+        if doc.section != section:
+            typer.echo(f"\n{doc.section.upper()}")
+            section = doc.section
+        typer.echo(_key_text(doc))
 
 
 @app.command()
@@ -228,26 +239,7 @@ def _load(recipe: str, overrides: list[str], *, processes: int | None = None) ->
     return load_recipe(recipe, overrides, processes=processes)
 
 
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    """ValueError -> one line and exit 2; Ctrl-C -> exit 130."""
-    try:
-        yield
-    except ValueError as error:
-        if os.environ.get("SIMPO_TRACEBACK"):
-            raise
-        _print_error(error)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        typer.secho("interrupted", fg="yellow", err=True)
-        raise typer.Exit(130) from None
-
-
 _FOR_THE_FIRST_S = 10.0
-
-
-def _print_error(error: Exception) -> None:
-    _say_once(f"error: {error}", color="red")
 
 
 def _say_once(line: str, *, color: str) -> None:
