@@ -26,6 +26,8 @@ class _OneLineErrors(TyperGroup):
     def invoke(self, ctx: typer.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # typer ends quietly when the reader of a pipe has gone
         except (ValueError, OSError, NotImplementedError) as error:
             if os.environ.get("SIMPO_TRACEBACK"):
                 raise
@@ -309,8 +311,9 @@ def _key_text(doc: Key) -> str:
 
 
 def _explain_key(name: str) -> str:
-    from simpo.recipe import KEYS, nearest_key
+    from simpo.recipe import KEYS
     from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE
+    from simpo.recipe.load import unknown_key
 
     if name in ALIASES:
         target = ALIASES[name].target
@@ -321,5 +324,5 @@ def _explain_key(name: str) -> str:
     if name in KNOWN_ELSEWHERE:
         return f"  {name}: accepted, not used here ({KNOWN_ELSEWHERE[name]})"
     if name not in KEYS:
-        raise ValueError(f"unknown key {name[:60]!r}: the nearest known key is {nearest_key(name)!r}")
+        raise unknown_key(name)
     return _key_text(KEYS[name])

@@ -1,6 +1,8 @@
-"""Other programs' exceptions in one line, to be part of a message of ours. Imports nothing."""
+"""Values and other programs' exceptions, cut to be part of a message of one line."""
 
 from __future__ import annotations
+
+from typing import Any
 
 
 def first_line(error: BaseException) -> str:
@@ -11,3 +13,12 @@ def first_line(error: BaseException) -> str:
 def one_line(error: BaseException, limit: int = 200) -> str:
     """Type and whole text of an exception, blanks and line breaks joined, cut at `limit` characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
+
+
+def short(value: Any, limit: int = 60) -> str:
+    """repr of a value, cut, for messages; survives values whose repr fails."""
+    try:
+        text = repr(value[:limit] if isinstance(value, str) else value)
+    except Exception:
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= limit + 2 else text[:limit] + "..."

@@ -104,6 +104,6 @@ def test_the_documentations_lines_for_a_loss_work_with_one_file_touched(
     assert "cauchy     log(1 + (z/cauchy_width)^2 / 2)" in text
     assert "cauchy: beta 2, gamma/beta 0.5, cauchy_width 0.5, gamma 1, 1.0986 nats at zero margin" in text
     assert "cauchy_width: loss_type 'sigmoid' does not read it, only cauchy does" in text
-    assert "cauchy_width = 0: input should be greater than 0 (allowed: x > 0; only cauchy)" in text
+    assert "cauchy_width = 0.0: input should be greater than 0 (allowed: x > 0; only cauchy)" in text
     assert text.splitlines()[-2:] == ["3.0", "cauchy_width"]
     assert len(losses(tiny_recipe["output_dir"])) == 2

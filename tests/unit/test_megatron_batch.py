@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,6 +58,13 @@ def test_the_twin_reads_its_own_arguments(dpo_loss_type: str | None, loss_type: 
     arguments = {"micro_batch_size": 1, "seq_length": 8, "simpo_beta": 7.0, "dpo_loss_type": dpo_loss_type}
     settings = MegatronSettings.from_arguments(arguments, method="dpo")
     assert (settings.recipe.loss_type, settings.recipe.beta, settings.needs_reference) == (loss_type, beta, True)
+
+
+def test_a_loss_by_import_path_is_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "losses_for_megatron.py").write_text("def f(logps):\n    return -logps.chosen_mean\n")
+    with pytest.raises(ValueError, match="simpo_loss_type = 'losses_for_megatron:f': a loss of your own is for simpo"):
+        settings_of(simpo_loss_type="losses_for_megatron:f")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from typer.testing import CliRunner
 
 from simpo.cli import app
 from simpo.core.losses import LOSSES, PairLogps
-from simpo.hosts.megatron.settings import MegatronSettings
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.resume import recipe_identity
 
@@ -151,9 +150,3 @@ def test_options_are_for_a_loss_of_ones_own() -> None:
         recipe("sigmoid", loss_kwargs={"tau": 1})
     with pytest.raises(ValueError, match="loss_type = 'my losses': not one of its values"):
         recipe("my losses")
-
-
-def test_megatron_refuses_it_by_name(write: Write) -> None:
-    name = f"{write(SIMPO)}:simpo"
-    with pytest.raises(ValueError, match=f"simpo_loss_type = '{name}': a loss of your own is for simpo train"):
-        MegatronSettings.from_arguments({"micro_batch_size": 1, "seq_length": 8, "simpo_loss_type": name})

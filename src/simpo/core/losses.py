@@ -170,6 +170,16 @@ def declare(
     return enter
 
 
+def loss_keys() -> tuple[str, ...]:
+    """Keys that some losses read and others do not; sft_weight and sft_reduction act on every loss."""
+    return (*GENERAL_KEYS, *(name for loss in LOSSES.values() for name in loss.own_keys))
+
+
+def losses_reading(key: str) -> list[str]:
+    """The losses that read a key."""
+    return [name for name, loss in LOSSES.items() if key in loss.defaults]
+
+
 def keyword_defaults(function: Callable[..., Any]) -> dict[str, Any]:
     """Keyword-only arguments of a function and their defaults (`inspect.Parameter.empty` for none)."""
     parameters = inspect.signature(function).parameters.values()

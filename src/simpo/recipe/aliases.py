@@ -1,6 +1,6 @@
 """Names that other programs give to keys: aliases of ours, and names that mean nothing here but are not mistakes.
 
-Tables, read by `recipe.py`. Imports nothing but the standard library. Sources of the names: transformers'
+Tables, read by `recipe.load`. Imports nothing but the standard library. Sources of the names: transformers'
 TrainingArguments, the alignment-handbook, the SimPO authors' trainer, TRL (DPO, CPO, ORPO, model and script
 arguments), Megatron-Core and MindSpeed-LLM.
 """
@@ -165,155 +165,132 @@ REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Known elsewhere, yet certain values change what is trained: key -> (test of the value, what to do instead)."""
 
-_HUB = "nothing is uploaded"
-_LOADER = "batches are planned ahead"
-_PARALLEL = "the layout is dp_replicate, dp_shard, cp and tp"
-_MODEL = "read from the model's own configuration"
-_PRECISION = "precision is set by bf16 and master_dtype"
-_KERNEL = "kernels are chosen here"
-_LOGGING = "see logging_steps and report_to"
-_ALWAYS = "no other way here"
-
-_BY_HINT: Mapping[str, str] = {
-    _HUB: "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
-    "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_model_revision",
-    _LOADER: "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
-    "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order group_by_length "
-    "length_column_name train_sampling_strategy remove_unused_columns label_names auto_find_batch_size "
-    "accelerator_config split_batches dispatch_batches even_batches num_workers dataloader_type data_cache_path "
-    "data_impl mmap_bin_files no_shuffle variable_seq_lengths pad_to_multiple_of reset_position_ids "
-    "reset_attention_mask no_create_attention_mask_in_dataloader create_attention_mask_in_dataloader eod_mask_loss",
-    _PARALLEL: "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed "
-    "parallelism_config ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph "
-    "ddp_backend local_rank local_process_index "
-    "pipeline_model_parallel_size context_parallel_algo cp_attention_mask_type "
-    "virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage expert_model_parallel_size "
-    "sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather overlap_p2p_communication "
-    "distributed_backend distributed_timeout_minutes use_cp_send_recv_overlap ulysses_degree_in_cp "
-    "noop_layers use_torch_fsdp2 data_parallel_size rank world_size master_addr master_port nnodes node_rank "
-    "nproc_per_node tp_comm_overlap num_distributed_optimizer_instances",
-    _MODEL: "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups "
-    "kv_channels max_position_embeddings make_vocab_size_divisible_by padded_vocab_size vocab_size rotary_base "
-    "rotary_percent rotary_seq_len_interpolation_factor position_embedding_type use_rotary_position_embeddings "
-    "normalization norm_epsilon layernorm_epsilon swiglu untie_embeddings_and_output_weights disable_bias_linear "
-    "add_qkv_bias add_bias_linear qk_layernorm init_method_std initial_loss_scale rope_scaling_type "
-    "rope_scaling_factor low_freq_factor high_freq_factor original_max_position_embeddings tokenizer_type "
-    "tokenizer_model tokenizer_not_use_fast tokenizer_padding_side tokenizer_kwargs vocab_file merge_file "
-    "use_mcore_models spec transformer_impl num_experts moe_router_topk window_size sliding_window "
-    "apply_query_key_layer_scaling hidden_dropout attention_dropout",
-    _PRECISION: "fp16 fp16_full_eval bf16_full_eval fp16_opt_level half_precision_backend fp16_backend "
-    "attention_softmax_in_fp32 accumulate_allreduce_grads_in_fp32 reuse_fp32_param loss_scale fp32_residual_connection "
-    "main_grads_dtype main_params_dtype load_in_8bit fp8_format bnb_4bit_quant_storage bnb_4bit_compute_dtype",
-    _KERNEL: "torch_compile_backend torch_compile_mode liger_kernel_config "
-    "jit_mode_eval use_ipex use_flash_attn no_masked_softmax_fusion no_bias_gelu_fusion no_bias_swiglu_fusion "
-    "no_rope_fusion use_fused_rmsnorm use_fused_swiglu use_fused_rotary_pos_emb use_fused_mlp "
-    "gradient_accumulation_fusion no_gradient_accumulation_fusion use_mc2 attention_backend swap_attention "
-    "padding_free use_unsloth unsloth use_reentrant_gc torch_empty_cache_steps manual_gc "
-    "manual_gc_interval cross_entropy_loss_fusion transformer_engine enable_recompute_layers_per_pp_rank",
-    _LOGGING: "logging_strategy logging_first_step log_level log_level_replica log_on_each_node disable_tqdm "
-    "logging_nan_inf_filter include_num_input_tokens_seen include_tokens_per_second include_for_metrics "
-    "include_inputs_for_metrics log_throughput log_params_norm log_num_zeros_in_grad log_timers_to_tensorboard "
-    "timing_log_level tensorboard_log_interval tensorboard_queue_size skip_memory_metrics debug project "
-    "trackio_space_id trackio_bucket_id trackio_static_space_id wandb_project wandb_entity wandb_run_group "
-    "wandb_log_unique_prompts use_wandb wandb_exp_name wandb_save_dir profile log_completions",
-    _ALWAYS: "ignore_data_skip restore_callback_states_from_checkpoint "
-    "data_seed past_index mp_parameters ray_scope use_cache eval_do_concat_batches eval_use_gather_object "
-    "eval_accumulation_steps batch_eval_metrics prediction_loss_only eval_delay save_on_each_node save_only_model "
-    "save_safetensors enable_jit_checkpoint average_tokens_across_devices neftune_noise_alpha "
-    "use_legacy_prediction_loop overwrite_output_dir use_mps_device tpu_num_cores no_load_optim no_load_rng "
-    "no_save_optim no_save_rng finetune use_checkpoint_args exit_on_missing_checkpoint ckpt_format "
-    "override_opt_param_scheduler use_tpu model_init_kwargs ref_model_init_kwargs base_model_revision "
-    "model_code_revision use_auth_token token lora_task_type lora_target_parameters lora_fusion lora_load "
-    "lora_modules_scaling layers_to_transform initial_eval eval_packing assistant_only_loss router_aux_loss_coef",
+_MEANINGLESS: Mapping[str, str] = {
+    "nothing is uploaded": (
+        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
+        "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_model_revision"
+    ),
+    "batches are planned ahead": (
+        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
+        "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order group_by_length "
+        "length_column_name train_sampling_strategy remove_unused_columns label_names auto_find_batch_size "
+        "accelerator_config split_batches dispatch_batches even_batches num_workers dataloader_type data_cache_path "
+        "data_impl mmap_bin_files no_shuffle variable_seq_lengths pad_to_multiple_of reset_position_ids "
+        "reset_attention_mask no_create_attention_mask_in_dataloader create_attention_mask_in_dataloader eod_mask_loss"
+    ),
+    "the layout is dp_replicate, dp_shard, cp and tp": (
+        "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config "
+        "ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend local_rank "
+        "local_process_index pipeline_model_parallel_size context_parallel_algo cp_attention_mask_type "
+        "virtual_pipeline_model_parallel_size num_layers_per_virtual_pipeline_stage expert_model_parallel_size "
+        "sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather "
+        "overlap_p2p_communication distributed_backend distributed_timeout_minutes use_cp_send_recv_overlap "
+        "ulysses_degree_in_cp noop_layers use_torch_fsdp2 data_parallel_size rank world_size master_addr "
+        "master_port nnodes node_rank nproc_per_node tp_comm_overlap num_distributed_optimizer_instances"
+    ),
+    "read from the model's own configuration": (
+        "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels "
+        "max_position_embeddings make_vocab_size_divisible_by padded_vocab_size vocab_size rotary_base rotary_percent "
+        "rotary_seq_len_interpolation_factor position_embedding_type use_rotary_position_embeddings normalization "
+        "norm_epsilon layernorm_epsilon swiglu untie_embeddings_and_output_weights disable_bias_linear add_qkv_bias "
+        "add_bias_linear qk_layernorm init_method_std initial_loss_scale rope_scaling_type rope_scaling_factor "
+        "low_freq_factor high_freq_factor original_max_position_embeddings tokenizer_type tokenizer_model "
+        "tokenizer_not_use_fast tokenizer_padding_side tokenizer_kwargs vocab_file merge_file use_mcore_models spec "
+        "transformer_impl num_experts moe_router_topk window_size sliding_window apply_query_key_layer_scaling "
+        "hidden_dropout attention_dropout"
+    ),
+    "precision is set by bf16 and master_dtype": (
+        "fp16 fp16_full_eval bf16_full_eval fp16_opt_level half_precision_backend fp16_backend "
+        "attention_softmax_in_fp32 accumulate_allreduce_grads_in_fp32 reuse_fp32_param loss_scale "
+        "fp32_residual_connection main_grads_dtype main_params_dtype load_in_8bit fp8_format bnb_4bit_quant_storage "
+        "bnb_4bit_compute_dtype"
+    ),
+    "kernels are chosen here": (
+        "torch_compile_backend torch_compile_mode liger_kernel_config jit_mode_eval use_ipex use_flash_attn "
+        "no_masked_softmax_fusion no_bias_gelu_fusion no_bias_swiglu_fusion no_rope_fusion use_fused_rmsnorm "
+        "use_fused_swiglu use_fused_rotary_pos_emb use_fused_mlp gradient_accumulation_fusion "
+        "no_gradient_accumulation_fusion use_mc2 attention_backend swap_attention padding_free use_unsloth unsloth "
+        "use_reentrant_gc torch_empty_cache_steps manual_gc manual_gc_interval cross_entropy_loss_fusion "
+        "transformer_engine enable_recompute_layers_per_pp_rank"
+    ),
+    "see logging_steps and report_to": (
+        "logging_strategy logging_first_step log_level log_level_replica log_on_each_node disable_tqdm "
+        "logging_nan_inf_filter include_num_input_tokens_seen include_tokens_per_second include_for_metrics "
+        "include_inputs_for_metrics log_throughput log_params_norm log_num_zeros_in_grad log_timers_to_tensorboard "
+        "timing_log_level tensorboard_log_interval tensorboard_queue_size skip_memory_metrics debug project "
+        "trackio_space_id trackio_bucket_id trackio_static_space_id wandb_project wandb_entity wandb_run_group "
+        "wandb_log_unique_prompts use_wandb wandb_exp_name wandb_save_dir profile log_completions"
+    ),
+    "no other way here": (
+        "ignore_data_skip restore_callback_states_from_checkpoint data_seed past_index mp_parameters ray_scope "
+        "use_cache eval_do_concat_batches eval_use_gather_object eval_accumulation_steps batch_eval_metrics "
+        "prediction_loss_only eval_delay save_on_each_node save_only_model save_safetensors enable_jit_checkpoint "
+        "average_tokens_across_devices neftune_noise_alpha use_legacy_prediction_loop overwrite_output_dir "
+        "use_mps_device tpu_num_cores no_load_optim no_load_rng no_save_optim no_save_rng finetune use_checkpoint_args "
+        "exit_on_missing_checkpoint ckpt_format override_opt_param_scheduler use_tpu model_init_kwargs "
+        "ref_model_init_kwargs base_model_revision model_code_revision use_auth_token token lora_task_type "
+        "lora_target_parameters lora_fusion lora_load lora_modules_scaling layers_to_transform initial_eval "
+        "eval_packing assistant_only_loss router_aux_loss_coef"
+    ),
+    "the command says what is done": "do_train do_predict",
+    "set eval_strategy or eval_steps": "do_eval",
+    "see adam_beta1, adam_beta2 and adam_epsilon": "optim_args",
+    "every trainable weight is optimised": "optim_target_modules",
+    "the schedules here have no further settings": "lr_scheduler_kwargs",
+    "linear and cosine decay to 0": "min_lr",
+    "the decay ends with the last step": "lr_decay_iters",
+    "the warm-up starts at 0": "lr_warmup_init",
+    "see warmup_ratio and warmup_steps": "lr_warmup_samples",
+    "see num_train_epochs and max_steps": "train_samples",
+    "see num_train_epochs": "epochs",
+    "see optim": "optimizer",
+    "set num_eval_generations to the number of answers to sample": "generate_during_eval",
+    "this is SimPO": "stage",
+    "decoder-only models": "is_encoder_decoder",
+    "see label_smoothing": "label_smoothing_factor dpo_label_smoothing",
+    "responses have no limit of their own; see max_length": "max_completion_length max_target_length",
+    "prompts are cut on the left, responses on the right; see overlong": "truncation_mode truncation_side",
+    "nothing is padded": (
+        "label_pad_token_id padding_value pad_token padding_side pad_to_max_length no_pad_to_seq_lengths"
+    ),
+    "the chat template ends a turn": "eos_token",
+    "one adapter": "model_adapter_name",
+    "the reference is a model of its own": "ref_adapter_name",
+    "see the launcher": "model_parallel",
+    "always done, once, for the losses that need it": "precompute_ref_log_probs",
+    "see per_device_eval_batch_size": "precompute_ref_batch_size",
+    "see loss_type": "reference_free force_use_ref_model dpo_loss_type",
+    "the reference stays fixed": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps refer_model_iter",
+    "the same idea here is sft_weight": "rpo_alpha",
+    "not implemented": "ld_alpha discopop_tau f_divergence_type f_alpha_divergence_coef use_weighting",
+    "one loss at a time": "loss_weights",
+    "AlphaPO is loss_type: alphapo with alphapo_alpha": "alpha",
+    "always so: only response tokens reach the vocabulary projection": "use_logits_to_keep use_num_logits_to_keep",
+    "found from the model": "base_model_attribute_name",
+    "not implemented: lora_alpha / lora_r scales the adapters": "use_rslora",
+    "not implemented: plain LoRA": "use_dora use_dora_quant",
+    "see use_peft and load_in_4bit": "qlora",
+    "see load_in_4bit": "qlora_save_dequantize",
+    "see prompt_column, chosen_column and rejected_column": "text_column",
+    "data is read whole, so that its audit is complete": "dataset_streaming",
+    "no distributed wrapper needs it": "ignore_bias_buffers",
+    "see max_train_samples": "max_samples",
+    "see dataset_splits and validation_fraction": "split",
+    "name the pairs in dataset_name or dataset_mixer": "train_data_path valid_data_path",
+    "data is always pairs": "is_pairwise_dataset is_instruction_dataset",
+    "the tokenizer's chat template is used; see chat_template": "prompt_type prompt_type_path",
+    "see cache_dir": "tokenized_path",
+    "see max_length": "decoder_seq_length encoder_seq_length",
+    "see overlong": "cut_max_seqlen",
+    "see pack": "pack_samples packing",
+    "the batch size is constant": "rampup_batch_size",
+    "see gradient_checkpointing": (
+        "recompute_granularity recompute_method recompute_num_layers recompute_activations recompute_norm "
+        "recompute_activation_function"
+    ),
+    "see beta": "dpo_beta",
+    "see sft_weight": "dpo_ftx",
 }
 
-_HINTS: Mapping[str, str] = {
-    "do_train": "the command says what is done",
-    "do_eval": "set eval_strategy or eval_steps",
-    "do_predict": "the command says what is done",
-    "optim_args": "see adam_beta1, adam_beta2 and adam_epsilon",
-    "optim_target_modules": "every trainable weight is optimised",
-    "lr_scheduler_kwargs": "the schedules here have no further settings",
-    "min_lr": "linear and cosine decay to 0",
-    "lr_decay_iters": "the decay ends with the last step",
-    "lr_warmup_init": "the warm-up starts at 0",
-    "lr_warmup_samples": "see warmup_ratio and warmup_steps",
-    "train_samples": "see num_train_epochs and max_steps",
-    "epochs": "see num_train_epochs",
-    "optimizer": "see optim",
-    "generate_during_eval": "set num_eval_generations to the number of answers to sample",
-    "stage": "this is SimPO",
-    "is_encoder_decoder": "decoder-only models",
-    "label_smoothing_factor": "see label_smoothing",
-    "max_completion_length": "responses have no limit of their own; see max_length",
-    "max_target_length": "responses have no limit of their own; see max_length",
-    "truncation_mode": "prompts are cut on the left, responses on the right; see overlong",
-    "truncation_side": "prompts are cut on the left, responses on the right; see overlong",
-    "label_pad_token_id": "nothing is padded",
-    "padding_value": "nothing is padded",
-    "pad_token": "nothing is padded",
-    "padding_side": "nothing is padded",
-    "pad_to_max_length": "nothing is padded",
-    "no_pad_to_seq_lengths": "nothing is padded",
-    "eos_token": "the chat template ends a turn",
-    "model_adapter_name": "one adapter",
-    "ref_adapter_name": "the reference is a model of its own",
-    "model_parallel": "see the launcher",
-    "precompute_ref_log_probs": "always done, once, for the losses that need it",
-    "precompute_ref_batch_size": "see per_device_eval_batch_size",
-    "reference_free": "see loss_type",
-    "force_use_ref_model": "see loss_type",
-    "sync_ref_model": "the reference stays fixed",
-    "ref_model_mixup_alpha": "the reference stays fixed",
-    "ref_model_sync_steps": "the reference stays fixed",
-    "refer_model_iter": "the reference stays fixed",
-    "rpo_alpha": "the same idea here is sft_weight",
-    "ld_alpha": "not implemented",
-    "discopop_tau": "not implemented",
-    "f_divergence_type": "not implemented",
-    "f_alpha_divergence_coef": "not implemented",
-    "loss_weights": "one loss at a time",
-    "use_weighting": "not implemented",
-    "alpha": "AlphaPO is loss_type: alphapo with alphapo_alpha",
-    "use_logits_to_keep": "always so: only response tokens reach the vocabulary projection",
-    "use_num_logits_to_keep": "always so: only response tokens reach the vocabulary projection",
-    "base_model_attribute_name": "found from the model",
-    "use_rslora": "not implemented: lora_alpha / lora_r scales the adapters",
-    "use_dora": "not implemented: plain LoRA",
-    "use_dora_quant": "not implemented: plain LoRA",
-    "qlora": "see use_peft and load_in_4bit",
-    "qlora_save_dequantize": "see load_in_4bit",
-    "text_column": "see prompt_column, chosen_column and rejected_column",
-    "dataset_streaming": "data is read whole, so that its audit is complete",
-    "ignore_bias_buffers": "no distributed wrapper needs it",
-    "max_samples": "see max_train_samples",
-    "split": "see dataset_splits and validation_fraction",
-    "train_data_path": "name the pairs in dataset_name or dataset_mixer",
-    "valid_data_path": "name the pairs in dataset_name or dataset_mixer",
-    "is_pairwise_dataset": "data is always pairs",
-    "is_instruction_dataset": "data is always pairs",
-    "prompt_type": "the tokenizer's chat template is used; see chat_template",
-    "prompt_type_path": "the tokenizer's chat template is used; see chat_template",
-    "tokenized_path": "see cache_dir",
-    "decoder_seq_length": "see max_length",
-    "encoder_seq_length": "see max_length",
-    "cut_max_seqlen": "see overlong",
-    "pack_samples": "see pack",
-    "packing": "see pack",
-    "rampup_batch_size": "the batch size is constant",
-    "recompute_granularity": "see gradient_checkpointing",
-    "recompute_method": "see gradient_checkpointing",
-    "recompute_num_layers": "see gradient_checkpointing",
-    "recompute_activations": "see gradient_checkpointing",
-    "recompute_norm": "see gradient_checkpointing",
-    "recompute_activation_function": "see gradient_checkpointing",
-    "dpo_beta": "see beta",
-    "dpo_loss_type": "see loss_type",
-    "dpo_label_smoothing": "see label_smoothing",
-    "dpo_ftx": "see sft_weight",
-}
-
-KNOWN_ELSEWHERE: dict[str, str] = {name: hint for hint, names in _BY_HINT.items() for name in names.split()} | dict(
-    _HINTS
-)
+KNOWN_ELSEWHERE: dict[str, str] = {name: hint for hint, names in _MEANINGLESS.items() for name in names.split()}
 """Name -> why it means nothing here, or which key to use."""

@@ -9,10 +9,6 @@ Longer than most files because it is mostly documentation. Must not import torch
 from __future__ import annotations
 
 import json
-import math
-import numbers
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -24,165 +20,26 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, create_model, model_validator
 from pydantic.fields import FieldInfo
 
-from simpo.core.losses import GENERAL_KEYS, LOSSES, Loss
+from simpo.core.losses import LOSSES, Loss, loss_keys, losses_reading
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS
+from simpo.recipe.checks import METRICS, check_best_model, resolve
+from simpo.recipe.values import (
+    Number,
+    Optimizer,
+    Steps,
+    Strategy,
+    Text,
+    Whole,
+    Words,
+    as_lora_targets,
+    as_loss,
+    as_mixture,
+    as_resume,
+    as_settings,
+    as_trackers,
+    as_words_or_null,
+)
 from simpo.recipe.yaml import dump_yaml
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Types of values. Strict: true is not 1, "3" is not 3; 3.0 is 3, since YAML writers mean it.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def as_number(value: Any) -> Any:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise ValueError("a number is needed, without quotes")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError("a finite number is needed")
-    return number
-
-
-def as_whole(value: Any) -> Any:
-    number = as_number(value)
-    if number is None:
-        return None
-    if number != int(number) or abs(number) > 2**53:
-        raise ValueError("a whole number is needed")
-    return int(value)
-
-
-def _steps(value: Any) -> Any:
-    """Whole steps, or a share of all steps in (0, 1)."""
-    number = as_number(value)
-    if number is None or 0 < number < 1:
-        return number
-    if number < 1:
-        raise ValueError("must be at least 1 step, or a share of all steps between 0 and 1")
-    return as_whole(value)
-
-
-def as_text(value: Any) -> Any:
-    if isinstance(value, os.PathLike):
-        value = os.fspath(value)
-    if value is None:
-        return None
-    if not isinstance(value, str) or not value.strip():
-        raise ValueError("text is needed (in quotes if it looks like a number)")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise ValueError("holds characters that UTF-8 cannot write") from None
-    return value
-
-
-def _words(value: Any) -> Any:
-    """A list of text; one text is a list of one."""
-    if isinstance(value, (str, os.PathLike)):
-        value = [value]
-    if not isinstance(value, (list, tuple)):
-        raise ValueError("a list of names is needed")
-    return [as_text(item) for item in value]
-
-
-def _words_or_null(value: Any) -> Any:
-    return None if value is None else _words(value)
-
-
-def _trackers(value: Any) -> Any:
-    if value is None or value is False or (isinstance(value, str) and value.lower() == "none"):
-        return []
-    words = _words(value)
-    return [] if [str(word).lower() for word in words] == ["none"] else words
-
-
-def _strategy(value: Any) -> Any:
-    return "no" if value is False else value  # YAML reads a bare `no` as false
-
-
-def as_loss_name(value: Any) -> Any:
-    if isinstance(value, (list, tuple)) and len(value) == 1:
-        value = value[0]
-    return "sigmoid" if value == "simpo" else value
-
-
-def _loss_name(value: Any) -> Any:
-    value = as_loss_name(value)
-    if not isinstance(value, str) or (value not in LOSSES and not re.fullmatch(r"[\w.]+:\w+", value)):
-        raise ValueError("not one of its values")
-    return value
-
-
-def _optimizer(value: Any) -> Any:
-    return "adamw_8bit" if value == "adamw_bnb_8bit" else value  # transformers has both names for the one
-
-
-def _mixture(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        raise ValueError("a mapping of dataset name to fraction is needed")
-    if not value:
-        raise ValueError("is empty; name at least one dataset")
-    for name, fraction in value.items():
-        try:
-            as_text(name)
-            positive = as_number(fraction) > 0
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{short(name)}: {error}") from None
-        if not positive:
-            raise ValueError(f"{short(name)}: the fraction must be > 0 (1.0 is the whole dataset, 2.0 twice)")
-    return {os.fspath(name): float(fraction) for name, fraction in value.items()}
-
-
-def _lora_targets(value: Any) -> Any:
-    if value is None or value == "all-linear" or value == ["all-linear"]:
-        return "all-linear"
-    words = [part for word in _words(value) for part in word.replace(",", " ").split()]
-    if not words:
-        raise ValueError("is empty; name modules, or write all-linear")
-    return words
-
-
-def _settings(value: Any) -> Any:
-    if value is None:
-        return None
-    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
-        raise ValueError("a mapping of names to values is needed")
-    for name, setting in value.items():
-        is_plain = isinstance(setting, (bool, str, int, type(None)))
-        if not is_plain and not (isinstance(setting, float) and math.isfinite(setting)):
-            raise ValueError(f"{name} must be true, false, text or a finite number, not {short(setting)}")
-    return dict(value)
-
-
-def _resume(value: Any) -> Any:
-    if isinstance(value, bool) or value is None:
-        return value or None
-    return as_text(value)
-
-
-Number = Annotated[float, BeforeValidator(as_number)]
-Whole = Annotated[int, BeforeValidator(as_whole)]
-Steps = Annotated[int | float, BeforeValidator(_steps)]
-Text = Annotated[str, BeforeValidator(as_text)]
-Words = Annotated[list[str], BeforeValidator(_words)]
-Optimizer = Annotated[
-    Literal["adamw_torch_fused", "adamw_torch", "adamw_bf16", "adamw_8bit"], BeforeValidator(_optimizer)
-]
-Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]
-
-
-def short(value: Any, limit: int = 60) -> str:
-    """repr of a value, cut, for messages; survives values whose repr fails."""
-    try:
-        text = repr(value[:limit] if isinstance(value, str) else value)
-    except Exception:
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= limit + 2 else text[:limit] + "..."
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The keys
@@ -266,23 +123,6 @@ _model, _optimisation, _parallel, _evaluation, _saving, _run = map(
 _data = _in("data", tokens=True, host="field")  # prepared alike for every host
 _loss, _packing, _lora = _in("loss", host="field"), _in("packing", host="field"), _in("lora", host="run")
 
-METRICS: dict[str, bool] = {
-    "eval_loss": False,
-    "eval_sft_loss": False,
-    "eval_rewards/accuracies": True,
-    "eval_rewards/margins": True,
-    "eval_rewards/chosen": True,
-    "eval_rewards/rejected": False,
-    "eval_logps/chosen": True,
-    "eval_logps/rejected": False,
-}
-"""Evaluation metrics that can choose the best checkpoint -> whether greater is better."""
-
-
-def losses_reading(key: str) -> list[str]:
-    """The losses that read `key`, for messages."""
-    return [name for name, loss in LOSSES.items() if key in loss.defaults]
-
 
 def _by_loss(values: Mapping[str, float]) -> str:
     """A default that the loss decides, in words: "2.0; 0.1 for cpo and dpo"."""
@@ -354,14 +194,14 @@ class Recipe(_LossKeys):
     tf32: bool | None = _model(
         None, "TensorFloat-32 matrix products where CUDA computes float32.", null="as torch is set", hf="run")
     # -- data
-    dataset_mixer: Annotated[dict[str, float], BeforeValidator(_mixture)] = _data(
+    dataset_mixer: Annotated[dict[str, float], BeforeValidator(as_mixture)] = _data(
         {}, "Datasets and the fraction of each: local files, folders or hub names. A fraction is taken after a seeded "
         "shuffle; over 1 repeats rows.", "mapping of name to fraction > 0",
         decides_tokens=False, hf="run", shown=True)  # the files themselves are, and their fractions
     dataset_splits: Words = _data(
         ["train", "test"], "Splits to read: the first to train on, the others to evaluate on unless they say `train`.",
         "list of names", hf="run", shown=True, min_length=1)
-    dataset_configs: Annotated[list[str | None] | None, BeforeValidator(_words_or_null)] = _data(
+    dataset_configs: Annotated[list[str | None] | None, BeforeValidator(as_words_or_null)] = _data(
         None, "Configuration name of each dataset, in the mixer's order.", "list as long as dataset_mixer, or null",
         hf="run")
     validation_fraction: Number = _data(
@@ -402,13 +242,13 @@ class Recipe(_LossKeys):
     cache_dir: Text | None = _data(
         None, "Folder of tokenised data.", "path", null="the user's cache", decides_tokens=False, may_change=True)
     # -- loss
-    loss_type: Annotated[str, BeforeValidator(_loss_name)] = _loss(
+    loss_type: Annotated[str, BeforeValidator(as_loss)] = _loss(
         "sigmoid", "The preference loss; `simpo losses` prints the equations. sigmoid (or simpo) is SimPO. "
         "module:function is a loss of your own, imported from the working directory or an installed package: it takes "
         "PairLogps and keyword-only options, and returns PairLoss or losses [P]. Options called beta, gamma_beta_ratio "
         "and label_smoothing are the keys of these names; loss_kwargs holds the others.",
         f"one of {', '.join(LOSSES)}; or module:function", megatron="simpo_loss_type", shown=True)
-    loss_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = _loss(
+    loss_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(as_settings)] = _loss(
         None, "Options of a loss of your own (loss_type: module:function); the function's defaults fill in the rest.",
         "mapping of option to value, or null")
     beta: Number = _loss(
@@ -475,7 +315,7 @@ class Recipe(_LossKeys):
         1.0, "Gradients are scaled down to this global norm.", "x >= 0; 0 = off", hf="shared", ge=0)
     gradient_checkpointing: bool = _optimisation(
         False, "Recompute activations in the backward pass: less memory, about a third more time.", hf="argument")
-    gradient_checkpointing_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(_settings)] = _optimisation(
+    gradient_checkpointing_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(as_settings)] = _optimisation(
         None, "Settings of gradient checkpointing; only use_reentrant: false is supported.", "mapping or null",
         hf="argument")
     activation_offload: bool = _optimisation(
@@ -509,9 +349,9 @@ class Recipe(_LossKeys):
         32.0, "Scale of the adapters: alpha / r multiplies them.", gt=0)
     lora_dropout: Number = _lora(
         0.05, "Dropout before the adapters; applied also with disable_dropout.", ge=0, lt=1)
-    lora_target_modules: Annotated[list[str] | str, BeforeValidator(_lora_targets)] = _lora(
+    lora_target_modules: Annotated[list[str] | str, BeforeValidator(as_lora_targets)] = _lora(
         "all-linear", "Modules that get adapters.", "list of module names, or all-linear (all but the output head)")
-    lora_modules_to_save: Annotated[list[str] | None, BeforeValidator(_words_or_null)] = _lora(
+    lora_modules_to_save: Annotated[list[str] | None, BeforeValidator(as_words_or_null)] = _lora(
         None, "Modules trained whole besides the adapters.", "list of module names, or null")
     load_in_4bit: bool = _lora(
         False, "QLoRA: hold the frozen weights in 4 bits (install simpo[qlora]; needs use_peft).")
@@ -578,14 +418,14 @@ class Recipe(_LossKeys):
         "auto", "Number format of the final model's files. Small learning rates move weights by less than bfloat16 "
         "tells apart; float32 keeps all that was learnt.",
         "auto (that of the model's own checkpoint), float32, bfloat16 or float16", hf="field", may_change=True)
-    resume_from_checkpoint: Annotated[bool | str | None, BeforeValidator(_resume)] = _saving(
+    resume_from_checkpoint: Annotated[bool | str | None, BeforeValidator(as_resume)] = _saving(
         None, "Continue a run: true for the newest checkpoint of output_dir, or a checkpoint's folder.",
         "true, path or null", hf="run", may_change=True)
     # -- run
     logging_steps: Whole = _run(
         1, "Optimizer steps from one line of metrics to the next; each line holds means over them.",
         hf="argument", may_change=True, ge=1)
-    report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(_trackers)] = _run(
+    report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(as_trackers)] = _run(
         [], "Trackers, in addition to metrics.jsonl (each installed on its own).",
         "list of tensorboard, wandb, trackio; none", hf="run", may_change=True)
     run_name: Text | None = _run(
@@ -603,14 +443,11 @@ class Recipe(_LossKeys):
 
     @model_validator(mode="after")
     def _resolve(self) -> Recipe:
-        """Fill derived defaults and check keys against each other; notices collect in order."""
-        notices: list[str] = []
+        """Fill in derived defaults and check keys against each other."""
         given = set(self.model_fields_set)
-        resolved: dict[str, Any] = {}
-        for step in (_resolve_loss, _resolve_model, _resolve_lengths, _resolve_steps, _resolve_evaluation):
-            resolved |= step(self, given, notices)
+        resolved, notices = resolve(self, given)
         self.__dict__.update(resolved)  # the model is frozen for everybody else
-        _check_best_model(self)
+        check_best_model(self)
         self._notices, self._given = tuple(notices), frozenset(given)
         return self
 
@@ -639,7 +476,7 @@ class Recipe(_LossKeys):
     @property
     def unread_keys(self) -> frozenset[str]:
         """Loss keys that the chosen loss does not read."""
-        return frozenset(LOSS_KEYS) - (set(self.loss.defaults) - set(self.loss_kwargs or ()))
+        return frozenset(loss_keys()) - (set(self.loss.defaults) - set(self.loss_kwargs or ()))
 
     @property
     def gamma(self) -> float:
@@ -683,7 +520,8 @@ class Recipe(_LossKeys):
 
     def to_dict(self) -> dict[str, Any]:
         """Every key and its resolved value, in the order of the documentation; plain Python values."""
-        return self.model_dump()
+        values = self.model_dump()
+        return {name: values[name] for name in KEYS}
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML with sections; reads back equal. Keys the loss does not read are left out."""
@@ -704,147 +542,6 @@ class Recipe(_LossKeys):
         return isinstance(other, Recipe) and self.to_dict() == other.to_dict()
 
     __hash__ = None  # type: ignore[assignment]  values are lists and mappings
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Derived defaults and checks across keys. Each takes the typed recipe and the keys that were given.
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _resolve_loss(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
-    name, loss = recipe.loss_type, recipe.loss
-    if recipe.loss_kwargs and name in LOSSES:
-        raise ValueError(
-            f"loss_kwargs: only for a loss of your own, loss_type: module:function; {name} reads the keys "
-            f"{', '.join(loss.defaults) or 'of no loss'}"
-        )
-    for key in (key for key in LOSS_KEYS if key in given & recipe.unread_keys):
-        value, reading = getattr(recipe, key), losses_reading(key)
-        if key == "label_smoothing" and value:
-            raise ValueError(
-                f"label_smoothing = {value}: not defined for loss_type {name!r}; set it to 0 or use one of "
-                f"{', '.join(reading)}"
-            )
-        if key not in GENERAL_KEYS:
-            raise ValueError(f"{key}: loss_type {name!r} does not read it, only {reading[0]} does; remove one of them")
-    for key in ("beta", "gamma_beta_ratio"):
-        if key in given & recipe.unread_keys:
-            own = f", it reads {', '.join(loss.own_keys)}" * bool(loss.own_keys)
-            notices.append(f"{key}: not used, since loss_type {name!r} does not read it{own}")
-    if recipe.ref_model_name_or_path is not None and not loss.needs_reference:
-        notices.append(f"ref_model_name_or_path: never loaded, since loss_type {name!r} has no reference model")
-    neutral = {"beta": 1.0, "gamma_beta_ratio": 0.0}
-    by_loss = {**neutral, **loss.defaults, "sft_weight": loss.sft_weight}
-    resolved = {key: by_loss[key] for key in ("beta", "gamma_beta_ratio", "sft_weight")}
-    kept = {key for key in resolved if key not in recipe.unread_keys and getattr(recipe, key) is not None}
-    options = {key: value for key, value in loss.defaults.items() if name not in LOSSES and key not in GENERAL_KEYS}
-    return resolved | {key: getattr(recipe, key) for key in kept} | {"loss_kwargs": options or None}
-
-
-def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
-    if recipe.load_in_4bit and not recipe.use_peft:
-        raise ValueError("load_in_4bit: 4-bit weights cannot be trained themselves; set use_peft: true as well (QLoRA)")
-    if recipe.torch_compile and recipe.load_in_4bit:
-        raise ValueError("torch_compile: blocks with 4-bit weights are not compiled here; set one of them to false")
-    if recipe.torch_compile and recipe.use_liger_kernel:
-        raise ValueError("use_liger_kernel: torch_compile fuses the same operations; set one of them to false")
-    if recipe.activation_offload and recipe.device == "cpu":
-        raise ValueError("activation_offload: with device: cpu activations are in CPU memory already; remove it")
-    if recipe.optimizer_offload and recipe.device == "cpu":
-        raise ValueError("optimizer_offload: with device: cpu the optimizer is in CPU memory already; remove it")
-    if recipe.optimizer_offload and recipe.optim != "adamw_bf16":
-        raise ValueError(
-            f"optimizer_offload: optim {recipe.optim} keeps its moments where the weights are; set optim: adamw_bf16, "
-            "or optimizer_offload: false"
-        )
-    resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
-    if recipe.attn_implementation is not None and (recipe.pack or recipe.share_prompt):
-        notices.append(
-            f"attn_implementation: packed attention is used instead of {recipe.attn_implementation}; "
-            "pack: false with share_prompt: false uses theirs"
-        )
-        resolved["attn_implementation"] = None
-    if recipe.attention_kernel != "auto" and not (recipe.pack or recipe.share_prompt):
-        raise ValueError(
-            f"attention_kernel: {recipe.attention_kernel} computes packed attention, and pack and share_prompt are "
-            "false; remove it, or choose transformers' own with attn_implementation"
-        )
-    settings = recipe.gradient_checkpointing_kwargs
-    if settings and settings.get("use_reentrant"):
-        notices.append("gradient_checkpointing_kwargs: use_reentrant is always false here")
-    if settings is not None:
-        resolved["gradient_checkpointing_kwargs"] = {**settings, "use_reentrant": False}
-    return resolved
-
-
-def _resolve_lengths(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
-    prompt = recipe.max_prompt_length
-    if prompt is None and "max_prompt_length" not in recipe.model_fields_set:
-        prompt = 1800 if recipe.max_length > 1800 else recipe.max_length // 2
-    if prompt is not None and prompt >= recipe.max_length:
-        raise ValueError(
-            f"max_prompt_length = {prompt}: must be less than max_length = {recipe.max_length}, "
-            "so that a response fits; lower it or raise max_length"
-        )
-    if recipe.dataset_configs is not None and len(recipe.dataset_configs) != len(recipe.dataset_mixer):
-        raise ValueError(
-            f"dataset_configs: {len(recipe.dataset_configs)} names for {len(recipe.dataset_mixer)} datasets of "
-            "dataset_mixer; give one for each, in the same order"
-        )
-    return {"max_prompt_length": prompt}
-
-
-def _resolve_steps(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
-    if recipe.max_steps == 0:
-        raise ValueError("max_steps = 0: must be >= 1, or -1 to train for num_train_epochs")
-    if recipe.max_tokens_per_micro_batch is not None and not recipe.pack:
-        raise ValueError(
-            "max_tokens_per_micro_batch counts packed tokens, and pack is false; set pack: true, or leave it out and "
-            "choose per_device_train_batch_size"
-        )
-    return {}
-
-
-def _resolve_evaluation(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
-    strategy, steps = recipe.eval_strategy, recipe.eval_steps
-    if strategy is None:
-        strategy = "no" if steps is None else "steps"
-    if strategy == "steps" and steps is None:
-        steps = recipe.logging_steps
-        notices.append(f"eval_steps: not given, so evaluation runs every logging_steps = {steps} steps")
-    if strategy != "steps" and steps is not None:
-        notices.append(f"eval_steps: not used, since eval_strategy is {strategy!r}")
-        steps = None
-    metric = recipe.metric_for_best_model
-    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
-    if metric not in METRICS:
-        raise ValueError(
-            f"metric_for_best_model = {short(recipe.metric_for_best_model)}: must be one of {', '.join(METRICS)}"
-        )
-    better = METRICS[metric] if recipe.greater_is_better is None else recipe.greater_is_better
-    return {
-        "eval_strategy": strategy,
-        "eval_steps": steps,
-        "metric_for_best_model": metric,
-        "greater_is_better": better,
-    }
-
-
-def _check_best_model(recipe: Recipe) -> None:
-    """load_best_model_at_end needs every checkpoint evaluated when it is saved."""
-    if not recipe.load_best_model_at_end:
-        return
-    saves, evaluates = recipe.save_strategy, recipe.eval_strategy
-    if evaluates == "no" or saves != evaluates:
-        raise ValueError(
-            f"load_best_model_at_end: eval_strategy ({evaluates}) and save_strategy ({saves}) must be the same, "
-            "steps or epoch, so that every checkpoint has its metric"
-        )
-    if saves == "steps" and (recipe.eval_steps < 1 or recipe.save_steps % recipe.eval_steps):
-        raise ValueError(
-            f"load_best_model_at_end: save_steps = {recipe.save_steps} must be a multiple of "
-            f"eval_steps = {recipe.eval_steps}, so that every checkpoint has its metric"
-        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -901,9 +598,9 @@ def _declared(name: str, info: FieldInfo) -> Key:
 
 KEYS: dict[str, Key] = {
     key.name: key
-    for key in sorted(starmap(_declared, Recipe.model_fields.items()), key=lambda key: SECTIONS.index(key.section))
+    for key in sorted(
+        starmap(_declared, Recipe.model_fields.items()),
+        key=lambda key: (SECTIONS.index(key.section), key.name in _LossKeys.model_fields),
+    )
 }
 """Every key by name, grouped by section in order."""
-
-LOSS_KEYS = (*GENERAL_KEYS, *(name for loss in LOSSES.values() for name in loss.own_keys))
-"""Keys that some losses read and others do not; sft_weight and sft_reduction act on every loss."""

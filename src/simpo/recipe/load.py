@@ -21,8 +21,10 @@ from typing import Any
 from pydantic import ValidationError
 
 from simpo.core.losses import LOSSES
+from simpo.errors import short
 from simpo.recipe.aliases import ALIASES, BF16_MASTERS_NOTICE, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED, UNSET
-from simpo.recipe.keys import KEYS, Recipe, as_loss_name, as_number, as_text, as_whole, short
+from simpo.recipe.keys import KEYS, Recipe
+from simpo.recipe.values import as_loss_name, as_number, as_text, as_whole
 from simpo.recipe.yaml import Kind, parse_overrides, read_recipe_file
 
 
@@ -81,14 +83,12 @@ class _Layer:
         notices: lines to print.
         spelled: our key -> the name it was written under.
         entries: (mapping key, entry) -> value, from `mapping.entry=value`.
-        bf16_asked: name under which bfloat16 weights were asked for, or None.
     """
 
     values: dict[str, Any] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     spelled: dict[str, str] = field(default_factory=dict)
     entries: dict[tuple[str, str], Any] = field(default_factory=dict)
-    bf16_asked: str | None = None
 
 
 _MAPPINGS = tuple(name for name, key in KEYS.items() if dict in key.types)
@@ -117,10 +117,7 @@ def _read_layer(mapping: Mapping[str, Any]) -> _Layer:
         elif name in KNOWN_ELSEWHERE:
             layer.notices.append(f"{written}: not used here ({KNOWN_ELSEWHERE[name]})")
         else:
-            near = nearest_key(name)
-            raise ValueError(
-                f"unknown key {short(written)}: the nearest known key is {near!r}; `simpo keys` lists them all"
-            )
+            raise unknown_key(written)
     for written, name, value in later:
         _put_alias(layer, written, name, value)
     _check_rivals(layer)
@@ -135,6 +132,12 @@ def nearest_key(name: str) -> str:
     close = close or difflib.get_close_matches(name, KNOWN_ELSEWHERE, n=1, cutoff=0.6)
     close = close or difflib.get_close_matches(name, ours, n=1, cutoff=0.0)
     return close[0]
+
+
+def unknown_key(written: str) -> ValueError:
+    """The error for a key that nobody knows."""
+    near = nearest_key(written.removeprefix("--"))
+    return ValueError(f"unknown key {short(written)}: the nearest known key is {near!r}; `simpo keys` lists them all")
 
 
 def _plain_name(written: str) -> str:
@@ -164,7 +167,7 @@ def _put_alias(layer: _Layer, written: str, name: str, value: Any) -> None:
         raise ValueError(f"{written} = {short(value)}: {error}") from None
     if converted is UNSET:
         if alias.target == "master_dtype" and value != "auto":
-            layer.bf16_asked = written
+            layer.notices.append(f"{written}: {BF16_MASTERS_NOTICE}")
         elif alias.target != "master_dtype":
             layer.notices.append(f"{written}: not used here (it changes nothing)")
         return
@@ -191,15 +194,13 @@ def _merge(base: _Layer, top: _Layer) -> _Layer:
         entries = {entry: value for entry, value in entries.items() if entry[0] != target}
     values.update(top.values)
     notices = [line for line in base.notices if line not in top.notices] + top.notices
-    merged = _Layer(values, notices, base.spelled | top.spelled, entries | top.entries)
-    merged.bf16_asked = top.bf16_asked or base.bf16_asked
-    return merged
+    return _Layer(values, notices, base.spelled | top.spelled, entries | top.entries)
 
 
 def _build(layer: _Layer, processes: int) -> Recipe:
     """Resolve input keys, then let the typed recipe check every value."""
-    if layer.bf16_asked and "master_dtype" not in layer.values:
-        layer.notices.append(f"{layer.bf16_asked}: {BF16_MASTERS_NOTICE}")
+    if "master_dtype" in layer.values:
+        layer.notices = [notice for notice in layer.notices if BF16_MASTERS_NOTICE not in notice]
     _resolve_datasets(layer)
     _resolve_gamma(layer)
     _resolve_global_batch(layer, processes)
@@ -331,8 +332,6 @@ def _explain_one(key: str, found: Any, message: str, spelled: Mapping[str, str])
     name = key if _plain_name(name) == key else f"{name} ({key})"
     if found["type"] == "missing":
         return f"{name} is missing: {KEYS[key].meaning} Write `{key}: ...` or give --{key} VALUE"
-    if key not in KEYS:
-        return f"unknown key {short(key)}: the nearest known key is {nearest_key(key)!r}"
     value = found["input"]
     if value is None:
         return f"{name}: null is not a value; remove the line to get the default ({KEYS[key].default})"
@@ -354,24 +353,9 @@ def _kind_of(name: str) -> Kind:
     if target in INPUT_KEYS:
         return "text" if target.startswith("dataset") else "value"
     if target not in KEYS:
-        raise ValueError(
-            f"unknown key {short('--' + name)}: the nearest known key is {nearest_key(name)!r}; "
-            "`simpo keys` lists them all"
-        )
-    return _KINDS[target]
-
-
-def _kind_of_field(name: str) -> Kind:
-    types = KEYS[name].types
+        raise unknown_key(f"--{name}")
+    types = KEYS[target].types
     for kind, contained in (("mapping", dict), ("list", list)):
         if contained in types:
             return kind
-    kinds: dict[frozenset[Any], Kind] = {
-        frozenset({bool}): "flag",
-        frozenset({str}): "text",
-        frozenset({bool, str}): "open",
-    }
-    return kinds.get(types, "value")
-
-
-_KINDS: dict[str, Kind] = {name: _kind_of_field(name) for name in KEYS}
+    return "flag" if types == {bool} else "text" if types == {str} else "open" if types == {bool, str} else "value"

@@ -14,6 +14,8 @@ from typing import Any, Literal
 
 import yaml
 
+from simpo.errors import short
+
 MAX_RECIPE_BYTES = 1_000_000
 """A larger file is not a recipe (a model or data file named by mistake): it is refused unread."""
 
@@ -55,11 +57,11 @@ class _Loader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
             if not isinstance(key, str):
-                raise _at(key_node, f"a key must be text, not {_short(key)}; put it in quotes if it is meant")
+                raise _at(key_node, f"a key must be text, not {short(key)}; put it in quotes if it is meant")
             if key in first_line:
                 raise _at(
                     key_node,
-                    f"key {_short(key)} is given twice, on lines {first_line[key]} and {line}; keep one",
+                    f"key {short(key)} is given twice, on lines {first_line[key]} and {line}; keep one",
                 )
             first_line[key] = line
             values[key] = self.construct_object(value_node, deep=True)
@@ -71,7 +73,7 @@ class _Loader(yaml.SafeLoader):
         if not _INT.match(text):
             return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
         if len(text) > 40:
-            raise _at(node, f"{_short(text)} has too many digits")
+            raise _at(node, f"{short(text)} has too many digits")
         return int(text)
 
     def construct_bool(self, node: yaml.ScalarNode) -> bool:
@@ -111,12 +113,6 @@ _register()
 
 def _at(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
     return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-
-
-def _short(value: Any, limit: int = 60) -> str:
-    """repr of a value, cut, for messages."""
-    text = repr(value[:limit] if isinstance(value, str) else value)
-    return text if len(text) <= limit + 2 else text[:limit] + "..."
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
@@ -204,14 +200,14 @@ def parse_overrides(arguments: Sequence[str], kind_of: Callable[[str], Kind]) ->
         dashed = word.startswith("--")
         key, equals, text = (word[2:] if dashed else word).partition("=")
         if not key or key.startswith("-") or not (dashed or equals):
-            raise ValueError(f"unexpected {_short(word)}: write --key value, --key=value or key=value")
+            raise ValueError(f"unexpected {short(word)}: write --key value, --key=value or key=value")
         key = _underscored(key)
         kind = "value" if "." in key else kind_of(key)
         words = [text] if equals else _following(arguments[position:], kind)
         position += 0 if equals else len(words)
         value = _read_words(key, words, kind)
         if key in result and not _same(result[key], value):
-            raise ValueError(f"{key} is given twice, as {_short(result[key])} and {_short(value)}; keep one")
+            raise ValueError(f"{key} is given twice, as {short(result[key])} and {short(value)}; keep one")
         result[key] = value
     return result
 

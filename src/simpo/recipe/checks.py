@@ -1,0 +1,190 @@
+"""What keys decide for each other: defaults that depend on other keys, and checks between keys.
+
+Each function takes the typed recipe, the keys that were given and the list of notices, and returns values to fill in.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from simpo.core.losses import GENERAL_KEYS, LOSSES, loss_keys, losses_reading
+from simpo.errors import short
+
+if TYPE_CHECKING:
+    from simpo.recipe.keys import Recipe
+
+METRICS: dict[str, bool] = {
+    "eval_loss": False,
+    "eval_sft_loss": False,
+    "eval_rewards/accuracies": True,
+    "eval_rewards/margins": True,
+    "eval_rewards/chosen": True,
+    "eval_rewards/rejected": False,
+    "eval_logps/chosen": True,
+    "eval_logps/rejected": False,
+}
+"""Evaluation metrics that can choose the best checkpoint -> whether greater is better."""
+
+
+def resolve(recipe: Recipe, given: set[str]) -> tuple[dict[str, Any], list[str]]:
+    """The values that other keys decide, and a line for each thing accepted that acts differently than it may seem.
+
+    Raises:
+        ValueError: keys that contradict each other.
+    """
+    notices: list[str] = []
+    resolved: dict[str, Any] = {}
+    for step in (_resolve_loss, _resolve_model, _resolve_lengths, _resolve_steps, _resolve_evaluation):
+        resolved |= step(recipe, given, notices)
+    return resolved, notices
+
+
+def _resolve_loss(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    name, loss = recipe.loss_type, recipe.loss
+    if recipe.loss_kwargs and name in LOSSES:
+        raise ValueError(
+            f"loss_kwargs: only for a loss of your own, loss_type: module:function; {name} reads the keys "
+            f"{', '.join(loss.defaults) or 'of no loss'}"
+        )
+    for key in (key for key in loss_keys() if key in given & recipe.unread_keys):
+        value, reading = getattr(recipe, key), losses_reading(key)
+        if key == "label_smoothing" and value:
+            raise ValueError(
+                f"label_smoothing = {value}: not defined for loss_type {name!r}; set it to 0 or use one of "
+                f"{', '.join(reading)}"
+            )
+        if key not in GENERAL_KEYS:
+            raise ValueError(f"{key}: loss_type {name!r} does not read it, only {reading[0]} does; remove one of them")
+    for key in ("beta", "gamma_beta_ratio"):
+        if key in given & recipe.unread_keys:
+            own = f", it reads {', '.join(loss.own_keys)}" * bool(loss.own_keys)
+            notices.append(f"{key}: not used, since loss_type {name!r} does not read it{own}")
+    if recipe.ref_model_name_or_path is not None and not loss.needs_reference:
+        notices.append(f"ref_model_name_or_path: never loaded, since loss_type {name!r} has no reference model")
+    neutral = {"beta": 1.0, "gamma_beta_ratio": 0.0}
+    by_loss = {**neutral, **loss.defaults, "sft_weight": loss.sft_weight}
+    resolved = {key: by_loss[key] for key in ("beta", "gamma_beta_ratio", "sft_weight")}
+    kept = {key for key in resolved if key not in recipe.unread_keys and getattr(recipe, key) is not None}
+    options = {key: value for key, value in loss.defaults.items() if name not in LOSSES and key not in GENERAL_KEYS}
+    return resolved | {key: getattr(recipe, key) for key in kept} | {"loss_kwargs": options or None}
+
+
+def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    on_cpu, packs = recipe.device == "cpu", recipe.pack or recipe.share_prompt
+    for contradict, message in (
+        (
+            recipe.load_in_4bit and not recipe.use_peft,
+            "load_in_4bit: 4-bit weights cannot be trained themselves; set use_peft: true as well (QLoRA)",
+        ),
+        (
+            recipe.torch_compile and recipe.load_in_4bit,
+            "torch_compile: blocks with 4-bit weights are not compiled here; set one of them to false",
+        ),
+        (
+            recipe.torch_compile and recipe.use_liger_kernel,
+            "use_liger_kernel: torch_compile fuses the same operations; set one of them to false",
+        ),
+        (
+            recipe.activation_offload and on_cpu,
+            "activation_offload: with device: cpu activations are in CPU memory already; remove it",
+        ),
+        (
+            recipe.optimizer_offload and on_cpu,
+            "optimizer_offload: with device: cpu the optimizer is in CPU memory already; remove it",
+        ),
+        (
+            recipe.optimizer_offload and recipe.optim != "adamw_bf16",
+            f"optimizer_offload: optim {recipe.optim} keeps its moments where the weights are; set optim: adamw_bf16, "
+            "or optimizer_offload: false",
+        ),
+        (
+            recipe.attention_kernel != "auto" and not packs,
+            f"attention_kernel: {recipe.attention_kernel} computes packed attention, and pack and share_prompt are "
+            "false; remove it, or choose transformers' own with attn_implementation",
+        ),
+    ):
+        if contradict:
+            raise ValueError(message)
+    resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
+    if recipe.attn_implementation is not None and packs:
+        notices.append(
+            f"attn_implementation: packed attention is used instead of {recipe.attn_implementation}; "
+            "pack: false with share_prompt: false uses theirs"
+        )
+        resolved["attn_implementation"] = None
+    settings = recipe.gradient_checkpointing_kwargs
+    if settings and settings.get("use_reentrant"):
+        notices.append("gradient_checkpointing_kwargs: use_reentrant is always false here")
+    if settings is not None:
+        resolved["gradient_checkpointing_kwargs"] = {**settings, "use_reentrant": False}
+    return resolved
+
+
+def _resolve_lengths(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    prompt = recipe.max_prompt_length
+    if prompt is None and "max_prompt_length" not in recipe.model_fields_set:
+        prompt = 1800 if recipe.max_length > 1800 else recipe.max_length // 2
+    if prompt is not None and prompt >= recipe.max_length:
+        raise ValueError(
+            f"max_prompt_length = {prompt}: must be less than max_length = {recipe.max_length}, "
+            "so that a response fits; lower it or raise max_length"
+        )
+    if recipe.dataset_configs is not None and len(recipe.dataset_configs) != len(recipe.dataset_mixer):
+        raise ValueError(
+            f"dataset_configs: {len(recipe.dataset_configs)} names for {len(recipe.dataset_mixer)} datasets of "
+            "dataset_mixer; give one for each, in the same order"
+        )
+    return {"max_prompt_length": prompt}
+
+
+def _resolve_steps(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    if recipe.max_steps == 0:
+        raise ValueError("max_steps = 0: must be >= 1, or -1 to train for num_train_epochs")
+    if recipe.max_tokens_per_micro_batch is not None and not recipe.pack:
+        raise ValueError(
+            "max_tokens_per_micro_batch counts packed tokens, and pack is false; set pack: true, or leave it out and "
+            "choose per_device_train_batch_size"
+        )
+    return {}
+
+
+def _resolve_evaluation(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+    strategy, steps = recipe.eval_strategy, recipe.eval_steps
+    if strategy is None:
+        strategy = "no" if steps is None else "steps"
+    if strategy == "steps" and steps is None:
+        steps = recipe.logging_steps
+        notices.append(f"eval_steps: not given, so evaluation runs every logging_steps = {steps} steps")
+    if strategy != "steps" and steps is not None:
+        notices.append(f"eval_steps: not used, since eval_strategy is {strategy!r}")
+        steps = None
+    metric = recipe.metric_for_best_model
+    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    if metric not in METRICS:
+        raise ValueError(
+            f"metric_for_best_model = {short(recipe.metric_for_best_model)}: must be one of {', '.join(METRICS)}"
+        )
+    better = METRICS[metric] if recipe.greater_is_better is None else recipe.greater_is_better
+    return {
+        "eval_strategy": strategy,
+        "eval_steps": steps,
+        "metric_for_best_model": metric,
+        "greater_is_better": better,
+    }
+
+
+def check_best_model(recipe: Recipe) -> None:
+    """load_best_model_at_end needs every checkpoint evaluated when it is saved."""
+    if not recipe.load_best_model_at_end:
+        return
+    saves, evaluates = recipe.save_strategy, recipe.eval_strategy
+    if evaluates == "no" or saves != evaluates:
+        raise ValueError(
+            f"load_best_model_at_end: eval_strategy ({evaluates}) and save_strategy ({saves}) must be the same, "
+            "steps or epoch, so that every checkpoint has its metric"
+        )
+    if saves == "steps" and (recipe.eval_steps < 1 or recipe.save_steps % recipe.eval_steps):
+        raise ValueError(
+            f"load_best_model_at_end: save_steps = {recipe.save_steps} must be a multiple of "
+            f"eval_steps = {recipe.eval_steps}, so that every checkpoint has its metric"
+        )

@@ -1,0 +1,161 @@
+"""The types of a recipe's values: what a YAML file, a command line or Python may give for them.
+
+Strict: true is not 1, and "3" is not 3; 3.0 is 3, since YAML writers mean it. What does not fit raises ValueError with
+what is needed; the caller adds key and value.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import os
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
+
+from simpo.core.losses import LOSSES
+from simpo.errors import short
+
+
+def as_number(value: Any) -> Any:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError("a number is needed, without quotes")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError("a finite number is needed")
+    return number
+
+
+def as_whole(value: Any) -> Any:
+    number = as_number(value)
+    if number is None:
+        return None
+    if number != int(number) or abs(number) > 2**53:
+        raise ValueError("a whole number is needed")
+    return int(value)
+
+
+def _steps(value: Any) -> Any:
+    """Whole steps, or a share of all steps in (0, 1)."""
+    number = as_number(value)
+    if number is None or 0 < number < 1:
+        return number
+    if number < 1:
+        raise ValueError("must be at least 1 step, or a share of all steps between 0 and 1")
+    return as_whole(value)
+
+
+def as_text(value: Any) -> Any:
+    if isinstance(value, os.PathLike):
+        value = os.fspath(value)
+    if value is None:
+        return None
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError("text is needed (in quotes if it looks like a number)")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("holds characters that UTF-8 cannot write") from None
+    return value
+
+
+def _words(value: Any) -> Any:
+    """A list of text; one text is a list of one."""
+    if isinstance(value, (str, os.PathLike)):
+        value = [value]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError("a list of names is needed")
+    return [as_text(item) for item in value]
+
+
+def as_words_or_null(value: Any) -> Any:
+    return None if value is None else _words(value)
+
+
+def as_trackers(value: Any) -> Any:
+    if value is None or value is False or (isinstance(value, str) and value.lower() == "none"):
+        return []
+    words = _words(value)
+    return [] if [str(word).lower() for word in words] == ["none"] else words
+
+
+def _strategy(value: Any) -> Any:
+    return "no" if value is False else value  # YAML reads a bare `no` as false
+
+
+def as_loss_name(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and len(value) == 1:
+        value = value[0]
+    return "sigmoid" if value == "simpo" else value
+
+
+def as_loss(value: Any) -> Any:
+    value = as_loss_name(value)
+    if not isinstance(value, str) or (value not in LOSSES and not re.fullmatch(r"[\w.]+:\w+", value)):
+        raise ValueError("not one of its values")
+    return value
+
+
+def _optimizer(value: Any) -> Any:
+    return "adamw_8bit" if value == "adamw_bnb_8bit" else value  # transformers has both names for the one
+
+
+def as_mixture(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        raise ValueError("a mapping of dataset name to fraction is needed")
+    if not value:
+        raise ValueError("is empty; name at least one dataset")
+    for name, fraction in value.items():
+        try:
+            as_text(name)
+            positive = as_number(fraction) > 0
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{short(name)}: {error}") from None
+        if not positive:
+            raise ValueError(f"{short(name)}: the fraction must be > 0 (1.0 is the whole dataset, 2.0 twice)")
+    return {os.fspath(name): float(fraction) for name, fraction in value.items()}
+
+
+def as_lora_targets(value: Any) -> Any:
+    if value is None or value == "all-linear" or value == ["all-linear"]:
+        return "all-linear"
+    words = [part for word in _words(value) for part in word.replace(",", " ").split()]
+    if not words:
+        raise ValueError("is empty; name modules, or write all-linear")
+    return words
+
+
+def as_settings(value: Any) -> Any:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ValueError("a mapping of names to values is needed")
+    for name, setting in value.items():
+        is_plain = isinstance(setting, (bool, str, int, type(None)))
+        if not is_plain and not (isinstance(setting, float) and math.isfinite(setting)):
+            raise ValueError(f"{name} must be true, false, text or a finite number, not {short(setting)}")
+    return dict(value)
+
+
+def as_resume(value: Any) -> Any:
+    if isinstance(value, bool) or value is None:
+        return value or None
+    return as_text(value)
+
+
+Number = Annotated[float, BeforeValidator(as_number)]
+Whole = Annotated[int, BeforeValidator(as_whole)]
+Steps = Annotated[int | float, BeforeValidator(_steps)]
+Text = Annotated[str, BeforeValidator(as_text)]
+Words = Annotated[list[str], BeforeValidator(_words)]
+Optimizer = Annotated[
+    Literal["adamw_torch_fused", "adamw_torch", "adamw_bf16", "adamw_8bit"], BeforeValidator(_optimizer)
+]
+Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]
