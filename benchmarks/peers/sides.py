@@ -198,7 +198,7 @@ def _run_simpo(spec: SideSpec, pairs: list[StoredPair], clock: StepClock, record
     from simpo.trainer import Trainer
 
     ledger = Ledger({"train": SplitLedger(input=len(pairs), kept=len(pairs))})
-    data = PreparedData(pairs_as_dataset(pairs), None, ledger, "benchmark")
+    data = PreparedData(pairs_as_dataset(pairs), None, ledger)
     trainer = Trainer(build_recipe(spec), display=Display(quiet=True), data=data)
     for step in range(spec.all_steps):
         micro_batches = _micro_batches(spec, range(len(pairs)), step)

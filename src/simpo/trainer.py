@@ -56,16 +56,7 @@ from simpo.run.export import (
     write_model_card,
 )
 from simpo.run.memory import TokenBudget, fit_micro_batches
-from simpo.run.metrics import (
-    PAIR_METRICS,
-    MetricsLog,
-    PairMeter,
-    StepTotals,
-    check_trackers,
-    forget_lines_after,
-    means,
-    peak_memory_gib,
-)
+from simpo.run.metrics import PAIR_METRICS, StepTotals, Totals, peak_memory_gib
 from simpo.run.objective import trained_losses
 from simpo.run.optim import (
     build_optimizer,
@@ -78,8 +69,9 @@ from simpo.run.optim import (
 )
 from simpo.run.ram import keep_freed_memory
 from simpo.run.reference import ReferenceLogps, compute_reference_logps
-from simpo.run.resume import best_checkpoint, check_same_run, find_checkpoint, recipe_identity, record_launch
+from simpo.run.resume import best_checkpoint, check_same_run, find_checkpoint, record_launch, run_identity
 from simpo.run.stopping import Interrupted, NonFiniteError, OutOfMemory, StopRequest, missing_memory, needs_memory
+from simpo.run.tracking import MetricsLog, check_trackers, forget_lines_after
 
 _ADVICE_OF_STEP = (
     "gradient_checkpointing: true, use_peft: true, optim: adamw_bf16, a smaller logits_chunk_size or a lower "
@@ -128,6 +120,11 @@ class Progress:
     best_in: str | None = None  # the folder of the best checkpoint where it is not the run's own
     last_eval_step: int | None = None
     last_eval: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Progress:
+        """Of a checkpoint, perhaps another version's: what it lacks has its default, what is not known here is left."""
+        return cls(**{item.name: state[item.name] for item in dataclasses.fields(cls) if item.name in state})
 
 
 class Trainer:
@@ -191,7 +188,7 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, recipe)
         self.reference = self._prepare_reference()
         self.progress = Progress()
-        self.window = PairMeter()  # pairs since the last logged step
+        self.window = Totals()  # pairs since the last logged step
         self.log: MetricsLog | None = None  # opened by run() on the first process
         self.saving: CheckpointSave | None = None  # written in the background
         self._host_copies = checkpoints.HostCopies()  # from here
@@ -234,7 +231,7 @@ class Trainer:
         started = time.perf_counter()
         totals, losses = self._accumulate(plan)
         norm = gradient_norm(self.model)
-        total = totals.over(self.mesh, stop=self._stop.is_set(), grad_norm=norm)  # here the host waits for the device
+        total = totals.over(self.mesh, plan.num_pairs, stop=self._stop.is_set(), grad_norm=norm)  # waits for the device
         if total.num_not_finite:
             raise self._not_finite(plan, "a loss is not finite", _rows_not_finite(losses))
         grad_norm = total.grad_norm
@@ -250,13 +247,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
 
         step_time_s = time.perf_counter() - started
-        self.window.add(total.metric_sums, plan.num_pairs)
+        self.window.merge(total)
         self._stop_together = total.stop
         self.progress.step = plan.step + 1
         self.progress.pairs_seen += plan.num_pairs
         self.progress.tokens_seen += total.num_tokens
         self.progress.train_time_s += step_time_s
-        return means(total.metric_sums, plan.num_pairs) | {
+        return total.means() | {
             "grad_norm": grad_norm,
             "learning_rate": learning_rate,
             "step_time_s": step_time_s,
@@ -449,7 +446,7 @@ class Trainer:
                 totals.add(sums, losses, num_tokens=micro_batch.num_tokens)
         self.model.train()
         drop_gathered(self.model)
-        results = means(totals.over(self.mesh).metric_sums, whole.num_pairs)
+        results = totals.over(self.mesh, whole.num_pairs).means()
         values = {f"eval_{name}": value for name, value in results.items()}
         return values | {"eval_pairs": whole.num_pairs, "eval_time_s": time.perf_counter() - started}
 
@@ -517,7 +514,7 @@ class Trainer:
             self.log.sync()
         state = {
             "progress": dataclasses.asdict(self.progress),
-            "window": self.window.state_dict(),
+            "window": self.window.to_json(),
             "max_tokens_per_micro_batch": self.loader.max_tokens,
             "max_tokens_asked_for": self.recipe.max_tokens_per_micro_batch,
             **self._identity(),
@@ -549,14 +546,19 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = self.mesh.on_main(lambda: checkpoints.read_state(checkpoint))
-        check_same_run(state, self._identity(), checkpoint)
+        step, identity = state["step"], self._identity()
+        seen = (step, state["progress"]["pairs_seen"])
+        for line in check_same_run(
+            state, identity, checkpoint.folder, recipe=self.recipe, loader=self.loader, seen=seen
+        ):
+            self.display.say(line)
         self.mesh.on_main(lambda: checkpoints.clear_leftovers(self.checkpoint_dir))
         self.mesh.on_main(lambda: checkpoints.forget_after(self.checkpoint_dir, checkpoint))
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer, mesh=self.mesh)
-        self.progress = Progress(**state["progress"])
+        self.progress = Progress.from_json(state["progress"])
         if self.recipe.load_best_model_at_end and self.progress.best_step is not None:
             self._look_for_best(checkpoint)
-        self.window.load_state_dict(state["window"])
+        self.window = Totals.from_json(state["window"])
         before = state.get("max_tokens_asked_for", state["recipe"].get("max_tokens_per_micro_batch"))
         if state["mesh"] == str(self.mesh.sizes) and self.recipe.max_tokens_per_micro_batch == before:
             # What is free today must not change it, and what ran out of memory before would again.
@@ -582,13 +584,7 @@ class Trainer:
         progress.best_in = None if is_own else str(folder.resolve())
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be continued bit for bit."""
-        return {
-            "recipe": recipe_identity(self.recipe),
-            "data_fingerprint": self.data.fingerprint,
-            "pairs_per_step": self.loader.pairs_per_step,
-            "total_steps": self.total_steps,
-        }
+        return run_identity(self.recipe, self.data, self.loader, total_steps=self.total_steps)
 
     def _check_agreement(self) -> None:
         """Stop unless every process is about to do its part of the same run."""
@@ -695,7 +691,7 @@ class Trainer:
     def _log_window(self, step_values: Mapping[str, float]) -> None:
         """Means over every pair and second since the last logged step."""
         progress = self.progress
-        time_s, num_pairs = progress.train_time_s - progress.logged_time_s, self.window.num_pairs
+        time_s, num_pairs = progress.train_time_s - progress.logged_time_s, max(self.window.pairs.values())
         values = self.window.means() | {
             "grad_norm": step_values["grad_norm"],
             "learning_rate": step_values["learning_rate"],
@@ -706,7 +702,7 @@ class Trainer:
             "pairs_per_s": num_pairs / time_s,
             "memory_gib": self.mesh.largest(peak_memory_gib(self.device)),
         }
-        self.window = PairMeter()
+        self.window = Totals()
         progress.logged_step, progress.logged_time_s = progress.step, progress.train_time_s
         self._write(values)
         left_s = progress.train_time_s / progress.step * (self.total_steps - progress.step)

@@ -18,7 +18,7 @@ from simpo.model.load import checkpoint_activations
 from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.parallel.sharding import GradientSync
 from simpo.recipe import load_recipe
-from simpo.run.metrics import PAIR_METRICS, PairMeter
+from simpo.run.metrics import PAIR_METRICS, Totals
 from simpo.run.stopping import StopRequest
 from simpo.trainer import Progress, Trainer
 
@@ -58,7 +58,7 @@ def bare_trainer(model, loader: StepLoader, **recipe) -> Trainer:
     trainer._stop = StopRequest(print)
     trainer.optimizer = GradientRecorder(model)
     trainer.reference, trainer.total_steps = None, 10
-    trainer.progress, trainer.window = Progress(), PairMeter()
+    trainer.progress, trainer.window = Progress(), Totals()
     return trainer
 
 

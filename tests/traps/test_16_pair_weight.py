@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from simpo.core.losses import LOSSES, PairLogps
-from simpo.run.metrics import PAIR_METRICS, PairMeter, pair_metric_sums
+from simpo.run.metrics import PAIR_METRICS, Totals, pair_metric_sums
 
 
 def two_pairs(factor: int) -> PairLogps:
@@ -25,7 +25,7 @@ def test_a_pair_of_many_tokens_weighs_as_much_as_a_short_one(loss_type: str) -> 
     loss = LOSSES[loss_type](logps, **options)
     short, long = loss.losses.tolist()
     assert long == pytest.approx(short, rel=1e-6)
-    meter = PairMeter()
+    meter = Totals()
     meter.add(pair_metric_sums(logps, loss, loss.losses), 2)
     assert meter.means()["loss"] == pytest.approx(short, rel=1e-6)
     by_tokens = loss.losses.detach() * (logps.chosen_length + logps.rejected_length)
@@ -36,7 +36,7 @@ def test_every_metric_is_a_mean_over_pairs_and_not_over_tokens() -> None:
     lengths = torch.tensor([1, 99])
     logps = PairLogps(torch.tensor([-4.0, -99.0]), torch.tensor([-2.0, -297.0]), lengths, lengths)
     loss = LOSSES["sigmoid"](logps, beta=2.0, gamma_beta_ratio=0.5)
-    meter = PairMeter()
+    meter = Totals()
     meter.add(pair_metric_sums(logps, loss, loss.losses), 2)
     means = meter.means()
     assert list(means) == list(PAIR_METRICS)

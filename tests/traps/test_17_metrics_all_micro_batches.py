@@ -12,7 +12,7 @@ import torch
 from simpo.core.losses import LOSSES, PairLogps
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.metrics import PAIR_METRICS, PairMeter, pair_metric_sums
+from simpo.run.metrics import PAIR_METRICS, Totals, pair_metric_sums
 from simpo.trainer import Trainer
 
 
@@ -25,7 +25,7 @@ def sums_of(chosen: list[float], rejected: list[float]) -> tuple[torch.Tensor, i
 
 def test_means_are_over_the_pairs_of_all_micro_batches() -> None:
     chosen, rejected = [-1.0, -2.0, -0.5, -3.0, -1.5], [-2.0, -1.0, -0.7, -4.0, -1.6]
-    whole, parts = PairMeter(), PairMeter()
+    whole, parts = Totals(), Totals()
     whole.add(*sums_of(chosen, rejected))
     parts.add(*sums_of(chosen[:4], rejected[:4]))
     parts.add(*sums_of(chosen[4:], rejected[4:]))  # one pair alone must not weigh as much as four
@@ -37,18 +37,18 @@ def test_means_are_over_the_pairs_of_all_micro_batches() -> None:
 
 
 def test_a_tie_counts_half_in_the_accuracy() -> None:
-    meter = PairMeter()
+    meter = Totals()
     meter.add(*sums_of([-1.0, -1.0, -2.0], [-1.0, -2.0, -1.0]))
     assert meter.means()["rewards/accuracies"] == 0.5
     meter.add(*sums_of([-1.0], [-1.0]))
     assert meter.means()["rewards/accuracies"] == 0.5
 
 
-def test_an_empty_meter_has_no_means_and_state_survives() -> None:
-    meter, restored = PairMeter(), PairMeter()
+def test_empty_totals_have_no_means_and_state_survives() -> None:
+    meter = Totals()
     assert meter.means() == {}
     meter.add(*sums_of([-1.0, -1.25], [-2.0, -0.125]))
-    restored.load_state_dict(json.loads(json.dumps(meter.state_dict())))
+    restored = Totals.from_json(json.loads(json.dumps(meter.to_json())))
     assert restored.means() == meter.means()
     restored.add(*sums_of([-3.0], [-4.0]))
     meter.add(*sums_of([-3.0], [-4.0]))
@@ -73,13 +73,13 @@ def test_logged_metrics_cover_every_step_and_micro_batch_since_the_last_line(tin
         }
     )
     trainer = Trainer(recipe, display=Display(quiet=True))
-    meter = PairMeter()
+    meter = Totals()
     with torch.no_grad():
         for plan in trainer.loader.plans(0, 3):
             for index in [i for items in plan.micro_batches for i in items]:
                 _, sums = trainer.forward(trainer.loader.build([index]), plan)
                 meter.add(sums, 1)
-    assert meter.num_pairs == 12
+    assert set(meter.pairs.values()) == {12}
     trainer.run()
     lines = [json.loads(line) for line in Path(recipe.output_dir, "metrics.jsonl").read_text().splitlines()]
     (line,) = [line for line in lines if "loss" in line]

@@ -13,7 +13,7 @@ from simpo.core.losses import LOSSES
 from simpo.data.loader import StoredPair
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_pair_logps
-from simpo.run.metrics import PairMeter, pair_metric_sums
+from simpo.run.metrics import Totals, pair_metric_sums
 
 LAYOUTS = [(True, True), (True, False), (False, True), (False, False)]
 PAIRS = [
@@ -36,7 +36,7 @@ def test_metrics_are_means_over_response_tokens_alone(tiny_model: Path, pack: bo
         batch = build_batch(PAIRS, pack=pack, share_prompt=share)
         logps = compute_pair_logps(model, batch)
         loss = LOSSES["sigmoid"](logps, beta=2.0, gamma_beta_ratio=0.5)
-        meter = PairMeter()
+        meter = Totals()
         meter.add(pair_metric_sums(logps, loss, loss.losses), batch.num_pairs)
         expected = sum(mean_over(p.chosen_ids, p.chosen_start) for p in PAIRS) / 2
         with_prompt = sum(mean_over(p.chosen_ids, 1) for p in PAIRS) / 2

@@ -149,7 +149,7 @@ def test_second_call_tokenises_nothing(messy, build_tokenizer, data_recipe, monk
     assert second.train[:] == first.train[:]
     assert second.eval[:] == first.eval[:]
     assert second.ledger == first.ledger
-    assert second.fingerprint == first.fingerprint
+    assert second.ledger.fingerprint == first.ledger.fingerprint
 
 
 @pytest.mark.parametrize(
@@ -171,25 +171,25 @@ def test_second_call_tokenises_nothing(messy, build_tokenizer, data_recipe, monk
 )
 def test_every_key_that_matters_changes_the_fingerprint(change, messy, build_tokenizer, data_recipe):
     keys = {"max_dropped_fraction": 1.0, "max_length": 90}
-    before = prepare(data_recipe(messy, **keys), build_tokenizer("chatml")).fingerprint
-    assert prepare(data_recipe(messy, **{**keys, **change}), build_tokenizer("chatml")).fingerprint != before
+    before = prepare(data_recipe(messy, **keys), build_tokenizer("chatml")).ledger.fingerprint
+    assert prepare(data_recipe(messy, **{**keys, **change}), build_tokenizer("chatml")).ledger.fingerprint != before
 
 
 def test_keys_that_do_not_matter_keep_the_fingerprint(tmp_path, build_tokenizer, data_recipe):
     write(tmp_path / "set" / "train.jsonl", rows(5))
     write(tmp_path / "set" / "test.jsonl", rows(2))
     tokenizer = build_tokenizer("chatml")
-    before = prepare(data_recipe(tmp_path / "set"), tokenizer).fingerprint
+    before = prepare(data_recipe(tmp_path / "set"), tokenizer).ledger.fingerprint
     tokenizer("some text", padding="max_length", max_length=9, truncation=True)
     other = data_recipe(tmp_path / "set", seed=7, beta=5.0, max_dropped_fraction=0.9, preprocessing_num_workers=2)
-    assert prepare(other, tokenizer).fingerprint == before
+    assert prepare(other, tokenizer).ledger.fingerprint == before
 
 
 def test_content_and_tokenizer_change_the_fingerprint(messy, build_tokenizer, data_recipe):
     recipe = data_recipe(messy, max_dropped_fraction=1.0, validation_fraction=0)
-    prints = {prepare(recipe, build_tokenizer(kind)).fingerprint for kind in ("chatml", "llama3", "words")}
+    prints = {prepare(recipe, build_tokenizer(kind)).ledger.fingerprint for kind in ("chatml", "llama3", "words")}
     messy.write_text(messy.read_text().replace("question 1?", "question one?"))
-    prints.add(prepare(recipe, build_tokenizer("chatml")).fingerprint)
+    prints.add(prepare(recipe, build_tokenizer("chatml")).ledger.fingerprint)
     assert len(prints) == 4
 
 
@@ -216,7 +216,7 @@ def test_broken_cache_is_rebuilt_and_said(damage, messy, build_tokenizer, data_r
     said = " ".join(capsys.readouterr().err.split())  # the console may wrap anywhere in the folder's name
     assert "is broken" in said
     assert "building it again" in said
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.fingerprint]
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [first.ledger.fingerprint]
 
 
 def test_cache_that_cannot_be_written_is_said_and_does_not_stop(messy, build_tokenizer, data_recipe, tmp_path, capsys):

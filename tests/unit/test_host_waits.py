@@ -67,7 +67,7 @@ def test_a_step_fetches_its_totals_and_nothing_else(keys: dict[str, Any], withou
 def test_an_evaluation_waits_once(without_values: Any) -> None:
     trainer, fetched = without_values()
     trainer.evaluate()
-    assert fetched == [len(PAIR_METRICS) + 3]
+    assert fetched == [len(PAIR_METRICS) + 4]
 
 
 def test_a_step_that_looks_at_a_value_is_caught(without_values: Any, monkeypatch: pytest.MonkeyPatch) -> None:

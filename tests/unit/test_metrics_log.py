@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.metrics import MetricsLog, check_trackers
+from simpo.run.tracking import MetricsLog, check_trackers
 
 
 def recipe(**changes: Any) -> Recipe:

@@ -11,9 +11,11 @@ import os
 import shutil
 import tempfile
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
@@ -40,12 +42,34 @@ PAIR_COLUMNS = {
 
 @dataclass
 class PreparedData:
-    """Token datasets with the columns `PAIR_COLUMNS`, the ledger of how they came about, and the cache key."""
+    """Token datasets with the columns `PAIR_COLUMNS`, and the ledger of how they came about."""
 
-    train: Any  # datasets.Dataset
+    train: Any  # datasets.Dataset | None
     eval: Any  # datasets.Dataset | None
     ledger: Ledger
-    fingerprint: str
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """32 hex digits over the tokens of both, see `fingerprint_tokens`."""
+        prints = [fingerprint_tokens(dataset) for dataset in (self.train, self.eval) if dataset is not None]
+        return hashlib.sha256(" ".join(prints).encode()).hexdigest()[:32]
+
+
+def fingerprint_tokens(dataset: Any) -> str:
+    """32 hex digits over the tokens of all pairs in their order, and where their responses begin; over nothing else.
+
+    Args:
+        dataset: a datasets.Dataset with the columns of token pairs.
+    """
+    import pyarrow.compute as pc
+
+    digest, table = hashlib.sha256(), dataset.with_format("arrow")[:]
+    for side in ("chosen", "rejected"):
+        ids = table[f"{side}_ids"]
+        for column in (pc.list_value_length(ids), pc.list_flatten(ids), table[f"{side}_start"]):
+            for chunk in column.chunks:
+                digest.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False), dtype="<i4"))
+    return digest.hexdigest()[:32]
 
 
 def fingerprint_data(recipe: Any, tokenizer: Any, sources: list[Source], template: str | None) -> str:
@@ -163,4 +187,4 @@ def _in_memory(tables: dict[str, pa.Table], ledger: Ledger) -> PreparedData:
 
 def _prepared(datasets: dict[str, Any], ledger: Ledger) -> PreparedData:
     evaluation = datasets.get("eval")
-    return PreparedData(datasets["train"], evaluation or None, ledger, ledger.fingerprint)
+    return PreparedData(datasets["train"], evaluation or None, ledger)

@@ -207,6 +207,11 @@ class StepLoader:
     def steps_per_epoch(self) -> int:
         return num_steps_per_epoch(len(self.store), pairs_per_step=self.pairs_per_step)
 
+    def pairs_before(self, step: int) -> int:
+        """Pairs in the first `step` optimizer steps."""
+        epochs, within = divmod(step, self.steps_per_epoch)
+        return epochs * len(self.store) + min(within * self.pairs_per_step, len(self.store))
+
     def plans(self, start: int, stop: int) -> Iterator[StepPlan]:
         """Plans of the optimizer steps start..stop-1, over as many epochs as that takes."""
         step = start

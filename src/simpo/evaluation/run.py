@@ -10,7 +10,6 @@ pass is training's own: packed rows with a shared prompt, bf16 autocast unless t
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.util
 import json
 import random
@@ -27,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import nn
 
 from simpo.core.batch import build_batch
+from simpo.data.cache import fingerprint_tokens
 from simpo.data.ledger import SplitLedger
 from simpo.data.loader import PairStore, StoredPair, evaluation_batches
 from simpo.data.prepare import PreparedData, prepare_pairs
@@ -331,16 +331,6 @@ def _choose(pairs: _Pairs, max_pairs: int | None, *, seed: int) -> _Pairs:
     return _Pairs(_store(pairs.store.dataset.select(chosen)), pairs.name, pairs.split, notes)
 
 
-def _fingerprint(pairs: Sequence[StoredPair]) -> str:
-    """12 hex digits over the ids and tokens of the pairs."""
-    digest = hashlib.sha256()
-    for pair in pairs:
-        digest.update(f"{pair.row_id}\0{pair.chosen_start} {pair.rejected_start}\0".encode())
-        for ids in (pair.chosen_ids, pair.rejected_ids):
-            digest.update(np.asarray([len(ids), *ids], dtype="<i8").tobytes())
-    return digest.hexdigest()[:12]
-
-
 # --- running the model -----------------------------------------------------------------------------------------------
 
 
@@ -371,7 +361,7 @@ def _evaluate_pairs(
         model=name,
         data=pairs.name,
         split=pairs.split,
-        data_fingerprint=_fingerprint(stored),
+        data_fingerprint=fingerprint_tokens(pairs.store.dataset)[:12],
         generations=generations,
         settings={
             "device": str(device),

@@ -2,8 +2,12 @@
 
 A checkpoint is a folder `step-N`. It is written beside its place under another name, synced to disk, and renamed;
 a folder that has its final name is therefore complete. Model and optimizer go through torch.distributed.checkpoint:
-every process writes its own shards, and a run may go on from them on another mesh. Must not import data, train or
+every process writes its own shards, and a run may be resumed from them on another mesh. Must not import data, train or
 evaluate.
+
+A checkpoint of any older simpo has to be resumable: `load_state` gives its state in the present format. Raise `FORMAT`
+when an older simpo would read a new checkpoint wrongly, and teach `load_state` what the format before it had. Recipe
+keys, fields of the progress and metrics may come and go without that: what is missing gets its default.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +49,9 @@ from simpo.parallel.mesh import Mesh
 from simpo.parallel.sharding import local_part
 from simpo.run.ram import empty_on_host
 
+FORMAT = 1
+"""0: no number is written; sums of metrics in a list; the data is known by a hash of source files. 1: sums by name; the
+data is known by its tokens."""
 STATE_FILE = "trainer_state.json"
 RNG_FILE = "rng-{rank}.pt"
 _NAME = re.compile(r"step-(\d+)")
@@ -150,7 +158,7 @@ def save_checkpoint(
 
     mesh.on_main(make_folder)
     tensors = _in_one_piece(_tensor_state(model, optimizer))
-    record = {**state, "step": step, "mesh": str(mesh.sizes), "digest": _digest(tensors, mesh)}
+    record = {**stamp(), **state, "step": step, "mesh": str(mesh.sizes), "digest": _digest(tensors, mesh)}
     error = None
     try:
         torch.save(_rng_state(), aside / RNG_FILE.format(rank=mesh.rank))
@@ -282,15 +290,44 @@ def _load_tensors(
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The trainer state of a checkpoint.
+    """The trainer state of a checkpoint; as `load_state`."""
+    return load_state(checkpoint.folder / STATE_FILE)
+
+
+def stamp() -> dict[str, Any]:
+    """What every checkpoint says of its writer."""
+    return {"format": FORMAT, "simpo": version("simpo")}
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state that a host left in its checkpoint, as one of this version would have left it.
+
+    "format" stays what it was.
 
     Raises:
-        ValueError: it is missing or not JSON.
+        ValueError: the file is missing, damaged, or of a newer format.
     """
     try:
-        return json.loads((checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{checkpoint.folder} is not a complete checkpoint: {_reason(error)}") from error
+        state = json.loads(path.read_text(encoding="utf-8"))
+        state["format"] = int(state.get("format", 0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.parent} is not a complete checkpoint: {_reason(error)}") from error
+    if state["format"] > FORMAT:
+        raise ValueError(
+            f"{path.parent} was written by simpo {state.get('simpo', '(unknown)')} in checkpoint format "
+            f"{state['format']}; this is simpo {version('simpo')}, which reads formats up to {FORMAT}: update simpo"
+        )
+    if state["format"] == 0 and "window" in state:
+        sums, num_pairs = state["window"]["sums"] or [], state["window"]["num_pairs"]
+        named = dict(zip(_METRICS_OF_FORMAT_0, sums, strict=False))
+        state["window"] = {"sums": named, "pairs": dict.fromkeys(named, num_pairs)}
+    return state
+
+
+_METRICS_OF_FORMAT_0 = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "sft_loss"),
+)
 
 
 def clear_leftovers(folder: Path) -> None:

@@ -1,21 +1,15 @@
-"""Metrics as sums and counts, and where they are written.
+"""The metrics of preference pairs: what each of them is, and their sums from micro-batches to means.
 
-A mean is formed once, from sums over every pair of every micro-batch: never a mean of means. `metrics.jsonl` is always
-written; TensorBoard, wandb and trackio on request. Must not import data, train or evaluate.
+A mean is formed once, from sums over every pair of every micro-batch: never a mean of means. To add a metric, add it to
+`PAIR_METRICS`. Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import json
 import math
-import os
-import resource
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,66 +19,71 @@ from simpo.core.losses import PairLogps, PairLoss
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import Mesh
-    from simpo.recipe import Recipe
 
-PAIR_METRICS = (
-    "loss",
-    "rewards/chosen",
-    "rewards/rejected",
-    "rewards/margins",
-    "rewards/accuracies",
-    "logps/chosen",
-    "logps/rejected",
-    "sft_loss",
-)
-
-
-def pair_metric_sums(logps: PairLogps, loss: PairLoss, total_losses: Tensor) -> Tensor:
-    """Sums over one micro-batch's pairs, in the order of PAIR_METRICS.
-
-    Args:
-        logps: the pairs' log-probs; `logps/*` are means per token.
-        loss: the preference loss's rewards.
-        total_losses: [P], the loss that is trained, the SFT term included.
-    Returns:
-        [len(PAIR_METRICS)] fp64, detached. A tie counts half in the accuracy.
-    """
-    margins = loss.chosen_rewards - loss.rejected_rewards
-    columns = (
-        total_losses,
-        loss.chosen_rewards,
-        loss.rejected_rewards,
-        margins,
-        0.5 * (torch.sign(margins) + 1),
-        logps.chosen_mean,
-        logps.rejected_mean,
-        -logps.chosen_mean,
-    )
-    return torch.stack([column.detach().double().sum() for column in columns])
+PAIR_METRICS: dict[str, Callable[[PairLogps, PairLoss, Tensor], Tensor]] = {
+    "loss": lambda logps, loss, trained: trained,
+    "rewards/chosen": lambda logps, loss, trained: loss.chosen_rewards,
+    "rewards/rejected": lambda logps, loss, trained: loss.rejected_rewards,
+    "rewards/margins": lambda logps, loss, trained: loss.chosen_rewards - loss.rejected_rewards,
+    "rewards/accuracies": lambda logps, loss, trained: (
+        0.5 * (torch.sign(loss.chosen_rewards - loss.rejected_rewards) + 1)  # a tie counts half
+    ),
+    "logps/chosen": lambda logps, loss, trained: logps.chosen_mean,
+    "logps/rejected": lambda logps, loss, trained: logps.rejected_mean,
+    "sft_loss": lambda logps, loss, trained: -logps.chosen_mean,
+}
+"""Name -> the metric of each pair [P], from their log-probs, their preference loss with its rewards, and the losses
+[P] that are trained, SFT term included. `logps/*` and `sft_loss` are means per token, in nats."""
 
 
-def means(sums: Tensor, num_pairs: int) -> dict[str, float]:
-    """Means by their names, of sums over so many pairs; empty for none."""
-    return dict(zip(PAIR_METRICS, (sums / num_pairs).tolist(), strict=True)) if num_pairs else {}
+def pair_metric_sums(logps: PairLogps, loss: PairLoss, trained: Tensor) -> Tensor:
+    """[len(PAIR_METRICS)] fp64, detached: each metric's sum over the pairs of one micro-batch."""
+    return torch.stack([of(logps, loss, trained).detach().double().sum() for of in PAIR_METRICS.values()])
 
 
-@dataclass(frozen=True)
-class StepTotal:
-    """What one optimizer step, or one evaluation, came to over all processes.
+@dataclass
+class Totals:
+    """What the pairs of a step, of an evaluation, or since the last logged step came to, over all processes.
 
     Attributes:
-        metric_sums: [len(PAIR_METRICS)] fp64, over every pair; in host memory.
+        sums: metric -> its sum over pairs.
+        pairs: metric -> how many pairs. In a resumed run a metric that the checkpoint does not have counts fewer.
         num_tokens: computed, padding included.
-        num_not_finite: losses that are no finite number.
+        num_not_finite: losses that are not finite.
         stop: whether some process was asked to stop.
         grad_norm: as it was handed over.
     """
 
-    metric_sums: Tensor
-    num_tokens: int
-    num_not_finite: int
-    stop: bool
-    grad_norm: float | None = None
+    sums: dict[str, float] = field(default_factory=dict)
+    pairs: dict[str, int] = field(default_factory=dict)
+    num_tokens: int = 0
+    num_not_finite: int = 0
+    stop: bool = False
+    grad_norm: float = math.nan
+
+    def add(self, sums: Tensor, num_pairs: int) -> None:
+        """Add further pairs: [len(PAIR_METRICS)], as `pair_metric_sums` gives them."""
+        self.merge(Totals(dict(zip(PAIR_METRICS, sums.tolist(), strict=True)), dict.fromkeys(PAIR_METRICS, num_pairs)))
+
+    def merge(self, others: Totals) -> None:
+        """Add the sums of other pairs."""
+        for name, value in others.sums.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+            self.pairs[name] = self.pairs.get(name, 0) + others.pairs[name]
+
+    def means(self) -> dict[str, float]:
+        """The metrics' means; empty without pairs."""
+        return {name: value / self.pairs[name] for name, value in self.sums.items() if self.pairs[name]}
+
+    def to_json(self) -> dict[str, Any]:
+        """The sums by name, for a checkpoint."""
+        return {"sums": self.sums, "pairs": self.pairs}
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Totals:
+        """What `to_json` gave, perhaps in another version of simpo: metrics that are gone by now are left out."""
+        sums, pairs = ({n: v for n, v in state[part].items() if n in PAIR_METRICS} for part in ("sums", "pairs"))
+        return cls(sums, pairs)
 
 
 class StepTotals:
@@ -101,12 +100,13 @@ class StepTotals:
         self._not_finite = self._not_finite + (~torch.isfinite(losses.detach())).sum()
         self._num_tokens += num_tokens
 
-    def over(self, mesh: Mesh, *, stop: bool = False, grad_norm: Tensor | None = None) -> StepTotal:
+    def over(self, mesh: Mesh, num_pairs: int, *, stop: bool = False, grad_norm: Tensor | float = math.nan) -> Totals:
         """The totals over all processes; each calls it, having added as many micro-batches as the others.
 
         Here, and nowhere else in a step, the host waits for an accelerator: for everything at once.
 
         Args:
+            num_pairs: pairs that were added, over all processes.
             stop: whether this process was asked to stop.
             grad_norm: a scalar that is the same on every process, to be fetched along with the totals.
         """
@@ -117,149 +117,23 @@ class StepTotals:
             return value.to(mesh.device, torch.float64, non_blocking=True)
 
         counts = torch.stack([scalar(value) for value in (self._num_tokens, self._not_finite, stop)])
-        sums = scalar(self._sums).expand(len(PAIR_METRICS))
-        both = mesh.sum_over_all(torch.cat([sums, counts]))
-        if grad_norm is not None:
-            both = torch.cat([both, scalar(grad_norm)[None]])
-        both = both.cpu()
-        sums, (num_tokens, not_finite, stops, *norm) = both[: len(PAIR_METRICS)], both[len(PAIR_METRICS) :].tolist()
+        sums = mesh.sum_over_all(torch.cat([scalar(self._sums).expand(len(PAIR_METRICS)), counts]))
+        everything = torch.cat([sums, scalar(grad_norm)[None]]).cpu()
+        num_tokens, not_finite, stops, norm = everything[len(PAIR_METRICS) :].tolist()
         # Processes that share pairs (cp, tp) have each counted the same ones.
         copies = mesh.sizes.world // mesh.sizes.data
-        return StepTotal(sums / copies, round(num_tokens / copies), math.ceil(not_finite / copies), stops > 0, *norm)
-
-
-class PairMeter:
-    """Running sums over pairs; `means()` divides once."""
-
-    def __init__(self) -> None:
-        self.sums: Tensor | None = None
-        self.num_pairs = 0
-
-    def add(self, sums: Tensor, num_pairs: int) -> None:
-        """Add one micro-batch's sums."""
-        self.sums = sums if self.sums is None else self.sums + sums
-        self.num_pairs += num_pairs
-
-    def means(self) -> dict[str, float]:
-        """Means over every pair added so far; empty when there was none."""
-        return {} if self.sums is None else means(self.sums, self.num_pairs)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"sums": None if self.sums is None else self.sums.tolist(), "num_pairs": self.num_pairs}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.sums = None if state["sums"] is None else torch.tensor(state["sums"], dtype=torch.float64)
-        self.num_pairs = state["num_pairs"]
+        total = Totals({}, {}, round(num_tokens / copies), math.ceil(not_finite / copies), stops > 0, norm)
+        total.add(everything[: len(PAIR_METRICS)] / copies, num_pairs)
+        return total
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: allocated on the GPU, or the process's resident set on CPU."""
+    """Peak memory so far: allocated on the GPU, or the process's resident set on CPU; 0 where nobody counts it."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss: bytes on macOS, KiB elsewhere
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
-
-
-class MetricsLog:
-    """`metrics.jsonl`, one JSON object a line, and the trackers named in `report_to`.
-
-    Every line has "step"; lines of evaluations have keys that begin with "eval_".
-    """
-
-    def __init__(self, path: Path, recipe: Recipe, *, resume_step: int | None = None) -> None:
-        self.path = path
-        forget_lines_after(path, resume_step)
-        self._trackers = [_TRACKERS[name](recipe, path.parent) for name in recipe.report_to]
-        self._file = path.open("a", encoding="utf-8")
-
-    def write(self, values: Mapping[str, Any], *, step: int) -> None:
-        """Write one line, in full or not at all as far as a reader can tell (one write, flushed)."""
-        record = {"step": step, **values}
-        self._file.write(json.dumps(record, allow_nan=True) + "\n")
-        self._file.flush()
-        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
-        for tracker in self._trackers:
-            tracker.log(numbers, step)
-
-    def sync(self) -> None:
-        """Make what was written survive a power cut; called before a checkpoint that refers to it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
-
-
-def forget_lines_after(path: Path, step: int | None) -> None:
-    """Drop lines of steps that a resumed run will do again, and a last line that a kill cut short.
-
-    Args:
-        path: a file of JSON lines that have "step"; may be missing.
-        step: the last step that is kept; None starts over.
-    """
-    if not path.exists():
-        return
-    if step is None:
-        path.unlink()
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step and "eval_saved_loss" not in record:  # the end of a run is evaluated anew
-            kept.append(line + "\n")
-    aside = path.with_suffix(".jsonl.tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
-
-
-def check_trackers(names: Sequence[str]) -> None:
-    """Raise ValueError for a tracker that is not installed, before a run spends time on anything else."""
-    for name in names:
-        if importlib.util.find_spec(name) is None:
-            raise ValueError(f"report_to: {name} is not installed: pip install 'simpo[{name}]'")
-
-
-class _TensorBoard:
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self._writer = SummaryWriter(recipe.logging_dir or str(folder / "tensorboard"))
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        for name, value in values.items():
-            # TensorBoard groups by the part before the slash.
-            prefix, bare = ("eval/", name[5:]) if name.startswith("eval_") else ("train/", name)
-            self._writer.add_scalar(prefix + bare, value, step)
-        self._writer.flush()
-
-    def close(self) -> None:
-        self._writer.close()
-
-
-class _RunTracker:
-    """wandb and trackio share one interface: init, log, finish."""
-
-    def __init__(self, name: str, recipe: Recipe) -> None:
-        module = importlib.import_module(name)
-        self._module = module
-        module.init(
-            project=os.environ.get(f"{name.upper()}_PROJECT", "simpo"), name=recipe.run_name, config=recipe.to_dict()
-        )
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        self._module.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self._module.finish()
-
-
-_TRACKERS = {
-    "tensorboard": _TensorBoard,
-    "wandb": lambda recipe, folder: _RunTracker("wandb", recipe),
-    "trackio": lambda recipe, folder: _RunTracker("trackio", recipe),
-}

@@ -5,23 +5,22 @@ Owns the rules; reading and writing checkpoints is `run.checkpoint`'s.
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpo.parallel.mesh import restart_count
-from simpo.recipe import KEYS
+from simpo.recipe import KEYS, load_recipe
+from simpo.recipe.yaml import parse_yaml
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
+    from simpo.data.cache import PreparedData
+    from simpo.data.loader import StepLoader
     from simpo.recipe import Recipe
-
-
-def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """The keys that decide what a run computes, and their values."""
-    return {key: value for key, value in recipe.to_dict().items() if not KEYS[key].may_change}
 
 
 LAUNCH_FILE = ".launch"
@@ -103,21 +102,57 @@ def best_checkpoint(step: int, folder: str | Path) -> Checkpoint:
     return found
 
 
-def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpoint: Checkpoint) -> None:
-    """Refuse to continue a checkpoint under settings or data that would make it another run.
+def run_identity(recipe: Recipe, data: PreparedData, loader: StepLoader, *, total_steps: int) -> dict[str, Any]:
+    """What decides which run this is, in JSON values; a checkpoint holds it.
 
     Args:
-        saved: the checkpoint's trainer state.
-        current: recipe (`recipe_identity`), data_fingerprint, pairs_per_step and total_steps of the run at hand.
+        loader: of the training pairs.
+        total_steps: optimizer steps of the whole run.
+    """
+    keys = {name: value for name, value in recipe.to_dict().items() if not KEYS[name].may_change}
+    identity = {
+        "recipe": keys,
+        "data_fingerprint": data.fingerprint,
+        "pairs_per_step": loader.pairs_per_step,
+        "total_steps": total_steps,
+    }
+    return json.loads(json.dumps(identity))
+
+
+def check_same_run(
+    saved: Mapping[str, Any],
+    current: Mapping[str, Any],
+    folder: Path,
+    *,
+    recipe: Recipe,
+    loader: StepLoader,
+    seen: tuple[int, int] | None,
+) -> list[str]:
+    """Refuse to resume a checkpoint under settings or data that would make it another run.
+
+    A recipe key that came after the checkpoint is taken to have had its default there; one that this version lacks is
+    ignored, with a line that names it. Data is the same if its tokens are, wherever they came from.
+
+    Args:
+        saved: the checkpoint's state, as `run.checkpoint.load_state` gives it.
+        current: `run_identity` of the run at hand, with its recipe and the loader of its training pairs.
+        folder: the checkpoint's.
+        seen: an optimizer step of the checkpoint's run, and the pairs it had trained on by then; None = unknown.
+    Returns:
+        Lines to show.
     Raises:
         ValueError: names each setting that differs, with both values.
     """
-    changed = [
-        f"{key} (was {saved['recipe'].get(key)!r}, is {value!r})"
-        for key, value in current["recipe"].items()
-        if saved["recipe"].get(key) != value
-    ]
-    if saved["data_fingerprint"] != current["data_fingerprint"]:
+    before, now, lines = saved["recipe"], current["recipe"], []
+    without_tokens = not saved["format"]  # its fingerprint is of source files, this package's among them
+    other_data = not without_tokens and saved["data_fingerprint"] != current["data_fingerprint"]
+    changed = []
+    for key, value in now.items():
+        was = before[key] if key in before else _default(key, recipe)
+        if was != value and (without_tokens or other_data or KEYS[key].section != "data"):
+            changed.append(f"{key} (was {was!r}, is {value!r})")
+    fits = seen is None or loader.pairs_before(seen[0]) == seen[1]
+    if other_data or (without_tokens and not fits):
         changed.append("the training data or its tokenisation")
     if saved["pairs_per_step"] != current["pairs_per_step"]:
         changed.append(
@@ -128,6 +163,22 @@ def check_same_run(saved: Mapping[str, Any], current: Mapping[str, Any], checkpo
         changed.append(f"the number of steps (was {saved['total_steps']}, is {current['total_steps']})")
     if changed:
         raise ValueError(
-            f"{checkpoint.folder} belongs to a run with other settings: {'; '.join(changed)}. "
-            "Restore them to go on, or start afresh in another output_dir"
+            f"{folder} belongs to a run with other settings: {'; '.join(changed)}. "
+            "Restore them to resume it, or start afresh in another output_dir"
         )
+    if without_tokens:
+        lines.append(
+            f"{folder} comes from an older simpo, which did not record the tokens of its data; settings and number of "
+            "pairs are the same, so the data is taken to be"
+        )
+    unknown = [f"{key} = {value!r}" for key, value in before.items() if key not in KEYS]
+    if unknown:
+        lines.append(f"{folder} has recipe keys that this simpo lacks, which are ignored: {', '.join(unknown)}")
+    return lines
+
+
+def _default(key: str, recipe: Recipe) -> Any:
+    """What a key would be in this recipe if it were not set; a JSON value."""
+    others = parse_yaml(recipe.to_yaml(), where="the recipe")
+    others.pop(key, None)
+    return json.loads(json.dumps(load_recipe(others).to_dict()[key]))

@@ -6,13 +6,11 @@ What a process computes in optimizer step k is a function of k, so a resumed run
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -176,7 +174,7 @@ def prepare_datasets(
     if is_tokenised(train):
         if evaluation is not None and not is_tokenised(evaluation):
             raise ValueError("eval_dataset: rows beside a tokenised train_dataset; give both as rows or both tokenised")
-        return PreparedData(train, evaluation, Ledger(), fingerprint_pairs(train))
+        return PreparedData(train, evaluation, Ledger())
     if text_as_is is None:
         first = [train[index] for index in range(min(len(train), _LOOKED_AT))]
         text_as_is = any(holds_markers(row, tokenizer, recipe) for row in first)
@@ -203,13 +201,3 @@ def _markers(tokenizer: Any, template: str) -> Sequence[str]:
     special = [token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token in text]
     around = [part.strip() for part in text.split("\x00") if part.strip()]
     return special or around
-
-
-def fingerprint_pairs(dataset: Any) -> str:
-    """32 hex digits over the ids and tokens of tokenised pairs."""
-    digest = hashlib.sha256()
-    for row in dataset:
-        digest.update(f"{row['row_id']} {row['chosen_start']} {row['rejected_start']}\n".encode())
-        for side in ("chosen_ids", "rejected_ids"):
-            digest.update(np.asarray([len(row[side]), *row[side]], dtype="<i8").tobytes())
-    return digest.hexdigest()[:32]

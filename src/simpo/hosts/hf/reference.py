@@ -47,19 +47,23 @@ class References(Mapping[str, ReferenceLogps]):
         """Into a checkpoint's folder. One process calls it."""
         np.savez(checkpoint / REFERENCE_FILE, **{name: logps.sums for name, logps in self._known.items()})
 
-    def load(self, checkpoint: Path, stores: Mapping[str, PairStore]) -> None:
+    def load(self, checkpoint: Path, stores: Mapping[str, PairStore], *, by_position: bool) -> None:
         """From a checkpoint's folder.
 
+        Args:
+            stores: as when they were computed.
+            by_position: the checkpoint has other names for them, in the same order.
         Raises:
             ValueError: the file is missing or damaged, or lacks pairs of these stores; on every process.
         """
-        self._known = self._mesh.on_main(lambda: _read(checkpoint / REFERENCE_FILE, stores))
+        self._known = self._mesh.on_main(lambda: _read(checkpoint / REFERENCE_FILE, stores, by_position))
 
 
-def _read(path: Path, stores: Mapping[str, PairStore]) -> dict[str, ReferenceLogps]:
+def _read(path: Path, stores: Mapping[str, PairStore], by_position: bool) -> dict[str, ReferenceLogps]:
     try:
         with np.load(path) as arrays:
-            known = {name: ReferenceLogps(arrays[name]) for name in arrays.files}
+            names = stores if by_position else arrays.files
+            known = {name: ReferenceLogps(arrays[file]) for name, file in zip(names, arrays.files, strict=False)}
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise ValueError(
             f"resume_from_checkpoint: {path} cannot be read ({error}); resume from an earlier one"

@@ -36,10 +36,10 @@ from simpo.run.export import (
     write_model,
     write_model_card,
 )
-from simpo.run.metrics import MetricsLog, check_trackers
 from simpo.run.optim import set_threads
 from simpo.run.ram import keep_freed_memory
 from simpo.run.resume import find_checkpoint, is_begun_by_this_launch, record_launch
+from simpo.run.tracking import MetricsLog, check_trackers
 
 _THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
 _NATIVE_ONLY = "only the native trainer does it (simpo train, or torchrun -m simpo train)"

@@ -20,11 +20,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput
 
 from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps
-from simpo.data.cache import PreparedData
+from simpo.data.cache import PreparedData, fingerprint_tokens
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.display import Display
@@ -33,7 +35,6 @@ from simpo.hosts.hf.batches import (
     TrainingOrder,
     build_dataloader,
     build_loader,
-    fingerprint_pairs,
     is_tokenised,
     prepare_datasets,
 )
@@ -48,11 +49,11 @@ from simpo.model.load import load_tokenizer
 from simpo.model.probe import check_forward
 from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.checkpoint import Checkpoint
+from simpo.run.checkpoint import load_state, stamp
 from simpo.run.export import overflows, record_dtype
-from simpo.run.metrics import PAIR_METRICS, StepTotals, means, peak_memory_gib
+from simpo.run.metrics import PAIR_METRICS, StepTotals, peak_memory_gib
 from simpo.run.objective import trained_losses
-from simpo.run.resume import check_same_run, recipe_identity
+from simpo.run.resume import check_same_run, run_identity
 from simpo.run.stopping import NonFiniteError, needs_memory
 
 IDENTITY_FILE = "simpo.json"  # in each checkpoint: what must be equal to go on from it
@@ -281,13 +282,13 @@ class SimPOTrainer(Trainer):
 
     def _name_of(self, held_out: Any) -> str:
         """Of held-out pairs, in `references`; only losses with a reference ask for it, and it takes a while."""
-        return fingerprint_pairs(held_out) if self.recipe.loss_options.needs_reference else ""
+        return fingerprint_tokens(held_out) if self.recipe.loss_options.needs_reference else ""
 
     def _prepare(self, train: Any, evaluation: Any, *, recipe: Recipe | None = None) -> PreparedData:
         if train is None and evaluation is None:
-            return PreparedData(None, None, Ledger(), "")
+            return PreparedData(None, None, Ledger())
         if train is None:
-            return PreparedData(None, self._tokenised(evaluation), Ledger(), "")
+            return PreparedData(None, self._tokenised(evaluation), Ledger())
         return self.mesh.main_first(
             lambda: prepare_datasets(
                 train,
@@ -362,7 +363,9 @@ class SimPOTrainer(Trainer):
         every = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
         stores |= {self._name_of(d): self._build_loader(d, evaluation=True).store for d in every if d is not None}
         if resume_from_checkpoint is not None:
-            self.references.load(Path(resume_from_checkpoint), stores)
+            folder = Path(resume_from_checkpoint)
+            by_position = load_state(folder / IDENTITY_FILE)["format"] == 0  # held-out pairs had another fingerprint
+            self.references.load(folder, stores, by_position=by_position)
             return
         self.display.say("computing the reference's log-probs: the model's own before its first update")
 
@@ -385,22 +388,18 @@ class SimPOTrainer(Trainer):
     def _window(self) -> dict[str, float]:
         """Means over every pair, and speed, since the last training line; every process calls it."""
         (step, started), now = self._logged, time.perf_counter()
-        total = self._train_sums.over(self.mesh)
-        pairs = self._pairs_before(self.state.global_step) - self._pairs_before(step)
+        pairs_before = self.loader.pairs_before
+        pairs = pairs_before(self.state.global_step) - pairs_before(step)
+        total = self._train_sums.over(self.mesh, pairs)
         earlier = (line["tokens_seen"] for line in reversed(self.state.log_history) if "tokens_seen" in line)
         self._train_sums, self._logged = StepTotals(), (self.state.global_step, now)
-        return means(total.metric_sums, pairs) | {
-            "pairs_seen": self._pairs_before(self.state.global_step),
+        return total.means() | {
+            "pairs_seen": pairs_before(self.state.global_step),
             "tokens_seen": next(earlier, 0) + total.num_tokens,
             "step_time_s": (now - started) / (self.state.global_step - step),
             "pairs_per_s": pairs / (now - started),
             "memory_gib": self.mesh.largest(peak_memory_gib(self.args.device)),
         }
-
-    def _pairs_before(self, step: int) -> int:
-        """Pairs in the first so many optimizer steps."""
-        epochs, within = divmod(step, self.loader.steps_per_epoch)
-        return epochs * len(self.loader.store) + min(within * self.loader.pairs_per_step, len(self.loader.store))
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **options: Any) -> Any:
         """The loss of one evaluation batch; there are no logits to hand on."""
@@ -415,10 +414,9 @@ class SimPOTrainer(Trainer):
         output = super().evaluation_loop(
             dataloader, description, *others, metric_key_prefix=metric_key_prefix, **options
         )
-        total, self._eval_totals = self._eval_totals.over(self.mesh), None
+        total, self._eval_totals = self._eval_totals.over(self.mesh, output.num_samples), None
         self._logged = (self._logged[0], self._logged[1] + time.perf_counter() - started)  # not time of training
-        values = means(total.metric_sums, output.num_samples)
-        values |= {"pairs": output.num_samples, "time_s": time.perf_counter() - started}
+        values = total.means() | {"pairs": output.num_samples, "time_s": time.perf_counter() - started}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
@@ -471,7 +469,7 @@ class SimPOTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / IDENTITY_FILE).write_text(json.dumps(self._identity()), encoding="utf-8")
+            (folder / IDENTITY_FILE).write_text(json.dumps({**stamp(), **self._identity()}), encoding="utf-8")
             if self.references:
                 self.references.save(folder)
 
@@ -483,19 +481,17 @@ class SimPOTrainer(Trainer):
             folder = Path(resume_from_checkpoint)
             if not (folder / IDENTITY_FILE).is_file():
                 raise ValueError(f"resume_from_checkpoint: {folder} was not saved by this trainer (no {IDENTITY_FILE})")
-            saved = json.loads((folder / IDENTITY_FILE).read_text(encoding="utf-8"))
-            check_same_run(saved, self._identity(), Checkpoint(folder, 0))
+            saved = load_state(folder / IDENTITY_FILE)
+            history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
+            seen = next(((line["step"], line["pairs_seen"]) for line in history[::-1] if "pairs_seen" in line), None)
+            for line in check_same_run(
+                saved, self._identity(), folder, recipe=self.recipe, loader=self.loader, seen=seen
+            ):
+                self.display.say(line)
         return super()._init_training_state(max_steps, *others)
 
     def _identity(self) -> dict[str, Any]:
-        """What must be equal for a checkpoint to be gone on from; JSON values."""
-        identity = {
-            "recipe": recipe_identity(self.recipe),
-            "data_fingerprint": self.data.fingerprint,
-            "pairs_per_step": self.loader.pairs_per_step,
-            "total_steps": self._total_steps,
-        }
-        return json.loads(json.dumps(identity))
+        return run_identity(self.recipe, self.data, self.loader, total_steps=self._total_steps)
 
 
 # --- start-up --------------------------------------------------------------------------------------------------------

@@ -1,0 +1,123 @@
+"""Where metrics are written: `metrics.jsonl` always; TensorBoard, wandb and trackio on request.
+
+Must not import data, the trainer or evaluation.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+
+class MetricsLog:
+    """`metrics.jsonl`, one JSON object a line, and the trackers named in `report_to`.
+
+    Every line has "step"; lines of evaluations have keys that begin with "eval_".
+    """
+
+    def __init__(self, path: Path, recipe: Recipe, *, resume_step: int | None = None) -> None:
+        self.path = path
+        forget_lines_after(path, resume_step)
+        self._trackers = [_TRACKERS[name](recipe, path.parent) for name in recipe.report_to]
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, values: Mapping[str, Any], *, step: int) -> None:
+        """Write one line, in full or not at all as far as a reader can tell (one write, flushed)."""
+        record = {"step": step, **values}
+        self._file.write(json.dumps(record, allow_nan=True) + "\n")
+        self._file.flush()
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
+        for tracker in self._trackers:
+            tracker.log(numbers, step)
+
+    def sync(self) -> None:
+        """Make what was written survive a power cut; called before a checkpoint that refers to it."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+        for tracker in self._trackers:
+            tracker.close()
+
+
+def forget_lines_after(path: Path, step: int | None) -> None:
+    """Drop lines of steps that a resumed run will do again, and a last line that a kill cut short.
+
+    Args:
+        path: a file of JSON lines that have "step"; may be missing.
+        step: the last step that is kept; None starts over.
+    """
+    if not path.exists():
+        return
+    if step is None:
+        path.unlink()
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if record["step"] <= step and "eval_saved_loss" not in record:  # the end of a run is evaluated anew
+            kept.append(line + "\n")
+    aside = path.with_suffix(".jsonl.tmp")
+    aside.write_text("".join(kept), encoding="utf-8")
+    os.replace(aside, path)
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Raise ValueError for a tracker that is not installed, before a run spends time on anything else."""
+    for name in names:
+        if importlib.util.find_spec(name) is None:
+            raise ValueError(f"report_to: {name} is not installed: pip install 'simpo[{name}]'")
+
+
+class _TensorBoard:
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(recipe.logging_dir or str(folder / "tensorboard"))
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        for name, value in values.items():
+            # TensorBoard groups by the part before the slash.
+            prefix, bare = ("eval/", name[5:]) if name.startswith("eval_") else ("train/", name)
+            self._writer.add_scalar(prefix + bare, value, step)
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class _RunTracker:
+    """wandb and trackio share one interface: init, log, finish."""
+
+    def __init__(self, name: str, recipe: Recipe) -> None:
+        module = importlib.import_module(name)
+        self._module = module
+        module.init(
+            project=os.environ.get(f"{name.upper()}_PROJECT", "simpo"), name=recipe.run_name, config=recipe.to_dict()
+        )
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._module.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._module.finish()
+
+
+_TRACKERS = {
+    "tensorboard": _TensorBoard,
+    "wandb": lambda recipe, folder: _RunTracker("wandb", recipe),
+    "trackio": lambda recipe, folder: _RunTracker("trackio", recipe),
+}
