@@ -1,6 +1,7 @@
 # make demo   set everything up and align a small model, start to finish
 # make test   run the tests (with DeepSpeed, Megatron-Core, Ray and bitsandbytes, which it installs as well)
-# make bench  this trainer beside TRL's, on the same pairs (about 20 minutes on two cores)
+# make bench  this trainer and TRL's on the same pairs (about 20 minutes on two cores)
+# make docs   build the documentation into build/docs; a broken link is an error
 # make help   the rest
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ BENCH  ?=
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-scale test-long bench install engines model pairs lint check clean help
+.PHONY: demo test test-scale test-long bench docs install engines model pairs lint check clean help
 
 demo: model
 	MODEL="$(MODEL)" $(RUN) examples/demo/run.py
@@ -36,6 +37,14 @@ test-long: engines
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model
 	$(RUN) benchmarks/bench.py $(if $(MODEL),--model "$(MODEL)") $(BENCH)
+
+# The pages and the API reference, which is read from the sources without importing them.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
+$(VENV)/.docs: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	@touch $@
 
 install: $(VENV)/.installed
 

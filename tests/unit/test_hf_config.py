@@ -234,8 +234,3 @@ def test_names_in_the_tables_of_the_documentation_are_fields_or_keys():
         if line.startswith("| ") and "|---" not in line:
             for name in re.findall(r'`"?(\w+)', line):
                 assert name in fields | elsewhere, name
-
-
-def test_files_that_the_documentation_names_exist():
-    for name in re.findall(r"recipes/[\w./-]+\.yaml", PAGE):
-        assert (REPO / name).is_file(), name

@@ -57,13 +57,6 @@ def test_the_sbatch_script_is_a_shell_script():
     assert subprocess.run(["bash", "-n"], input=script, text=True, capture_output=True, check=False).stderr == ""
 
 
-def test_files_that_the_document_names_exist():
-    named = re.findall(r"(?:recipes|benchmarks|examples)/[\w./-]+", TEXT) + re.findall(r"\]\(([^)#]+)\)", TEXT)
-    assert named
-    for name in named:
-        assert (REPO / name).exists() or (REPO / "docs" / name).exists(), name
-
-
 def test_keys_and_options_that_the_document_names_exist():
     for key in ("dp_replicate", "dp_shard", "cp", "tp", "ddp_timeout", "async_save", "save_steps", "fsdp_cpu_offload"):
         assert f"`{key}" in TEXT
