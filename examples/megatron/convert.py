@@ -135,7 +135,7 @@ def check_config(config: PretrainedConfig, *, tp: int, pp: int, chunks: int) -> 
 
 
 def megatron_config(config: PretrainedConfig, **options: object) -> TransformerConfig:
-    """Megatron's configuration of the same transformer; options go on top.
+    """Megatron's configuration of the same transformer; options override it.
 
     Every fusion is off: with megatron-core alone there are no kernels for them. Weights are initialised although all
     are loaded: with use_cpu_initialization, 0.16 marks the shards of tensor-parallel ranks only there, and without the

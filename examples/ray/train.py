@@ -63,7 +63,7 @@ def main() -> None:
     trainer = TorchTrainer(
         train_on_worker,
         train_loop_config={"recipe": recipe, "folder": os.getcwd()},
-        # Tensors on GPUs go through NCCL; what lies in host memory (checkpoints, texts) through gloo.
+        # Tensors on GPUs go through NCCL; what lies in CPU memory (checkpoints, texts) through gloo.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if options.gpu else "gloo", timeout_s=recipe.ddp_timeout),
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.gpu),
         run_config=RunConfig(
