@@ -57,11 +57,9 @@ def test_python_that_is_shown_compiles_and_its_names_can_be_imported(page: str):
     for block in blocks(PAGES[page], "python"):
         compile(block, page, "exec")
         for module, names in re.findall(r"^from (simpo[\w.]*) import (.*)$", block, re.MULTILINE):
-            try:
-                found = importlib.import_module(module)
-            except ModuleNotFoundError as error:  # an optional engine
-                assert not error.name.startswith("simpo"), module
-                pytest.skip(f"{error.name} is not installed")
+            if "megatron" in module:  # an optional engine
+                pytest.importorskip("megatron.core")
+            found = importlib.import_module(module)
             assert all(hasattr(found, name.strip()) for name in names.split("#")[0].split(",")), (module, names)
 
 
