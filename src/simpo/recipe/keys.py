@@ -56,13 +56,14 @@ does it."""
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a recipe, as it was declared.
+    """One key of a recipe, as it was declared. A flag that is not given there is the careful one.
 
     Attributes:
         allowed: its values in words, from the type and range where they say it all.
         default: as YAML, or a sentence where it depends on other keys; "required" where there is none.
         aliases: other accepted names.
         types: the plain types of its values; null left out.
+        nullable: whether null is one of them.
         may_change: whether a resumed run may have another value: it changes what is written and shown, or at most the
             order of sums, never what is computed.
         decides_tokens: whether prepared data is stored by its value.
@@ -78,41 +79,22 @@ class Key:
     default: str
     aliases: tuple[str, ...]
     types: frozenset[type]
-    may_change: bool
-    decides_tokens: bool
-    hf: Hosted
-    megatron: str
-    shown: bool
+    nullable: bool
+    may_change: bool = False
+    decides_tokens: bool = False
+    hf: Hosted = "refused"
+    megatron: str = ""
+    shown: bool = False
 
 
-def _in(section: str, *, tokens: bool = False, host: Hosted = "refused"):
-    """A maker of documented fields of one section. A flag that is not given is the careful one."""
+def _in(section: str, **of_section: Any):
+    """A maker of documented fields of one section; `of_section`: flags that its keys have unless they say otherwise."""
 
-    def key(
-        default: Any,
-        meaning: str,
-        allowed: str = "",
-        *,
-        null: str = "",
-        only: str = "",
-        derived: str = "",
-        may_change: bool = False,
-        decides_tokens: bool = tokens,
-        hf: Hosted = host,
-        megatron: str = "",
-        shown: bool = False,
-        **bounds: Any,
-    ) -> Any:
-        flags = {"may_change": may_change, "decides_tokens": decides_tokens, "hf": hf, "megatron": megatron}
-        words = {
-            "section": section,
-            "allowed": allowed,
-            "null": null,
-            "only": only,
-            "derived": derived,
-            "bounds": bounds,
-        }
-        return Field(default, description=meaning, json_schema_extra={**words, **flags, "shown": shown}, **bounds)
+    def key(default: Any, meaning: str, allowed: str = "", **rest: Any) -> Any:
+        """`rest`: null, only, derived (parts of `allowed` and `default` in words), bounds, and flags of `Key`."""
+        bounds = {name: rest.pop(name) for name in ("ge", "gt", "le", "lt", "min_length") if name in rest}
+        declared = {"section": section, "allowed": allowed, "bounds": bounds, **of_section, **rest}
+        return Field(default, description=meaning, json_schema_extra=declared, **bounds)
 
     return key
 
@@ -120,8 +102,8 @@ def _in(section: str, *, tokens: bool = False, host: Hosted = "refused"):
 _model, _optimisation, _parallel, _evaluation, _saving, _run = map(
     _in, ("model", "optimisation", "parallel", "evaluation", "saving", "run")
 )
-_data = _in("data", tokens=True, host="field")  # prepared alike for every host
-_loss, _packing, _lora = _in("loss", host="field"), _in("packing", host="field"), _in("lora", host="run")
+_data = _in("data", decides_tokens=True, hf="field")  # prepared alike for every host
+_loss, _packing, _lora = _in("loss", hf="field"), _in("packing", hf="field"), _in("lora", hf="run")
 
 
 def _by_loss(values: Mapping[str, float]) -> str:
@@ -550,7 +532,7 @@ class Recipe(_LossKeys):
 
 
 def _plain_types(annotation: Any) -> frozenset[Any]:
-    """The types an annotation allows: str, bool, list, ... without None."""
+    """The types an annotation allows: str, bool, list, NoneType, ..."""
     origin = get_origin(annotation)
     if origin is Annotated:
         return _plain_types(get_args(annotation)[0])
@@ -558,7 +540,7 @@ def _plain_types(annotation: Any) -> frozenset[Any]:
         return frozenset().union(*map(_plain_types, get_args(annotation)))
     if origin is Literal:
         return frozenset({str})
-    return frozenset({origin or annotation}) - {NoneType}
+    return frozenset({origin or annotation})
 
 
 def _literals(annotation: Any) -> tuple[str, ...]:
@@ -585,15 +567,22 @@ def _allowed(annotation: Any, types: frozenset[Any], bounds: Mapping[str, Any]) 
 
 def _declared(name: str, info: FieldInfo) -> Key:
     declared: dict[str, Any] = dict(info.json_schema_extra)  # type: ignore[arg-type]  what `_in` put there
-    bounds, null, only, derived = (declared.pop(part) for part in ("bounds", "null", "only", "derived"))
+    bounds, null, only, derived = (declared.pop(part, "") for part in ("bounds", "null", "only", "derived"))
     types = _plain_types(info.annotation)
-    allowed = declared.pop("allowed") or _allowed(info.annotation, types, bounds)
+    allowed = declared.pop("allowed") or _allowed(info.annotation, types - {NoneType}, bounds)
     allowed += f"; null = {null}" * bool(null) + f"; only {only}" * bool(only)
-    default = "required" if info.is_required() else derived or json.dumps(info.default)
     aliases = [alias for alias, target in ALIASES.items() if target.target == name]
     aliases += [key for key, (target, _) in INPUT_KEYS.items() if target == name]
-    words = {"meaning": info.description or "", "allowed": allowed, "default": default, "aliases": tuple(aliases)}
-    return Key(name, types=types, **words, **declared)
+    return Key(
+        name,
+        meaning=info.description or "",
+        allowed=allowed,
+        default="required" if info.is_required() else derived or json.dumps(info.default),
+        aliases=tuple(aliases),
+        types=types - {NoneType},
+        nullable=NoneType in types,
+        **declared,
+    )
 
 
 KEYS: dict[str, Key] = {

@@ -92,8 +92,6 @@ class _Layer:
 
 
 _MAPPINGS = tuple(name for name, key in KEYS.items() if dict in key.types)
-_DERIVED = ("bf16", "beta", "gamma_beta_ratio", "sft_weight", "eval_strategy", "greater_is_better")
-"""Keys for which null is the same as leaving the line out, since they have no one default."""
 
 
 def _read_layer(mapping: Mapping[str, Any]) -> _Layer:
@@ -108,7 +106,7 @@ def _read_layer(mapping: Mapping[str, Any]) -> _Layer:
         if dot and head in _MAPPINGS:
             layer.entries[head, entry] = value
         elif name in KEYS or name in INPUT_KEYS:
-            if value is not None or (name not in _DERIVED and name not in INPUT_KEYS):
+            if value is not None or not (name in INPUT_KEYS or _is_derived(name)):
                 _put(layer, written, name, value)
         elif name in ALIASES:
             later.append((written, name, value))
@@ -122,6 +120,11 @@ def _read_layer(mapping: Mapping[str, Any]) -> _Layer:
         _put_alias(layer, written, name, value)
     _check_rivals(layer)
     return layer
+
+
+def _is_derived(name: str) -> bool:
+    """Whether null is the same as leaving the line out: other keys decide the default."""
+    return Recipe.model_fields[name].default is None and not KEYS[name].nullable
 
 
 def nearest_key(name: str) -> str:

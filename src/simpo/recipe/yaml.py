@@ -23,96 +23,32 @@ _INT = re.compile(r"[-+]?[0-9]+\Z")
 _FLOAT = re.compile(
     r"(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
 )
-_BOOL = re.compile(r"(?:true|True|TRUE|yes|Yes|YES|on|On|ON|false|False|FALSE|no|No|NO|off|Off|OFF)\Z")
+_TRUE = re.compile(r"(?:true|True|TRUE|yes|Yes|YES|on|On|ON)\Z")
+_FALSE = re.compile(r"(?:false|False|FALSE|no|No|NO|off|Off|OFF)\Z")
 _NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
-
-_RESOLVERS = (
-    ("tag:yaml.org,2002:bool", _BOOL, "tTyYoOfFnN"),
-    ("tag:yaml.org,2002:int", _INT, "-+0123456789"),
-    ("tag:yaml.org,2002:float", _FLOAT, "-+.0123456789"),
-    ("tag:yaml.org,2002:null", _NULL, ["~", "n", "N", ""]),
-)
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader with fewer types: no dates, base-60 or octal numbers, anchors, merges or tags."""
-
-    yaml_implicit_resolvers: dict[str, list[Any]] = {}  # noqa: RUF012 - PyYAML's own class attribute
-    yaml_constructors: dict[str | None, Any] = {}  # noqa: RUF012
+    """SafeLoader without anchors, aliases and tags."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         event = self.peek_event()
-        if isinstance(event, yaml.events.AliasEvent) or event.anchor is not None:
-            problem = "anchors and aliases (& and *) are not allowed; put quotes around text that starts so"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+        if isinstance(event, yaml.AliasEvent) or event.anchor is not None:
+            raise _wrong(event, "anchors and aliases (& and *) are not allowed; put quotes around text that starts so")
         if event.tag is not None:
-            problem = f"tags ({event.tag}) are not allowed; put quotes around text that starts with !"
-            raise yaml.composer.ComposerError(None, None, problem, event.start_mark)
+            raise _wrong(event, f"tags ({event.tag}) are not allowed; put quotes around text that starts with !")
         return super().compose_node(parent, index)
-
-    def construct_unique_mapping(self, node: yaml.MappingNode) -> dict[str, Any]:
-        """A mapping whose keys are text and come once."""
-        first_line: dict[str, int] = {}
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key, line = self.construct_object(key_node, deep=True), key_node.start_mark.line + 1
-            if not isinstance(key, str):
-                raise _at(key_node, f"a key must be text, not {short(key)}; put it in quotes if it is meant")
-            if key in first_line:
-                raise _at(
-                    key_node,
-                    f"key {short(key)} is given twice, on lines {first_line[key]} and {line}; keep one",
-                )
-            first_line[key] = line
-            values[key] = self.construct_object(value_node, deep=True)
-        return values
-
-    def construct_number(self, node: yaml.ScalarNode) -> int | float:
-        """Decimal integers and floats only; 042 is 42."""
-        text = self.construct_scalar(node)
-        if not _INT.match(text):
-            return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        if len(text) > 40:
-            raise _at(node, f"{short(text)} has too many digits")
-        return int(text)
-
-    def construct_bool(self, node: yaml.ScalarNode) -> bool:
-        return self.construct_scalar(node).lower() in ("true", "yes", "on")
-
-    def construct_list(self, node: yaml.SequenceNode) -> list[Any]:
-        return self.construct_sequence(node, deep=True)
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes every text either YAML 1.1 or `_Loader` would read as something else."""
+    """SafeDumper that quotes every text that YAML 1.1 or `parse_yaml` would read as something else."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
-def _register() -> None:
-    for tag, pattern, first in _RESOLVERS:
-        _Loader.add_implicit_resolver(tag, pattern, list(first))
-        _Dumper.add_implicit_resolver(tag, pattern, list(first))
-    constructors = {
-        "bool": _Loader.construct_bool,
-        "int": _Loader.construct_number,
-        "float": _Loader.construct_number,
-        "null": _Loader.construct_yaml_null,
-        "str": _Loader.construct_scalar,
-        "seq": _Loader.construct_list,
-        "map": _Loader.construct_unique_mapping,
-    }
-    for name, constructor in constructors.items():
-        _Loader.add_constructor(f"tag:yaml.org,2002:{name}", constructor)
-    _Loader.add_constructor(None, _Loader.construct_undefined)
-
-
-_register()
-
-
-def _at(node: yaml.Node, problem: str) -> yaml.constructor.ConstructorError:
-    return yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
+for _pattern in (_INT, _FLOAT, _TRUE, _FALSE, _NULL):
+    _Dumper.add_implicit_resolver("not text", _pattern, None)
 
 
 def parse_yaml(text: str, *, where: str) -> Any:
@@ -125,7 +61,8 @@ def parse_yaml(text: str, *, where: str) -> Any:
         ValueError: anything that is not valid, with the line and what is wrong.
     """
     try:
-        return yaml.load(text, Loader=_Loader)
+        node = yaml.compose(text, Loader=_Loader)
+        return None if node is None else _value(node)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f", line {mark.line + 1}" if mark else ""
@@ -135,6 +72,42 @@ def parse_yaml(text: str, *, where: str) -> Any:
         raise ValueError(f"{where}: not a text file (character {error.position}: {error.reason})") from None
     except RecursionError:
         raise ValueError(f"{where}: nested too deeply; a recipe is one flat list of `key: value` lines") from None
+
+
+def _wrong(at: yaml.Event | yaml.Node, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=at.start_mark)
+
+
+def _value(node: yaml.Node) -> Any:
+    """A node as a plain value: no dates, base-60 or octal numbers (042 is 42); each key of a mapping text, and once."""
+    if isinstance(node, yaml.SequenceNode):
+        return [_value(item) for item in node.value]
+    if isinstance(node, yaml.ScalarNode):
+        return node.value if node.style else _plain_value(node)
+    values: dict[str, Any] = {}
+    first_line: dict[str, int] = {}
+    for key_node, value_node in node.value:
+        key, line = _value(key_node), key_node.start_mark.line + 1
+        if not isinstance(key, str):
+            raise _wrong(key_node, f"a key must be text, not {short(key)}; put it in quotes if it is meant")
+        if key in values:
+            raise _wrong(key_node, f"key {short(key)} is given twice, on lines {first_line[key]} and {line}; keep one")
+        first_line[key], values[key] = line, _value(value_node)
+    return values
+
+
+def _plain_value(node: yaml.ScalarNode) -> Any:
+    """What text without quotes stands for."""
+    text = node.value
+    if _INT.match(text):
+        if len(text) > 40:
+            raise _wrong(node, f"{short(text)} has too many digits")
+        return int(text)
+    if _FLOAT.match(text):
+        return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
+    if _NULL.match(text):
+        return None
+    return True if _TRUE.match(text) else False if _FALSE.match(text) else text
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
@@ -227,7 +200,7 @@ def _following(rest: Sequence[str], kind: Kind) -> list[str]:
     for word in rest:
         if word.startswith("--") or (kind != "text" and re.match(r"[A-Za-z_][\w.-]*=", word)):
             break
-        if kind == "flag" and not (_BOOL.match(word) or _NULL.match(word)):
+        if kind == "flag" and not any(pattern.match(word) for pattern in (_TRUE, _FALSE, _NULL)):
             break
         words.append(word)
         if kind in ("flag", "mapping", "text", "value"):
