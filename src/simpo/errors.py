@@ -7,10 +7,11 @@ from typing import Any
 
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says; its type where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    cause = getattr(error, "inner_exception", error)  # dynamo wraps what its backend raises
+    return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
-def one_line(error: BaseException, limit: int = 200) -> str:
+def one_line(error: BaseException, limit: int = 300) -> str:
     """Type and whole text of an exception, blanks and line breaks joined, cut at `limit` characters."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:limit]
 

@@ -22,6 +22,7 @@ from rich.console import Console
 from simpo.data import sources as source_files
 from simpo.data.ledger import Ledger
 from simpo.data.sources import Source
+from simpo.errors import one_line
 from simpo.recipe import KEYS
 
 _IDS = pa.list_(pa.int32())
@@ -129,7 +130,7 @@ def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None
             raise ValueError("it holds other data")
         return prepared
     except (OSError, ValueError, KeyError, TypeError, AssertionError, pa.ArrowException) as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:120]
+        reason = one_line(error, 120)
         console.print(f"data cache {folder} is broken ({reason}); building it again", markup=False, highlight=False)
         shutil.rmtree(folder, ignore_errors=True)
         return None

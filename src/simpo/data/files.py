@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.data.preferences import BadRow
+from simpo.errors import one_line
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
 
@@ -58,7 +59,7 @@ def _bytes(path: Path) -> bytes:
         if data[:2] == b"\x1f\x8b":
             data = gzip.decompress(data)
     except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path}: cannot be read ({describe_error(error)})") from error
+        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from error
     return data.removeprefix(b"\xef\xbb\xbf")
 
 
@@ -74,7 +75,7 @@ def _json_line(line: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         return BadRow(f"{where}: not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
-        return BadRow(f"{where}: cannot be read ({describe_error(error)})")
+        return BadRow(f"{where}: cannot be read ({one_line(error)})")
 
 
 def load_json(path: Path) -> Any:
@@ -90,7 +91,7 @@ def load_json(path: Path) -> Any:
             return list(_read_jsonl(path))
         raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: cannot be read ({describe_error(error)})") from error
+        raise ValueError(f"{path}: cannot be read ({one_line(error)})") from error
 
 
 def _read_json(path: Path) -> list[Any]:
@@ -125,7 +126,7 @@ def _read_csv(path: Path) -> Iterator[Any]:
             else:
                 yield row
     except csv.Error as error:
-        raise ValueError(f"{path}: broken CSV ({describe_error(error)})") from error
+        raise ValueError(f"{path}: broken CSV ({one_line(error)})") from error
     finally:
         csv.field_size_limit(before)
 
@@ -138,7 +139,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         with open(path, "rb") as stream:
             yield from pyarrow.parquet.read_table(stream).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
-        raise ValueError(f"{path}: cannot be read as Parquet ({describe_error(error)})") from error
+        raise ValueError(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
 
 
 def hash_files(files: list[Path]) -> str:
@@ -149,7 +150,3 @@ def hash_files(files: list[Path]) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
-
-
-def describe_error(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:300]

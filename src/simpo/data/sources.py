@@ -21,7 +21,6 @@ from typing import Any, NamedTuple
 
 from simpo.data.files import (
     FORMATS,
-    describe_error,
     file_format,
     file_stem,
     hash_files,
@@ -30,6 +29,7 @@ from simpo.data.files import (
     read_file,
 )
 from simpo.data.preferences import RowError, pair_from_row
+from simpo.errors import one_line
 
 TRAIN_NAMES = ("train", "train_prefs", "training")
 EVAL_NAMES = ("test", "test_prefs", "validation", "eval", "valid", "val", "dev", "evaluation", "eval_prefs")
@@ -390,7 +390,7 @@ def _read_saved(folder: Path) -> list[dict]:
     try:
         return list(load_from_disk(str(folder)))
     except Exception as error:  # whatever the library raises, the user needs the folder's name
-        raise ValueError(f"dataset_mixer: cannot read the saved dataset {folder}: {describe_error(error)}") from error
+        raise ValueError(f"dataset_mixer: cannot read the saved dataset {folder}: {one_line(error)}") from error
 
 
 def _hub_source(name: str, label: str, fraction: float, config: str | None) -> Source:
@@ -401,7 +401,7 @@ def _hub_source(name: str, label: str, fraction: float, config: str | None) -> S
     except Exception as error:  # offline, unknown name, unknown config: many types, one remedy
         raise ValueError(
             f"dataset_mixer: {name!r} is no local file or folder, and the hub did not give it "
-            f"({describe_error(error)}); check the name, dataset_configs and the connection, or give a local path"
+            f"({one_line(error)}); check the name, dataset_configs and the connection, or give a local path"
         ) from error
     readers = {split: (lambda rows=rows: list(rows)) for split, rows in loaded.items()}
     prints = json.dumps({str(split): rows._fingerprint for split, rows in loaded.items()}, sort_keys=True)

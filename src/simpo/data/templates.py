@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from simpo.data.preferences import Message, Pair, RowError
+from simpo.errors import one_line
 
 PROBE_USER = "Qx7 probe"
 PROBE_ANSWERS = ("Zk3 one", "Wv8 two")
@@ -104,7 +105,7 @@ class TemplateRenderer:
             first, second = _render(self.tokenizer, self.template, dialogues, header=False)
         except Exception as error:  # whatever the template raises, the user needs to hear which key is at fault
             raise ValueError(
-                f"chat_template: it cannot render a user turn and an answer ({_one_line(error)}); "
+                f"chat_template: it cannot render a user turn and an answer ({one_line(error)}); "
                 "set chat_template in the recipe to one that can"
             ) from error
         suffix = _common_prefix(first[::-1], second[::-1])[::-1]
@@ -132,7 +133,7 @@ class TemplateRenderer:
         try:
             return _render(self.tokenizer, self.template, [dialogue], header=header)[0]
         except Exception as error:
-            return RowError("template", f"the chat template refuses this dialogue: {_one_line(error)}")
+            return RowError("template", f"the chat template refuses this dialogue: {one_line(error)}")
 
     def _texts(
         self, prompt: list[Message], header: str | RowError, chosen: str | RowError, rejected: str | RowError
@@ -219,10 +220,6 @@ def _one_ending(body: str, end_text: str | None, what: str) -> str:
     if not body.strip():
         raise RowError("empty", f"nothing is left of {what} in the template's rendering")
     return body
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:200]
 
 
 def _common_prefix(left: str, right: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from simpo.errors import first_line
 from simpo.model.attention import unwrap
 from simpo.parallel.sharding import original_class
 
@@ -91,12 +92,10 @@ def _try_compiler(device: torch.device, backend: str | Callable[..., Any]) -> No
             warnings.simplefilter("ignore", DeprecationWarning)  # torch 2.13's own, from inductor's first import
             torch.compile(_small, dynamic=True, backend=backend)(torch.ones(8, device=device))
     except Exception as error:  # what is missing decides what is raised
-        cause = getattr(error, "inner_exception", error)  # dynamo wraps what its backend raises
-        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         needed = "a C++ compiler such as g++" if device.type == "cpu" else "triton, and a C compiler"
         raise ValueError(
-            f"torch_compile: torch cannot compile for {device.type} here ({first_line}); install {needed}, or set "
-            "torch_compile: false"
+            f"torch_compile: torch cannot compile for {device.type} here ({first_line(error)}); install {needed}, or "
+            "set torch_compile: false"
         ) from error
 
 

@@ -23,6 +23,7 @@ from simpo.core.attention import (
     reference_attention,
     why_not,
 )
+from simpo.errors import first_line
 from simpo.model.attention import PACKED, is_packed, packed_by, unwrap
 from simpo.model.costs import decoder_sizes
 
@@ -165,7 +166,7 @@ def _problem(kernel: str, heads: _Heads) -> str | None:
     try:
         torch.nn.attention.activate_flash_attention_impl(_FLASH[kernel].name)
     except Exception as error:  # whatever the package raises as it is imported
-        return _first_line(error)
+        return first_line(error)
     problem = _try("varlen", heads)
     if problem is not None:
         torch.nn.attention.restore_flash_attention_impl()
@@ -194,10 +195,5 @@ def _try(path: AttentionPath, heads: _Heads) -> str | None:
             if not error <= _ERROR_LIMIT:
                 return f"its results differ from the reference by {error:.2g} of the largest"
     except Exception as error:  # what a kernel or its compiler cannot do decides what is raised
-        return _first_line(error)
+        return first_line(error)
     return None
-
-
-def _first_line(error: Exception) -> str:
-    cause = getattr(error, "inner_exception", error)  # dynamo wraps what its backend raises
-    return (str(cause).strip() or type(cause).__name__).splitlines()[0]

@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from simpo.errors import first_line
 from simpo.model.attention import PACKED, plain_implementation, unwrap
 from simpo.model.head import install_head
 from simpo.model.kernels import choose_kernel
@@ -166,8 +167,7 @@ def load_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **opt
             **options,
         )
     except (OSError, KeyError, ImportError) as error:  # a missing or broken checkpoint, an attention not installed
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"cannot load the {what} {name!r}: {first_line}") from error
+        raise ValueError(f"cannot load the {what} {name!r}: {first_line(error)}") from error
 
 
 def _looks_local(name: str) -> bool:
@@ -209,10 +209,10 @@ def quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]
         ).to(device)
         layer(torch.ones(2, 64, dtype=compute, device=device, requires_grad=True)).sum().backward()
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"load_in_4bit: bitsandbytes {bitsandbytes.__version__} cannot hold 4-bit weights on {device.type} here "
-            f"({reason}); set it to false for LoRA on unquantised weights (master_dtype: bfloat16 halves them)"
+            f"({first_line(error)}); set it to false for LoRA on unquantised weights (master_dtype: bfloat16 halves "
+            "them)"
         ) from error
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

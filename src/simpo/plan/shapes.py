@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from simpo.errors import first_line
+
 _LLAMA_3 = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -131,7 +133,7 @@ def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
         return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
-            f"cannot read the configuration of {name!r} ({_first_line(error)}); give a folder, a hub name that can be "
+            f"cannot read the configuration of {name!r} ({first_line(error)}); give a folder, a hub name that can be "
             f"reached, a .json or .yaml file, or a shape: {', '.join(SHAPES)}"
         ) from error
 
@@ -142,7 +144,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"cannot read {str(path)!r}: {_first_line(error)}") from error
+        raise ValueError(f"cannot read {str(path)!r}: {first_line(error)}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
         raise ValueError(
             f"{str(path)!r} holds no configuration: a mapping with a model_type (llama, qwen2, ...) is needed"
@@ -157,8 +159,4 @@ def _from_settings(settings: dict[str, Any], *, source: str = "") -> Any:
     try:
         return AutoConfig.for_model(settings.pop("model_type"), **settings)
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{source!r} is not a configuration that transformers knows: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{source!r} is not a configuration that transformers knows: {first_line(error)}") from error

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from simpo.errors import first_line
 from simpo.model.costs import decoder_sizes
 
 
@@ -112,7 +113,7 @@ def describe_model(config: Any, *, name: str = "") -> ModelSizes:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except ValueError as error:
-        raise ValueError(f"{text.model_type}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{text.model_type}: {first_line(error)}") from error
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
     tied = head.weight is embedding.weight

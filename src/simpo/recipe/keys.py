@@ -447,8 +447,6 @@ class Recipe(_LossKeys):
 
         return load_own_loss(self.loss_type, json.dumps(self.loss_kwargs or {}, sort_keys=True))
 
-    loss_options = loss
-
     @property
     def loss_values(self) -> dict[str, Any]:
         """Keyword arguments of the loss."""

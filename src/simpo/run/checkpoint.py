@@ -45,6 +45,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
+from simpo.errors import first_line
 from simpo.parallel.mesh import Mesh
 from simpo.parallel.sharding import local_part
 from simpo.run.ram import empty_on_host
@@ -528,5 +529,4 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, CheckpointException):
         rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
         where, error = f"rank {rank}: " if rank or len(error.failures) > 1 else "", inner
-    text = str(error).strip()
-    return where + (text.splitlines()[0] if text else type(error).__name__)
+    return where + first_line(error)

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from simpo.errors import first_line
 from simpo.parallel.sharding import local_part, total_norm
 from simpo.run.adamw import AdamWBf16, load_state_as_saved
 
@@ -64,7 +65,7 @@ def _adamw_8bit(device: torch.device) -> type[torch.optim.Optimizer]:
         reason = "a trial step did nothing"
     except Exception as error:  # what is raised differs from build to build
         works = False
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
     if not works:
         raise ValueError(
             f"optim: this bitsandbytes cannot run adamw_8bit on {device.type} ({reason}); update it, or use adamw_bf16"

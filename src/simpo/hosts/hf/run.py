@@ -114,7 +114,7 @@ def check_keys(recipe: Recipe) -> None:
     if recipe.optim == "adamw_bf16":
         raise ValueError(f"optim = adamw_bf16: not with accelerate launch; {_NATIVE_ONLY}")
     reference = recipe.ref_model_name_or_path
-    if recipe.loss_options.needs_reference and reference not in (None, recipe.model_name_or_path):
+    if recipe.loss.needs_reference and reference not in (None, recipe.model_name_or_path):
         raise ValueError(
             f"ref_model_name_or_path = {reference}: with accelerate launch the reference is the model itself before "
             f"its first update; for another one, {_NATIVE_ONLY}"

@@ -170,7 +170,7 @@ class SimPOTrainer(Trainer):
         if not part.indices:  # a stand-in: every weight takes part, with a gradient of zero
             nothing = 0.0 * (logps.chosen_sum + logps.rejected_sum)
             return nothing, torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=batch.input_ids.device)
-        if self.recipe.loss_options.needs_reference:
+        if self.recipe.loss.needs_reference:
             logps = self._with_reference(logps, part.indices, name)
         return trained_losses(logps, self.recipe, num_pairs=plan.num_pairs, num_chosen_tokens=plan.num_chosen_tokens)
 
@@ -282,7 +282,7 @@ class SimPOTrainer(Trainer):
 
     def _name_of(self, held_out: Any) -> str:
         """Of held-out pairs, in `references`; only losses with a reference ask for it, and it takes a while."""
-        return fingerprint_tokens(held_out) if self.recipe.loss_options.needs_reference else ""
+        return fingerprint_tokens(held_out) if self.recipe.loss.needs_reference else ""
 
     def _prepare(self, train: Any, evaluation: Any, *, recipe: Recipe | None = None) -> PreparedData:
         if train is None and evaluation is None:
@@ -352,7 +352,7 @@ class SimPOTrainer(Trainer):
         facts = {f"recipe key {name}": value for name, value in self.recipe.to_dict().items()}
         facts |= {"fingerprint of the data": self.data.fingerprint, "batch plan": self.loader.fingerprint}
         self.mesh.check_agreement({**facts, "optimizer steps done": self.state.global_step})
-        if self.recipe.loss_options.needs_reference:
+        if self.recipe.loss.needs_reference:
             self._prepare_references(model, resume_from_checkpoint)
         self._logged = (self.state.global_step, time.perf_counter())
         return model, dataloader

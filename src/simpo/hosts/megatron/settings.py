@@ -75,7 +75,7 @@ class MegatronSettings:
     @property
     def needs_reference(self) -> bool:
         """Whether batches must carry log-probs of a reference model."""
-        return self.recipe.loss_options.needs_reference
+        return self.recipe.loss.needs_reference
 
     @classmethod
     def from_arguments(
@@ -139,7 +139,7 @@ def _loss_recipe(values: Mapping[str, Any], method: Method) -> Recipe:
                 f"simpo_loss_type = {recipe.loss_type!r}: a loss of your own is for simpo train and the Hugging Face "
                 f"host; here one of {', '.join(REFERENCE_FREE)}"
             )
-        if recipe.loss_options.needs_reference:
+        if recipe.loss.needs_reference:
             raise ValueError(
                 f"simpo_loss_type = {recipe.loss_type!r}: needs a reference model; use dpo_forward_step with "
                 f"dpo_loss_type, or one of {', '.join(REFERENCE_FREE)}"
