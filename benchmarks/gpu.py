@@ -89,7 +89,9 @@ def build_parser() -> argparse.ArgumentParser:
     one = command("ladder", "a training step, rung by rung, and a profile of the fastest")
     add_model(one, "llama-1b")
     one.add_argument("--compute", choices=("bf16", "fp32"), default="bf16")
-    one.add_argument("--rungs", default="all", help="padded, packed, shared, head, lean, compiled, checkpoints; or all")
+    one.add_argument(
+        "--rungs", default="all", help="padded, packed, shared, head, low-memory, compiled, checkpoints; or all"
+    )
     one.add_argument("--cases", help=f"prompt/chosen/rejected tokens; default {CASES['cuda']}")
     one.add_argument("--lengths", help='JSON file of token counts: {"name": [[prompt, chosen, rejected], ...]}')
     one.add_argument(

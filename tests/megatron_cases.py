@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig, Qwen2Config, Qwen2ForCausalLM
 
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.hosts.megatron.batch import iterate_batches
 from simpo.hosts.megatron.settings import MegatronSettings
 from simpo.model.attention import PACKED
@@ -50,7 +50,7 @@ def build_model(kind: str) -> LlamaForCausalLM | Qwen2ForCausalLM:
     return model.train()
 
 
-def make_pairs(count: int, *, seed: int = SEED) -> list[StoredPair]:
+def make_pairs(count: int, *, seed: int = SEED) -> list[TokenPair]:
     """Ragged pairs; the first has responses of one token. Trained tokens 0 and 256 are id 0 of two shards."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -64,7 +64,7 @@ def make_pairs(count: int, *, seed: int = SEED) -> list[StoredPair]:
         chosen, rejected = tokens(1, most), tokens(1, most)
         if index:
             chosen, rejected = [*chosen, 256], [*rejected, 0]
-        pairs.append(StoredPair(f"row-{index}", prompt + chosen, len(prompt), prompt + rejected, len(prompt)))
+        pairs.append(TokenPair(f"row-{index}", prompt + chosen, len(prompt), prompt + rejected, len(prompt)))
     return pairs
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
+
+from simpo.data.preferences import Pair, RowError
+from simpo.data.tokenize import PairTokenizer, TokenizedPair
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -105,6 +109,19 @@ _TEXT = (
     "Done.\n\nNext.\n\nLast.\n\n"
     "Write a poem about the sea, please. I cannot; it is too long.\n"
 )
+
+
+def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, **limits: Any) -> list[TokenizedPair | RowError]:
+    """What the data layer makes of pairs; `limits` are `PairTokenizer`'s."""
+    return PairTokenizer(tokenizer, **limits)(pairs)
+
+
+def tokenize_pair(pair: Pair, tokenizer: Any, **limits: Any) -> TokenizedPair:
+    """The same of one pair; its RowError is raised."""
+    (result,) = tokenize_pairs([pair], tokenizer, **limits)
+    if isinstance(result, RowError):
+        raise result
+    return result
 
 
 @cache

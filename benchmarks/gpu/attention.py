@@ -22,9 +22,10 @@ from torch import Tensor
 from gpu.device import Deadline, Meter, TimeUp, attempt, first_line, measure_median, stop_at
 from gpu.report import Column, Report, digits, gib
 from gpu.workload import LengthCase
-from simpo.core.attention import AttentionBlocks, attention_path, packed_attention, reference_attention
+from simpo.core.attention import attention_path, packed_attention, reference_attention
 from simpo.core.batch import build_batch
-from simpo.data.loader import StoredPair
+from simpo.core.blocks import AttentionBlocks
+from simpo.core.packing import TokenPair
 
 DEFAULT_CASES = "ragged-200/350/350,1000/300/300,4096/256/256"
 TOLERANCE = 2e-2
@@ -213,9 +214,9 @@ def check_way(
     ), None
 
 
-def _pair(prompt: int, chosen: int, rejected: int) -> StoredPair:
+def _pair(prompt: int, chosen: int, rejected: int) -> TokenPair:
     ids = [1] * prompt
-    return StoredPair("check", ids + [2] * chosen, prompt, ids + [3] * rejected, prompt)
+    return TokenPair("check", ids + [2] * chosen, prompt, ids + [3] * rejected, prompt)
 
 
 def _relative(actual: Tensor, expected: Tensor) -> float:
@@ -226,7 +227,7 @@ def time_way(
     way: str,
     meter: Meter,
     case: str,
-    pairs: Sequence[StoredPair],
+    pairs: Sequence[TokenPair],
     heads: tuple[int, int, int],
     softcap: float | None,
     dtype: torch.dtype,

@@ -33,7 +33,7 @@ from gpu.workload import (
     build_optimizer,
     lay_out,
 )
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 
 DEFAULT_CASES = "ragged-200/350/350,1000/300/300,4096/256/256"
 CANNOT_RUN = "cannot run: "
@@ -52,7 +52,7 @@ class Track:
     """
 
     rung: Rung
-    steps: Sequence[Sequence[StoredPair]]
+    steps: Sequence[Sequence[TokenPair]]
     micro_batches: int = 1
     failed: str | None = None
     losses: dict[int, float] = field(default_factory=dict)

@@ -34,8 +34,7 @@ from gpu.workload import (
     lay_out,
 )
 from simpo.core.batch import PackedPairs
-from simpo.core.packing import PairShape
-from simpo.data.loader import StoredPair
+from simpo.core.packing import PairShape, TokenPair
 from simpo.parallel.mesh import MeshSizes
 from simpo.plan.footprint import RUNTIME_BYTES, StepOptions, compute_footprint
 from simpo.plan.sizes import ModelSizes, describe_model
@@ -94,7 +93,7 @@ def run_memory(
     expected = [(mode.name, len(batch)) for mode in modes for batch in batches]
     sizes = describe_model(config)
 
-    def planned(mode: Mode, pairs: Sequence[StoredPair]) -> float | None:
+    def planned(mode: Mode, pairs: Sequence[TokenPair]) -> float | None:
         if plan.optimizer == "none":  # which no recipe has
             return None
         return plan_bytes(sizes, plan, mode, pairs, on_cpu=meter.device.type == "cpu")
@@ -120,7 +119,7 @@ def run_memory(
     return True
 
 
-def micro_batches_of(case: LengthCase, tokens: Sequence[int], *, vocab_size: int) -> list[list[StoredPair]]:
+def micro_batches_of(case: LengthCase, tokens: Sequence[int], *, vocab_size: int) -> list[list[TokenPair]]:
     """The case's first pairs, as many as come closest to each number of packed tokens from below; at least one."""
     most = max(tokens)
     count, pairs = 1, case.pairs(1, vocab_size=vocab_size)
@@ -153,7 +152,7 @@ def state_bytes(network: torch.nn.Module, plan: WeightPlan, optim: str) -> int:
     return total
 
 
-def predict_bytes(activations: ActivationBytes, pairs: Sequence[StoredPair], before: int) -> float:
+def predict_bytes(activations: ActivationBytes, pairs: Sequence[TokenPair], before: int) -> float:
     """The peak of a step over these pairs, everything included."""
     works = [pair_work(pair) for pair in pairs]
     columns = zip(*((w.shape.prefix, w.shape.chosen, w.shape.rejected, w.labels) for w in works))
@@ -162,7 +161,7 @@ def predict_bytes(activations: ActivationBytes, pairs: Sequence[StoredPair], bef
     return float(before + activations.fixed + sizes.sum())
 
 
-def plan_bytes(sizes: ModelSizes, plan: WeightPlan, mode: Mode, pairs: Sequence[StoredPair], *, on_cpu: bool) -> float:
+def plan_bytes(sizes: ModelSizes, plan: WeightPlan, mode: Mode, pairs: Sequence[TokenPair], *, on_cpu: bool) -> float:
     """The same by `simpo plan`, without what CUDA itself takes, which the allocator does not see."""
     works = [pair_work(pair) for pair in pairs]
     options = StepOptions(
@@ -181,7 +180,7 @@ def plan_bytes(sizes: ModelSizes, plan: WeightPlan, mode: Mode, pairs: Sequence[
 # --- what happens ----------------------------------------------------------------------------------------------------
 
 
-def _first_step(staged: StagedModel, pairs: Sequence[StoredPair], optimizer: Any, meter: Meter) -> None:
+def _first_step(staged: StagedModel, pairs: Sequence[TokenPair], optimizer: Any, meter: Meter) -> None:
     """One pair, so that moments and workspaces are there before anything is measured."""
     with staged.on(DEFAULT_RUNG):
         batch = lay_out(DEFAULT_RUNG, pairs)
@@ -196,11 +195,11 @@ def _grow(
     deadline: Deadline,
     staged: StagedModel,
     mode: Mode,
-    batches: Sequence[Sequence[StoredPair]],
+    batches: Sequence[Sequence[TokenPair]],
     optimizer: Any,
     activations: dict[Mode, ActivationBytes],
     before: int,
-    planned: Callable[[Mode, Sequence[StoredPair]], float | None],
+    planned: Callable[[Mode, Sequence[TokenPair]], float | None],
 ) -> None:
     """One mode, micro-batch by micro-batch; what follows one that does not fit is a row without numbers."""
     failed: str | None = None

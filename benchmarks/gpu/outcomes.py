@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from gpu.workload import BETA, DEFAULT_RUNG, GAMMA_BETA_RATIO, LengthCase, Rung, StagedModel
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import response_logps
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.attention import plain_attention, plain_implementation
 from simpo.model.head import compute_token_logps
 from simpo.model.offload import offload_activations
@@ -62,7 +62,7 @@ def architectures(*, tiny: bool) -> dict[str, Any]:
     }
 
 
-def parity_pairs(vocab_size: int, *, tiny: bool) -> list[StoredPair]:
+def parity_pairs(vocab_size: int, *, tiny: bool) -> list[TokenPair]:
     """Ragged pairs: a prefix longer than a tile, one of a token, a response of a token, responses that begin alike."""
     lengths = ((300, 90, 140), (17, 33, 5), (1, 4, 80), (513, 1, 60), (129, 128, 127))
     if tiny:
@@ -70,7 +70,7 @@ def parity_pairs(vocab_size: int, *, tiny: bool) -> list[StoredPair]:
     pairs = LengthCase("parity", lengths).pairs(len(lengths), vocab_size=vocab_size)
     first = pairs[0]
     start, alike = first.chosen_start, first.chosen_ids[: first.chosen_start + 5]
-    longer = StoredPair("alike", first.chosen_ids, start, alike + first.rejected_ids[start + 5 :], start)
+    longer = TokenPair("alike", first.chosen_ids, start, alike + first.rejected_ids[start + 5 :], start)
     return [*pairs, longer]
 
 
@@ -94,7 +94,7 @@ def outcome_of(model: nn.Module, logps: Tensor, lengths: Tensor) -> Outcome:
 
 
 def reference_outcome(
-    staged: StagedModel, pairs: Sequence[StoredPair], *, attention: str | None, alone: bool = False
+    staged: StagedModel, pairs: Sequence[TokenPair], *, attention: str | None, alone: bool = False
 ) -> Outcome:
     """The ordinary way; `attention` as transformers names it, None = its own choice; `alone`: pair by pair."""
     model = staged.model
@@ -114,7 +114,7 @@ def reference_outcome(
     return outcome_of(model, torch.cat(logps), torch.cat(lengths))
 
 
-def scale_logits(staged: StagedModel, pairs: Sequence[StoredPair]) -> None:
+def scale_logits(staged: StagedModel, pairs: Sequence[TokenPair]) -> None:
     """Scale the final norm so that the largest logit of these pairs is `LARGEST_LOGIT`; before any soft-cap."""
     base = staged.model
     batch = build_batch(pairs, pack=False, share_prompt=False).to(staged.device)

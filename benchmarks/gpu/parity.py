@@ -42,7 +42,7 @@ from gpu.workload import BETA, CHECKPOINTS_RUNG, RUNGS, StagedModel, build_model
 from simpo.core.attention import packed_attention, reference_attention
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import reference_token_logps, token_logps
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.head import compute_token_logps
 from simpo.run.optim import build_optimizer
 
@@ -217,7 +217,7 @@ def check_ways(
     subject: str,
     mode: str,
     staged: StagedModel,
-    pairs: Sequence[StoredPair],
+    pairs: Sequence[TokenPair],
     outcome: Outcome,
     noise: float,
     compare: Callable[[str, Outcome], None],
@@ -234,7 +234,7 @@ def check_ways(
     ):
         compare(f"{subject}, {layout}", packed_outcome(staged, other))
     for rung in RUNGS:
-        if rung.layout == "shared" and not rung.lean and not rung.compiled:
+        if rung.layout == "shared" and not rung.low_memory and not rung.compiled:
             compare(f"{subject}, {rung.name}", packed_outcome(staged, batch, rung))
 
     def repeat(what: str, again: Outcome, first: Outcome, limit: float) -> None:

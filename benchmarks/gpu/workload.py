@@ -10,10 +10,10 @@ classes of blocks and the compiled code are switched, the weights stay.
                 attention; logits of response tokens only, all at one time (dense)
     shared      the prompt of a pair once
     head        the head in chunks, forward and backward (`core.logprobs.token_logps`)
-    lean        the blocks of `model.low_memory`: less is kept for the backward pass; the last MLP skips unread rows.
+    low-memory  the blocks of `model.low_memory`: less is kept for the backward pass; the last MLP skips unread rows.
                 What `simpo train` does unless told otherwise
-    compiled    transformers' blocks under torch.compile instead of the lean ones: `torch_compile: true`
-    checkpoints the lean blocks, computed again in the backward pass: `gradient_checkpointing: true`
+    compiled    transformers' blocks under torch.compile instead of the low-memory ones: `torch_compile: true`
+    checkpoints the low-memory blocks, computed again in the backward pass: `gradient_checkpointing: true`
 
 A step is forward, backward, clipping to norm 1 and the optimizer's update at learning rate 0: the same work as any
 other, and weights that stay as they are, so the losses of all rungs and rounds on the same pairs can be compared.
@@ -41,13 +41,12 @@ import simpo.model.head
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import reference_token_logps
 from simpo.core.losses import LOSSES
-from simpo.core.packing import iterate_steps
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair, iterate_steps
 from simpo.model.attention import PACKED, plain_implementation, unwrap
 from simpo.model.compile import compile_blocks
 from simpo.model.head import compute_pair_logps, install_head
 from simpo.model.load import disable_dropout
-from simpo.model.low_memory import install_lean_blocks
+from simpo.model.low_memory import install_low_memory_blocks
 from simpo.model.offload import offload_activations
 from simpo.run.adamw import AdamWBf16
 from simpo.run.optim import clip_gradients
@@ -185,7 +184,7 @@ class LengthCase:
     name: str
     lengths: tuple[tuple[int, int, int], ...] | None = None
 
-    def pairs(self, count: int, *, vocab_size: int) -> list[StoredPair]:
+    def pairs(self, count: int, *, vocab_size: int) -> list[TokenPair]:
         """The first `count` pairs, always the same.
 
         Raises:
@@ -201,18 +200,18 @@ class LengthCase:
         case = Case(self.name, "", kind, None, means)
         return build_pairs(case, count, vocab_size=vocab_size, tokenizer=None, data=None)
 
-    def micro_batches(self, count: int, size: int, *, vocab_size: int) -> list[list[StoredPair]]:
+    def micro_batches(self, count: int, size: int, *, vocab_size: int) -> list[list[TokenPair]]:
         """The same pairs, `size` at a time."""
         pairs = self.pairs(count * size, vocab_size=vocab_size)
         return list(iterate_steps(pairs, pairs_per_step=size))
 
 
-def random_pair(index: int, sizes: Sequence[int], vocab_size: int) -> StoredPair:
+def random_pair(index: int, sizes: Sequence[int], vocab_size: int) -> TokenPair:
     """Random tokens; the responses differ in their first, so that exactly the prompt is shared."""
     rng = np.random.default_rng([1, index, *sizes])
     prompt, chosen, rejected = (rng.integers(0, vocab_size, size=size).tolist() for size in sizes)
     rejected[0] = (chosen[0] + 1) % vocab_size
-    return StoredPair(str(index), prompt + chosen, len(prompt), prompt + rejected, len(prompt))
+    return TokenPair(str(index), prompt + chosen, len(prompt), prompt + rejected, len(prompt))
 
 
 def find_cases(names: str, lengths_file: str | None) -> list[LengthCase]:
@@ -256,7 +255,7 @@ class Rung:
     name: str
     layout: Literal["padded", "packed", "shared"]
     dense_head: bool = False
-    lean: bool = False
+    low_memory: bool = False
     compiled: bool = False
     checkpointing: bool = False
 
@@ -266,17 +265,17 @@ RUNGS = (
     Rung("packed", "packed", dense_head=True),
     Rung("shared", "shared", dense_head=True),
     Rung("head", "shared"),
-    Rung("lean", "shared", lean=True),
+    Rung("low-memory", "shared", low_memory=True),
     Rung("compiled", "shared", compiled=True),
-    Rung("checkpoints", "shared", lean=True, checkpointing=True),
+    Rung("checkpoints", "shared", low_memory=True, checkpointing=True),
 )
-DEFAULT_RUNG = next(rung for rung in RUNGS if rung.name == "lean")
+DEFAULT_RUNG = next(rung for rung in RUNGS if rung.name == "low-memory")
 PADDED_RUNG, CHECKPOINTS_RUNG = RUNGS[0], RUNGS[-1]
 
 Batch = PaddedBatch | PackedPairs
 
 
-def lay_out(rung: Rung, pairs: Sequence[StoredPair]) -> Batch:
+def lay_out(rung: Rung, pairs: Sequence[TokenPair]) -> Batch:
     """The pairs as the rung wants them, on the CPU."""
     if rung.layout == "padded":
         return pad_pairs(pairs, pad_token_id=0)
@@ -313,11 +312,11 @@ class StagedModel:
     def __init__(self, model: nn.Module, *, device: torch.device, autocast: bool) -> None:
         self.model, self.device, self.autocast = model, device, autocast
         self._plain = [(module, type(module)) for module in model.modules()]
-        install_lean_blocks(model)
-        self._lean = [(module, type(module)) for module in model.modules()]
+        install_low_memory_blocks(model)
+        self._low_memory = [(module, type(module)) for module in model.modules()]
         self._compiled: list[tuple[nn.Module, Callable[..., Any]]] | None = None
         self._checkpointing_ready = False
-        self._set_classes(lean=False)
+        self._set_classes(low_memory=False)
 
     def losses(self, rung: Rung, batch: Batch) -> Tensor:
         """SimPO's loss of each pair [P]; only inside `on(rung)`."""
@@ -337,7 +336,7 @@ class StagedModel:
     def on(self, rung: Rung) -> Iterator[None]:
         """Inside, the model is that of the rung."""
         base = unwrap(self.model)
-        self._set_classes(lean=rung.lean)
+        self._set_classes(low_memory=rung.low_memory)
         self._set_checkpointing(rung.checkpointing)
         base.set_attn_implementation(plain_implementation(base) if rung.layout == "padded" else PACKED)
         head = contextlib.nullcontext()
@@ -349,10 +348,10 @@ class StagedModel:
             finally:
                 base.set_attn_implementation(PACKED)
                 self._set_checkpointing(False)
-                self._set_classes(lean=False)
+                self._set_classes(low_memory=False)
 
-    def _set_classes(self, *, lean: bool) -> None:
-        for module, kind in self._lean if lean else self._plain:
+    def _set_classes(self, *, low_memory: bool) -> None:
+        for module, kind in self._low_memory if low_memory else self._plain:
             module.__class__ = kind
 
     @contextlib.contextmanager

@@ -16,7 +16,7 @@ from typing import Literal
 
 import numpy as np
 
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 
 SIGMA = 0.7
 """Spread of the drawn log-lengths: padding to the longest of 2, 4 and 8 such pairs multiplies tokens by 1.55, 1.91 and
@@ -104,7 +104,7 @@ def find_cases(names: str) -> list[Case]:
 
 def build_pairs(
     case: Case, count: int, *, warm_up: int = 0, vocab_size: int, tokenizer: Path | None, data: str | None
-) -> list[StoredPair]:
+) -> list[TokenPair]:
     """The case's fixed list: the same pairs in the same order on every call.
 
     Args:
@@ -134,16 +134,16 @@ def _draw_lengths(case: Case, rng: np.random.Generator, count: int) -> np.ndarra
 
 def _synthetic_pair(
     rng: np.random.Generator, row_id: str, prompt: int, chosen: int, rejected: int, vocab_size: int
-) -> StoredPair:
+) -> TokenPair:
     """Random tokens; the responses differ in their first, so that exactly the prompt is shared."""
     ids, one, other = (rng.integers(0, vocab_size, size=size).tolist() for size in (prompt, chosen, rejected))
     other[0] = (one[0] + 1) % vocab_size
-    return StoredPair(row_id, ids + one, prompt, ids + other, prompt)
+    return TokenPair(row_id, ids + one, prompt, ids + other, prompt)
 
 
 def _real_pairs(
     case: Case, count: int, warm_up: int, vocab_size: int, tokenizer: Path | None, data: str | None
-) -> list[StoredPair]:
+) -> list[TokenPair]:
     path = Path(case.source)
     if not path.is_absolute():
         path = Path(data or ".") / path
@@ -193,17 +193,17 @@ def _evenly(ranked: Sequence[int], count: int) -> list[int]:
     return chosen
 
 
-def save_pairs(pairs: Sequence[StoredPair], path: Path) -> None:
+def save_pairs(pairs: Sequence[TokenPair], path: Path) -> None:
     """Write pairs for the workers, as JSON."""
     path.write_text(json.dumps([asdict(pair) for pair in pairs]), encoding="utf-8")
 
 
-def load_pairs(path: Path) -> list[StoredPair]:
+def load_pairs(path: Path) -> list[TokenPair]:
     """Read what `save_pairs` wrote."""
-    return [StoredPair(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    return [TokenPair(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def describe_pairs(pairs: Sequence[StoredPair]) -> dict[str, float]:
+def describe_pairs(pairs: Sequence[TokenPair]) -> dict[str, float]:
     """Mean lengths in tokens: prompt, chosen and rejected responses."""
     starts = np.array([[pair.chosen_start, pair.rejected_start] for pair in pairs])
     sizes = np.array([[len(pair.chosen_ids), len(pair.rejected_ids)] for pair in pairs])

@@ -22,8 +22,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from simpo.core.batch import TokenPair
-from simpo.core.packing import PairShape, shared_prefix_length
+from simpo.core.packing import PairShape, TokenPair, shared_prefix_length
 from simpo.model.costs import decoder_sizes
 
 
@@ -206,7 +205,7 @@ def build_on_meta(config: Any, *, packed: bool, bf16: bool = False) -> nn.Module
     from transformers import AutoModelForCausalLM
 
     from simpo.model.attention import PACKED
-    from simpo.model.low_memory import install_lean_blocks
+    from simpo.model.low_memory import install_low_memory_blocks
 
     with torch.device("meta"):
         # A copy: the attention's name is written into the configuration, which models built from it share.
@@ -223,5 +222,5 @@ def build_on_meta(config: Any, *, packed: bool, bf16: bool = False) -> nn.Module
             f"{type(model).__name__} has {linear} weights in linear layers, and the floor's formula expects {expected}"
         )
     if packed:
-        install_lean_blocks(model)
+        install_low_memory_blocks(model)
     return model.train()

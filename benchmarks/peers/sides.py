@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from peers.flops import matmul_counter
 from peers.machine import resident_gib
-from simpo.core.batch import TokenPair
-from simpo.data.loader import StoredPair
+from simpo.core.packing import PAIR_FIELDS, TokenPair
 
 BETA, GAMMA_BETA_RATIO = 2.0, 0.5
 MAX_GRAD_NORM = 1.0
@@ -121,7 +120,7 @@ class StepClock:
             torch.cuda.synchronize(self.device)
 
 
-def run_side(spec: SideSpec, pairs: Sequence[StoredPair]) -> Record:
+def run_side(spec: SideSpec, pairs: Sequence[TokenPair]) -> Record:
     """Train `spec.warm_up_steps` and then `spec.steps` timed steps, over consecutive pairs.
 
     Raises:
@@ -190,7 +189,7 @@ def build_recipe(spec: SideSpec) -> Any:
     )
 
 
-def _run_simpo(spec: SideSpec, pairs: list[StoredPair], clock: StepClock, record: Record) -> None:
+def _run_simpo(spec: SideSpec, pairs: list[TokenPair], clock: StepClock, record: Record) -> None:
     from simpo.data.cache import PreparedData
     from simpo.data.ledger import Ledger, SplitLedger
     from simpo.data.loader import StepPlan
@@ -216,9 +215,9 @@ def _run_simpo(spec: SideSpec, pairs: list[StoredPair], clock: StepClock, record
         record.losses.append(values["loss"])
 
 
-def pairs_as_dataset(pairs: Sequence[StoredPair]) -> Any:
+def pairs_as_dataset(pairs: Sequence[TokenPair]) -> Any:
     """The pairs as the loader reads them: a `datasets.Dataset`, or a table alike where that package is missing."""
-    columns = {name: [getattr(pair, name) for pair in pairs] for name in StoredPair.__dataclass_fields__}
+    columns = {name: [getattr(pair, name) for pair in pairs] for name in PAIR_FIELDS}
     if importlib.util.find_spec("datasets") is not None:
         import datasets
 
@@ -322,11 +321,11 @@ def liger_mean_loss(model: nn.Module, batch: PaddedBatch, *, compiled: bool) -> 
     return loss(model.get_output_embeddings().weight, states, batch.labels[:, 1:].contiguous())[0], states
 
 
-def _run_padded(spec: SideSpec, pairs: list[StoredPair], clock: StepClock, record: Record) -> None:
+def _run_padded(spec: SideSpec, pairs: list[TokenPair], clock: StepClock, record: Record) -> None:
     _run_plain_loop(spec, pairs, clock, record, lambda model, batch: padded_pair_losses(model, batch).mean())
 
 
-def _run_liger(spec: SideSpec, pairs: list[StoredPair], clock: StepClock, record: Record) -> None:
+def _run_liger(spec: SideSpec, pairs: list[TokenPair], clock: StepClock, record: Record) -> None:
     def mean_loss(model: nn.Module, batch: PaddedBatch) -> Tensor:
         return liger_mean_loss(model, batch, compiled=True)[0]
 
@@ -335,7 +334,7 @@ def _run_liger(spec: SideSpec, pairs: list[StoredPair], clock: StepClock, record
 
 def _run_plain_loop(
     spec: SideSpec,
-    pairs: list[StoredPair],
+    pairs: list[TokenPair],
     clock: StepClock,
     record: Record,
     mean_loss: Callable[[nn.Module, PaddedBatch], Tensor],
@@ -397,7 +396,7 @@ def forward_backward(side: str, model: nn.Module, pairs: Sequence[TokenPair]) ->
 # --- trl -------------------------------------------------------------------------------------------------------------
 
 
-def _run_trl(spec: SideSpec, pairs: list[StoredPair], clock: StepClock, record: Record) -> None:
+def _run_trl(spec: SideSpec, pairs: list[TokenPair], clock: StepClock, record: Record) -> None:
     """TRL's CPOTrainer with loss_type "simpo" and cpo_alpha 0, fed these very token ids in this order."""
     import datasets
     from torch.utils.data import SequentialSampler
@@ -480,7 +479,7 @@ def trl_columns(pair: TokenPair) -> dict[str, list[int]]:
     return columns | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
-_SIDES: dict[str, Callable[[SideSpec, list[StoredPair], StepClock, Record], None]] = {
+_SIDES: dict[str, Callable[[SideSpec, list[TokenPair], StepClock, Record], None]] = {
     "simpo": _run_simpo,
     "padded": _run_padded,
     "liger": _run_liger,

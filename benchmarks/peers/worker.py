@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -150,7 +150,7 @@ class _Counter:
         self._known: dict[Any, int] = {}
 
     def work(
-        self, side: str, shape: Any, *, warm_up: list[list[StoredPair]], timed: list[list[StoredPair]]
+        self, side: str, shape: Any, *, warm_up: list[list[TokenPair]], timed: list[list[TokenPair]]
     ) -> dict[str, Any] | None:
         """Operations and tokens of a side over the timed micro-batches; None where it is not installed."""
         from peers import flops
@@ -172,7 +172,7 @@ class _Counter:
             "warm_up_matmul_flops": sum(self._matmul(side, batch) for batch in warm_up),
         }
 
-    def _matmul(self, side: str, batch: list[StoredPair]) -> int:
+    def _matmul(self, side: str, batch: list[TokenPair]) -> int:
         from peers import flops
 
         works = [flops.pair_work(pair) for pair in batch]
@@ -181,7 +181,7 @@ class _Counter:
             self._known[key] = flops.count_matmul_flops(self._step(side, batch))
         return self._known[key]
 
-    def _step(self, side: str, batch: list[StoredPair]) -> Any:
+    def _step(self, side: str, batch: list[TokenPair]) -> Any:
         """Forward and backward of one micro-batch, as a function of nothing."""
         from peers import flops, sides
 

@@ -186,7 +186,7 @@ def evaluate(
     split: Annotated[str, typer.Option("--split", help="Split of the data to use; test is what is held out.")] = "test",
 ) -> None:
     """Measure a model on held-out pairs: preference accuracy, margins, length bias. Any key can follow."""
-    from simpo.evaluation.run import run_eval_command
+    from simpo.evaluation.command import run_eval_command
 
     run_eval_command(
         recipe_or_data=recipe_or_data,

@@ -1,4 +1,4 @@
-"""What a run shows on the terminal: notices, a progress bar, evaluations, where everything lies.
+"""What is shown on the terminal: notices, progress bars, evaluations, where everything lies.
 
 On a terminal a live bar; elsewhere (a log file, CI) one line per logged step.
 """
@@ -6,7 +6,7 @@ On a terminal a live bar; elsewhere (a log file, CI) one line per logged step.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -90,6 +90,16 @@ def format_numbers(values: Mapping[str, float]) -> str:
         f"loss {values['loss']:.4f}  acc {values['rewards/accuracies']:.0%}  "
         f"margin {values['rewards/margins']:+.3f}  {values['pairs_per_s']:.2f} pairs/s"
     )
+
+
+@contextlib.contextmanager
+def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, elsewhere nothing. Gives a function that advances it."""
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    hidden = not console.is_terminal or console.quiet or not total
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda count: bar.advance(task, count)
 
 
 def format_duration(seconds: float) -> str:

@@ -526,7 +526,7 @@ class Trainer:
             optimizer=self.optimizer,
             state=state,
             mesh=self.mesh,
-            in_background=self.recipe.async_save and (self.mesh.host_group or True),
+            in_background=self.recipe.async_save and (self.mesh.cpu_group or True),
             copies=self._host_copies,
         )
         self._best_of_saved = self.progress.best_step

@@ -13,7 +13,7 @@ from peers.models import SHAPES, write_random_model
 from peers.sides import SideSpec, missing_package, run_side
 from typer.testing import CliRunner
 
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.plan import shapes
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
@@ -79,12 +79,12 @@ def test_random_weights_are_the_same_model_on_every_side(tmp_path: Path, monkeyp
     assert records[0].losses == pytest.approx(records[1].losses, abs=1e-5)
 
 
-def cut_pair(pair: StoredPair) -> StoredPair:
+def cut_pair(pair: TokenPair) -> TokenPair:
     """The last 40 tokens of the prompt and the first 30 of each response."""
     start = pair.chosen_start
     first = max(0, start - 40)
     chosen, rejected = (ids[first : start + 30] for ids in (pair.chosen_ids, pair.rejected_ids))
-    return StoredPair(pair.row_id, chosen, start - first, rejected, start - first)
+    return TokenPair(pair.row_id, chosen, start - first, rejected, start - first)
 
 
 def test_what_was_counted_ahead_is_what_a_real_step_executed(results: dict) -> None:

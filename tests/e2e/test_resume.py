@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -106,6 +107,19 @@ def test_generations_of_steps_done_again_are_not_kept_twice(tiny_recipe: Setting
     folder = Path(settings["output_dir"])
     build(settings, resume_from_checkpoint=str(folder / "checkpoints" / "step-4")).run()
     assert (folder / "generations.jsonl").read_text() == (tmp_path / "whole" / "generations.jsonl").read_text()
+
+
+def test_random_numbers_continue_where_the_checkpoint_left_them(tiny_recipe: Settings) -> None:
+    def draw() -> tuple[float, ...]:
+        return random.random(), float(np.random.rand()), float(torch.rand(()))
+
+    trainer = build(tiny_recipe)
+    trainer.train_step(next(trainer.loader.plans(0, 1)))
+    draw()
+    trainer.save()
+    expected = draw()
+    build(tiny_recipe, resume_from_checkpoint=True)
+    assert draw() == expected
 
 
 def test_optimizer_moments_are_restored(tiny_recipe: Settings) -> None:

@@ -13,7 +13,7 @@ from mesh_runs import FOUR, MESHES, Settings, data_ranks
 from ranks import Ranks
 from transformers import PreTrainedModel
 
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.attention import PACKED
 
 VOCABULARY = 509
@@ -74,10 +74,10 @@ def random_model() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
-def ragged_pairs() -> Callable[..., list[StoredPair]]:
+def ragged_pairs() -> Callable[..., list[TokenPair]]:
     """make(count, *, seed=0, longest=14): pairs of ragged lengths; some share more than their prompt."""
 
-    def make(count: int, *, seed: int = 0, longest: int = 14) -> list[StoredPair]:
+    def make(count: int, *, seed: int = 0, longest: int = 14) -> list[TokenPair]:
         generator = torch.Generator().manual_seed(seed)
 
         def tokens(at_least: int, at_most: int) -> list[int]:
@@ -89,7 +89,7 @@ def ragged_pairs() -> Callable[..., list[StoredPair]]:
             prompt = tokens(1, longest)
             common = tokens(1, 4) if index % 3 == 1 else []  # the responses begin alike
             chosen, rejected = prompt + common + tokens(1, longest), prompt + common + tokens(1, longest)
-            pairs.append(StoredPair(f"row-{index}", chosen, len(prompt), rejected, len(prompt)))
+            pairs.append(TokenPair(f"row-{index}", chosen, len(prompt), rejected, len(prompt)))
         return pairs
 
     return make

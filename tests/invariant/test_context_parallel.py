@@ -14,11 +14,12 @@ import torch.distributed as dist
 from ranks import Ranks
 from torch import Tensor, nn
 
-from simpo.core.attention import AttentionBlocks, packed_attention, reference_attention
+from simpo.core.attention import packed_attention, reference_attention
 from simpo.core.batch import PackedPairs, build_batch, build_list_batch
+from simpo.core.blocks import AttentionBlocks
 from simpo.core.context import rows_to_heads, split_rows, sum_over
 from simpo.core.logprobs import reference_token_logps, response_logps, token_logps
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.load import checkpoint_activations
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6}  # relative to the largest entry of each tensor
@@ -38,7 +39,7 @@ HEADS = {
 }
 
 
-def make_pairs() -> list[StoredPair]:
+def make_pairs() -> list[TokenPair]:
     """Ragged pairs; the first has a prompt so long that a slice of a row holds nothing else."""
     generator = torch.Generator().manual_seed(0)
 
@@ -49,7 +50,7 @@ def make_pairs() -> list[StoredPair]:
     for index, (prompt, common, chosen, rejected) in enumerate([(40, 0, 3, 2), (1, 0, 1, 4), (5, 3, 2, 6)]):
         start = tokens(prompt)
         both = start + tokens(common)
-        pairs.append(StoredPair(f"row-{index}", both + tokens(chosen), prompt, both + tokens(rejected), prompt))
+        pairs.append(TokenPair(f"row-{index}", both + tokens(chosen), prompt, both + tokens(rejected), prompt))
     return pairs
 
 
@@ -105,12 +106,12 @@ def test_a_batch_moves_to_a_device_with_its_local_lengths():
 
 def test_what_cannot_be_split_is_refused():
     whole = build_batch(make_pairs())
-    with pytest.raises(ValueError, match="set pack: true"):
+    with pytest.raises(ValueError, match="set pack or share_prompt to true"):
         split_rows(build_batch(make_pairs(), pack=False, share_prompt=False), rank=0, size=2)
-    with pytest.raises(ValueError, match="slice of a longer row already"):
+    with pytest.raises(ValueError, match="already a slice"):
         split_rows(split_rows(whole, rank=0, size=2), rank=0, size=2)
     for rank, size in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match=f"slice {rank} of {size} cannot be"):
+        with pytest.raises(ValueError, match=f"rank {rank}: a row in {size} slices has the ranks 0..{size - 1}"):
             split_rows(whole, rank=rank, size=size)
 
 
@@ -241,7 +242,7 @@ def test_heads_that_do_not_divide_are_refused_with_both_numbers(two_ranks: Ranks
 
 def test_a_slice_that_is_not_this_rank_s_is_refused(two_ranks: Ranks):
     for rank, message in enumerate(two_ranks.run(refusal_of_rank)):
-        assert message == f"slice {1 - rank} of 2 cannot be in a group of 2 in which this process is {rank}"
+        assert message.startswith(f"rank {1 - rank} of 2: this process is rank {rank} of 2 in the group")
 
 
 # --- sums and parameters' gradients ----------------------------------------------------------------------------------
@@ -335,7 +336,7 @@ def build_model(architecture: str, **config: Any) -> nn.Module:
     import transformers
 
     from simpo.model.attention import PACKED
-    from simpo.model.low_memory import install_lean_blocks
+    from simpo.model.low_memory import install_low_memory_blocks
 
     settings = {
         "hidden_size": 48,
@@ -356,7 +357,7 @@ def build_model(architecture: str, **config: Any) -> nn.Module:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     return model
 
 
@@ -390,7 +391,7 @@ def refusal_of_window(length: int) -> str:
 
     moe = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
     model = build_model("Qwen2Moe", **moe, use_sliding_window=True, sliding_window=12, max_window_layers=1)
-    batch = build_batch([StoredPair("row", [*range(10, 10 + length)], 9, [*range(10, 19), 50], 9)])
+    batch = build_batch([TokenPair("row", [*range(10, 10 + length)], 9, [*range(10, 19), 50], 9)])
     part = split_rows(batch, rank=dist.get_rank(), size=2, group=dist.group.WORLD)
     assert part.num_tokens < 12
     try:

@@ -21,7 +21,7 @@ from simpo.core import attention, logprobs
 from simpo.core.batch import build_batch
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_pair_logps, compute_token_logps, install_head
-from simpo.model.low_memory import install_lean_blocks
+from simpo.model.low_memory import install_low_memory_blocks
 
 SOFTCAPS = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 16}
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -67,7 +67,7 @@ def build(family: str, precision: str, device: str):
     if device == "cuda":
         to_cuda(model)
     install_head(model)
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     return model
 
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_pair_logps, compute_token_logps
 from simpo.model.load import load_model
@@ -53,7 +53,7 @@ def gradients_of(model: nn.Module) -> dict[str, Tensor]:
     return gradients
 
 
-def dense_reference(model: PreTrainedModel, pairs: list[StoredPair]) -> Result:
+def dense_reference(model: PreTrainedModel, pairs: list[TokenPair]) -> Result:
     """Losses and gradients of the mean loss, sequence by sequence, from full logits."""
     model = copy.deepcopy(model)
     softcapped = hasattr(model.config, "attn_logit_softcapping")  # transformers' sdpa refuses soft-caps
@@ -71,7 +71,7 @@ def dense_reference(model: PreTrainedModel, pairs: list[StoredPair]) -> Result:
     return torch.stack(losses).detach(), gradients_of(model)
 
 
-def with_package(model: PreTrainedModel, batches: list[list[StoredPair]], **layout: bool) -> Result:
+def with_package(model: PreTrainedModel, batches: list[list[TokenPair]], **layout: bool) -> Result:
     """The same through the package: one backward per batch, each pair weighing 1 / number of pairs."""
     num_pairs = sum(len(pairs) for pairs in batches)
     losses = []

@@ -447,8 +447,8 @@ def start(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("shape", "keys", "said"),
     [
-        ({}, {"tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes, and 2 were started"),
-        ({}, {"dp_shard": 4}, "needs 4 processes, and 2 were started"),
+        ({}, {"tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes, but 2 were started"),
+        ({}, {"dp_shard": 4}, "needs 4 processes, but 2 were started"),
         (
             {"num_attention_heads": 3, "num_key_value_heads": 3},
             {"tp": 2},
@@ -460,9 +460,9 @@ def start(settings: Settings) -> None:
             {"cp": 2},
             "cp = 2: does not divide the 3 attention heads",
         ),
-        ({}, {"cp": 2, "pack": False, "share_prompt": False}, "cp = 2: a row that is padded cannot be shared out"),
+        ({}, {"cp": 2, "pack": False, "share_prompt": False}, "cp = 2: padded rows cannot be split"),
         ({}, {"dp_shard": 2, "fsdp_cpu_offload": True}, "fsdp_cpu_offload: on a CPU"),
-        ({}, {"dp_shard": 2, "optim": "adamw_8bit"}, "optim: adamw_8bit does not know sharded weights"),
+        ({}, {"dp_shard": 2, "optim": "adamw_8bit"}, "optim: adamw_8bit does not support sharded weights"),
         ({}, {**TP, "torch_compile": True}, "torch_compile: torch's compiler cannot trace tensor-parallel blocks"),
         ({}, {**TP, "use_liger_kernel": True}, "use_liger_kernel: Liger's kernels do not take tensor-parallel weights"),
         ({}, {**FSDP, **LORA, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: not possible with sharded"),

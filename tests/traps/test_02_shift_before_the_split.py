@@ -15,13 +15,13 @@ from torch import Tensor
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.context import split_rows, sum_over
 from simpo.core.logprobs import response_logps, token_logps
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 
 VOCABULARY, WIDTH = 20, 8
 
 PAIRS = [
-    StoredPair("a", [5, 6, 7, 8, 9, 10, 11], 3, [5, 6, 7, 8, 12, 13], 3),  # the rejected first label: from the prefix
-    StoredPair("b", [1, 2, 3], 1, [1, 4, 15, 16, 17], 1),
+    TokenPair("a", [5, 6, 7, 8, 9, 10, 11], 3, [5, 6, 7, 8, 12, 13], 3),  # the rejected first label: from the prefix
+    TokenPair("b", [1, 2, 3], 1, [1, 4, 15, 16, 17], 1),
 ]
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers_for_tests import tokenize_pair, tokenize_pairs
 
 from simpo.data.preferences import Pair, RowError
 from simpo.data.prepare import prepare_pairs
-from simpo.data.tokenize import tokenize_pair, tokenize_pairs
 
 
 def _write(path, rows):

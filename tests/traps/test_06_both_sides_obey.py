@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers_for_tests import tokenize_pair
 
 from simpo.data.preferences import Pair, RowError
-from simpo.data.tokenize import plan_cut, tokenize_pair
+from simpo.data.tokenize import plan_cut
 
 LENGTHS = st.integers(1, 5000)
 

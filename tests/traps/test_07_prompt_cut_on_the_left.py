@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers_for_tests import tokenize_pair
 
 from simpo.data.preferences import Pair
-from simpo.data.tokenize import tokenize_pair
 
 FIRST = "old words " * 60
 PROMPT = [
@@ -49,3 +49,13 @@ def test_the_prompt_gives_way_no_further_than_needed(build_tokenizer):
     cut = tokenize_pair(pair, tokenizer, max_length=150, max_prompt_length=20)
     assert max(len(cut.chosen_ids), len(cut.rejected_ids)) == 150
     assert cut.chosen_cut == cut.rejected_cut == 0
+
+
+def test_a_special_token_that_recurs_is_no_start_token(build_tokenizer):
+    """Every turn begins with <|im_start|>: kept in front of a cut prompt it would open a turn that is not there."""
+    tokenizer = build_tokenizer("chatml")
+    pair = Pair("r", "old words " * 60, "The slow one.", "The quick one.")
+    whole = tokenize_pair(pair, tokenizer, max_length=10_000)
+    assert whole.chosen_ids.count(whole.chosen_ids[0]) == 2
+    cut = tokenize_pair(pair, tokenizer, max_length=60, max_prompt_length=40)
+    assert cut.chosen_ids == whole.chosen_ids[-len(cut.chosen_ids) :]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
+from tokenizers_for_tests import tokenize_pairs
 
 from simpo.data.preferences import Pair, RowError
-from simpo.data.tokenize import tokenize_pairs
 
 
 @pytest.mark.parametrize("kind", ["chatml", "smollm", "llama3", "gemma", "mistral", "words", "plain", "plain_bos"])

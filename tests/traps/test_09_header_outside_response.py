@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers_for_tests import tokenize_pair
 
 from simpo.data.preferences import Pair
-from simpo.data.tokenize import tokenize_pair
 
 PAIR = Pair("r", "Which river?", "answer green one.", "No river.")
 
@@ -67,11 +67,11 @@ def test_template_that_rewrites_the_prompt_is_refused(build_tokenizer):
 
 
 def test_every_real_response_decodes_to_itself_and_one_end_of_turn(real_data, smol_model):
+    from tokenizers_for_tests import tokenize_pairs
     from transformers import AutoTokenizer
 
     from simpo.data.files import read_file
     from simpo.data.preferences import pair_from_row
-    from simpo.data.tokenize import tokenize_pairs
 
     tokenizer = AutoTokenizer.from_pretrained(smol_model)
     for file in sorted(real_data.glob("*/test.jsonl.gz")):

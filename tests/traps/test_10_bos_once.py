@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers_for_tests import tokenize_pair
 
 from simpo.data.preferences import Pair
-from simpo.data.tokenize import tokenize_pair
 
 PAIR = Pair("r", "Which river?", "The green one.", "No river.")
 

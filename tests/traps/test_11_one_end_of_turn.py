@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers_for_tests import tokenize_pair
 
 from simpo.data.preferences import Pair, RowError
-from simpo.data.tokenize import tokenize_pair
 
 ENDS = {
     "chatml": "<|im_end|>",

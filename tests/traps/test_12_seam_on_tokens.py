@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers_for_tests import tokenize_pair, tokenize_pairs
 
-from simpo.data.preferences import Pair, RowError
+from simpo.data import tokenize
+from simpo.data.preferences import Pair, RowError, turn
 from simpo.data.prepare import prepare_pairs
-from simpo.data.tokenize import tokenize_pair, tokenize_pairs
 
 PIECES = st.lists(
     st.sampled_from(["a.", "a", " ", "\n", "\n\n", "river", " river", "é", "河", "😀", ".", "  ", "4"]), max_size=6
@@ -104,3 +106,38 @@ def test_slow_tokenizer_finds_the_same_tokens(build_tokenizer):
     pairs = [Pair("a", "Which river?", "The green one.", "No."), Pair("b", "q " * 50, "yes " * 40, "\nno")]
     for limit in (500, 40):
         assert tokenize_pairs(pairs, Slow(), max_length=limit) == tokenize_pairs(pairs, fast, max_length=limit)
+
+
+def test_a_text_is_not_cut_at_a_token_that_another_may_cover(build_tokenizer):
+    """With "word<|im_end|>" a token too, a prompt that ends a turn with "word" has no <|im_end|> to be cut at."""
+    tokenizer = copy.deepcopy(build_tokenizer("chatml"))
+    tokenizer.add_special_tokens({"additional_special_tokens": ["word<|im_end|>"]}, replace_extra_special_tokens=False)
+    turns = [turn("user", "my word"), turn("assistant", "yes"), turn("user", "a word")]
+    tokens = tokenize_pair(Pair("r", turns, "yes", "no"), tokenizer, max_length=500)
+    text = tokens.prompt_text + "yes<|im_end|>"
+    assert tokens.chosen_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert tokenizer.convert_tokens_to_ids("word<|im_end|>") in tokens.chosen_ids
+
+
+def test_a_rust_backend_that_gives_other_tokens_is_not_used(build_tokenizer):
+    """A tokenizer may do more in Python than its backend does; its own call decides."""
+    fast = copy.deepcopy(build_tokenizer("plain"))
+
+    class Lowercasing(type(fast)):
+        def _encode_plus(self, text, *args, **options):
+            lowered = text.lower() if isinstance(text, str) else [each.lower() for each in text]
+            return super()._encode_plus(lowered, *args, **options)
+
+    fast.__class__ = Lowercasing
+    tokens = tokenize_pair(Pair("r", "Which RIVER?", " The GREEN one.", " No."), fast, max_length=100)
+    assert fast.decode(tokens.chosen_ids) == "which river? the green one.<|end|>"
+
+
+def test_short_texts_beyond_those_that_are_remembered_keep_their_tokens(build_tokenizer, monkeypatch):
+    """The memory is emptied where it is full, and what this call needs of it is encoded again."""
+    monkeypatch.setattr(tokenize, "_MAX_REMEMBERED", 3)
+    tokenizer = build_tokenizer("plain")
+    pairs = [Pair(f"{i}", f"Question {i}?", " yes", " no") for i in range(4)]
+    encode = tokenize.PairTokenizer(tokenizer, max_length=100)
+    encode(pairs[:2])
+    assert encode([pairs[0], *pairs[2:]]) == tokenize_pairs([pairs[0], *pairs[2:]], tokenizer, max_length=100)

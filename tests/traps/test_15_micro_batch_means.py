@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
-from simpo.core.packing import plan_micro_batches
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair, plan_micro_batches
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_pair_logps
 
@@ -21,7 +20,7 @@ def model(tiny_model: Path) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=PACKED)
 
 
-def make_pairs(count: int) -> list[StoredPair]:
+def make_pairs(count: int) -> list[TokenPair]:
     generator = torch.Generator().manual_seed(0)
 
     def tokens(low: int, high: int) -> list[int]:
@@ -29,10 +28,10 @@ def make_pairs(count: int) -> list[StoredPair]:
         return torch.randint(3, 300, (length,), generator=generator).tolist()
 
     prompts = [tokens(2, 6) for _ in range(count)]
-    return [StoredPair(f"row-{i}", p + tokens(1, 9), len(p), p + tokens(1, 9), len(p)) for i, p in enumerate(prompts)]
+    return [TokenPair(f"row-{i}", p + tokens(1, 9), len(p), p + tokens(1, 9), len(p)) for i, p in enumerate(prompts)]
 
 
-def pair_losses(model: torch.nn.Module, pairs: list[StoredPair]) -> torch.Tensor:
+def pair_losses(model: torch.nn.Module, pairs: list[TokenPair]) -> torch.Tensor:
     return LOSSES["sigmoid"](compute_pair_logps(model, build_batch(pairs)), beta=2.0, gamma_beta_ratio=0.5).losses
 
 

@@ -10,15 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_pair_logps
 from simpo.run.metrics import Totals, pair_metric_sums
 
 LAYOUTS = [(True, True), (True, False), (False, True), (False, False)]
 PAIRS = [
-    StoredPair("a", [5, 6, 7, 8, 9, 50, 51], 5, [5, 6, 7, 8, 9, 60], 5),
-    StoredPair("b", [5, 70], 1, [5, 71, 72, 73, 74, 75, 76, 77, 78, 79, 80, 81], 1),
+    TokenPair("a", [5, 6, 7, 8, 9, 50, 51], 5, [5, 6, 7, 8, 9, 60], 5),
+    TokenPair("b", [5, 70], 1, [5, 71, 72, 73, 74, 75, 76, 77, 78, 79, 80, 81], 1),
 ]
 
 

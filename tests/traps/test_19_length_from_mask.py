@@ -7,11 +7,11 @@ import torch
 from simpo.core.batch import build_batch
 from simpo.core.logprobs import response_logps, token_logps
 from simpo.core.losses import PairLogps
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 
 
 def test_a_token_with_log_prob_exactly_zero_still_counts() -> None:
-    batch = build_batch([StoredPair("saturated", [9, 1, 2, 3], 1, [9, 4, 5], 1)])
+    batch = build_batch([TokenPair("saturated", [9, 1, 2, 3], 1, [9, 4, 5], 1)])
     # A head that is certain of token 2 (log-prob exactly 0.0 in fp32) and indifferent about the rest.
     hidden, weight = torch.zeros(batch.labels.numel(), 2), torch.zeros(11, 2)
     hidden[:, 0] = 1.0

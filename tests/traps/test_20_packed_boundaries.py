@@ -10,9 +10,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from simpo.core.attention import AttentionBlocks
 from simpo.core.batch import PackedPairs, build_batch
-from simpo.data.loader import StoredPair
+from simpo.core.blocks import AttentionBlocks
+from simpo.core.packing import TokenPair
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_token_logps
 
@@ -35,13 +35,13 @@ def copying_model(tiny_model: Path) -> torch.nn.Module:
     return model
 
 
-def counting_pairs() -> list[StoredPair]:
+def counting_pairs() -> list[TokenPair]:
     """Every response counts on from its prompt; lengths are ragged."""
     pairs = []
     for index, (first, prompt, chosen, rejected) in enumerate([(10, 3, 6, 2), (100, 1, 1, 9), (200, 7, 3, 3)]):
         sequence = list(range(first, first + prompt + max(chosen, rejected)))
         pairs.append(
-            StoredPair(f"row-{index}", sequence[: prompt + chosen], prompt, sequence[: prompt + rejected], prompt)
+            TokenPair(f"row-{index}", sequence[: prompt + chosen], prompt, sequence[: prompt + rejected], prompt)
         )
     return pairs
 
@@ -77,7 +77,7 @@ def test_attention_across_a_boundary_would_show(tiny_model: Path) -> None:
         assert (joined - bare).abs().max() > 0.05
 
 
-def _bare_logps(model: torch.nn.Module, pair: StoredPair) -> torch.Tensor:
+def _bare_logps(model: torch.nn.Module, pair: TokenPair) -> torch.Tensor:
     logps = []
     for ids, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
         logits = model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1]

@@ -13,15 +13,15 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 from simpo.core.batch import build_batch
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.attention import PACKED, plain_attention
 from simpo.model.head import compute_token_logps
 from simpo.model.load import load_model
 from simpo.recipe import load_recipe
 
 PAIRS = [
-    StoredPair("a", [*range(20, 32), 50, 51, 52], 12, [*range(20, 32), 60, 61], 12),
-    StoredPair("b", [*range(90, 97), 70], 7, [*range(90, 97), 71, 72, 73], 7),
+    TokenPair("a", [*range(20, 32), 50, 51, 52], 12, [*range(20, 32), 60, 61], 12),
+    TokenPair("b", [*range(90, 97), 70], 7, [*range(90, 97), 71, 72, 73], 7),
 ]
 
 
@@ -82,7 +82,7 @@ def test_a_window_that_only_the_mask_knows_is_refused_where_it_matters() -> None
     assert "sliding_attention" in config.layer_types
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED)
-    short = [StoredPair("short", [5, 6, 7, 8], 2, [5, 6, 9], 2)] * 4
+    short = [TokenPair("short", [5, 6, 7, 8], 2, [5, 6, 9], 2)] * 4
     assert build_batch(short).num_tokens > 12
     compute_token_logps(model, build_batch(short))  # every sequence fits in the window, though the row is longer
     with pytest.raises(ValueError, match=r"Qwen2MoeAttention attends to 12 tokens at a time .* has 15 tokens"):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
+from tokenizers_for_tests import tokenize_pair
 
 from simpo.data.preferences import Pair, RowError
 from simpo.data.prepare import prepare_pairs
-from simpo.data.tokenize import tokenize_pair
 
 GOOD = [{"prompt": f"q{i}", "chosen": "yes", "rejected": "no"} for i in range(20)]
 

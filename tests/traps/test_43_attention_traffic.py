@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simpo.core.attention import AttentionBlocks, _block_by_block
+from simpo.core.attention import _block_by_block
+from simpo.core.blocks import AttentionBlocks, ScoreOptions
 from simpo.core.varlen_attention import varlen_attention
 
 pytest.importorskip("torch.nn.attention.varlen")
@@ -50,7 +51,7 @@ def bytes_of_backward(num_blocks: int, *, responses: int = 2, path=varlen_attent
             torch.empty(1, at, heads, SIZE, dtype=torch.bfloat16).transpose(1, 2).requires_grad_()
             for heads in (HEADS, KEY_HEADS, KEY_HEADS)
         ]
-        out = path(*tensors, AttentionBlocks(tuple(ranges)), scale=None, sliding_window=None)
+        out = path(*tensors, AttentionBlocks(tuple(ranges)), ScoreOptions(SIZE**-0.5))
         with CountedBytes() as counted:
             torch.autograd.backward(out, torch.empty_like(out), inputs=tensors)
     return counted.total

@@ -14,20 +14,25 @@ from torch.nn.attention.flex_attention import flex_attention as flex_function
 
 from simpo.core import attention, matmul_attention
 from simpo.core import flex_attention as flex
-from simpo.core.attention import (
-    ATTENTION_PATHS,
-    AttentionBlocks,
-    attention_path,
-    dense_mask,
-    packed_attention,
-    reference_attention,
-    why_not,
-)
-from simpo.core.flex_attention import flex_attention
+from simpo.core.attention import ATTENTION_PATHS, attention_path, packed_attention, reference_attention, why_not
+from simpo.core.blocks import AttentionBlocks, ScoreOptions, dense_mask
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=40)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 2e-6}  # relative to the largest value of the tensor
+
+
+def by_keywords(path):
+    """An attention path under `packed_attention`'s keywords."""
+
+    def attend(query, key, value, blocks, *, scale=None, sliding_window=None, softcap=None):
+        scale = query.shape[-1] ** -0.5 if scale is None else scale
+        return path(query, key, value, blocks, ScoreOptions(scale, sliding_window, softcap))
+
+    return attend
+
+
+block_by_block, flex_attention = by_keywords(attention._block_by_block), by_keywords(flex.flex_attention)
 
 # Padding at the start, between and at the end; three responses that share one prefix; a one-token block; a block whose
 # prefix is only the start of the sequence before it.
@@ -97,7 +102,7 @@ def test_dense_mask_equals_the_rule_applied_to_each_sequence_of_tokens(layout, w
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 4, 100])
 @pytest.mark.parametrize("heads", [(9, 3), (2, 2)])
-@pytest.mark.parametrize("path", [packed_attention, attention._block_by_block])
+@pytest.mark.parametrize("path", [packed_attention, block_by_block])
 def test_packed_attention_equals_the_reference_in_values_and_gradients(dtype, softcap, window, heads, path):
     tensors = random_qkv(NUM_TOKENS, dtype=dtype, heads=heads)
     options = {"sliding_window": window, "softcap": softcap}
@@ -163,7 +168,7 @@ def test_bf16_attention_is_no_further_from_the_truth_than_torch_s_own(autocast):
         return [float((r.double() - t).norm() / t.norm()) for r, t in zip(results, truth, strict=True)]
 
     for name, ours, theirs in zip(
-        ("output", "d query", "d key", "d value"), errors(packed_attention), errors(attention._block_by_block)
+        ("output", "d query", "d key", "d value"), errors(packed_attention), errors(block_by_block)
     ):
         assert ours < min(4e-3, 1.3 * theirs), name
 
@@ -275,8 +280,7 @@ def fake_varlen(request, monkeypatch):
     attention.varlen_options.cache_clear()
 
 
-def varlen_path(query, key, value, blocks, *, scale=None, sliding_window=None):
-    return attention.varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
+varlen_path = by_keywords(attention.varlen_attention)
 
 
 @pytest.mark.usefixtures("fake_varlen")

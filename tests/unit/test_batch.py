@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simpo.core.attention import dense_mask
 from simpo.core.batch import PackedPairs, build_batch, build_list_batch
+from simpo.core.blocks import dense_mask
 from simpo.core.packing import PairShape, shared_prefix_length
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=150)

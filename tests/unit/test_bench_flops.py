@@ -14,7 +14,7 @@ from peers.sides import forward_backward, missing_package
 from peers.worker import prepare
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig
 
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.load import load_model
 from simpo.recipe import load_recipe
 
@@ -28,13 +28,13 @@ SMOL = {
 }
 
 
-def fixed_pair(prompt: int, chosen: int, rejected: int, *, row_id: str = "0") -> StoredPair:
+def fixed_pair(prompt: int, chosen: int, rejected: int, *, row_id: str = "0") -> TokenPair:
     """Responses that differ from their first token on."""
     ids = [1] * prompt
-    return StoredPair(row_id, ids + [2] * chosen, prompt, ids + [3] * rejected, prompt)
+    return TokenPair(row_id, ids + [2] * chosen, prompt, ids + [3] * rejected, prompt)
 
 
-def random_pairs(count: int, *, seed: int, vocab_size: int = 4) -> list[StoredPair]:
+def random_pairs(count: int, *, seed: int, vocab_size: int = 4) -> list[TokenPair]:
     """Few words, so that responses often begin alike."""
     rng = random.Random(seed)
 
@@ -47,7 +47,7 @@ def random_pairs(count: int, *, seed: int, vocab_size: int = 4) -> list[StoredPa
         chosen, rejected = words(1, 12), words(1, 12)
         if chosen == rejected:
             chosen.append(0)
-        pairs.append(StoredPair(str(index), prompt + chosen, len(prompt), prompt + rejected, len(prompt)))
+        pairs.append(TokenPair(str(index), prompt + chosen, len(prompt), prompt + rejected, len(prompt)))
     return pairs
 
 
@@ -106,7 +106,7 @@ def test_without_a_longer_shared_prefix_the_head_has_a_row_for_every_label():
 
 
 def test_labels_inside_the_shared_prefix_are_needed_once():
-    pair = StoredPair("0", [1, 1, 1, 5, 6, 7, 8], 3, [1, 1, 1, 5, 6, 9], 3)
+    pair = TokenPair("0", [1, 1, 1, 5, 6, 7, 8], 3, [1, 1, 1, 5, 6, 9], 3)
     assert flops.pair_work(pair) == flops.PairWork(flops.PairShape(5, 2, 1), head_rows=5, labels=7)
 
 

@@ -36,7 +36,8 @@ import simpo.core.attention
 import simpo.model.attention
 import simpo.model.compile
 import simpo.model.head
-from simpo.core.attention import AttentionBlocks, packed_attention
+from simpo.core.attention import packed_attention
+from simpo.core.blocks import AttentionBlocks
 from simpo.core.logprobs import token_logps
 
 REPO = Path(__file__).resolve().parents[2]
@@ -147,7 +148,7 @@ def test_useful_flops_and_mfu_are_those_counted_by_hand():
 def test_a_rung_whose_loss_differs_is_an_error(command, monkeypatch, no_cuda):
     dense = workload.dense_token_logps
     monkeypatch.setattr(workload, "dense_token_logps", lambda *args, **options: dense(*args, **options) * 1.01)
-    code, results = command("ladder", "--compute", "fp32", "--rounds", "1", "--rungs", "head,lean,shared")
+    code, results = command("ladder", "--compute", "fp32", "--rounds", "1", "--rungs", "head,low-memory,shared")
     assert code == 1
     assert any("shared" not in note and "head" in note and "differs" in note for note in results["notes"])
 
@@ -173,7 +174,7 @@ def test_a_rung_switches_what_it_says_and_nothing_stays():
         "packed": (packed, True, False, False),
         "shared": (packed, True, False, False),
         "head": (packed, False, False, False),
-        "lean": (packed, False, True, False),
+        "low-memory": (packed, False, True, False),
         "compiled": (packed, False, False, True),
         "checkpoints": (packed, False, True, False),
     }
@@ -226,15 +227,15 @@ def test_a_rung_that_runs_out_of_memory_takes_more_micro_batches_and_others_go_o
 
     monkeypatch.setattr(StagedModel, "step", limited)
     monkeypatch.setattr(workload, "compile_blocks", no_compiler)
-    words = ("--rounds", "1", "--cases", "9/4/4", "--rungs", "padded,packed,lean,compiled", "--compute", "fp32")
+    words = ("--rounds", "1", "--cases", "9/4/4", "--rungs", "padded,packed,low-memory,compiled", "--compute", "fp32")
     code, results = command("ladder", *words)
-    padded, packed, lean, compiled = results["rows"]
+    padded, packed, low_memory, compiled = results["rows"]
     assert code == 0
-    assert (padded["micro_batches"], lean["micro_batches"]) == (4, 1)
+    assert (padded["micro_batches"], low_memory["micro_batches"]) == (4, 1)
     assert packed["failed"] == "out of memory: CUDA out of memory. Tried to allocate 17 GiB."
     assert "no g++" in compiled["failed"]
-    assert lean["losses"] == pytest.approx(padded["losses"], abs=1e-4)
-    assert lean["speedup"]["median"] > 0
+    assert low_memory["losses"] == pytest.approx(padded["losses"], abs=1e-4)
+    assert low_memory["speedup"]["median"] > 0
 
 
 def test_a_rung_that_cannot_run_leaves_the_others_and_is_an_error(command, monkeypatch):
@@ -242,7 +243,7 @@ def test_a_rung_that_cannot_run_leaves_the_others_and_is_an_error(command, monke
         raise RuntimeError("no kernel image is available")
 
     monkeypatch.setattr(workload, "dense_token_logps", broken)
-    code, results = command("ladder", "--rounds", "1", "--cases", "9/4/4", "--rungs", "shared,lean")
+    code, results = command("ladder", "--rounds", "1", "--cases", "9/4/4", "--rungs", "shared,low-memory")
     assert code == 1
     assert results["rows"][0]["failed"] == "cannot run: no kernel image is available"
     assert results["rows"][1]["rounds"] == 1
@@ -915,7 +916,7 @@ runpy.run_path("benchmarks/gpu.py", run_name="__main__")
 @pytest.mark.long
 def test_the_rehearsal_survives_a_part_that_hangs_and_one_that_fails(gpu, tmp_path, monkeypatch, capsys):
     """One real part, where only torch, transformers and numpy are, behind two that end badly; and a readable table."""
-    ladder_words = "ladder --rungs padded,lean --rounds 1 --steps 1 --cases ragged-200/350/350"
+    ladder_words = "ladder --rungs padded,low-memory --rounds 1 --steps 1 --cases ragged-200/350/350"
     plan = (parts.Part("hang", 2, 0, "hang"), parts.Part("error", 60, 1, "error"))
     monkeypatch.setattr(gpu, "PARTS", (*plan, parts.Part("ladder-1b", 600, 1, ladder_words)))
     command_of = gpu.command_of
@@ -932,8 +933,8 @@ def test_the_rehearsal_survives_a_part_that_hangs_and_one_that_fails(gpu, tmp_pa
     assert lines[0].startswith("# A rehearsal on a CPU")
     ended = {line.split(" | ")[0].strip("| "): line.split(" | ")[1] for line in lines if line.count(" | ") == 4}
     assert ended == {"part": "ended", "---": "---:", "hang": "killed", "error": "failed", "ladder-1b": "done"}
-    assert any(line.startswith("| 12/8/9 | lean |") for line in lines)
-    assert any(line.startswith("One step (lean): ") for line in lines)
+    assert any(line.startswith("| 12/8/9 | low-memory |") for line in lines)
+    assert any(line.startswith("One step (low-memory): ") for line in lines)
     assert capsys.readouterr().out.rstrip().endswith(f"written: {tmp_path}")
     (tmp_path / "table.md").unlink()
     assert gpu.main(["table", str(tmp_path)]) == 0

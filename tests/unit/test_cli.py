@@ -250,7 +250,7 @@ def test_audit_saves_where_it_is_told(recipe_file, tmp_path):
 
 def test_eval_hands_its_options_on(monkeypatch):
     seen = {}
-    stand_in(monkeypatch, "simpo.evaluation.run", run_eval_command=lambda **options: seen.update(options))
+    stand_in(monkeypatch, "simpo.evaluation.command", run_eval_command=lambda **options: seen.update(options))
     result = run("eval", "pairs.jsonl", "--model", "m", "--compare", "n", "--max-pairs", "5", "--max_length", "64")
     assert result.exit_code == 0, result.output
     assert seen == {

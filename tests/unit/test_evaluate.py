@@ -374,7 +374,7 @@ def test_command_takes_a_recipe_and_its_model(tiny_model, changed_model, pair_fi
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["{data}"], "--model has to say"),
+        (["{data}"], "say with --model"),
         (["{data}", "--model", "./nowhere"], "no folder './nowhere'"),
         (["{data}", "--model", "{model}", "--split", "final"], "no split 'final'"),
         (["{empty}", "--model", "{model}"], "no rows"),

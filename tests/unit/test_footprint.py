@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_pair_logps, install_head
-from simpo.model.low_memory import install_lean_blocks
+from simpo.model.low_memory import install_low_memory_blocks
 from simpo.parallel.mesh import MeshSizes
 from simpo.plan.footprint import (
     GIB,
@@ -65,7 +65,7 @@ def build(config, *, dtype=torch.float32, adapters: Adapters | None = None, chec
             warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 reads a renamed attribute
             model = peft.get_peft_model(model, lora)
     install_head(model)
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     if checkpointing:
         base.activation_checkpointing_enable({"use_reentrant": False})
     return model

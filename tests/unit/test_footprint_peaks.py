@@ -60,7 +60,7 @@ def peak_bytes(function) -> int:
 def measure(keys: dict[str, Any], world: int = 2) -> dict[str, float]:
     """Bytes of this rank's weights, gradients and moments, and the peak of a second step above weights and moments."""
     from simpo.core.batch import build_batch
-    from simpo.data.loader import StoredPair
+    from simpo.core.packing import TokenPair
     from simpo.model.head import compute_pair_logps
     from simpo.model.load import load_model
     from simpo.parallel.mesh import Mesh
@@ -73,7 +73,7 @@ def measure(keys: dict[str, Any], world: int = 2) -> dict[str, float]:
     model = load_model(recipe, device=torch.device("cpu"), mesh=mesh).train()
     sync = GradientSync(model, mesh)
     optimizer = build_optimizer(model, recipe)
-    pairs = [StoredPair(f"row-{k}", [3] * p + [1] * c, p, [3] * p + [2] * r, p) for k, (p, c, r) in enumerate(PAIRS)]
+    pairs = [TokenPair(f"row-{k}", [3] * p + [1] * c, p, [3] * p + [2] * r, p) for k, (p, c, r) in enumerate(PAIRS)]
     whole = build_batch(pairs)
 
     def step() -> None:

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from simpo.core import attention, logprobs
 from simpo.core.batch import build_batch
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.attention import PACKED, unwrap
 from simpo.model.head import compute_pair_logps, install_head
 from simpo.model.load import add_adapters, lora_config
-from simpo.model.low_memory import install_lean_blocks
+from simpo.model.low_memory import install_low_memory_blocks
 from simpo.parallel.mesh import MeshSizes
 from simpo.plan.footprint import RUNTIME_BYTES, compute_footprint, step_options
 from simpo.plan.shapes import build_config
@@ -78,7 +78,7 @@ def build_fake(shape: str, recipe: Any, fakes: FakeTensorMode) -> nn.Module:
         if recipe.use_peft:
             model = add_adapters(model, lora_config(recipe), seed=0)
     install_head(model)
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     if recipe.gradient_checkpointing:
         base = unwrap(model)  # transformers 5.17 has the older name alone
         enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
@@ -111,7 +111,7 @@ def counted_peaks(shape: str, recipe: Any) -> dict[str, int]:
                     weight.grad = torch.empty_like(weight) if weight.requires_grad else None
                 optimizer = build_optimizer(model, recipe)
                 optimizer.step()  # makes the moments
-                batch = build_batch([StoredPair("counted", ids[0], 1, ids[1], 1)])
+                batch = build_batch([TokenPair("counted", ids[0], 1, ids[1], 1)])
 
                 def forward_and_backward() -> None:
                     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -7,6 +7,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo.core import attention
+from simpo.core.blocks import AttentionBlocks
 from simpo.model import kernels
 from simpo.model.attention import PACKED, is_packed, packed_by
 from simpo.model.kernels import choose_kernel, describe_attention
@@ -133,7 +134,7 @@ def test_a_trial_passes_what_is_right_and_finds_what_is_not(model, monkeypatch):
     right = attention.packed_attention
 
     def leaking(query, key, value, blocks, **options):
-        return right(query, key, value, attention.AttentionBlocks(((0, 0, 0, 150), (0, 71, 150, 300))), **options)
+        return right(query, key, value, AttentionBlocks(((0, 0, 0, 150), (0, 71, 150, 300))), **options)
 
     monkeypatch.setattr(kernels, "packed_attention", leaking)
     assert "differ from the reference" in kernels._try("matmul", heads)

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from transformers.models.llama import modeling_llama
 
 from simpo.core.batch import PackedPairs, build_batch
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.model.attention import PACKED
 from simpo.model.head import LogprobHead, compute_token_logps, install_head
 from simpo.model.load import checkpoint_activations
-from simpo.model.low_memory import install_lean_blocks, install_liger_kernels, why_no_liger
+from simpo.model.low_memory import install_liger_kernels, install_low_memory_blocks, why_no_liger
 from simpo.model.probe import check_forward
 
 CUDA = torch.device("cuda")
@@ -57,8 +57,8 @@ def make_batch() -> PackedPairs:
     tokens = torch.randint(1, 97, (60,), generator=torch.Generator().manual_seed(1)).tolist()
     return build_batch(
         [
-            StoredPair("a", tokens[:9], 5, tokens[:5] + tokens[20:27], 5),
-            StoredPair("b", tokens[30:42], 4, tokens[30:34] + tokens[50:53], 4),
+            TokenPair("a", tokens[:9], 5, tokens[:5] + tokens[20:27], 5),
+            TokenPair("b", tokens[30:42], 4, tokens[30:34] + tokens[50:53], 4),
         ]
     )
 
@@ -124,11 +124,11 @@ def test_fused_blocks_run_the_kernels_and_make_the_same_update(stand_in, autocas
     model = make_model()
     names = [name for name, _ in model.named_parameters()]
     forward = model.forward
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     expected = gradients(model, autocast=autocast)
     model = make_model()
     install_liger_kernels(model)
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     if checkpointing:
         checkpoint_activations(model)
     found = gradients(model, autocast=autocast)
@@ -144,7 +144,7 @@ def test_fused_blocks_run_the_kernels_and_make_the_same_update(stand_in, autocas
 def test_the_last_block_still_computes_only_the_rows_that_are_read(stand_in):
     model, batch = make_model(), make_batch()
     install_liger_kernels(model)
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     check_forward(model)
     stand_in["rows"].clear()
     compute_token_logps(model, batch)
@@ -213,10 +213,10 @@ if __name__ == "__main__":
     help_the_interpreter()
     for architecture in INTERPRETED:
         plain, fused = make_model(architecture), make_model(architecture)
-        install_lean_blocks(plain)
+        install_low_memory_blocks(plain)
         expected = gradients(plain)
         install_liger_kernels(fused)
-        install_lean_blocks(fused)
+        install_low_memory_blocks(fused)
         assert fused.model.norm._get_name() == "LigerRMSNorm"
         assert_close(gradients(fused), expected, tolerance=1e-4)
         print(architecture, "equal")

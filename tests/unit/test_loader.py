@@ -6,7 +6,7 @@ import datasets
 import numpy as np
 import pytest
 
-from simpo.core.packing import CostWeights, PairShape, epoch_order, pair_cost, plan_micro_batches
+from simpo.core.packing import TOKENS_ALONE, CostWeights, PairShape, epoch_order, pair_cost, plan_micro_batches
 from simpo.data.loader import PairStore, StepLoader, evaluation_batches
 
 WEIGHTS = CostWeights(attention=0.01, head=0.3)
@@ -80,12 +80,38 @@ def test_a_limit_set_later_gives_the_plans_of_one_set_at_once():
     assert list(later.plans(0, 4)) == whole
 
 
+def test_the_fingerprint_of_a_plan_tells_labels_and_costs_apart():
+    """Three stores of as many tokens a pair: one as it is, one with other labels, and one with other weights."""
+
+    def fingerprint(prompt: int, response: int, weights: CostWeights = TOKENS_ALONE, **options) -> str:
+        ids = {f"{side}_ids": [3] * prompt + [token] * response for side, token in (("chosen", 4), ("rejected", 5))}
+        row = {"row_id": "row", "chosen_start": prompt, "rejected_start": prompt, **ids}
+        store = PairStore(datasets.Dataset.from_list([row] * 3))
+        return StepLoader(
+            store, **{"pairs_per_step": 2, "num_micro_batches": 1, "weights": weights, **options}
+        ).fingerprint
+
+    found = [fingerprint(4, 3), fingerprint(2, 4), fingerprint(4, 3, WEIGHTS)]
+    found += [fingerprint(4, 3, **{name: 7}) for name in ("pairs_per_step", "num_micro_batches", "num_ranks", "seed")]
+    found += [fingerprint(4, 3, max_tokens=20), fingerprint(4, 3, pack=False)]
+    assert len(set(found)) == len(found)
+    assert fingerprint(4, 3) == found[0]
+
+
 def test_a_limit_below_the_longest_pair_names_it():
     store = make_store()
     longest = max(range(len(store)), key=lambda i: store.tokens[i])
     tokens = store.tokens[longest]
     with pytest.raises(ValueError, match=rf"max_tokens_per_micro_batch: 20 .*row-{longest}, which takes {tokens} tok"):
         StepLoader(store, pairs_per_step=8, num_micro_batches=1, max_tokens=20)
+
+
+@pytest.mark.parametrize("num_pairs", [1, 9, 30])
+def test_evaluation_gives_every_rank_as_many_batches_and_each_pair_to_one(num_pairs):
+    store = make_store(num_pairs)
+    shares = [evaluation_batches(store, pairs_per_batch=4, rank=rank, num_ranks=3) for rank in range(3)]
+    assert len({len(share) for share in shares}) == 1
+    assert sorted(i for share in shares for items in share for i in items) == list(range(num_pairs))
 
 
 def test_evaluation_takes_every_pair_once_from_short_to_long():

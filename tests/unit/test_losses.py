@@ -186,6 +186,11 @@ def test_worked_example_with_means():
     assert result.losses.item() == pytest.approx(0.1839, abs=5e-5)
 
 
+def test_a_ratio_of_zero_is_no_target_margin():
+    loss = simpo_loss(torch.tensor([-1.0]), torch.tensor([-1.5]), beta=2.0, gamma_beta_ratio=0.0)
+    assert float(loss.losses) == pytest.approx(math.log1p(math.exp(-2.0 * 0.5)))
+
+
 def test_simpo_gradient_equals_the_papers_formula():
     """-beta * s * (1/|y_w|, -1/|y_r|) with s = sigmoid(beta*m_r - beta*m_w + gamma)."""
     logps = random_logps()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from simpo.data.loader import StoredPair
+from simpo.core.packing import TokenPair
 from simpo.hosts.megatron.batch import IGNORED, MegatronBatch, collate, iterate_batches
 from simpo.hosts.megatron.settings import MegatronSettings, add_simpo_arguments
 
@@ -19,8 +19,8 @@ def settings_of(**arguments: Any) -> MegatronSettings:
     return MegatronSettings.from_arguments({"micro_batch_size": 2, "seq_length": 16, **arguments})
 
 
-def pairs_of(count: int) -> list[StoredPair]:
-    return [StoredPair(f"row-{i}", [9, 8, 10 + i, 0], 2, [9, 8, 20 + i], 2) for i in range(count)]
+def pairs_of(count: int) -> list[TokenPair]:
+    return [TokenPair(f"row-{i}", [9, 8, 10 + i, 0], 2, [9, 8, 20 + i], 2) for i in range(count)]
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -148,12 +148,12 @@ def test_no_pair_is_no_trained_label() -> None:
 @pytest.mark.parametrize(
     ("pair", "message"),
     [
-        (StoredPair("short", [1, 2], 2, [1, 2], 1), "pair short: the chosen response starts at token 2 of 2"),
-        (StoredPair("early", [1, 2], 1, [1, 2], 0), "pair early: the rejected response starts at token 0 of 2"),
-        (StoredPair("long", [1] * 17, 1, [1, 2], 1), "pair long: the chosen sequence has 17 tokens; seq_length is 16"),
+        (TokenPair("short", [1, 2], 2, [1, 2], 1), "pair short: the chosen response starts at token 2 of 2"),
+        (TokenPair("early", [1, 2], 1, [1, 2], 0), "pair early: the rejected response starts at token 0 of 2"),
+        (TokenPair("long", [1] * 17, 1, [1, 2], 1), "pair long: the chosen sequence has 17 tokens; seq_length is 16"),
     ],
 )
-def test_pairs_that_cannot_be_trained_are_named(pair: StoredPair, message: str) -> None:
+def test_pairs_that_cannot_be_trained_are_named(pair: TokenPair, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         collate([pair], settings_of())
 

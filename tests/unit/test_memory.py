@@ -12,8 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from simpo.core.batch import build_batch
 from simpo.core.logprobs import CHUNK_BYTES
-from simpo.core.packing import PairShape
-from simpo.data.loader import StoredPair
+from simpo.core.packing import PairShape, TokenPair
 from simpo.model.attention import PACKED
 from simpo.model.head import compute_pair_logps
 from simpo.model.load import checkpoint_activations
@@ -56,9 +55,9 @@ def forward_of(model, *, bf16: bool = False):
     return forward
 
 
-def make_pairs(shapes: list[tuple[int, int, int]]) -> list[StoredPair]:
+def make_pairs(shapes: list[tuple[int, int, int]]) -> list[TokenPair]:
     """Pairs of the given prefix, chosen and rejected lengths; every token after the prefix is trained."""
-    return [StoredPair(f"row-{k}", [0] * p + [1] * c, p, [0] * p + [2] * r, p) for k, (p, c, r) in enumerate(shapes)]
+    return [TokenPair(f"row-{k}", [0] * p + [1] * c, p, [0] * p + [2] * r, p) for k, (p, c, r) in enumerate(shapes)]
 
 
 RAGGED = [(40, 70, 30), (5, 20, 90), (100, 10, 12)]

@@ -308,6 +308,18 @@ def test_plan_passes_over_a_cheap_but_full_micro_batch():
     assert plan_micro_batches(tokens, costs, num_ranks=1, num_micro_batches=1, max_tokens=6) == [[[0, 2], [1]]]
 
 
+def test_ranks_are_even_in_sum_where_their_micro_batches_are_not():
+    """Of the second group the costlier micro-batch goes to the rank that had the cheaper one before."""
+    plan = plan_micro_batches([1] * 4, [10.0, 6.0, 5.0, 1.0], num_ranks=2, num_micro_batches=2)
+    assert plan == [[[0], [3]], [[1], [2]]]
+
+
+def test_ranks_without_a_micro_batch_get_an_empty_one():
+    """Three cheap items keep the long one out of every bin of the even spread; best fit then needs two of three."""
+    plan = plan_micro_batches([1, 1, 1, 10], [5.0, 5.0, 5.0, 1.0], num_ranks=3, num_micro_batches=1, max_tokens=10)
+    assert sorted(plan) == [[[]], [[0, 1, 2]], [[3]]]
+
+
 def test_plan_refuses_a_pair_above_the_budget():
     with pytest.raises(ValueError, match="raise max_tokens_per_micro_batch"):
         plan_shapes([PairShape(5, 5, 5)], num_ranks=1, num_micro_batches=1, max_tokens=14)

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from simpo.data.preferences import BadRow, RowError, pair_from_row
+from simpo.data.preferences import RowError, pair_from_row
 
 USER = {"role": "user", "content": "Why?"}
 TURNS = [USER, {"role": "assistant", "content": "Because."}, {"role": "user", "content": "Really?"}]
@@ -95,7 +95,7 @@ def test_shape_gives_the_canonical_pair(row, prompt):
 
 
 REFUSED = {
-    "unreadable line": (BadRow("a.jsonl line 3: not JSON"), "malformed", "line 3"),
+    "unreadable line": (RowError("malformed", "a.jsonl line 3: not JSON"), "malformed", "line 3"),
     "not an object": ([1, 2], "malformed", "a list"),
     "no columns": ({}, "missing column", "no columns"),
     "no prompt": ({"chosen": "Yes.", "rejected": "No."}, "missing column", "no prompt column"),

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from simpo.data.files import read_file
-from simpo.data.preferences import BadRow
+from simpo.data.preferences import Pair, RowError
 from simpo.data.sources import find_sources, fingerprint_sources, load_splits
 
 
@@ -158,8 +158,11 @@ def test_hold_out_keeps_each_prompt_on_one_side(tmp_path, data_recipe):
     content.append({"broken": 1})
     recipe = data_recipe(write_jsonl(tmp_path / "a.jsonl", content), validation_fraction=0.1)
     splits = load_splits(recipe)
-    held = {row.row.get("prompt") for row in splits.eval}
-    assert held.isdisjoint(row.row.get("prompt") for row in splits.train)
+    held, trained = (
+        {row.row.prompt for row in rows if isinstance(row.row, Pair)} for rows in (splits.eval, splits.train)
+    )
+    assert held.isdisjoint(trained)
+    assert len(held | trained) == 40
     assert len(splits.train) + len(splits.eval) == 201
     assert 20 <= len(splits.eval) <= 25
     assert "held out by prompt" in splits.notes[0]
@@ -189,7 +192,7 @@ def test_named_splits(tmp_path, data_recipe):
     assert (len(splits.train), len(splits.eval)) == (5, 2)
     splits = load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_sft"], validation_fraction=0))
     assert (len(splits.train), len(splits.eval)) == (9, 0)
-    with pytest.raises(ValueError, match="no split 'train_gen'; there are: test_prefs, train_prefs, train_sft"):
+    with pytest.raises(ValueError, match="no split 'train_gen'; its splits: test_prefs, train_prefs, train_sft"):
         load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_gen", "test_prefs"]))
     with pytest.raises(ValueError, match="no split 'test_gen'"):
         load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_prefs", "test_gen"]))
@@ -200,16 +203,16 @@ def test_broken_lines_become_rows_that_say_where(tmp_path):
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "q"}\n\n{"prompt": \n\xff\xfe\n' + b"[" * 100_000 + b"\n[1]\n")
     read = read_file(path)
     assert read[0] == {"prompt": "q"}
-    assert [isinstance(row, BadRow) for row in read] == [False, True, True, True, False]
-    assert "a.jsonl line 3" in read[1]
-    assert "a.jsonl line 4" in read[2]
+    assert [isinstance(row, RowError) for row in read] == [False, True, True, True, False]
+    assert "a.jsonl line 3" in str(read[1])
+    assert "a.jsonl line 4" in str(read[2])
 
 
 def test_csv_row_with_too_many_cells(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen\na,b\nc,d,e\n")
     read = read_file(tmp_path / "a.csv")
     assert read[0] == {"prompt": "a", "chosen": "b"}
-    assert "a.csv line 3" in read[1]
+    assert "a.csv line 3" in str(read[1])
 
 
 @pytest.mark.parametrize(
@@ -273,7 +276,9 @@ def test_hub_out_of_reach(monkeypatch, data_recipe):
         raise ConnectionError("offline")
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
-    with pytest.raises(ValueError, match=r"'org/set' is no local file or folder, and the hub did not give it.*offline"):
+    with pytest.raises(
+        ValueError, match=r"'org/set' is not a local file or folder, and could not be loaded from the hub.*offline"
+    ):
         find_sources(data_recipe({"org/set": 1.0}))
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from tokenizers_for_tests import tokenize_pair, tokenize_pairs
 
 from simpo.data.preferences import Pair, RowError
 from simpo.data.templates import load_chat_template, template_takes_system
-from simpo.data.tokenize import Cut, plan_cut, tokenize_pair, tokenize_pairs
+from simpo.data.tokenize import Cut, plan_cut
 
 PAIR = Pair("r", "Which river?", "The green one.", "No river.")
 

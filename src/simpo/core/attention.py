@@ -4,15 +4,10 @@ On CUDA in half precision all blocks go through one `varlen_attn` (`core.varlen_
 through FlexAttention (`core.flex_attention`); on a CPU, and where those cannot be used, through products of matrices in
 tiles (`core.matmul_attention`) or block by block through torch's own attention.
 
-A packed row is a list of *blocks*. Block (prefix_start, prefix_end, start, end) says: rows start..end attend to the
-rows prefix_start..prefix_end and, causally, to themselves. A chosen sequence is a block with an empty prefix; the
-rejected response that shares its first P tokens is a block whose prefix is those P rows. Any number of responses may
-share one prefix. Nothing else is visible to anything, so packed pairs cannot see each other.
+What attends to what is said by the row's blocks (`core.blocks`). The row may be spread over ranks (context parallelism,
+`core.context`): blocks with a `group` say that each rank brings a slice of it.
 
-The row may be spread over ranks (context parallelism, `core.context`): blocks with a `group` say that each rank brings
-a slice of it.
-
-Tensors in, tensors out; torch only. Registration with transformers is in `model.load`.
+Tensors in, tensors out; torch only. Registration with transformers is in `model.attention`.
 """
 
 from __future__ import annotations
@@ -20,55 +15,20 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from simpo.core.blocks import AttentionBlocks, ScoreOptions, dense_mask
 from simpo.core.context import heads_to_rows, rows_to_heads
 from simpo.core.flex_attention import flex_attention, has_compiler
-from simpo.core.matmul_attention import ScoreOptions, matmul_attention
+from simpo.core.matmul_attention import matmul_attention
 from simpo.core.varlen_attention import MAX_HEAD_SIZE, varlen_attention, varlen_options
-
-Block = tuple[int, int, int, int]
 
 AttentionPath = Literal["varlen", "flex", "matmul", "blocks"]
 ATTENTION_PATHS: tuple[AttentionPath, ...] = get_args(AttentionPath)
-
-
-@dataclass(frozen=True, eq=False)
-class AttentionBlocks:
-    """The blocks of a flattened row, ascending and without overlap; an object, so that it passes through wrappers.
-
-    Attributes:
-        ranges: (prefix_start, prefix_end, start, end) each, with prefix_end <= start < end.
-        group: the ranks that hold the row's slices, equal in size and in the group's order; None = all of it is here.
-    """
-
-    ranges: tuple[Block, ...]
-    group: dist.ProcessGroup | None = None
-
-    def __post_init__(self) -> None:
-        previous_end = 0
-        for prefix_start, prefix_end, start, end in self.ranges:
-            if not (0 <= prefix_start <= prefix_end <= start < end and previous_end <= start):
-                raise ValueError(f"attention block {(prefix_start, prefix_end, start, end)} overlaps or is empty")
-            previous_end = end
-
-
-def dense_mask(blocks: AttentionBlocks, num_tokens: int, *, sliding_window: int | None = None) -> Tensor:
-    """What may attend to what, written out: [T, T] bool, True = visible. The definition the fast paths must meet."""
-    mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
-    for prefix_start, prefix_end, start, end in blocks.ranges:
-        visible = [*range(prefix_start, prefix_end), *range(start, end)]
-        for row in range(start, end):
-            upto = (prefix_end - prefix_start) + (row - start) + 1
-            first = 0 if sliding_window is None else max(0, upto - sliding_window)
-            mask[row, visible[first:upto]] = True
-    return mask
 
 
 def reference_attention(
@@ -87,8 +47,8 @@ def reference_attention(
     """
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    scores = (query @ key.transpose(-1, -2)) * scale
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = (query @ key.transpose(-1, -2)) * factor
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
     mask = dense_mask(blocks, query.shape[2], sliding_window=sliding_window).to(query.device)
@@ -129,51 +89,22 @@ def packed_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as torch's own attention does; rotary embedding leaves fp32 behind
         query, key, value = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (query, key, value))
-    options: dict[str, Any] = {"scale": scale, "sliding_window": sliding_window, "softcap": softcap, "dropout": dropout}
-    options["prefer"] = prefer
-    if blocks.group is None:
-        return _attend(query, key, value, blocks, **options)
-    out = _attend(*rows_to_heads(query, key, value, group=blocks.group), blocks, **options)
-    return heads_to_rows(out, group=blocks.group)
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: AttentionBlocks,
-    *,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-    dropout: float,
-    prefer: AttentionPath | None,
-) -> Tensor:
-    """`packed_attention` with the whole row here, by the path that suits it."""
+    if blocks.group is not None:
+        query, key, value = rows_to_heads(query, key, value, group=blocks.group)
+    options = ScoreOptions(query.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap)
     path = attention_path(query, value, softcap=softcap, dropout=dropout, prefer=prefer)
-    if path == "varlen":
-        return varlen_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window)
-    if path == "flex":
-        return flex_attention(query, key, value, blocks, scale=scale, sliding_window=sliding_window, softcap=softcap)
-    if path == "matmul":
-        options = ScoreOptions(query.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap)
-        return matmul_attention(query, key, value, blocks.ranges, options)
-    return _block_by_block(
-        query, key, value, blocks, scale=scale, sliding_window=sliding_window, softcap=softcap, dropout=dropout
-    )
+    if path == "blocks":
+        out = _block_by_block(query, key, value, blocks, options, dropout=dropout)
+    else:
+        attend = {"varlen": varlen_attention, "flex": flex_attention, "matmul": matmul_attention}[path]
+        out = attend(query, key, value, blocks, options)
+    return out if blocks.group is None else heads_to_rows(out, group=blocks.group)
 
 
 def _block_by_block(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: AttentionBlocks,
-    **options: Any,
+    query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, options: ScoreOptions, *, dropout: float = 0.0
 ) -> Tensor:
-    """torch's own attention on each block: with dropout, for fp32 on an accelerator, and for very large heads.
-
-    options: of `_block_attention`.
-    """
+    """torch's own attention on each block: with dropout, for fp32 on an accelerator, and for very large heads."""
     ranges, num_tokens = blocks.ranges, query.shape[2]
     queries = _split_rows(query, {edge for block in ranges for edge in block[2:]})
     keys, values = (_split_rows(tensor, {edge for block in ranges for edge in block}) for tensor in (key, value))
@@ -187,7 +118,7 @@ def _block_by_block(
         if start > reached:  # padding between blocks of different rows
             outputs.append(padding(start - reached))
         seen = (prefix_start, prefix_end), (start, end)
-        outputs.append(_block_attention(queries((start, end)), keys(*seen), values(*seen), **options))
+        outputs.append(_block_attention(queries((start, end)), keys(*seen), values(*seen), options, dropout=dropout))
         reached = end
     if reached < num_tokens:
         outputs.append(padding(num_tokens - reached))
@@ -197,7 +128,7 @@ def _block_by_block(
 def _split_rows(tensor: Tensor, edges: set[int]) -> Callable[..., Tensor]:
     """rows((start, end), ...) -> those rows of [1, H, T, D], one range after the other, start and end being edges.
 
-    One split, whose backward is one cat; a slice's backward would fill the whole tensor, for every slice.
+    One split, whose backward is one cat; the backward of a slice would fill the whole tensor, once for each slice.
     """
     ends = sorted(edges | {0, tensor.shape[2]})
     pieces = tensor.split([end - start for start, end in itertools.pairwise(ends)], dim=2)
@@ -210,20 +141,11 @@ def _split_rows(tensor: Tensor, edges: set[int]) -> Callable[..., Tensor]:
     return rows
 
 
-def _block_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    scale: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    dropout: float = 0.0,
-) -> Tensor:
+def _block_attention(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, *, dropout: float) -> Tensor:
     """Causal attention of Tq queries that end where the Tk >= Tq keys end (diagonal at the bottom right)."""
-    num_queries, num_keys = query.shape[2], key.shape[2]
-    if sliding_window is not None and sliding_window >= num_keys:
-        sliding_window = None
+    num_queries, num_keys, softcap = query.shape[2], key.shape[2], options.softcap
+    window = options.sliding_window
+    window = None if window is None or window >= num_keys else window
     groups = query.shape[1] // key.shape[1]
     if groups > 1 and (softcap is not None or query.is_cuda):
         # On CUDA only flash attention takes fewer key heads, and it takes neither fp32 nor a mask: without this torch
@@ -231,8 +153,8 @@ def _block_attention(
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         groups = 1
     if softcap is None:
-        simple = num_queries == num_keys and sliding_window is None
-        mask = None if simple else _bottom_right_mask(num_queries, num_keys, sliding_window, query.device)
+        simple = num_queries == num_keys and window is None
+        mask = None if simple else _bottom_right_mask(num_queries, num_keys, window, query.device)
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -240,12 +162,11 @@ def _block_attention(
             attn_mask=mask,
             dropout_p=dropout,
             is_causal=simple,
-            scale=scale,
+            scale=options.scale,
             enable_gqa=groups > 1,
         )
-    scores = (query @ key.transpose(-1, -2)) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = softcap * torch.tanh(scores / softcap)
-    mask = _bottom_right_mask(num_queries, num_keys, sliding_window, query.device)
+    mask = _bottom_right_mask(num_queries, num_keys, window, query.device)
+    scores = softcap * torch.tanh((query @ key.transpose(-1, -2)) * options.scale / softcap)
     precise = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=precise).to(query.dtype)
     return F.dropout(weights, dropout) @ value
@@ -276,7 +197,8 @@ def attention_path(
         return prefer
     if query.is_cuda:
         # torch's own attention keeps its memory small except for bf16 before Ampere, and for soft-caps, which it lacks.
-        tiled = softcap is not None or (query.dtype == torch.bfloat16 and _capability(query.device) < AMPERE)
+        is_old = (_capability(query.device) or AMPERE) < AMPERE
+        tiled = softcap is not None or (query.dtype == torch.bfloat16 and is_old)
     else:
         tiled = softcap is not None or query.device.type in ("cpu", "meta")
     order: tuple[AttentionPath, ...] = ("varlen", "flex", *(("matmul",) if tiled else ()), "blocks")
@@ -313,7 +235,7 @@ AMPERE = (8, 0)
 
 @functools.cache
 def _capability(device: torch.device) -> tuple[int, int] | None:
-    """Of a CUDA device, None = of another kind. Where there is no card, tensors are fake: as on one of today."""
+    """A CUDA device's compute capability; None = another device. Without a card tensors are fake: 9.0."""
     if device.type != "cuda":
         return None
     return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)

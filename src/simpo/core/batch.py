@@ -1,35 +1,24 @@
 """PackedPairs: one micro-batch of preference pairs, or of longer lists, as tensors, and the ways to lay it out.
 
 Owns the layout: which token sits where, what it attends to, which row predicts which label. A pair is a list of two
-responses; lists of any length go the same way. Labels are shifted once, here, and never again. Imports torch and
-`core.packing` only.
+responses; lists of any length go the same way. Labels are shifted once, here, and never again. Torch only.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from simpo.core.attention import AttentionBlocks
-from simpo.core.packing import shared_prefix_length
+from simpo.core.blocks import AttentionBlocks
+from simpo.core.packing import TokenPair, shared_prefix_length
 
 
-class TokenPair(Protocol):
-    """A tokenised pair: full sequences (prompt + response) and where each response begins (>= 1)."""
-
-    row_id: str
-    chosen_ids: Sequence[int]
-    chosen_start: int
-    rejected_ids: Sequence[int]
-    rejected_start: int
-
-
-class TokenList(Protocol):
-    """A prompt and its responses, one or more: full sequences and where in each the response begins (>= 1)."""
+@dataclass(frozen=True)
+class TokenList:
+    """A prompt and its responses, one or more: full sequences, and where in each the response begins (>= 1)."""
 
     row_id: str
     sequences: Sequence[Sequence[int]]
@@ -40,8 +29,8 @@ class TokenList(Protocol):
 class PackedPairs:
     """One micro-batch. T tokens a row, R rows (1 when packed), P pairs, N response tokens.
 
-    Of pairs, response 2i is the chosen one of pair i, 2i+1 the rejected one; of lists, the responses stand list by
-    list in the order given, and every 2P below is the sum of `group_sizes`.
+    Response 2i is the chosen one of pair i, 2i+1 the rejected one. In a batch of lists the responses stand list by list
+    in the order given, and every 2P below is the sum of `group_sizes`.
 
     Attributes:
         input_ids: [R, T] int64.
@@ -50,14 +39,14 @@ class PackedPairs:
         blocks: what attends to what, in flattened row coordinates; None for the ordinary padded layout.
         source_rows: [N] int64 into the flattened [R*T] rows: the row whose hidden state predicts label n. Rows of a
             shared prefix can appear twice, once for each response.
-        read_rows: int64, ascending: the distinct source rows. Of the last layer's results nobody reads the others.
+        read_rows: int64, ascending: the distinct source rows. Nobody reads the last layer's results in other rows.
         labels: [N] int64 token ids, grouped by response.
         response_lengths: [2P] int64, trained tokens of each response, each >= 1.
         row_ids: the pairs' (lists') names, for error messages.
         group_sizes: responses of each pair (always 2) or list; `sums.split(batch.group_sizes)` takes lists apart.
-        local_lengths: [2P] int64 or None; where this rank holds a slice of the row (`core.context.split_rows`), how
-            many of each response's labels are here, >= 0. N, labels, source_rows and read_rows are then the slice's,
-            blocks, response_lengths and names the whole row's.
+        local_lengths: [2P] int64, or None where the whole row is here. On a rank that holds a slice of the row
+            (`core.context.split_rows`): how many of each response's labels are in it, >= 0. N, labels, source_rows and
+            read_rows are then the slice's; blocks, response_lengths and names are the whole row's.
     """
 
     input_ids: Tensor
@@ -83,27 +72,13 @@ class PackedPairs:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PackedPairs:
-        """The same batch on another device. A GPU fetches it from pinned memory, and nobody waits for that."""
+        """The same batch on another device. A GPU fetches it from pinned memory without anybody waiting."""
         pin = torch.device(device).type == "cuda" and torch.cuda.is_available()
 
         def move(value: Tensor) -> Tensor:
             return (value.pin_memory() if pin and value.device.type == "cpu" else value).to(device, non_blocking=True)
 
-        moved = {
-            name: None if value is None else move(value)
-            for name in (
-                "input_ids",
-                "position_ids",
-                "attention_mask",
-                "source_rows",
-                "read_rows",
-                "labels",
-                "response_lengths",
-                "local_lengths",
-            )
-            for value in (getattr(self, name),)
-        }
-        return replace(self, **moved)
+        return replace(self, **{name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
 
 
 def build_batch(
@@ -124,12 +99,13 @@ def build_batch(
     """
     if not pairs:
         raise ValueError("a micro-batch needs at least one pair")
-    groups = []
-    for pair in pairs:
-        sequences, starts = (pair.chosen_ids, pair.rejected_ids), (pair.chosen_start, pair.rejected_start)
-        for side, ids, start in zip(("chosen", "rejected"), sequences, starts, strict=True):
-            _check_response(ids, start, what=f"pair {pair.row_id}: the {side} response")
-        groups.append(_Group(pair.row_id, sequences, starts))
+    groups = [
+        TokenList(pair.row_id, (pair.chosen_ids, pair.rejected_ids), (pair.chosen_start, pair.rejected_start))
+        for pair in pairs
+    ]
+    for group in groups:
+        for side, ids, start in zip(("chosen", "rejected"), group.sequences, group.starts, strict=True):
+            _check_response(ids, start, what=f"pair {group.row_id}: the {side} response")
     return _lay_out(groups, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
 
 
@@ -139,16 +115,15 @@ def build_list_batch(
     """Lay out lists of responses as one micro-batch: `build_batch` for any number of responses to a prompt.
 
     Args:
-        lists: at least one; each of one response or more, numbers may differ. What is shared within a list is the
-            longest token prefix that *all* its sequences have in common.
+        lists: at least one, each of one response or more; lengths may differ. What a list shares is the longest token
+            prefix that *all* its sequences have in common.
         pack, share_prompt, pad_token_id: as in `build_batch`.
     Raises:
-        ValueError: no lists, a list without responses or with another number of starts than sequences, a response
-            without a trained token or that starts at token 0.
+        ValueError: no lists, a list without responses or whose sequences and starts differ in number, a response that
+            has no trained token or starts at token 0.
     """
     if not lists:
         raise ValueError("a micro-batch needs at least one list of responses")
-    groups = []
     for each in lists:
         count = len(each.sequences)
         if count == 0 or len(each.starts) != count:
@@ -158,8 +133,7 @@ def build_list_batch(
             )
         for index, (ids, start) in enumerate(zip(each.sequences, each.starts, strict=True), 1):
             _check_response(ids, start, what=f"list {each.row_id}: response {index} of {count}")
-        groups.append(_Group(each.row_id, tuple(each.sequences), tuple(each.starts)))
-    return _lay_out(groups, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
+    return _lay_out(lists, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
 
 
 def _check_response(ids: Sequence[int], start: int, *, what: str) -> None:
@@ -169,16 +143,7 @@ def _check_response(ids: Sequence[int], start: int, *, what: str) -> None:
         )
 
 
-@dataclass(frozen=True)
-class _Group:
-    """Checked responses to one prompt."""
-
-    row_id: str
-    sequences: tuple[Sequence[int], ...]
-    starts: tuple[int, ...]
-
-
-def _lay_out(groups: Sequence[_Group], *, pack: bool, share_prompt: bool, pad_token_id: int) -> PackedPairs:
+def _lay_out(groups: Sequence[TokenList], *, pack: bool, share_prompt: bool, pad_token_id: int) -> PackedPairs:
     rows: list[_Row] = []
     plain = not pack and not share_prompt
     for group in groups:
@@ -217,7 +182,7 @@ class _Row:
         self.labels.append(list(ids[response_start:]))
 
 
-def _assemble(rows: list[_Row], groups: Sequence[_Group], *, plain: bool, pad_token_id: int) -> PackedPairs:
+def _assemble(rows: list[_Row], groups: Sequence[TokenList], *, plain: bool, pad_token_id: int) -> PackedPairs:
     width = max(len(row.ids) for row in rows)
     input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
     position_ids = torch.zeros((len(rows), width), dtype=torch.long)

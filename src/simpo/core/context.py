@@ -13,43 +13,45 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from simpo.core.batch import PackedPairs
+from simpo.core.batch import PackedPairs
 
 
 def split_rows(batch: PackedPairs, *, rank: int, size: int, group: dist.ProcessGroup | None = None) -> PackedPairs:
     """One of `size` equal slices of a batch's tokens, with those labels whose predictors lie in it.
 
     Several rows are taken end to end as one, which is padded at the end to a multiple of `size`. Labels were shifted
-    when the batch was laid out, so none is lost where the cut falls. To be called before the batch goes to a GPU, which
-    it would stall.
+    when the batch was laid out, so none is lost at a cut. Call it before the batch goes to a GPU, which it would stall.
 
     Args:
         batch: with `blocks`, of the whole row.
         rank: which slice, 0..size-1.
         size: how many.
-        group: the ranks that have the slices, in order; attention then goes over all of them. Without it the slice can
-            be looked at but not attended to.
+        group: the ranks that have the slices, in order; attention then goes over all of them. Without a group the slice
+            can be looked at, but no model can attend over it.
     Returns:
         The slice, with `local_lengths`; see `PackedPairs`.
     Raises:
-        ValueError: an ordinary padded batch (its attention is not ours), a batch that is a slice already, or a rank
-            that is not in 0..size-1 or in the group.
+        ValueError: an ordinary padded batch (its attention is transformers'), a batch that is already a slice, or a
+            rank outside 0..size-1 or other than the group's.
     """
     if batch.blocks is None:
-        raise ValueError("context parallelism needs our attention: set pack: true (or share_prompt: true), or cp: 1")
+        raise ValueError("context parallelism needs packed attention; set pack or share_prompt to true, or cp: 1")
     if batch.local_lengths is not None:
-        raise ValueError("this batch is a slice of a longer row already")
-    if not 0 <= rank < size or (group is not None and (group.rank(), group.size()) != (rank, size)):
-        where = "" if group is None else f" in a group of {group.size()} in which this process is {group.rank()}"
-        raise ValueError(f"slice {rank} of {size} cannot be{where}")
+        raise ValueError("this batch is already a slice; split the whole row's batch instead")
+    if not 0 <= rank < size:
+        raise ValueError(f"rank {rank}: a row in {size} slices has the ranks 0..{size - 1}")
+    if group is not None and (group.rank(), group.size()) != (rank, size):
+        raise ValueError(
+            f"rank {rank} of {size}: this process is rank {group.rank()} of {group.size()} in the group, and takes the "
+            "slice of that rank"
+        )
     length = -(-batch.num_tokens // size)
     start = rank * length
 
@@ -88,10 +90,10 @@ def rows_to_heads(query: Tensor, key: Tensor, value: Tensor, *, group: dist.Proc
     ranks, heads, key_heads = group.size(), query.shape[1], key.shape[1]
     if heads % ranks:
         raise ValueError(
-            f"cp: {ranks} does not divide the {heads} query heads of an attention layer (with tp, of one rank's part "
-            "of it); choose a cp that does"
+            f"cp: {ranks} does not divide the {heads} query heads of an attention layer (with tp: of one rank's part); "
+            "choose a cp that does"
         )
-    # Copies stay side by side, so each stands beside its own query heads. ranks / gcd divides H / K, since ranks
+    # Copies stay next to each other, and so with their own query heads. ranks / gcd divides H / K, since ranks
     # divides H: no query head is left between two copies.
     copies = ranks // math.gcd(key_heads, ranks)
     if copies > 1:
@@ -113,8 +115,8 @@ def heads_to_rows(out: Tensor, *, group: dist.ProcessGroup) -> Tensor:
 def sum_over(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     """The sum of every rank's x, on every rank; backward, each rank's x gets the gradient of its own sum.
 
-    Right where all ranks compute the same from the sum: the gradient is then the same on all, and is not to be added up
-    once more.
+    Right where all ranks compute the same from the sum: the gradient is then the same on all, and must not be summed
+    again.
     """
     return _SumOver.apply(x, group)
 

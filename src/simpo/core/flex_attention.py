@@ -1,8 +1,8 @@
 """Packed attention by FlexAttention: for soft-capped scores on CUDA, which no flash kernel of torch's takes.
 
 Which rows of a prefix and which own rows a query sees are two intervals; three numbers a row say both, with the window
-already in them. From the same blocks follow, on the host, the tiles of the score matrix that hold anything and those
-that hold all, so no [T, T] mask is ever made. Both are made once for a batch and a window. Torch only.
+already in them. The same blocks give, on the CPU, the tiles of the score matrix in which anything is visible and those
+in which everything is, so no [T, T] mask is ever made. Both are made once for a batch and a window. Torch only.
 """
 
 from __future__ import annotations
@@ -10,42 +10,30 @@ from __future__ import annotations
 import functools
 import importlib.util
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from simpo.core.varlen_attention import to_device
-
-if TYPE_CHECKING:
-    from simpo.core.attention import AttentionBlocks
+from simpo.core.blocks import AttentionBlocks, ScoreOptions, to_device
 
 TILE = 128  # rows and columns; the kernel's own tiles must divide it
 
 
-def flex_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: AttentionBlocks,
-    *,
-    scale: float | None,
-    sliding_window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def flex_attention(query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, options: ScoreOptions) -> Tensor:
     """Attention over the blocks of one row; shapes and meaning as in `core.attention.packed_attention`.
 
     On CUDA it is compiled at the first call: once for each dtype, and once with and once without gradients; rows of
     other lengths use the same kernels.
     """
-    mask = _block_mask(blocks, query.shape[2], query.device, sliding_window)
+    mask = _block_mask(blocks, query.shape[2], query.device, options.sliding_window)
     return _compiled(query.is_cuda)(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _capped(softcap),
+        score_mod=None if options.softcap is None else _capped(options.softcap),
         block_mask=mask,
-        scale=scale,
+        scale=options.scale,
         enable_gqa=query.shape[1] != key.shape[1],
         # The other kernel, for few queries, does not take every number of heads that share a key head.
         kernel_options={"FORCE_USE_FLEX_ATTENTION": True},

@@ -25,7 +25,7 @@ from torch import Tensor
 CHUNK_BYTES = 128 * 2**20  # default size of one chunk's logits, in the compute dtype
 CHUNK_BYTES_CUDA = 512 * 2**20  # large products hide what reading and writing the weight's gradient costs
 SLICE_BYTES = 4 * 2**20  # a chunk's fp32 values at one time: what a CPU's caches hold
-SLICE_BYTES_CUDA = 128 * 2**20  # enough to keep a GPU busy, and little beside the chunk
+SLICE_BYTES_CUDA = 128 * 2**20  # enough to keep a GPU busy, and little compared with the chunk
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class _ChunkedLogps(torch.autograd.Function):
                 logits, _ = _transform(products[part], bias, options)
                 target[at] = logits.gather(1, labels[at, None])[:, 0]
                 lse[at] = logits.logsumexp(dim=1)
-        if options.shard is not None:
+        if options.shard is not None and held is not None:
             lse, target = _reduce_over_shards(lse, target, held, options.shard.group)
         # Leaves are saved, casts are made again: under autocast the weight's gradient stays in the weight's dtype.
         ctx.save_for_backward(hidden, weight, bias, labels, held, lse)
@@ -195,7 +195,10 @@ class _ChunkedLogps(torch.autograd.Function):
         d_weight = None
         grad_targets = grad_logps if held is None else grad_logps * held
         d_bias = torch.zeros(weight.shape[0], dtype=lse.dtype, device=weight.device) if need_bias else None
-        products, ctx.last_products = ctx.last_products, None  # overwritten below: a second backward starts anew
+        products, ctx.last_products = (
+            ctx.last_products,
+            None,
+        )  # overwritten below: not for a second backward
         for rows in reversed(chunk_rows(h, weight.shape[0], options.chunk_size)):
             products = _product(h[rows], w.T) if products is None else products
             for part in _slices(products):
@@ -299,7 +302,7 @@ def _transform(products: Tensor, bias: Tensor | None, options: HeadOptions) -> t
 def chunk_rows(hidden: Tensor, vocabulary: int, chunk_size: int | None) -> list[slice]:
     """Rows of `hidden` (in the compute dtype) whose logits are computed together; the sizes differ by at most one.
 
-    None of them where there is no vocabulary (an empty shard), so nothing is multiplied by it.
+    An empty list where there is no vocabulary (an empty shard), so that nothing is multiplied by it.
     """
     if vocabulary == 0:
         return []

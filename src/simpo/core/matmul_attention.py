@@ -19,11 +19,12 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from simpo.core.blocks import AttentionBlocks, Block, ScoreOptions
 
 TILE_ROWS = 256  # most queries of one tile: fewer skip more of the masked half, more make larger products
 TILE_BYTES = 4 * 2**20  # of a tile's fp32 scores: what a core's caches still hold
@@ -31,22 +32,15 @@ TILE_BYTES_CUDA = 256 * 2**20  # few large products
 FLASH_ROWS = 256  # most queries of a call with a mask: what a mask hides is computed all the same
 
 
-@dataclass(frozen=True)
-class ScoreOptions:
-    """From products to scores: scale, then softcap * tanh(. / softcap), then the window; None = off."""
-
-    scale: float
-    sliding_window: int | None
-    softcap: float | None
-
-
-def matmul_attention(query: Tensor, key: Tensor, value: Tensor, ranges: Any, options: ScoreOptions) -> Tensor:
+def matmul_attention(
+    query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, options: ScoreOptions
+) -> Tensor:
     """Attention over the blocks of one row; shapes and meaning as in `core.attention.packed_attention`.
 
     All three in one dtype, which autocast does not change.
     """
     with torch.autocast(query.device.type, enabled=False):
-        return _MatmulAttention.apply(query, key, value, ranges, options)
+        return _MatmulAttention.apply(query, key, value, blocks.ranges, options)
 
 
 class _Tile(NamedTuple):
@@ -57,7 +51,7 @@ class _Tile(NamedTuple):
     num_keys: int
 
 
-def _tiles(block: tuple[int, int, int, int], query: Tensor, rows: int | None = None) -> list[_Tile]:
+def _tiles(block: Block, query: Tensor, rows: int | None = None) -> list[_Tile]:
     """Tiles of a block, all of about the same number of queries, `rows` at most; None = as many as suit products."""
     prefix_start, prefix_end, start, end = block
     prefix = prefix_end - prefix_start
@@ -71,8 +65,10 @@ def _tiles(block: tuple[int, int, int, int], query: Tensor, rows: int | None = N
 
 class _MatmulAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, ranges: Any, options: ScoreOptions) -> Tensor:
-        # Memory as [T, Hq, D], so that the model's next view of it, [T, Hq * D], is no copy.
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, ranges: tuple[Block, ...], options: ScoreOptions
+    ) -> Tensor:
+        # Memory as [T, Hq, D], so that the model's next view of it, [T, Hq * D], copies nothing.
         out = query.new_zeros(query.shape[2], query.shape[1], value.shape[3])
         flash = query.is_cpu and options.softcap is None and query.shape[3] == value.shape[3]
         attend = _flash_forward if flash else _tiled_forward
@@ -86,10 +82,13 @@ class _MatmulAttention(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         with torch.autocast(grad_out.device.type, enabled=False):  # a backward pass inside it would round S and dP
-            return *_gradients(*ctx.saved_tensors, grad_out, ctx.ranges, ctx.options), None, None
+            query, key, value = ctx.saved_tensors
+            return *_gradients(query, key, value, grad_out, ctx.ranges, ctx.options), None, None
 
 
-def _flash_forward(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block: Any, options: ScoreOptions) -> None:
+def _flash_forward(
+    out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block: Block, options: ScoreOptions
+) -> None:
     """Fill in a block's rows of out [T, Hq, D] by torch's flash attention for CPUs, which is the fastest there."""
     plain = keys.shape[1] == block[3] - block[2] and options.sliding_window is None  # no prefix, no window
     for tile in [_Tile(*block[2:], keys.shape[1])] if plain else _tiles(block, query, rows=FLASH_ROWS):
@@ -106,7 +105,9 @@ def _flash_forward(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, blo
         out[tile.start : tile.end] = mixed[0].transpose(0, 1)
 
 
-def _tiled_forward(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block: Any, options: ScoreOptions) -> None:
+def _tiled_forward(
+    out: Tensor, query: Tensor, keys: Tensor, values: Tensor, block: Block, options: ScoreOptions
+) -> None:
     """The same from products: for soft-caps, and on accelerators."""
     heads, key_heads = query.shape[1], keys.shape[0]
     wide_keys = keys.to(_precise(keys))
@@ -119,7 +120,7 @@ def _tiled_forward(out: Tensor, query: Tensor, keys: Tensor, values: Tensor, blo
 
 
 def _gradients(
-    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, ranges: Any, options: ScoreOptions
+    query: Tensor, key: Tensor, value: Tensor, grad_out: Tensor, ranges: tuple[Block, ...], options: ScoreOptions
 ) -> tuple[Tensor, Tensor, Tensor]:
     heads, key_heads = query.shape[1], key.shape[1]
     group = heads // key_heads
@@ -136,7 +137,7 @@ def _gradients(
                 weights, tanh = _weights(queries, keys[:, seen], tile, options)
                 d_values[:, seen].baddbmm_(weights.transpose(1, 2), grads)
                 d_scores = torch.bmm(grads, values[:, seen].transpose(1, 2))
-                torch._softmax_backward_data(d_scores, weights, -1, d_scores.dtype, grad_input=d_scores)
+                torch.ops.aten._softmax_backward_data.out(d_scores, weights, -1, d_scores.dtype, grad_input=d_scores)
                 if tanh is not None:
                     d_scores *= 1 - tanh * tanh
                 d_keys[:, seen].baddbmm_(d_scores.transpose(1, 2), queries, alpha=options.scale)
@@ -150,14 +151,14 @@ def _precise(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 
 
-def _rows_of(tensor: Tensor, block: tuple[int, int, int, int]) -> Tensor:
+def _rows_of(tensor: Tensor, block: Block) -> Tensor:
     """[1, Hkv, T, D] -> [Hkv, prefix + own, D]: what the block's last query sees, in order."""
     prefix_start, prefix_end, start, end = block
     own = tensor[0, :, start:end]
     return torch.cat([tensor[0, :, prefix_start:prefix_end], own], dim=1) if prefix_end > prefix_start else own
 
 
-def _add_rows(total: Tensor, rows: Tensor, block: tuple[int, int, int, int]) -> None:
+def _add_rows(total: Tensor, rows: Tensor, block: Block) -> None:
     """The transpose of `_rows_of`: total [1, Hkv, T, D] += rows [Hkv, prefix + own, D]."""
     prefix_start, prefix_end, start, end = block
     prefix = prefix_end - prefix_start
@@ -218,7 +219,7 @@ def _products_in_bf16(dtype: torch.dtype) -> Iterator[None]:
 
     For operands that were bf16 before they were widened nothing is lost.
     """
-    settings = torch.backends.mkldnn.matmul
+    settings: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009  torch does not declare it
     before = settings.fp32_precision
     if dtype == torch.bfloat16:
         settings.fp32_precision = "bf16"

@@ -1,6 +1,6 @@
-"""From token lengths to rows and steps: what is computed together, decided from integers alone.
+"""From tokenised pairs to rows and steps: what is computed together, decided from integers alone.
 
-Owns: the shared prefix of a pair, the cost of a pair, and the batch plan (which pairs form an optimizer step, and how
+Owns: a tokenised pair, its shared prefix and its cost, and the batch plan (which pairs form an optimizer step, and how
 that step's pairs are spread over ranks and micro-batches). Imports neither torch nor numpy: the plan is the same on
 every rank because it is plain arithmetic on the same numbers, and a million pairs take seconds (`benchmarks/plan.py`).
 """
@@ -11,15 +11,37 @@ import heapq
 import random
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, fields
+from typing import Any, TypeVar
 
 T = TypeVar("T")
+Count = Any
+"""An int, or an integer array with one entry a pair: this module does arithmetic on either and imports no numpy."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenPair:
+    """A tokenised pair: full sequences (prompt + response), and where in each the response begins (>= 1)."""
+
+    row_id: str
+    chosen_ids: list[int]
+    chosen_start: int
+    rejected_ids: list[int]
+    rejected_start: int
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The prompt's tokens, for generation."""
+        return self.chosen_ids[: min(self.chosen_start, self.rejected_start)]
+
+
+PAIR_FIELDS = tuple(field.name for field in fields(TokenPair))
+"""The columns that a data set of tokenised pairs must have."""
 
 
 @dataclass(frozen=True, slots=True)
 class PairShape:
-    """Token counts of one pair, or of many: each field an int, or an integer array with one entry a pair.
+    """Token counts of one pair, or of many (`Count`).
 
     Attributes:
         prefix: tokens computed once and seen by both responses; 0 when nothing is shared.
@@ -27,17 +49,17 @@ class PairShape:
         rejected: tokens of the rejected sequence after the prefix, >= 1.
     """
 
-    prefix: int
-    chosen: int
-    rejected: int
+    prefix: Count
+    chosen: Count
+    rejected: Count
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> Count:
         """Tokens this pair occupies in a packed row."""
         return self.prefix + self.chosen + self.rejected
 
     @property
-    def attended(self) -> int:
+    def attended(self) -> Count:
         """(query, key) combinations that causal attention evaluates for this pair."""
         p, c, r = self.prefix, self.chosen, self.rejected
         return (p * (p + 1) + c * (c + 1) + r * (r + 1)) // 2 + p * (c + r)
@@ -71,7 +93,7 @@ class CostWeights:
         head_dim: int,
         vocab_size: int,
     ) -> CostWeights:
-        """The weights for a decoder of gated feed-forward blocks (Llama and its kin)."""
+        """The weights for a decoder of gated feed-forward blocks (Llama and similar ones)."""
         attention_weights = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
         layer_weights = attention_weights + 3 * hidden_size * intermediate_size
         return cls(
@@ -90,15 +112,25 @@ def shared_prefix_length(first: Sequence[int], *others: Sequence[int]) -> int:
     The prefix may reach beyond the prompt, into what all responses begin with: exact, because equal tokens at equal
     positions with equal history have equal hidden states.
     """
-    length = min(len(first), *map(len, others)) - 1 if others else len(first) - 1
+    return min(common_prefix_length(first, *others), min(map(len, (first, *others))) - 1)
+
+
+def common_prefix_length(first: Sequence[Any], *others: Sequence[Any]) -> int:
+    """How many leading items all sequences (of one type) have in common."""
+    length = min(map(len, (first, *others)))
     for other in others:
-        limit, length = length, 0
-        while length < limit and first[length] == other[length]:
-            length += 1
+        equal, limit = 0, length
+        while equal < limit:  # halving: slices are compared much faster than items
+            middle = (equal + limit + 1) // 2
+            if first[equal:middle] == other[equal:middle]:
+                equal = middle
+            else:
+                limit = middle - 1
+        length = equal
     return length
 
 
-def pair_cost(shape: PairShape, weights: CostWeights = TOKENS_ALONE, *, num_labels: int = 0) -> float:
+def pair_cost(shape: PairShape, weights: CostWeights = TOKENS_ALONE, *, num_labels: Count = 0) -> Count:
     """Relative compute of one pair (or of each, for arrays): tokens + attention + head.
 
     Args:

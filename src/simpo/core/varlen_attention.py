@@ -11,16 +11,14 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from simpo.core.attention import AttentionBlocks
+from simpo.core.blocks import AttentionBlocks, Block, ScoreOptions, to_device
 
 MAX_HEAD_SIZE = 256  # of flash attention's kernels
 _HEAD_SIZE_STEP = 8  # and they take multiples of this
@@ -37,24 +35,17 @@ def varlen_options() -> frozenset[str]:
 
 
 def varlen_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    blocks: AttentionBlocks,
-    *,
-    scale: float | None,
-    sliding_window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, options: ScoreOptions
 ) -> Tensor:
     """Attention over the blocks of one row; shapes and meaning as in `core.attention.packed_attention`.
 
-    Heads whose size is no multiple of 8, or other for values than for keys, are padded with zeros, which changes
-    neither scores nor results.
+    Heads whose size is not a multiple of 8, or differs between values and keys, are padded with zeros, which changes
+    neither scores nor results. Soft-caps are not supported.
     """
     from torch.nn.attention.varlen import varlen_attn
 
     layout = _layout(blocks, query.shape[2], query.device)
     groups, value_size = query.shape[1] // key.shape[1], value.shape[3]
-    scale = query.shape[3] ** -0.5 if scale is None else scale
     size = -(-max(query.shape[3], value_size) // _HEAD_SIZE_STEP) * _HEAD_SIZE_STEP
     q, k, v = (_padded(tensor.squeeze(0).transpose(0, 1), size) for tensor in (query, key, value))  # [T, H, size]
     if layout.query_rows is not None:
@@ -64,12 +55,12 @@ def varlen_attention(
     elif layout.query_rows is not None:
         k, v = k.index_select(0, layout.query_rows), v.index_select(0, layout.query_rows)
     # torch 2.11 has no such flag, and its kernels take fewer key heads than query heads without one.
-    options: dict[str, Any] = {"enable_gqa": True} if groups > 1 and "enable_gqa" in varlen_options() else {}
-    if sliding_window is not None and sliding_window >= layout.max_k:
-        sliding_window = None
-    left = -1 if sliding_window is None else sliding_window - 1
+    flags: dict[str, Any] = {"enable_gqa": True} if groups > 1 and "enable_gqa" in varlen_options() else {}
+    window = options.sliding_window
+    left = -1 if window is None or window >= layout.max_k else window - 1
     lengths = (layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k)
-    out = varlen_attn(q, k, v, *lengths, scale=scale, window_size=(left, 0), **options)  # right 0 = causal
+    # Right 0 = causal. Without aux results varlen_attn returns the output alone.
+    out = cast(Tensor, varlen_attn(q, k, v, *lengths, scale=options.scale, window_size=(left, 0), **flags))
     if out.shape[2] != value_size:
         out = out[:, :, :value_size]
     if layout.query_rows is not None:
@@ -157,7 +148,7 @@ def _layout(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> _
     return _Layout(own_rows, keys, cu_seq_q.int(), cu_seq_k.int(), max(q_lengths), max(k_lengths))
 
 
-def _without_overlap(ranges: tuple[tuple[int, int, int, int], ...]) -> list[list[int]]:
+def _without_overlap(ranges: tuple[Block, ...]) -> list[list[int]]:
     """Blocks that share a prefix, by index, in sets within which no two prefixes overlap."""
     sets: list[list[int]] = []
     for index in sorted(range(len(ranges)), key=lambda index: ranges[index][:2]):
@@ -171,12 +162,3 @@ def _without_overlap(ranges: tuple[tuple[int, int, int, int], ...]) -> list[list
         else:
             sets.append([index])
     return sets
-
-
-def to_device(parts: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> list[Tensor]:
-    """The parts, flattened, in one copy, which the host does not wait for where its memory can be pinned."""
-    parts = [part.flatten() for part in parts]
-    together = torch.cat(parts).to(dtype)
-    if device.type == "cuda" and torch.cuda.is_available():
-        together = together.pin_memory()
-    return list(together.to(device, non_blocking=True).split([len(part) for part in parts]))

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 
 from simpo.data import sources as source_files
@@ -39,6 +40,11 @@ PAIR_COLUMNS = {
 }
 """What a prepared dataset holds for each pair; `*_ids` are prompt and response, `*_start` the first trained token,
 `shared_prefix` how many leading tokens the packed layout computes once."""
+
+
+def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
+    """[rows] lengths of a column of lists, from Arrow's offsets: nothing is copied to count it."""
+    return pc.call_function("list_value_length", [column]).to_numpy()
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Owns the reading of one local file of rows: JSON Lines, JSON, CSV, Parquet, gzipped or not.
 
-Returns plain rows; a line that cannot be read among others becomes a `BadRow` for the ledger to count. A file that
+Returns plain rows; a line that cannot be read among others becomes a `RowError` for the ledger to count. A file that
 cannot be read at all raises ValueError with its name.
 """
 
@@ -11,13 +11,15 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import sys
+import tempfile
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simpo.data.preferences import BadRow
+from simpo.data.preferences import RowError
 from simpo.errors import one_line
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv")
@@ -38,7 +40,7 @@ def file_stem(path: Path) -> str:
 
 
 def read_file(path: Path) -> list[Any]:
-    """The rows of one file: mappings, or a `BadRow` for each line that cannot be read.
+    """The rows of one file: mappings, or a `RowError` for each line that cannot be read.
 
     Raises:
         ValueError: the file as a whole cannot be read, or has no rows.
@@ -73,9 +75,9 @@ def _json_line(line: bytes, where: str) -> Any:
     try:
         return json.loads(line.decode("utf-8"))
     except json.JSONDecodeError as error:
-        return BadRow(f"{where}: not JSON ({error.msg} at column {error.colno})")
+        return RowError("malformed", f"{where}: not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
-        return BadRow(f"{where}: cannot be read ({one_line(error)})")
+        return RowError("malformed", f"{where}: cannot be read ({one_line(error)})")
 
 
 def load_json(path: Path) -> Any:
@@ -87,7 +89,7 @@ def load_json(path: Path) -> Any:
         return json.loads(data.decode("utf-8"))
     except json.JSONDecodeError as error:
         first = data.strip().split(b"\n", 1)[0]
-        if error.msg == "Extra data" and not isinstance(_json_line(first, ""), BadRow):
+        if error.msg == "Extra data" and not isinstance(_json_line(first, ""), RowError):
             return list(_read_jsonl(path))
         raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
@@ -122,7 +124,8 @@ def _read_csv(path: Path) -> Iterator[Any]:
         reader = csv.DictReader(io.StringIO(text, newline=""))
         for row in reader:
             if None in row:
-                yield BadRow(f"{path.name} line {reader.line_num}: more cells than the header has columns")
+                where = f"{path.name} line {reader.line_num}"
+                yield RowError("malformed", f"{where}: more cells than the header has columns")
             else:
                 yield row
     except csv.Error as error:
@@ -150,3 +153,20 @@ def hash_files(files: list[Path]) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def write_whole(path: str | Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all: aside, synced, then renamed over `path`."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        os.unlink(aside)
+        raise

@@ -6,8 +6,6 @@ Plain numbers and texts, saved as JSON and printed with rich. Knows nothing of t
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,6 +15,8 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+from simpo.data.files import write_whole
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 EXAMPLES_PER_REASON = 5
@@ -123,20 +123,8 @@ class Ledger:
         return cls(splits, content["eval_prompts_in_train"], list(content["notes"]), content["fingerprint"])
 
     def save(self, path: str | Path) -> None:
-        """Write as JSON: aside, synced, then renamed over `path`."""
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(self.as_dict(), file, indent=1, ensure_ascii=False)
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(aside, 0o644)
-            os.replace(aside, path)
-        except BaseException:
-            os.unlink(aside)
-            raise
+        """Write as JSON, whole or not at all."""
+        write_whole(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False))
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:

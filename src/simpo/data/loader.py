@@ -10,15 +10,17 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.packing import (
+    PAIR_FIELDS,
     TOKENS_ALONE,
     CostWeights,
     PairShape,
+    TokenPair,
     epoch_order,
     iterate_steps,
     num_steps_per_epoch,
@@ -26,25 +28,10 @@ from simpo.core.packing import (
     plan_micro_batches,
     shared_prefix_length,
 )
+from simpo.data.cache import list_lengths
 
 if TYPE_CHECKING:
     import datasets
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPair:
-    """One tokenised pair as it comes out of the data layer (`core.batch.TokenPair`)."""
-
-    row_id: str
-    chosen_ids: list[int]
-    chosen_start: int
-    rejected_ids: list[int]
-    rejected_start: int
-
-    @property
-    def prompt_ids(self) -> list[int]:
-        """The prompt's tokens, for generation."""
-        return self.chosen_ids[: min(self.chosen_start, self.rejected_start)]
 
 
 class PairStore:
@@ -56,15 +43,15 @@ class PairStore:
     """
 
     def __init__(self, dataset: datasets.Dataset, *, share_prompt: bool = True) -> None:
-        self.dataset = dataset
+        self.dataset: Any = dataset  # its own annotations do not say what a column is
         self.share_prompt = share_prompt
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> StoredPair:
+    def __getitem__(self, index: int) -> TokenPair:
         row = self.dataset[index]
-        return StoredPair(**{name: row[name] for name in StoredPair.__dataclass_fields__})
+        return TokenPair(**{name: row[name] for name in PAIR_FIELDS})
 
     def texts(self, index: int) -> dict[str, str]:
         """prompt_text, chosen_text and rejected_text of one pair."""
@@ -72,12 +59,12 @@ class PairStore:
         return {name: row[name] for name in ("prompt_text", "chosen_text", "rejected_text")}
 
     def check_lengths(self, max_positions: int | None) -> None:
-        """Raise ValueError naming the longest sequence if it has more tokens than a model takes; None = any number."""
+        """Raise ValueError that names the longest sequence if the model takes fewer tokens; None = any number."""
         lengths = self.sequence_lengths.max(axis=1)
         if max_positions is not None and lengths.max(initial=0) > max_positions:
             longest = int(lengths.argmax())
             raise ValueError(
-                f"max_length: pair {self[longest].row_id} has a sequence of {lengths[longest]} tokens, and this model "
+                f"max_length: pair {self[longest].row_id} has a sequence of {lengths[longest]} tokens, but this model "
                 f"takes {max_positions} (max_position_embeddings); set max_length to {max_positions} or less"
             )
 
@@ -102,11 +89,8 @@ class PairStore:
     @cached_property
     def sequence_lengths(self) -> np.ndarray:
         """[num_pairs, 2] tokens of prompt + chosen and of prompt + rejected."""
-        # Read from Arrow's offsets: no token is copied to count them.
-        import pyarrow.compute as pc
-
         table = self.dataset.with_format("arrow")[:]
-        sides = [pc.list_value_length(table[f"{side}_ids"]).to_numpy() for side in ("chosen", "rejected")]
+        sides = [list_lengths(table[f"{side}_ids"]) for side in ("chosen", "rejected")]
         return np.stack(sides, axis=1).astype(np.int64)  # attended combinations overflow 32 bits
 
     def _shared_prefixes(self) -> np.ndarray:
@@ -122,7 +106,7 @@ class PairStore:
 class MicroBatch:
     """What one forward pass computes: the batch, and which pairs of the store it holds.
 
-    Without indices it is a stand-in that counts for nothing: this rank has no pair left, and others wait for it.
+    Without indices it is a stand-in that counts for nothing: this rank has no pair left, but others wait for it.
     """
 
     pairs: PackedPairs
@@ -144,8 +128,8 @@ class StepPlan:
         epoch: which pass over the data it belongs to, 0-based.
         num_pairs: pairs in the step, over all ranks.
         num_chosen_tokens: trained tokens of the chosen responses in the step, over all ranks.
-        micro_batches: this rank's micro-batches as indices into the store, as many as every rank's; may hold empty
-            ones.
+        micro_batches: this rank's micro-batches as indices into the store; every rank has the same number, some may be
+            empty.
     """
 
     step: int
@@ -161,7 +145,7 @@ class StepLoader:
     Args:
         store: the training pairs.
         pairs_per_step: pairs in an optimizer step over all ranks; the last step of an epoch may hold fewer.
-        num_micro_batches: micro-batches per rank and step; when max_tokens is set, the least number.
+        num_micro_batches: micro-batches per rank and step; with max_tokens, the minimum.
         max_tokens: packed tokens a micro-batch may hold; None = no limit.
         pack, share_prompt, pad_token_id: layout, see `core.batch.build_batch`.
         seed: of the order.
@@ -217,8 +201,7 @@ class StepLoader:
         step = start
         while step < stop:
             epoch, within = divmod(step, self.steps_per_epoch)
-            order = np.array(epoch_order(len(self.store), seed=self.seed, epoch=epoch))
-            rest = order[within * self.pairs_per_step :]
+            rest = epoch_order(len(self.store), seed=self.seed, epoch=epoch)[within * self.pairs_per_step :]
             for pairs in iterate_steps(rest, pairs_per_step=self.pairs_per_step):
                 if step >= stop:
                     return
@@ -226,7 +209,7 @@ class StepLoader:
                 step += 1
 
     def plan_everything(self) -> StepPlan:
-        """Every pair once over all ranks, as one plan, in micro-batches of pairs_per_step pairs of like length."""
+        """Every pair once over all ranks, as one plan, in micro-batches of pairs_per_step pairs of similar length."""
         batches = evaluation_batches(
             self.store, pairs_per_batch=self.pairs_per_step, rank=self.rank, num_ranks=self.num_ranks
         )
@@ -257,16 +240,16 @@ class StepLoader:
 
     def stand_in(self) -> MicroBatch:
         """The smallest batch there is, for a rank that must take part in a forward pass without a pair to compute."""
-        pair = StoredPair("no pair", [0, 0], 1, [0, 1], 1)
+        pair = TokenPair("no pair", [0, 0], 1, [0, 1], 1)
         return MicroBatch(build_batch([pair], pack=self.pack, share_prompt=self.store.share_prompt), ())
 
     def limit_tokens(self, max_tokens: int | None, *, even_below_a_pair: bool = False) -> None:
-        """From now on plan micro-batches of at most so many packed tokens; None = no limit.
+        """Plan micro-batches of at most this many packed tokens from now on; None = no limit.
 
         Args:
-            even_below_a_pair: a step whose longest pair has more is planned with that pair's tokens as its limit.
+            even_below_a_pair: a step whose longest pair exceeds the limit takes that pair's tokens as its limit.
         Raises:
-            ValueError: a pair alone has more; names the longest.
+            ValueError: one pair alone exceeds it; names the longest.
         """
         if not even_below_a_pair and max_tokens is not None and self.store.tokens.max() > max_tokens:
             longest = int(self.store.tokens.argmax())
@@ -282,7 +265,7 @@ class StepLoader:
         """[num_pairs] relative compute of each pair, see `core.packing.pair_cost`."""
         return pair_cost(self.store.shapes, self.weights, num_labels=self.store.response_lengths.sum(axis=1))
 
-    def _plan(self, step: int, epoch: int, pairs: np.ndarray) -> StepPlan:
+    def _plan(self, step: int, epoch: int, pairs: Sequence[int]) -> StepPlan:
         tokens = self.store.tokens[pairs]
         shares = plan_micro_batches(
             tokens.tolist(),
@@ -291,18 +274,17 @@ class StepLoader:
             num_micro_batches=self.num_micro_batches,
             max_tokens=None if self.max_tokens is None else max(self.max_tokens, int(tokens.max())),
         )
-        indices = pairs.tolist()
         return StepPlan(
             step=step,
             epoch=epoch,
-            num_pairs=len(indices),
+            num_pairs=len(pairs),
             num_chosen_tokens=int(self.store.response_lengths[pairs, 0].sum()),
-            micro_batches=tuple(tuple([indices[i] for i in items]) for items in shares[self.rank]),
+            micro_batches=tuple(tuple([pairs[i] for i in items]) for items in shares[self.rank]),
         )
 
 
 def evaluation_batches(store: PairStore, *, pairs_per_batch: int, rank: int = 0, num_ranks: int = 1) -> list[list[int]]:
-    """Every pair once, in batches of similar length; one rank's, every rank as many, empty ones among them."""
+    """One rank's batches of similar length; over all ranks every pair once, and the same number of batches on each."""
     order = np.argsort(store.tokens, kind="stable").tolist()
     batches = [order[start : start + pairs_per_batch] for start in range(0, len(order), pairs_per_batch)]
     batches += [[] for _ in range(-len(batches) % num_ranks)]

@@ -12,11 +12,13 @@ written as JSON inside a CSV cell; and the column aliases below.
 from __future__ import annotations
 
 import ast
+import functools
+import hashlib
 import json
 import math
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,10 +74,6 @@ class RowError(Exception):
         return f"{self.reason}: {self.detail}"
 
 
-class BadRow(str):
-    """A row that could not be read at all; the text says why. `pair_from_row` drops it as malformed."""
-
-
 @dataclass(frozen=True, slots=True)
 class Pair:
     """One prompt with a preferred and a less preferred response.
@@ -88,6 +86,32 @@ class Pair:
     prompt: str | list[Message]
     chosen: str
     rejected: str
+
+    @property
+    def turns(self) -> list[Message]:
+        """The prompt as messages: a string is one user turn."""
+        return _as_turns(self.prompt)
+
+    def key(self, *texts: str) -> int:
+        """A 64-bit hash of the prompt's turns, and of further texts."""
+        digest = hashlib.blake2b(digest_size=8)
+        for text in (*(part for turn in self.turns for part in turn.values()), *texts):
+            content = text.encode()
+            digest.update(b"%d " % len(content))
+            digest.update(content)
+        return int.from_bytes(digest.digest(), "little", signed=True)
+
+
+def pair_reader(recipe: Any, *, empty_system: bool = False) -> Callable[..., Pair]:
+    """`pair_from_row` with the recipe's columns and system prompt; can be sent to other processes."""
+    return functools.partial(
+        pair_from_row,
+        prompt_column=recipe.prompt_column,
+        chosen_column=recipe.chosen_column,
+        rejected_column=recipe.rejected_column,
+        system_prompt=recipe.system_prompt,
+        empty_system=empty_system,
+    )
 
 
 def pair_from_row(
@@ -103,7 +127,7 @@ def pair_from_row(
     """Read one row of any accepted shape.
 
     Args:
-        row: a mapping of column to value, or a `BadRow`.
+        row: a mapping of column to value; the `RowError` of a row that could not be read is raised.
         row_id: goes into the pair and nowhere else.
         prompt_column, chosen_column, rejected_column: look in this column only, instead of the known aliases.
         system_prompt: system message for rows that bring none of their own.
@@ -111,8 +135,8 @@ def pair_from_row(
     Raises:
         RowError: the row gives no pair.
     """
-    if isinstance(row, BadRow):
-        raise RowError("malformed", str(row))
+    if isinstance(row, RowError):
+        raise row
     if not isinstance(row, Mapping):
         raise RowError("malformed", f"the row is {_kind(row)}, expected an object with columns")
     _drop_ties(row)
@@ -136,15 +160,19 @@ def pair_from_row(
 
 def _find(row: Mapping, names: Sequence[str], what: str) -> Any:
     """The first value that is not null under one of `names`."""
-    present = [name for name in names if name in row]
-    if not present:
-        looked_for = ", ".join(names)
-        has = ", ".join(str(name) for name in list(row)[:12]) or "no columns"
-        raise RowError("missing column", f"no {what} column (looked for {looked_for}); the row has {has}")
-    for name in present:
-        if row[name] is not None:
+    for name in names:
+        if row.get(name) is not None:
             return row[name]
-    raise RowError("empty", f"{what} ({present[0]}) is null")
+    raise _missing(row, names, what)
+
+
+def _missing(row: Mapping, names: Sequence[str], what: str) -> RowError:
+    present = [name for name in names if name in row]
+    if present:
+        return RowError("empty", f"{what} ({present[0]}) is null")
+    looked_for = ", ".join(names)
+    has = ", ".join(str(name) for name in list(row)[:12]) or "no columns"
+    return RowError("missing column", f"no {what} column (looked for {looked_for}); the row has {has}")
 
 
 def _responses(row: Mapping, chosen_column: str | None, rejected_column: str | None) -> tuple[Any, Any]:
@@ -168,8 +196,8 @@ def _scores(values: Any) -> list[float]:
     values = _decoded_list(values)
     if not isinstance(values, list):
         raise RowError("malformed", f"scores are {_kind(values)}, expected a list of numbers")
-    scores = [_number(value) for value in values]
-    if any(score is None for score in scores):
+    scores = [number for number in map(_number, values) if number is not None]
+    if len(scores) < len(values):
         raise RowError("malformed", "scores must be finite numbers (found NaN, infinity, null or text)")
     return scores
 
@@ -225,18 +253,23 @@ def _alpaca_prompt(instruction: str, row: Mapping) -> str | list[Message]:
     history = row.get("history")
     if not history:
         return text
-    turns = [turn for turn in history] if isinstance(history, list) else [None]
-    if not all(isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) for s in t) for t in turns):
+    if not isinstance(history, list) or not all(
+        isinstance(t, list) and len(t) == 2 and all(isinstance(s, str) for s in t) for t in history
+    ):
         raise RowError("malformed", "history must be a list of [user, assistant] texts")
-    messages = [m for user, bot in turns for m in (_message("user", user), _message("assistant", bot))]
-    return [*messages, _message("user", text)]
+    messages = [m for user, bot in history for m in (turn("user", user), turn("assistant", bot))]
+    return [*messages, turn("user", text)]
 
 
 # --- values ----------------------------------------------------------------------------------------------------------
 
 
-def _message(role: str, content: str) -> Message:
+def turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
+
+
+def _as_turns(prompt: str | list[Message]) -> list[Message]:
+    return [turn("user", prompt)] if isinstance(prompt, str) else prompt
 
 
 def _kind(value: Any) -> str:
@@ -303,7 +336,7 @@ def _read_message(value: Any, what: str) -> Message:
     known = ROLES.get(role.lower()) if isinstance(role, str) else None
     if known is None:
         raise RowError("malformed", f"{what} has a message with unknown role {str(role)[:40]!r}")
-    return _message(known, _content(content, what))
+    return turn(known, _content(content, what))
 
 
 def _content(content: Any, what: str) -> str:
@@ -325,7 +358,7 @@ def _transcript(text: str) -> list[Message] | None:
         return None
     parts = _TURN.split(text)[1:]  # role, text, role, text, ...
     roles = {"Human": "user", "Assistant": "assistant"}
-    return [_message(roles[role], content.strip()) for role, content in zip(parts[::2], parts[1::2])]
+    return [turn(roles[role], content.strip()) for role, content in zip(parts[::2], parts[1::2])]
 
 
 # --- prompt and responses --------------------------------------------------------------------------------------------
@@ -342,7 +375,7 @@ def _split_response(
     context, response = value[:-1], value[-1]["content"]
     if not context:
         return prompt, response
-    asked = [_message("user", prompt)] if isinstance(prompt, str) else prompt
+    asked = _as_turns(prompt)
     if _without_system(context) != _without_system(asked):
         raise RowError("malformed", f"{what} has {len(value)} turns that do not begin with the prompt")
     has_own_system = context[0]["role"] == "system" and asked[0]["role"] != "system"
@@ -353,14 +386,17 @@ def _split_dialogues(
     row: Mapping, chosen: str | list[Message], rejected: str | list[Message], names: Sequence[str]
 ) -> tuple[list[Message], str, str]:
     """Whole dialogues on both sides: the prompt is all but the last turn, and must be shared."""
+    dialogues = []
     for value, what in ((chosen, "chosen"), (rejected, "rejected")):
         if isinstance(value, str) or len(value) < 2:
-            _find(row, names, "prompt")  # raises: no prompt column with a value, and no dialogue that holds one
+            raise _missing(row, names, "prompt")  # and no dialogue that holds one
         if value[-1]["role"] != "assistant":
             raise RowError("malformed", f"{what} ends with a {value[-1]['role']} turn, expected an assistant turn")
-    if chosen[:-1] != rejected[:-1]:
+        dialogues.append((value[:-1], value[-1]["content"]))
+    (prompt, chosen_text), (other, rejected_text) = dialogues
+    if prompt != other:
         raise RowError("malformed", "chosen and rejected differ before their last turn, so they share no prompt")
-    return chosen[:-1], chosen[-1]["content"], rejected[-1]["content"]
+    return prompt, chosen_text, rejected_text
 
 
 def _without_system(messages: list[Message]) -> list[Message]:
@@ -379,8 +415,7 @@ def _with_system(
     system = system or system_prompt or ("" if empty_system else None)
     if system is None:
         return prompt
-    messages = [_message("user", prompt)] if isinstance(prompt, str) else prompt
-    return [_message("system", system), *messages]
+    return [turn("system", system), *_as_turns(prompt)]
 
 
 def _check_prompt(prompt: str | list[Message]) -> None:
@@ -406,9 +441,8 @@ def _check_texts(prompt: str | list[Message], chosen: str, rejected: str) -> Non
             raise RowError("empty", f"{what} is blank")
     if chosen.strip() == rejected.strip():
         raise RowError("identical", "chosen and rejected are the same text")
-    prompts = [prompt] if isinstance(prompt, str) else [message["content"] for message in prompt]
     try:
-        for text in (chosen, rejected, *prompts):
+        for text in (chosen, rejected, *(message["content"] for message in _as_turns(prompt))):
             text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowError("malformed", f"not valid Unicode: {error.reason} ({error.object[error.start]!a})") from None

@@ -6,27 +6,34 @@ the recipe's data keys and this layer's own code (`cache.py`).
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
+import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from simpo.core.packing import shared_prefix_length
 from simpo.data import sources as source_files
-from simpo.data.cache import PAIR_COLUMNS, PreparedData, cache_folder, fingerprint_data, load_cached, save_cached
+from simpo.data.cache import (
+    PAIR_COLUMNS,
+    PreparedData,
+    cache_folder,
+    fingerprint_data,
+    list_lengths,
+    load_cached,
+    save_cached,
+)
 from simpo.data.ledger import Dropped, Ledger, SplitLedger, describe_lengths
-from simpo.data.preferences import Pair, RowError, pair_from_row
+from simpo.data.preferences import Pair, RowError, pair_reader
 from simpo.data.sources import RawRow, Source, Splits
 from simpo.data.templates import load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
+from simpo.display import progress_bar
 
 CHUNK_ROWS = 256
 ROWS_PER_PROCESS = 2000
@@ -43,21 +50,6 @@ _ACCOUNT_COLUMNS = {
     "pair_key": pa.int64(),
 }
 _SCHEMA = pa.schema({**PAIR_COLUMNS, **_ACCOUNT_COLUMNS})
-
-
-@dataclass(frozen=True)
-class RowSettings:
-    """How rows become tokens: the part of the recipe that a worker process needs."""
-
-    prompt_column: str | None
-    chosen_column: str | None
-    rejected_column: str | None
-    system_prompt: str | None
-    empty_system: bool
-    max_length: int
-    max_prompt_length: int | None
-    overlong: str
-    chat_template: str | None
 
 
 def prepare_pairs(recipe: Any, tokenizer: Any, *, progress: bool = True) -> PreparedData:
@@ -93,11 +85,14 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
     folder = cache_folder(recipe) / key
     prepared = load_cached(folder, key, console)
     if prepared is None:
-        splits = source_files.load_splits(recipe, sources)
-        settings = _row_settings(recipe, tokenizer, template)
-        workers = recipe.preprocessing_num_workers
+        with_empty = recipe.auto_insert_empty_system_msg and template_takes_system(tokenizer, template)
+        read_pair = pair_reader(recipe, empty_system=with_empty)
+        limits = {name: getattr(recipe, name) for name in ("max_length", "max_prompt_length", "overlong")}
+        build = functools.partial(RowTokenizer, tokenizer, read_pair, **limits, chat_template=template)
+        splits = source_files.load_splits(recipe, sources, read_pair)
+        bars = Console(stderr=True, quiet=not progress)
         chunks = {
-            name: _tokenize_all(rows, tokenizer, settings, workers, console if progress else None, name)
+            name: _tokenize_all(rows, build, recipe.preprocessing_num_workers, bars, name)
             for name, rows in (("train", splits.train), ("eval", splits.eval))
         }
         tables, ledger = _account(splits, chunks, recipe.drop_duplicates, tokenizer)
@@ -119,17 +114,16 @@ class Chunk:
 
 
 class RowTokenizer:
-    """Rows to a `Chunk`. Built once in each process."""
+    """Rows to a `Chunk`. Built once in each process.
 
-    def __init__(self, tokenizer: Any, settings: RowSettings):
-        self.settings = settings
-        self.tokenize = PairTokenizer(
-            tokenizer,
-            max_length=settings.max_length,
-            max_prompt_length=settings.max_prompt_length,
-            overlong=settings.overlong,
-            chat_template=settings.chat_template,
-        )
+    Args:
+        read_pair: rows to pairs, see `preferences.pair_reader`.
+        limits: further arguments of `PairTokenizer`.
+    """
+
+    def __init__(self, tokenizer: Any, read_pair: Callable[..., Pair], **limits: Any):
+        self.read_pair = read_pair
+        self.tokenize = PairTokenizer(tokenizer, **limits)
 
     def __call__(self, rows: list[RawRow]) -> Chunk:
         """Every row ends up in the table or among the dropped."""
@@ -149,100 +143,55 @@ class RowTokenizer:
         return Chunk(_table(kept), dropped)
 
     def _pair(self, row: RawRow) -> Pair:
-        settings = self.settings
-        return pair_from_row(
-            row.row,
-            row_id=row.row_id,
-            prompt_column=settings.prompt_column,
-            chosen_column=settings.chosen_column,
-            rejected_column=settings.rejected_column,
-            system_prompt=settings.system_prompt,
-            empty_system=settings.empty_system,
-        )
+        if isinstance(row.row, Pair):  # read for the hold-out; a later pass over the rows has names of its own
+            return replace(row.row, row_id=row.row_id)
+        return self.read_pair(row.row, row_id=row.row_id)
 
 
 def _table(kept: list[tuple[Pair, TokenizedPair]]) -> pa.Table:
     columns: dict[str, list] = {name: [] for name in _SCHEMA.names}
     for pair, tokens in kept:
-        prompt = [pair.prompt] if isinstance(pair.prompt, str) else [t for turn in pair.prompt for t in turn.values()]
-        # A later pass over the same rows (a fraction above 1) is asked for, so it is no duplicate of the first.
+        # A later pass over the same rows (a fraction above 1) is wanted: it does not duplicate the first.
         later_pass = pair.row_id.rpartition("~")[2] if "~" in pair.row_id else ""
-        columns["prompt_key"].append(_key(*prompt))
-        columns["pair_key"].append(_key(*prompt, pair.chosen, pair.rejected, later_pass))
-        columns["shared_prefix"].append(_shared_prefix(tokens))
-        for name in _SCHEMA.names:
-            if name not in ("shared_prefix", "prompt_key", "pair_key"):
-                columns[name].append(getattr(tokens, name))
+        derived = {
+            "prompt_key": pair.key(),
+            "pair_key": pair.key(pair.chosen, pair.rejected, later_pass),
+            "shared_prefix": shared_prefix_length(tokens.chosen_ids, tokens.rejected_ids),
+        }
+        for name, values in columns.items():
+            values.append(derived[name] if name in derived else getattr(tokens, name))
     return pa.table({name: pa.array(values, _SCHEMA.field(name).type) for name, values in columns.items()}, _SCHEMA)
-
-
-def _key(*texts: str) -> int:
-    """A 64-bit hash that tells lists of texts apart."""
-    digest = hashlib.blake2b(digest_size=8)
-    for text in texts:
-        content = text.encode()
-        digest.update(b"%d " % len(content))
-        digest.update(content)
-    return int.from_bytes(digest.digest(), "little", signed=True)
-
-
-def _shared_prefix(tokens: TokenizedPair) -> int:
-    """`shared_prefix_length`, without walking over the prompt where it is the same on both sides."""
-    known = min(tokens.chosen_start, tokens.rejected_start)
-    if tokens.chosen_ids[:known] != tokens.rejected_ids[:known]:
-        known = 0
-    return known + shared_prefix_length(tokens.chosen_ids[known:], tokens.rejected_ids[known:])
 
 
 # --- all rows --------------------------------------------------------------------------------------------------------
 
 
-def _row_settings(recipe: Any, tokenizer: Any, template: str | None) -> RowSettings:
-    wants_empty = recipe.auto_insert_empty_system_msg
-    return RowSettings(
-        prompt_column=recipe.prompt_column,
-        chosen_column=recipe.chosen_column,
-        rejected_column=recipe.rejected_column,
-        system_prompt=recipe.system_prompt,
-        empty_system=wants_empty and template_takes_system(tokenizer, template),
-        max_length=recipe.max_length,
-        max_prompt_length=recipe.max_prompt_length,
-        overlong=recipe.overlong,
-        chat_template=template,
-    )
-
-
 def _tokenize_all(
-    rows: list[RawRow],
-    tokenizer: Any,
-    settings: RowSettings,
-    num_workers: int | None,
-    console: Console | None,
-    name: str,
+    rows: list[RawRow], build: Callable[[], RowTokenizer], num_workers: int | None, console: Console, name: str
 ) -> list[Chunk]:
     """All rows as chunks in order, over several processes where that pays."""
     pieces = [rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS)]
     done: dict[int, Chunk] = {}
-    with _bar(console, f"tokenising {name}", len(rows)) as advance:
-        for index, chunk in _chunks(pieces, tokenizer, settings, _num_processes(len(rows), num_workers)):
+    with progress_bar(console, f"tokenising {name}", len(rows)) as advance:
+        for index, chunk in _chunks(pieces, build, _num_processes(len(rows), num_workers)):
             done[index] = chunk
             advance(len(pieces[index]))
     return [done[index] for index in range(len(pieces))]
 
 
 def _chunks(
-    pieces: list[list[RawRow]], tokenizer: Any, settings: RowSettings, num_processes: int
+    pieces: list[list[RawRow]], build: Callable[[], RowTokenizer], num_processes: int
 ) -> Iterator[tuple[int, Chunk]]:
     done: set[int] = set()
     if num_processes > 1:
         try:
-            for index, chunk in map_in_processes(RowTokenizer, (tokenizer, settings), pieces, num_processes):
+            for index, chunk in map_in_processes(build, pieces, num_processes):
                 done.add(index)
                 yield index, chunk
         except WorkersFailed as error:
             Console(stderr=True).print(f"tokenising in this process alone: {error}", markup=False, highlight=False)
     if len(done) < len(pieces):
-        tokenize = RowTokenizer(tokenizer, settings)
+        tokenize = build()
         for index, piece in enumerate(pieces):
             if index not in done:
                 yield index, tokenize(piece)
@@ -254,18 +203,6 @@ def _num_processes(num_rows: int, wanted: int | None) -> int:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         wanted = min(cores, 8)
     return max(1, min(wanted, num_rows // ROWS_PER_PROCESS))
-
-
-@contextlib.contextmanager
-def _bar(console: Console | None, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar on a terminal, elsewhere nothing. Gives a function that advances it."""
-    if console is None or not console.is_terminal or not total:
-        yield lambda count: None
-        return
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)
 
 
 # --- the account -----------------------------------------------------------------------------------------------------
@@ -321,7 +258,7 @@ def _describe(table: pa.Table, account: SplitLedger) -> None:
     ):
         counts = table[column].to_numpy()
         account.cut[place] = {"pairs": int((counts > 0).sum()), "tokens": int(counts.sum())}
-    totals = {side: _list_lengths(table[f"{side}_ids"]) for side in ("chosen", "rejected")}
+    totals = {side: list_lengths(table[f"{side}_ids"]) for side in ("chosen", "rejected")}
     starts = {side: table[f"{side}_start"].to_numpy() for side in ("chosen", "rejected")}
     account.lengths = {
         "prompt": describe_lengths(starts["chosen"]),
@@ -331,12 +268,6 @@ def _describe(table: pa.Table, account: SplitLedger) -> None:
     account.tokens = int(totals["chosen"].sum() + totals["rejected"].sum())
     shared = 2 * int(table["shared_prefix"].to_numpy().sum())
     account.shared_prefix_share = shared / account.tokens if account.tokens else 0.0
-
-
-def _list_lengths(column: pa.ChunkedArray) -> np.ndarray:
-    import pyarrow.compute
-
-    return pyarrow.compute.list_value_length(column).to_numpy()
 
 
 def _example(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
@@ -350,16 +281,16 @@ def _example(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
 
 
 def _check_dropped(ledger: Ledger, max_dropped_fraction: float) -> None:
-    """Stop where the data is not what the recipe takes it for. Duplicates were asked to go and do not count."""
+    """Stop where the data is not what the recipe expects. Duplicates are dropped on request and do not count."""
     for name, split in ledger.splits.items():
         duplicates = split.dropped.get("duplicate", {"count": 0})["count"]
         dropped = split.num_dropped - duplicates
         if dropped > max_dropped_fraction * split.input:
             raise ValueError(
                 f"{dropped} of {split.input} {name} rows are dropped ({dropped / split.input:.1%}), more than "
-                f"max_dropped_fraction {max_dropped_fraction:g} allows; mend the data or the keys, or raise it:\n"
+                f"max_dropped_fraction {max_dropped_fraction:g} allows; correct the data or the keys, or raise it:\n"
                 f"{split.top_reasons()}"
             )
     train = ledger.splits["train"]
     if not train.kept:
-        raise ValueError(f"no train pair is left of {train.input} rows:\n{train.top_reasons()}".rstrip(":\n"))
+        raise ValueError(f"none of {train.input} train rows gives a pair:\n{train.top_reasons()}".rstrip(":\n"))

@@ -1,8 +1,8 @@
 """Owns where rows come from: local files and folders, saved datasets, hub datasets; the mixer and the splits.
 
-Rows are handed on as they are, each with an id such as "NAME/train#12" (the 12th row of that source, counted from 0).
-What cannot be read is either an error that names the file, or, for one broken line among others, a `BadRow` that the
-ledger counts. Knows nothing of tokenizers or models.
+Rows are handed on as they are, each with an id such as "NAME/train#12" (row 12 of that source, counted from 0). What
+cannot be read is either an error that names the file or, for one broken line among others, a `RowError` that the ledger
+counts. Knows nothing of tokenizers or models.
 
 Choosing is seeded and by row: the rows kept stay in the order of their files; the loader shuffles.
 """
@@ -28,7 +28,7 @@ from simpo.data.files import (
     load_json,
     read_file,
 )
-from simpo.data.preferences import RowError, pair_from_row
+from simpo.data.preferences import Pair, RowError, pair_reader
 from simpo.errors import one_line
 
 TRAIN_NAMES = ("train", "train_prefs", "training")
@@ -39,7 +39,7 @@ _SHARD = re.compile(r"[-_.]?\d+-of-\d+$")
 
 
 class RawRow(NamedTuple):
-    """One row as read: `row` is a mapping of columns, or a `BadRow`."""
+    """One row: a mapping of columns, the `Pair` it gave where the hold-out asked for its prompt, or a `RowError`."""
 
     row_id: str
     row: Any
@@ -80,14 +80,14 @@ def find_sources(recipe: Any) -> list[Source]:
     """
     mixer = recipe.dataset_mixer
     if not mixer:
-        raise ValueError("dataset_mixer: no dataset is named; give {path or hub name: fraction}")
+        raise ValueError("dataset_mixer: empty; give {path or hub name: fraction}")
     labels = _labels(list(mixer))
     configs = _configs(recipe.dataset_configs, list(mixer))
     sources = []
     for name, fraction in mixer.items():
         if not fraction >= 0 or fraction == float("inf"):
             raise ValueError(f"dataset_mixer: {name!r} has fraction {fraction!r}; it must be a number >= 0")
-        sources.append(_find_source(name, labels[name], float(fraction), configs[name]))
+        sources.append(Source(name, labels[name], float(fraction), *_find(name, configs[name])))
     return sources
 
 
@@ -123,7 +123,9 @@ def uses_seed(recipe: Any, sources: list[Source]) -> bool:
     return parts or limits or not any(_eval_splits(source, eval_names) for source in sources)
 
 
-def load_splits(recipe: Any, sources: list[Source] | None = None) -> Splits:
+def load_splits(
+    recipe: Any, sources: list[Source] | None = None, read_pair: Callable[..., Pair] | None = None
+) -> Splits:
     """Read and mix all sources.
 
     Each source gives its fraction of its train rows, chosen by a seeded shuffle; over 1, whole passes and then the
@@ -134,6 +136,7 @@ def load_splits(recipe: Any, sources: list[Source] | None = None) -> Splits:
         recipe: reads dataset_mixer, dataset_splits, dataset_configs, validation_fraction, max_train_samples,
             max_eval_samples, seed and the column keys.
         sources: what `find_sources` gave, if it was called before.
+        read_pair: how rows become pairs, for the hold-out; None = `pair_reader(recipe)`.
     Raises:
         ValueError: as `find_sources`; also a file that cannot be read, an empty one, or a split that is not there.
     """
@@ -147,7 +150,7 @@ def load_splits(recipe: Any, sources: list[Source] | None = None) -> Splits:
         for name in _eval_splits(source, eval_names):
             eval_rows.extend(_read(source, name))
     if not eval_rows and recipe.validation_fraction > 0:
-        base, eval_rows = _hold_out(base, recipe)
+        base, eval_rows = _hold_out(base, recipe, read_pair or pair_reader(recipe))
         if eval_rows:
             share = f"{recipe.validation_fraction:g} of the train rows ({len(eval_rows)})"
             notes.append(f"no eval split: {share} held out by prompt (validation_fraction)")
@@ -155,7 +158,7 @@ def load_splits(recipe: Any, sources: list[Source] | None = None) -> Splits:
     for source, rows in zip(sources, base):
         taken = take_fraction(rows, source.fraction, random.Random(f"{recipe.seed} {source.label}"))
         if not taken and rows and source.fraction:
-            notes.append(f"dataset_mixer: {source.fraction:g} of {len(rows)} rows of {source.name} is no row")
+            notes.append(f"dataset_mixer: {source.name}: {source.fraction:g} of its {len(rows)} rows rounds to none")
         train_rows.extend(taken)
     train_rows = _limit(train_rows, recipe.max_train_samples, recipe.seed)
     eval_rows = _limit(eval_rows, recipe.max_eval_samples, recipe.seed)
@@ -182,16 +185,20 @@ def _limit(rows: list[RawRow], limit: int | None, seed: int) -> list[RawRow]:
     return [rows[index] for index in sorted(random.Random(f"{seed} limit").sample(range(len(rows)), limit))]
 
 
-def _hold_out(base: list[list[RawRow]], recipe: Any) -> tuple[list[list[RawRow]], list[RawRow]]:
-    """Move whole prompts from train to eval until `validation_fraction` of the rows is there."""
-    keys = [[_prompt_key(row, recipe) for row in rows] for rows in base]
-    sizes: dict[str, int] = {}
+def _hold_out(
+    base: list[list[RawRow]], recipe: Any, read_pair: Callable[..., Pair]
+) -> tuple[list[list[RawRow]], list[RawRow]]:
+    """Move whole prompts from train to eval until `validation_fraction` of the rows is there. The rows become pairs."""
+    base = [[_as_pair(row, read_pair) for row in rows] for rows in base]
+    # Rows that give no pair stand for themselves.
+    keys = [[row.row.key() if isinstance(row.row, Pair) else row.row_id for row in rows] for rows in base]
+    sizes: dict[int | str, int] = {}
     for key in (key for source_keys in keys for key in source_keys):
         sizes[key] = sizes.get(key, 0) + 1
     wanted = recipe.validation_fraction * sum(sizes.values())
     order = list(sizes)
     random.Random(f"{recipe.seed} hold out").shuffle(order)
-    held: set[str] = set()
+    held: set[int | str] = set()
     count = 0
     for key in order[:-1]:  # at least one prompt is left to train on
         if count >= wanted:
@@ -203,20 +210,11 @@ def _hold_out(base: list[list[RawRow]], recipe: Any) -> tuple[list[list[RawRow]]
     return train, evaluation
 
 
-def _prompt_key(row: RawRow, recipe: Any) -> str:
-    """The prompt as text; rows that give no pair stand for themselves."""
+def _as_pair(row: RawRow, read_pair: Callable[..., Pair]) -> RawRow:
     try:
-        pair = pair_from_row(
-            row.row,
-            prompt_column=recipe.prompt_column,
-            chosen_column=recipe.chosen_column,
-            rejected_column=recipe.rejected_column,
-        )
-    except RowError:
-        return row.row_id
-    if isinstance(pair.prompt, str):
-        return json.dumps([{"role": "user", "content": pair.prompt}])
-    return json.dumps(pair.prompt)
+        return RawRow(row.row_id, read_pair(row.row, row_id=row.row_id))
+    except RowError as error:
+        return RawRow(row.row_id, error)
 
 
 # --- names and splits ------------------------------------------------------------------------------------------------
@@ -254,7 +252,8 @@ def _wanted_splits(names: list[str]) -> tuple[list[str], list[str]]:
 def _train_splits(source: Source, wanted: list[str]) -> list[str]:
     if source.is_plain_file:
         return list(source.splits)
-    return [_match(source, name, TRAIN_NAMES, required=True) for name in wanted]
+    found = [_match(source, name, TRAIN_NAMES, required=True) for name in wanted]
+    return [name for name in found if name is not None]
 
 
 def _eval_splits(source: Source, wanted: list[str]) -> list[str]:
@@ -275,7 +274,7 @@ def _match(source: Source, wanted: str, usual: tuple[str, ...], *, required: boo
     if not required:
         return None
     there = ", ".join(sorted(source.splits)) or "none"
-    raise ValueError(f"dataset_splits: {source.name!r} has no split {wanted!r}; there are: {there}")
+    raise ValueError(f"dataset_splits: {source.name!r} has no split {wanted!r}; its splits: {there}")
 
 
 def _read(source: Source, split: str) -> list[RawRow]:
@@ -288,17 +287,24 @@ def _read(source: Source, split: str) -> list[RawRow]:
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def _find_source(name: str, label: str, fraction: float, config: str | None) -> Source:
+class _Found(NamedTuple):
+    """See `Source`."""
+
+    splits: Mapping[str, Callable[[], list[Any]]]
+    content: Callable[[], str]
+    is_plain_file: bool = False
+
+
+def _find(name: str, config: str | None) -> _Found:
     path = Path(name).expanduser()
     if path.is_file():
-        return _file_source(name, label, fraction, path)
+        return _find_file(path)
     if path.is_dir():
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            return _saved_source(name, label, fraction, path)
-        return _folder_source(name, label, fraction, path)
+        is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
+        return _find_saved(path) if is_saved else _find_folder(path)
     if _looks_like_path(name):
         raise ValueError(f"dataset_mixer: no such file or folder: {name}{_nearest(path)}")
-    return _hub_source(name, label, fraction, config)
+    return _find_on_hub(name, config)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -320,24 +326,24 @@ def _nearest(path: Path) -> str:
     return f"; {folder} holds {listed}"
 
 
-def _file_source(name: str, label: str, fraction: float, path: Path) -> Source:
+def _find_file(path: Path) -> _Found:
     if file_format(path) is None:
         allowed = ", ".join(FORMATS)
-        raise ValueError(f"dataset_mixer: {name}: unknown kind of file {path.suffix!r}; use one of {allowed} (or .gz)")
+        raise ValueError(f"dataset_mixer: {path}: unknown kind of file {path.suffix!r}; use one of {allowed} (or .gz)")
     content = load_json(path) if file_format(path) == ".json" else None
-    if _holds_splits(content):
+    if isinstance(content, dict) and _holds_splits(content):
         readers = {split: (lambda rows=rows: rows) for split, rows in content.items()}
-        return Source(name, label, fraction, readers, lambda: hash_files([path]))
+        return _Found(readers, lambda: hash_files([path]))
     readers = {"train": lambda: read_file(path) if content is None else json_rows(content, path)}
-    return Source(name, label, fraction, readers, lambda: hash_files([path]), is_plain_file=True)
+    return _Found(readers, lambda: hash_files([path]), is_plain_file=True)
 
 
-def _folder_source(name: str, label: str, fraction: float, path: Path) -> Source:
+def _find_folder(path: Path) -> _Found:
     """A folder with a file, several shards, or a folder for each split."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file_format(file) and not _hidden(file, path))
     if not files:
         allowed = ", ".join(FORMATS)
-        raise ValueError(f"dataset_mixer: the folder {name} holds no file with rows ({allowed}, or .gz)")
+        raise ValueError(f"dataset_mixer: the folder {path} holds no file with rows ({allowed}, or .gz)")
     splits: dict[str, list[Path]] = {}
     for file in files:
         splits.setdefault(_split_of(file, path), []).append(file)
@@ -347,7 +353,7 @@ def _folder_source(name: str, label: str, fraction: float, path: Path) -> Source
         split: (lambda parts=parts: [row for part in parts for row in read_file(part)])
         for split, parts in splits.items()
     }
-    return Source(name, label, fraction, readers, lambda: hash_files(files))
+    return _Found(readers, lambda: hash_files(files))
 
 
 def _hidden(file: Path, folder: Path) -> bool:
@@ -370,7 +376,7 @@ def _split_of(file: Path, folder: Path) -> str:
     return stem
 
 
-def _saved_source(name: str, label: str, fraction: float, path: Path) -> Source:
+def _find_saved(path: Path) -> _Found:
     """A folder written by `datasets.save_to_disk`."""
     if (path / "dataset_dict.json").is_file():
         names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -379,12 +385,10 @@ def _saved_source(name: str, label: str, fraction: float, path: Path) -> Source:
         folders = {"train": path}
     readers = {split: (lambda folder=folder: _read_saved(folder)) for split, folder in folders.items()}
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-    return Source(
-        name, label, fraction, readers, lambda: hash_files(files), is_plain_file=list(folders.values()) == [path]
-    )
+    return _Found(readers, lambda: hash_files(files), is_plain_file=list(folders.values()) == [path])
 
 
-def _read_saved(folder: Path) -> list[dict]:
+def _read_saved(folder: Path) -> list[Any]:
     from datasets import load_from_disk
 
     try:
@@ -393,28 +397,23 @@ def _read_saved(folder: Path) -> list[dict]:
         raise ValueError(f"dataset_mixer: cannot read the saved dataset {folder}: {one_line(error)}") from error
 
 
-def _hub_source(name: str, label: str, fraction: float, config: str | None) -> Source:
+def _find_on_hub(name: str, config: str | None) -> _Found:
     from datasets import load_dataset
 
     try:
         loaded = load_dataset(name, config)
     except Exception as error:  # offline, unknown name, unknown config: many types, one remedy
         raise ValueError(
-            f"dataset_mixer: {name!r} is no local file or folder, and the hub did not give it "
+            f"dataset_mixer: {name!r} is not a local file or folder, and could not be loaded from the hub "
             f"({one_line(error)}); check the name, dataset_configs and the connection, or give a local path"
         ) from error
-    readers = {split: (lambda rows=rows: list(rows)) for split, rows in loaded.items()}
+    readers = {str(split): (lambda rows=rows: list(rows)) for split, rows in loaded.items()}
     prints = json.dumps({str(split): rows._fingerprint for split, rows in loaded.items()}, sort_keys=True)
-    return Source(name, label, fraction, readers, lambda: prints)
+    return _Found(readers, lambda: prints)
 
 
-def _holds_splits(content: Any) -> bool:
-    """Whether parsed JSON is one object {split name: rows}."""
-    return (
-        isinstance(content, dict)
-        and bool(content)
-        and all(
-            isinstance(rows, list) and ("train" in name.lower() or _is_eval_name(name))
-            for name, rows in content.items()
-        )
+def _holds_splits(content: dict[str, Any]) -> bool:
+    """Whether a parsed JSON object is {split name: rows}."""
+    return bool(content) and all(
+        isinstance(rows, list) and ("train" in name.lower() or _is_eval_name(name)) for name, rows in content.items()
     )

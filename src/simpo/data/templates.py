@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from simpo.data.preferences import Message, Pair, RowError
+from simpo.core.packing import common_prefix_length
+from simpo.data.preferences import Message, Pair, RowError, turn
 from simpo.errors import one_line
 
 PROBE_USER = "Qx7 probe"
@@ -25,13 +26,13 @@ def load_chat_template(tokenizer: Any, chat_template: str | None = None) -> str 
     Raises:
         ValueError: `chat_template` is none of these, or the tokenizer has several templates and no default.
     """
-    own = getattr(tokenizer, "chat_template", None)
+    own: str | dict[str, str] | None = getattr(tokenizer, "chat_template", None)
     if isinstance(own, dict):
-        if chat_template in own or (chat_template is None and "default" in own):
-            return own[chat_template or "default"]
+        if (name := chat_template or "default") in own:
+            return own[name]
         if chat_template is None:
             raise ValueError(f"chat_template: the tokenizer has several, none named default; name one of {sorted(own)}")
-    if chat_template is None:
+    elif chat_template is None:
         return own
     if "{" in chat_template:
         return chat_template
@@ -46,7 +47,7 @@ def template_takes_system(tokenizer: Any, chat_template: str | None = None) -> b
     template = load_chat_template(tokenizer, chat_template)
     if template is None:
         return False
-    messages = [_turn("system", PROBE_ANSWERS[0]), _turn("user", PROBE_USER)]
+    messages = [turn("system", PROBE_ANSWERS[0]), turn("user", PROBE_USER)]
     try:
         text = _render(tokenizer, template, [messages], header=True)[0]
     except Exception:  # a template may raise anything, and many raise on purpose here
@@ -64,10 +65,6 @@ class PairTexts:
     prompt: str
     chosen: str
     rejected: str
-
-
-def _turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
 
 
 def _render(tokenizer: Any, template: str, dialogues: list[list[Message]], *, header: bool) -> list[str]:
@@ -88,7 +85,7 @@ class TemplateRenderer:
 
     def __init__(self, tokenizer: Any, template: str, end_markers: Sequence[str]):
         self.tokenizer, self.template = tokenizer, template
-        self.sample = str(self._render_one([_turn("user", PROBE_USER)], header=True))
+        self.sample = str(self._render_one([turn("user", PROBE_USER)], header=True))
         before, self.suffix = self._probe_answer()
         kept, marker = _split_suffix(self.suffix, end_markers)
         self.kept_suffix = self.suffix[:kept]
@@ -101,21 +98,21 @@ class TemplateRenderer:
     def _probe_answer(self) -> tuple[str, str]:
         """What the template writes before and behind the text of an answer."""
         try:
-            dialogues = [[_turn("user", PROBE_USER), _turn("assistant", answer)] for answer in PROBE_ANSWERS]
+            dialogues = [[turn("user", PROBE_USER), turn("assistant", answer)] for answer in PROBE_ANSWERS]
             first, second = _render(self.tokenizer, self.template, dialogues, header=False)
         except Exception as error:  # whatever the template raises, the user needs to hear which key is at fault
             raise ValueError(
                 f"chat_template: it cannot render a user turn and an answer ({one_line(error)}); "
                 "set chat_template in the recipe to one that can"
             ) from error
-        suffix = _common_prefix(first[::-1], second[::-1])[::-1]
+        suffix = first[len(first) - common_prefix_length(first[::-1], second[::-1]) :]
         if not first.endswith(PROBE_ANSWERS[0] + suffix):
             raise ValueError("chat_template: it does not write an assistant turn's text as it is; set another one")
         return first[: len(first) - len(suffix) - len(PROBE_ANSWERS[0])], suffix
 
     def __call__(self, pairs: Sequence[Pair]) -> list[PairTexts | RowError]:
-        prompts = [[_turn("user", p.prompt)] if isinstance(p.prompt, str) else p.prompt for p in pairs]
-        answers = [[*m, _turn("assistant", text)] for m, p in zip(prompts, pairs) for text in (p.chosen, p.rejected)]
+        prompts = [pair.turns for pair in pairs]
+        answers = [[*m, turn("assistant", text)] for m, p in zip(prompts, pairs) for text in (p.chosen, p.rejected)]
         headers = self._render_each(prompts, header=True)
         fulls = self._render_each(answers, header=False)
         return [
@@ -123,7 +120,7 @@ class TemplateRenderer:
             for prompt, header, chosen, rejected in zip(prompts, headers, fulls[::2], fulls[1::2])
         ]
 
-    def _render_each(self, dialogues: list[list[Message]], *, header: bool) -> list[str | RowError]:
+    def _render_each(self, dialogues: list[list[Message]], *, header: bool) -> Sequence[str | RowError]:
         try:
             return _render(self.tokenizer, self.template, dialogues, header=header)
         except Exception:  # one dialogue the template refuses must not take the others with it
@@ -138,16 +135,20 @@ class TemplateRenderer:
     def _texts(
         self, prompt: list[Message], header: str | RowError, chosen: str | RowError, rejected: str | RowError
     ) -> PairTexts | RowError:
-        for text in (header, chosen, rejected):
-            if isinstance(text, RowError):
-                return text
+        if isinstance(header, RowError):
+            return header
+        if isinstance(chosen, RowError):
+            return chosen
+        if isinstance(rejected, RowError):
+            return rejected
         opened = header + self.answer_opening
         if chosen.startswith(opened) and rejected.startswith(opened):
             header = opened
         elif not (chosen.startswith(header) and rejected.startswith(header)):
-            header = self._answered_header(prompt)
-            if header is None or not (chosen.startswith(header) and rejected.startswith(header)):
+            answered = self._answered_header(prompt)
+            if answered is None or not (chosen.startswith(answered) and rejected.startswith(answered)):
                 return RowError("template", "the chat template rewrites the prompt when the answer is there")
+            header = answered
         try:
             return PairTexts(header, self._trim(chosen, header, "chosen"), self._trim(rejected, header, "rejected"))
         except RowError as error:
@@ -155,12 +156,11 @@ class TemplateRenderer:
 
     def _answered_header(self, prompt: list[Message]) -> str | None:
         """What stands before the text of an answer, for templates whose generation header says something else."""
-        dialogues = [[*prompt, _turn("assistant", answer)] for answer in PROBE_ANSWERS]
-        texts = [self._render_one(dialogue, header=False) for dialogue in dialogues]
-        if any(isinstance(text, RowError) for text in texts):
+        first, second = (self._render_one([*prompt, turn("assistant", text)], header=False) for text in PROBE_ANSWERS)
+        if isinstance(first, RowError) or isinstance(second, RowError):
             return None
-        header = _common_prefix(*texts)
-        return header if texts[0][len(header) :].startswith(PROBE_ANSWERS[0]) else None
+        length = common_prefix_length(first, second)
+        return first[:length] if first[length:].startswith(PROBE_ANSWERS[0]) else None
 
     def _trim(self, full: str, header: str, what: str) -> str:
         """The full text up to its one end of turn."""
@@ -220,10 +220,3 @@ def _one_ending(body: str, end_text: str | None, what: str) -> str:
     if not body.strip():
         raise RowError("empty", f"nothing is left of {what} in the template's rendering")
     return body
-
-
-def _common_prefix(left: str, right: str) -> str:
-    for index, (a, b) in enumerate(zip(left, right)):
-        if a != b:
-            return left[:index]
-    return min(left, right, key=len)

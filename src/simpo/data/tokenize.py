@@ -22,8 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import numpy as np
-
+from simpo.core.packing import TokenPair, common_prefix_length
 from simpo.data.preferences import Pair, RowError
 from simpo.data.templates import (
     PROBE_ANSWERS,
@@ -40,19 +39,12 @@ _MAX_REMEMBERED = 4096  # short texts (headers) whose tokens are kept
 
 
 @dataclass(frozen=True, slots=True)
-class TokenizedPair:
-    """The two token sequences of one pair.
+class TokenizedPair(TokenPair):
+    """The tokens of one pair, and how they came about; everything from `chosen_start` (`rejected_start`) on is trained.
 
-    `chosen_ids` is the whole sequence, prompt and response; `chosen_start` >= 1 is the index of its first trained
-    token, and everything from there on is trained. The same for rejected. Up to `shared_prompt` tokens the two agree.
     The `_cut` counts are tokens removed: from the left of the prompt, from the right of each response.
     """
 
-    row_id: str
-    chosen_ids: list[int]
-    chosen_start: int
-    rejected_ids: list[int]
-    rejected_start: int
     prompt_text: str
     chosen_text: str
     rejected_text: str
@@ -91,63 +83,6 @@ def plan_cut(prompt: int, chosen: int, rejected: int, *, max_length: int, max_pr
     return Cut(prompt - kept_prompt, max(0, chosen - room), max(0, rejected - room))
 
 
-def tokenize_pair(
-    pair: Pair,
-    tokenizer: Any,
-    *,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    overlong: Overlong = "truncate",
-    chat_template: str | None = None,
-) -> TokenizedPair:
-    """The tokens of one pair; see `tokenize_pairs`, which is faster for many.
-
-    Raises:
-        RowError: the pair cannot be trained on; the reason says why.
-        ValueError: as `tokenize_pairs`.
-    """
-    (result,) = tokenize_pairs(
-        [pair],
-        tokenizer,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        overlong=overlong,
-        chat_template=chat_template,
-    )
-    if isinstance(result, RowError):
-        raise result
-    return result
-
-
-def tokenize_pairs(
-    pairs: Sequence[Pair],
-    tokenizer: Any,
-    *,
-    max_length: int,
-    max_prompt_length: int | None = None,
-    overlong: Overlong = "truncate",
-    chat_template: str | None = None,
-) -> list[TokenizedPair | RowError]:
-    """The tokens of each pair, in order; a `RowError` stands where a pair cannot be trained on.
-
-    Args:
-        max_length: tokens of prompt + response at most, for each side.
-        max_prompt_length: how far the prompt may be cut when a pair is too long; see `plan_cut`.
-        overlong: "truncate" cuts, "drop" gives a RowError, "error" raises.
-        chat_template: Jinja text, or a file that holds it; None takes the tokenizer's own.
-    Raises:
-        ValueError: the template cannot be used, message lists without any template, or an overlong pair with "error".
-    """
-    encoder = PairTokenizer(
-        tokenizer,
-        max_length=max_length,
-        max_prompt_length=max_prompt_length,
-        overlong=overlong,
-        chat_template=chat_template,
-    )
-    return encoder(pairs)
-
-
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
@@ -164,23 +99,20 @@ class _Tokens:
     @property
     def shared(self) -> int:
         limit = min(self.chosen_start, self.rejected_start)
-        if self.chosen[:limit] == self.rejected[:limit]:
-            return limit
         return common_prefix_length(self.chosen[:limit], self.rejected[:limit])
 
 
-def common_prefix_length(left: Sequence[int], right: Sequence[int]) -> int:
-    """Number of equal leading tokens."""
-    limit = min(len(left), len(right))
-    if not limit:
-        return 0
-    differs = np.not_equal(np.asarray(left[:limit]), np.asarray(right[:limit]))
-    first = int(differs.argmax())
-    return first if differs[first] else limit
-
-
 class PairTokenizer:
-    """Batches of pairs to tokens, for one tokenizer and one set of limits. See `tokenize_pairs` for the arguments."""
+    """Batches of pairs to tokens, for one tokenizer and one set of limits.
+
+    Args:
+        max_length: tokens of prompt + response at most, for each side.
+        max_prompt_length: how far the prompt may be cut when a pair is too long; see `plan_cut`.
+        overlong: "truncate" cuts, "drop" gives a RowError, "error" raises.
+        chat_template: Jinja text, or a file that holds it; None takes the tokenizer's own.
+    Raises:
+        ValueError: the template cannot be used, messages without any template, or an overlong pair with "error".
+    """
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """Owns spreading work over fresh Python processes.
 
 Not multiprocessing: its "spawn" runs the user's script again in each child, and its "fork" copies a process that may
-hold torch threads and locks. Here each child is a plain interpreter that imports one class of this package, builds it
-once, and answers jobs over pipes.
+hold torch threads and locks. Here each child is a plain interpreter that builds one object of this package and answers
+jobs over pipes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 _START = "import sys; sys.path[:] = {path!r}; from simpo.data.workers import serve; serve()"
 
@@ -27,9 +27,9 @@ class WorkersFailed(RuntimeError):
 
 
 def map_in_processes(
-    factory: type, arguments: tuple[Any, ...], jobs: Sequence[Any], num_processes: int
+    build: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any], num_processes: int
 ) -> Iterator[tuple[int, Any]]:
-    """`factory(*arguments)(job)` for each job, over `num_processes` processes; yields (index, result) as they come.
+    """`build()(job)` for each job, built once in each process; yields (index, result) as they come.
 
     Everything must be picklable.
     Raises:
@@ -37,7 +37,7 @@ def map_in_processes(
         WorkersFailed: anything else. What was yielded before is good.
     """
     try:
-        setup = pickle.dumps((factory, arguments))
+        setup = pickle.dumps(build)
     except Exception as error:  # pickle lets any exception of a class through
         raise WorkersFailed(f"the tokenizer cannot be sent to other processes ({error})") from error
     waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
@@ -57,7 +57,7 @@ def map_in_processes(
         for process in processes:
             process.kill()
             process.wait()
-            for stream in (process.stdin, process.stdout):
+            for stream in filter(None, (process.stdin, process.stdout)):
                 with contextlib.suppress(OSError):
                     stream.close()
 
@@ -98,6 +98,8 @@ def _drive(
     results: queue.SimpleQueue,
 ) -> None:
     """Feed one process until no job waits; runs in a thread."""
+    assert process.stdin is not None
+    assert process.stdout is not None
     try:
         _send(process.stdin, setup)
         while True:
@@ -119,8 +121,7 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever prints goes to stderr, not between the answers
     try:
-        factory, arguments = pickle.loads(_receive(sys.stdin.buffer))
-        work = factory(*arguments)
+        work = pickle.loads(_receive(sys.stdin.buffer))()
         while True:
             job = pickle.loads(_receive(sys.stdin.buffer))
             try:
@@ -132,13 +133,13 @@ def serve() -> None:
         return
 
 
-def _send(stream: BinaryIO, message: bytes) -> None:
+def _send(stream: IO[bytes], message: bytes) -> None:
     stream.write(len(message).to_bytes(8, "little"))
     stream.write(message)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> bytes:
+def _receive(stream: IO[bytes]) -> bytes:
     size = stream.read(8)
     if len(size) < 8:
         raise EOFError

@@ -41,7 +41,7 @@ def generate_greedy(
     was_training, texts = model.training, []
     model.eval()
     try:
-        # Compiled blocks would be compiled anew for one token at a time, a cache and a mask.
+        # Compiled blocks would be compiled again for single tokens with a cache and a mask.
         with plain_attention(model), torch.compiler.set_stance("force_eager"):
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]

@@ -1,7 +1,7 @@
 """What an evaluation found: its numbers, their JSON and their tables.
 
 `Evaluation` is one model on some pairs, `Comparison` two models on the same pairs. Both are plain values built from
-per-pair log-probs; running models is `evaluate.py`'s part. Must not import engine or data.
+per-pair log-probs; `run.py` runs the models.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from simpo.data.files import write_whole
 from simpo.evaluation.statistics import (
     SIMILAR_LENGTH,
     AccuracyTest,
@@ -135,8 +135,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-pair records, as plain values; what is not a number is None."""
-        content = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "pairs"}
-        return _plain(content | {"repeated_share": self.repeated_share})
+        content = _plain(dataclasses.replace(self, pairs=())) | {"repeated_share": _plain(self.repeated_share)}
+        del content["pairs"]
+        return content
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON."""
@@ -144,7 +145,7 @@ class Evaluation:
 
     def save_pairs(self, path: str | Path) -> None:
         """Write one JSON line per pair: row_id, sums, means, margin, lengths."""
-        _write("".join(json.dumps(pair.to_dict()) + "\n" for pair in self.pairs), path)
+        write_whole(path, "".join(json.dumps(pair.to_dict()) + "\n" for pair in self.pairs))
 
     @property
     def repeated_share(self) -> float | None:
@@ -217,7 +218,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what is not a number is None."""
-        return _plain({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
+        return _plain(self)
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON."""
@@ -348,15 +349,7 @@ def _column(pairs: Sequence[PairRecord], name: str) -> Tensor:
 
 def save_json(content: Mapping[str, Any], path: str | Path) -> None:
     """Write a mapping of plain values as JSON, whole or not at all."""
-    _write(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n", path)
-
-
-def _write(text: str, path: str | Path) -> None:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _plain(value: Any) -> Any:

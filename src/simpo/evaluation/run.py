@@ -3,8 +3,8 @@
     evaluation = simpo.evaluate("runs/first", "pairs.jsonl")
     evaluation.render()
 
-Owns finding the pairs, running the model, and the `simpo eval` command; the numbers are `results.py`'s. The forward
-pass is training's own: packed rows with a shared prompt, bf16 autocast unless told otherwise.
+Owns finding the pairs and running the model; the numbers are `results.py`'s, the `simpo eval` command is `command.py`.
+The forward pass is training's own: packed rows with a shared prompt, bf16 autocast unless told otherwise.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import importlib.util
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,24 +22,22 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import nn
 
 from simpo.core.batch import build_batch
+from simpo.core.packing import PAIR_FIELDS, TokenPair
 from simpo.data.cache import fingerprint_tokens
 from simpo.data.ledger import SplitLedger
-from simpo.data.loader import PairStore, StoredPair, evaluation_batches
+from simpo.data.loader import PairStore, evaluation_batches
 from simpo.data.prepare import PreparedData, prepare_pairs
 from simpo.data.sources import EVAL_NAMES, find_sources
+from simpo.display import progress_bar
 from simpo.evaluation.generate import generate_greedy
 from simpo.evaluation.results import (
-    Comparison,
     Evaluation,
     Generation,
     PairRecord,
     build_evaluation,
-    compare,
-    save_json,
 )
 from simpo.evaluation.statistics import repeated_share
 from simpo.model.attention import PACKED, is_packed, unwrap
@@ -47,11 +45,8 @@ from simpo.model.head import compute_pair_logps, install_head
 from simpo.model.load import load_model, load_tokenizer, pick_device, set_precision
 from simpo.model.probe import check_forward, probe_layout
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.optim import set_threads
 
-__all__ = ["Comparison", "Evaluation", "compare", "evaluate", "run_eval_command"]
-
-_HELD_OUT = "test"  # the name that stands for "the held-out pairs", whatever the data calls them
+HELD_OUT = "test"  # the name that stands for "the held-out pairs", whatever the data calls them
 
 
 def evaluate(
@@ -60,7 +55,7 @@ def evaluate(
     *,
     recipe: str | Path | Mapping[str, Any] | Recipe | None = None,
     tokenizer: Any = None,
-    split: str = _HELD_OUT,
+    split: str = HELD_OUT,
     max_pairs: int | None = None,
     batch_pairs: int = 8,
     num_generations: int = 0,
@@ -99,13 +94,12 @@ def evaluate(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} = {value}: must be at least {least}")
-    settings, data = _settings(model, data, recipe, bf16=bf16, device=device)
+    settings, data = resolve_settings(model, data, recipe, bf16=bf16, device=device)
     if tokenizer is None and (num_generations or not _is_tokenised(data)):
-        tokenizer = _load_tokenizer(settings, model)
-    pairs = _load_pairs(data, settings, tokenizer, split=split, progress=progress)
-    return _evaluate_pairs(
+        tokenizer = find_tokenizer(settings, model)
+    return evaluate_pairs(
         model,
-        _choose(pairs, max_pairs, seed=settings.seed),
+        load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs, progress=progress),
         settings,
         tokenizer,
         batch_pairs=batch_pairs,
@@ -115,87 +109,14 @@ def evaluate(
     )
 
 
-def run_eval_command(
-    *,
-    recipe_or_data: str,
-    model: str | None = None,
-    baseline: str | None = None,
-    output: str | None = None,
-    generations: int = 0,
-    max_pairs: int | None = None,
-    split: str = _HELD_OUT,
-    overrides: Sequence[str] = (),
-) -> None:
-    """`simpo eval`: evaluate, compare with a baseline if there is one, print, write.
-
-    Args:
-        recipe_or_data: a recipe (.yaml, .yml), or a file or folder of pairs.
-        model: what to evaluate; None = the recipe's `model_name_or_path`.
-        baseline: a second model for the same pairs.
-        output: JSON file; the per-pair records go beside it, as FILE.pairs.jsonl.
-        generations, max_pairs, split: as `evaluate`.
-        overrides: recipe keys from the command line, such as `--max_length 700 --bf16 false`.
-    Raises:
-        ValueError: as `evaluate`; also a data file without a model.
-    """
-    console = Console(highlight=False)
-    if _is_recipe_file(recipe_or_data):
-        words = [*overrides, *([] if model is None else ["--model_name_or_path", model])]
-        recipe = load_recipe(recipe_or_data, words)
-        for notice in recipe.notices:
-            console.print(f"notice: {notice}", markup=False, soft_wrap=True)
-    elif model is None:
-        raise ValueError(f"{recipe_or_data} is no recipe (.yaml), so --model has to say which model to evaluate")
-    else:
-        recipe = load_recipe({"model_name_or_path": model, "dataset_mixer": {recipe_or_data: 1.0}}, overrides)
-    settings, data = _settings(recipe.model_name_or_path, None, recipe)
-    if not _is_recipe_file(recipe_or_data):
-        data = recipe_or_data
-    set_threads(settings.num_threads)
-    tokenizer = _load_tokenizer(settings, settings.model_name_or_path)
-    pairs = _choose(_load_pairs(data, settings, tokenizer, split=split), max_pairs, seed=settings.seed)
-
-    def run(name: str, pairs: _Pairs, tokenizer: Any) -> Evaluation:
-        return _evaluate_pairs(
-            name,
-            pairs,
-            settings,
-            tokenizer,
-            batch_pairs=settings.per_device_eval_batch_size,
-            num_generations=generations,
-            max_new_tokens=settings.eval_generation_max_new_tokens,
-        )
-
-    evaluation = run(settings.model_name_or_path, pairs, tokenizer)
-    evaluation.render(console)
-    content = evaluation.to_dict()
-    if baseline is not None:
-        its_tokenizer = _load_tokenizer(settings, baseline)
-        # The very same tokens where the vocabulary is the same: a base model may lack its child's chat template.
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            pairs = _choose(_load_pairs(data, settings, its_tokenizer, split=split), max_pairs, seed=settings.seed)
-        other = run(baseline, pairs, its_tokenizer)
-        console.print()
-        other.render(console)
-        console.print()
-        comparison = compare(evaluation, other)
-        comparison.render(console)
-        content |= {"baseline": other.to_dict(), "comparison": comparison.to_dict()}
-    if output is not None:
-        path = Path(output)
-        save_json(content, path)
-        evaluation.save_pairs(path.with_suffix(".pairs.jsonl"))
-        console.print(f"results: {path}, {path.with_suffix('.pairs.jsonl')}", markup=False, soft_wrap=True)
-
-
 # --- what to evaluate ------------------------------------------------------------------------------------------------
 
 
-def _settings(
+def resolve_settings(
     model: str | Path | nn.Module, data: Any, recipe: Any, *, bf16: bool | None = None, device: str | None = None
 ) -> tuple[Recipe, Any]:
     """The recipe to compute by, with the model's folder in it; and the data, None when they are the recipe's."""
-    if isinstance(data, Recipe | Mapping) or (isinstance(data, str | Path) and _is_recipe_file(data)):
+    if isinstance(data, Recipe | Mapping) or (isinstance(data, str | Path) and is_recipe_file(data)):
         if recipe is not None:
             raise ValueError("data is a recipe already; give either data or recipe as one, not both")
         data, recipe = None, data
@@ -211,7 +132,7 @@ def _is_loaded(model: Any) -> bool:
     return isinstance(model, nn.Module)
 
 
-def _is_recipe_file(data: str | Path) -> bool:
+def is_recipe_file(data: str | Path) -> bool:
     return Path(data).suffix.lower() in (".yaml", ".yml")
 
 
@@ -227,13 +148,13 @@ def _model_folder(name: str) -> str:
     return str(Path(name) / "model") if inside else name
 
 
-def _load_tokenizer(settings: Recipe, model: str | Path | nn.Module) -> Any:
+def find_tokenizer(settings: Recipe, model: str | Path | nn.Module) -> Any:
     """The recipe's tokenizer, else the model's; of an adapter without one, its base model's."""
     if settings.tokenizer_name_or_path is not None:
         return load_tokenizer(settings)
     name = settings.model_name_or_path if _is_loaded(model) else _model_folder(str(model))
     if name == "a loaded model":
-        raise ValueError("tokenizer: this loaded model does not know where it came from; give its tokenizer")
+        raise ValueError("tokenizer: this loaded model has no name to load one from; pass its tokenizer")
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
         name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
@@ -241,7 +162,7 @@ def _load_tokenizer(settings: Recipe, model: str | Path | nn.Module) -> Any:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class EvalPairs:
     """The pairs to evaluate, and what they are called."""
 
     store: PairStore
@@ -250,16 +171,31 @@ class _Pairs:
     notes: tuple[str, ...] = ()
 
 
-def _load_pairs(data: Any, settings: Recipe, tokenizer: Any, *, split: str, progress: bool = True) -> _Pairs:
+def load_pairs(
+    data: Any, settings: Recipe, tokenizer: Any, *, split: str, max_pairs: int | None, progress: bool = True
+) -> EvalPairs:
+    """The pairs that `evaluate` measures, as tokens; arguments as there. A seeded choice where max_pairs is fewer."""
+    pairs = _find_pairs(data, settings, tokenizer, split=split, progress=progress)
+    count = len(pairs.store)
+    if count == 0:
+        raise ValueError(f"{pairs.name}: no pairs to evaluate on")
+    if max_pairs is None or max_pairs >= count:
+        return pairs
+    chosen = sorted(random.Random(f"{settings.seed} evaluate").sample(range(count), max_pairs))
+    note = f"{max_pairs} of {count} pairs, chosen by seed {settings.seed}"
+    return replace(pairs, store=_store(pairs.store.dataset.select(chosen)), notes=(note, *pairs.notes))
+
+
+def _find_pairs(data: Any, settings: Recipe, tokenizer: Any, *, split: str, progress: bool) -> EvalPairs:
     if data is None:
         settings.require("dataset_mixer")
-        if split not in (_HELD_OUT, "train"):
+        if split not in (HELD_OUT, "train"):
             settings = load_recipe(settings, {"dataset_splits": [settings.dataset_splits[0], split]})
         prepared, name = prepare_pairs(settings, tokenizer, progress=progress), ", ".join(settings.dataset_mixer)
     elif isinstance(data, PreparedData):
         prepared, name = data, "prepared pairs"
     elif hasattr(data, "column_names"):
-        return _Pairs(_store(data), "tokenised pairs", None)
+        return EvalPairs(_store(data), "tokenised pairs", None)
     elif isinstance(data, str | Path):
         return _load_folder(str(data), settings, tokenizer, split=split, progress=progress)
     else:
@@ -270,13 +206,13 @@ def _load_pairs(data: Any, settings: Recipe, tokenizer: Any, *, split: str, prog
     dataset = prepared.train if key == "train" else prepared.eval
     if dataset is None:
         raise ValueError(
-            f"{name}: there are no held-out pairs; add an evaluation split, set validation_fraction above 0, "
+            f"{name}: no held-out pairs; add an evaluation split, set validation_fraction above 0, "
             "or evaluate on the training pairs with split train"
         )
-    return _Pairs(_store(dataset), name, split, _account_notes(prepared.ledger.splits.get(key)))
+    return EvalPairs(_store(dataset), name, split, _account_notes(prepared.ledger.splits.get(key)))
 
 
-def _load_folder(data: str, settings: Recipe, tokenizer: Any, *, split: str, progress: bool) -> _Pairs:
+def _load_folder(data: str, settings: Recipe, tokenizer: Any, *, split: str, progress: bool) -> EvalPairs:
     """A file whole, or one split of a folder; nothing else is read or tokenised."""
     if not data.strip():
         raise ValueError("data: the name of a file or folder of pairs is empty")
@@ -285,7 +221,7 @@ def _load_folder(data: str, settings: Recipe, tokenizer: Any, *, split: str, pro
     (source,) = find_sources(settings)
     found: str | None = None
     if not source.is_plain_file:
-        usual = (split, *EVAL_NAMES) if split == _HELD_OUT else (split,)
+        usual = (split, *EVAL_NAMES) if split == HELD_OUT else (split,)
         found = next((name for name in usual if name in source.splits), None)
         if found is None:
             there = ", ".join(sorted(source.splits))
@@ -293,11 +229,11 @@ def _load_folder(data: str, settings: Recipe, tokenizer: Any, *, split: str, pro
         # The wanted split in the place of the training split: the others are not looked at.
         settings = load_recipe(settings, {"dataset_splits": [found]})
     prepared = prepare_pairs(settings, tokenizer, progress=progress)
-    return _Pairs(_store(prepared.train), data, found, _account_notes(prepared.ledger.splits.get("train")))
+    return EvalPairs(_store(prepared.train), data, found, _account_notes(prepared.ledger.splits.get("train")))
 
 
 def _store(dataset: Any) -> PairStore:
-    missing = [name for name in StoredPair.__dataclass_fields__ if name not in dataset.column_names]
+    missing = [name for name in PAIR_FIELDS if name not in dataset.column_names]
     if missing:
         raise ValueError(
             f"data: the dataset lacks the columns {', '.join(missing)}; give tokenised pairs, or the path of a file "
@@ -320,23 +256,12 @@ def _account_notes(account: SplitLedger | None) -> tuple[str, ...]:
     return tuple(notes)
 
 
-def _choose(pairs: _Pairs, max_pairs: int | None, *, seed: int) -> _Pairs:
-    count = len(pairs.store)
-    if count == 0:
-        raise ValueError(f"{pairs.name}: there are no pairs to evaluate on")
-    if max_pairs is None or max_pairs >= count:
-        return pairs
-    chosen = sorted(random.Random(f"{seed} evaluate").sample(range(count), max_pairs))
-    notes = (f"{max_pairs} of {count} pairs, chosen by seed {seed}", *pairs.notes)
-    return _Pairs(_store(pairs.store.dataset.select(chosen)), pairs.name, pairs.split, notes)
-
-
 # --- running the model -----------------------------------------------------------------------------------------------
 
 
-def _evaluate_pairs(
+def evaluate_pairs(
     model: str | Path | nn.Module,
-    pairs: _Pairs,
+    pairs: EvalPairs,
     settings: Recipe,
     tokenizer: Any,
     *,
@@ -418,7 +343,7 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
         except ValueError as error:
             reason = str(error)
         base.set_attn_implementation("sdpa" if is_packed(before) else before)
-        notes = (f"padded rows, which are slower, since packed ones do not fit: {reason}",)
+        notes = (f"padded rows, which are slower, because packed ones do not work here: {reason}",)
     check_forward(model, pack=False, share_prompt=False, bf16=bool(settings.bf16))
     return False, notes
 
@@ -427,7 +352,7 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
 def _run_pairs(
     model: nn.Module,
     store: PairStore,
-    stored: Sequence[StoredPair],
+    stored: Sequence[TokenPair],
     settings: Recipe,
     packed: bool,
     batch_pairs: int,
@@ -436,7 +361,7 @@ def _run_pairs(
 ) -> list[PairRecord]:
     """Log-probs of every pair, in the order of the store."""
     sums = np.empty((len(stored), 2))
-    with _bar(console, "evaluating", len(stored)) as advance:
+    with progress_bar(console, "evaluating", len(stored)) as advance:
         for indices in evaluation_batches(store, pairs_per_batch=batch_pairs):
             batch = build_batch([stored[i] for i in indices], pack=packed, share_prompt=packed).to(device)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
@@ -451,14 +376,14 @@ def _generate(
     model: nn.Module,
     tokenizer: Any,
     store: PairStore,
-    stored: Sequence[StoredPair],
+    stored: Sequence[TokenPair],
     max_new_tokens: int,
     batch_size: int,
     console: Console,
 ) -> tuple[Generation, ...]:
     """Greedy answers to the prompts of some pairs, the store's first ones."""
     generations = []
-    with _bar(console, "answering", len(stored)) as advance:
+    with progress_bar(console, "answering", len(stored)) as advance:
         for start in range(0, len(stored), batch_size):
             part = stored[start : start + batch_size]
             prompts = [pair.prompt_ids for pair in part]
@@ -470,13 +395,3 @@ def _generate(
                 generations.append(Generation(pair.row_id, prompt, response, len(tokens), repeated_share(tokens)))
             advance(len(part))
     return tuple(generations)
-
-
-@contextlib.contextmanager
-def _bar(console: Console, title: str, total: int) -> Iterator[Any]:
-    """A bar on a terminal; elsewhere nothing. Gives a function that advances it."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not console.is_terminal or console.quiet or not total
-    with Progress(*columns, console=console, transient=True, disable=hidden) as progress:
-        task = progress.add_task(title, total=total)
-        yield lambda count: progress.advance(task, count)

@@ -11,7 +11,7 @@ from simpo.core.packing import CostWeights
 
 
 def cost_weights(config: Any) -> CostWeights:
-    """What attention and the head of a transformers model cost beside one token through its blocks.
+    """What attention and the head of a transformers model cost compared with one token's way through its blocks.
 
     Taken to be a dense decoder with gated feed-forward blocks. For another one (experts, ungated blocks) the weights
     are off by some tens of percent, which makes micro-batches a little less even and changes nothing that is computed.

@@ -103,7 +103,7 @@ def _own_rows(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | Non
         return weight, bias, None
     mesh = weight.device_mesh
     if mesh.ndim != 1 or weight.placements != (Shard(0),):
-        raise ValueError(f"the output head is sharded as {weight.placements}, and only rows of it can be")
+        raise ValueError(f"the output head is sharded as {weight.placements}; only its rows can be (Shard(0))")
     _, start = Shard.local_shard_size_and_offset(weight.shape[0], mesh.size(), mesh.get_local_rank())
     shard = VocabShard(mesh.get_group(), start, weight.shape[0])
     return weight.to_local(), bias.to_local() if isinstance(bias, DTensor) else bias, shard
@@ -175,7 +175,7 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
     }
     if batch.blocks is not None:
         inputs["packed_blocks"] = batch.blocks
-        inputs[READ_ROWS] = batch.read_rows  # blocks that do not know it pass it on, like the one before
+        inputs[READ_ROWS] = batch.read_rows  # blocks without a use for it ignore it, like packed_blocks
         # Without a mask transformers looks for packed rows in the positions, and waits for the device to tell.
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
         attention = contextlib.nullcontext()
@@ -191,7 +191,7 @@ def compute_response_logps(
 ) -> tuple[Tensor, Tensor]:
     """Summed log-probs [S] fp32 and lengths [S] int64 of the batch's S responses, pairs or lists, in its order.
 
-    Of a batch that is spread over ranks (`core.context`) too; all of them get the same sums.
+    A batch may be spread over ranks (`core.context`); all of them get the same sums.
     """
     here = batch.response_lengths if batch.local_lengths is None else batch.local_lengths
     sums = response_logps(compute_token_logps(model, batch, chunk_size=chunk_size), here)

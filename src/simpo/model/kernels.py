@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from simpo.core.attention import (
     ATTENTION_PATHS,
-    AttentionBlocks,
     AttentionPath,
     attention_path,
     packed_attention,
     reference_attention,
     why_not,
 )
+from simpo.core.blocks import AttentionBlocks
 from simpo.errors import first_line
 from simpo.model.attention import PACKED, is_packed, packed_by, unwrap
 from simpo.model.costs import decoder_sizes

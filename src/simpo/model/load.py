@@ -16,7 +16,7 @@ from simpo.errors import first_line
 from simpo.model.attention import PACKED, plain_implementation, unwrap
 from simpo.model.head import install_head
 from simpo.model.kernels import choose_kernel
-from simpo.model.low_memory import install_lean_blocks, install_liger_kernels, why_no_liger
+from simpo.model.low_memory import install_liger_kernels, install_low_memory_blocks, why_no_liger
 from simpo.model.probe import check_forward
 from simpo.parallel.mesh import Mesh, MeshSizes, check_heads, local_rank_of
 from simpo.parallel.sharding import (
@@ -59,9 +59,9 @@ def set_precision(recipe: Recipe, device: torch.device) -> None:
     for key, wanted in (("bf16", recipe.bf16), ("master_dtype", recipe.master_dtype == "bfloat16")):
         if wanted and not has_bf16:
             instead = "bf16: false, which computes in float32" if key == "bf16" else "master_dtype: float32"
-            raise ValueError(f"{key}: {name} has no bfloat16, which begins with 8.0 (Ampere); set {instead}")
+            raise ValueError(f"{key}: {name} has no bfloat16, which needs 8.0 (Ampere) or more; set {instead}")
     if recipe.tf32 and not (device.type == "cuda" and has_bf16):
-        raise ValueError(f"tf32: {name} has no TensorFloat-32, GPUs from 8.0 (Ampere) on have; remove it")
+        raise ValueError(f"tf32: {name} has no TensorFloat-32, which needs 8.0 (Ampere) or more; remove the key")
     if recipe.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
 
@@ -96,29 +96,14 @@ def load_model(
         mesh: the processes to spread it over, all of which must call this; None = whole, on this process.
         check: compare its log-probs with its ordinary ones; False leaves that to the caller (`model.probe`).
     Raises:
-        ValueError: no such model, an adapter, quantisation or attention kernel that cannot be had, a mesh that the
-            model cannot be spread over, or a model whose log-probs here do not agree with its ordinary forward pass.
+        ValueError: no such model; an adapter, quantisation or attention kernel that does not work here; a mesh that the
+            model cannot be spread over; or log-probs that do not agree with the model's ordinary forward pass.
     """
     packed = recipe.pack or recipe.share_prompt
     mesh = mesh or Mesh(MeshSizes(), device=device)
-    name = name or recipe.model_name_or_path
-    options: dict[str, Any] = {
-        "attn_implementation": PACKED if packed else recipe.attn_implementation,
-        "dtype": getattr(torch, recipe.master_dtype),
-    }
-    if recipe.load_in_4bit and trainable:
-        options |= quantization_options(recipe, device)
-    if mesh.sizes.is_sharded:
-        check_heads(load_pretrained(AutoConfig, name, recipe, what="configuration"), mesh.sizes)
-    sharding = loading_options(mesh, recipe)
-    with local_rank_of(device):
-        model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", **options, **sharding)
-    check_sharded_by_block(model)
-    keep_quantized_trainable(model)
-    if not packed and recipe.attn_implementation is None:
-        model.set_attn_implementation(plain_implementation(model))
-    if not (sharding or (recipe.load_in_4bit and trainable)):
-        model = model.to(device)
+    model: nn.Module = _load_weights(
+        recipe, name or recipe.model_name_or_path, device=device, mesh=mesh, in_4bit=recipe.load_in_4bit and trainable
+    )
     if recipe.disable_dropout or not trainable:
         disable_dropout(model)
     if packed:
@@ -130,14 +115,13 @@ def load_model(
     install_head(model)
     if recipe.use_liger_kernel and why_no_liger(unwrap(model), device) is None:
         install_liger_kernels(unwrap(model))
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     if trainable and recipe.gradient_checkpointing:
         checkpoint_activations(unwrap(model), **(recipe.gradient_checkpointing_kwargs or {}))
     if not trainable:
         model.requires_grad_(False)
         model.eval()
-    in_half = bool(sharding) and bool(recipe.bf16) and recipe.fsdp_param_dtype != "float32"
-    if in_half:
+    if mesh.sizes.is_sharded and recipe.bf16 and recipe.fsdp_param_dtype != "float32":
         gather_blocks_in(model, torch.bfloat16)  # from here on a forward pass needs autocast
     share_tied_shards(model)
     # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
@@ -147,6 +131,27 @@ def load_model(
     return model
 
 
+def _load_weights(recipe: Recipe, name: str, *, device: torch.device, mesh: Mesh, in_4bit: bool) -> PreTrainedModel:
+    """A checkpoint with the recipe's attention and master dtype, whole on the device or this process's shards."""
+    packed = recipe.pack or recipe.share_prompt
+    options: dict[str, Any] = {
+        "attn_implementation": PACKED if packed else recipe.attn_implementation,
+        "dtype": getattr(torch, recipe.master_dtype),
+    }
+    if in_4bit:
+        options |= quantization_options(recipe, device)
+    if mesh.sizes.is_sharded:
+        check_heads(load_pretrained(AutoConfig, name, recipe, what="configuration"), mesh.sizes)
+    sharding = loading_options(mesh, recipe)
+    with local_rank_of(device):
+        model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", **options, **sharding)
+    check_sharded_by_block(model)
+    keep_quantized_trainable(model)
+    if not packed and recipe.attn_implementation is None:
+        model.set_attn_implementation(plain_implementation(model))
+    return model if sharding or in_4bit else model.to(device)
+
+
 def source_dtype(recipe: Recipe) -> torch.dtype:
     """The dtype that the base model's own checkpoint is stored in; the final model is saved in it."""
     config = load_pretrained(AutoConfig, recipe.model_name_or_path, recipe, what="configuration")
@@ -154,10 +159,10 @@ def source_dtype(recipe: Recipe) -> torch.dtype:
 
 
 def load_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **options: Any) -> Any:
-    """factory.from_pretrained with the recipe's revision; a ValueError of one line where there is no such thing."""
+    """factory.from_pretrained with the recipe's revision; a ValueError of one line where that fails."""
     if _looks_local(name) and not Path(name).is_dir():
-        raise ValueError(f"model_name_or_path: there is no folder {name!r}; give a folder or a hub name")
-    if Path(name).is_dir():  # a bar for reading local weights is noise beside the run's own; a download keeps its bar
+        raise ValueError(f"model_name_or_path: folder {name!r} does not exist; give a folder or a hub name")
+    if Path(name).is_dir():  # only a download deserves a bar of its own
         transformers_logging.disable_progress_bar()
     try:
         return factory.from_pretrained(
@@ -182,7 +187,7 @@ def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
 
 
 def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: a policy's log-probs should not depend on the dice."""
+    """Set every dropout probability to 0: a policy's log-probs should not depend on chance."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -211,8 +216,8 @@ def quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]
     except Exception as error:
         raise ValueError(
             f"load_in_4bit: bitsandbytes {bitsandbytes.__version__} cannot hold 4-bit weights on {device.type} here "
-            f"({first_line(error)}); set it to false for LoRA on unquantised weights (master_dtype: bfloat16 halves "
-            "them)"
+            f"({first_line(error)}); set it to false for LoRA on unquantised weights "
+            "(master_dtype: bfloat16 halves them)"
         ) from error
     quantization = BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,13 +1,13 @@
 """Puts `core.low_memory` into Hugging Face models whose blocks are known to be Llama's: less memory, the same values.
 
 With `use_liger_kernel` the norms, rotary embeddings and MLPs compute by Liger's fused CUDA kernels instead, wherever
-Liger knows the architecture, and the rest of this stays as it is.
+Liger supports the architecture; the rest stays as it is.
 
 And the last block's MLP computes only the rows that the head will read: a prompt's rows give that block keys and values
-and nothing else, so their MLP is work for nobody.
+and nothing else, so nobody reads what their MLP would compute.
 
-A block is known by its class. Of other architectures nothing is touched: what a norm feeds, and in which precision, is
-theirs to say. Must not import data, train or evaluate.
+A block is recognised by its class. Other architectures are left alone: only they know what their norms feed, and in
+which precision. Must not import data, train or evaluate.
 """
 
 from __future__ import annotations
@@ -27,14 +27,11 @@ _LLAMA_LIKE = frozenset(
     ["LlamaDecoderLayer", "MistralDecoderLayer", "Qwen2DecoderLayer", "Qwen3DecoderLayer", "SmolLM3DecoderLayer"]
 )
 
-
 READ_ROWS = "packed_read_rows"  # the keyword of the model's forward that names the rows that are read
-
-
 _FUSED = "_fused_forward"  # where a module of these classes keeps the forward that Liger bound to it
 
 
-class _LeanNorm:
+class _LowMemoryNorm:
     def forward(self, hidden_states: Tensor) -> Tensor:
         if torch.compiler.is_compiling():  # the compiler fuses better from the model's own code; so below
             return super().forward(hidden_states)
@@ -45,7 +42,7 @@ class _LeanNorm:
         return rms_norm(hidden_states, self.weight, eps=self.variance_epsilon, out_dtype=cast)
 
 
-class _LeanMLP:
+class _LowMemoryMLP:
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
             return super().forward(x)
@@ -71,8 +68,8 @@ def _note_read_rows(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     block.mlp.__dict__["_read_rows"] = kwargs.get(READ_ROWS)
 
 
-def install_lean_blocks(model: nn.Module) -> int:
-    """Swap the classes of the norms and MLPs of every known block, idempotent; returns how many blocks it knew.
+def install_low_memory_blocks(model: nn.Module) -> int:
+    """Swap the classes of the norms and MLPs of every known block; returns the number of these blocks. Idempotent.
 
     Parameters and their names stay as they were, so saving, adapters and sharding do not notice.
     """
@@ -80,12 +77,12 @@ def install_lean_blocks(model: nn.Module) -> int:
     for block in blocks:
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             if type(norm).__name__.endswith("RMSNorm"):
-                norm.__class__ = _lean_class(_LeanNorm, type(norm))
+                norm.__class__ = _mixed_in(_LowMemoryNorm, type(norm))
                 _put_fused_aside(norm)
         if type(getattr(block.mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation"):
-            block.mlp.__class__ = _lean_class(_LeanMLP, type(block.mlp))
+            block.mlp.__class__ = _mixed_in(_LowMemoryMLP, type(block.mlp))
             _put_fused_aside(block.mlp)
-        block.mlp.__class__ = _lean_class(_RowsMLP, type(block.mlp))  # all of them: compiled blocks share one class
+        block.mlp.__class__ = _mixed_in(_RowsMLP, type(block.mlp))  # all of them: compiled blocks share one class
     if blocks and _note_read_rows not in blocks[-1]._forward_pre_hooks.values():
         blocks[-1].register_forward_pre_hook(_note_read_rows, with_kwargs=True)
     return len(blocks)
@@ -113,8 +110,8 @@ def why_no_liger(base: nn.Module, device: torch.device) -> str | None:
 def install_liger_kernels(base: nn.Module) -> None:
     """Bind Liger's norm, rotary embedding and MLP to a transformers model; its head and its loss stay ours.
 
-    Before `install_lean_blocks`. Rotary embeddings are functions of the architecture's module, so those of all its
-    models in this process change.
+    To be called before `install_low_memory_blocks`. Rotary embeddings are functions of the architecture's module, so
+    those of all its models in this process change.
     """
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
@@ -122,7 +119,7 @@ def install_liger_kernels(base: nn.Module) -> None:
 
 
 @cache
-def _lean_class(lean: type, original: type) -> type:
-    if issubclass(original, lean):
+def _mixed_in(mixin: type, original: type) -> type:
+    if issubclass(original, mixin):
         return original
-    return type(original.__name__, (lean, original), {})
+    return type(original.__name__, (mixin, original), {})

@@ -1,8 +1,8 @@
-"""Activations kept in host memory between the forward and the backward pass.
+"""Activations kept in CPU memory between the forward and the backward pass.
 
 `torch.autograd.graph.save_on_cpu` would move every saved tensor, the weights with them and a tensor that three layers
-save three times. This moves activations only, each once out and once back, and lets the copies run beside the
-computation: those back start before they are asked for, in the reversed order of those out.
+save three times. This moves activations only, each once out and once back, and lets the copies run during the
+computation: those back start before they are needed, in the reverse order of those out.
 
 Must not import data, train or evaluate.
 """
@@ -26,8 +26,8 @@ MOST_AHEAD = 2**29
 
 
 @dataclass(eq=False)
-class _OnHost:
-    """A saved tensor's copy in host memory, and on the device again from its first use to its last.
+class _CpuCopy:
+    """A saved tensor's copy in CPU memory, and on the device again from its first use to its last.
 
     Every operation that saved the tensor holds this object and lets go of it once its own backward is done: with the
     last of them both copies are free.
@@ -53,7 +53,7 @@ class _OnHost:
 
 @dataclass(eq=False)
 class Offload:
-    """What one forward pass left in host memory.
+    """What one forward pass left in CPU memory.
 
     Attributes:
         num_tensors, num_bytes: copied out, each tensor counted once however many operations saved it.
@@ -63,14 +63,14 @@ class Offload:
     num_tensors: int = 0
     num_bytes: int = 0
     num_bytes_back: int = 0
-    _copies: dict[tuple[object, ...], tuple[StorageWeakRef, _OnHost]] = field(default_factory=dict, repr=False)
-    _order: list[weakref.ref[_OnHost]] = field(default_factory=list, repr=False)
+    _copies: dict[tuple[object, ...], tuple[StorageWeakRef, _CpuCopy]] = field(default_factory=dict, repr=False)
+    _order: list[weakref.ref[_CpuCopy]] = field(default_factory=list, repr=False)
     _reached: int = 0  # copies at this place and after it were fetched or are not needed
-    _ahead: list[weakref.ref[_OnHost]] = field(default_factory=list, repr=False)  # fetched, not asked for yet
+    _ahead: list[weakref.ref[_CpuCopy]] = field(default_factory=list, repr=False)  # fetched, not asked for yet
     _streams: dict[tuple[torch.device, str], torch.cuda.Stream] = field(default_factory=dict, repr=False)
 
-    def keep(self, tensor: Tensor) -> _OnHost:
-        """The tensor's copy in host memory: a new one, or that of the same memory, unchanged since."""
+    def keep(self, tensor: Tensor) -> _CpuCopy:
+        """The tensor's copy in CPU memory: a new one, or that of the same memory, unchanged since."""
         # While the weak reference stands, no other storage can have its address: a hit is the same memory.
         reference = StorageWeakRef(tensor.untyped_storage())
         view = (tensor.storage_offset(), tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor._version)
@@ -78,21 +78,21 @@ class Offload:
         known = self._copies.get(key)
         if known is not None:
             return known[1]
-        values, copied = _copy_to_host(tensor.detach(), self._stream(tensor.device, "out"))
-        on_host = _OnHost(values, tensor.device, len(self._order), copied)
-        self._copies[key] = (reference, on_host)
-        self._order.append(weakref.ref(on_host))
+        values, copied = _copy_to_cpu(tensor.detach(), self._stream(tensor.device, "out"))
+        kept = _CpuCopy(values, tensor.device, len(self._order), copied)
+        self._copies[key] = (reference, kept)
+        self._order.append(weakref.ref(kept))
         self._reached = len(self._order)
         self.num_tensors += 1
-        self.num_bytes += on_host.num_bytes
-        return on_host
+        self.num_bytes += kept.num_bytes
+        return kept
 
-    def restore(self, on_host: _OnHost) -> Tensor:
+    def restore(self, kept: _CpuCopy) -> Tensor:
         """The tensor on its device, and those that will be asked for next on their way there."""
-        if on_host.back is None:
-            self._fetch(on_host)
-        self._reached = min(self._reached, on_host.place)
-        self._ahead = [each for each in self._ahead if each() not in (None, on_host)]
+        if kept.back is None:
+            self._fetch(kept)
+        self._reached = min(self._reached, kept.place)
+        self._ahead = [each for each in self._ahead if each() not in (None, kept)]
         waiting = sum(each().num_bytes for each in self._ahead)
         most = min(MOST_AHEAD, self.num_bytes // 8)
         while self._reached > 0:
@@ -104,24 +104,24 @@ class Offload:
                 self._ahead.append(weakref.ref(following))
                 waiting += following.num_bytes
             self._reached -= 1
-        if on_host.arrived is not None:
-            torch.cuda.current_stream(on_host.device).wait_event(on_host.arrived)
-        return on_host.back
+        if kept.arrived is not None:
+            torch.cuda.current_stream(kept.device).wait_event(kept.arrived)
+        return kept.back
 
-    def _fetch(self, on_host: _OnHost) -> None:
-        self.num_bytes_back += on_host.num_bytes
-        if on_host.copied is None:
-            on_host.back = on_host.values.to(on_host.device, copy=True)
+    def _fetch(self, kept: _CpuCopy) -> None:
+        self.num_bytes_back += kept.num_bytes
+        if kept.copied is None:
+            kept.back = kept.values.to(kept.device, copy=True)
             return
         # The memory belongs to the computation's stream, which may still use it for something else: the copy waits.
-        stream = self._stream(on_host.device, "back")
-        on_host.back = torch.empty_like(on_host.values, device=on_host.device)
-        stream.wait_stream(torch.cuda.current_stream(on_host.device))
-        stream.wait_event(on_host.copied)
+        stream = self._stream(kept.device, "back")
+        kept.back = torch.empty_like(kept.values, device=kept.device)
+        stream.wait_stream(torch.cuda.current_stream(kept.device))
+        stream.wait_event(kept.copied)
         with torch.cuda.stream(stream):
-            on_host.back.copy_(on_host.values, non_blocking=True)
-            on_host.arrived = stream.record_event()
-        on_host.back.record_stream(stream)  # if nobody asks for it, its memory is free only when the copy is done
+            kept.back.copy_(kept.values, non_blocking=True)
+            kept.arrived = stream.record_event()
+        kept.back.record_stream(stream)  # if nobody asks for it, its memory is free only when the copy is done
 
     def _stream(self, device: torch.device, name: str) -> torch.cuda.Stream | None:
         if device.type != "cuda":
@@ -139,12 +139,12 @@ def _is_on_gpu(tensor: Tensor) -> bool:
 def offload_activations(
     model: nn.Module, *, eligible: Callable[[Tensor], bool] = _is_on_gpu, min_bytes: int = 2**20
 ) -> Iterator[Offload]:
-    """Around a forward pass: what its backward needs waits in (pinned) host memory. Gradients are bit for bit the same.
+    """Around a forward pass: what its backward needs waits in (pinned) CPU memory. Gradients are bit for bit the same.
 
     Weights stay where they are, and so does whatever looks like one: a tensor with a weight's shape, either way round,
     is its copy in autocast's precision, or put together from its shards. (An activation that happens to have such a
-    shape stays too.) The backward pass belongs outside, or what it recomputes under gradient checkpointing would make
-    the journey for nothing.
+    shape stays too.) The backward pass belongs outside, or what it recomputes under gradient checkpointing would be
+    moved for nothing.
 
     Args:
         model: its parameters are not moved; as they are when the block is entered.
@@ -154,7 +154,7 @@ def offload_activations(
     storages, shapes = _weights(model)
     offload = Offload()
 
-    def pack(tensor: Tensor) -> Tensor | tuple[_OnHost, Callable[[Tensor], Tensor]]:
+    def pack(tensor: Tensor) -> Tensor | tuple[_CpuCopy, Callable[[Tensor], Tensor]]:
         part = _plain_part(tensor)
         if part is None or part.numel() * part.element_size() < min_bytes or not eligible(part):
             return tensor
@@ -162,11 +162,11 @@ def offload_activations(
             return tensor
         return offload.keep(part), _like(tensor)
 
-    def unpack(packed: Tensor | tuple[_OnHost, Callable[[Tensor], Tensor]]) -> Tensor:
+    def unpack(packed: Tensor | tuple[_CpuCopy, Callable[[Tensor], Tensor]]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
-        on_host, wrap = packed
-        return wrap(offload.restore(on_host))
+        kept, wrap = packed
+        return wrap(offload.restore(kept))
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -192,7 +192,7 @@ def _weights(model: nn.Module) -> tuple[set[int], set[tuple[int, ...]]]:
 
 
 def _gathered_shape(weight: Tensor) -> torch.Size:
-    """Of a weight in its layer's forward pass: whole, but for the dimensions that tensor parallelism shards."""
+    """A weight's shape in its layer's forward pass: whole, except for dimensions that tensor parallelism shards."""
     if not isinstance(weight, DTensor) or "tp" not in (weight.device_mesh.mesh_dim_names or ()):
         return weight.shape
     mesh, shape = weight.device_mesh, list(weight.shape)
@@ -223,7 +223,7 @@ def _itself(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def _copy_to_host(tensor: Tensor, side: torch.cuda.Stream | None) -> tuple[Tensor, torch.cuda.Event | None]:
+def _copy_to_cpu(tensor: Tensor, side: torch.cuda.Stream | None) -> tuple[Tensor, torch.cuda.Event | None]:
     if side is None:
         return torch.empty_like(tensor, device="cpu").copy_(tensor), None
     side.wait_stream(torch.cuda.current_stream(tensor.device))

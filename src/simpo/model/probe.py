@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import math
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from simpo.core.batch import build_batch
+from simpo.core.packing import TokenPair
 from simpo.model.attention import is_packed, plain_attention, unwrap
 from simpo.model.head import compute_token_logps
 from simpo.parallel.mesh import Mesh, MeshSizes
@@ -50,14 +51,6 @@ a scale that is off by 2% shows where single tokens hide it."""
 _PROMPTS, _CHOSEN, _REJECTED = (12, 20, 8, 16), 52, 40
 
 
-class _Pair(NamedTuple):
-    row_id: str
-    chosen_ids: list[int]
-    chosen_start: int
-    rejected_ids: list[int]
-    rejected_start: int
-
-
 @dataclass(frozen=True)
 class Agreement:
     """How a layout's log-probs compare with the ordinary ones.
@@ -85,7 +78,7 @@ class Agreement:
 
     @property
     def is_good(self) -> bool:
-        """Whether rounding explains the differences; they may be no numbers."""
+        """Whether rounding explains the differences, which may be nan."""
         outliers_fit = self.rms_of_all <= self.limit * OUTLIER_FACTOR / NOISE_FACTOR
         return self.rms <= self.limit and outliers_fit and self._odd_scale is None
 
@@ -198,12 +191,12 @@ class _Probe:
         return self._of_all(replace(found, noise=noise))
 
     def _of_all(self, found: Agreement) -> Agreement:
-        """One process's finding for all: they must go the same way, or some would wait for the others for ever."""
+        """One process's finding for all: if they went different ways, some would wait forever."""
         everyone = self.mesh.gather(found)
         return next((theirs for theirs in everyone if not theirs.is_good), everyone[0])
 
     def _rms(self, difference: Tensor, *, share: float) -> float:
-        """Of that share of the chosen labels or of the rejected ones, whichever is larger; nan if anything is."""
+        """Over that share of the chosen labels or of the rejected ones, whichever is larger; nan if any is nan."""
         responses = difference.double().split(self.batch.response_lengths.tolist())
         found = []
         for side in (0, 1):
@@ -213,7 +206,7 @@ class _Probe:
         return float(torch.stack(found).amax())
 
     def _layout_logps(self) -> Tensor:
-        """Of every label, in the layout that trains and by the attention that trains."""
+        """Log-probs of all labels, in the layout and by the attention that train."""
         mine = self.mesh.own_rows(self.batch)
         logps = compute_token_logps(self.model, mine.to(self.device))
         if self.mesh.cp_group is None:
@@ -225,7 +218,7 @@ class _Probe:
         return every
 
     def _ordinary(self) -> list[Tensor]:
-        """Of every label what `_read` gives from ordinary logits."""
+        """What `_read` gives for all labels from ordinary logits."""
         parts: list[list[tuple[Tensor, ...]]] = []
         for ids, starts in self._sides():
             logits = self._plain_logits(torch.tensor(ids))
@@ -234,10 +227,10 @@ class _Probe:
         return [torch.cat(column) for column in zip(*both, strict=True)]
 
     def _rounded_logps(self) -> Tensor:
-        """Of every label its log-prob from ordinary logits of one padded batch, its embeddings rounded otherwise.
+        """Log-probs of all labels from ordinary logits of one padded batch whose embeddings are rounded differently.
 
-        Of small models the padded batch alone has the very bits of the unpadded ones. Every later rounding falls
-        otherwise after the first one did, as it does in another layout on another kernel.
+        The padded batch alone would give small models the very bits of the unpadded ones. Once the first rounding falls
+        differently all later ones do, as in another layout on another kernel.
         """
         (chosen, chosen_starts), (rejected, rejected_starts) = self._sides()
         sequences, starts = [*chosen, *rejected], [*chosen_starts, *rejected_starts]
@@ -286,7 +279,7 @@ class _Probe:
 
 
 def _read(logits: Tensor, ids: list[int], start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ids[start:], from logits [at least len(ids), V]: log-probs, and how those that train would differ by a scale.
+    """From logits [at least len(ids), V]: log-probs of ids[start:], and how a scale would make those that train differ.
 
     By 1 + x on the logits: x times the logit's distance from their mean. Behind a head that gives log-probs instead of
     logits: (1 + x) log p stands where the ordinary one is that of scaled logits, x times the entropy less.
@@ -305,8 +298,8 @@ def _fit(difference: Tensor, slope: Tensor) -> tuple[float, float]:
     return 1 + float((difference * slope).double().sum()) / max(norm, 1e-12) ** 2, norm
 
 
-def _probe_pairs(vocabulary: int, max_positions: int, *, seed: int = 0) -> list[_Pair]:
-    """The same for every model of that vocabulary; shortened in proportion for models that take fewer tokens."""
+def _probe_pairs(vocabulary: int, max_positions: int, *, seed: int = 0) -> list[TokenPair]:
+    """The same for every model of that vocabulary; shortened in proportion where a model takes fewer tokens."""
     generator = torch.Generator().manual_seed(seed)
     longest = min(_CHOSEN, max_positions)
 
@@ -318,7 +311,7 @@ def _probe_pairs(vocabulary: int, max_positions: int, *, seed: int = 0) -> list[
         start = max(1, length * longest // _CHOSEN)
         prompt = tokens(start)
         chosen, rejected = tokens(longest - start), tokens(_REJECTED * longest // _CHOSEN - start)
-        pairs.append(_Pair(f"probe-{number}", prompt + chosen, start, prompt + rejected, start))
+        pairs.append(TokenPair(f"probe-{number}", prompt + chosen, start, prompt + rejected, start))
     return pairs
 
 

@@ -2,8 +2,8 @@
 
 One mesh of four sizes, outermost first:
 
-    dp_replicate   copies of the model; other pairs
-    dp_shard       weights, gradients and moments sharded (FSDP2); other pairs
+    dp_replicate   copies of the model; different pairs
+    dp_shard       weights, gradients and moments sharded (FSDP2); different pairs
     cp             one row's tokens shared out (context parallel); the same pairs
     tp             one weight shared out (tensor parallel); the same pairs
 
@@ -53,12 +53,12 @@ class MeshSizes:
 
     @property
     def data(self) -> int:
-        """Processes (or groups of them) that see other pairs than each other."""
+        """Processes (or groups of them) that each see different pairs."""
         return self.dp_replicate * self.dp_shard
 
     @property
     def shard(self) -> int:
-        """Processes that a weight's shards are spread over, besides tp: context parallel ranks hold shards too."""
+        """Processes that a weight's shards are spread over, apart from tp: context parallel ranks hold shards too."""
         return self.dp_shard * self.cp
 
     @property
@@ -93,8 +93,8 @@ def mesh_sizes(recipe: Recipe, world: int) -> MeshSizes:
         sizes += "" if recipe.dp_shard is None else f", dp_shard {recipe.dp_shard}"
         need = f"a multiple of {given}" if recipe.dp_shard is None else str(given * recipe.dp_shard)
         raise ValueError(
-            f"the mesh ({sizes}) needs {need} processes, and {world} {'was' if world == 1 else 'were'} started; "
-            "change the sizes, or start as many with torchrun --nproc-per-node"
+            f"the mesh ({sizes}) needs {need} processes, but {world} {'was' if world == 1 else 'were'} started; "
+            "change the sizes, or the number of processes (torchrun --nproc-per-node)"
         )
     return MeshSizes(recipe.dp_replicate, shard, recipe.cp, recipe.tp)
 
@@ -147,16 +147,16 @@ class Mesh:
         data_rank: which share of the pairs this process computes, 0..sizes.data - 1.
         cp_rank, cp_group: among the processes that share its rows; None where there is one.
         gradient_group: the processes whose gradients belong together; None where there is one.
-        host_group: all processes, for threads that talk beside the training step; None unless asked for.
+        cpu_group: all processes, for threads that talk during the training step; None unless asked for.
     """
 
-    def __init__(self, sizes: MeshSizes, *, device: torch.device, with_host_group: bool = False) -> None:
+    def __init__(self, sizes: MeshSizes, *, device: torch.device, with_cpu_group: bool = False) -> None:
         self.sizes, self.device = sizes, device
         self.rank = self.data_rank = self.cp_rank = 0
         self.data_group: ProcessGroup | None = None
         self.cp_group: ProcessGroup | None = None
         self.gradient_group: ProcessGroup | None = None
-        self.host_group: ProcessGroup | None = None
+        self.cpu_group: ProcessGroup | None = None
         if sizes.world == 1:
             return
         self.rank = dist.get_rank()
@@ -169,8 +169,8 @@ class Mesh:
         if sizes.gradient > 1:
             flat = dist.init_device_mesh(device.type, (sizes.gradient, sizes.tp), mesh_dim_names=("gradient", "tp"))
             self.gradient_group = flat.get_group("gradient")
-        if with_host_group:
-            self.host_group = dist.new_group(backend="gloo")
+        if with_cpu_group:
+            self.cpu_group = dist.new_group(backend="gloo")
 
     def own_rows(self, batch: PackedPairs) -> PackedPairs:
         """This process's slice of a batch's tokens; without context parallelism the batch itself."""
@@ -200,7 +200,7 @@ class Mesh:
         return max(self.gather(value))
 
     def least(self, value: float) -> float:
-        """The least of all processes' values."""
+        """The smallest of all processes' values."""
         return min(self.gather(value))
 
     def gather(self, value: T) -> list[T]:
@@ -303,7 +303,7 @@ def local_rank() -> int:
 
 
 def join_world(recipe: Recipe, device: torch.device) -> Mesh:
-    """Meet the other processes and check that all are there; one process alone meets nobody.
+    """Meet the other processes and check that all are there; a single process has none to meet.
 
     A process group that exists already (Ray, a notebook, a test) is used as it is.
 
@@ -321,18 +321,16 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
     if device.type == "cuda":
         device = _own_gpu()
     elif torch.cuda.is_available():
-        raise ValueError("device: cpu with several processes needs the GPUs hidden; set CUDA_VISIBLE_DEVICES= (empty)")
+        raise ValueError("device: cpu with several processes: hide the GPUs with CUDA_VISIBLE_DEVICES= (empty)")
     if not dist.is_initialized():
         _init_process_group(world, device, timeout=timedelta(seconds=recipe.ddp_timeout))
     if device.type == "cuda":
         _check_own_gpu(device)
-    if dist.get_world_size() != world:
-        raise ValueError(f"the launcher said {world} processes, and {dist.get_world_size()} met")
     backend = str(dist.get_backend_config()) if hasattr(dist, "get_backend_config") else dist.get_backend()
     wanted = "nccl" if device.type == "cuda" else "gloo"
     if wanted not in backend:
-        raise ValueError(f"processes that compute on {device.type} talk through {wanted}, not {backend}")
-    return Mesh(sizes, device=device, with_host_group=recipe.async_save)
+        raise ValueError(f"the process group uses {backend}; processes that compute on {device.type} need {wanted}")
+    return Mesh(sizes, device=device, with_cpu_group=recipe.async_save)
 
 
 def _own_gpu() -> torch.device:
@@ -376,7 +374,7 @@ def local_rank_of(device: torch.device) -> Iterator[None]:
 
 
 def _init_process_group(world: int, device: torch.device, *, timeout: timedelta) -> None:
-    # Tensors on GPUs go through NCCL; what lies in host memory (offloaded shards, checkpoints, texts) through gloo.
+    # Tensors on GPUs go through NCCL; what lies in CPU memory (offloaded shards, checkpoints, texts) through gloo.
     options: dict[str, Any] = {
         "backend": "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
         "timeout": timeout,
@@ -391,12 +389,12 @@ def _init_process_group(world: int, device: torch.device, *, timeout: timedelta)
 
 
 def has_joined() -> bool:
-    """Whether this process has met others in a process group."""
+    """Whether this process is in a process group."""
     return dist.is_available() and dist.is_initialized()
 
 
 def leave_world() -> None:
-    """Part from the other processes, if there were any, once all are done."""
+    """Leave the process group, if there is one, once all are done."""
     if has_joined():
         dist.barrier()
         dist.destroy_process_group()
@@ -405,7 +403,7 @@ def leave_world() -> None:
 def is_said_by_main(line: str, *, wait_s: float = 10.0) -> bool:
     """Whether rank 0 says this very line too, so that this process need not; on rank 0: False, and the others learn.
 
-    For processes that have met. Waits a moment for rank 0.
+    For processes in a group. Waits a moment for rank 0.
     """
     store = dist.distributed_c10d._get_default_store()
     key = f"said {hashlib.sha256(line.encode()).hexdigest()}"

@@ -39,7 +39,7 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
             "number of processes"
         )
     if recipe.optim == "adamw_8bit":
-        raise ValueError("optim: adamw_8bit does not know sharded weights; use adamw_bf16, or dp_shard: 1")
+        raise ValueError("optim: adamw_8bit does not support sharded weights; use adamw_bf16, or set dp_shard: 1")
     if recipe.torch_compile and sizes.tp > 1:
         raise ValueError(
             "torch_compile: torch's compiler cannot trace tensor-parallel blocks whose rows change in length; set it "
@@ -47,14 +47,14 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
         )
     if recipe.use_liger_kernel and sizes.tp > 1:
         raise ValueError(
-            "use_liger_kernel: Liger's kernels do not take tensor-parallel weights; set it to false, or tp: 1"
+            "use_liger_kernel: Liger's kernels do not support tensor-parallel weights; set it to false, or tp: 1"
         )
     if recipe.use_peft and recipe.lora_modules_to_save:
-        raise ValueError("lora_modules_to_save: not possible with sharded weights; leave it out, or set dp_shard: 1")
+        raise ValueError("lora_modules_to_save: not supported with sharded weights; leave it out, or set dp_shard: 1")
     if sizes.cp > 1 and not (recipe.pack or recipe.share_prompt):
-        raise ValueError(f"cp = {sizes.cp}: a row that is padded cannot be shared out; set pack: true, or cp: 1")
+        raise ValueError(f"cp = {sizes.cp}: padded rows cannot be split; set pack: true, or cp: 1")
     if recipe.fsdp_cpu_offload and mesh.device.type == "cpu":
-        raise ValueError("fsdp_cpu_offload: on a CPU weights are in host memory already; set it to false")
+        raise ValueError("fsdp_cpu_offload: on a CPU weights are in CPU memory already; set it to false")
     options = {"fsdp_size": sizes.shard, "tp_size": sizes.tp, "fsdp_cpu_offload": recipe.fsdp_cpu_offload}
     if sizes.dp_replicate > 1:
         if "dp_replicate_size" not in DistributedConfig.__dataclass_fields__:
@@ -188,8 +188,8 @@ def rebuild_adapters(model: nn.Module, *, seed: int) -> None:
 class GradientSync:
     """How gradients of one step's micro-batches come together over the processes.
 
-    DDP and FSDP2 average those they know; adapters on a sharded model, which FSDP2 does not know, are averaged here,
-    in one piece. The loss is scaled by the number of processes averaged over, so that averages are sums.
+    DDP and FSDP2 average their own; adapters on a sharded model, which FSDP2 does not manage, are averaged here, in one
+    piece. The loss is scaled by the number of processes averaged over, so that averages are sums.
 
     Args:
         model: as it was loaded.
@@ -222,7 +222,7 @@ class GradientSync:
 
     @torch.no_grad()
     def finish(self) -> None:
-        """After a step's last backward pass: average what nobody else does."""
+        """After a step's last backward pass: average the gradients that neither DDP nor FSDP2 does."""
         if not self._strays:
             return
         for parameter in self._strays:
@@ -253,7 +253,7 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
     dtype, and an accelerator is not waited for.
 
     Returns:
-        A scalar in fp64, where the gradients are; on the CPU if some of them are in host memory.
+        A scalar in fp64, where the gradients are; on the CPU if some of them are there.
     """
     groups: dict[Any, list[Tensor]] = {}
     for gradient in gradients:
@@ -272,17 +272,17 @@ def total_norm(gradients: list[Tensor]) -> Tensor:
         for mesh, dim in split:
             dist.all_reduce(square, group=mesh.get_group(dim))
         squares.append(square)
-    if len({square.device for square in squares}) > 1:  # offloaded gradients are in host memory, adapters' are not
+    if len({square.device for square in squares}) > 1:  # offloaded gradients are in CPU memory, adapters' are not
         squares = [square.cpu() for square in squares]
     return sum(squares[1:], squares[0]).sqrt() if squares else torch.zeros((), dtype=torch.float64)
 
 
 _ROW = 1024  # numbers that a CPU adds up one after the other in fp32
-_ROWS = 2**12  # of which so many are widened to fp32 at a time
+_ROWS = 2**12  # of these rows, how many are widened to fp32 at a time
 
 
 def _sum_of_squares(parts: list[Tensor]) -> Tensor:
-    """Of all elements of tensors on one device, a scalar in fp64 on it."""
+    """The sum of squares of tensors on one device, a scalar in fp64 on it."""
     if parts[0].device.type != "cpu":  # an accelerator adds in a tree, and widens what it reads as it goes
         by_dtype: dict[torch.dtype, list[Tensor]] = {}
         for part in parts:
@@ -309,7 +309,7 @@ def local_part(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def whole_state_dict(model: nn.Module, *, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's state dict with every tensor whole; what was sharded or is converted comes in host memory, one
+    """The model's state dict with every tensor whole; what was sharded or is converted comes in CPU memory, one
     tensor at a time: a device that holds the model need not hold it twice.
 
     Every process must call it.

@@ -101,7 +101,7 @@ def describe_model(config: Any, *, name: str = "") -> ModelSizes:
     import torch
     from transformers import AutoModelForCausalLM
 
-    from simpo.model.low_memory import install_lean_blocks
+    from simpo.model.low_memory import install_low_memory_blocks
 
     text = config.get_text_config()
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
@@ -129,7 +129,7 @@ def describe_model(config: Any, *, name: str = "") -> ModelSizes:
         weights=tuple(weights),
         head_tied=tied,
         norms_heads="q_norm" in modules,
-        is_known=install_lean_blocks(model) > 0,
+        is_known=install_low_memory_blocks(model) > 0,
         **decoder_sizes(config),
     )
 

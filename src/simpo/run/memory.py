@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA
-from simpo.core.packing import PairShape
+from simpo.core.packing import PairShape, TokenPair
 from simpo.model.attention import unwrap
 from simpo.parallel.sharding import local_part
 
@@ -61,9 +61,8 @@ class _Probe(NamedTuple):
             return [(first + 7 * index) % vocabulary for index in range(count)]
 
         prompt = tokens(self.prefix, 0)
-        pair = _ProbePair(
-            "probe", prompt + tokens(self.chosen, 1), self.prefix, prompt + tokens(self.rejected, 2), self.prefix
-        )
+        chosen, rejected = prompt + tokens(self.chosen, 1), prompt + tokens(self.rejected, 2)
+        pair = TokenPair("probe", chosen, self.prefix, rejected, self.prefix)
         return build_batch([pair] * self.count, share_prompt=share_prompt)
 
     def features(self, *, share_prompt: bool) -> list[int]:
@@ -71,14 +70,6 @@ class _Probe(NamedTuple):
         p, c, r = self.prefix, self.chosen, self.rejected
         shape = PairShape(p, c, r) if share_prompt else PairShape(0, p + c, p + r)
         return [1, *(self.count * number for number in (1, shape.tokens, c + r, _scores(shape)))]
-
-
-class _ProbePair(NamedTuple):
-    row_id: str
-    chosen_ids: list[int]
-    chosen_start: int
-    rejected_ids: list[int]
-    rejected_start: int
 
 
 # In units of a few tokens. Their features (rows, pairs, tokens, labels, scores) are linearly independent.

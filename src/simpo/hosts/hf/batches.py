@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from simpo.core.packing import CostWeights
+from simpo.core.packing import PAIR_FIELDS, CostWeights
 from simpo.data.ledger import Ledger
-from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan, StoredPair
+from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan
 from simpo.data.prepare import PreparedData, prepare_rows
 from simpo.data.templates import load_chat_template
 from simpo.recipe import Recipe, load_recipe
@@ -152,7 +152,7 @@ def build_loader(
 
 def is_tokenised(dataset: Any) -> bool:
     """Whether a dataset holds what the data layer gives, and no rows to be tokenised."""
-    return set(StoredPair.__dataclass_fields__) <= set(getattr(dataset, "column_names", None) or ())
+    return set(PAIR_FIELDS) <= set(getattr(dataset, "column_names", None) or ())
 
 
 def prepare_datasets(

@@ -20,7 +20,7 @@ from simpo.model.attention import is_packed, plain_implementation, unwrap
 from simpo.model.head import install_head
 from simpo.model.kernels import choose_kernel
 from simpo.model.load import add_adapters, disable_dropout, keep_quantized_trainable, load_pretrained
-from simpo.model.low_memory import install_lean_blocks
+from simpo.model.low_memory import install_low_memory_blocks
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -58,7 +58,7 @@ def wrap_in_adapters(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Mod
 
 
 def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> list[str]:
-    """Packed attention, the log-prob head, lean blocks, no dropout, trainable weights in the master dtype.
+    """Packed attention, the log-prob head, low-memory blocks, no dropout, trainable weights in the master dtype.
 
     Args:
         device: where the model will compute; it may still be elsewhere.
@@ -82,7 +82,7 @@ def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> lis
         base.set_attn_implementation(plain_implementation(base))
     keep_quantized_trainable(model)
     install_head(model)
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     return lines if weights_are_elsewhere(model) else lines + _keep_masters(model, recipe)
 
 

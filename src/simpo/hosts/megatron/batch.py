@@ -13,8 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from simpo.core.batch import TokenPair
-from simpo.core.packing import epoch_order, num_steps_per_epoch
+from simpo.core.packing import TokenPair, epoch_order, num_steps_per_epoch
 from simpo.hosts.megatron.settings import MegatronSettings
 
 IGNORED = -100

@@ -1,4 +1,4 @@
-"""From recipe to tokens: the account adds up, the cache is exact and mends itself, processes change nothing."""
+"""From recipe to tokens: the account adds up, a broken cache is built again, processes change nothing."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from simpo.data import prepare as audit
+from simpo.data import prepare as data_prepare
 from simpo.data.ledger import Dropped, Ledger, SplitLedger
 from simpo.data.prepare import prepare_pairs
 from simpo.data.workers import WorkersFailed, map_in_processes
@@ -118,7 +118,7 @@ def test_too_many_dropped_stops_with_reasons_and_rows(messy, build_tokenizer, da
 
 def test_no_pair_left_is_an_error(tmp_path, build_tokenizer, data_recipe):
     path = write(tmp_path / "a.jsonl", [{"prompt": "q", "chosen": "a", "rejected": "a"}])
-    with pytest.raises(ValueError, match="no train pair is left of 1 rows"):
+    with pytest.raises(ValueError, match="none of 1 train rows gives a pair"):
         prepare(data_recipe(path, validation_fraction=0, max_dropped_fraction=1.0), build_tokenizer("chatml"))
 
 
@@ -143,8 +143,8 @@ def test_empty_system_turn_replaces_the_default_one_where_the_template_takes_it(
 def test_second_call_tokenises_nothing(messy, build_tokenizer, data_recipe, monkeypatch):
     recipe = data_recipe(messy, max_dropped_fraction=0.5)
     first = prepare(recipe, build_tokenizer("chatml"))
-    monkeypatch.setattr(audit, "RowTokenizer", None)
-    monkeypatch.setattr(audit.source_files, "load_splits", None)
+    monkeypatch.setattr(data_prepare, "RowTokenizer", None)
+    monkeypatch.setattr(data_prepare.source_files, "load_splits", None)
     second = prepare(recipe, build_tokenizer("chatml"))
     assert second.train[:] == first.train[:]
     assert second.eval[:] == first.eval[:]
@@ -230,8 +230,8 @@ def test_cache_that_cannot_be_written_is_said_and_does_not_stop(messy, build_tok
 
 
 def test_two_processes_give_what_one_gives(tmp_path, build_tokenizer, data_recipe, monkeypatch):
-    monkeypatch.setattr(audit, "ROWS_PER_PROCESS", 50)
-    monkeypatch.setattr(audit, "CHUNK_ROWS", 30)
+    monkeypatch.setattr(data_prepare, "ROWS_PER_PROCESS", 50)
+    monkeypatch.setattr(data_prepare, "CHUNK_ROWS", 30)
     content = rows(200)
     content[77] = {"prompt": "q"}
     path = write(tmp_path / "a.jsonl", content)
@@ -256,12 +256,12 @@ def test_script_without_main_guard_is_not_run_again_by_the_processes(tmp_path, b
     (tmp_path / "script.py").write_text(
         "print('script runs')\n"
         "from transformers import AutoTokenizer\n"
-        "from simpo.data import prepare as audit\n"
+        "from simpo.data import prepare\n"
         "from simpo.recipe import load_recipe\n"
-        "audit.ROWS_PER_PROCESS, audit.CHUNK_ROWS = 20, 10\n"
+        "prepare.ROWS_PER_PROCESS, prepare.CHUNK_ROWS = 20, 10\n"
         "recipe = load_recipe({'model_name_or_path': 'none', 'dataset_mixer': {'a.jsonl': 1.0}, 'cache_dir': 'cache',\n"
         "                      'preprocessing_num_workers': 2})\n"
-        "prepared = audit.prepare_pairs(recipe, AutoTokenizer.from_pretrained('tokenizer'))\n"
+        "prepared = prepare.prepare_pairs(recipe, AutoTokenizer.from_pretrained('tokenizer'))\n"
         "print(len(prepared.train), 'pairs')\n"
     )
     done = subprocess.run([sys.executable, "script.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
@@ -281,21 +281,21 @@ class Fragile:
 
 def test_process_that_dies_is_told_from_wrong_data():
     with pytest.raises(WorkersFailed, match="ended early"):
-        list(map_in_processes(Fragile, (), [1, 2, 3], 2))
+        list(map_in_processes(Fragile, [1, 2, 3], 2))
     with pytest.raises(WorkersFailed, match="cannot be sent"):
-        list(map_in_processes(Fragile, (lambda: None,), [1], 1))
+        list(map_in_processes(lambda: None, [1], 1))
 
 
 def test_processes_that_fail_are_replaced_by_this_one(messy, build_tokenizer, data_recipe, monkeypatch, capsys):
     def fail(*_):
-        raise WorkersFailed("none to be had")
+        raise WorkersFailed("none left")
         yield
 
-    monkeypatch.setattr(audit, "map_in_processes", fail)
-    monkeypatch.setattr(audit, "ROWS_PER_PROCESS", 5)
+    monkeypatch.setattr(data_prepare, "map_in_processes", fail)
+    monkeypatch.setattr(data_prepare, "ROWS_PER_PROCESS", 5)
     recipe = data_recipe(messy, max_dropped_fraction=0.5, preprocessing_num_workers=2, validation_fraction=0)
     assert len(prepare(recipe, build_tokenizer("chatml")).train) == 14
-    assert "in this process alone: none to be had" in capsys.readouterr().err
+    assert "in this process alone: none left" in capsys.readouterr().err
 
 
 # --- the ledger ------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from simpo.core.batch import build_batch
 from simpo.core.low_memory import gated_silu, rms_norm
 from simpo.model.head import compute_token_logps
 from simpo.model.load import checkpoint_activations
-from simpo.model.low_memory import install_lean_blocks
+from simpo.model.low_memory import install_low_memory_blocks
 
 
 def randn(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -90,14 +90,14 @@ def gradients(model: nn.Module, batch: Any) -> list[Tensor]:
 @pytest.mark.parametrize("architecture", ["Llama", "Mistral", "Qwen2", "Qwen3"])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("layout", [{}, {"pack": False}, {"share_prompt": False}])
-def test_lean_blocks_change_no_log_prob_and_no_gradient(
+def test_low_memory_blocks_change_no_log_prob_and_no_gradient(
     random_model, ragged_pairs, architecture, checkpointing, layout
 ):
     model, pairs = random_model(architecture), ragged_pairs(4)
     batch = build_batch(pairs, **layout)
     names = [name for name, _ in model.named_parameters()]
     expected = gradients(model, batch)
-    assert install_lean_blocks(model) == 2
+    assert install_low_memory_blocks(model) == 2
     assert [name for name, _ in model.named_parameters()] == names
     if checkpointing:
         checkpoint_activations(model)
@@ -106,8 +106,8 @@ def test_lean_blocks_change_no_log_prob_and_no_gradient(
         assert float((a - e).abs().max()) <= 2e-6 * largest + 2e-5 * float(e.abs().max()), name
 
 
-def test_lean_blocks_know_other_architectures_are_not_theirs(random_model):
-    assert install_lean_blocks(random_model("Gemma2")) == 0
+def test_other_architectures_are_left_alone(random_model):
+    assert install_low_memory_blocks(random_model("Gemma2")) == 0
 
 
 class _RowsOf(nn.Module):
@@ -124,7 +124,7 @@ class _RowsOf(nn.Module):
 
 def test_the_last_mlp_computes_the_rows_that_are_read_and_no_others(random_model, ragged_pairs):
     model, batch = random_model("Llama"), build_batch(ragged_pairs(4))
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     first, last = (_RowsOf(model.model.layers[i].mlp.up_proj) for i in (0, 1))
     compute_token_logps(model, batch)
     assert first.rows == batch.num_tokens
@@ -137,13 +137,13 @@ def test_an_ordinary_forward_after_a_packed_one_computes_every_row(random_model,
     ids = torch.arange(12)[None]
     expected = model(ids).logits
     model.set_attn_implementation("simpo_packed")
-    install_lean_blocks(model)
+    install_low_memory_blocks(model)
     compute_token_logps(model, build_batch(ragged_pairs(2)))
     model.set_attn_implementation("sdpa")
     assert float((model(ids).logits - expected).detach().abs().max()) < 1e-5
 
 
-def test_lean_blocks_keep_less(random_model, ragged_pairs):
+def test_low_memory_blocks_keep_less(random_model, ragged_pairs):
     def kept_bytes(model: nn.Module) -> int:
         parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
         kept: dict[int, Tensor] = {}
@@ -158,6 +158,6 @@ def test_lean_blocks_keep_less(random_model, ragged_pairs):
             compute_token_logps(model, build_batch(ragged_pairs(40)))
         return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
 
-    plain, lean = random_model("Llama", num_hidden_layers=6), random_model("Llama", num_hidden_layers=6)
-    install_lean_blocks(lean)
-    assert kept_bytes(lean) < 0.75 * kept_bytes(plain)
+    plain, low_memory = random_model("Llama", num_hidden_layers=6), random_model("Llama", num_hidden_layers=6)
+    install_low_memory_blocks(low_memory)
+    assert kept_bytes(low_memory) < 0.75 * kept_bytes(plain)
