@@ -226,11 +226,12 @@ def losses() -> None:
     typer.echo("l: summed log-prob of a response; m = l/length; p = exp(m); w chosen, r rejected; M = m_w - m_r;")
     typer.echo("z = beta (M - gamma_beta_ratio); D: l_w - l_r less the same under the reference; sft = -m_w\n")
     for name, loss in LOSSES.items():
-        shown = ", ".join(
-            f"{key} {value:g}" for key, value in (*loss.defaults.items(), ("sft_weight", loss.sft_weight))
-        )
+        shown = ", ".join(f"{key} {value}" for key, value in {**loss.defaults, "sft_weight": loss.sft_weight}.items())
         needs = "; needs a reference model" if loss.needs_reference else ""
         typer.echo(f"{name:<10} {loss.equation}\n{'':<10} {shown}\n{'':<10} {loss.source}{needs}\n")
+    typer.echo(
+        f"{'module:function':<10}\n{'':<10} a loss of your own; see `simpo keys loss_type` and `simpo keys loss_kwargs`"
+    )
 
 
 def _load(recipe: str, overrides: list[str], *, processes: int | None = None) -> Recipe:

@@ -29,7 +29,7 @@ class Alias:
     Attributes:
         target: our key, or an input key.
         convert: changes the value where the other program counts or spells differently.
-        yields: True when our own key beside it is no contradiction: ours then wins, with a notice.
+        yields: whether it gives way, with a notice, where our own key is given too; else that is a contradiction.
         notice: printed when the alias is used, with {value}; "" for a plain renaming.
     """
 
@@ -62,7 +62,7 @@ def _master_dtype(value: Any) -> Any:
 
 
 def _no_evaluation(value: Any) -> Any:
-    """Megatron's eval_iters: 0 batches is no evaluation; other counts have no equal, since all pairs are used."""
+    """Megatron's eval_iters: 0 batches evaluates nothing; other counts ask for nothing, since all pairs are used."""
     return "no" if value == 0 and not isinstance(value, bool) else UNSET
 
 

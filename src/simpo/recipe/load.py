@@ -1,8 +1,8 @@
 """How a recipe is loaded: a file or mapping, other programs' names, overrides, in that order, and strictly.
 
-Owns `load_recipe` and the messages a wrong recipe gives. The keys themselves are in `recipe.keys`, the names others
-use in `recipe.aliases`, the text formats in `recipe.yaml`, the losses' options in `recipe.losses`. Must not
-import torch, transformers or datasets: a recipe is checked in a blink.
+Owns `load_recipe` and the messages that a wrong recipe gets. The keys themselves are in `recipe.keys`, the names that
+others use in `recipe.aliases`, the text formats in `recipe.yaml`. Must not import torch, transformers or datasets: a
+recipe is checked in a blink.
 
 Paths in a recipe are used as given: a relative path is relative to the working directory, not to the recipe.
 """
@@ -20,11 +20,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from simpo.core.losses import LOSSES
 from simpo.errors import short
 from simpo.recipe.aliases import ALIASES, BF16_MASTERS_NOTICE, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED, UNSET
 from simpo.recipe.keys import KEYS, Recipe
-from simpo.recipe.values import as_loss_name, as_number, as_text, as_whole
+from simpo.recipe.values import as_number, as_text, as_whole
 from simpo.recipe.yaml import Kind, parse_overrides, read_recipe_file
 
 
@@ -138,7 +137,7 @@ def nearest_key(name: str) -> str:
 
 
 def unknown_key(written: str) -> ValueError:
-    """The error for a key that nobody knows."""
+    """The error for a key that is neither ours nor another program's."""
     near = nearest_key(written.removeprefix("--"))
     return ValueError(f"unknown key {short(written)}: the nearest known key is {near!r}; `simpo keys` lists them all")
 
@@ -205,15 +204,31 @@ def _build(layer: _Layer, processes: int) -> Recipe:
     if "master_dtype" in layer.values:
         layer.notices = [notice for notice in layer.notices if BF16_MASTERS_NOTICE not in notice]
     _resolve_datasets(layer)
-    _resolve_gamma(layer)
     _resolve_global_batch(layer, processes)
     _resolve_warmup(layer)
-    try:
-        recipe = Recipe(**layer.values)
-    except ValidationError as error:
-        raise ValueError(_explain(error, layer.spelled)) from None
+    recipe = _with_gamma(layer) if "gamma" in layer.values else _typed(layer)
     recipe._notices = tuple(dict.fromkeys(layer.notices + list(recipe._notices)))
     return recipe
+
+
+def _typed(layer: _Layer) -> Recipe:
+    try:
+        return Recipe(**layer.values)
+    except ValidationError as error:
+        raise ValueError(_explain(error, layer.spelled)) from None
+
+
+def _with_gamma(layer: _Layer) -> Recipe:
+    """gamma -> gamma_beta_ratio, with the beta that will be used."""
+    name, gamma = layer.spelled["gamma"], _take(layer, "gamma", as_number)
+    recipe = _typed(layer)
+    if "gamma_beta_ratio" in recipe.unread_keys:
+        layer.notices.append(f"{name}: not used, since loss_type {recipe.loss_type!r} does not read it")
+        return recipe
+    if gamma < 0 or not math.isfinite(gamma / recipe.beta):
+        raise ValueError(f"{name} = {gamma}: must be >= 0, and gamma / beta finite (beta = {recipe.beta})")
+    layer.values["gamma_beta_ratio"] = gamma / recipe.beta
+    return _typed(layer)
 
 
 def _resolve_datasets(layer: _Layer) -> None:
@@ -233,31 +248,6 @@ def _resolve_datasets(layer: _Layer) -> None:
         if not isinstance(current, Mapping):
             raise ValueError(f"{key}: must be a mapping before {key}.{entry} can be set, not {short(current)}")
         values[key] = {**current, entry: value}
-
-
-def _resolve_gamma(layer: _Layer) -> None:
-    """gamma -> gamma_beta_ratio, with the beta that will be used."""
-    values = layer.values
-    if "gamma" not in values:
-        return
-    name, gamma = layer.spelled["gamma"], _take(layer, "gamma", as_number)
-    loss_type = as_loss_name(values.get("loss_type", "sigmoid"))
-    loss = LOSSES.get(loss_type) if isinstance(loss_type, str) else None
-    if loss is not None and "gamma_beta_ratio" not in loss.defaults:
-        layer.notices.append(f"{name}: not used, since loss_type {loss_type!r} does not read it")
-        return
-    beta = (
-        _checked(layer, "beta", as_number, values["beta"])
-        if "beta" in values
-        else loss.defaults.get("beta", 1.0)
-        if loss
-        else 1.0
-    )
-    if beta <= 0:
-        return  # the recipe's own check speaks
-    if gamma < 0 or not math.isfinite(gamma / beta):
-        raise ValueError(f"{name} = {gamma}: must be >= 0, and gamma / beta finite (beta = {beta})")
-    values["gamma_beta_ratio"] = gamma / beta
 
 
 def _resolve_global_batch(layer: _Layer, processes: int) -> None:
@@ -344,7 +334,7 @@ def _explain_one(key: str, found: Any, message: str, spelled: Mapping[str, str])
 
 
 def _kind_of(name: str) -> Kind:
-    """How a key takes its value on a command line. Raises ValueError for a key that nobody knows."""
+    """How a key takes its value on a command line. Raises ValueError for an unknown key."""
     alias = ALIASES.get(name)
     target = alias.target if alias else name
     if name in KNOWN_ELSEWHERE:

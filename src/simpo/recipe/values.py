@@ -90,17 +90,13 @@ def _strategy(value: Any) -> Any:
     return "no" if value is False else value  # YAML reads a bare `no` as false
 
 
-def as_loss_name(value: Any) -> Any:
+def as_loss(value: Any) -> Any:
+    """A name in LOSSES, or the form module:function."""
     if isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    return "sigmoid" if value == "simpo" else value
-
-
-def as_loss(value: Any) -> Any:
-    value = as_loss_name(value)
-    if not isinstance(value, str) or (value not in LOSSES and not re.fullmatch(r"[\w.]+:\w+", value)):
+    if not isinstance(value, str) or not (value in ("simpo", *LOSSES) or re.fullmatch(r"[\w.]+:\w+", value)):
         raise ValueError("not one of its values")
-    return value
+    return "sigmoid" if value == "simpo" else value
 
 
 def _optimizer(value: Any) -> Any:

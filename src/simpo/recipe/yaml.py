@@ -159,7 +159,7 @@ def parse_overrides(arguments: Sequence[str], kind_of: Callable[[str], Kind]) ->
 
     Args:
         arguments: words as the shell gives them.
-        kind_of: the kind of a key; may raise ValueError for a key that nobody knows.
+        kind_of: the kind of a key; may raise ValueError for an unknown key.
     Returns:
         keys as spelled (underscores) to plain values.
     Raises:
