@@ -286,7 +286,7 @@ def test_run_directory_that_holds_a_run_is_not_overwritten(tiny_recipe: Settings
 
 
 def test_missing_model_folder_is_one_clear_line(tiny_recipe: Settings) -> None:
-    with pytest.raises(ValueError, match=r"no folder './nowhere'"):
+    with pytest.raises(ValueError, match=r"folder './nowhere' does not exist"):
         build(tiny_recipe, model_name_or_path="./nowhere")
 
 

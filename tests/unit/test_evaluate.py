@@ -375,7 +375,7 @@ def test_command_takes_a_recipe_and_its_model(tiny_model, changed_model, pair_fi
     ("words", "message"),
     [
         (["{data}"], "say with --model"),
-        (["{data}", "--model", "./nowhere"], "no folder './nowhere'"),
+        (["{data}", "--model", "./nowhere"], "folder './nowhere' does not exist"),
         (["{data}", "--model", "{model}", "--split", "final"], "no split 'final'"),
         (["{empty}", "--model", "{model}"], "no rows"),
         (["./nowhere.jsonl", "--model", "{model}"], "no such file or folder"),
@@ -428,7 +428,7 @@ def test_a_loaded_model_without_a_name_needs_its_tokenizer(pair_files, settings)
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(vocab_size=420, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
-    with pytest.raises(ValueError, match="give its tokenizer"):
+    with pytest.raises(ValueError, match="pass its tokenizer"):
         evaluate(LlamaForCausalLM(config), pair_files, recipe=settings)
 
 
