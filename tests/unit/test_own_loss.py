@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -91,6 +92,13 @@ def test_check_explains_it(write: Write, tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["check", str(path), "--loss_kwargs", "{scale: 2}"])
     assert "beta 2, gamma/beta 0.5, scale 2, shape log, gamma 1, 2.6265 nats at zero margin" in result.output
     assert "SimPO again, times a scale.  [your own]" in result.output
+
+
+def test_the_documentations_example_is_a_loss(write: Write) -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "losses.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(def cauchy\(.*?)```", page, flags=re.S)
+    r = recipe(f"{write(block)}:cauchy", loss_kwargs={"width": 0.5})
+    assert r.loss_at_zero_margin() == pytest.approx(math.log1p((2.0 * 0.5 / 0.5) ** 2 / 2))
 
 
 @pytest.mark.parametrize(
