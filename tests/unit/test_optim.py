@@ -115,6 +115,11 @@ def test_a_norm_that_is_not_finite_leaves_the_gradients_alone(bad):
     assert torch.equal(model[0].weight.grad, before)
 
 
+def test_an_optimizer_that_has_a_name_and_is_not_built_is_refused():
+    with pytest.raises(NotImplementedError, match="optim: lion is named in"):
+        build_optimizer(make_model(), make_recipe(optim="lion"))
+
+
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "adamw_bf16"])
 def test_only_trainable_matrices_are_decayed(optim):
     model = make_model()

@@ -20,6 +20,8 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
+from simpo.recipe import OPTIMIZERS
+
 if TYPE_CHECKING:
     from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
@@ -38,8 +40,8 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
             "load_in_4bit: 4-bit weights are not sharded here; set dp_shard: 1, cp: 1, tp: 1 and dp_replicate to the "
             "number of processes"
         )
-    if recipe.optim == "adamw_8bit":
-        raise ValueError("optim: adamw_8bit does not support sharded weights; use adamw_bf16, or set dp_shard: 1")
+    if not OPTIMIZERS[recipe.optim].shards:
+        raise ValueError(f"optim: {recipe.optim} does not support sharded weights; use adamw_bf16, or set dp_shard: 1")
     if recipe.torch_compile and sizes.tp > 1:
         raise ValueError(
             "torch_compile: torch's compiler cannot trace tensor-parallel blocks whose rows change in length; set it "

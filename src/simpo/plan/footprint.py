@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA, SLICE_BYTES, SLICE_BYTES_CUDA
+from simpo.recipe import OPTIMIZERS
 from simpo.run.adamw import PIECE
 from simpo.run.memory import SHARE_OF_FREE, STILL_ON_ITS_WAY
 
@@ -185,11 +186,10 @@ def adapter_numels(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> 
 
 
 def _moment_bytes(numel: int, size: int, optim: str) -> int:
-    if optim == "adamw_bf16":
-        return 4 * numel
     if optim == "adamw_8bit":
         return 8 * numel if numel < _BNB_SMALLEST else 2 * numel + 8 * math.ceil(numel / _BNB_BLOCK)
-    return 2 * size * numel
+    per_weight = OPTIMIZERS[optim].moment_bytes
+    return numel * (2 * size if per_weight is None else per_weight)
 
 
 # --- activations -----------------------------------------------------------------------------------------------------

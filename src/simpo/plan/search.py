@@ -28,7 +28,7 @@ from simpo.plan.footprint import (
 from simpo.plan.shapes import load_config
 from simpo.plan.sizes import ModelSizes, describe_model
 from simpo.plan.traffic import Exchange, Links, compute_seconds, compute_traffic
-from simpo.recipe import Recipe
+from simpo.recipe import OPTIMIZERS, Recipe
 
 MOST_GPUS = 1024  # how far the search for enough GPUs goes
 
@@ -153,9 +153,11 @@ def is_fixed(recipe: Recipe) -> bool:
 
 def _check_optimizer(recipe: Recipe, mesh: MeshSizes) -> None:
     """What `parallel.sharding` refuses as well."""
-    for key, value in (("optim", "adamw_8bit"), ("load_in_4bit", True), ("optimizer_offload", True)):
-        if mesh.is_sharded and getattr(recipe, key) == value:
-            raise ValueError(f"{key}: {str(value).lower()} cannot be sharded; set dp_shard, cp and tp to 1")
+    whole = {"optim": not OPTIMIZERS[recipe.optim].shards, "load_in_4bit": recipe.load_in_4bit}
+    for key, needed in {**whole, "optimizer_offload": recipe.optimizer_offload}.items():
+        if mesh.is_sharded and needed:
+            value = str(getattr(recipe, key)).lower()
+            raise ValueError(f"{key}: {value} cannot be sharded; set dp_shard, cp and tp to 1")
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from simpo.recipe.checks import METRICS
 from simpo.recipe.keys import KEYS, Key, Recipe
 from simpo.recipe.load import load_recipe, nearest_key
+from simpo.recipe.optimizers import OPTIMIZERS
 
 __all__ = [
     "KEYS",
     "METRICS",
+    "OPTIMIZERS",
     "Key",
     "Recipe",
     "load_recipe",

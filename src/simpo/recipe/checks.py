@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from simpo.core.losses import GENERAL_KEYS, LOSSES, loss_keys, losses_reading
 from simpo.errors import short
+from simpo.recipe.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from simpo.recipe.keys import Recipe
@@ -93,7 +94,7 @@ def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[
             "optimizer_offload: with device: cpu the optimizer is in CPU memory already; remove it",
         ),
         (
-            recipe.optimizer_offload and recipe.optim != "adamw_bf16",
+            recipe.optimizer_offload and not OPTIMIZERS[recipe.optim].offloads,
             f"optimizer_offload: optim {recipe.optim} keeps its moments where the weights are; set optim: adamw_bf16, "
             "or optimizer_offload: false",
         ),

@@ -23,9 +23,10 @@ from pydantic.fields import FieldInfo
 from simpo.core.losses import LOSSES, Loss, loss_keys, losses_reading
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS
 from simpo.recipe.checks import METRICS, check_best_model, resolve
+from simpo.recipe.optimizers import OPTIMIZERS
 from simpo.recipe.values import (
     Number,
-    Optimizer,
+    OptimizerName,
     Steps,
     Strategy,
     Text,
@@ -282,9 +283,9 @@ class Recipe(_LossKeys):
         0.1, "Share of the steps over which the learning rate rises from 0.", hf="run", ge=0, le=1)
     warmup_steps: Whole = _optimisation(
         0, "Steps of warm-up; more than 0 overrides warmup_ratio.", hf="run", ge=0)
-    optim: Optimizer = _optimisation(
-        "adamw_torch_fused", "The optimizer; all compute AdamW. adamw_bf16 keeps its moments, and bfloat16 weights, "
-        "with stochastic rounding; adamw_8bit is bitsandbytes' (install simpo[8bit]).", hf="argument")
+    optim: OptimizerName = _optimisation(
+        "adamw_torch_fused", "The optimizer; all compute AdamW. "
+        f"{'; '.join(f'{name} {each.meaning}' for name, each in OPTIMIZERS.items() if each.meaning)}.", hf="argument")
     weight_decay: Number = _optimisation(
         0.0, "AdamW's decoupled weight decay; biases and norms are spared.", hf="shared", ge=0)
     adam_beta1: Number = _optimisation(

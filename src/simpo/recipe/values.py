@@ -17,6 +17,7 @@ from pydantic import BeforeValidator
 
 from simpo.core.losses import LOSSES
 from simpo.errors import short
+from simpo.recipe.optimizers import OPTIMIZERS
 
 
 def as_number(value: Any) -> Any:
@@ -151,7 +152,5 @@ Whole = Annotated[int, BeforeValidator(as_whole)]
 Steps = Annotated[int | float, BeforeValidator(_steps)]
 Text = Annotated[str, BeforeValidator(as_text)]
 Words = Annotated[list[str], BeforeValidator(_words)]
-Optimizer = Annotated[
-    Literal["adamw_torch_fused", "adamw_torch", "adamw_bf16", "adamw_8bit"], BeforeValidator(_optimizer)
-]
+OptimizerName = Annotated[Literal[tuple(OPTIMIZERS)], BeforeValidator(_optimizer)]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]

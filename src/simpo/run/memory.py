@@ -30,6 +30,7 @@ from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA
 from simpo.core.packing import PairShape, TokenPair
 from simpo.model.attention import unwrap
 from simpo.parallel.sharding import local_part
+from simpo.recipe import OPTIMIZERS
 
 SHARE_OF_FREE = {"cuda": 0.9, "cpu": 0.5}
 """Share of the free memory that is planned with. The rest is reserve: kernels' workspaces, fragmentation, other
@@ -213,16 +214,16 @@ def step_bytes(model: nn.Module, *, optim: str, chunk_size: int | None = None) -
 
     Args:
         model: its trainable parameters count; what already has a gradient does not count again.
-        optim: the recipe's optimizer; "offloaded" if its moments are in host memory.
+        optim: the recipe's optimizer; "offloaded" if its moments are in CPU memory.
         chunk_size: rows of logits in one chunk; None = the default of `core.logprobs`.
     """
-    per_weight = {"adamw_bf16": 4, "adamw_8bit": 2, "offloaded": 0}
+    moments = 0 if optim == "offloaded" else OPTIMIZERS[optim].moment_bytes
     total = 0
     for parameter in model.parameters():
         if parameter.requires_grad:
             size = parameter.element_size()
             gradient = size if parameter.grad is None else 0
-            total += local_part(parameter).numel() * (gradient + per_weight.get(optim, 2 * size))
+            total += local_part(parameter).numel() * (gradient + (2 * size if moments is None else moments))
     weight = unwrap(model).get_output_embeddings().weight
     default = CHUNK_BYTES_CUDA if weight.is_cuda else CHUNK_BYTES
     # With tensor parallelism a process has its rows of the head; FSDP2 puts the head together before it computes.

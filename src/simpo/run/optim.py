@@ -26,7 +26,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """The recipe's AdamW over the trainable parameters; vectors (norms, biases) are never decayed.
 
     Raises:
-        ValueError: nothing is trainable, or adamw_8bit cannot be had here.
+        ValueError: nothing is trainable, or adamw_8bit does not run here.
     """
     trainable = [p for p in model.parameters() if p.requires_grad]
     if not trainable:
@@ -47,6 +47,8 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
         return AdamWBf16(groups, seed=recipe.seed, offload=recipe.optimizer_offload, **options)
     if recipe.optim == "adamw_8bit":
         return _adamw_8bit(trainable[0].device)(groups, **options)
+    if recipe.optim not in ("adamw_torch_fused", "adamw_torch"):
+        raise NotImplementedError(f"optim: {recipe.optim} is named in simpo.recipe.optimizers and not built here")
     # torch's choice on CUDA, all weights in one call, would hold temporaries as large as a moment of the whole model.
     return torch.optim.AdamW(groups, fused=recipe.optim == "adamw_torch_fused", foreach=False, **options)
 

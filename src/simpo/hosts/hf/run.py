@@ -25,7 +25,7 @@ from simpo.hosts.hf.masters import held_tensors, local_masters, tie
 from simpo.hosts.hf.trainer import SimPOTrainer, join_launched_world
 from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options, set_precision
 from simpo.parallel.mesh import Mesh
-from simpo.recipe import KEYS, Recipe
+from simpo.recipe import KEYS, OPTIMIZERS, Recipe
 from simpo.run.checkpoint import list_checkpoints
 from simpo.run.export import (
     WeightSample,
@@ -111,8 +111,8 @@ def check_keys(recipe: Recipe) -> None:
         if key.hf in ("launcher", "refused") and value != Recipe.model_fields[name].default:
             reason = _THE_LAUNCHER if key.hf == "launcher" else _NATIVE_ONLY
             raise ValueError(f"{name} = {value}: not with accelerate launch; {reason}")
-    if recipe.optim == "adamw_bf16":
-        raise ValueError(f"optim = adamw_bf16: not with accelerate launch; {_NATIVE_ONLY}")
+    if not OPTIMIZERS[recipe.optim].is_transformers:
+        raise ValueError(f"optim = {recipe.optim}: not with accelerate launch; {_NATIVE_ONLY}")
     reference = recipe.ref_model_name_or_path
     if recipe.loss.needs_reference and reference not in (None, recipe.model_name_or_path):
         raise ValueError(
