@@ -49,7 +49,7 @@ def test_what_the_refusal_prevents_is_large_and_silent(tiny_model: Path) -> None
 
 def test_our_attention_refuses_ordinary_rows(tiny_model: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model, attn_implementation=PACKED)
-    with pytest.raises(RuntimeError, match=r"use engine\.model\.plain_attention"):
+    with pytest.raises(RuntimeError, match=r"use model\.attention\.plain_attention"):
         model(input_ids=torch.tensor([[5, 6, 7]]))
     with plain_attention(model):
         assert model(input_ids=torch.tensor([[5, 6, 7]])).logits.shape[:2] == (1, 3)

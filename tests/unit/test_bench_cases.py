@@ -168,7 +168,7 @@ def test_a_table_in_memory_reads_as_a_dataset_does():
 def test_cases_and_operations_need_torch_transformers_and_numpy_alone():
     others = ("datasets", "trl", "pyarrow", "pydantic", "rich", "typer", "peft", "liger_kernel", "matplotlib")
     code = (
-        f"import sys; sys.modules.update(dict.fromkeys({others}))\n"
+        f"import sys; sys.modules.update(dict.fromkeys({others})); sys.path[:0] = {sys.path}\n"
         "import peers.cases, peers.flops, peers.models, peers.sides"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

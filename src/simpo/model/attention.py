@@ -48,7 +48,7 @@ def _packed_attention_for_transformers(
     """transformers' attention signature: query [B, H, T, D] -> [B, T, H, D]. B rows are taken as one flattened row."""
     if packed_blocks is None:
         raise RuntimeError(
-            f"attention {PACKED!r} was called on ordinary rows; use model.load.plain_attention(model) around "
+            f"attention {PACKED!r} was called on ordinary rows; use model.attention.plain_attention(model) around "
             "generate() and other ordinary forward passes"
         )
     if others.get("s_aux") is not None:
