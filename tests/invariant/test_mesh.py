@@ -464,7 +464,11 @@ def start(settings: Settings) -> None:
         ({}, {"dp_shard": 2, "fsdp_cpu_offload": True}, "fsdp_cpu_offload: on a CPU"),
         ({}, {"dp_shard": 2, "optim": "adamw_8bit"}, "optim: adamw_8bit does not support sharded weights"),
         ({}, {**TP, "torch_compile": True}, "torch_compile: torch's compiler cannot trace tensor-parallel blocks"),
-        ({}, {**TP, "use_liger_kernel": True}, "use_liger_kernel: Liger's kernels do not support tensor-parallel weights"),
+        (
+            {},
+            {**TP, "use_liger_kernel": True},
+            "use_liger_kernel: Liger's kernels do not support tensor-parallel weights",
+        ),
         ({}, {**FSDP, **LORA, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: not supported with sharded"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {"cp": 2}, "dynamic"),
     ],

@@ -11,9 +11,11 @@ import functools
 import importlib
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -48,7 +50,9 @@ def load_own_loss(path: str, options_json: str) -> Loss:
         raise ValueError(f"loss_kwargs: {path} needs {missing[0]}, which has no default; give loss_kwargs.{missing[0]}")
     general = {name: default for name, default in taken.items() if name in GENERAL_KEYS}
     general |= {name: LOSSES["sigmoid"].defaults[name] for name in general if general[name] is inspect.Parameter.empty}
-    plain = {name: taken[name] for name in own if isinstance(taken[name], bool | int | float | str)}
+    # Defaults that a recipe can hold are written into it, so that a run stays what it was if the module changes.
+    plain = {name: taken[name] for name in own if isinstance(taken[name], bool | int | float | str | None)}
+    plain = {name: value for name, value in plain.items() if value not in (math.inf, -math.inf) and value == value}
     loss = Loss(
         path,
         _checked(path, function),
@@ -61,7 +65,7 @@ def load_own_loss(path: str, options_json: str) -> Loss:
     try:
         _try(loss, loss.defaults)
     except NeedsReference:
-        loss = Loss(**{**vars(loss), "needs_reference": True})
+        loss = replace(loss, needs_reference=True)
         _try(loss, loss.defaults)
     return loss
 

@@ -26,7 +26,6 @@ from simpo.recipe.checks import METRICS, check_best_model, resolve
 from simpo.recipe.optimizers import OPTIMIZERS
 from simpo.recipe.values import (
     Number,
-    OptimizerName,
     Steps,
     Strategy,
     Text,
@@ -35,6 +34,7 @@ from simpo.recipe.values import (
     as_lora_targets,
     as_loss,
     as_mixture,
+    as_optimizer,
     as_resume,
     as_settings,
     as_trackers,
@@ -283,9 +283,10 @@ class Recipe(_LossKeys):
         0.1, "Share of the steps over which the learning rate rises from 0.", hf="run", ge=0, le=1)
     warmup_steps: Whole = _optimisation(
         0, "Steps of warm-up; more than 0 overrides warmup_ratio.", hf="run", ge=0)
-    optim: OptimizerName = _optimisation(
+    optim: Annotated[str, BeforeValidator(as_optimizer)] = _optimisation(
         "adamw_torch_fused", "The optimizer; all compute AdamW. "
-        f"{'; '.join(f'{name} {each.meaning}' for name, each in OPTIMIZERS.items() if each.meaning)}.", hf="argument")
+        f"{'; '.join(f'{name} {each.meaning}' for name, each in OPTIMIZERS.items() if each.meaning)}.",
+        f"one of {', '.join(OPTIMIZERS)}", hf="argument")
     weight_decay: Number = _optimisation(
         0.0, "AdamW's decoupled weight decay; biases and norms are spared.", hf="shared", ge=0)
     adam_beta1: Number = _optimisation(

@@ -100,8 +100,11 @@ def as_loss(value: Any) -> Any:
     return "sigmoid" if value == "simpo" else value
 
 
-def _optimizer(value: Any) -> Any:
-    return "adamw_8bit" if value == "adamw_bnb_8bit" else value  # transformers has both names for the one
+def as_optimizer(value: Any) -> Any:
+    value = "adamw_8bit" if value == "adamw_bnb_8bit" else value  # transformers has both names for the one
+    if not isinstance(value, str) or value not in OPTIMIZERS:
+        raise ValueError("not one of its values")
+    return value
 
 
 def as_mixture(value: Any) -> Any:
@@ -152,5 +155,4 @@ Whole = Annotated[int, BeforeValidator(as_whole)]
 Steps = Annotated[int | float, BeforeValidator(_steps)]
 Text = Annotated[str, BeforeValidator(as_text)]
 Words = Annotated[list[str], BeforeValidator(_words)]
-OptimizerName = Annotated[Literal[tuple(OPTIMIZERS)], BeforeValidator(_optimizer)]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]
