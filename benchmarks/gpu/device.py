@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from peers.machine import available_gib, resident_gib
 
+from simpo.run.stopping import missing_memory
+
 GIB = 2**30
 
 
@@ -213,13 +215,6 @@ def driver_version() -> str | None:
     return said.splitlines()[0].strip() if said.strip() else None
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out: the allocator's own, or the driver's for pinned host memory."""
-    return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
-    )
-
-
 def first_line(error: BaseException) -> str:
     """Of what an error says."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
@@ -230,7 +225,7 @@ def attempt(work: Callable[[], Any], meter: Meter) -> tuple[Any, str | None]:
     try:
         return work(), None
     except RuntimeError as error:
-        if not is_out_of_memory(error):
+        if missing_memory(error) is None:
             raise
         reason = first_line(error)
     meter.release()  # only here: the error held everything that its frames held

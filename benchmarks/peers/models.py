@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
+from simpo.data.cache import user_cache
 from simpo.plan import shapes
 
 SHAPES = {
@@ -18,8 +18,7 @@ SMALL_MODEL = "SmolLM2-135M-Instruct"
 
 def small_model_folder() -> Path:
     """Where `make model` puts the demo's model; may not exist."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "simpo" / "models" / SMALL_MODEL
+    return user_cache() / "models" / SMALL_MODEL
 
 
 def check_model(model: str) -> None:

@@ -108,13 +108,14 @@ def test_little_memory_splits_a_step_and_not_its_update(open_recipe: Settings, t
 def test_the_start_table_says_what_was_picked(open_recipe: Settings, monkeypatch) -> None:
     have_free(monkeypatch, 8 * 2**30)
     trainer = build(open_recipe)
-    text = trainer._summary()["micro-batches"]
+    text = trainer._describe()["micro-batches"]
     assert text.startswith(f"up to {trainer.loader.max_tokens:,} tokens, 1 in the first step; ")
     assert text.endswith("of 8.0 GiB free")
-    assert build(open_recipe, max_tokens_per_micro_batch=200)._summary()["micro-batches"].startswith("up to 200 tokens")
+    limited = build(open_recipe, max_tokens_per_micro_batch=200)
+    assert limited._describe()["micro-batches"].startswith("up to 200 tokens")
     unpacked = build(open_recipe, pack=False)
     assert unpacked.budget is None
-    assert unpacked._summary()["micro-batches"] == "1 in the first step"
+    assert unpacked._describe()["micro-batches"] == "1 in the first step"
 
 
 def test_a_given_budget_is_taken_as_it_is(open_recipe: Settings, monkeypatch) -> None:

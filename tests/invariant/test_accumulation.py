@@ -13,6 +13,7 @@ from torch import Tensor
 from simpo.core.batch import build_batch
 from simpo.core.losses import LOSSES
 from simpo.data.loader import PairStore, StepLoader, StepPlan
+from simpo.display import Display
 from simpo.model.head import compute_pair_logps
 from simpo.model.load import checkpoint_activations
 from simpo.parallel.mesh import Mesh, MeshSizes
@@ -55,7 +56,7 @@ def bare_trainer(model, loader: StepLoader, **recipe) -> Trainer:
     trainer.device = torch.device("cpu")
     trainer.mesh = Mesh(MeshSizes(), device=trainer.device)
     trainer.model, trainer.loader, trainer.gradients = model, loader, GradientSync(model, trainer.mesh)
-    trainer._stop = StopRequest(print)
+    trainer._stop, trainer.display = StopRequest(print), Display(quiet=True)
     trainer.optimizer = GradientRecorder(model)
     trainer.reference, trainer.total_steps = None, 10
     trainer.progress, trainer.window = Progress(), Totals()

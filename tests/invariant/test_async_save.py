@@ -60,11 +60,11 @@ def train_while_it_is_written(settings: Settings) -> dict[str, Any]:
         saved = trainer.save()
         for plan in plans[2:]:
             trainer.train_step(plan)
-            trainer._finish_saving(wait=False)
+            trainer.saver.finish(wait=False)
         complete_early = saved.folder.exists()
         trainer.mesh.barrier()
         go_on.set()
-        trainer._finish_saving(wait=True)
+        trainer.saver.finish(wait=True)
     trainer.mesh.barrier()
     moved = whole_state(trainer)
     return {

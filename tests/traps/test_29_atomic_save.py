@@ -44,6 +44,7 @@ def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
     assert [c.step for c in checkpoints.list_checkpoints(trainer.checkpoint_dir)] == [1]
     again = Trainer(load_recipe({**tiny_recipe, "resume_from_checkpoint": True}), display=Display(quiet=True))
     assert again.progress.step == 1
+    assert not list(trainer.checkpoint_dir.glob(".step-*"))
     assert [path.name for path in trainer.checkpoint_dir.iterdir()] == [good.folder.name]  # half-written ones are gone
     assert again.run().steps == 10
 

@@ -1,4 +1,4 @@
-"""Checkpoints on their way to host memory: no wait per tensor, and the same memory for every save."""
+"""Checkpoints on their way to CPU memory: no wait per tensor, and the same memory for every save."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from simpo.parallel.mesh import Mesh, MeshSizes
-from simpo.run.checkpoint import HostCopies, _digest
+from simpo.run.checkpoint import HostCopies
+from simpo.run.digest import digest_tensors
 
 
 def state(seed: int) -> dict[str, dict[str, Any]]:
@@ -33,13 +34,13 @@ class Fetches(TorchDispatchMode):
 def test_the_digest_waits_for_nothing_but_its_sums() -> None:
     mesh = Mesh(MeshSizes(), device=torch.device("cpu"))
     with Fetches() as fetches:
-        digest = _digest(state(0), mesh)
+        digest = digest_tensors(state(0), mesh)
     assert fetches.count == 0
-    assert digest == _digest(state(0), mesh)
+    assert digest == digest_tensors(state(0), mesh)
     assert digest["model"] == "5aa246f6fd870226"  # of simpo 0.1, whose checkpoints are to be read
     changed = state(0)
     changed["model"]["weight 1"].view(torch.int16)[299, 4999] ^= 1
-    assert _digest(changed, mesh)["model"] != digest["model"]
+    assert digest_tensors(changed, mesh)["model"] != digest["model"]
 
 
 def test_a_second_save_is_copied_to_the_memory_of_the_first() -> None:

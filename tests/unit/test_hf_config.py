@@ -193,7 +193,7 @@ def test_a_run_in_the_way_is_not_overwritten(tmp_path: Path):
         find_resume(recipe_of(tmp_path))
     found = find_resume(recipe_of(tmp_path, resume_from_checkpoint=True))
     assert Path(found).name == "checkpoint-4"
-    with pytest.raises(ValueError, match="is no checkpoint-N"):
+    with pytest.raises(ValueError, match="is not a checkpoint-N"):
         find_resume(recipe_of(tmp_path, resume_from_checkpoint=str(tmp_path / "elsewhere")))
 
 

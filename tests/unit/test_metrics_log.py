@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.tracking import MetricsLog, check_trackers
+from simpo.run.tracking import MetricsLog, check_trackers, forget_lines_after
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -39,6 +39,14 @@ def test_a_fresh_run_starts_a_fresh_file_and_a_resumed_one_keeps_what_it_will_no
     log.close()
     assert [line["step"] for line in lines(path)] == [1, 2, 3]
     assert lines(path)[-1]["loss"] == 0.5
+
+
+def test_a_line_separator_inside_a_response_does_not_end_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "generations.jsonl"
+    line = json.dumps({"step": 1, "response": "one\u2028two"}, ensure_ascii=False) + "\n"
+    path.write_text(line, encoding="utf-8")
+    forget_lines_after(path, 1)
+    assert path.read_text(encoding="utf-8") == line
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])

@@ -119,9 +119,13 @@ def _fingerprint_code() -> str:
 
 
 def cache_folder(recipe: Any) -> Path:
-    if recipe.cache_dir:
-        return Path(recipe.cache_dir).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpo" / "data"
+    """Where prepared data is stored: `cache_dir`, else in the user's cache."""
+    return Path(recipe.cache_dir).expanduser() if recipe.cache_dir else user_cache() / "data"
+
+
+def user_cache() -> Path:
+    """This package's folder in the user's cache; may not exist."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpo"
 
 
 def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None:

@@ -8,12 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from simpo.model.attention import plain_attention, unwrap
+
+if TYPE_CHECKING:
+    from simpo.data.loader import PairStore
 
 
 @torch.no_grad()
@@ -65,11 +68,30 @@ def generate_greedy(
     return [text.strip() for text in texts]
 
 
-def save_generations(
-    path: Path, *, step: int, row_ids: Sequence[str], prompts: Sequence[str], responses: Sequence[str]
+def save_samples(
+    path: Path | None,
+    model: nn.Module,
+    tokenizer: Any,
+    store: PairStore,
+    *,
+    step: int,
+    count: int,
+    max_new_tokens: int,
 ) -> None:
-    """Append one JSON line per response to `generations.jsonl`."""
+    """Answer the first prompts of a store, and append one JSON line for each to `generations.jsonl`.
+
+    Args:
+        path: None = this process takes part without writing.
+        step: of the optimizer, for the lines.
+        count: prompts.
+    """
+    indices = range(min(count, len(store)))
+    prompts = [store[i].prompt_ids for i in indices]
+    responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
+    if path is None:
+        return
     with path.open("a", encoding="utf-8") as file:
-        for row_id, prompt, response in zip(row_ids, prompts, responses, strict=True):
-            record = {"step": step, "row_id": row_id, "prompt": prompt, "response": response}
+        for i, response in zip(indices, responses, strict=True):
+            prompt = store.texts(i)["prompt_text"]
+            record = {"step": step, "row_id": store[i].row_id, "prompt": prompt, "response": response}
             file.write(json.dumps(record, ensure_ascii=False) + "\n")

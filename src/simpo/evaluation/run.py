@@ -19,16 +19,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
 
-from simpo.core.batch import build_batch
+from simpo.core.batch import PackedPairs
+from simpo.core.losses import PairLogps
 from simpo.core.packing import PAIR_FIELDS, TokenPair
 from simpo.data.cache import fingerprint_tokens
 from simpo.data.ledger import SplitLedger
-from simpo.data.loader import PairStore, evaluation_batches
+from simpo.data.loader import PairStore
 from simpo.data.prepare import PreparedData, prepare_pairs
 from simpo.data.sources import EVAL_NAMES, find_sources
 from simpo.display import progress_bar
@@ -44,7 +44,9 @@ from simpo.model.attention import PACKED, is_packed, unwrap
 from simpo.model.head import compute_pair_logps, install_head
 from simpo.model.load import load_model, load_tokenizer, pick_device, set_precision
 from simpo.model.probe import check_forward, probe_layout
+from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.recipe import Recipe, load_recipe
+from simpo.run.reference import pair_sums
 
 HELD_OUT = "test"  # the name that stands for "the held-out pairs", whatever the data calls them
 
@@ -348,7 +350,6 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
     return False, notes
 
 
-@torch.no_grad()
 def _run_pairs(
     model: nn.Module,
     store: PairStore,
@@ -360,16 +361,17 @@ def _run_pairs(
     console: Console,
 ) -> list[PairRecord]:
     """Log-probs of every pair, in the order of the store."""
-    sums = np.empty((len(stored), 2))
+
+    def forward(batch: PackedPairs) -> PairLogps:
+        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+            return compute_pair_logps(model, batch, chunk_size=settings.logits_chunk_size)
+
+    layout = {"pairs_per_batch": batch_pairs, "pack": packed, "share_prompt": packed}
     with progress_bar(console, "evaluating", len(stored)) as advance:
-        for indices in evaluation_batches(store, pairs_per_batch=batch_pairs):
-            batch = build_batch([stored[i] for i in indices], pack=packed, share_prompt=packed).to(device)
-            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
-                logps = compute_pair_logps(model, batch, chunk_size=settings.logits_chunk_size)
-            sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).double().cpu().numpy()
-            advance(len(indices))
+        alone = Mesh(MeshSizes(), device=device)
+        sums = pair_sums(forward, store, **layout, mesh=alone, advance=advance).tolist()
     lengths = store.response_lengths.tolist()
-    return [PairRecord(pair.row_id, *map(float, sums[i]), *map(int, lengths[i])) for i, pair in enumerate(stored)]
+    return [PairRecord(pair.row_id, *sums[i], *lengths[i]) for i, pair in enumerate(stored)]
 
 
 def _generate(

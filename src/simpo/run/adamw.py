@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from simpo.run.ram import empty_on_host
+from simpo.run.cpu_memory import empty_on_cpu
 
 # Elements worked on at one time. Temporaries take about 40 bytes for each: CPU pieces fit a cache, CUDA pieces hide
 # the cost of launching kernels within a third of a GiB.
@@ -41,8 +41,8 @@ class AdamWBf16(torch.optim.Optimizer):
         lr, betas, eps, weight_decay: as in torch.optim.AdamW.
         seed: of the rounding.
         piece_numel: elements worked on at one time; None = by device. Part of what decides the random bits.
-        offload: keep the moments in host memory, pinned where weights are on a GPU. Each piece's come to the device
-            for its update and go back, while the pieces beside it are computed. The bits are the same.
+        offload: keep the moments in CPU memory, pinned where weights are on a GPU. Each piece's come to the device
+            for its update and go back, while its neighbours are computed. The bits are the same.
     Raises:
         ValueError: a parameter is neither fp32 nor bfloat16.
     Source: stochastic rounding of bfloat16 weights, arXiv:2010.06192.
@@ -90,12 +90,12 @@ class AdamWBf16(torch.optim.Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim.Optimizer, but the moments stay bfloat16, and in host memory if that is their place."""
+        """As in torch.optim.Optimizer, but the moments stay bfloat16, and in CPU memory if that is their place."""
         self._wait_for_host()
         load_state_as_saved(self, state_dict, place=_on_host if self._offload else None)
 
     def state_dict(self) -> dict[str, Any]:
-        """As in torch.optim.Optimizer, once all moments are back in host memory."""
+        """As in torch.optim.Optimizer, once all moments are back in CPU memory."""
         self._wait_for_host()
         return super().state_dict()
 
@@ -110,7 +110,7 @@ class AdamWBf16(torch.optim.Optimizer):
 
     def _moment(self, p: Tensor) -> Tensor:
         if self._offload:
-            return empty_on_host(p, dtype=torch.bfloat16).zero_()
+            return empty_on_cpu(p, dtype=torch.bfloat16).zero_()
         return torch.zeros_like(p, dtype=torch.bfloat16)
 
     def _advance(self, group: dict[str, Any]) -> dict[tuple[int, torch.dtype, torch.device], list[_Slice]]:
@@ -156,17 +156,17 @@ def load_state_as_saved(
 
 
 def _on_host(value: Tensor, p: Tensor) -> Tensor:
-    """A saved moment of `p` in host memory, pinned where that helps: itself if it is."""
+    """A saved moment of `p` in CPU memory, pinned where that helps: itself if it is."""
     if value.device.type == "cpu" and (not p.is_cuda or value.is_pinned()):
         return value
-    return empty_on_host(p, dtype=value.dtype).copy_(value)
+    return empty_on_cpu(p, dtype=value.dtype).copy_(value)
 
 
 class _Ferry:
-    """Carries the moments of one piece after the other from host memory to a device and back.
+    """Carries the moments of one piece after the other from CPU memory to a device and back.
 
     There are two berths: while a piece is updated in one, the next arrives in the other. On a GPU both directions are
-    streams of their own, so the copies run beside the computation and beside each other.
+    streams of their own, so that they overlap with the computation and with each other.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
@@ -192,7 +192,7 @@ class _Ferry:
             yield from self._serve(*ahead, left)
 
     def wait(self) -> None:
-        """Until all that was carried back is in host memory."""
+        """Until all that was carried back is in CPU memory."""
         if self._back is not None:
             self._back.synchronize()
 

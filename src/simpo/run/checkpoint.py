@@ -1,6 +1,6 @@
 """Checkpoints: everything a resumed run needs, written so that a kill at any moment loses nothing that was whole.
 
-A checkpoint is a folder `step-N`. It is written beside its place under another name, synced to disk, and renamed;
+A checkpoint is a folder `step-N`. It is written under another name, synced to disk, and renamed;
 a folder that has its final name is therefore complete. Model and optimizer go through torch.distributed.checkpoint:
 every process writes its own shards, and a run may be resumed from them on another mesh. Must not import data, train or
 evaluate.
@@ -13,7 +13,6 @@ keys, fields of the progress and metrics may come and go without that: what is m
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import random
@@ -41,14 +40,14 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
 from simpo.errors import first_line
 from simpo.parallel.mesh import Mesh
 from simpo.parallel.sharding import local_part
-from simpo.run.ram import empty_on_host
+from simpo.run.cpu_memory import empty_on_cpu
+from simpo.run.digest import digest_tensors
 
 FORMAT = 1
 """0: no number is written; sums of metrics in a list; the data is known by a hash of source files. 1: sums by name; the
@@ -80,116 +79,116 @@ def checkpoint_at(folder: Path, step: int) -> Checkpoint | None:
     return next((checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.step == step), None)
 
 
-class CheckpointSave:
-    """A checkpoint on its way to disk: `finish()` gives it its name once every process has written its part.
+class CheckpointSaver:
+    """Writes the checkpoints of a run, one at a time, and deletes those beyond the limit. Every process calls it alike.
 
-    Attributes:
-        checkpoint: what it will be; its folder exists once `is_complete`.
+    Args:
+        folder: the run's `checkpoints/`, which all processes see; made if missing.
+        mesh: the run's processes.
+        in_background: save() returns once the tensors are copied to CPU memory, and a thread writes them: the
+            checkpoint is complete after a later finish().
+        keep: how many of the newest are kept; None = all.
     """
 
-    def __init__(self, checkpoint: Checkpoint, aside: Path, written: Future[Any] | None, *, mesh: Mesh) -> None:
-        self.checkpoint = checkpoint
-        self._aside, self._written, self._mesh = aside, written, mesh
-        self.is_complete = False
+    def __init__(self, folder: Path, mesh: Mesh, *, in_background: bool = False, keep: int | None = None) -> None:
+        self.folder, self._mesh, self._keep = folder, mesh, keep
+        self._copies = HostCopies() if in_background else None
+        self._pending: tuple[Checkpoint, Path, Future[Any] | None, int | None] | None = None
 
-    @property
-    def is_written(self) -> bool:
-        """Whether this process's writer is done, or has failed."""
-        return self._written is None or self._written.done()
+    def save(
+        self,
+        step: int,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: dict[str, Any],
+        *,
+        protect: int | None = None,
+    ) -> Checkpoint:
+        """Write `folder/step-N` atomically, unless there is one already.
 
-    def finish(self) -> Checkpoint:
-        """Wait for the writers and complete the checkpoint. Every process calls it, after the same step.
-
+        Args:
+            step: optimizer steps done.
+            model: only its trainable parameters and its buffers are kept (a LoRA run does not store its base).
+            optimizer: its moments and step counts.
+            state: JSON-able trainer state.
+            protect: a step whose checkpoint is not deleted, however old.
         Raises:
             RuntimeError: some process could not write; on every process.
         """
-        if self.is_complete:
-            return self.checkpoint
+        self.finish()
+        existing = self._mesh.on_main(lambda: checkpoint_at(self.folder, step))
+        if existing is not None:
+            return existing
+        checkpoint, aside = Checkpoint(self.folder / f"step-{step}", step), self.folder / f".step-{step}.writing"
+
+        def make_folder() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+
+        self._mesh.on_main(make_folder)
+        tensors = _in_one_piece(_tensor_state(model, optimizer))
+        digest = digest_tensors(tensors, self._mesh)
+        record = {**stamp(), **state, "step": step, "mesh": str(self._mesh.sizes), "digest": digest}
         error = None
-        if self._written is not None:
-            try:
-                self._written.result()
-            except (Exception, CheckpointException) as cause:
-                error = _not_written(self.checkpoint.folder, cause)
+        try:
+            torch.save(_rng_state(), aside / RNG_FILE.format(rank=self._mesh.rank))
+            if self._mesh.is_main:
+                (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        except Exception as cause:
+            error = cause
         self._mesh.raise_together(error)
-        self._mesh.on_main(self._give_name)
-        self.is_complete = True
-        return self.checkpoint
+        written = None
+        if self._copies is not None:
+            written = _write_in_background(self._copies.of(tensors), aside / "tensors", self._mesh.cpu_group)
+        else:
+            try:
+                with _quiet_dcp():
+                    dcp.save(tensors, checkpoint_id=aside / "tensors")
+            except CheckpointException as cause:
+                raise _not_written(checkpoint.folder, cause) from cause
+        self._pending = (checkpoint, aside, written, protect)
+        self.finish(wait=written is None)
+        return checkpoint
 
-    def _give_name(self) -> None:
-        sync_tree(self._aside)
-        replace_folder(self._aside, self.checkpoint.folder)
+    def finish(self, *, wait: bool = True) -> None:
+        """Give the checkpoint on its way, if there is one, its name once every process has written its part.
 
+        Args:
+            wait: for the writers; otherwise nothing happens before they are done.
+        Raises:
+            RuntimeError: some process could not write; on every process.
+        """
+        if self._pending is None:
+            return
+        checkpoint, aside, written, protect = self._pending
+        if not wait and not self._mesh.least(written is None or written.done()):
+            return
+        self._pending, error = None, None
+        if written is not None:
+            try:
+                written.result()
+            except (Exception, CheckpointException) as cause:
+                error = _not_written(checkpoint.folder, cause)
+        self._mesh.raise_together(error)
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    step: int,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    state: dict[str, Any],
-    mesh: Mesh,
-    in_background: dist.ProcessGroup | bool = False,
-    copies: HostCopies | None = None,
-) -> CheckpointSave:
-    """Write `folder/step-N` atomically; every process calls it.
+        def give_name() -> None:
+            sync_tree(aside)
+            replace_folder(aside, checkpoint.folder)
 
-    Args:
-        folder: a run's `checkpoints/`, which all processes see; made if missing.
-        step: optimizer steps done.
-        model: only its trainable parameters and its buffers are kept (a LoRA run does not store its base).
-        optimizer: its moments and step counts.
-        state: JSON-able trainer state.
-        mesh: the run's processes.
-        in_background: return once the tensors are copied to host memory and write them in a thread. With several
-            processes, the gloo group those threads talk through.
-        copies: where the tensors are copied to then; the last save from there must be complete. None = new memory.
-    Returns:
-        The save; without in_background it is complete.
-    Raises:
-        RuntimeError: some process could not write; on every process.
-    """
-    final = folder / f"step-{step}"
-    aside = folder / f".step-{step}.writing"
-
-    def make_folder() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-
-    mesh.on_main(make_folder)
-    tensors = _in_one_piece(_tensor_state(model, optimizer))
-    record = {**stamp(), **state, "step": step, "mesh": str(mesh.sizes), "digest": _digest(tensors, mesh)}
-    error = None
-    try:
-        torch.save(_rng_state(), aside / RNG_FILE.format(rank=mesh.rank))
-        if mesh.is_main:
-            (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-    except Exception as cause:
-        error = cause
-    mesh.raise_together(error)
-    if in_background:
-        group = None if in_background is True else in_background
-        written = _write_in_background((copies or HostCopies()).of(tensors), aside / "tensors", group)
-        return CheckpointSave(Checkpoint(final, step), aside, written, mesh=mesh)
-    try:
-        with _quiet_dcp():
-            dcp.save(tensors, checkpoint_id=aside / "tensors")
-    except CheckpointException as cause:
-        raise _not_written(final, cause) from cause
-    save = CheckpointSave(Checkpoint(final, step), aside, None, mesh=mesh)
-    save.finish()
-    return save
+        self._mesh.on_main(give_name)
+        if self._keep is not None and self._mesh.is_main:
+            prune_checkpoints(self.folder, keep=self._keep, protect=protect)
 
 
 class HostCopies:
-    """Where tensors wait for the disk: host memory, pinned next to a GPU, that is kept from one save to the next."""
+    """Where tensors wait for the disk: CPU memory, pinned next to a GPU, that is kept from one save to the next."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     def of(self, tensors: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-        """The same state in host memory, good until the next call; what is not a tensor as it is.
+        """The same state in CPU memory, good until the next call; what is not a tensor as it is.
 
         All copies are under way before the first is waited for.
         """
@@ -203,13 +202,13 @@ class HostCopies:
             return value
         value, kept = value.detach(), self._kept.get(key)
         if kept is None or (kept.shape, kept.dtype) != (value.shape, value.dtype):
-            kept = self._kept[key] = empty_on_host(value)
+            kept = self._kept[key] = empty_on_cpu(value)
         local_part(kept).copy_(local_part(value), non_blocking=True)
         return kept
 
 
 def _write_in_background(copies: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> Future[Any]:
-    """Write what nobody changes meanwhile in a thread; the processes' threads talk through `group`.
+    """Write copies, which do not change meanwhile, in a thread; the processes' threads talk through `group`.
 
     (torch 2.13's own `dcp.async_save` cannot copy what FSDP2 shards.)
     """
@@ -282,7 +281,7 @@ def _load_tensors(
         )
         error.__cause__ = cause
     mesh.raise_together(error)
-    if _digest(tensors, mesh) != digest:
+    if digest_tensors(tensors, mesh) != digest:
         raise ValueError(
             f"checkpoint {checkpoint.folder} is damaged: its tensors are not the ones that were saved; "
             "resume from an earlier one with resume_from_checkpoint: PATH"
@@ -401,76 +400,6 @@ def _sharded_like(state: Any, live: Any) -> Any:
         return value.redistribute(placements=wanted.placements)
 
     return tree_map(as_live, state, live)
-
-
-_DIGEST_CHUNK = {"cpu": 2**20, "cuda": 2**24}  # elements at a time: 16 bytes each, and a few kernels a chunk
-_WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _digest(tensors: dict[str, Any], mesh: Mesh) -> dict[str, str]:
-    """A checksum of every bit of the whole tensors of each part: of elements, not of files; the same on every mesh.
-
-    All of it is read on the device, wherever it lies, and the sums are fetched together.
-    """
-    sums: list[tuple[str, Tensor]] = []
-    for part, values in tensors.items():
-        for name, value in sorted(values.items()):
-            if isinstance(value, Tensor) and value.numel():
-                key = int.from_bytes(hashlib.blake2b(f"{part} {name}".encode(), digest_size=8).digest(), "little") | 1
-                total = _tensor_digest(value.detach(), mesh.device, is_main=mesh.is_main)
-                if total is not None:
-                    sums.append((part, total * (key - 2**64 if key >= 2**63 else key)))
-    totals = dict.fromkeys(tensors, 0)
-    numbers = torch.stack([total for _, total in sums]).tolist() if sums else []
-    for (part, _), number in zip(sums, numbers, strict=True):
-        totals[part] += number
-    everyone = mesh.gather(totals)
-    return {part: f"{sum(theirs[part] for theirs in everyone) % 2**64:016x}" for part in totals}
-
-
-def _tensor_digest(tensor: Tensor, device: torch.device, *, is_main: bool) -> Tensor | None:
-    """This process's share of the sum of elements, as whole numbers, times odd weights by place, modulo 2**64.
-
-    A place's weight is the product of one for each of its indices, so that shards need no more than their offsets. Odd
-    weights let no changed bit pass; irregular ones no exchange of places.
-
-    Returns:
-        A scalar in int64 on `device`, which nobody has waited for; None where this process has no share.
-    """
-    offsets = [0] * tensor.ndim
-    if isinstance(tensor, DTensor):
-        mesh, placements = tensor.device_mesh, tensor.placements
-        _, offsets = compute_local_shape_and_global_offset(tensor.shape, mesh, placements)
-        # Of copies the first counts; a mesh that is a part of the world has others beside it that hold the same.
-        copies = [dim for dim, placement in enumerate(placements) if not placement.is_shard()]
-        counts = bool((mesh.mesh == 0).any()) and all(mesh.get_local_rank(dim) == 0 for dim in copies)
-        tensor = tensor.to_local()
-    else:
-        counts = is_main
-    if not counts or not tensor.numel():
-        return None
-    words = tensor.contiguous().view(_WORDS[tensor.element_size()])
-    if words.ndim == 0:
-        words, offsets = words[None], [0]
-    weights = [
-        _place_weights(torch.arange(offset, offset + size, device=device), dim)
-        for dim, (offset, size) in enumerate(zip(offsets, words.shape, strict=True))
-    ]
-    chunk = _DIGEST_CHUNK.get(device.type, _DIGEST_CHUNK["cuda"])
-    total, many = torch.zeros((), dtype=torch.int64, device=device), max(1, chunk // words[0].numel())
-    for start in range(0, len(words), many):
-        sums = words[start : start + many].to(device, non_blocking=True).to(torch.int64)
-        for of_dim in reversed(weights[1:]):
-            sums = sums.mul_(of_dim).sum(dim=-1)
-        total += (sums * weights[0][start : start + many]).sum()
-    return total
-
-
-def _place_weights(places: Tensor, dim: int) -> Tensor:
-    """An odd 64-bit number for each index along a dimension, without any pattern; wraps around on purpose."""
-    mixed = (places + ((dim + 1) << 48)) * -0x61C8864680B583EB
-    mixed = (mixed ^ (mixed >> 29)) * 0x2545F4914F6CDD1D
-    return (mixed ^ (mixed >> 32)) | 1
 
 
 def _rng_state() -> dict[str, Any]:

@@ -19,10 +19,11 @@ from transformers.utils import logging as transformers_logging
 
 from simpo.model.attention import plain_attention, unwrap
 from simpo.model.load import source_dtype
-from simpo.parallel.sharding import local_part, on_one_process, whole_state_dict
+from simpo.parallel.sharding import local_part, on_one_process
 from simpo.run.checkpoint import replace_folder, sync_tree
 
 if TYPE_CHECKING:
+    from simpo.display import Display
     from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
 
@@ -38,7 +39,7 @@ def export_dtype(recipe: Recipe) -> torch.dtype:
 def saved_tensors(model: nn.Module) -> list[Tensor]:
     """This process's part of every floating-point tensor that the final model's files hold, each storage once.
 
-    Of a PEFT model these are the trained parameters; the base is not saved.
+    For a PEFT model these are the trained parameters; the base is not saved.
     """
     if hasattr(model, "peft_config"):
         found = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -158,34 +159,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_model(
-    model: nn.Module,
-    tokenizer: Any,
-    recipe: Recipe,
-    folder: Path,
-    *,
-    dtype: torch.dtype,
-    data: Mapping[str, Any],
-    results: Mapping[str, float],
-    mesh: Mesh,
-) -> None:
-    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; whole or not at all. Every process calls it.
-
-    Args:
-        model: full weights, or a PEFT model, of which the adapters are saved with their base's name.
-        tokenizer: saved with its chat template.
-        recipe: recorded in the model card.
-        folder: replaced if it exists.
-        dtype: of the saved weights; see `export_dtype`.
-        data: what it was trained on, for the card.
-        results: evaluation metrics, for the card.
-        mesh: the run's processes; the first one puts the shards together and writes.
-    """
-    state = whole_state_dict(model, keep=mesh.is_main, dtype=dtype)
-    mesh.on_main(lambda: write_model(model, state, tokenizer, recipe, folder, dtype=dtype, data=data, results=results))
-
-
-def write_model(
+def publish_model(
     model: nn.Module,
     state: dict[str, torch.Tensor],
     tokenizer: Any,
@@ -193,14 +167,53 @@ def write_model(
     folder: Path,
     *,
     dtype: torch.dtype,
+    held: Iterable[Tensor],
+    data: Mapping[str, Any],
+    results: Mapping[str, float],
+    evaluate: Callable[[], Mapping[str, float]],
+    mesh: Mesh,
+    display: Display,
+) -> dict[str, float]:
+    """Write a folder that `AutoModelForCausalLM.from_pretrained` loads; whole or not at all. Every process calls it.
+
+    Args:
+        model: full weights, or a PEFT model, of which the adapters are saved with their base's name.
+        state: the first process's: the whole state dict, in the dtype to save. Emptied.
+        tokenizer: saved with its chat template.
+        recipe: recorded in the model card.
+        folder: replaced if it exists.
+        dtype: of the saved weights; see `export_dtype`.
+        held: what this process computes the saved weights from.
+        data: what it was trained on, for the card.
+        results: of the last evaluation, for the card.
+        evaluate: that evaluation again; gives metrics that begin with "eval_saved_", perhaps among others.
+    Returns:
+        Metrics of the weights as they are written; empty where those are the ones that were evaluated.
+    """
+    mesh.on_main(lambda: _write_model(model, state, tokenizer, recipe, folder, dtype, data, results))
+    state.clear()
+    if not results:
+        return {}
+    with as_saved(held, dtype) as changed:  # once the model is safe
+        if not mesh.largest(changed):
+            return {}
+        found = evaluate()
+    found = {name: value for name, value in found.items() if name.startswith("eval_saved_")}
+    display.say_evaluation(f"as written in {dtype_name(dtype)}", found, prefix="eval_saved")
+    mesh.on_main(lambda: _write_card(folder, recipe, data, {**results, **found}))
+    return found
+
+
+def _write_model(
+    model: nn.Module,
+    state: dict[str, torch.Tensor],
+    tokenizer: Any,
+    recipe: Recipe,
+    folder: Path,
+    dtype: torch.dtype,
     data: Mapping[str, Any],
     results: Mapping[str, float],
 ) -> None:
-    """As `save_model`, by one process alone, with weights that were put together already.
-
-    Args:
-        state: the model's whole state dict, in the dtype to save.
-    """
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -211,7 +224,7 @@ def write_model(
     tokenizer.save_pretrained(aside)
     if base.generation_config is not None:
         base.generation_config.save_pretrained(aside)
-    write_model_card(aside, recipe, data=data, results=results)
+    _write_card(aside, recipe, data, results)
     sync_tree(aside)
     replace_folder(aside, folder)
 
@@ -237,8 +250,7 @@ def record_dtype(folder: Path, dtype: torch.dtype) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def write_model_card(folder: Path, recipe: Recipe, *, data: Mapping[str, Any], results: Mapping[str, float]) -> None:
-    """The card of a final model, as README.md in its folder."""
+def _write_card(folder: Path, recipe: Recipe, data: Mapping[str, Any], results: Mapping[str, float]) -> None:
     (folder / "README.md").write_text(build_model_card(recipe, data=data, results=results), encoding="utf-8")
 
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -31,6 +31,10 @@ from simpo.core.packing import PairShape, TokenPair
 from simpo.model.attention import unwrap
 from simpo.parallel.sharding import local_part
 from simpo.recipe import OPTIMIZERS
+
+if TYPE_CHECKING:
+    from simpo.data.loader import PairStore
+    from simpo.recipe import Recipe
 
 SHARE_OF_FREE = {"cuda": 0.9, "cpu": 0.5}
 """Share of the free memory that is planned with. The rest is reserve: kernels' workspaces, fragmentation, other
@@ -50,7 +54,7 @@ Forward = Callable[[PackedPairs], Any]
 
 
 class _Probe(NamedTuple):
-    """A small row: `count` pairs that share `prefix` tokens (all of the prompt) and have so many of their own."""
+    """A small row: `count` pairs that share `prefix` tokens (all of the prompt), and the tokens of their responses."""
 
     count: int
     prefix: int
@@ -108,7 +112,7 @@ class ActivationBytes:
         )
 
     def shared_by(self, processes: int) -> ActivationBytes:
-        """Of one of so many processes that share each row; labels may all fall to one of them."""
+        """For one of the processes that share each row; labels may all fall to one of them."""
         share = 1 / processes
         return dataclasses.replace(self, per_token=self.per_token * share, per_score=self.per_score * share)
 
@@ -170,7 +174,7 @@ def measure_activations(
         forward: from a batch (on the CPU) to its loss, as a training step runs it but without offloading.
         device: whose memory is looked at.
         share_prompt: whether rows share prompts.
-        offloaded: what is kept will wait in host memory. `STILL_ON_ITS_WAY` of it counts.
+        offloaded: what is kept will wait in CPU memory. `STILL_ON_ITS_WAY` of it counts.
     Returns:
         What is kept at the end of the forward pass, and on top what the backward pass adds while it works on one
         block: gradients of the block's activations, about as many bytes as the activations, and with checkpointing
@@ -240,7 +244,7 @@ class TokenBudget:
     Attributes:
         tokens: at least the longest pair's.
         fixed_bytes: what an optimizer step needs however small its micro-batches, beyond what is allocated before it.
-        bytes_per_token: of the dearest kind of pair.
+        bytes_per_token: the most that a token of any pair takes.
         free_bytes: free when it was picked.
         warning: one line where the longest pair eats into the reserve; None otherwise.
     """
@@ -262,39 +266,29 @@ class TokenBudget:
 
 
 def fit_micro_batches(
-    model: nn.Module,
-    forward: Forward,
-    shapes: PairShape,
-    num_labels: np.ndarray,
-    *,
-    device: torch.device,
-    share_prompt: bool,
-    optim: str,
-    chunk_size: int | None = None,
-    offloaded: bool = False,
-    cp: int = 1,
-    name_of: Callable[[int], str] = str,
+    model: nn.Module, forward: Forward, store: PairStore, recipe: Recipe, *, device: torch.device, cp: int = 1
 ) -> TokenBudget | None:
-    """Measure the model and the memory, and pick the budget; arguments as in the functions it calls.
+    """Measure the model and the memory, and pick the budget for the pairs of a store.
 
     Args:
-        forward: of whole rows, also where `cp` processes will share them.
+        forward: of whole rows, also where `cp` processes will share them; as for `measure_activations`.
     Returns:
         The budget; None where the system does not say how much memory is free.
     """
     free = free_memory(device)
     if free is None:
         return None
-    fixed_bytes = step_bytes(model, optim=optim, chunk_size=chunk_size)
-    activations = measure_activations(model, forward, device=device, share_prompt=share_prompt, offloaded=offloaded)
+    optim = "offloaded" if recipe.optimizer_offload else recipe.optim
+    fixed_bytes = step_bytes(model, optim=optim, chunk_size=recipe.logits_chunk_size)
+    options = {"share_prompt": recipe.share_prompt, "offloaded": recipe.activation_offload}
     return pick_token_budget(
-        activations.shared_by(cp),
-        shapes,
-        num_labels,
+        measure_activations(model, forward, device=device, **options).shared_by(cp),
+        store.shapes,
+        store.response_lengths.sum(axis=1),
         fixed_bytes=fixed_bytes,
         free_bytes=free,
         share=SHARE_OF_FREE[device.type],
-        name_of=name_of,
+        name_of=lambda index: store[index].row_id,
     )
 
 
@@ -392,6 +386,6 @@ def _cgroup_rooms(root: Path = Path("/")) -> list[int]:
 
 
 def _ancestors(mount: Path, path: str, names: Sequence[str]) -> list[tuple[Path, Sequence[str]]]:
-    """The folder of a control group and of those above it. Inside a container the path may be the host's: skipped."""
+    """A control group's folder and those above it; in a container the path may be the outer system's: skipped."""
     folder = mount / path.lstrip("/")
     return [(each, names) for each in (folder, *folder.parents) if each == mount or mount in each.parents]

@@ -103,7 +103,7 @@ class StepTotals:
     def over(self, mesh: Mesh, num_pairs: int, *, stop: bool = False, grad_norm: Tensor | float = math.nan) -> Totals:
         """The totals over all processes; each calls it, having added as many micro-batches as the others.
 
-        Here, and nowhere else in a step, the host waits for an accelerator: for everything at once.
+        Here, and nowhere else in a step, this process waits for an accelerator: for everything at once.
 
         Args:
             num_pairs: pairs that were added, over all processes.
@@ -128,7 +128,7 @@ class StepTotals:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Peak memory so far: allocated on the GPU, or the process's resident set on CPU; 0 where nobody counts it."""
+    """Peak memory so far: allocated on the GPU, or the process's resident set on CPU; 0 on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     try:

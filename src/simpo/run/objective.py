@@ -1,19 +1,22 @@
 """What every host trains: the loss of each pair by a recipe, its added SFT term, and the sums of the metrics.
 
 The native trainer, transformers' Trainer and Megatron differ in how they compute log-probs and add up gradients; from
-log-probs on, all of them go through here. Must not import data, train or evaluate.
+log-probs on, all of them go through here. Must not import data, the trainer or
+evaluation.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from simpo.core.losses import PairLogps, sft_losses
-from simpo.run.metrics import pair_metric_sums
+from simpo.run.metrics import PAIR_METRICS, pair_metric_sums
 
 if TYPE_CHECKING:
+    from simpo.data.loader import MicroBatch, StepPlan
     from simpo.recipe import Recipe
 
 
@@ -39,3 +42,16 @@ def trained_losses(
     elif recipe.sft_weight:
         total = total + recipe.sft_weight * sft_losses(logps)
     return total, pair_metric_sums(logps, loss, total)
+
+
+def micro_batch_losses(
+    logps: PairLogps, micro_batch: MicroBatch, plan: StepPlan, recipe: Recipe
+) -> tuple[Tensor, Tensor]:
+    """As `trained_losses`, of one micro-batch of a step; a stand-in for no pair counts for nothing.
+
+    Every weight takes part in a stand-in, with a gradient of zero, so that processes meet in their collectives.
+    """
+    if not micro_batch.indices:
+        nothing = 0.0 * (logps.chosen_sum + logps.rejected_sum)
+        return nothing, torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=nothing.device)
+    return trained_losses(logps, recipe, num_pairs=plan.num_pairs, num_chosen_tokens=plan.num_chosen_tokens)

@@ -106,7 +106,7 @@ def warmup_steps(total_steps: int, recipe: Recipe) -> int:
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
-    """The 2-norm of the whole gradient, however it is sharded: a scalar in fp64, which nobody has waited for yet."""
+    """The 2-norm of the whole gradient, however it is sharded: a scalar in fp64, not yet waited for."""
     return total_norm([p.grad for p in model.parameters() if p.grad is not None])
 
 

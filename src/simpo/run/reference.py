@@ -1,6 +1,6 @@
-"""Log-probs of a frozen reference model, computed once ahead of training and cached.
+"""Log-probs of every pair under a model that is not being trained, and those of a frozen reference, cached.
 
-Only losses that need a reference come here; for all others no second model is ever loaded. Uses the same packed
+Only losses that need a reference compute one; for all others no second model is ever loaded. Uses the same packed
 forward pass as training.
 """
 
@@ -10,9 +10,9 @@ import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,17 +20,49 @@ from torch import nn
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.losses import PairLogps
+from simpo.data.cache import cache_folder, user_cache
 from simpo.data.loader import PairStore, evaluation_batches
 from simpo.model.head import compute_pair_logps
 from simpo.model.load import load_model
+from simpo.run.stopping import needs_memory
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
 
 Forward = Callable[[PackedPairs], PairLogps]
+
+
+@torch.no_grad()
+def pair_sums(
+    forward: Forward,
+    store: PairStore,
+    *,
+    pairs_per_batch: int,
+    pack: bool,
+    share_prompt: bool,
+    mesh: Mesh,
+    advance: Callable[[int], Any] = lambda count: None,
+) -> np.ndarray:
+    """Summed log-probs of every pair: [num_pairs, 2] fp64, chosen and rejected, nats.
+
+    Every process computes a share and has all of them in the end.
+
+    Args:
+        forward: from a batch on the mesh's device (this process's part of its rows) to its log-probs.
+        pairs_per_batch, pack, share_prompt: how batches are built.
+        advance: is told how many pairs were done.
+    """
+    sums = torch.zeros(len(store), 2, dtype=torch.float64)
+    batches = evaluation_batches(store, pairs_per_batch=pairs_per_batch, rank=mesh.data_rank, num_ranks=mesh.sizes.data)
+    for indices in batches:
+        # A rank without pairs takes part with the first one: shards are put together by all.
+        batch = build_batch([store[i] for i in indices or [0]], pack=pack, share_prompt=share_prompt)
+        logps = forward(mesh.own_rows(batch).to(mesh.device))
+        if indices:
+            sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).double().cpu()
+        advance(len(indices))
+    return mesh.sum_over_data(sums.to(mesh.device)).cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -39,61 +71,50 @@ class ReferenceLogps:
 
     sums: np.ndarray
 
+    @classmethod
+    def compute(cls, forward: Forward, store: PairStore, recipe: Recipe, mesh: Mesh) -> ReferenceLogps:
+        """By a forward pass of the reference, as for `pair_sums`; the recipe says how batches are built."""
+        size, layout = recipe.per_device_eval_batch_size, {"pack": recipe.pack, "share_prompt": recipe.share_prompt}
+        return cls(pair_sums(forward, store, pairs_per_batch=size, **layout, mesh=mesh).astype(np.float32))
+
     def is_of(self, num_pairs: int) -> bool:
-        """Whether there are finite ones for so many pairs: what was read from a file may be anything."""
+        """Whether there are finite ones for exactly this many pairs: what was read from a file may be anything."""
         return self.sums.shape == (num_pairs, 2) and bool(np.isfinite(self.sums).all())
 
-    def lookup(self, indices: Sequence[int], *, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Chosen and rejected sums [P] of the given pairs."""
-        rows = torch.from_numpy(self.sums[list(indices)])
+    def put_into(self, logps: PairLogps, indices: Sequence[int]) -> PairLogps:
+        """Log-probs of the given pairs, with the reference's."""
+        device, rows = logps.chosen_sum.device, torch.from_numpy(self.sums[list(indices)])
         rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
-        return rows[:, 0], rows[:, 1]
+        return replace(logps, ref_chosen_sum=rows[:, 0], ref_rejected_sum=rows[:, 1])
 
 
-def compute_reference_logps(
+def load_references(
     recipe: Recipe, stores: Mapping[str, PairStore], *, mesh: Mesh, fingerprint: str
-) -> dict[str, ReferenceLogps]:
-    """Reference log-probs of every store, from the cache where they are known; every process computes a share.
+) -> dict[str, ReferenceLogps] | None:
+    """Reference log-probs of every store, from the cache where they are known; None where the loss reads none.
 
     Args:
         recipe: names the reference (`ref_model_name_or_path`, else the initial policy `model_name_or_path`).
         stores: split name -> pairs.
         mesh: the processes that the reference runs on; it is freed afterwards.
         fingerprint: of the tokenised data; with the model's it keys the cache.
+    Raises:
+        OutOfMemory: there is too little for the reference.
     """
+    if not recipe.loss.needs_reference:
+        return None
     name = recipe.ref_model_name_or_path or recipe.model_name_or_path
     paths = {split: _cache_path(recipe, name, fingerprint, split) for split in stores}
     found = mesh.on_main(lambda: {split: _read(path, len(stores[split])) for split, path in paths.items()})
     missing = [split for split, logps in found.items() if logps is None]
-    if missing:
-        model = load_model(recipe, device=mesh.device, name=name, trainable=False, mesh=mesh)
+    with needs_memory("the reference's log-probs", advice="lower per_device_eval_batch_size"):
+        if missing:
+            model = load_model(recipe, device=mesh.device, name=name, trainable=False, mesh=mesh)
+            forward = functools.partial(_forward, model, recipe)
         for split in missing:
-            found[split] = compute_all(functools.partial(_forward, model, recipe), stores[split], recipe, mesh=mesh)
+            found[split] = ReferenceLogps.compute(forward, stores[split], recipe, mesh)
             mesh.on_main(functools.partial(_write, paths[split], found[split]))
-        del model
     return {split: logps for split, logps in found.items() if logps is not None}
-
-
-@torch.no_grad()
-def compute_all(forward: Forward, store: PairStore, recipe: Recipe, *, mesh: Mesh) -> ReferenceLogps:
-    """Reference log-probs of a store's pairs; every process computes a share and has all of them in the end.
-
-    Args:
-        forward: from a batch on the mesh's device (this process's part of its rows) to its log-probs.
-        recipe: says how batches are built.
-    """
-    device, sums = mesh.device, torch.zeros(len(store), 2)
-    batches = evaluation_batches(
-        store, pairs_per_batch=recipe.per_device_eval_batch_size, rank=mesh.data_rank, num_ranks=mesh.sizes.data
-    )
-    for indices in batches:
-        # A rank without pairs takes part with the first one: shards are put together by all.
-        pairs = [store[i] for i in indices or [0]]
-        batch = build_batch(pairs, pack=recipe.pack, share_prompt=recipe.share_prompt)
-        logps = forward(mesh.own_rows(batch).to(device))
-        if indices:
-            sums[indices] = torch.stack([logps.chosen_sum, logps.rejected_sum], dim=1).float().cpu()
-    return ReferenceLogps(mesh.sum_over_data(sums.to(device)).cpu().numpy())
 
 
 def _forward(model: nn.Module, recipe: Recipe, batch: PackedPairs) -> PairLogps:
@@ -102,10 +123,10 @@ def _forward(model: nn.Module, recipe: Recipe, batch: PackedPairs) -> PairLogps:
 
 
 def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path:
-    root = recipe.cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"), "simpo")
+    root = cache_folder(recipe) if recipe.cache_dir else user_cache()
     settings = f"{_model_fingerprint(name, recipe.model_revision)}|{fingerprint}|{split}|{recipe.bf16}"
     key = hashlib.sha256(settings.encode()).hexdigest()[:20]
-    return Path(root) / "reference" / f"{key}.npy"
+    return root / "reference" / f"{key}.npy"
 
 
 def _model_fingerprint(name: str, revision: str | None) -> str:

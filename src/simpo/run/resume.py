@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is the same run.
+"""Which checkpoint a run is resumed from, and whether it is the same run.
 
 Owns the rules; reading and writing checkpoints is `run.checkpoint`'s.
 """
@@ -27,7 +27,7 @@ LAUNCH_FILE = ".launch"
 
 
 def record_launch(output_dir: Path) -> None:
-    """Note that this launch began the run in output_dir; nothing where nobody would start the same command again."""
+    """Note that this launch began the run in output_dir, if the launcher may start the same command again."""
     launch = _launch()
     if launch is not None:
         (output_dir / LAUNCH_FILE).write_text(launch, encoding="utf-8")
@@ -68,8 +68,8 @@ def find_checkpoint(recipe: Recipe) -> Checkpoint | None:
         if existing or any((folder.parent / name).exists() for name in ("model", "metrics.jsonl")):
             at = f"checkpoint at step {existing[-1].step}" if existing else "no checkpoint"
             raise ValueError(
-                f"output_dir: {recipe.output_dir} already holds a run ({at}); add --resume_from_checkpoint true to go "
-                "on with it, or choose another output_dir"
+                f"output_dir: {recipe.output_dir} already holds a run ({at}); add --resume_from_checkpoint true to "
+                "resume it, or choose another output_dir"
             )
         return None
     if wanted is True:
@@ -129,8 +129,7 @@ def check_same_run(
     folder: Path,
     *,
     recipe: Recipe,
-    loader: StepLoader,
-    seen: tuple[int, int] | None,
+    pairs_fit: bool,
 ) -> list[str]:
     """Refuse to resume a checkpoint under settings or data that would make it another run.
 
@@ -139,9 +138,9 @@ def check_same_run(
 
     Args:
         saved: the checkpoint's state, as `run.checkpoint.load_state` gives it.
-        current: `run_identity` of the run at hand, with its recipe and the loader of its training pairs.
+        current: `run_identity` of the run at hand, with its recipe.
         folder: the checkpoint's.
-        seen: an optimizer step of the checkpoint's run, and the pairs it had trained on by then; None = unknown.
+        pairs_fit: whether the pairs trained on by the checkpoint's step are as many as they would be in this run.
     Returns:
         Lines to show.
     Raises:
@@ -155,8 +154,7 @@ def check_same_run(
         was = before[key] if key in before else _default(key, recipe)
         if was != value and (without_tokens or other_data or KEYS[key].section != "data"):
             changed.append(f"{key} (was {was!r}, is {value!r})")
-    fits = seen is None or loader.pairs_before(seen[0]) == seen[1]
-    if other_data or (without_tokens and not fits):
+    if other_data or (without_tokens and not pairs_fit):
         changed.append("the training data or its tokenisation")
     if saved["pairs_per_step"] != current["pairs_per_step"]:
         changed.append(

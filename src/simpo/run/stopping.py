@@ -1,6 +1,6 @@
-"""How a run stops before its end: because it was asked to, because a number is no number, or for want of memory.
+"""How a run stops before its end: because it was asked to, because a number is not finite, or for want of memory.
 
-Must not import data, train or evaluate.
+Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations
@@ -10,13 +10,17 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from simpo.parallel.mesh import Mesh
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient is not a number; nothing was updated. The message names the step and its rows."""
+    """A loss or gradient is not finite; nothing was updated. The message names the step and its rows."""
 
 
 class OutOfMemory(RuntimeError):
@@ -24,7 +28,36 @@ class OutOfMemory(RuntimeError):
 
 
 class Interrupted(RuntimeError):
-    """The run was asked to stop, has saved itself, and says how to go on."""
+    """The run was asked to stop, has saved itself, and says how to resume it."""
+
+
+StepLosses = list[tuple[tuple[str, ...], Tensor]]
+"""Of each micro-batch the names of its pairs, and their losses [P]."""
+
+
+def not_finite(
+    step: int, losses: StepLosses, mesh: Mesh, *, grad_norm: float | None, saved: str = ""
+) -> NonFiniteError:
+    """The error to raise on every process, all of which call this together.
+
+    Args:
+        step: of the optimizer, 0-based.
+        losses: of this process.
+        grad_norm: the gradient's norm where that is what is not finite; None where a loss is.
+        saved: a sentence on the last checkpoint.
+    """
+    what, rows = f"the gradient norm is {grad_norm}", [row for row_ids, _ in losses for row in row_ids]
+    if grad_norm is None:
+        what = "a loss is not finite"
+        finite = [(row_ids, torch.isfinite(values).tolist()) for row_ids, values in losses]
+        rows = [row for row_ids, fine in finite for row, ok in zip(row_ids, fine, strict=True) if not ok]
+    by_rank = mesh.gather(rows)
+    named = [f"rank {rank}: {row}" for rank, theirs in enumerate(by_rank) for row in theirs] if by_rank[1:] else rows
+    more = f" and {len(named) - 16} more" if len(named) > 16 else ""
+    return NonFiniteError(
+        f"step {step + 1}: {what}; nothing was updated. Rows: {', '.join(named[:16])}{more}. {saved}"
+        "Look at these rows with simpo audit, or lower learning_rate or beta"
+    )
 
 
 class StopRequest(threading.Event):
@@ -59,7 +92,7 @@ class StopRequest(threading.Event):
 
 
 # What torch raises for want of memory without its own class for it: cuBLAS, cuDNN, other CUDA calls, the CPU.
-_OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "can't allocate memory")
+_OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "error: out of memory", "can't allocate memory")
 
 
 def missing_memory(error: BaseException) -> str | None:
@@ -69,6 +102,11 @@ def missing_memory(error: BaseException) -> str | None:
         return None
     found = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", text)
     return f"{found[1]} more were asked for" if found else "some allocation failed"
+
+
+def name_step(mesh: Mesh, step: int) -> str:
+    """A 0-based optimizer step, and of several processes this one's rank, for people."""
+    return f"rank {mesh.rank}, step {step + 1}" if mesh.sizes.world > 1 else f"step {step + 1}"
 
 
 @contextlib.contextmanager

@@ -5,16 +5,18 @@ Must not import data, the trainer or evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
 
 
@@ -48,6 +50,20 @@ class MetricsLog:
         self._file.close()
         for tracker in self._trackers:
             tracker.close()
+
+
+@contextlib.contextmanager
+def open_log(folder: Path, recipe: Recipe, *, done: int, mesh: Mesh) -> Iterator[MetricsLog | None]:
+    """The log of a run directory, on the first process; None on the others.
+
+    What a run that is resumed after `done` steps will do again is dropped from it first, and from generations.jsonl.
+    """
+    if not mesh.is_main:
+        yield None
+        return
+    forget_lines_after(folder / "generations.jsonl", done or None)
+    with contextlib.closing(MetricsLog(folder / "metrics.jsonl", recipe, resume_step=done or None)) as log:
+        yield log
 
 
 def forget_lines_after(path: Path, step: int | None) -> None:

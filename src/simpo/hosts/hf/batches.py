@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from simpo.core.packing import PAIR_FIELDS, CostWeights
+from simpo.core.packing import PAIR_FIELDS
 from simpo.data.ledger import Ledger
-from simpo.data.loader import MicroBatch, PairStore, StepLoader, StepPlan
+from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.data.prepare import PreparedData, prepare_rows
 from simpo.data.templates import load_chat_template
 from simpo.recipe import Recipe, load_recipe
@@ -113,40 +113,6 @@ def build_dataloader(loader: StepLoader, order: TrainingOrder | EvaluationOrder,
     )
 
 
-def build_loader(
-    dataset: Any,
-    recipe: Recipe,
-    *,
-    pad_token_id: int,
-    weights: CostWeights,
-    max_positions: int | None,
-    rank: int,
-    num_ranks: int,
-    evaluation: bool = False,
-) -> StepLoader:
-    """The native trainer's batch plan, for one process of several.
-
-    Args:
-        dataset: tokenised pairs.
-        weights: what attention and the head cost in this model.
-        max_positions: longest sequence the model takes; None = any.
-    """
-    store = PairStore(dataset, share_prompt=recipe.share_prompt)
-    store.check_lengths(max_positions)
-    return StepLoader(
-        store,
-        pairs_per_step=recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(num_ranks),
-        num_micro_batches=1 if evaluation else recipe.gradient_accumulation_steps,
-        max_tokens=None if evaluation else recipe.max_tokens_per_micro_batch,
-        pack=recipe.pack,
-        pad_token_id=pad_token_id,
-        seed=recipe.seed,
-        weights=weights,
-        rank=rank,
-        num_ranks=num_ranks,
-    )
-
-
 # --- rows ------------------------------------------------------------------------------------------------------------
 
 
@@ -164,7 +130,7 @@ def prepare_datasets(
         train, evaluation: rows in any shape that the data layer reads, or tokenised pairs; evaluation may be None.
         text_as_is: see `SimPOConfig`.
     Raises:
-        ValueError: a dataset without length or rows, a tokenised one beside one that is not, or as `prepare_rows`.
+        ValueError: a dataset without length or rows, one tokenised and the other not, or as `prepare_rows`.
     """
     for name, dataset in (("train_dataset", train), ("eval_dataset", evaluation)):
         if dataset is not None and not hasattr(dataset, "__len__"):
@@ -173,7 +139,9 @@ def prepare_datasets(
             raise ValueError(f"{name}: it holds no rows")
     if is_tokenised(train):
         if evaluation is not None and not is_tokenised(evaluation):
-            raise ValueError("eval_dataset: rows beside a tokenised train_dataset; give both as rows or both tokenised")
+            raise ValueError(
+                "eval_dataset: train_dataset is tokenised and this is not; give both as rows or both tokenised"
+            )
         return PreparedData(train, evaluation, Ledger())
     if text_as_is is None:
         first = [train[index] for index in range(min(len(train), _LOOKED_AT))]

@@ -80,7 +80,9 @@ class SimPOConfig(_Arguments):
     learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
     lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate after warm-up."})
     warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
-    logging_steps: float = field(default=1, metadata={"help": "Log every so many steps, as means over them."})
+    logging_steps: float = field(
+        default=1, metadata={"help": "Steps between two logged lines, which are means over them."}
+    )
     bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; null = true."})
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "As in TrainingArguments; true where an architecture leaves weights unused."}

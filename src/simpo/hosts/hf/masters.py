@@ -101,10 +101,10 @@ def held_tensors(model: nn.Module) -> list[Tensor]:
 
 @torch.no_grad()
 def whole_weights(engine: Any, *, keep: bool) -> Iterator[tuple[str, Tensor | None]]:
-    """(name, whole tensor in host memory) of a model that DeepSpeed trains: masters where it has them.
+    """(name, whole tensor in CPU memory) of a model that DeepSpeed trains: masters where it has them.
 
-    One at a time. Every process must run through all of it. Of a PEFT model the trained parameters alone; a tied weight
-    comes under its first name.
+    One at a time. Every process must run through all of it. For a PEFT model the trained parameters alone; a tied
+    weight comes under its first name.
 
     Args:
         keep: whether this process wants the tensors; others get None.

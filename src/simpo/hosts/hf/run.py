@@ -7,7 +7,7 @@ is honoured or refused by name; none is passed over.
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,28 +17,21 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from simpo.data.cache import PreparedData
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.hosts.hf.config import RECIPE_FIELDS, SimPOConfig
+from simpo.hosts.hf.launch import join_launched_world
 from simpo.hosts.hf.masters import held_tensors, local_masters, tie
-from simpo.hosts.hf.trainer import SimPOTrainer, join_launched_world
+from simpo.hosts.hf.trainer import SimPOTrainer
 from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options, set_precision
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, OPTIMIZERS, Recipe
 from simpo.run.checkpoint import list_checkpoints
-from simpo.run.export import (
-    WeightSample,
-    as_saved,
-    dtype_name,
-    export_dtype,
-    settle_dtype,
-    write_model,
-    write_model_card,
-)
+from simpo.run.cpu_memory import keep_freed_memory
+from simpo.run.export import WeightSample, export_dtype, publish_model, settle_dtype
 from simpo.run.optim import set_threads
-from simpo.run.ram import keep_freed_memory
-from simpo.run.resume import find_checkpoint, is_begun_by_this_launch, record_launch
+from simpo.run.resume import find_checkpoint, is_begun_by_this_launch
+from simpo.run.session import card_of_data, count_steps, describe_run, open_output_dir
 from simpo.run.tracking import MetricsLog, check_trackers
 
 _THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
@@ -72,7 +65,7 @@ def run_recipe(recipe: Recipe) -> None:
     data = mesh.main_first(lambda: prepare_pairs(recipe, tokenizer, progress=mesh.is_main))
     if data.eval is None:
         args.eval_strategy = "no"
-    dtype = export_dtype(recipe)  # asked now: the end of a run is no time to find the hub unreachable
+    dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
     directory = RunDirectory(recipe, display, mesh)
     trainer = SimPOTrainer(
         recipe.model_name_or_path,
@@ -85,7 +78,7 @@ def run_recipe(recipe: Recipe) -> None:
     trainer.recipe = recipe  # the same settings; with the rest of it, a checkpoint knows the whole run
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
-    mesh.on_main(lambda: directory.open(data))
+    mesh.on_main(lambda: open_output_dir(recipe, data))
     display.table("training", describe(trainer))
     model_dir = Path(recipe.output_dir) / "model"
     with contextlib.closing(directory):
@@ -104,7 +97,7 @@ def run_recipe(recipe: Recipe) -> None:
 
 
 def check_keys(recipe: Recipe) -> None:
-    """Raise ValueError naming a key that this host would have to pass over."""
+    """Raise ValueError naming a key that this host cannot honour."""
     recipe.require("dataset_mixer", "output_dir")
     for name, key in KEYS.items():
         value = getattr(recipe, name)
@@ -122,7 +115,7 @@ def check_keys(recipe: Recipe) -> None:
 
 
 def find_resume(recipe: Recipe) -> str | None:
-    """The Trainer's checkpoint to go on from; None to start afresh.
+    """The Trainer's checkpoint to resume; None to start afresh.
 
     Raises:
         ValueError: there is none where one was named, it is the native trainer's, or a run would be overwritten.
@@ -133,18 +126,18 @@ def find_resume(recipe: Recipe) -> str | None:
         if last is not None:
             raise ValueError(
                 f"output_dir: {recipe.output_dir} already holds a run ({Path(last).name}); add "
-                "--resume_from_checkpoint true to go on with it, or choose another output_dir"
+                "--resume_from_checkpoint true to resume it, or choose another output_dir"
             )
         find_checkpoint(recipe)  # refuses what a native run has left
         return None
     if isinstance(wanted, str):
         if not (Path(wanted) / "trainer_state.json").is_file() or not Path(wanted).name.startswith("checkpoint-"):
-            raise ValueError(f"resume_from_checkpoint: {wanted} is no checkpoint-N of transformers' Trainer")
+            raise ValueError(f"resume_from_checkpoint: {wanted} is not a checkpoint-N of transformers' Trainer")
         return wanted
     if last is None and list_checkpoints(folder):
         raise ValueError(
-            f"resume_from_checkpoint: the checkpoints in {folder} are the native trainer's; go on with simpo train or "
-            "torchrun -m simpo train"
+            f"resume_from_checkpoint: the checkpoints in {folder} are the native trainer's; resume them with "
+            "simpo train or torchrun -m simpo train"
         )
     return last
 
@@ -170,37 +163,25 @@ def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
     )
 
 
-def describe(trainer: SimPOTrainer) -> dict[str, Any]:
+def describe(trainer: SimPOTrainer) -> dict[str, str]:
     """What is about to run, for people."""
-    recipe, model, world = trainer.recipe, trainer.model, trainer.mesh.sizes.world
-    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
-    engine = trainer.accelerator.distributed_type.value
-    stage = trainer.accelerator.state.deepspeed_plugin.zero_stage if trainer.is_deepspeed_enabled else None
-    pairs = recipe.pairs_per_step(world)
-    steps = recipe.max_steps
-    if steps < 1:
-        steps = math.ceil(recipe.num_train_epochs * math.ceil(len(trainer.data.train) / pairs))
-    limit = recipe.max_tokens_per_micro_batch
-    return {
-        "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
-        "host": "transformers' Trainer",
-        "engine": f"{engine}{'' if stage is None else f', ZeRO-{stage}'}, {world} process{'es' * (world > 1)}",
-        "device": f"{trainer.args.device}, {'bf16' if recipe.bf16 else 'fp32'} compute",
-        "pairs": f"{len(trainer.data.train)} to train, {len(trainer.data.eval or ())} held out",
-        "steps": f"{steps} of {pairs} pairs",
-        "micro-batches": "no limit of tokens" if limit is None else f"up to {limit:,} tokens",
-        "loss": recipe.describe_loss(),
-    }
-
-
-def evaluate_as_saved(trainer: SimPOTrainer, dtype: torch.dtype) -> dict[str, float]:
-    """The last evaluation again, of the weights as they are written, where that is not what was evaluated."""
-    with as_saved(held_tensors(trainer.model), dtype) as changed:
-        if not trainer.mesh.largest(changed):
-            return {}
-        values = trainer.evaluate(metric_key_prefix=SAVED)
-    trainer.display.say_evaluation(f"as written in {dtype_name(dtype)}", values, prefix=SAVED)
-    return {name: value for name, value in values.items() if name.startswith(SAVED)}
+    recipe, world, state = trainer.recipe, trainer.mesh.sizes.world, trainer.accelerator.state
+    stage = f", ZeRO-{state.deepspeed_plugin.zero_stage}" if trainer.is_deepspeed_enabled else ""
+    engine = f"{trainer.accelerator.distributed_type.value}{stage}, {world} process{'es' * (world > 1)}"
+    loader, limit = trainer.build_loader(trainer.train_dataset), recipe.max_tokens_per_micro_batch
+    return describe_run(
+        recipe,
+        trainer.model,
+        trainer.data,
+        loader,
+        where={
+            "host": "transformers' Trainer",
+            "engine": engine,
+            "device": f"{trainer.args.device}, {'bf16' if recipe.bf16 else 'fp32'} compute",
+        },
+        total_steps=count_steps(recipe, loader.steps_per_epoch),
+        micro_batches="no limit of tokens" if limit is None else f"up to {limit:,} tokens",
+    )
 
 
 def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype) -> None:
@@ -209,25 +190,25 @@ def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype)
     step, results = trainer.state.global_step, last_evaluation(trainer)
     if recipe.load_best_model_at_end and trainer.state.best_global_step:
         step = trainer.state.best_global_step
-    data = {
-        "training pairs": len(trainer.data.train),
-        "held-out pairs": len(trainer.data.eval or ()),
-        "data fingerprint": trainer.data.fingerprint,
-        "optimizer step of these weights": f"{step} of {trainer.state.max_steps}",
-    }
     state: dict[str, torch.Tensor] = {}
     for name, value in trainer.whole_weights():  # narrowed one by one, so that no whole model is there in fp32
         if value is not None and trainer.mesh.is_main:
             state[name] = value.detach().to(dtype) if value.is_floating_point() else value
     tie(state, model)
-    tokenizer = trainer.processing_class
-    trainer.mesh.on_main(
-        lambda: write_model(model, state, tokenizer, recipe, folder, dtype=dtype, data=data, results=results)
+    publish_model(
+        model,
+        state,
+        trainer.processing_class,
+        recipe,
+        folder,
+        dtype=dtype,
+        held=held_tensors(model),
+        data=card_of_data(trainer.data, step=step, total_steps=trainer.state.max_steps),
+        results=results,
+        evaluate=functools.partial(trainer.evaluate, metric_key_prefix=SAVED),
+        mesh=trainer.mesh,
+        display=trainer.display,
     )
-    state.clear()
-    written = evaluate_as_saved(trainer, dtype) if results else {}  # once the model is safe
-    if written:
-        trainer.mesh.on_main(lambda: write_model_card(folder, recipe, data=data, results=results | written))
 
 
 def last_evaluation(trainer: SimPOTrainer) -> dict[str, float]:
@@ -252,13 +233,6 @@ class RunDirectory(TrainerCallback):
         self.folder = Path(recipe.output_dir)
         self.log: MetricsLog | None = None
         self.untrained: WeightSample | None = None
-
-    def open(self, data: PreparedData) -> None:
-        """Write down what is about to run."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        record_launch(self.folder)
-        self.recipe.save(self.folder / "recipe.yaml")
-        data.ledger.save(self.folder / "audit.json")
 
     def close(self) -> None:
         """Close the log and the trackers."""

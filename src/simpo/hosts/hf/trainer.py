@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,29 +33,29 @@ from simpo.hosts.hf.batches import (
     EvaluationOrder,
     TrainingOrder,
     build_dataloader,
-    build_loader,
     is_tokenised,
     prepare_datasets,
 )
 from simpo.hosts.hf.config import SimPOConfig
+from simpo.hosts.hf.launch import check_launch, join_launched_world
 from simpo.hosts.hf.masters import give_masters, take_masters, tie, whole_weights
 from simpo.hosts.hf.model import load_by_name, make_ready, weights_are_elsewhere, wrap_in_adapters
-from simpo.hosts.hf.reference import References
+from simpo.hosts.hf.reference import load_references, save_references
 from simpo.model.attention import is_packed, plain_attention, unwrap
-from simpo.model.costs import cost_weights
 from simpo.model.head import compute_pair_logps
 from simpo.model.load import load_tokenizer
 from simpo.model.probe import check_forward
-from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.checkpoint import load_state, stamp
 from simpo.run.export import overflows, record_dtype
-from simpo.run.metrics import PAIR_METRICS, StepTotals, peak_memory_gib
-from simpo.run.objective import trained_losses
+from simpo.run.metrics import StepTotals, peak_memory_gib
+from simpo.run.objective import micro_batch_losses
+from simpo.run.reference import ReferenceLogps
 from simpo.run.resume import check_same_run, run_identity
-from simpo.run.stopping import NonFiniteError, needs_memory
+from simpo.run.session import build_loader, check_agreement
+from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
 
-IDENTITY_FILE = "simpo.json"  # in each checkpoint: what must be equal to go on from it
+IDENTITY_FILE = "simpo.json"  # in each checkpoint: what must be equal to resume it
 
 
 class SimPOTrainer(Trainer):
@@ -98,7 +97,7 @@ class SimPOTrainer(Trainer):
         _check_arguments(args, data_collator, others)
         self.recipe: Recipe = args.to_recipe(model if isinstance(model, str) else None)
         self.mesh = join_launched_world(args)
-        self.references = References(self.mesh)  # filled when training begins, for losses that need one
+        self.references: dict[str, ReferenceLogps] = {}  # by name of pairs, from when training begins
         self.display = Display(quiet=not self.mesh.is_main)
         for notice in self.recipe.notices:
             self.display.say(notice)
@@ -138,7 +137,7 @@ class SimPOTrainer(Trainer):
         self._total_steps = 0
         self._train_sums = StepTotals()
         self._eval_totals: StepTotals | None = None
-        self._step_losses: list[tuple[tuple[str, ...], torch.Tensor]] = []
+        self._step_losses: StepLosses = []
         self._logged = (0, time.perf_counter())
 
     # --- what is trained ---------------------------------------------------------------------------------------------
@@ -167,24 +166,20 @@ class SimPOTrainer(Trainer):
         """Losses [P] and the sums of their metrics; `name` is the pairs' in `references`."""
         batch = part.pairs.to(self.args.device)
         logps = compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
-        if not part.indices:  # a stand-in: every weight takes part, with a gradient of zero
-            nothing = 0.0 * (logps.chosen_sum + logps.rejected_sum)
-            return nothing, torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=batch.input_ids.device)
-        if self.recipe.loss.needs_reference:
+        if self.recipe.loss.needs_reference and part.indices:
             logps = self._with_reference(logps, part.indices, name)
-        return trained_losses(logps, self.recipe, num_pairs=plan.num_pairs, num_chosen_tokens=plan.num_chosen_tokens)
+        return micro_batch_losses(logps, part, plan, self.recipe)
 
     def _with_reference(self, logps: PairLogps, indices: Sequence[int], name: str) -> PairLogps:
         if name in self.references:
-            chosen, rejected = self.references[name].lookup(indices, device=logps.chosen_sum.device)
-        elif self.is_in_train or self.state.global_step > 0:
+            return self.references[name].put_into(logps, indices)
+        if self.is_in_train or self.state.global_step > 0:
             raise ValueError(
                 f"loss_type = {self.recipe.loss_type}: these held-out pairs were not there when training began, so the "
                 "reference's log-probs of them are not known; give them to the trainer as eval_dataset"
             )
-        else:  # untrained, the model is its own reference
-            chosen, rejected = logps.chosen_sum.detach(), logps.rejected_sum.detach()
-        return dataclasses.replace(logps, ref_chosen_sum=chosen, ref_rejected_sum=rejected)
+        untrained = {"ref_chosen_sum": logps.chosen_sum.detach(), "ref_rejected_sum": logps.rejected_sum.detach()}
+        return dataclasses.replace(logps, **untrained)  # before training the model is its own reference
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, or of the several that max_tokens_per_micro_batch makes of it."""
@@ -202,52 +197,36 @@ class SimPOTrainer(Trainer):
         """Around a micro-batch: want of memory becomes one line, unless transformers looks for a size by itself."""
         if self.args.auto_find_batch_size:
             return contextlib.nullcontext()
-        rank = f"rank {self.mesh.rank}, " if self.mesh.sizes.world > 1 else ""
         limit = self.recipe.max_tokens_per_micro_batch
         advice = f"{'a smaller' if limit else 'set'} max_tokens_per_micro_batch{f' than {limit}' if limit else ''}"
         return needs_memory(
-            f"{rank}step {self.state.global_step + 1}",
-            advice=f"{advice}, or activation_checkpointing, needs less; then go on from the last checkpoint",
+            name_step(self.mesh, self.state.global_step),
+            advice=f"{advice}, or activation_checkpointing, needs less; then resume from the last checkpoint",
         )
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> int | None:
-        """Pairs of the whole step over all processes: the plan knows them, so nobody has to be asked."""
+        """Pairs of the whole step over all processes: the plan knows them, so no process has to be asked."""
         return batch_samples[0]["plan"].num_pairs if batch_samples else None
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The norm before clipping; one that is not finite stops every process, since all of them have the same one."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        rows = [row for row_ids, _ in self._step_losses for row in row_ids]
+        norm, losses = super()._get_grad_norm(model, grad_norm=grad_norm), self._step_losses
         self._step_losses = []
         if norm is not None and not math.isfinite(float(norm)):
-            raise self._not_finite(f"the gradient norm is {float(norm)}", rows)
+            raise not_finite(self.state.global_step, losses, self.mesh, grad_norm=float(norm))
         return norm
 
     def _stop_unless_finite(self) -> None:
         """Before the step's last backward pass, which is where DeepSpeed updates the weights."""
-        finite = [(row_ids, torch.isfinite(losses)) for row_ids, losses in self._step_losses]
-        bad = torch.stack([(~fine).sum() for _, fine in finite]).sum().double()
+        bad = torch.stack([(~torch.isfinite(losses)).sum() for _, losses in self._step_losses]).sum().double()
         if self.mesh.sum_over_all(bad).item():
-            rows = [row for row_ids, fine in finite for row, ok in zip(row_ids, fine.tolist(), strict=True) if not ok]
-            raise self._not_finite("a loss is not finite", rows)
-
-    def _not_finite(self, what: str, rows: list[str]) -> NonFiniteError:
-        """The error to raise on every process, all of which call this together."""
-        by_rank = {rank: theirs for rank, theirs in enumerate(self.mesh.gather(rows)) if theirs}
-        named = [row for theirs in by_rank.values() for row in theirs]
-        if self.mesh.sizes.world > 1:
-            named = [f"rank {rank}: {row}" for rank, theirs in by_rank.items() for row in theirs]
-        more = f" and {len(named) - 16} more" if len(named) > 16 else ""
-        return NonFiniteError(
-            f"step {self.state.global_step + 1}: {what}; nothing was updated. Rows: {', '.join(named[:16])}{more}. "
-            "Look at these rows, or lower learning_rate or beta"
-        )
+            raise not_finite(self.state.global_step, self._step_losses, self.mesh, grad_norm=None)
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan of this process; see `hf_batches`."""
-        self.loader = self._build_loader(self.train_dataset)
+        self.loader = self.build_loader(self.train_dataset)
         order = TrainingOrder(self.loader, lambda: self.state.global_step)
         return build_dataloader(self.loader, order, self.args, name="train")
 
@@ -260,28 +239,19 @@ class SimPOTrainer(Trainer):
         if eval_dataset is None:
             raise ValueError("eval_dataset: there is none to evaluate on; give one to the trainer or to evaluate()")
         pairs = self._tokenised(eval_dataset)
-        loader = self._build_loader(pairs, evaluation=True)
+        loader = self.build_loader(pairs, evaluation=True)
         return build_dataloader(loader, EvaluationOrder(loader), self.args, name=self._name_of(pairs))
 
     get_test_dataloader = get_eval_dataloader
 
-    def _build_loader(self, dataset: Any, *, evaluation: bool = False) -> StepLoader:
+    def build_loader(self, dataset: Any, *, evaluation: bool = False) -> StepLoader:
+        """The native trainer's batch plan of tokenised pairs, for this process."""
         if dataset is None:
             raise ValueError("train_dataset: there is none to train on")
-        config = unwrap(self.model).config.get_text_config()
-        return build_loader(
-            dataset,
-            self.recipe,
-            pad_token_id=self._tokenizer.pad_token_id or 0,
-            weights=cost_weights(config),
-            max_positions=getattr(config, "max_position_embeddings", None),
-            rank=self.mesh.rank,
-            num_ranks=self.mesh.sizes.world,
-            evaluation=evaluation,
-        )
+        return build_loader(dataset, self.recipe, self.model, self._tokenizer, self.mesh, evaluation=evaluation)
 
     def _name_of(self, held_out: Any) -> str:
-        """Of held-out pairs, in `references`; only losses with a reference ask for it, and it takes a while."""
+        """The name of held-out pairs in `references`; only losses with a reference need one, and it takes a while."""
         return fingerprint_tokens(held_out) if self.recipe.loss.needs_reference else ""
 
     def _prepare(self, train: Any, evaluation: Any, *, recipe: Recipe | None = None) -> PreparedData:
@@ -349,9 +319,7 @@ class SimPOTrainer(Trainer):
         if not self._is_checked or self.is_deepspeed_enabled or self.is_fsdp_enabled:  # these have weights of their own
             with self.compute_loss_context_manager():
                 self._check_forward(model, bf16=False)
-        facts = {f"recipe key {name}": value for name, value in self.recipe.to_dict().items()}
-        facts |= {"fingerprint of the data": self.data.fingerprint, "batch plan": self.loader.fingerprint}
-        self.mesh.check_agreement({**facts, "optimizer steps done": self.state.global_step})
+        check_agreement(self.mesh, self.recipe, self.data, self.loader, step=self.state.global_step)
         if self.recipe.loss.needs_reference:
             self._prepare_references(model, resume_from_checkpoint)
         self._logged = (self.state.global_step, time.perf_counter())
@@ -361,11 +329,11 @@ class SimPOTrainer(Trainer):
         """Before the first update the model is the reference; a resumed run has its log-probs from the checkpoint."""
         stores = {"train": self.loader.store}
         every = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
-        stores |= {self._name_of(d): self._build_loader(d, evaluation=True).store for d in every if d is not None}
+        stores |= {self._name_of(d): self.build_loader(d, evaluation=True).store for d in every if d is not None}
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             by_position = load_state(folder / IDENTITY_FILE)["format"] == 0  # held-out pairs had another fingerprint
-            self.references.load(folder, stores, by_position=by_position)
+            self.references = self.mesh.on_main(lambda: load_references(folder, stores, by_position=by_position))
             return
         self.display.say("computing the reference's log-probs: the model's own before its first update")
 
@@ -374,7 +342,9 @@ class SimPOTrainer(Trainer):
                 return compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
 
         model.eval()
-        self.references.compute(forward, stores, self.recipe)
+        self.references = {
+            name: ReferenceLogps.compute(forward, store, self.recipe, self.mesh) for name, store in stores.items()
+        }
         model.train()
 
     # --- metrics -----------------------------------------------------------------------------------------------------
@@ -471,7 +441,7 @@ class SimPOTrainer(Trainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             (folder / IDENTITY_FILE).write_text(json.dumps({**stamp(), **self._identity()}), encoding="utf-8")
             if self.references:
-                self.references.save(folder)
+                save_references(folder, self.references)
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
         """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
@@ -483,10 +453,9 @@ class SimPOTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint: {folder} was not saved by this trainer (no {IDENTITY_FILE})")
             saved = load_state(folder / IDENTITY_FILE)
             history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
-            seen = next(((line["step"], line["pairs_seen"]) for line in history[::-1] if "pairs_seen" in line), None)
-            for line in check_same_run(
-                saved, self._identity(), folder, recipe=self.recipe, loader=self.loader, seen=seen
-            ):
+            counts = [(line["step"], line["pairs_seen"]) for line in history if "pairs_seen" in line]
+            fits = all(self.loader.pairs_before(step) == count for step, count in counts)
+            for line in check_same_run(saved, self._identity(), folder, recipe=self.recipe, pairs_fit=fits):
                 self.display.say(line)
         return super()._init_training_state(max_steps, *others)
 
@@ -514,48 +483,5 @@ def _check_arguments(args: Any, data_collator: Any, others: Mapping[str, Any]) -
 def _tokenizer_of(model: Any, recipe: Recipe) -> Any:
     name = getattr(getattr(unwrap(model), "config", None), "name_or_path", "") if model is not None else ""
     if not name:
-        raise ValueError("processing_class: this model does not know where it came from; give its tokenizer")
+        raise ValueError("processing_class: this model has no name_or_path to load one from; give its tokenizer")
     return load_tokenizer(load_recipe(recipe, {"model_name_or_path": name}))
-
-
-def join_launched_world(args: SimPOConfig) -> Mesh:
-    """The processes that transformers has met, checked against what the launcher said.
-
-    Raises:
-        ValueError: fewer met than were started, or they talk through a backend that does not fit the device.
-    """
-    started = int(os.environ.get("WORLD_SIZE", "1"))
-    if args.world_size != started:
-        raise ValueError(
-            f"the launcher started {started} processes, and accelerate made a world of {args.world_size} of them: each "
-            "would train alone. On CPUs give use_cpu=True and ddp_backend='gloo', and no GPU-only configuration"
-        )
-    if started == 1:
-        if args.n_gpu > 1:  # transformers would split every batch over the GPUs of one process
-            print(f"{args.n_gpu} GPUs are visible and one is used; accelerate launch or torchrun uses them all")
-            args._n_gpu = 1
-        return Mesh(MeshSizes(), device=args.device)
-    backend = str(torch.distributed.get_backend())
-    if args.device.type == "cpu" and "nccl" in backend:
-        raise ValueError(f"processes that compute on CPUs talk through gloo, not {backend}; give ddp_backend='gloo'")
-    return Mesh(MeshSizes(dp_replicate=started), device=args.device)
-
-
-def check_launch(accelerator: Any) -> None:
-    """Raise ValueError where accelerate has silently become something else than it was launched as."""
-    for name, wanted in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
-        asked = os.environ.get(wanted, "false").lower() in ("1", "true")
-        if asked and accelerator.distributed_type.value != name:
-            raise ValueError(
-                f"accelerate was launched for {name} and runs as {accelerator.distributed_type.value}: "
-                "FSDP needs GPUs; choose another configuration file"
-            )
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
-        raise ValueError("fsdp_version: only 2 is supported; see recipes/accelerate/fsdp2.yaml")
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 0 and accelerator.mixed_precision != "no":
-        raise ValueError(
-            "zero_stage: 0 keeps fp32 weights where nobody can read them; use zero_stage: 1, or for plain data "
-            "parallelism recipes/accelerate/multi_gpu.yaml"
-        )

@@ -1,4 +1,7 @@
-"""How this process uses the host's memory. Must not import data, train or evaluate."""
+"""How this process uses CPU memory: malloc's settings, and tensors that a GPU copies to and from by itself.
+
+Must not import data, the trainer or evaluation.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +41,12 @@ def keep_freed_memory() -> bool:
 _PAGES_OF_ITS_OWN = 2**25  # bytes from which malloc(3) shares no page between two blocks
 
 
-def empty_on_host(like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
-    """An uninitialised tensor in host memory, shaped as `like`; pinned if that is on a GPU, which then copies to and
-    from it by itself while both sides go on.
+def empty_on_cpu(like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
+    """An uninitialised tensor in CPU memory, shaped as `like`; pinned if that is on a GPU, which then copies to and
+    from it while both sides work on.
 
-    torch's own pinned memory comes in powers of two: large tensors are pinned where they lie instead. Of sharded
-    tensors only large ones are.
+    torch's own pinned memory comes in powers of two: large tensors are pinned where they lie instead. Sharded
+    tensors are pinned only where they are large.
 
     Args:
         like: a tensor on any device; of a sharded one, the same shards are made.
@@ -56,11 +59,11 @@ def empty_on_host(like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
     large = part.numel() * (dtype or like.dtype).itemsize >= _PAGES_OF_ITS_OWN
     if part.is_cuda and not large and not sharded:
         return torch.empty_like(like, dtype=dtype, device="cpu", pin_memory=True)
-    host = torch.empty_like(like, dtype=dtype, device="cpu")
+    copy = torch.empty_like(like, dtype=dtype, device="cpu")
     if part.is_cuda and large:
         from torch.cuda._pin_memory_utils import pin_memory, unpin_memory
 
-        pinned = host._local_tensor if sharded else host  # itself: to_local() may make a view that goes at once
+        pinned = copy._local_tensor if sharded else copy  # itself: to_local() may make a view that goes at once
         pin_memory(pinned.data_ptr(), pinned.nbytes)
         weakref.finalize(pinned, unpin_memory, pinned.data_ptr()).atexit = False  # the driver is gone by then
-    return host
+    return copy

@@ -1,0 +1,199 @@
+"""What a run does alike whoever drives it: the native trainer and the Hugging Face host are both built on this.
+
+Must not import the trainer or evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from simpo.data.loader import PairStore, StepLoader
+from simpo.model.attention import unwrap
+from simpo.model.costs import cost_weights
+from simpo.model.kernels import describe_attention
+from simpo.run.resume import best_checkpoint, record_launch
+
+if TYPE_CHECKING:
+    from simpo.data.prepare import PreparedData
+    from simpo.parallel.mesh import Mesh
+    from simpo.recipe import Recipe
+    from simpo.run.checkpoint import Checkpoint
+
+
+@dataclass
+class Progress:
+    """Where a run stands; all of it goes into a checkpoint."""
+
+    step: int = 0
+    pairs_seen: int = 0
+    tokens_seen: int = 0
+    train_time_s: float = 0.0
+    logged_step: int = 0
+    logged_time_s: float = 0.0
+    best_step: int | None = None
+    best_metric: float | None = None
+    best_in: str | None = None  # the folder of the best checkpoint where it is not the run's own
+    last_eval_step: int | None = None
+    last_eval: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, state: Mapping[str, Any]) -> Progress:
+        """From a checkpoint, perhaps of another version: what it lacks gets its default, what is unknown is ignored."""
+        return cls(**{item.name: state[item.name] for item in dataclasses.fields(cls) if item.name in state})
+
+    def track_best(self, values: Mapping[str, float], recipe: Recipe) -> None:
+        """Take note of an evaluation after the present step if it is the best so far.
+
+        Raises:
+            ValueError: it lacks `metric_for_best_model`.
+        """
+        name, best = recipe.metric_for_best_model, self.best_metric
+        if name not in values:
+            raise ValueError(f"metric_for_best_model: {name!r} is not one of {', '.join(sorted(values))}")
+        if best is None or (values[name] > best if recipe.greater_is_better else values[name] < best):
+            self.best_metric, self.best_step, self.best_in = values[name], self.step, None
+
+
+def locate_best(progress: Progress, resumed: Checkpoint, own: Path, recipe: Recipe, mesh: Mesh) -> str | None:
+    """Note in the progress of a resumed run where its best checkpoint lies; a line to show if it is gone.
+
+    It may lie next to the checkpoint that is resumed, and may have been deleted since.
+
+    Args:
+        own: the run's own `checkpoints/`.
+    """
+    folder, line = Path(progress.best_in or resumed.folder.parent), None
+    try:
+        mesh.on_main(lambda: best_checkpoint(progress.best_step, folder))
+    except ValueError as error:
+        line = f"{error}. From here on the best is chosen among step {resumed.step} and those after it"
+        progress.best_step = progress.best_metric = None
+        if progress.last_eval_step == resumed.step:
+            progress.track_best(progress.last_eval, recipe)
+        folder = resumed.folder.parent
+    progress.best_in = None if folder.resolve() == own.resolve() else str(folder.resolve())
+    return line
+
+
+def build_loader(
+    dataset: Any, recipe: Recipe, model: nn.Module, tokenizer: Any, mesh: Mesh, *, evaluation: bool = False
+) -> StepLoader:
+    """The batch plan of training or held-out pairs, for this process of the mesh.
+
+    Args:
+        dataset: tokenised pairs.
+        model: its longest sequence is checked, and its shape says what a pair costs.
+    Raises:
+        ValueError: a pair is longer than the model takes, or than max_tokens_per_micro_batch allows.
+    """
+    config = unwrap(model).config.get_text_config()
+    store = PairStore(dataset, share_prompt=recipe.share_prompt)
+    store.check_lengths(getattr(config, "max_position_embeddings", None))
+    return StepLoader(
+        store,
+        pairs_per_step=recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(mesh.sizes.data),
+        num_micro_batches=1 if evaluation else recipe.gradient_accumulation_steps,
+        max_tokens=None if evaluation else recipe.max_tokens_per_micro_batch,
+        pack=recipe.pack,
+        pad_token_id=tokenizer.pad_token_id or 0,
+        seed=recipe.seed,
+        weights=cost_weights(config),
+        rank=mesh.data_rank,
+        num_ranks=mesh.sizes.data,
+    )
+
+
+def count_steps(recipe: Recipe, steps_per_epoch: int) -> int:
+    """Optimizer steps of the run: `max_steps`, or `num_train_epochs` passes over the data, rounded up."""
+    return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * steps_per_epoch)
+
+
+def is_due(strategy: str, every: float | None, *, step: int, steps_per_epoch: int, total_steps: int) -> bool:
+    """Whether evaluating or saving is due after a step; it always is after the last one.
+
+    Args:
+        strategy: "no", "epoch" or "steps".
+        every: steps between two times; below 1 a share of the run, as in transformers; None = at the end alone.
+    """
+    if strategy == "no" or step == total_steps:
+        return strategy != "no"
+    if strategy == "epoch":
+        return step % steps_per_epoch == 0
+    every = max(1, math.ceil(every * total_steps)) if every is not None and every < 1 else every
+    return every is not None and step % int(every) == 0
+
+
+def check_device(recipe: Recipe, mesh: Mesh) -> None:
+    """Raise ValueError for keys that need another device or mesh."""
+    for key, what in (("activation_offload", "activations are"), ("optimizer_offload", "the optimizer is")):
+        if getattr(recipe, key) and mesh.device.type == "cpu":
+            raise ValueError(f"{key}: on a CPU {what} in CPU memory already; set it to false")
+    if recipe.optimizer_offload and mesh.sizes.is_sharded:
+        raise ValueError(
+            "optimizer_offload: only for weights that are whole on each process; with sharded ones "
+            "fsdp_cpu_offload: true keeps the moments in CPU memory"
+        )
+
+
+def check_agreement(mesh: Mesh, recipe: Recipe, data: PreparedData, loader: StepLoader, *, step: int) -> None:
+    """Raise ValueError unless every process is about to do its part of the same run, after the same step."""
+    facts = {f"recipe key {name}": value for name, value in recipe.to_dict().items()}
+    facts |= {f"version of {name}": version(name) for name in ("simpo", "torch", "transformers")}
+    facts |= {"fingerprint of the data": data.fingerprint, "batch plan": loader.fingerprint}
+    mesh.check_agreement({**facts, "optimizer steps done": step})
+
+
+def describe_run(
+    recipe: Recipe,
+    model: nn.Module,
+    data: PreparedData,
+    loader: StepLoader,
+    *,
+    where: Mapping[str, str],
+    total_steps: int,
+    micro_batches: str,
+) -> dict[str, str]:
+    """What is about to run, for people.
+
+    Args:
+        where: the rows that say what it runs on.
+        micro_batches: how a step is cut.
+    """
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    return {
+        "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
+        **where,
+        "pairs": f"{len(data.train)} to train, {len(data.eval or ())} held out",
+        "rows": f"{'packed' if recipe.pack else 'padded'}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
+        "attention": describe_attention(model, half=bool(recipe.bf16)),
+        "steps": f"{total_steps} of {loader.pairs_per_step} pairs",
+        "micro-batches": micro_batches,
+        "loss": recipe.describe_loss(),
+    }
+
+
+def open_output_dir(recipe: Recipe, data: PreparedData) -> None:
+    """Write down what is about to run. One process calls it."""
+    folder = Path(recipe.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    record_launch(folder)
+    recipe.save(folder / "recipe.yaml")
+    data.ledger.save(folder / "audit.json")
+
+
+def card_of_data(data: PreparedData, *, step: int, total_steps: int) -> dict[str, Any]:
+    """What the model card says of the training: see `run.export.write_model`."""
+    return {
+        "training pairs": len(data.train),
+        "held-out pairs": len(data.eval or ()),
+        "data fingerprint": data.fingerprint,
+        "optimizer step of these weights": f"{step} of {total_steps}",
+    }
