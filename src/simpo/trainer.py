@@ -43,7 +43,7 @@ from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
 from simpo.run.cpu_memory import keep_freed_memory
-from simpo.run.export import WeightSample, export_dtype, publish_model, saved_tensors, settle_dtype
+from simpo.run.export import WeightSample, export_dtype, publish_model, saved_tensors
 from simpo.run.memory import TokenBudget, fit_micro_batches
 from simpo.run.metrics import StepTotals, Totals, peak_memory_gib
 from simpo.run.objective import micro_batch_losses
@@ -290,22 +290,16 @@ class Trainer:
             results, kept_step = checkpoints.read_state(best)["progress"]["last_eval"], best.step
             self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
         model_dir = self.output_dir / "model"
-        dtype = settle_dtype(
-            self.export_dtype,
-            saved_tensors(self.model),
-            untrained=self._untrained,
-            trained=self._trained_weights(),
-            mesh=self.mesh,
-            say=self.display.say,
-        )
         written = publish_model(
             self.model,
-            whole_state_dict(self.model, keep=self.mesh.is_main, dtype=dtype),
+            lambda dtype: whole_state_dict(self.model, keep=self.mesh.is_main, dtype=dtype),
             self.tokenizer,
             self.recipe,
             model_dir,
-            dtype=dtype,
+            asked=self.export_dtype,
             held=saved_tensors(self.model),
+            untrained=self._untrained,
+            trained=self._trained_weights(),
             data=card_of_data(self.data, step=kept_step, total_steps=self.total_steps),
             results=results,
             evaluate=functools.partial(self.evaluate, prefix="eval_saved"),

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,30 +125,24 @@ def describe_loss_by_rounding(counts: Tensor, dtype: torch.dtype) -> str | None:
     )
 
 
-def settle_dtype(
-    dtype: torch.dtype,
+def _settle_dtype(
+    asked: torch.dtype,
     held: Iterable[Tensor],
-    *,
     untrained: WeightSample | None,
     trained: Iterable[tuple[str, Tensor]],
     mesh: Mesh,
-    say: Callable[[str], None],
+    display: Display,
 ) -> torch.dtype:
-    """In which dtype to write; says what that costs the trained weights, or why it is not the one asked for.
-
-    Args:
-        held: what this process computes the saved weights from.
-        untrained, trained: the trained weights before and after; None = the former are no longer known.
-    """
-    if mesh.largest(overflows(held, dtype)):
-        say(f"save_dtype: a weight is too large for {dtype_name(dtype)}; the model is written in float32")
+    """In which dtype to write; says what that costs the trained weights, or why it is not the one asked for."""
+    if mesh.largest(overflows(held, asked)):
+        display.say(f"save_dtype: a weight is too large for {dtype_name(asked)}; the model is written in float32")
         return torch.float32
     if untrained is not None:
-        counts = untrained.count_moved(trained, dtype)
-        line = describe_loss_by_rounding(mesh.sum_over_all(counts.to(mesh.device)), dtype)
+        counts = untrained.count_moved(trained, asked)
+        line = describe_loss_by_rounding(mesh.sum_over_all(counts.to(mesh.device)), asked)
         if line is not None:
-            say(line)
-    return dtype
+            display.say(line)
+    return asked
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -161,13 +155,15 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def publish_model(
     model: nn.Module,
-    state: dict[str, torch.Tensor],
+    state_in: Callable[[torch.dtype], dict[str, Tensor]],
     tokenizer: Any,
     recipe: Recipe,
     folder: Path,
     *,
-    dtype: torch.dtype,
-    held: Iterable[Tensor],
+    asked: torch.dtype,
+    held: Sequence[Tensor],
+    untrained: WeightSample | None,
+    trained: Iterable[tuple[str, Tensor]],
     data: Mapping[str, Any],
     results: Mapping[str, float],
     evaluate: Callable[[], Mapping[str, float]],
@@ -178,18 +174,21 @@ def publish_model(
 
     Args:
         model: full weights, or a PEFT model, of which the adapters are saved with their base's name.
-        state: the first process's: the whole state dict, in the dtype to save. Emptied.
+        state_in: gives the whole state dict in a dtype to the first process; every process calls it.
         tokenizer: saved with its chat template.
         recipe: recorded in the model card.
         folder: replaced if it exists.
-        dtype: of the saved weights; see `export_dtype`.
+        asked: dtype of the saved weights, unless one is too large for it; see `export_dtype`.
         held: what this process computes the saved weights from.
+        untrained, trained: the trained weights before and after; None = the former are no longer known.
         data: what it was trained on, for the card.
         results: of the last evaluation, for the card.
         evaluate: that evaluation again; gives metrics that begin with "eval_saved_", perhaps among others.
     Returns:
         Metrics of the weights as they are written; empty where those are the ones that were evaluated.
     """
+    dtype = _settle_dtype(asked, held, untrained, trained, mesh, display)
+    state = state_in(dtype)
     mesh.on_main(lambda: _write_model(model, state, tokenizer, recipe, folder, dtype, data, results))
     state.clear()
     if not results:

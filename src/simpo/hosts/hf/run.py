@@ -28,7 +28,7 @@ from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, OPTIMIZERS, Recipe
 from simpo.run.checkpoint import list_checkpoints
 from simpo.run.cpu_memory import keep_freed_memory
-from simpo.run.export import WeightSample, export_dtype, publish_model, settle_dtype
+from simpo.run.export import WeightSample, export_dtype, publish_model
 from simpo.run.optim import set_threads
 from simpo.run.resume import find_checkpoint, is_begun_by_this_launch
 from simpo.run.session import card_of_data, count_steps, describe_run, open_output_dir
@@ -83,15 +83,7 @@ def run_recipe(recipe: Recipe) -> None:
     model_dir = Path(recipe.output_dir) / "model"
     with contextlib.closing(directory):
         trainer.train(resume_from_checkpoint=resume)
-        dtype = settle_dtype(
-            dtype,
-            held_tensors(trainer.model),
-            untrained=directory.untrained,
-            trained=local_masters(trainer.model),
-            mesh=mesh,
-            say=display.say,
-        )
-        save_final_model(trainer, model_dir, dtype=dtype)
+        save_final_model(trainer, model_dir, dtype, directory.untrained)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
 
@@ -184,25 +176,31 @@ def describe(trainer: SimPOTrainer) -> dict[str, str]:
     )
 
 
-def save_final_model(trainer: SimPOTrainer, folder: Path, *, dtype: torch.dtype) -> None:
+def save_final_model(trainer: SimPOTrainer, folder: Path, asked: torch.dtype, untrained: WeightSample | None) -> None:
     """The model as the native trainer leaves it, put together from whatever engine held it. Every process calls it."""
     recipe, model = trainer.recipe, trainer.model
     step, results = trainer.state.global_step, last_evaluation(trainer)
     if recipe.load_best_model_at_end and trainer.state.best_global_step:
         step = trainer.state.best_global_step
-    state: dict[str, torch.Tensor] = {}
-    for name, value in trainer.whole_weights():  # narrowed one by one, so that no whole model is there in fp32
-        if value is not None and trainer.mesh.is_main:
-            state[name] = value.detach().to(dtype) if value.is_floating_point() else value
-    tie(state, model)
+
+    def state_in(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        state: dict[str, torch.Tensor] = {}
+        for name, value in trainer.whole_weights():  # narrowed one by one, so that no whole model is there in fp32
+            if value is not None and trainer.mesh.is_main:
+                state[name] = value.detach().to(dtype) if value.is_floating_point() else value
+        tie(state, model)
+        return state
+
     publish_model(
         model,
-        state,
+        state_in,
         trainer.processing_class,
         recipe,
         folder,
-        dtype=dtype,
+        asked=asked,
         held=held_tensors(model),
+        untrained=untrained,
+        trained=local_masters(model),
         data=card_of_data(trainer.data, step=step, total_steps=trainer.state.max_steps),
         results=results,
         evaluate=functools.partial(trainer.evaluate, metric_key_prefix=SAVED),
