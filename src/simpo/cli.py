@@ -284,7 +284,7 @@ def _plain(value: Any) -> str:
         return ", ".join(f"{name}: {_plain(item)}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
-    text = {True: "true", False: "false", None: "null"}.get(value) if isinstance(value, bool | None) else str(value)
+    text = {True: "true", False: "false", None: "null"}[value] if isinstance(value, bool | None) else str(value)
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -110,7 +110,7 @@ def _checked(path: str, function: Callable[..., Any]) -> Callable[..., PairLoss]
     return compute
 
 
-def _try(loss: Loss, values: dict[str, Any]) -> float:
+def _try(loss: Loss, values: Mapping[str, Any]) -> float:
     """The loss of a pair of equal log-probs, after a look at what the function makes of three made-up pairs."""
     chosen, rejected = (torch.tensor(means, device="cpu") * 8 for means in ([-1.0, -0.5, -2.0], [-1.0, -2.0, -0.5]))
     lengths = torch.full((3,), 8, device="cpu")

@@ -184,7 +184,8 @@ def check_best_model(recipe: Recipe) -> None:
             f"load_best_model_at_end: eval_strategy ({evaluates}) and save_strategy ({saves}) must be the same, "
             "steps or epoch, so that every checkpoint has its metric"
         )
-    if saves == "steps" and (recipe.eval_steps < 1 or recipe.save_steps % recipe.eval_steps):
+    steps = recipe.eval_steps or 0  # set where eval_strategy is steps
+    if saves == "steps" and (steps < 1 or recipe.save_steps % steps):
         raise ValueError(
             f"load_best_model_at_end: save_steps = {recipe.save_steps} must be a multiple of "
             f"eval_steps = {recipe.eval_steps}, so that every checkpoint has its metric"

@@ -128,8 +128,8 @@ def _own_keys() -> dict[str, Any]:
     for loss in LOSSES.values():
         for name, key in loss.own_keys.items():
             default = loss.defaults[name]
-            words = {"only": loss.name, "megatron": name if isinstance(default, float) else ""}
-            fields[name] = (kinds[type(default)], _loss(default, key.meaning, **words, **key.bounds))
+            rest = {"only": loss.name, "megatron": name if isinstance(default, float) else "", **key.bounds}
+            fields[name] = (kinds[type(default)], _loss(default, key.meaning, **rest))
     return fields
 
 
@@ -430,7 +430,7 @@ class Recipe(_LossKeys):
         """Fill in derived defaults and check keys against each other."""
         given = set(self.model_fields_set)
         resolved, notices = resolve(self, given)
-        self.__dict__.update(resolved)  # the model is frozen for everybody else
+        vars(self).update(resolved)  # the model is frozen for everybody else
         check_best_model(self)
         self._notices, self._given = tuple(notices), frozenset(given)
         return self

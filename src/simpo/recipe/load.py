@@ -308,7 +308,7 @@ def _explain(error: ValidationError, spelled: Mapping[str, str]) -> str:
         if key in seen:
             continue  # a union reports one finding for each of its types
         seen.add(key)
-        message = str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+        message = str(found.get("ctx", {})["error"]) if found["type"] == "value_error" else found["msg"]
         lines.append(_explain_one(key, found, message, spelled) if key else message + _also_written(message, spelled))
     return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
 
@@ -348,7 +348,6 @@ def _kind_of(name: str) -> Kind:
     if target not in KEYS:
         raise unknown_key(f"--{name}")
     types = KEYS[target].types
-    for kind, contained in (("mapping", dict), ("list", list)):
-        if contained in types:
-            return kind
+    if types & {dict, list}:
+        return "mapping" if dict in types else "list"
     return "flag" if types == {bool} else "text" if types == {str} else "open" if types == {bool, str} else "value"
