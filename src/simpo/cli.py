@@ -80,7 +80,8 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
     resolved.require("dataset_mixer", "output_dir")
     from simpo.hosts.launcher import launched_by_accelerate
     from simpo.parallel.mesh import leave_world
-    from simpo.trainer import Interrupted, NonFiniteError, OutOfMemory, Trainer
+    from simpo.run.stopping import Interrupted, NonFiniteError, OutOfMemory
+    from simpo.trainer import Trainer
 
     try:
         if launched_by_accelerate():

@@ -44,7 +44,7 @@ def run_recipe(recipe: Recipe) -> None:
 
     Raises:
         ValueError: a key that this host cannot honour, or data, model, run directory and launcher do not fit together.
-        simpo.trainer.NonFiniteError: a loss or gradient is not finite.
+        simpo.NonFiniteError: a loss or gradient is not finite.
     """
     check_keys(recipe)
     check_trackers(recipe.report_to)
