@@ -248,6 +248,11 @@ def test_audit_saves_where_it_is_told(recipe_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("prepared")
+def test_a_file_that_cannot_be_written_is_one_line(recipe_file):
+    assert str(recipe_file) in fails("audit", recipe_file, "--output", recipe_file / "ledger.json")
+
+
 def test_eval_hands_its_options_on(monkeypatch):
     seen = {}
     stand_in(monkeypatch, "simpo.evaluation.command", run_eval_command=lambda **options: seen.update(options))

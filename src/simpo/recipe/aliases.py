@@ -29,25 +29,24 @@ class Alias:
     Attributes:
         target: our key, or an input key.
         convert: changes the value where the other program counts or spells differently.
+        when_true: for a switch, the value that true stands for; false asks for nothing.
         yields: whether it gives way, with a notice, where our own key is given too; else that is a contradiction.
         notice: printed when the alias is used, with {value}; "" for a plain renaming.
     """
 
     target: str
     convert: Convert | None = None
+    when_true: str = ""
     yields: bool = False
     notice: str = ""
 
-
-def _flag(when_true: Any) -> Convert:
-    """A conversion for a switch: true becomes `when_true`, false asks for nothing."""
-
-    def convert(value: Any) -> Any:
-        if not isinstance(value, bool):
-            raise ValueError("must be true or false")
-        return when_true if value else UNSET
-
-    return convert
+    def translate(self, value: Any) -> Any:
+        """The value under our key, or UNSET. Raises ValueError for a value that has no equal here."""
+        if self.when_true:
+            if not isinstance(value, bool):
+                raise ValueError("must be true or false")
+            return self.when_true if value else UNSET
+        return self.convert(value) if self.convert else value
 
 
 def _master_dtype(value: Any) -> Any:
@@ -76,13 +75,13 @@ ALIASES: dict[str, Alias] = {
     "evaluation_strategy": Alias("eval_strategy"),
     "dtype": Alias("master_dtype", _master_dtype, yields=True),
     "torch_dtype": Alias("master_dtype", _master_dtype, yields=True),
-    "use_flash_attention_2": Alias("attn_implementation", _flag("flash_attention_2")),
+    "use_flash_attention_2": Alias("attn_implementation", when_true="flash_attention_2"),
     "activation_checkpointing": Alias("gradient_checkpointing"),
     "activation_checkpointing_kwargs": Alias("gradient_checkpointing_kwargs"),
     "activation_offloading": Alias("activation_offload"),
     "use_liger": Alias("use_liger_kernel"),
-    "no_cuda": Alias("device", _flag("cpu")),
-    "use_cpu": Alias("device", _flag("cpu")),
+    "no_cuda": Alias("device", when_true="cpu"),
+    "use_cpu": Alias("device", when_true="cpu"),
     # TRL and the alignment-handbook
     "dataset_num_proc": Alias("preprocessing_num_workers"),
     "dataset_config_name": Alias("dataset_config"),

@@ -164,7 +164,7 @@ def _put_alias(layer: _Layer, written: str, name: str, value: Any) -> None:
         layer.notices.append(f"{written}: not used, since {min(taken & set(layer.values))} is given")
         return
     try:
-        converted = alias.convert(value) if alias.convert else value
+        converted = alias.translate(value)
     except ValueError as error:
         raise ValueError(f"{written} = {short(value)}: {error}") from None
     if converted is UNSET:
@@ -339,10 +339,8 @@ def _kind_of(name: str) -> Kind:
     target = alias.target if alias else name
     if name in KNOWN_ELSEWHERE:
         return "open"
-    if name in ("no_cuda", "use_cpu", "use_flash_attention_2"):
-        return "flag"
-    if alias and alias.convert:
-        return "value"
+    if alias and (alias.when_true or alias.convert):
+        return "flag" if alias.when_true else "value"
     if target in INPUT_KEYS:
         return "text" if target.startswith("dataset") else "value"
     if target not in KEYS:
