@@ -68,14 +68,13 @@ def fingerprint_tokens(dataset: Any) -> str:
     Args:
         dataset: a datasets.Dataset with the columns of token pairs.
     """
-    import pyarrow.compute as pc
-
     digest, table = hashlib.sha256(), dataset.with_format("arrow")[:]
     for side in ("chosen", "rejected"):
         ids = table[f"{side}_ids"]
-        for column in (pc.list_value_length(ids), pc.list_flatten(ids), table[f"{side}_start"]):
+        parts = (pc.call_function(name, [ids]) for name in ("list_value_length", "list_flatten"))
+        for column in (*parts, table[f"{side}_start"]):
             for chunk in column.chunks:
-                digest.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False), dtype="<i4"))
+                digest.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False), dtype="<i4").data)
     return digest.hexdigest()[:32]
 
 
