@@ -220,7 +220,7 @@ class Recipe(_LossKeys):
     drop_duplicates: bool = _data(
         False, "Drop pairs that repeat an earlier one exactly.")
     preprocessing_num_workers: Whole | None = _data(
-        None, "Processes that tokenise.", null="one a core, at most 8; one for a few rows",
+        None, "Processes that tokenise; never more than one for 2,000 rows.", null="one a core, at most 8",
         decides_tokens=False, may_change=True, ge=1)
     cache_dir: Text | None = _data(
         None, "Folder of tokenised data.", "path", null="the user's cache", decides_tokens=False, may_change=True)
