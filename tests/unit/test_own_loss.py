@@ -154,7 +154,7 @@ def test_a_module_that_is_not_there_is_named_with_the_folder_that_was_searched(w
 
 
 def test_options_are_for_a_loss_of_ones_own() -> None:
-    with pytest.raises(ValueError, match=r"loss_kwargs: only for a loss of your own.*sigmoid reads the keys beta"):
+    with pytest.raises(ValueError, match=r"loss_kwargs: only for a loss of your own.*sigmoid reads beta"):
         recipe("sigmoid", loss_kwargs={"tau": 1})
     with pytest.raises(ValueError, match="loss_type = 'my losses': not one of its values"):
         recipe("my losses")

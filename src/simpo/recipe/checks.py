@@ -41,33 +41,33 @@ def resolve(recipe: Recipe, given: set[str]) -> tuple[dict[str, Any], list[str]]
 
 
 def _resolve_loss(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
-    name, loss = recipe.loss_type, recipe.loss
+    name, loss, unread = recipe.loss_type, recipe.loss, recipe.unread_keys
     if recipe.loss_kwargs and name in LOSSES:
         raise ValueError(
-            f"loss_kwargs: only for a loss of your own, loss_type: module:function; {name} reads the keys "
-            f"{', '.join(loss.defaults) or 'of no loss'}"
+            f"loss_kwargs: only for a loss of your own, loss_type: module:function; {name} reads "
+            f"{', '.join(loss.defaults) or 'no key'}"
         )
-    for key in (key for key in loss_keys() if key in given & recipe.unread_keys):
+    for key in (key for key in loss_keys() if key in given & unread):
         value, reading = getattr(recipe, key), losses_reading(key)
-        if key == "label_smoothing" and value:
+        if key not in GENERAL_KEYS:
+            raise ValueError(f"{key}: loss_type {name!r} does not read it, only {reading[0]} does; remove one of them")
+        if key != "label_smoothing":
+            own = f", it reads {', '.join(loss.own_keys)}" * bool(loss.own_keys)
+            notices.append(f"{key}: not used, since loss_type {name!r} does not read it{own}")
+        elif value:
             raise ValueError(
                 f"label_smoothing = {value}: not defined for loss_type {name!r}; set it to 0 or use one of "
                 f"{', '.join(reading)}"
             )
-        if key not in GENERAL_KEYS:
-            raise ValueError(f"{key}: loss_type {name!r} does not read it, only {reading[0]} does; remove one of them")
-    for key in ("beta", "gamma_beta_ratio"):
-        if key in given & recipe.unread_keys:
-            own = f", it reads {', '.join(loss.own_keys)}" * bool(loss.own_keys)
-            notices.append(f"{key}: not used, since loss_type {name!r} does not read it{own}")
     if recipe.ref_model_name_or_path is not None and not loss.needs_reference:
         notices.append(f"ref_model_name_or_path: never loaded, since loss_type {name!r} has no reference model")
-    neutral = {"beta": 1.0, "gamma_beta_ratio": 0.0}
-    by_loss = {**neutral, **loss.defaults, "sft_weight": loss.sft_weight}
-    resolved = {key: by_loss[key] for key in ("beta", "gamma_beta_ratio", "sft_weight")}
-    kept = {key for key in resolved if key not in recipe.unread_keys and getattr(recipe, key) is not None}
-    options = {key: value for key, value in loss.defaults.items() if name not in LOSSES and key not in GENERAL_KEYS}
-    return resolved | {key: getattr(recipe, key) for key in kept} | {"loss_kwargs": options or None}
+    resolved: dict[str, Any] = {"sft_weight": loss.sft_weight}
+    resolved |= {key: loss.defaults.get(key, neutral) for key, neutral in (("beta", 1.0), ("gamma_beta_ratio", 0.0))}
+    resolved |= {key: value for key in resolved if (value := getattr(recipe, key)) is not None and key not in unread}
+    if name not in LOSSES:
+        options = {key: value for key, value in loss.defaults.items() if key not in GENERAL_KEYS}
+        resolved["loss_kwargs"] = options or None
+    return resolved
 
 
 def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
