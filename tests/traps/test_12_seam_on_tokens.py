@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import tokenize_pair, tokenize_pairs
 
 from simpo.data import tokenize
-from simpo.data.preferences import Pair, RowError, turn
+from simpo.data.preferences import Pair, RowError
 from simpo.data.prepare import prepare_pairs
 
 PIECES = st.lists(
@@ -109,14 +109,13 @@ def test_slow_tokenizer_finds_the_same_tokens(build_tokenizer):
 
 
 def test_a_text_is_not_cut_at_a_token_that_another_may_cover(build_tokenizer):
-    """With "word<|im_end|>" a token too, a prompt that ends a turn with "word" has no <|im_end|> to be cut at."""
+    """With "\\n<|im_start|>" a token too, the prompt's last <|im_start|> is the end of that one: no place to cut at."""
     tokenizer = copy.deepcopy(build_tokenizer("chatml"))
-    tokenizer.add_special_tokens({"additional_special_tokens": ["word<|im_end|>"]}, replace_extra_special_tokens=False)
-    turns = [turn("user", "my word"), turn("assistant", "yes"), turn("user", "a word")]
-    tokens = tokenize_pair(Pair("r", turns, "yes", "no"), tokenizer, max_length=500)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["\n<|im_start|>"]}, replace_extra_special_tokens=False)
+    tokens = tokenize_pair(Pair("r", "Why?", "yes", "no"), tokenizer, max_length=500)
     text = tokens.prompt_text + "yes<|im_end|>"
     assert tokens.chosen_ids == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert tokenizer.convert_tokens_to_ids("word<|im_end|>") in tokens.chosen_ids
+    assert tokenizer.convert_tokens_to_ids("\n<|im_start|>") in tokens.chosen_ids
 
 
 def test_a_rust_backend_that_gives_other_tokens_is_not_used(build_tokenizer):

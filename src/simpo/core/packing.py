@@ -192,7 +192,11 @@ def fill_to_budget(tokens: Sequence[int], budget: int) -> list[list[int]]:
     Raises:
         ValueError: one item alone exceeds the budget.
     """
-    _check_largest(tokens, budget)
+    if (largest := max(tokens, default=0)) > budget:
+        raise ValueError(
+            f"a pair of {largest} tokens does not fit in a micro-batch of {budget} tokens; "
+            "raise max_tokens_per_micro_batch or lower max_length"
+        )
     bins: list[list[int]] = []
     rooms: list[int] = []  # distinct rooms of the bins so far, ascending
     open_at: dict[int, list[int]] = {}  # room -> heap of the bins that have it
@@ -217,15 +221,6 @@ def fill_to_budget(tokens: Sequence[int], budget: int) -> list[list[int]]:
     for items in bins:
         items.sort()
     return bins
-
-
-def _check_largest(tokens: Sequence[int], budget: int) -> None:
-    largest = max(tokens, default=0)
-    if largest > budget:
-        raise ValueError(
-            f"a pair of {largest} tokens does not fit in a micro-batch of {budget} tokens; "
-            "raise max_tokens_per_micro_batch or lower max_length"
-        )
 
 
 def plan_micro_batches(
@@ -262,7 +257,6 @@ def _spread_within_budget(
     tokens: Sequence[int], costs: Sequence[float], num_ranks: int, num_micro_batches: int, max_tokens: int
 ) -> list[list[int]]:
     """The fewest bins, a multiple of num_ranks, in which the even spread keeps the budget; at most best fit's."""
-    _check_largest(tokens, max_tokens)
     per_rank = max(num_micro_batches, -(-sum(tokens) // (max_tokens * num_ranks)))
     packed: list[list[int]] | None = None
     while True:
