@@ -34,7 +34,7 @@ from simpo.evaluation.generate import save_samples
 from simpo.model.attention import unwrap
 from simpo.model.compile import compile_blocks
 from simpo.model.head import compute_pair_logps
-from simpo.model.load import load_model, load_tokenizer, pick_device, set_precision
+from simpo.model.load import load_model, load_tokenizer, pick_device
 from simpo.model.low_memory import why_no_liger
 from simpo.model.offload import offload_activations
 from simpo.parallel.mesh import join_world
@@ -42,7 +42,6 @@ from simpo.parallel.sharding import GradientSync, drop_gathered, whole_state_dic
 from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
-from simpo.run.cpu_memory import keep_freed_memory
 from simpo.run.export import WeightSample, export_dtype, publish_model, saved_tensors
 from simpo.run.memory import TokenBudget, fit_micro_batches
 from simpo.run.metrics import StepTotals, Totals, peak_memory_gib
@@ -54,7 +53,6 @@ from simpo.run.optim import (
     learning_rate_at,
     make_deterministic,
     seed_everything,
-    set_threads,
 )
 from simpo.run.reference import load_references
 from simpo.run.resume import best_checkpoint, check_same_run, find_checkpoint, run_identity
@@ -69,6 +67,7 @@ from simpo.run.session import (
     is_due,
     locate_best,
     open_output_dir,
+    set_up_process,
 )
 from simpo.run.shrink import shrink_until_it_fits
 from simpo.run.stopping import Interrupted, NonFiniteError, StepLosses, StopRequest, name_step, needs_memory, not_finite
@@ -130,10 +129,7 @@ class Trainer:
         for notice in recipe.notices:
             self.display.say(notice)
         check_device(recipe, self.mesh)
-        set_precision(recipe, self.device)
-        set_threads(recipe.num_threads)
-        if self.device.type == "cpu" and not self.mesh.sizes.is_sharded:  # gathered weights come and go: holes
-            keep_freed_memory()
+        set_up_process(recipe, self.device, sharded=self.mesh.sizes.is_sharded)
         seed_everything(recipe.seed)
         self.tokenizer = load_tokenizer(recipe)
         self.data = data or self.mesh.main_first(

@@ -225,11 +225,12 @@ class StepLoader:
         """Build a step's micro-batches one at a time; with several ranks an empty one becomes a stand-in."""
         wanted = [indices for indices in plan.micro_batches if indices or self.num_ranks > 1]
         for number, indices in enumerate(wanted, start=1):
-            micro_batch = self.build(indices) if indices else self.stand_in()
-            yield replace(micro_batch, is_last=number == len(wanted))
+            yield replace(self.build(indices), is_last=number == len(wanted))
 
     def build(self, indices: Sequence[int]) -> MicroBatch:
-        """One micro-batch of the given pairs."""
+        """One micro-batch of the given pairs; a stand-in for none."""
+        if not indices:
+            return self.stand_in()
         batch = build_batch(
             [self.store[i] for i in indices],
             pack=self.pack,

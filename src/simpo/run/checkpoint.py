@@ -2,8 +2,8 @@
 
 A checkpoint is a folder `step-N`. It is written under another name, synced to disk, and renamed;
 a folder that has its final name is therefore complete. Model and optimizer go through torch.distributed.checkpoint:
-every process writes its own shards, and a run may be resumed from them on another mesh. Must not import data, train or
-evaluate.
+every process writes its own shards, and a run may be resumed from them on another mesh. Must not import data, the
+trainer or evaluation.
 
 A checkpoint of any older simpo has to be resumable: `load_state` gives its state in the present format. Raise `FORMAT`
 when an older simpo would read a new checkpoint wrongly, and teach `load_state` what the format before it had. Recipe
@@ -120,24 +120,10 @@ class CheckpointSaver:
         if existing is not None:
             return existing
         checkpoint, aside = Checkpoint(self.folder / f"step-{step}", step), self.folder / f".step-{step}.writing"
-
-        def make_folder() -> None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir()
-
-        self._mesh.on_main(make_folder)
         tensors = _in_one_piece(_tensor_state(model, optimizer))
         digest = digest_tensors(tensors, self._mesh)
         record = {**stamp(), **state, "step": step, "mesh": str(self._mesh.sizes), "digest": digest}
-        error = None
-        try:
-            torch.save(_rng_state(), aside / RNG_FILE.format(rank=self._mesh.rank))
-            if self._mesh.is_main:
-                (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
-        except Exception as cause:
-            error = cause
-        self._mesh.raise_together(error)
+        self._begin(aside, record)
         written = None
         if self._copies is not None:
             written = _write_in_background(self._copies.of(tensors), aside / "tensors", self._mesh.cpu_group)
@@ -150,6 +136,24 @@ class CheckpointSaver:
         self._pending = (checkpoint, aside, written, protect)
         self.finish(wait=written is None)
         return checkpoint
+
+    def _begin(self, aside: Path, record: dict[str, Any]) -> None:
+        """A folder with everything but the tensors."""
+
+        def make_folder() -> None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir()
+
+        self._mesh.on_main(make_folder)
+        error = None
+        try:
+            torch.save(_rng_state(), aside / RNG_FILE.format(rank=self._mesh.rank))
+            if self._mesh.is_main:
+                (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
+        except Exception as cause:
+            error = cause
+        self._mesh.raise_together(error)
 
     def finish(self, *, wait: bool = True) -> None:
         """Give the checkpoint on its way, if there is one, its name once every process has written its part.

@@ -1,7 +1,7 @@
 """The final model as others load it: Hugging Face safetensors, tokenizer, generation config and a model card; and what
 writing it in a narrower number format does to it.
 
-Must not import data, train or evaluate.
+Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 What a step holds at its peak is taken apart into what does not depend on the micro-batch (gradients, optimizer state,
 casts of weights, the head's chunk of logits) and what its forward pass keeps for the backward pass. The latter is
 linear in pairs, tokens, labels and attention scores, so five small rows determine it exactly, whatever the
-architecture, precision, adapters or checkpointing. Must not import data, train or evaluate.
+architecture, precision, adapters or checkpointing. Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations

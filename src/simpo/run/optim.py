@@ -1,6 +1,6 @@
 """The optimizer's side of a step: parameter groups, learning-rate schedule, gradient clipping, seeds and threads.
 
-Must not import data, train or evaluate.
+Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations

@@ -124,12 +124,7 @@ def run_identity(recipe: Recipe, data: PreparedData, loader: StepLoader, *, tota
 
 
 def check_same_run(
-    saved: Mapping[str, Any],
-    current: Mapping[str, Any],
-    folder: Path,
-    *,
-    recipe: Recipe,
-    pairs_fit: bool,
+    saved: Mapping[str, Any], current: Mapping[str, Any], folder: Path, *, recipe: Recipe, pairs_fit: bool
 ) -> list[str]:
     """Refuse to resume a checkpoint under settings or data that would make it another run.
 
@@ -146,12 +141,30 @@ def check_same_run(
     Raises:
         ValueError: names each setting that differs, with both values.
     """
-    before, now, lines = saved["recipe"], current["recipe"], []
-    without_tokens = not saved["format"]  # its fingerprint is of source files, this package's among them
+    changed, lines = _differences(saved, current, recipe, pairs_fit), []
+    if changed:
+        raise ValueError(
+            f"{folder} belongs to a run with other settings: {'; '.join(changed)}. "
+            "Restore them to resume it, or start afresh in another output_dir"
+        )
+    if saved["format"] == 0:
+        lines.append(
+            f"{folder} comes from an older simpo, which did not record the tokens of its data; settings and number of "
+            "pairs are the same, so the data is taken to be"
+        )
+    unknown = [f"{key} = {value!r}" for key, value in saved["recipe"].items() if key not in KEYS]
+    if unknown:
+        lines.append(f"{folder} has recipe keys that this simpo lacks, which are ignored: {', '.join(unknown)}")
+    return lines
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], recipe: Recipe, pairs_fit: bool) -> list[str]:
+    """What makes a checkpoint another run's, for people."""
+    without_tokens = saved["format"] == 0  # its fingerprint is of source files, this package's among them
     other_data = not without_tokens and saved["data_fingerprint"] != current["data_fingerprint"]
     changed = []
-    for key, value in now.items():
-        was = before[key] if key in before else _default(key, recipe)
+    for key, value in current["recipe"].items():
+        was = saved["recipe"][key] if key in saved["recipe"] else _default(key, recipe)
         if was != value and (without_tokens or other_data or KEYS[key].section != "data"):
             changed.append(f"{key} (was {was!r}, is {value!r})")
     if other_data or (without_tokens and not pairs_fit):
@@ -163,20 +176,7 @@ def check_same_run(
         )
     elif saved["total_steps"] != current["total_steps"]:
         changed.append(f"the number of steps (was {saved['total_steps']}, is {current['total_steps']})")
-    if changed:
-        raise ValueError(
-            f"{folder} belongs to a run with other settings: {'; '.join(changed)}. "
-            "Restore them to resume it, or start afresh in another output_dir"
-        )
-    if without_tokens:
-        lines.append(
-            f"{folder} comes from an older simpo, which did not record the tokens of its data; settings and number of "
-            "pairs are the same, so the data is taken to be"
-        )
-    unknown = [f"{key} = {value!r}" for key, value in before.items() if key not in KEYS]
-    if unknown:
-        lines.append(f"{folder} has recipe keys that this simpo lacks, which are ignored: {', '.join(unknown)}")
-    return lines
+    return changed
 
 
 def _default(key: str, recipe: Recipe) -> Any:

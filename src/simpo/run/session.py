@@ -13,12 +13,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from simpo.data.loader import PairStore, StepLoader
 from simpo.model.attention import unwrap
 from simpo.model.costs import cost_weights
 from simpo.model.kernels import describe_attention
+from simpo.model.load import set_precision
+from simpo.run.cpu_memory import keep_freed_memory
+from simpo.run.optim import set_threads
 from simpo.run.resume import best_checkpoint, record_launch
 
 if TYPE_CHECKING:
@@ -129,6 +133,14 @@ def is_due(strategy: str, every: float | None, *, step: int, steps_per_epoch: in
         return step % steps_per_epoch == 0
     every = max(1, math.ceil(every * total_steps)) if every is not None and every < 1 else every
     return every is not None and step % int(every) == 0
+
+
+def set_up_process(recipe: Recipe, device: torch.device, *, sharded: bool = False) -> None:
+    """Precision, threads and malloc of this process, before anything is computed."""
+    set_precision(recipe, device)
+    set_threads(recipe.num_threads)
+    if device.type == "cpu" and not sharded:  # gathered weights come and go: what malloc kept would be full of holes
+        keep_freed_memory()
 
 
 def check_device(recipe: Recipe, mesh: Mesh) -> None:

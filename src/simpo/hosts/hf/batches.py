@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from simpo.core.packing import PAIR_FIELDS
 from simpo.data.ledger import Ledger
-from simpo.data.loader import MicroBatch, StepLoader, StepPlan
+from simpo.data.loader import StepLoader, StepPlan
 from simpo.data.prepare import PreparedData, prepare_rows
 from simpo.data.templates import load_chat_template
 from simpo.recipe import Recipe, load_recipe
@@ -51,12 +51,9 @@ class PlannedPairs(Dataset):
         return len(self.loader.store)
 
     def __getitem__(self, work: Work) -> dict[str, Any]:
-        parts = [self._build(indices) for indices in work.parts]
+        parts = [self.loader.build(indices) for indices in work.parts]
         tokens = torch.cat([part.pairs.input_ids.flatten() for part in parts])  # for the Trainer, which counts them
         return {"input_ids": tokens, "plan": work.plan, "parts": parts, "name": self.name}
-
-    def _build(self, indices: tuple[int, ...]) -> MicroBatch:
-        return self.loader.build(indices) if indices else self.loader.stand_in()
 
 
 class TrainingOrder:

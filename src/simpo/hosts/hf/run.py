@@ -23,15 +23,13 @@ from simpo.hosts.hf.config import RECIPE_FIELDS, SimPOConfig
 from simpo.hosts.hf.launch import join_launched_world
 from simpo.hosts.hf.masters import held_tensors, local_masters, tie
 from simpo.hosts.hf.trainer import SimPOTrainer
-from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options, set_precision
+from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, OPTIMIZERS, Recipe
 from simpo.run.checkpoint import list_checkpoints
-from simpo.run.cpu_memory import keep_freed_memory
 from simpo.run.export import WeightSample, export_dtype, publish_model
-from simpo.run.optim import set_threads
 from simpo.run.resume import find_checkpoint, is_begun_by_this_launch
-from simpo.run.session import card_of_data, count_steps, describe_run, open_output_dir
+from simpo.run.session import card_of_data, count_steps, describe_run, open_output_dir, set_up_process
 from simpo.run.tracking import MetricsLog, check_trackers
 
 _THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
@@ -50,10 +48,7 @@ def run_recipe(recipe: Recipe) -> None:
     check_trackers(recipe.report_to)
     resume = find_resume(recipe)
     device = pick_device(recipe.device)
-    set_precision(recipe, device)
-    set_threads(recipe.num_threads)
-    if device.type == "cpu":
-        keep_freed_memory()
+    set_up_process(recipe, device)
     # DeepSpeed 0.19 calls collectives by the names that they had before torch 2.13, at every step.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     args = build_config(recipe, device)
