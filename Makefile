@@ -75,7 +75,7 @@ pairs: model
 	MODEL="$(MODEL)" $(RUN) examples/demo/make_pairs.py
 
 lint: install
-	$(RUN) -m ruff check . && $(RUN) -m ruff format --check .
+	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(VENV)/bin/basedpyright --pythonpath $(RUN) --level error
 
 clean:
 	rm -rf $(VENV) runs build src/*.egg-info .pytest_cache .ruff_cache .hypothesis
