@@ -106,6 +106,12 @@ def test_a_limit_below_the_longest_pair_names_it():
         StepLoader(store, pairs_per_step=8, num_micro_batches=1, max_tokens=20)
 
 
+def test_a_stand_in_counts_for_no_tokens():
+    loader = StepLoader(make_store(3), pairs_per_step=2, num_micro_batches=1)
+    assert loader.build([0, 1]).num_tokens == loader.store.tokens[:2].sum()
+    assert (loader.stand_in().num_tokens, loader.stand_in().indices) == (0, ())
+
+
 @pytest.mark.parametrize("num_pairs", [1, 9, 30])
 def test_evaluation_gives_every_rank_as_many_batches_and_each_pair_to_one(num_pairs):
     store = make_store(num_pairs)

@@ -308,6 +308,12 @@ def test_plan_passes_over_a_cheap_but_full_micro_batch():
     assert plan_micro_batches(tokens, costs, num_ranks=1, num_micro_batches=1, max_tokens=6) == [[[0, 2], [1]]]
 
 
+def test_an_item_without_room_in_the_cheapest_bin_goes_to_the_next_cheapest():
+    assert plan_micro_batches([1, 9, 5], [10.0, 5.0, 3.0], num_ranks=1, num_micro_batches=2, max_tokens=10) == [
+        [[0, 2], [1]]
+    ]
+
+
 def test_ranks_are_even_in_sum_where_their_micro_batches_are_not():
     """Of the second group the costlier micro-batch goes to the rank that had the cheaper one before."""
     plan = plan_micro_batches([1] * 4, [10.0, 6.0, 5.0, 1.0], num_ranks=2, num_micro_batches=2)

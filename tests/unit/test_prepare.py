@@ -7,11 +7,12 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from simpo.data import prepare as data_prepare
-from simpo.data.ledger import Dropped, Ledger, SplitLedger
+from simpo.data.ledger import Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.prepare import prepare_pairs
 from simpo.data.workers import WorkersFailed, map_in_processes
 
@@ -229,6 +230,13 @@ def test_cache_that_cannot_be_written_is_said_and_does_not_stop(messy, build_tok
 # --- processes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "wanted", "expected"), [(1999, 8, 1), (4000, 8, 2), (10**6, 3, 3), (10**6, 1, 1), (0, None, 1)]
+)
+def test_a_process_is_started_for_every_2000_rows_and_no_more_than_wanted(num_rows, wanted, expected):
+    assert data_prepare._num_processes(num_rows, wanted) == expected
+
+
 def test_two_processes_give_what_one_gives(tmp_path, build_tokenizer, data_recipe, monkeypatch):
     monkeypatch.setattr(data_prepare, "ROWS_PER_PROCESS", 50)
     monkeypatch.setattr(data_prepare, "CHUNK_ROWS", 30)
@@ -308,6 +316,13 @@ def test_ledger_saves_and_loads(messy, build_tokenizer, data_recipe, tmp_path):
     content = json.loads((tmp_path / "deep" / "audit.json").read_text())
     assert content["splits"]["train"]["seam_shifted_share"] == 0.0
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["audit.json"]
+
+
+def test_lengths_are_counted_in_bins_that_double():
+    found = describe_lengths(np.array([5, 16, 40]))
+    assert found["histogram"] == {"edges": [0, 16, 32, 64], "counts": [1, 1, 1]}
+    assert (found["mean"], found["min"], found["p50"], found["max"]) == (20.33, 5, 16, 40)
+    assert describe_lengths(np.array([], dtype=int)) == {}
 
 
 def test_ledger_refuses_a_row_that_is_missing():

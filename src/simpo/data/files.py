@@ -128,8 +128,6 @@ def _read_csv(path: Path) -> Iterator[Any]:
                 yield RowError("malformed", f"{where}: more cells than the header has columns")
             else:
                 yield row
-    except csv.Error as error:
-        raise ValueError(f"{path}: broken CSV ({one_line(error)})") from error
     finally:
         csv.field_size_limit(before)
 
