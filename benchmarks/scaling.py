@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from simpo.parallel.mesh import MeshSizes
-from simpo.plan.footprint import GIB, StepOptions, compute_footprint, compute_state, step_options
+from simpo.plan.footprint import GIB, compute_footprint, compute_state
 from simpo.plan.search import Machines, Plan, plan_recipe
 from simpo.plan.shapes import build_config
 from simpo.plan.sizes import ModelSizes, describe_model
 from simpo.plan.traffic import Links, compute_seconds, compute_traffic
-from simpo.recipe import load_recipe
+from simpo.recipe import Recipe, load_recipe
 
 LORA = {"use_peft": True}
 LORA_BF16 = LORA | {"master_dtype": "bfloat16"}
@@ -50,7 +50,7 @@ SETTINGS: tuple[tuple[str, int, int, dict[str, Any], str], ...] = (
     ("llama-70b", 32, 80, {}, ""),
     ("llama-70b", 64, 80, {}, ""),
     ("llama-70b", 1024, 80, {}, ""),
-    ("llama-70b", 8, 80, BF16, "bf16 weights and moments"),
+    ("llama-70b", 16, 80, BF16, "bf16 weights and moments"),
     ("llama-70b", 8, 80, LORA, "LoRA"),
     ("llama-70b", 8, 80, {"fsdp_cpu_offload": True}, "`fsdp_cpu_offload`"),
 )
@@ -73,13 +73,18 @@ SIZES = (8, 64, 256, 1024)
 
 
 @cache
-def model_of(shape: str) -> ModelSizes:
-    return describe_model(build_config(shape), name=shape)
+def model_of(shape: str, recipe: Recipe) -> ModelSizes:
+    return describe_model(build_config(shape), recipe, name=shape)
+
+
+def recipe_of(**keys: Any) -> Recipe:
+    return load_recipe({"model_name_or_path": "any", "max_length": 2048, **keys})
 
 
 def plan_of(shape: str, gpus: int, gib: int, keys: dict[str, Any]) -> Plan:
-    recipe = load_recipe({"model_name_or_path": shape, "max_length": 2048, **keys})
-    return plan_recipe(recipe, Machines.of(gpus=gpus, nodes=None, gpus_per_node=None, gpu_gib=gib), shape=shape)
+    return plan_recipe(
+        recipe_of(**keys), Machines.of(gpus=gpus, nodes=None, gpus_per_node=None, gpu_gib=gib), shape=shape
+    )
 
 
 def mesh_table() -> list[list[str]]:
@@ -90,14 +95,14 @@ def mesh_table() -> list[list[str]]:
     for shape, gpus, gib, keys, meaning in SETTINGS:
         plan = plan_of(shape, gpus, gib, keys)
         assert plan.fits, (shape, gpus, gib, keys)
-        found = compute_footprint(plan.model, plan.options, plan.mesh, tokens=plan.longest_pair)
+        found = compute_footprint(plan.model, plan.recipe, plan.mesh, tokens=plan.longest_pair)
         state = sum(found.parts.get(name, 0) for name in ("weights", "gradients", "moments"))
-        activations = found.parts["activations"]
+        activations = found.parts.get("activations", 0)
         cells = [state, activations, found.total - state - activations, found.total]
         rows.append(
             [
                 *(shape, f"{gpus} x {gib}", meaning, keys_of(plan.mesh)),
-                "yes" if plan.options.gradient_checkpointing else "no",
+                "yes" if plan.recipe.gradient_checkpointing else "no",
                 *(f"{cell / GIB:.1f}" for cell in cells),
                 f"{plan.tokens_that_fit:,}",
             ]
@@ -107,12 +112,13 @@ def mesh_table() -> list[list[str]]:
 
 def claims_table() -> list[list[str]]:
     """What is said to fit, and what the function says; all weights, fp32 and AdamW where nothing else is said."""
-    rows = [["", "a GPU needs", "of", "fits", "host memory a process"]]
+    rows = [["", "a GPU needs", "of", "fits", "CPU memory a process"]]
     for words, shape, gpus, gib, keys in CLAIMS:
         plan = plan_of(shape, gpus, gib, keys)
-        found = compute_footprint(plan.model, plan.options, plan.mesh, tokens=plan.longest_pair)
-        host = f"{found.host / GIB:.0f}" if found.host else ""
-        rows.append([words, f"{found.total / GIB:.1f}", str(gib), "yes" if plan.fits else "no", host])
+        found = compute_footprint(plan.model, plan.recipe, plan.mesh, tokens=plan.longest_pair)
+        cpu = sum(found.offloaded.values())
+        fits = "yes" if plan.fits else "no"
+        rows.append([words, f"{found.total / GIB:.1f}", str(gib), fits, f"{cpu / GIB:.0f}" if cpu else ""])
     return rows
 
 
@@ -120,15 +126,15 @@ def weights_table() -> list[list[str]]:
     """Sent by each GPU for weights and gradients in one micro-batch, by how the model is sharded."""
     links, rows = Links(), [["model", "GPUs", "mesh", "state, GiB", "GB sent", "at least, s", "products, s"]]
     for shape, copy in (("llama-8b", 8), ("llama-70b", 32)):  # GPUs to a copy of the model, at the least
-        model = model_of(shape)
-        options = StepOptions(gradient_checkpointing=shape == "llama-70b")
-        computing = compute_seconds(model, options, MeshSizes(), tokens=TOKENS, micro_batches=1, links=links)
+        recipe = recipe_of(gradient_checkpointing=shape == "llama-70b")
+        model = model_of(shape, recipe)
+        computing = compute_seconds(model, recipe, MeshSizes(), tokens=TOKENS, micro_batches=1, links=links)
         for gpus in SIZES:
             if gpus < copy:
                 continue
             for mesh in dict.fromkeys([MeshSizes(1, gpus), MeshSizes(gpus // copy, copy)]):
-                found = compute_traffic(model, options, mesh, tokens=TOKENS)
-                state = compute_state(model, options, mesh).total / GIB
+                found = compute_traffic(model, recipe, mesh, tokens=TOKENS)
+                state = compute_state(model, recipe, mesh).total / GIB
                 sent, least = sum(e.sent for e in found) / 1e9, sum(e.seconds(links) for e in found)
                 rows.append(
                     [
@@ -147,13 +153,13 @@ def weights_table() -> list[list[str]]:
 def ddp_table() -> list[list[str]]:
     """Sent by each GPU once in a step where every GPU holds the whole model."""
     links, rows = Links(), [["", "GPUs", "GB sent", "at least, s"]]
-    rank = {"model_name_or_path": "any", "use_peft": True}
-    for words, shape, options in (
-        ("llama-1b", "llama-1b", StepOptions()),
-        ("llama-8b, LoRA of rank 16", "llama-8b", step_options(load_recipe(rank))),
+    for words, shape, recipe in (
+        ("llama-1b", "llama-1b", recipe_of()),
+        ("llama-8b, LoRA of rank 16", "llama-8b", recipe_of(use_peft=True)),
     ):
         for gpus in SIZES:
-            (found,) = compute_traffic(model_of(shape), options, MeshSizes(dp_replicate=gpus), tokens=TOKENS)
+            mesh = MeshSizes(dp_replicate=gpus)
+            (found,) = compute_traffic(model_of(shape, recipe), recipe, mesh, tokens=TOKENS)
             rows.append([words, f"{gpus:,}", f"{found.sent / 1e9:.2f}", f"{found.seconds(links):.3f}"])
     return rows
 
@@ -163,12 +169,11 @@ def tokens_table() -> list[list[str]]:
     links, rows = Links(), [["model", "mesh", "activations, GB", "head, GB", "at least, s", "products, s"]]
     for shape in ("llama-8b", "llama-70b"):
         for mesh in (MeshSizes(tp=2), MeshSizes(tp=8), MeshSizes(cp=2), MeshSizes(cp=8)):
-            model = model_of(shape)
-            found = [
-                e for e in compute_traffic(model, StepOptions(), mesh, tokens=TOKENS) if e.name[:2] in ("TP", "CP")
-            ]
+            recipe = recipe_of()
+            model = model_of(shape, recipe)
+            found = [e for e in compute_traffic(model, recipe, mesh, tokens=TOKENS) if e.name[:2] in ("TP", "CP")]
             head = sum(exchange.sent for exchange in found if "head" in exchange.name)
-            computing = compute_seconds(model, StepOptions(), mesh, tokens=TOKENS, micro_batches=1, links=links)
+            computing = compute_seconds(model, recipe, mesh, tokens=TOKENS, micro_batches=1, links=links)
             rows.append(
                 [
                     *(shape, keys_of(mesh)),

@@ -36,8 +36,9 @@ from gpu.workload import (
 from simpo.core.batch import PackedPairs
 from simpo.core.packing import PairShape, TokenPair
 from simpo.parallel.mesh import MeshSizes
-from simpo.plan.footprint import RUNTIME_BYTES, StepOptions, compute_footprint
-from simpo.plan.sizes import ModelSizes, describe_model
+from simpo.plan.footprint import RUNTIME_BYTES, compute_footprint
+from simpo.plan.sizes import describe_model
+from simpo.recipe import load_recipe
 from simpo.run.memory import ActivationBytes, measure_activations, step_bytes
 
 HOST_SHARE = 0.8
@@ -91,12 +92,11 @@ def run_memory(
     report.conditions["weights_gib"] = weights_bytes / GIB
     batches = micro_batches_of(case, tokens, vocab_size=config.vocab_size)
     expected = [(mode.name, len(batch)) for mode in modes for batch in batches]
-    sizes = describe_model(config)
 
     def planned(mode: Mode, pairs: Sequence[TokenPair]) -> float | None:
         if plan.optimizer == "none":  # which no recipe has
             return None
-        return plan_bytes(sizes, plan, mode, pairs, on_cpu=meter.device.type == "cpu")
+        return plan_bytes(config, plan, mode, pairs, on_cpu=meter.device.type == "cpu")
 
     with contextlib.suppress(TimeUp), stop_at(deadline):
         activations = {mode: measure_mode(staged, mode) for mode in modes if mode.rung.layout != "padded"}
@@ -161,19 +161,22 @@ def predict_bytes(activations: ActivationBytes, pairs: Sequence[TokenPair], befo
     return float(before + activations.fixed + sizes.sum())
 
 
-def plan_bytes(sizes: ModelSizes, plan: WeightPlan, mode: Mode, pairs: Sequence[TokenPair], *, on_cpu: bool) -> float:
+def plan_bytes(config: Any, plan: WeightPlan, mode: Mode, pairs: Sequence[TokenPair], *, on_cpu: bool) -> float:
     """The same by `simpo plan`, without what CUDA itself takes, which the allocator does not see."""
     works = [pair_work(pair) for pair in pairs]
-    options = StepOptions(
-        optim=plan.recipe_optim,
-        master_bytes=plan.dtype.itemsize,
-        gradient_checkpointing=mode.rung.checkpointing,
-        activation_offload=mode.offload,
-        offload_moments=mode.optimizer_offload,
-        on_cpu=on_cpu,
+    recipe = load_recipe(
+        {
+            "model_name_or_path": "any",
+            "optim": plan.recipe_optim,
+            "master_dtype": str(plan.dtype).removeprefix("torch."),
+            "gradient_checkpointing": mode.rung.checkpointing,
+        }
     )
+    # On a CPU the recipe would refuse them.
+    offloads = {"activation_offload": mode.offload, "optimizer_offload": mode.optimizer_offload}
+    recipe = recipe.model_copy(update={"device": "cpu" if on_cpu else "cuda", **offloads})
     tokens, labels = sum(work.shape.tokens for work in works), sum(work.labels for work in works)
-    footprint = compute_footprint(sizes, options, MeshSizes(), tokens=tokens, labels=labels)
+    footprint = compute_footprint(describe_model(config, recipe), recipe, MeshSizes(), tokens=tokens, labels=labels)
     return footprint.total - (0 if on_cpu else RUNTIME_BYTES)
 
 

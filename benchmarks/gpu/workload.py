@@ -33,7 +33,7 @@ from unittest import mock
 import numpy as np
 import torch
 from peers.cases import Case, build_pairs
-from peers.models import SHAPES
+from peers.models import SHAPES, llama_settings
 from peers.sides import BETA, GAMMA_BETA_RATIO, MAX_GRAD_NORM, PaddedBatch, pad_pairs, padded_pair_losses
 from torch import Tensor, nn
 
@@ -69,21 +69,7 @@ MODELS: dict[str, dict[str, Any]] = {
         "eos_token_id": 2,
         "pad_token_id": 0,
     },
-    "smollm2-135m": {  # SmolLM2-135M
-        "vocab_size": 49152,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "max_position_embeddings": 8192,
-        "rms_norm_eps": 1e-5,
-        "rope_parameters": {"rope_type": "default", "rope_theta": 100000.0},
-        "tie_word_embeddings": True,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "pad_token_id": 0,
-    },
+    "smollm2-135m": llama_settings("smollm2-135m"),
     **SHAPES,
 }
 

@@ -8,11 +8,14 @@ from typing import Any
 from simpo.data.cache import user_cache
 from simpo.plan import shapes
 
-SHAPES = {
-    name: {key: value for key, value in shapes.SHAPES[name].items() if key != "model_type"}
-    for name in ("llama-1b", "llama-3b", "llama-8b")
-}
-"""Settings of LlamaConfig: those of `plan.shapes` that one machine can hold with random weights."""
+
+def llama_settings(shape: str) -> dict[str, Any]:
+    """Of LlamaConfig, for a shape of `plan.shapes`."""
+    return {key: value for key, value in shapes.SHAPES[shape].items() if key != "model_type"}
+
+
+SHAPES = {name: llama_settings(name) for name in ("llama-1b", "llama-3b", "llama-8b")}
+"""Those that one machine can hold with random weights."""
 SMALL_MODEL = "SmolLM2-135M-Instruct"
 
 

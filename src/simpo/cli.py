@@ -132,7 +132,8 @@ def plan(
 ) -> None:
     """Compute memory by part, pick a mesh and other sizes, say what is sent; reads no weights. Any key can follow."""
     resolved = _load(recipe, context.args, processes=1)
-    from simpo.plan.search import Machines, describe_plan, plan_recipe, save_plan
+    from simpo.plan.report import describe_plan, save_plan
+    from simpo.plan.search import Machines, plan_recipe
 
     machines = Machines.of(gpus=gpus, nodes=nodes, gpus_per_node=gpus_per_node, gpu_gib=gpu_memory)
     found = plan_recipe(resolved, machines, shape=shape)

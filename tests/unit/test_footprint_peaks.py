@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpo.parallel.mesh import mesh_sizes
-from simpo.plan.footprint import compute_footprint, compute_state, step_options
+from simpo.plan.footprint import compute_footprint, compute_state
 from simpo.plan.shapes import load_config
 from simpo.plan.sizes import describe_model
 from simpo.plan.traffic import compute_traffic
@@ -169,8 +169,8 @@ CASES = {
 
 
 def described(folder: str, keys: dict[str, Any]):
-    recipe = load_recipe(keys | {"model_name_or_path": folder})
-    return describe_model(load_config(folder)), step_options(recipe, on_cpu=True), mesh_sizes(recipe, 2)
+    recipe = load_recipe(keys | {"model_name_or_path": folder, "device": "cpu"})
+    return describe_model(load_config(folder), recipe), recipe, mesh_sizes(recipe, 2)
 
 
 @pytest.mark.parametrize(
@@ -185,12 +185,12 @@ def test_a_rank_holds_what_is_predicted(case, tied, folders, two_ranks):
     keys = {"logits_chunk_size": 64} | CASES[case]
     ranks = two_ranks.run(measure, keys | {"model_name_or_path": folders[tied]})
     found = {name: max(rank[name] for rank in ranks) for name in ranks[0]}
-    model, options, mesh = described(folders[tied], keys)
-    state = compute_state(model, options, mesh)
+    model, recipe, mesh = described(folders[tied], keys)
+    state = compute_state(model, recipe, mesh)
     assert (state.weights, state.gradients, state.moments) == (found["weights"], found["gradients"], found["moments"])
     # Weights and moments are there before; and so are DDP's gradients, in its buckets.
     before = state.weights + state.moments + ("ddp" in case) * state.gradients
-    peak = compute_footprint(model, options, mesh, tokens=TOKENS, labels=LABELS).total - before
+    peak = compute_footprint(model, recipe, mesh, tokens=TOKENS, labels=LABELS).total - before
     assert 0.85 <= peak / found["peak"] <= 1.35
 
 
@@ -207,9 +207,9 @@ def test_a_step_sends_what_is_computed(case, tied, folders, two_ranks):
     """Number of collectives of each kind and their bytes, padding of uneven shards apart, of two micro-batches."""
     keys = {"logits_chunk_size": 64} | SENT[case]
     found = two_ranks.run(collectives, keys | {"model_name_or_path": folders[tied]})[0]
-    model, options, mesh = described(folders[tied], keys)
+    model, recipe, mesh = described(folders[tied], keys)
     expected: dict[str, list[float]] = {}
-    for exchange in compute_traffic(model, options, mesh, tokens=TOKENS, labels=LABELS, micro_batches=2):
+    for exchange in compute_traffic(model, recipe, mesh, tokens=TOKENS, labels=LABELS, micro_batches=2):
         calls, size = expected.get(exchange.kind, (0, 0.0))
         expected[exchange.kind] = (calls + exchange.calls, size + exchange.size)
     assert found.keys() == expected.keys()

@@ -5,17 +5,19 @@ from __future__ import annotations
 import pytest
 
 from simpo.parallel.mesh import MeshSizes
-from simpo.plan.footprint import Adapters, StepOptions
 from simpo.plan.shapes import build_config
 from simpo.plan.sizes import describe_model
 from simpo.plan.traffic import Exchange, Links, compute_seconds, compute_traffic
+from simpo.recipe import load_recipe
 
-MODEL = describe_model(build_config("llama-8b"))
+PLAIN = load_recipe({"model_name_or_path": "any"})
+CHECKPOINTS = load_recipe({"model_name_or_path": "any", "gradient_checkpointing": True})
+MODEL = describe_model(build_config("llama-8b"), PLAIN)
 LINKS = Links(node_bytes_per_s=400e9, network_bytes_per_s=50e9, hop_s=0.0)
 
 
-def sent(mesh: MeshSizes, *, options: StepOptions | None = None, **changes) -> dict[str, float]:
-    found = compute_traffic(MODEL, options or StepOptions(), mesh, **({"tokens": 8192} | changes))
+def sent(mesh: MeshSizes, *, model=MODEL, recipe=PLAIN, **changes) -> dict[str, float]:
+    found = compute_traffic(model, recipe, mesh, **({"tokens": 8192} | changes))
     return {exchange.name: exchange.sent for exchange in found}
 
 
@@ -58,7 +60,7 @@ def test_fsdp_gathers_bf16_twice_and_reduces_fp32_once_in_every_micro_batch():
 
 
 def test_replicas_of_shards_reduce_what_a_rank_holds():
-    found = compute_traffic(MODEL, StepOptions(), MeshSizes(4, 8), tokens=8192)
+    found = compute_traffic(MODEL, PLAIN, MeshSizes(4, 8), tokens=8192)
     last = next(exchange for exchange in found if exchange.name == "HSDP: gradients")
     assert (last.ranks, last.ranks_per_node) == (4, 1)
     assert last.sent == pytest.approx(2 * 4 * MODEL.num_parameters / 8 * 3 / 4)
@@ -69,9 +71,11 @@ def test_replicas_of_shards_reduce_what_a_rank_holds():
 def test_ddp_reduces_once_a_step_and_adapters_alone_where_there_are_any():
     one, many = (sent(MeshSizes(dp_replicate=8), micro_batches=count) for count in (1, 5))
     assert one == many == {"DDP: gradients": pytest.approx(2 * 4 * MODEL.num_parameters * 7 / 8)}
-    options = StepOptions(adapters=Adapters(16, 0.0))
-    rank_sums = sum(16 * sum(w.shape) for w in MODEL.weights if w.is_linear)
-    assert sent(MeshSizes(dp_replicate=8), options=options) == {"DDP: gradients": 2 * 4 * rank_sums * 7 / 8}
+    lora = load_recipe({"model_name_or_path": "any", "use_peft": True, "lora_r": 16})
+    rank_sums = sum(16 * sum(w.shape) for w in MODEL.weights if w.kind == "linear")
+    adapted = describe_model(build_config("llama-8b"), lora)
+    found = sent(MeshSizes(dp_replicate=8), model=adapted, recipe=lora)
+    assert found == {"DDP: gradients": 2 * 4 * rank_sums * 7 / 8}
 
 
 def test_tensor_parallel_traffic_grows_with_tokens_and_sharded_weights_do_not():
@@ -90,8 +94,8 @@ def test_context_parallel_exchanges_queries_keys_values_and_outputs():
 
 
 def test_checkpointing_sends_the_forward_pass_again_but_no_weights():
-    mesh, again = MeshSizes(dp_shard=2, cp=2, tp=2), StepOptions(gradient_checkpointing=True)
-    plain, more = sent(mesh), sent(mesh, options=again)
+    mesh = MeshSizes(dp_shard=2, cp=2, tp=2)
+    plain, more = sent(mesh), sent(mesh, recipe=CHECKPOINTS)
     assert more["CP: q, k, v and outputs"] == pytest.approx(1.5 * plain["CP: q, k, v and outputs"])
     assert more["TP: activations"] > plain["TP: activations"]
     assert more["FSDP: weights"] == plain["FSDP: weights"]
@@ -102,7 +106,7 @@ def test_one_gpu_sends_nothing():
 
 
 def test_groups_know_how_many_of_their_ranks_share_a_node():
-    found = {e.name: e for e in compute_traffic(MODEL, StepOptions(), MeshSizes(2, 16, 1, 4), tokens=64)}
+    found = {e.name: e for e in compute_traffic(MODEL, PLAIN, MeshSizes(2, 16, 1, 4), tokens=64)}
     assert (found["TP: activations"].ranks, found["TP: activations"].ranks_per_node) == (4, 4)
     assert (found["FSDP: weights"].ranks, found["FSDP: weights"].ranks_per_node) == (16, 2)
     assert (found["HSDP: gradients"].ranks, found["HSDP: gradients"].ranks_per_node) == (2, 1)
@@ -110,8 +114,8 @@ def test_groups_know_how_many_of_their_ranks_share_a_node():
 
 def test_computing_takes_three_forward_passes_and_one_more_of_the_blocks_with_checkpointing():
     options = {"tokens": 1000, "micro_batches": 2, "links": Links(flops_per_s=1e12)}
-    plain = compute_seconds(MODEL, StepOptions(), MeshSizes(), **options)
+    plain = compute_seconds(MODEL, PLAIN, MeshSizes(), **options)
     assert plain == pytest.approx(2 * 2000 * 3 * (MODEL.linear_numel + MODEL.head_numel) / 1e12)
-    again = compute_seconds(MODEL, StepOptions(gradient_checkpointing=True), MeshSizes(), **options)
+    again = compute_seconds(MODEL, CHECKPOINTS, MeshSizes(), **options)
     assert again - plain == pytest.approx(2 * 2000 * MODEL.linear_numel / 1e12)
-    assert compute_seconds(MODEL, StepOptions(), MeshSizes(tp=4), **options) == pytest.approx(plain / 4)
+    assert compute_seconds(MODEL, PLAIN, MeshSizes(tp=4), **options) == pytest.approx(plain / 4)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from simpo.core.blocks import AttentionBlocks, ScoreOptions, dense_mask
 from simpo.core.context import heads_to_rows, rows_to_heads
+from simpo.core.device import counts_as_cuda
 from simpo.core.flex_attention import flex_attention, has_compiler
 from simpo.core.matmul_attention import matmul_attention
 from simpo.core.varlen_attention import MAX_HEAD_SIZE, varlen_attention, varlen_options
@@ -147,7 +148,7 @@ def _block_attention(query: Tensor, key: Tensor, value: Tensor, options: ScoreOp
     window = options.sliding_window
     window = None if window is None or window >= num_keys else window
     groups = query.shape[1] // key.shape[1]
-    if groups > 1 and (softcap is not None or query.is_cuda):
+    if groups > 1 and (softcap is not None or counts_as_cuda(query)):
         # On CUDA only flash attention takes fewer key heads, and it takes neither fp32 nor a mask: without this torch
         # would write the scores out.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
@@ -195,9 +196,9 @@ def attention_path(
 
     if prefer is not None and can(prefer):
         return prefer
-    if query.is_cuda:
+    if counts_as_cuda(query):
         # torch's own attention keeps its memory small except for bf16 before Ampere, and for soft-caps, which it lacks.
-        is_old = (_capability(query.device) or AMPERE) < AMPERE
+        is_old = (_capability(query) or AMPERE) < AMPERE
         tiled = softcap is not None or (query.dtype == torch.bfloat16 and is_old)
     else:
         tiled = softcap is not None or query.device.type in ("cpu", "meta")
@@ -214,7 +215,7 @@ def why_not(path: AttentionPath, query: Tensor, value: Tensor, *, softcap: float
     if path == "matmul":
         return None
     size = max(query.shape[-1], value.shape[-1])
-    capability = _capability(query.device)
+    capability = _capability(query)
     if capability is None:
         return f"it needs a CUDA GPU, not {query.device.type}"
     if capability < AMPERE:
@@ -233,9 +234,13 @@ def why_not(path: AttentionPath, query: Tensor, value: Tensor, *, softcap: float
 AMPERE = (8, 0)
 
 
-@functools.cache
-def _capability(device: torch.device) -> tuple[int, int] | None:
-    """A CUDA device's compute capability; None = another device. Without a card tensors are fake: 9.0."""
-    if device.type != "cuda":
+def _capability(tensor: Tensor) -> tuple[int, int] | None:
+    """Compute capability of a tensor's CUDA device; None = another device. Without a card tensors are fake: 9.0."""
+    if not counts_as_cuda(tensor):
         return None
-    return torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
+    return _capability_of(tensor.device) if tensor.is_cuda and torch.cuda.is_available() else (9, 0)
+
+
+@functools.cache
+def _capability_of(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device)

@@ -22,6 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from simpo.core.device import counts_as_cuda
+
 CHUNK_BYTES = 128 * 2**20  # default size of one chunk's logits, in the compute dtype
 CHUNK_BYTES_CUDA = 512 * 2**20  # large products hide what reading and writing the weight's gradient costs
 SLICE_BYTES = 4 * 2**20  # a chunk's fp32 values at one time: what a CPU's caches hold
@@ -307,14 +309,14 @@ def chunk_rows(hidden: Tensor, vocabulary: int, chunk_size: int | None) -> list[
     if vocabulary == 0:
         return []
     if chunk_size is None:
-        budget = CHUNK_BYTES_CUDA if hidden.is_cuda else CHUNK_BYTES
+        budget = CHUNK_BYTES_CUDA if counts_as_cuda(hidden) else CHUNK_BYTES
         chunk_size = max(16, budget // (hidden.element_size() * vocabulary))
     return _cut(hidden.shape[0], chunk_size)
 
 
 def _slices(products: Tensor) -> list[slice]:
     """Rows of a chunk whose fp32 values exist at one time."""
-    budget = SLICE_BYTES_CUDA if products.is_cuda else SLICE_BYTES
+    budget = SLICE_BYTES_CUDA if counts_as_cuda(products) else SLICE_BYTES
     return _cut(products.shape[0], max(16, budget // (4 * products.shape[1])))
 
 

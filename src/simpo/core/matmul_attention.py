@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from simpo.core.blocks import AttentionBlocks, Block, ScoreOptions
+from simpo.core.device import counts_as_cuda
 
 TILE_ROWS = 256  # most queries of one tile: fewer skip more of the masked half, more make larger products
 TILE_BYTES = 4 * 2**20  # of a tile's fp32 scores: what a core's caches still hold
@@ -56,8 +57,8 @@ def _tiles(block: Block, query: Tensor, rows: int | None = None) -> list[_Tile]:
     prefix_start, prefix_end, start, end = block
     prefix = prefix_end - prefix_start
     if rows is None:
-        fitting = (TILE_BYTES_CUDA if query.is_cuda else TILE_BYTES) // (4 * query.shape[1] * (prefix + end - start))
-        rows = max(32, fitting if query.is_cuda else min(TILE_ROWS, fitting))
+        tile_bytes, most = (TILE_BYTES_CUDA, end - start) if counts_as_cuda(query) else (TILE_BYTES, TILE_ROWS)
+        rows = max(32, min(most, tile_bytes // (4 * query.shape[1] * (prefix + end - start))))
     count = -(-(end - start) // rows)
     edges = [start + (end - start) * index // count for index in range(count + 1)]
     return [_Tile(low, high, prefix + high - start) for low, high in itertools.pairwise(edges)]

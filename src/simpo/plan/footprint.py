@@ -1,28 +1,27 @@
-"""The memory of a training step, from a model's sizes alone: what every GPU of a mesh holds at the step's peaks.
+"""What every GPU of a mesh holds at each moment of a training step, and when the model is saved.
 
-Everything here is arithmetic on shapes. Weights, gradients and moments are exact, shard by shard. What a block keeps
-for its backward pass is written down for Llama-like blocks (`model.low_memory`) and agrees with what `run.memory`
-measures; other architectures are estimated from it. Kernels' workspaces and the runtime's own memory are assumptions,
-each a constant with its reason. Must not import data, train or evaluate.
-
-Letters: H hidden size, I the MLP's width, Hq and Hk query and key heads of size D, V vocabulary, c bytes of a computed
-number (2 in bf16), r bytes of the residual stream.
+The passes are traced (`plan.trace`). Added to them by arithmetic: weights, gradients and moments, shard by shard; what
+FSDP2 gathers and sends around them; what context parallelism exchanges; the optimizer's workspace; what saving copies.
+The runtime's own memory is an assumption. Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA, SLICE_BYTES, SLICE_BYTES_CUDA
+import torch
+
+from simpo.plan.sizes import ModelSizes
+from simpo.plan.trace import KEPT, Parts, traced_passes
 from simpo.recipe import OPTIMIZERS
 from simpo.run.adamw import PIECE
 from simpo.run.memory import SHARE_OF_FREE, STILL_ON_ITS_WAY
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import MeshSizes
-    from simpo.plan.sizes import ModelSizes, Weight
     from simpo.recipe import Recipe
 
 GIB = 2**30
@@ -30,100 +29,29 @@ GIB = 2**30
 RUNTIME_BYTES = int(1.5 * GIB)
 """A CUDA context with its libraries' kernels, and NCCL's buffers. An assumption: 0.5 to 2 GiB are seen."""
 
-OTHER_BLOCKS = 2.1
-"""What blocks keep that `model.low_memory` leaves alone, relative to Llama's: 1.4 (Cohere) to 2.1 (Gemma-2)."""
-
+MOMENTS = ("forward", "head", "backward", "clip", "update", "save")
 _FP32, _ROUND_TO = 4, 64
 _BERTHS = 8  # bytes a number: AdamWBf16 keeps two pieces' two moments on the GPU while they come and go
 _BNB_BLOCK, _BNB_SMALLEST = 256, 4096  # bitsandbytes: numbers that share a scale; smaller tensors stay fp32
+_MOST_TOKENS = 2**24
 
 
-@dataclass(frozen=True)
-class Adapters:
-    """LoRA on some of a model's linear layers.
-
-    Attributes:
-        targets: names of modules, or "all-linear".
-        also_whole: names of modules that are trained whole beside the adapters.
-    """
-
-    rank: int
-    dropout: float
-    targets: tuple[str, ...] | str = "all-linear"
-    also_whole: tuple[str, ...] = ()
-
-    def covers(self, weight: Weight) -> bool:
-        module = weight.name.removesuffix(".weight")
-        named = self.targets == "all-linear" or any(module == t or module.endswith(f".{t}") for t in self.targets)
-        return weight.is_linear and named
-
-    def trains_whole(self, weight: Weight) -> bool:
-        module = weight.name.rpartition(".")[0]
-        return any(module == name or module.endswith(f".{name}") for name in self.also_whole)
+# --- number formats --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StepOptions:
-    """What of a recipe decides the memory of a step; `step_options` reads it from one.
-
-    Attributes:
-        master_bytes, compute_bytes: of a weight, and of a number computed with.
-        gather_bytes: of a weight that FSDP2 has gathered to compute a block.
-        offload_weights: sharded weights, gradients and moments wait in host memory.
-        offload_moments: moments alone do.
-        quantized_bytes: of a 4-bit weight and its share of constants; None = not quantised.
-        on_cpu: the CPU's kernels and sizes of chunks, for comparisons with what is measured there.
-    """
-
-    optim: str = "adamw_torch_fused"
-    master_bytes: int = 4
-    compute_bytes: int = 2
-    gather_bytes: int = 2
-    gradient_checkpointing: bool = False
-    activation_offload: bool = False
-    offload_weights: bool = False
-    offload_moments: bool = False
-    adapters: Adapters | None = None
-    quantized_bytes: float | None = None
-    chunk_size: int | None = None
-    on_cpu: bool = False
-
-    @property
-    def trains_all(self) -> bool:
-        """Whether embedding, head and every weight of the blocks are trained; otherwise adapters are."""
-        return self.adapters is None
+def compute_bytes(recipe: Recipe) -> int:
+    """Of a number computed with."""
+    return 2 if recipe.bf16 else 4
 
 
-def step_options(recipe: Recipe, **changes: Any) -> StepOptions:
-    """The options of a recipe; `changes` by name, for sizes that are being tried."""
-    compute = 2 if recipe.bf16 else 4
-    adapters, quantized = None, None
-    if recipe.use_peft:
-        targets = recipe.lora_target_modules
-        adapters = Adapters(
-            recipe.lora_r,
-            recipe.lora_dropout,
-            targets if isinstance(targets, str) else tuple(targets),
-            tuple(recipe.lora_modules_to_save or ()),
-        )
-    if recipe.load_in_4bit:
-        # A scale in fp32 for every 64 weights; quantised itself, 8 bits and an fp32 scale for 256 of them.
-        quantized = 0.5 + ((1 + 4 / 256) / 64 if recipe.bnb_4bit_use_double_quant else 4 / 64)
-    options = {
-        "optim": recipe.optim,
-        # peft turns what is not quantised into fp32.
-        "master_bytes": 2 if recipe.master_dtype == "bfloat16" and not recipe.load_in_4bit else 4,
-        "compute_bytes": compute,
-        "gather_bytes": 4 if recipe.fsdp_param_dtype == "float32" else compute,
-        "gradient_checkpointing": recipe.gradient_checkpointing,
-        "activation_offload": recipe.activation_offload,
-        "offload_weights": recipe.fsdp_cpu_offload,
-        "offload_moments": recipe.optimizer_offload,
-        "adapters": adapters,
-        "quantized_bytes": quantized,
-        "chunk_size": recipe.logits_chunk_size,
-    }
-    return StepOptions(**{**options, **changes})
+def master_bytes(recipe: Recipe) -> int:
+    """Of a weight that is neither an adapter's nor in 4 bits."""
+    return 2 if recipe.master_dtype == "bfloat16" and not recipe.load_in_4bit else 4
+
+
+def gather_bytes(recipe: Recipe) -> int:
+    """Of a weight of a block that FSDP2 has gathered."""
+    return 2 if recipe.bf16 and recipe.fsdp_param_dtype != "float32" else master_bytes(recipe)
 
 
 # --- weights, gradients, moments -------------------------------------------------------------------------------------
@@ -131,11 +59,11 @@ def step_options(recipe: Recipe, **changes: Any) -> StepOptions:
 
 @dataclass(frozen=True)
 class StateBytes:
-    """What one GPU keeps from step to step.
+    """What one process keeps from step to step.
 
     Attributes:
         weights, gradients, moments: bytes.
-        trainable: numbers that this GPU's optimizer updates.
+        trainable: numbers that its optimizer updates.
     """
 
     weights: int
@@ -148,41 +76,25 @@ class StateBytes:
         return self.weights + self.gradients + self.moments
 
 
-def compute_state(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> StateBytes:
+def compute_state(model: ModelSizes, recipe: Recipe, mesh: MeshSizes) -> StateBytes:
     """Weights, gradients and moments of the rank that holds the most."""
-    weights, trained = 0.0, []
+    return _state(model, recipe.optim, mesh)
+
+
+@functools.cache
+def _state(model: ModelSizes, optim: str, mesh: MeshSizes) -> StateBytes:
+    weights, gradients, moments, trainable = 0.0, 0, 0, 0
     for weight in model.weights:
         numel = weight.local_numel(shard=mesh.shard, tp=mesh.tp)
-        quantized = options.quantized_bytes is not None and weight.is_linear
-        weights += numel * (options.quantized_bytes if quantized else options.master_bytes)
-        if options.trains_all:
-            trained.append((numel, options.master_bytes))
-        elif options.adapters.trains_whole(weight):
-            weights += numel * _FP32
-            trained.append((numel, _FP32))
-    adapters = adapter_numels(model, options, mesh)
-    weights += _FP32 * sum(adapters)  # which peft keeps in fp32, and FSDP2 does not know: whole on every rank
-    trained += [(numel, _FP32) for numel in adapters]
-    gradients = sum(numel * size for numel, size in trained)
-    if mesh.tp > 1 and not uses_fsdp(mesh) and not model.head_tied and options.trains_all:
-        # transformers 5.23 leaves the gradient of an embedding that is split by vocabulary whole.
-        gradients += (
-            model.head_numel - math.ceil(model.vocab_size / mesh.tp) * model.hidden_size
-        ) * options.master_bytes
-    moments = sum(_moment_bytes(numel, size, options.optim) for numel, size in trained)
-    return StateBytes(math.ceil(weights), gradients, moments, sum(numel for numel, _ in trained))
-
-
-def adapter_numels(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> list[int]:
-    """LoRA's numbers in A [rank, in] and B [out, rank] of each adapted layer; cut where the layer is."""
-    if options.adapters is None:
-        return []
-    found, rank = [], options.adapters.rank
-    for weight in model.weights:
-        if options.adapters.covers(weight):
-            num_out, num_in = weight.local_shape(tp=mesh.tp)
-            found += [rank * num_in, rank * num_out]
-    return found
+        weights += numel * weight.num_bytes
+        if weight.is_trained:
+            trainable += numel
+            gradients += numel * int(weight.num_bytes)
+            moments += _moment_bytes(numel, int(weight.num_bytes), optim)
+            # transformers leaves the gradient of an embedding that is split by vocabulary whole.
+            if weight.kind == "embedding" and not (uses_fsdp(mesh) or model.head_tied):
+                gradients += (weight.local_numel() - numel) * int(weight.num_bytes)
+    return StateBytes(math.ceil(weights), gradients, moments, trainable)
 
 
 def _moment_bytes(numel: int, size: int, optim: str) -> int:
@@ -192,267 +104,9 @@ def _moment_bytes(numel: int, size: int, optim: str) -> int:
     return numel * (2 * size if per_weight is None else per_weight)
 
 
-# --- activations -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TokenBytes:
-    """What a forward pass keeps, for each token and each trained token (label) of a GPU's share of a row."""
-
-    per_token: float
-    per_label: float
-
-    def of(self, tokens: float, labels: float) -> float:
-        return self.per_token * tokens + self.per_label * labels
-
-
-def compute_activations(
-    model: ModelSizes, options: StepOptions, mesh: MeshSizes, *, at_blocks: bool = True
-) -> TokenBytes:
-    """What is kept until the backward pass, and what that adds while it works on one block.
-
-    As `run.memory.measure_activations` counts it: everything that is kept, and one block's activations once more
-    for their gradients; with checkpointing the blocks' inputs, and one block twice.
-
-    Args:
-        at_blocks: False leaves out what is added: before the backward pass reaches the blocks.
-    """
-    kept = all_kept = _kept(model, options, mesh)
-    if options.gradient_checkpointing:
-        kept = _kept_with_checkpoints(model, options)
-    share = STILL_ON_ITS_WAY if options.activation_offload else 1.0
-    again = 2 if options.gradient_checkpointing or options.activation_offload else 1
-    part = again / model.num_layers if at_blocks else 0.0
-    return TokenBytes(
-        share * kept.per_token + part * all_kept.per_token, share * kept.per_label + part * all_kept.per_label
-    )
-
-
-def _kept(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> TokenBytes:
-    """Without checkpointing: all blocks, then what lies outside them."""
-    h, c = model.hidden_size, options.compute_bytes
-    outside = _kept_outside(model, options)
-    block = _kept_by_block(model, options, mesh)
-    rows = label = 0.0
-    if model.is_known:  # whose last MLP computes the rows that predict a label, and no others
-        rows = (2 + options.trains_all) * c * model.intermediate_size / mesh.tp + options.trains_all * c * h
-        rows += _adapter_inputs(model, options, mesh, roles=("gate_proj", "up_proj", "down_proj"))
-        label = rows + c * h
-    per_token = model.num_layers * block + outside.per_token - rows
-    return TokenBytes(per_token, outside.per_label + label)
-
-
-def _kept_with_checkpoints(model: ModelSizes, options: StepOptions) -> TokenBytes:
-    """The blocks' inputs, and what lies outside them."""
-    outside = _kept_outside(model, options)
-    inputs = model.num_layers * _residual_bytes(options) * model.hidden_size
-    return TokenBytes(inputs + outside.per_token, outside.per_label)
-
-
-def _kept_outside(model: ModelSizes, options: StepOptions) -> TokenBytes:
-    """The last norm, rotary cosines and sines, ids; for each label the head's input and a few numbers."""
-    h, r = model.hidden_size, _residual_bytes(options)
-    return TokenBytes(4 * h + r * h + 2 * r * model.head_dim + 12, r * h + 16)
-
-
-def _kept_by_block(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> float:
-    """Bytes a token of one block: what its backward pass needs."""
-    h, inner, c, r = model.hidden_size, model.intermediate_size, options.compute_bytes, _residual_bytes(options)
-    queries, keys = model.num_heads * model.head_dim, model.num_kv_heads * model.head_dim
-    keys *= key_copies(model, mesh)
-    flash = not options.on_cpu and c == 2
-    whole = 2 * (r * h + 4)  # what both norms read, and the inverse of its size
-    split = c * (queries + 2 * keys)  # q, k, v as attention reads them
-    if flash:
-        split += c * 2 * keys + c * queries + 4 * model.num_heads  # prefixes' k, v once more (at most); its output
-    split += 2 * c * inner  # gate and up
-    if options.trains_all:
-        whole += 2 * c * h  # what both norms give, for the gradients of q, k, v, gate and up
-        split += (0 if flash and mesh.cp == 1 else c * queries) + c * inner  # what o and down read
-    else:
-        whole += _adapter_inputs(model, options, mesh)
-    if model.norms_heads:
-        split += (queries + keys) * (4 + c) + 4 * (model.num_heads + model.num_kv_heads)
-    total = whole + split / mesh.tp
-    return total if model.is_known else OTHER_BLOCKS * total
-
-
-def _adapter_inputs(model: ModelSizes, options: StepOptions, mesh: MeshSizes, roles: tuple[str, ...] = ()) -> float:
-    """Bytes a token that the adapters of a block's layers keep: their input, dropout's mask, A's output."""
-    adapters, c, total = options.adapters, options.compute_bytes, 0.0
-    if adapters is None:
-        return total
-    mask = 0 if not adapters.dropout else _FP32 if options.on_cpu else 1
-    for weight in model.block_weights:
-        if adapters.covers(weight) and (not roles or weight.role in roles):
-            total += weight.local_shape(tp=mesh.tp)[1] * (c + mask) + c * adapters.rank
-    return total
-
-
-def _residual_bytes(options: StepOptions) -> int:
-    """Of the residual stream, which has the embedding's format: autocast leaves it alone."""
-    return options.master_bytes
-
-
-def key_copies(model: ModelSizes, mesh: MeshSizes) -> int:
-    """How often context parallelism repeats key heads so that every rank gets some (`core.context`)."""
-    return mesh.cp // math.gcd(max(1, model.num_kv_heads // mesh.tp), mesh.cp)
-
-
-# --- the peak --------------------------------------------------------------------------------------------------------
-
-Parts = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Footprint:
-    """What one GPU holds at the step's peak, in bytes.
-
-    Attributes:
-        parts: by what it is for; they add up to `total`.
-        moment: when the peak is: "head", "blocks", "embedding" (of the backward pass) or "update".
-        host: bytes in host memory, of one process.
-    """
-
-    parts: dict[str, int]
-    moment: str
-    host: int = 0
-
-    @property
-    def total(self) -> int:
-        return sum(self.parts.values())
-
-
-def compute_footprint(
-    model: ModelSizes, options: StepOptions, mesh: MeshSizes, *, tokens: int, labels: int | None = None
-) -> Footprint:
-    """The peak of an optimizer step whose largest micro-batch has so many packed tokens.
-
-    Args:
-        tokens: of the whole row, which cp ranks share.
-        labels: of these, the trained ones; None = all, the most there can be.
-    """
-    moments = _moments(model, options, mesh, tokens, tokens if labels is None else labels)
-    moment, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
-    state = compute_state(model, options, mesh)
-    host = state.total if _offloads(options, mesh) else options.offload_moments * state.moments
-    if options.activation_offload:
-        host += int(_kept(model, options, mesh).of(tokens / mesh.cp, tokens / mesh.cp))
-    return Footprint({name: math.ceil(size) for name, size in parts.items() if size}, moment, host)
-
-
-def fit_tokens(model: ModelSizes, options: StepOptions, mesh: MeshSizes, *, gpu_bytes: int) -> int:
-    """Most packed tokens of a micro-batch that leave the reserve free; 0 where not even the model fits."""
-    room = gpu_bytes - compute_reserve(model, options, mesh, gpu_bytes=gpu_bytes)
-    low, high = 0, 2**24
-    while high - low > _ROUND_TO:  # a footprint never falls as tokens grow
-        middle = (low + high) // 2
-        fits = compute_footprint(model, options, mesh, tokens=middle).total <= room
-        low, high = (middle, high) if fits else (low, middle)
-    return low // _ROUND_TO * _ROUND_TO
-
-
-def compute_reserve(model: ModelSizes, options: StepOptions, mesh: MeshSizes, *, gpu_bytes: int) -> int:
-    """Bytes that are not planned with: as a run does, a tenth of what is free once the weights are loaded."""
-    weights = 0 if _offloads(options, mesh) else compute_state(model, options, mesh).weights
-    return int((1 - SHARE_OF_FREE["cuda"]) * max(0, gpu_bytes - RUNTIME_BYTES - weights))
-
-
-def _moments(model: ModelSizes, options: StepOptions, mesh: MeshSizes, tokens: int, labels: int) -> dict[str, Parts]:
-    """Every moment of a step that can be its peak, with what is held then."""
-    here, labels_here = tokens / mesh.cp, labels / mesh.cp
-    always = _always(model, options, mesh)
-    copies = {"autocast copies of weights": _autocast_copies(model, options, mesh)}
-    kept = {"activations": compute_activations(model, options, mesh, at_blocks=False).of(here, labels_here)}
-    in_block = {"activations": compute_activations(model, options, mesh).of(here, labels_here)}
-    stream = {"activations": _residual_bytes(options) * model.hidden_size * here}
-    return {
-        "head": always | copies | kept | _at_head(model, options, mesh, labels_here),
-        "blocks": always | copies | in_block | _at_blocks(model, options, mesh, here),
-        "embedding": always | stream | _at_embedding(model, options, mesh),
-        "update": always | _at_update(model, options, mesh),
-    }
-
-
-def _always(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> Parts:
-    state = compute_state(model, options, mesh)
-    runtime: Parts = {} if options.on_cpu else {"CUDA and NCCL": RUNTIME_BYTES}
-    if _offloads(options, mesh):
-        return runtime
-    moments = _BERTHS * _piece(options) if options.offload_moments else state.moments
-    return {"weights": state.weights, "gradients": state.gradients, "moments": moments} | runtime
-
-
-def _at_head(model: ModelSizes, options: StepOptions, mesh: MeshSizes, labels: float) -> Parts:
-    """All activations are there; the head's chunk of logits, and the gradient of its weight."""
-    c, numel = options.compute_bytes, model.head_numel / mesh.tp
-    vocabulary = model.vocab_size / mesh.tp
-    chunk_bytes, slice_bytes = (CHUNK_BYTES, SLICE_BYTES) if options.on_cpu else (CHUNK_BYTES_CUDA, SLICE_BYTES_CUDA)
-    rows = options.chunk_size or max(16, int(chunk_bytes / (c * vocabulary)))
-    logits = c * vocabulary * min(labels, 2 * rows)  # the chunk that waits for its backward pass, and another
-    logits += 2 * min(slice_bytes, 4 * vocabulary * min(labels, rows))
-    cast = 0 if c == options.master_bytes else c * numel
-    gradient = (c + 4) * numel if options.trains_all else 0  # a product and, in fp32, the sum of them
-    parts = {"head: logits, weight, gradient": logits + cast + gradient + (c + 4) * labels * model.hidden_size}
-    if uses_fsdp(mesh):
-        block = _block_numel(model, mesh)
-        parts["gathered weights"] = options.master_bytes * _end_numel(model, mesh) + options.gather_bytes * block
-    return parts
-
-
-def _at_blocks(model: ModelSizes, options: StepOptions, mesh: MeshSizes, tokens: float) -> Parts:
-    """The backward pass of one block: the next one's weights come in, the last one's gradients go out."""
-    queries, keys = (count * model.head_dim / mesh.tp for count in (model.num_heads, model.num_kv_heads))
-    keys *= key_copies(model, mesh)
-    if options.on_cpu:
-        workspace = 2 * _FP32 * keys * tokens  # gradients of keys and values in fp32
-    else:  # flash attention's: the query's gradient in fp32, those of key and value for every query head
-        workspace = (_FP32 + 2 * options.compute_bytes) * queries * tokens
-    parts = {"attention's workspace": workspace}
-    if mesh.cp > 1:  # sent and received
-        parts["context parallel exchange"] = 2 * options.compute_bytes * (queries + 2 * keys) * tokens
-    if uses_fsdp(mesh):
-        block, end = _block_numel(model, mesh), _end_numel(model, mesh)
-        parts["gathered weights"] = 2 * options.gather_bytes * block + (options.master_bytes * end * model.head_tied)
-        if options.trains_all:
-            parts["gradients on their way"] = options.gather_bytes * block + _FP32 * max(block, end)
-    return parts
-
-
-def _at_embedding(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> Parts:
-    """The end of the backward pass: activations are gone, and the embedding's gradient is dense."""
-    if not options.trains_all:
-        return {}
-    numel = model.head_numel / mesh.tp
-    if not uses_fsdp(mesh):
-        return {"gradients on their way": options.master_bytes * numel}
-    unit = _end_numel(model, mesh) if model.head_tied else unit_numels(model, mesh).get("embedding", 0)
-    block = _block_numel(model, mesh)
-    on_their_way = _FP32 * (numel * (2 if model.head_tied else 1) + unit + block)
-    return {"gathered weights": options.master_bytes * unit, "gradients on their way": on_their_way}
-
-
-def _at_update(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> Parts:
-    state = compute_state(model, options, mesh)
-    if options.optim == "adamw_bf16":
-        return {"optimizer's workspace": 40 * min(_piece(options), state.trainable)}
-    if options.optim == "adamw_torch":  # the square root of one tensor's second moments, and its quotient
-        largest = max(weight.local_numel(shard=mesh.shard, tp=mesh.tp) for weight in model.weights)
-        return {"optimizer's workspace": 2 * options.master_bytes * min(largest, state.trainable)}
-    return {}
-
-
-def _piece(options: StepOptions) -> int:
-    """Numbers that AdamWBf16 works on at a time."""
-    return PIECE["cpu" if options.on_cpu else "cuda"]
-
-
-def _autocast_copies(model: ModelSizes, options: StepOptions, mesh: MeshSizes) -> float:
-    """Copies of the blocks' weights in the compute dtype, which a backward pass needs."""
-    stored = options.gather_bytes if uses_fsdp(mesh) else options.master_bytes
-    if stored == options.compute_bytes or options.quantized_bytes is not None:
-        return 0
-    return options.compute_bytes * sum(w.local_numel(tp=mesh.tp) for w in model.weights if w.is_linear)
+def offloads_weights(recipe: Recipe, mesh: MeshSizes) -> bool:
+    """Whether weights, gradients and moments wait in CPU memory, as they can where they are sharded."""
+    return recipe.fsdp_cpu_offload and uses_fsdp(mesh)
 
 
 def uses_fsdp(mesh: MeshSizes) -> bool:
@@ -460,10 +114,7 @@ def uses_fsdp(mesh: MeshSizes) -> bool:
     return mesh.is_sharded and mesh.gradient > 1
 
 
-def _offloads(options: StepOptions, mesh: MeshSizes) -> bool:
-    return options.offload_weights and uses_fsdp(mesh)
-
-
+@functools.cache
 def unit_numels(model: ModelSizes, mesh: MeshSizes) -> dict[str, int]:
     """Numbers in each of FSDP2's groups, on one tp rank.
 
@@ -471,17 +122,241 @@ def unit_numels(model: ModelSizes, mesh: MeshSizes) -> dict[str, int]:
     """
     sizes: dict[str, int] = {}
     for weight in model.weights:
-        sizes[weight.unit] = sizes.get(weight.unit, 0) + weight.local_numel(tp=mesh.tp)
+        if weight.unit:
+            sizes[weight.unit] = sizes.get(weight.unit, 0) + weight.local_numel(tp=mesh.tp)
     if model.head_tied and uses_fsdp(mesh):
         sizes["end head"] = math.ceil(model.vocab_size / mesh.tp) * model.hidden_size
     return sizes
 
 
-def _block_numel(model: ModelSizes, mesh: MeshSizes) -> int:
-    """Of the largest block."""
-    return max((numel for name, numel in unit_numels(model, mesh).items() if name.startswith("block ")), default=0)
+def key_copies(model: ModelSizes, mesh: MeshSizes) -> int:
+    """How often context parallelism repeats key heads so that every rank gets some (`core.context`)."""
+    return mesh.cp // math.gcd(max(1, model.num_kv_heads // mesh.tp), mesh.cp)
 
 
-def _end_numel(model: ModelSizes, mesh: MeshSizes) -> int:
-    """Of what stays gathered from the forward to the backward pass."""
-    return sum(numel for name, numel in unit_numels(model, mesh).items() if name.startswith("end"))
+# --- the moments of a step -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What one GPU holds at each of `MOMENTS`, in bytes.
+
+    Attributes:
+        moments: of each its parts, which add up.
+        offloaded: in CPU memory throughout, of every process.
+        saving: in CPU memory besides while something is saved, of the process that has the most.
+    """
+
+    moments: dict[str, Parts]
+    offloaded: Parts
+    saving: Parts
+
+    @property
+    def totals(self) -> dict[str, int]:
+        return {moment: math.ceil(sum(parts.values())) for moment, parts in self.moments.items()}
+
+    @property
+    def moment(self) -> str:
+        """When there is the most."""
+        return max(self.totals, key=self.totals.get)
+
+    @property
+    def parts(self) -> Parts:
+        """Of that moment."""
+        return self.moments[self.moment]
+
+    @property
+    def total(self) -> int:
+        return self.totals[self.moment]
+
+
+def compute_footprint(
+    model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, tokens: int, labels: int | None = None
+) -> Footprint:
+    """Every moment of an optimizer step whose largest micro-batch has so many packed tokens.
+
+    Args:
+        tokens: of the whole row, which cp ranks share.
+        labels: of these, the trained ones; None = all, the most there can be.
+    """
+    state = compute_state(model, recipe, mesh)
+    passes = _passes(model, recipe, mesh, tokens=tokens, labels=labels)
+    always: Parts = {"weights": state.weights, "gradients": state.gradients, "moments": state.moments}
+    offloaded: Parts = {}
+    if offloads_weights(recipe, mesh):
+        always, offloaded = {}, always
+    elif recipe.optimizer_offload:
+        offloaded = {"moments": state.moments}
+        always["moments"] = _BERTHS * PIECE["cuda"]
+    if recipe.activation_offload:
+        offloaded["activations"] = passes["head"][KEPT]
+        _offload_activations(passes, model)
+    if recipe.device != "cpu":
+        always["CUDA and NCCL"] = RUNTIME_BYTES
+
+    def most(*parts: Parts) -> Parts:
+        return max(parts, key=lambda each: sum(each.values()))
+
+    head = most(passes["head"], passes["head backward"])
+    backward = most(passes["blocks"], passes.get("embedding", {}))
+    on_gpu, on_cpu = _save(model, recipe, mesh, state)
+    added = {
+        "forward": passes["forward"],
+        "head": head,
+        "backward": backward,
+        "update": _update(model, recipe, mesh, state),
+        "save": on_gpu,
+    }
+    moments = {moment: always | added.get(moment, {}) for moment in MOMENTS}
+    moments["save"] = {part: size for part, size in moments["save"].items() if part != "gradients"}
+    found = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
+    return Footprint(found, offloaded, on_cpu)
+
+
+def _passes(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, tokens: int, labels: int | None) -> dict[str, Parts]:
+    """The traced passes, and what other ranks make of them.
+
+    What two tensor parallel ranks share, any number of them shares; the rest each of them holds whole.
+    """
+    here, own = tokens / mesh.cp, (tokens if labels is None else labels) / mesh.cp
+    fsdp = uses_fsdp(mesh)
+    passes = traced_passes(model, recipe, tokens=here, labels=own, gathered=fsdp)
+    if mesh.tp > 1:
+        split = mesh.tp if mesh.tp % 2 else 2
+        less = (1 - 1 / mesh.tp) / (1 - 1 / split)
+        others = traced_passes(model, recipe, tokens=here, labels=own, gathered=fsdp, tp=split)
+        passes = {
+            moment: {part: max(0.0, size - less * (size - others[moment][part])) for part, size in parts.items()}
+            for moment, parts in passes.items()
+        }
+    if mesh.cp > 1:
+        _add_context_parallel(passes, model, recipe, mesh, here)
+    if fsdp:
+        _add_fsdp(passes, model, recipe, mesh)
+    return passes
+
+
+def _offload_activations(passes: dict[str, Parts], model: ModelSizes) -> None:
+    """Of what is kept, a share waits on the GPU for its copy, and in the backward pass a block's worth is back."""
+    kept = passes["head"][KEPT]
+    block = kept / model.num_layers
+    passes["head"][KEPT] = passes["head backward"][KEPT] = STILL_ON_ITS_WAY * kept
+    passes["forward"][KEPT] = passes["blocks"][KEPT] = STILL_ON_ITS_WAY * kept + block
+
+
+def _add_context_parallel(
+    passes: dict[str, Parts], model: ModelSizes, recipe: Recipe, mesh: MeshSizes, here: float
+) -> None:
+    """Attention's output before and after its exchange, copies of key heads, and what is on its way."""
+    number = compute_bytes(recipe) * here * model.head_dim / mesh.tp
+    queries, copies = number * model.num_heads, (key_copies(model, mesh) - 1) * 2 * number * model.num_kv_heads
+    blocks = 1 if recipe.gradient_checkpointing else model.num_layers
+    for moment in ("forward", "head", "head backward", "blocks"):
+        passes[moment][KEPT] += blocks * (queries + copies)
+    passes["blocks"]["context parallel exchange"] = 2 * (queries + copies + 2 * number * model.num_kv_heads)
+
+
+def _add_fsdp(passes: dict[str, Parts], model: ModelSizes, recipe: Recipe, mesh: MeshSizes) -> None:
+    """Gathered weights: two blocks, the next on its way, and what stays from forward to backward; and gradients that
+    are whole until they are reduced."""
+    units = unit_numels(model, mesh)
+    block = max((numel for unit, numel in units.items() if unit.startswith("block ")), default=0)
+    end = sum(numel for unit, numel in units.items() if unit.startswith("end"))
+    last = end if model.head_tied else units.get("embedding", 0)
+    head = model.head_numel / mesh.tp
+    master, gather, trained = master_bytes(recipe), gather_bytes(recipe), not recipe.use_peft
+    gathered = {
+        "forward": 2 * gather * block + master * end * model.head_tied,
+        "head": gather * block + master * end,
+        "head backward": gather * block + master * end,
+        "blocks": 2 * gather * block + master * end * model.head_tied,
+        "embedding": master * last,
+    }
+    whole = {
+        "blocks": gather * block + _FP32 * max(block, end),
+        "embedding": _FP32 * (head * model.head_tied + last + block),
+    }
+    for moment, parts in passes.items():
+        parts["gathered weights"] = gathered[moment]
+        parts["gradients on their way"] = trained * whole.get(moment, 0)
+
+
+def _update(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, state: StateBytes) -> Parts:
+    piece = PIECE["cpu" if recipe.device == "cpu" else "cuda"]
+    largest = max(w.local_numel(shard=mesh.shard, tp=mesh.tp) for w in model.weights if w.is_trained)
+    # adamw_torch: the square root of one tensor's second moments, and its quotient
+    sizes = {"adamw_bf16": 40 * min(piece, state.trainable), "adamw_torch": 2 * master_bytes(recipe) * largest}
+    return {"optimizer's workspace": sizes.get(recipe.optim, 0)}
+
+
+def _save(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, state: StateBytes) -> tuple[Parts, Parts]:
+    """What saving adds on the GPU, and in CPU memory.
+
+    A checkpoint of weights that tensor parallelism and FSDP2 both cut by rows first puts those shards in one piece, and
+    their moments; with `async_save` a copy waits in CPU memory. The final model comes together weight by weight, in the
+    first process's CPU memory; where it is written in a narrower format than it is trained in, its last evaluation is
+    of weights rounded to that, while their own values are kept.
+    """
+    written = export_bytes(model, recipe)
+    floats = [weight for weight in model.weights if weight.num_bytes >= 2]  # 4-bit ones are written as they are
+    changed = [weight for weight in floats if mesh.is_sharded or weight.num_bytes != written]
+    whole = max((w.local_numel() * (w.num_bytes * mesh.is_sharded + written) for w in changed), default=0)
+    in_one_piece, trained = 0.0, 0.0
+    for weight in (weight for weight in floats if weight.is_trained):
+        numel = weight.local_numel(shard=mesh.shard, tp=mesh.tp)
+        trained += numel * weight.num_bytes
+        if mesh.tp > 1 and mesh.shard > 1 and weight.unit and weight.split_dim == 0:
+            in_one_piece += numel * weight.num_bytes + _moment_bytes(numel, int(weight.num_bytes), recipe.optim)
+    as_saved = state.weights if not recipe.use_peft and written < master_bytes(recipe) else 0
+    on_gpu: Parts = {"copies to save": 0 if offloads_weights(recipe, mesh) else max(whole, in_one_piece, as_saved)}
+    on_cpu: Parts = {"the final model, in the first process": sum(weight.local_numel() for weight in changed) * written}
+    if recipe.async_save:
+        on_cpu["a checkpoint on its way to the disk"] = trained + state.moments
+    return on_gpu, on_cpu
+
+
+def export_bytes(model: ModelSizes, recipe: Recipe) -> int:
+    """Of a number in the final model's files (`run.export.export_dtype`)."""
+    if recipe.save_dtype != "auto":
+        return getattr(torch, recipe.save_dtype).itemsize
+    return (model.config.dtype or torch.float32).itemsize
+
+
+# --- what fits -------------------------------------------------------------------------------------------------------
+
+
+def compute_reserve(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, gpu_bytes: int) -> int:
+    """Bytes that are not planned with: as a run does, a tenth of what is free once the weights are loaded."""
+    weights = 0 if offloads_weights(recipe, mesh) else compute_state(model, recipe, mesh).weights
+    return int((1 - SHARE_OF_FREE["cuda"]) * max(0, gpu_bytes - RUNTIME_BYTES - weights))
+
+
+def fits(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, tokens: int, gpu_bytes: int) -> bool:
+    """Whether a micro-batch of so many tokens leaves the reserve free; nothing is traced where the state does not."""
+    room = gpu_bytes - compute_reserve(model, recipe, mesh, gpu_bytes=gpu_bytes)
+    if not offloads_weights(recipe, mesh):
+        state = compute_state(model, recipe, mesh)
+        if RUNTIME_BYTES + state.weights + state.gradients + state.moments * (not recipe.optimizer_offload) > room:
+            return False
+    return compute_footprint(model, recipe, mesh, tokens=tokens).total <= room
+
+
+def fit_tokens(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, gpu_bytes: int) -> int:
+    """Most packed tokens of a micro-batch that leave the reserve free; 0 where not even the model fits."""
+    room = gpu_bytes - compute_reserve(model, recipe, mesh, gpu_bytes=gpu_bytes)
+
+    def peak(tokens: int) -> int:
+        return compute_footprint(model, recipe, mesh, tokens=tokens).total
+
+    low, high = (n * mesh.cp for n in (2 * _ROUND_TO, 4096))
+    if not fits(model, recipe, mesh, tokens=low, gpu_bytes=gpu_bytes):
+        return 0
+    while high < _MOST_TOKENS and peak(high) <= room:
+        low, high = high, 4 * high
+    for _ in range(4):  # what is held is nearly linear in the tokens
+        below, above = peak(low), peak(high)
+        guess = int(low + (high - low) * (room - below) / max(1, above - below)) // _ROUND_TO * _ROUND_TO
+        if not low < guess < high:
+            break
+        low, high = (guess, high) if peak(guess) <= room else (low, guess)
+    return low // _ROUND_TO * _ROUND_TO

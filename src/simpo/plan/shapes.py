@@ -1,6 +1,6 @@
-"""Model shapes that are known by name, and configurations from a name, a folder or a file: sizes without weights.
+"""Configurations without weights: of shapes known by name, and from a name, a folder or a file.
 
-Must not import data, train or evaluate.
+Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations
@@ -10,96 +10,79 @@ from typing import Any
 
 from simpo.errors import first_line
 
+_OF_WIDTH = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
+
+
+def _rope(theta: float, **others: Any) -> dict[str, Any]:
+    return {"rope_type": "default", "rope_theta": theta} | others
+
+
 _LLAMA_3 = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "rms_norm_eps": 1e-5,
-    "num_key_value_heads": 8,
-    "initializer_range": 0.02,
-    "bos_token_id": 128000,
-    "eos_token_id": 128001,
-    "pad_token_id": 0,
+    **{"model_type": "llama", "vocab_size": 128256, "num_key_value_heads": 8, "rms_norm_eps": 1e-5},
+    **{"bos_token_id": 128000, "eos_token_id": 128001, "pad_token_id": 0, "initializer_range": 0.02},
+    **{"max_position_embeddings": 8192, "tie_word_embeddings": False, "rope_parameters": _rope(500000.0)},
 }
-_LLAMA_3_0 = {
-    "max_position_embeddings": 8192,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
-    "head_dim": 128,
+_LLAMA_3_2 = _LLAMA_3 | {
+    **{"max_position_embeddings": 131072, "tie_word_embeddings": True},
+    "rope_parameters": _rope(
+        500000.0,
+        rope_type="llama3",
+        factor=32.0,
+        low_freq_factor=1.0,
+        high_freq_factor=4.0,
+        original_max_position_embeddings=8192,
+    ),
 }
-_LLAMA_3_2 = {
-    "max_position_embeddings": 131072,
-    "tie_word_embeddings": True,
-    "rope_parameters": {
-        "rope_type": "llama3",
-        "rope_theta": 500000.0,
-        "factor": 32.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
+_MISTRAL = {  # whose window of 4096 tokens is left out
+    **{"model_type": "mistral", "vocab_size": 32000, "num_key_value_heads": 8, "max_position_embeddings": 32768},
+    **{"sliding_window": None, "tie_word_embeddings": False},
 }
 _QWEN_2_5 = {
-    "model_type": "qwen2",
-    "vocab_size": 152064,
-    "hidden_size": 5120,
-    "num_attention_heads": 40,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 32768,
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+    **{"model_type": "qwen2", "vocab_size": 152064, "num_key_value_heads": 8, "max_position_embeddings": 32768},
+    **{"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "rope_parameters": _rope(1000000.0)},
+}
+_DEEPSEEK = {"model_type": "llama", "vocab_size": 102400, "num_key_value_heads": 32, "max_position_embeddings": 4096}
+_GEMMA_2 = {
+    **{"model_type": "gemma2", "vocab_size": 256000, "num_key_value_heads": 8, "max_position_embeddings": 8192},
+    **{"query_pre_attn_scalar": 256, "sliding_window": 4096, "tie_word_embeddings": True},
+}
+_SMOLLM2 = {
+    **{"model_type": "llama", "vocab_size": 49152, "num_key_value_heads": 3, "rms_norm_eps": 1e-5},
+    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 8192},
+    **{"tie_word_embeddings": True, "rope_parameters": _rope(100000.0)},
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "llama-1b": {  # Llama-3.2-1B
-        **_LLAMA_3,
-        **_LLAMA_3_2,
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 16,
-        "num_attention_heads": 32,
-        "head_dim": 64,
-    },
-    "llama-3b": {  # Llama-3.2-3B
-        **_LLAMA_3,
-        **_LLAMA_3_2,
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "head_dim": 128,
-    },
-    "mistral-7b": {  # Mistral-7B-v0.1, whose window of 4096 tokens is left out
-        "model_type": "mistral",
-        "vocab_size": 32000,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "head_dim": 128,
-        "max_position_embeddings": 32768,
-        "sliding_window": None,
-        "tie_word_embeddings": False,
-    },
-    "llama-8b": {  # Meta-Llama-3-8B
-        **_LLAMA_3,
-        **_LLAMA_3_0,
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-    },
-    "qwen-14b": {**_QWEN_2_5, "intermediate_size": 13824, "num_hidden_layers": 48},  # Qwen2.5-14B
-    "qwen-32b": {**_QWEN_2_5, "intermediate_size": 27648, "num_hidden_layers": 64},  # Qwen2.5-32B
-    "llama-70b": {  # Meta-Llama-3-70B
-        **_LLAMA_3,
-        **_LLAMA_3_0,
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-    },
+    name: {**family, **dict(zip(_OF_WIDTH, sizes, strict=True))}
+    for name, family, *sizes in (
+        ("smollm2-135m", _SMOLLM2, 576, 1536, 30, 9, 64),
+        ("llama-1b", _LLAMA_3_2, 2048, 8192, 16, 32, 64),  # Llama-3.2-1B
+        ("llama-3b", _LLAMA_3_2, 3072, 8192, 28, 24, 128),  # Llama-3.2-3B
+        ("mistral-7b", _MISTRAL, 4096, 14336, 32, 32, 128),  # Mistral-7B-v0.1
+        ("deepseek-7b", _DEEPSEEK, 4096, 11008, 30, 32, 128),  # deepseek-math-7b
+        ("llama-8b", _LLAMA_3, 4096, 14336, 32, 32, 128),  # Meta-Llama-3-8B
+        ("gemma-9b", _GEMMA_2, 3584, 14336, 42, 16, 256),  # gemma-2-9b
+        ("qwen-14b", _QWEN_2_5, 5120, 13824, 48, 40, 128),  # Qwen2.5-14B
+        ("qwen-32b", _QWEN_2_5, 5120, 27648, 64, 40, 128),  # Qwen2.5-32B
+        ("llama-70b", _LLAMA_3, 8192, 28672, 80, 64, 128),  # Meta-Llama-3-70B
+    )
 }
+"""Settings of the configurations of models that are known by name."""
+
+_ON_THE_HUB = {
+    "HuggingFaceTB/SmolLM2-135M": "smollm2-135m",
+    "alignment-handbook/zephyr-7b": "mistral-7b",
+    "deepseek-ai/deepseek-math-7b": "deepseek-7b",
+    "google/gemma-2-9b": "gemma-9b",
+    "meta-llama/Llama-3.2-1B": "llama-1b",
+    "meta-llama/Llama-3.2-3B": "llama-3b",
+    "meta-llama/Meta-Llama-3-70B": "llama-70b",
+    "meta-llama/Meta-Llama-3-8B": "llama-8b",
+    "mistralai/Mistral-7B": "mistral-7b",
+    "princeton-nlp/Llama-3-": "llama-8b",
+    "Qwen/Qwen2.5-14B": "qwen-14b",
+    "Qwen/Qwen2.5-32B": "qwen-32b",
+}
+"""How the names of models on the hub begin that have a known shape: some ask for a login, a plan need not."""
 
 
 def build_config(shape: str) -> Any:
@@ -110,7 +93,7 @@ def build_config(shape: str) -> Any:
     """
     if shape not in SHAPES:
         raise ValueError(f"shape: {shape!r} is not known; choose one of {', '.join(SHAPES)}, or give a file")
-    return _from_settings(SHAPES[shape])
+    return _from_settings(SHAPES[shape] | {"dtype": "bfloat16"})  # as their weights are published
 
 
 def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
@@ -118,23 +101,26 @@ def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
 
     Args:
         name: a known shape; a .json, .yaml or .yml file with the settings of a config.json; a folder saved by
-            save_pretrained; or a hub name.
+            save_pretrained; or a hub name, which is not asked for where it has a known shape.
     Raises:
         ValueError: none of these, or not the configuration of a language model.
     """
     if name in SHAPES:
         return build_config(name)
-    path = Path(name)
-    if path.suffix in (".json", ".yaml", ".yml"):
-        return _from_settings(_read_settings(path), source=name)
+    if Path(name).suffix in (".json", ".yaml", ".yml"):
+        return _from_settings(_read_settings(Path(name)), source=name)
     from transformers import AutoConfig
 
+    known = next((shape for beginning, shape in _ON_THE_HUB.items() if name.startswith(beginning)), None)
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": known is not None}
     try:
-        return AutoConfig.from_pretrained(name, revision=revision, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(name, **options)
     except (OSError, KeyError, ValueError) as error:
+        if known is not None:
+            return build_config(known)
         raise ValueError(
             f"cannot read the configuration of {name!r} ({first_line(error)}); give a folder, a hub name that can be "
-            f"reached, a .json or .yaml file, or a shape: {', '.join(SHAPES)}"
+            f"reached, a .json or .yaml file, or --shape with one of {', '.join(SHAPES)}"
         ) from error
 
 
@@ -146,9 +132,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ValueError(f"cannot read {str(path)!r}: {first_line(error)}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("model_type"), str):
-        raise ValueError(
-            f"{str(path)!r} holds no configuration: a mapping with a model_type (llama, qwen2, ...) is needed"
-        )
+        raise ValueError(f"{str(path)!r}: a configuration is a mapping with a model_type (llama, qwen2, ...)")
     return settings
 
 

@@ -1,17 +1,30 @@
-"""The sizes of a model: every parameter with the cuts that transformers' plans would make, without any weights.
+"""A model without memory, as a recipe trains it: every weight, and how transformers' plans would cut it.
 
-Must not import data, train or evaluate.
+Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations
 
 import copy
+import json
+import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
 from simpo.errors import first_line
+from simpo.model.attention import PACKED, unwrap
 from simpo.model.costs import decoder_sizes
+from simpo.model.load import add_adapters, lora_config
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -19,48 +32,48 @@ class Weight:
     """One parameter of a model.
 
     Attributes:
-        unit: what FSDP2 gathers together: a block's name, the embedding's, "end" (last norm and head), "rest".
+        unit: what FSDP2 gathers together: a block's name, "embedding", "end" (last norm and head), "rest"; of an
+            adapter, which FSDP2 is not told of, "".
         split_dim: the dim that tensor parallelism splits; None = whole on every tp rank.
-        is_linear: the weight of a linear layer inside a block: may have an adapter, or be 4-bit.
+        num_bytes: of one of its numbers.
+        is_trained: whether it has a gradient and moments.
     """
 
     name: str
     shape: tuple[int, ...]
     unit: str
-    split_dim: int | None = None
-    is_linear: bool = False
+    split_dim: int | None
+    num_bytes: float
+    is_trained: bool
+    kind: Literal["linear", "embedding", "head", "adapter", "other"]
 
     def local_shape(self, *, shard: int = 1, tp: int = 1) -> tuple[int, ...]:
         """Of the largest piece: tensor parallelism cuts first, then FSDP2 cuts what is left by rows."""
         shape = list(self.shape)
         if self.split_dim is not None:
             shape[self.split_dim] = math.ceil(shape[self.split_dim] / tp)
-        if shape:
+        if shape and self.unit:
             shape[0] = math.ceil(shape[0] / shard)
         return tuple(shape)
 
     def local_numel(self, *, shard: int = 1, tp: int = 1) -> int:
         return math.prod(self.local_shape(shard=shard, tp=tp))
 
-    @property
-    def role(self) -> str:
-        """The linear layer's own name: q_proj, down_proj, ..."""
-        return self.name.split(".")[-2] if "." in self.name else self.name
 
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ModelSizes:
     """A decoder, as far as its memory goes.
 
     Attributes:
+        config: transformers'.
         weights: every parameter once; a tied head is the embedding.
         head_tied: whether the head is the embedding.
-        norms_heads: q and k are normalised head by head (Qwen3).
-        is_known: its blocks are those of `model.low_memory`; what others keep is estimated.
     """
 
     name: str
+    config: Any
     weights: tuple[Weight, ...]
+    head_tied: bool
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -68,70 +81,159 @@ class ModelSizes:
     num_kv_heads: int
     head_dim: int
     vocab_size: int
-    head_tied: bool
-    norms_heads: bool
-    is_known: bool
 
     @property
     def num_parameters(self) -> int:
-        return sum(weight.local_numel() for weight in self.weights)
-
-    @property
-    def block_weights(self) -> tuple[Weight, ...]:
-        """Those of the first block; all blocks are taken to be alike."""
-        first = next((w.unit for w in self.weights if w.unit.startswith("block ")), "")
-        return tuple(w for w in self.weights if w.unit == first)
+        """Of the model itself, adapters apart."""
+        return sum(weight.local_numel() for weight in self.weights if weight.kind != "adapter")
 
     @property
     def linear_numel(self) -> int:
         """Weights in the blocks' linear layers."""
-        return sum(w.local_numel() for w in self.weights if w.is_linear)
+        return sum(weight.local_numel() for weight in self.weights if weight.kind == "linear")
 
     @property
     def head_numel(self) -> int:
         return self.vocab_size * self.hidden_size
 
 
-def describe_model(config: Any, *, name: str = "") -> ModelSizes:
-    """Every parameter of a configuration's model, and how transformers' plans would cut it; on the meta device.
+_described: dict[tuple[str, ...], ModelSizes] = {}
+
+
+def describe_model(config: Any, recipe: Recipe, *, name: str = "") -> ModelSizes:
+    """The model of a configuration as a recipe trains it, adapters and 4-bit weights included.
 
     Raises:
         ValueError: transformers has no causal language model for it, or it has experts, whose work depends on routing.
     """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from simpo.model.low_memory import install_low_memory_blocks
-
     text = config.get_text_config()
     for key in ("num_local_experts", "num_experts", "n_routed_experts"):
         if getattr(text, key, None):
             raise ValueError(
-                f"{text.model_type}: what its experts need depends on their routing; a dense model is needed"
+                f"{text.model_type}: what its experts need depends on their routing; plans are for dense models"
             )
+    key = (name, *identity(config, recipe))
+    if key not in _described:
+        model = build_on_meta(config, recipe)
+        base = unwrap(model)
+        _described[key] = ModelSizes(
+            name=name or text.model_type,
+            config=config,
+            weights=tuple(weight for weight, _ in describe_weights(model, recipe)),
+            head_tied=base.get_output_embeddings().weight is base.get_input_embeddings().weight,
+            **decoder_sizes(config),
+        )
+    return _described[key]
+
+
+_DECIDES = (
+    *(
+        "master_dtype",
+        "bf16",
+        "fsdp_param_dtype",
+        "load_in_4bit",
+        "bnb_4bit_use_double_quant",
+        "gradient_checkpointing",
+    ),
+    *("use_peft", "lora_r", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
+    *("logits_chunk_size", "disable_dropout", "device"),
+)
+
+
+def identity(config: Any, recipe: Recipe) -> tuple[str, str]:
+    """Equal where the same recipe trains the same model as far as its passes go."""
+    return config.to_json_string(use_diff=False), json.dumps([getattr(recipe, key) for key in _DECIDES])
+
+
+def build_on_meta(config: Any, recipe: Recipe, *, num_layers: int | None = None) -> nn.Module:
+    """The recipe's model without memory: its blocks or the first few of them, adapters and 4-bit layers in place.
+
+    Raises:
+        ValueError: transformers has no causal language model for this configuration.
+    """
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    if num_layers is not None:
+        for key, value in vars(text).items():
+            if isinstance(value, list) and len(value) == text.num_hidden_layers:
+                setattr(text, key, value[:num_layers])
+        text.num_hidden_layers = num_layers
+    # Soft-capped scores go through FlexAttention, which cannot run here; flash attention keeps the same tensors.
+    if getattr(text, "attn_logit_softcapping", None) is not None:
+        text.attn_logit_softcapping = None
+    dtype = torch.float32 if recipe.load_in_4bit else getattr(torch, recipe.master_dtype)  # as peft wants it
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(copy.deepcopy(config))
+            model = AutoModelForCausalLM.from_config(config, attn_implementation=PACKED, dtype=dtype).train()
     except ValueError as error:
         raise ValueError(f"{text.model_type}: {first_line(error)}") from error
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    linear = {id(m.weight) for m in model.modules() if isinstance(m, torch.nn.Linear) and m is not head}
-    tied = head.weight is embedding.weight
-    weights = []
+    if recipe.load_in_4bit:
+        for module in _linear_layers(model):
+            module.__class__ = FourBitLinear
+    if recipe.use_peft:
+        # bitsandbytes, which peft loads, warns of a kernel for inference.
+        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+        with torch.device("meta"):
+            model = add_adapters(model, lora_config(recipe), seed=recipe.seed)
+    if recipe.device != "cpu":
+        for module in model.modules():
+            if type(module) is nn.Dropout:
+                module.__class__ = _FusedDropout
+    return model
+
+
+class FourBitLinear(nn.Linear):
+    """Stands for bitsandbytes' 4-bit layer: its weight is unpacked for each product, and its input is not kept."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FourBitProduct.apply(x, self.weight, self.bias)
+
+
+class _FusedDropout(nn.Dropout):
+    """Dropout as CUDA computes it, keeping a mask of bytes; a CPU keeps one of the values' format."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.native_dropout(x, self.p, self.training)[0] if self.p else x
+
+
+class _FourBitProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.weight = weight
+        return F.linear(x, torch.empty_like(weight, dtype=x.dtype), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad @ torch.empty_like(ctx.weight, dtype=grad.dtype), None, None
+
+
+def describe_weights(model: nn.Module, recipe: Recipe) -> Iterator[tuple[Weight, Tensor]]:
+    """Every parameter of a model from `build_on_meta`, with what is known of it."""
+    base = unwrap(model)
+    head, embedding = base.get_output_embeddings().weight, base.get_input_embeddings().weight
+    linear = {id(module.weight) for module in _linear_layers(base)}
+    # A scale in fp32 for every 64 weights; quantised itself, 8 bits and an fp32 scale for 256 of them.
+    four_bits = 0.5 + ((1 + 4 / 256) / 64 if recipe.bnb_4bit_use_double_quant else 4 / 64)
     for path, parameter in model.named_parameters():
-        unit = _unit_of(path, model.fsdp_plan, tied=tied)
-        split = _split_dim(path, parameter, model.tp_plan)
-        in_block = id(parameter) in linear and unit.startswith("block ")
-        weights.append(Weight(path, tuple(parameter.shape), unit, split, in_block))
-    modules = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    return ModelSizes(
-        name=name or text.model_type,
-        weights=tuple(weights),
-        head_tied=tied,
-        norms_heads="q_norm" in modules,
-        is_known=install_low_memory_blocks(model) > 0,
-        **decoder_sizes(config),
-    )
+        name = path.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+        unit = _unit_of(name, base.fsdp_plan, tied=head is embedding)
+        kind = "embedding" if parameter is embedding else "head" if parameter is head else "other"
+        num_bytes: float = parameter.element_size()
+        if ".lora_" in path or ".modules_to_save." in path:
+            kind, unit = "adapter", ""
+        elif id(parameter) in linear and unit.startswith("block "):
+            kind, num_bytes = "linear", four_bits if recipe.load_in_4bit else num_bytes
+        split = _split_dim(name, parameter, base.tp_plan)
+        shape = tuple(parameter.shape)
+        yield Weight(name, shape, unit, split, num_bytes, parameter.requires_grad, kind), parameter
+
+
+def _linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
+    """All but the head and what belongs to adapters."""
+    head = model.get_output_embeddings()
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module is not head and ".lora_" not in path:
+            yield module
 
 
 def _unit_of(path: str, fsdp_plan: dict[str, str], *, tied: bool) -> str:
@@ -150,9 +252,15 @@ def _unit_of(path: str, fsdp_plan: dict[str, str], *, tied: bool) -> str:
     return f"block {'.'.join(parts[: numbers[0] + 1])}" if numbers else "rest"
 
 
-def _split_dim(path: str, parameter: Any, tp_plan: dict[str, str]) -> int | None:
+def _split_dim(path: str, parameter: Tensor, tp_plan: dict[str, str]) -> int | None:
+    """Of an adapter: the dim that faces its layer's split one (`parallel.sharding.rebuild_adapters`)."""
+    layer, _, lora = path.partition(".lora_")
     module, _, kind = path.rpartition(".")
-    style = tp_plan.get(".".join("*" if part.isdecimal() else part for part in module.split(".")), "")
+    style = tp_plan.get(
+        ".".join("*" if part.isdecimal() else part for part in (layer if lora else module).split(".")), ""
+    )
+    if lora:
+        return 0 if lora[0] == "B" and "colwise" in style else 1 if lora[0] == "A" and "rowwise" in style else None
     if "colwise" in style or style == "embedding_rowwise":
         return 0
     if "rowwise" in style and kind == "weight":

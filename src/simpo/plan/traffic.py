@@ -7,8 +7,8 @@ Of a buffer of S bytes among n ranks, each sends
     all-to-all                    S (n - 1) / n        S: what every rank holds
 
 Sizes come from `plan.footprint`'s view of the model. Times are bytes over link speeds plus a latency for each hop of
-a ring: nothing of it is measured, and what overlaps with computation is not taken off. Must not import data, train or
-evaluate.
+a ring: nothing of it is measured, and what overlaps with computation is not taken off. Must not import data, the
+trainer or evaluation.
 """
 
 from __future__ import annotations
@@ -17,11 +17,20 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from simpo.plan.footprint import StepOptions, adapter_numels, key_copies, unit_numels, uses_fsdp
+from simpo.plan.footprint import (
+    compute_bytes,
+    compute_state,
+    gather_bytes,
+    key_copies,
+    master_bytes,
+    unit_numels,
+    uses_fsdp,
+)
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import MeshSizes
     from simpo.plan.sizes import ModelSizes
+    from simpo.recipe import Recipe
 
 Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
@@ -83,7 +92,7 @@ class Exchange:
 
 def compute_traffic(
     model: ModelSizes,
-    options: StepOptions,
+    recipe: Recipe,
     mesh: MeshSizes,
     *,
     tokens: int,
@@ -100,101 +109,77 @@ def compute_traffic(
         gpus_per_node: that neighbouring ranks share.
     """
     labels = tokens if labels is None else labels
-    found = _of_weights(model, options, mesh, micro_batches, gpus_per_node)
-    if mesh.tp > 1:
-        found += _of_tensor_parallel(
-            model, options, mesh, tokens / mesh.cp, labels / mesh.cp, micro_batches, gpus_per_node
-        )
-    if mesh.cp > 1:
-        found.append(_of_context_parallel(model, options, mesh, tokens / mesh.cp, micro_batches, gpus_per_node))
-    return [exchange for exchange in found if exchange.size and exchange.ranks > 1]
+    found = _of_weights(model, recipe, mesh, micro_batches)
+    found += _of_tokens(model, recipe, mesh, tokens / mesh.cp, labels / mesh.cp, micro_batches)
+    return [
+        Exchange(name, kind, ranks, _near(ranks, max(1, gpus_per_node // apart)), times * size, times * calls)
+        for name, kind, ranks, apart, times, size, calls in found
+        if size and ranks > 1
+    ]
 
 
 def compute_seconds(
-    model: ModelSizes, options: StepOptions, mesh: MeshSizes, *, tokens: int, micro_batches: int, links: Links
+    model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, tokens: int, micro_batches: int, links: Links
 ) -> float:
     """The products of weights and tokens of a step on one GPU, attention apart, at the assumed speed.
 
     Forward once and backward twice; LoRA's backward pass has no gradients of the frozen weights to compute;
     checkpointing computes the blocks' forward once more.
     """
-    passes = 2 + options.trains_all
-    blocks = model.linear_numel * (passes + options.gradient_checkpointing)
+    passes = 2 + (not recipe.use_peft)
+    blocks = model.linear_numel * (passes + recipe.gradient_checkpointing)
     operations = 2 * tokens * micro_batches * (blocks + model.head_numel * passes)
     return operations / (mesh.cp * mesh.tp) / links.flops_per_s
 
 
-def _of_weights(
-    model: ModelSizes, options: StepOptions, mesh: MeshSizes, micro_batches: int, gpus_per_node: int
-) -> list[Exchange]:
+# Name, kind, ranks, how far neighbours among them are apart, how often a step; bytes and calls of one time.
+_Row = tuple[str, Kind, int, int, int, float, int]
+
+
+def _of_weights(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, micro_batches: int) -> list[_Row]:
     """FSDP's gathers and reductions, in every micro-batch; DDP's reduction, and that of adapters, once."""
-    units = unit_numels(model, mesh)
-    blocks = sum(numel for unit, numel in units.items() if unit.startswith("block "))
-    others = sum(units.values()) - blocks
-    replicas = (mesh.dp_replicate, max(1, gpus_per_node // (mesh.shard * mesh.tp)))
+    gradients = compute_state(model, recipe, mesh).gradients
+    copies = mesh.shard * mesh.tp
     if not uses_fsdp(mesh):
-        numel = sum(units.values()) if options.trains_all else sum(adapter_numels(model, options, mesh))
-        size = (options.master_bytes if options.trains_all else 4) * numel
-        return [Exchange("DDP: gradients", "all-reduce", mesh.dp_replicate, _near(*replicas), size, 1)]
-    shard = (mesh.shard, _near(mesh.shard, gpus_per_node // mesh.tp))
-    once = sum(numel for unit, numel in units.items() if unit.startswith("end"))  # stays gathered
-    gathered = 2 * options.gather_bytes * blocks + options.master_bytes * (2 * (others - once) + once)
-    calls = micro_batches * sum(1 if unit.startswith("end") else 2 for unit in units)
-    found = [Exchange("FSDP: weights", "all-gather", *shard, micro_batches * gathered, calls)]
-    if options.trains_all:
-        size, calls = 4 * micro_batches * (blocks + others), micro_batches * len(units)
-        found.append(Exchange("FSDP: gradients", "reduce-scatter", *shard, size, calls))
-        found.append(
-            Exchange("HSDP: gradients", "all-reduce", mesh.dp_replicate, _near(*replicas), size / mesh.shard, calls)
-        )
-    else:
-        near = _near(mesh.gradient, gpus_per_node // mesh.tp)
-        size = 4 * sum(adapter_numels(model, options, mesh))
-        found.append(Exchange("LoRA: gradients", "all-reduce", mesh.gradient, near, size, 1))
-    return found
-
-
-def _of_tensor_parallel(
-    model: ModelSizes,
-    options: StepOptions,
-    mesh: MeshSizes,
-    tokens: float,
-    labels: float,
-    micro_batches: int,
-    gpus_per_node: int,
-) -> list[Exchange]:
-    """Each block's two sums, and in its backward pass one for each of its five split inputs; the head's, over V.
-
-    What checkpointing computes again ends before a block's last sum, but in the last block, which goes on behind it.
-    """
-    group = (mesh.tp, _near(mesh.tp, gpus_per_node))
-    sums = 7 * model.num_layers + options.gradient_checkpointing * (model.num_layers + 1)
-    stream = options.compute_bytes * tokens * model.hidden_size
-    blocks = sums * stream + options.master_bytes * tokens * model.hidden_size  # and the embedding
-    head = labels * (3 * 4 + 4 * model.hidden_size)  # maximum, sum and label's logit; the gradient of its input
+        return [("DDP: gradients", "all-reduce", mesh.dp_replicate, copies, 1, gradients, 1)]
+    units = unit_numels(model, mesh)
+    numel = sum(units.values())
+    blocks = sum(size for unit, size in units.items() if unit.startswith("block "))
+    once = sum(size for unit, size in units.items() if unit.startswith("end"))  # stays gathered
+    size = 2 * gather_bytes(recipe) * blocks + master_bytes(recipe) * (2 * (numel - blocks) - once)
+    calls = sum(1 if unit.startswith("end") else 2 for unit in units)
+    found: list[_Row] = [("FSDP: weights", "all-gather", mesh.shard, mesh.tp, micro_batches, size, calls)]
+    if recipe.use_peft:
+        return [*found, ("LoRA: gradients", "all-reduce", mesh.gradient, mesh.tp, 1, gradients, 1)]
+    each = (micro_batches, 4 * numel, len(units))
+    shares = (micro_batches, 4 * numel / mesh.shard, len(units))
     return [
-        Exchange(
-            "TP: activations",
-            "all-reduce",
-            *group,
-            micro_batches * blocks,
-            micro_batches * (sums + 1),
-        ),
-        Exchange("TP: vocabulary-parallel head", "all-reduce", *group, micro_batches * head, 3 * micro_batches),
+        *found,
+        ("FSDP: gradients", "reduce-scatter", mesh.shard, mesh.tp, *each),
+        ("HSDP: gradients", "all-reduce", mesh.dp_replicate, copies, *shares),
     ]
 
 
-def _of_context_parallel(
-    model: ModelSizes, options: StepOptions, mesh: MeshSizes, tokens: float, micro_batches: int, gpus_per_node: int
-) -> Exchange:
-    """q, k and v to the heads' owners and their mixture back, in every block, forward and backward."""
-    queries = model.num_heads * model.head_dim / mesh.tp
-    keys = model.num_kv_heads * model.head_dim / mesh.tp * key_copies(model, mesh)
-    passes = 2 + options.gradient_checkpointing
-    size = passes * model.num_layers * options.compute_bytes * tokens * (2 * queries + 2 * keys)
-    near = _near(mesh.cp, gpus_per_node // mesh.tp)
-    calls = 2 * passes * model.num_layers * micro_batches
-    return Exchange("CP: q, k, v and outputs", "all-to-all", mesh.cp, near, micro_batches * size, calls)
+def _of_tokens(
+    model: ModelSizes, recipe: Recipe, mesh: MeshSizes, tokens: float, labels: float, micro_batches: int
+) -> list[_Row]:
+    """What tensor and context parallelism exchange in every micro-batch.
+
+    tp: each block's two sums, and in its backward pass one for each of its five split inputs; the head's, over V. What
+    checkpointing computes again ends before a block's last sum, but not in the last block.
+    cp: q, k and v to the heads' owners and their mixture back, in every block, forward and backward.
+    """
+    layers, again, number = model.num_layers, int(recipe.gradient_checkpointing), compute_bytes(recipe)
+    sums = 7 * layers + again * (layers + 1)
+    stream = (sums * number + master_bytes(recipe)) * tokens * model.hidden_size  # and the embedding's
+    head = labels * (3 * 4 + 4 * model.hidden_size)  # maximum, sum and label's logit; the gradient of its input
+    passes, heads = 2 + again, 2 * (model.num_heads + model.num_kv_heads * key_copies(model, mesh)) / mesh.tp
+    exchanged = passes * layers * number * tokens * heads * model.head_dim
+    return [
+        ("TP: activations", "all-reduce", mesh.tp, 1, micro_batches, stream, sums + 1),
+        ("TP: vocabulary-parallel head", "all-reduce", mesh.tp, 1, micro_batches, head, 3),
+        ("CP: q, k, v and outputs", "all-to-all", mesh.cp, mesh.tp, micro_batches, exchanged, 2 * passes * layers),
+    ]
 
 
 def _near(ranks: int, at_most: int) -> int:
