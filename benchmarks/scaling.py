@@ -34,7 +34,6 @@ SETTINGS: tuple[tuple[str, int, int, dict[str, Any], str], ...] = (
     ("llama-1b", 1, 40, {}, ""),
     ("llama-3b", 8, 40, {}, ""),
     ("mistral-7b", 8, 40, {}, ""),
-    ("llama-8b", 4, 40, {}, ""),
     ("llama-8b", 8, 40, {}, ""),
     ("llama-8b", 4, 80, {}, ""),
     ("llama-8b", 8, 80, {}, ""),

@@ -1,9 +1,9 @@
 """The passes of a training step, run without memory: what they hold beyond weights and gradients, storage by storage.
 
 Model, packed attention, log-prob head, low-memory blocks and checkpoints are those that a run sets up; their tensors
-have sizes alone (torch's fake tensors). Of the blocks there are three: what the middle one's forward pass keeps, every
-other block keeps. Sizes are those of one rank: tensor parallelism's pieces of weights, in the format that FSDP2 gathers
-them in. Must not import data, the trainer or evaluation.
+have sizes alone (torch's fake tensors). There are only the first blocks and the last one: what the one before the last
+keeps in its forward pass, every other block keeps. Sizes are those of one rank: tensor parallelism's pieces of weights,
+in the format that FSDP2 gathers them in. Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import math
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -39,7 +38,6 @@ Parts = dict[str, float]
 """Bytes by what they are for."""
 
 KEPT, COPIES, WORKING = "activations", "copies of weights to compute with", "working memory"
-_BLOCKS = 3
 _traces: dict[tuple[Any, ...], dict[str, Parts]] = {}
 
 
@@ -91,16 +89,16 @@ def _trace(model: ModelSizes, recipe: Recipe, tokens: int, labels: int, *, tp: i
     on_cuda = contextlib.nullcontext() if recipe.device == "cpu" else every_tensor_counts_as_cuda()
     with warnings.catch_warnings(), on_cuda, FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         warnings.simplefilter("ignore")
-        network = build_on_meta(model.config, recipe, num_layers=min(_BLOCKS, model.num_layers))
+        blocks = min(3 if recipe.use_peft else 2, model.num_layers)  # the first one's input needs no gradient with LoRA
+        network = build_on_meta(model.config, recipe, num_layers=blocks)
         install_head(network)  # from here as `model.load.load_model` does
         install_low_memory_blocks(network)
         if recipe.gradient_checkpointing:
             checkpoint_activations(unwrap(network))
-        _give_sizes(network, recipe, fakes, tp=tp, gathered=gathered)
+        units = _give_sizes(network, recipe, fakes, tp=tp, gathered=gathered)
         batch = build_batch([_pair(tokens, labels)])
-        middle = max(1, model.num_layers - _BLOCKS + 1)
-        held = _Held(network, middle_blocks=middle, round_to=1 if recipe.device == "cpu" else 512)
-        _mark_moments(network, held)
+        held = _Held(network, like_it=model.num_layers - blocks + 1, round_to=1 if recipe.device == "cpu" else 512)
+        _mark_moments(network, held, units)
         with held:
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=recipe.bf16):
                 logps = compute_pair_logps(network, batch, chunk_size=recipe.logits_chunk_size)
@@ -115,13 +113,15 @@ def _pair(tokens: int, labels: int) -> TokenPair:
     return TokenPair("traced", prompt + [1] * chosen, len(prompt), prompt + [2] * (labels - chosen), len(prompt))
 
 
-def _give_sizes(network: nn.Module, recipe: Recipe, fakes: FakeTensorMode, *, tp: int, gathered: bool) -> None:
-    """Every weight as this rank computes with it, and a gradient of an earlier micro-batch."""
+def _give_sizes(network: nn.Module, recipe: Recipe, fakes: FakeTensorMode, *, tp: int, gathered: bool) -> list[str]:
+    """Every weight as this rank computes with it, and a gradient of an earlier micro-batch; the blocks' names."""
     made: dict[Tensor, nn.Parameter] = {}
+    blocks: dict[str, None] = {}
     for weight, parameter in describe_weights(network, recipe):
         dtype = parameter.dtype
-        if gathered and weight.unit.startswith("block ") and recipe.bf16 and recipe.fsdp_param_dtype != "float32":
-            dtype = torch.bfloat16
+        if weight.unit.startswith("block "):
+            blocks[weight.unit] = None
+            dtype = torch.bfloat16 if gathered else dtype
         values = torch.empty(weight.local_shape(tp=tp), dtype=dtype, device="meta")
         fake = nn.Parameter(FakeTensor(fakes, values, torch.device("cpu")), requires_grad=weight.is_trained)
         fake.grad = torch.empty_like(fake) if weight.is_trained else None
@@ -131,9 +131,10 @@ def _give_sizes(network: nn.Module, recipe: Recipe, fakes: FakeTensorMode, *, tp
             module._parameters[name] = made.get(value)
         for name, value in module._buffers.items():
             module._buffers[name] = None if value is None else FakeTensor(fakes, value, torch.device("cpu"))
+    return list(blocks)
 
 
-def _mark_moments(network: nn.Module, held: _Held) -> None:
+def _mark_moments(network: nn.Module, held: _Held, blocks: list[str]) -> None:
     """Tell `held` where the passes have come to: the head's work, the backward pass of the blocks, the embedding's."""
     base = unwrap(network)
 
@@ -148,30 +149,25 @@ def _mark_moments(network: nn.Module, held: _Held) -> None:
         if out.requires_grad:
             out.register_hook(at("embedding"))
 
-    for index, block in enumerate(_blocks(base)):
-        block.register_forward_pre_hook(lambda *_, is_middle=index == _BLOCKS // 2: held.enter(is_middle))
+    for unit in blocks[-2:-1]:
+        block = base.get_submodule(unit.removeprefix("block "))
+        block.register_forward_pre_hook(lambda *_: held.enter(True))
         block.register_forward_hook(lambda *_: held.enter(False))
     base.get_output_embeddings().register_forward_pre_hook(before_head)
     base.get_input_embeddings().register_forward_hook(after_embedding)
-
-
-def _blocks(base: Any) -> Iterator[nn.Module]:
-    """In their order: FSDP2's units of that kind."""
-    numbered = (path for path, _ in base.named_modules() if path.rpartition(".")[2].isdecimal())
-    return (base.get_submodule(path) for path in numbered if path.count(".") == 2)
 
 
 class _Held(TorchDispatchMode):
     """Counts the storages that are made inside and still exist, and the most there were of them in each moment.
 
     Args:
-        middle_blocks: how often what the middle block's forward pass makes counts.
+        like_it: blocks that the one before the last stands for.
         round_to: bytes that the allocator rounds up to.
     """
 
-    def __init__(self, network: nn.Module, *, middle_blocks: int, round_to: int) -> None:
+    def __init__(self, network: nn.Module, *, like_it: int, round_to: int) -> None:
         super().__init__()
-        self._times, self._middle_blocks, self._round_to = 1, middle_blocks, round_to
+        self._times, self._like_it, self._round_to = 1, like_it, round_to
         self.peaks: dict[str, Parts] = {}
         self._now: Counter[str] = Counter({KEPT: 0, COPIES: 0, WORKING: 0})
         self._moment = "forward"
@@ -186,12 +182,12 @@ class _Held(TorchDispatchMode):
         self._moment = moment
         self._note_peak()
 
-    def enter(self, is_middle: bool) -> None:
+    def enter(self, stands_for_others: bool) -> None:
         """A block's forward pass; what is computed again in the backward pass is there once."""
-        self._times = self._middle_blocks if is_middle and self._moment == "forward" else 1
+        self._times = self._like_it if stands_for_others and self._moment == "forward" else 1
 
     def _note_peak(self, more: float = 0) -> None:
-        if self._times > 1:  # what comes and goes in a block is there once: the last block shows it
+        if self._times > 1:  # what comes and goes in a block is there once, which the last block shows
             return
         now = {**self._now, WORKING: self._now[WORKING] + more}
         if sum(now.values()) > sum(self.peaks.get(self._moment, {}).values()):
