@@ -38,7 +38,7 @@ SETTINGS: tuple[tuple[str, int, int, dict[str, Any], str], ...] = (
     ("llama-8b", 4, 80, {}, ""),
     ("llama-8b", 8, 80, {}, ""),
     ("llama-8b", 64, 80, {}, ""),
-    ("llama-8b", 8, 80, {"max_length": 32768}, "`max_length: 32768`"),
+    ("llama-8b", 8, 80, {"max_length": 65536}, "`max_length: 65536`"),
     ("llama-8b", 1, 80, BF16, "bf16 weights and moments"),
     ("mistral-7b", 1, 40, OFFLOADED, "bf16 weights and moments, `optimizer_offload`"),
     ("llama-8b", 1, 24, LORA_BF16, "LoRA, bf16 weights"),

@@ -43,7 +43,7 @@ def sizes(plan) -> tuple[int, int, int, int, bool]:
         ("llama-8b", 8, {}, (1, 8, 1, 1, False)),  # sharded within the node
         ("llama-8b", 64, {}, (8, 8, 1, 1, False)),  # copies over nodes, shards within
         ("qwen-32b", 16, {}, (1, 16, 1, 1, True)),  # over nodes when one is not enough
-        ("llama-8b", 8, {"max_length": 32768}, (1, 4, 2, 1, True)),  # long rows: checkpointing, then cp
+        ("llama-8b", 8, {"max_length": 65536}, (1, 4, 2, 1, True)),  # long rows: checkpointing, then cp
         ("llama-70b", 8, {"use_peft": True}, (1, 8, 1, 1, True)),
         ("llama-70b", 8, {"use_peft": True, "load_in_4bit": True}, (8, 1, 1, 1, True)),  # 4 bits are not sharded
     ],

@@ -85,9 +85,10 @@ class Plan:
         tokens: of a micro-batch that `footprint` and `exchanges` are for.
         tokens_that_fit: most that leave the reserve free; 0 where not even the model fits.
         choices: the sizes of the mesh, checkpointing and tokens, in that order.
-        remedies: what would make it fit, where it does not.
+        search: that found it.
     """
 
+    search: Search
     model: ModelSizes
     machines: Machines
     mesh: MeshSizes
@@ -99,7 +100,11 @@ class Plan:
     reserve: int
     exchanges: tuple[Exchange, ...]
     choices: tuple[Choice, ...] = ()
-    remedies: tuple[str, ...] = ()
+
+    @cached_property
+    def remedies(self) -> tuple[str, ...]:
+        """What would make it fit, where it does not; looked for when it is asked for."""
+        return () if self.fits else tuple(self.search.remedies(self))
 
     @property
     def fits(self) -> bool:
@@ -231,6 +236,7 @@ class Search:
         tokens = self.recipe.max_tokens_per_micro_batch or min(max(most, self.needed), share)
         sent = compute_traffic(self.model, recipe, mesh, tokens=tokens, gpus_per_node=self.machines.gpus_per_node)
         plan = Plan(
+            search=self,
             model=self.model,
             machines=self.machines,
             mesh=mesh,
@@ -242,8 +248,6 @@ class Search:
             reserve=compute_reserve(self.model, recipe, mesh, **size),
             exchanges=tuple(sent),
         )
-        if not plan.fits:
-            plan = replace(plan, remedies=tuple(self._remedies(plan)))
         return replace(plan, choices=tuple(self._choices(plan)))
 
     def _choices(self, plan: Plan) -> Iterator[Choice]:
@@ -302,7 +306,7 @@ class Search:
             reasons["gradient_checkpointing"] = f"{said}without it a GPU needs {needed}"
         return reasons
 
-    def _remedies(self, plan: Plan) -> Iterator[str]:
+    def remedies(self, plan: Plan) -> Iterator[str]:
         """What would make the longest pair fit, each on its own, cheapest for the run first."""
         if is_fixed(self.recipe):
             other = replace(self, recipe=_unfixed(self.recipe)).first_that_fits()
