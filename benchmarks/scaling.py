@@ -13,7 +13,6 @@ import argparse
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +70,6 @@ TOKENS = 16384  # of a micro-batch, in the tables of traffic
 SIZES = (8, 64, 256, 1024)
 
 
-@cache
 def model_of(shape: str, recipe: Recipe) -> ModelSizes:
     return describe_model(build_config(shape), recipe, name=shape)
 

@@ -60,7 +60,7 @@ def traced_passes(
     slice_bytes, chunk_bytes = (SLICE_BYTES, CHUNK_BYTES) if on_cpu else (SLICE_BYTES_CUDA, CHUNK_BYTES_CUDA)
     number = 2 if recipe.bf16 else 4
     rows = recipe.logits_chunk_size or max(16, chunk_bytes / (number * vocabulary))
-    few = max(64, math.ceil(slice_bytes / (4 * vocabulary)))
+    few = min(64 if on_cpu else 2048, max(64, math.ceil(slice_bytes / (4 * vocabulary))))
     gathered = gathered and recipe.bf16 and recipe.master_dtype == "float32" and recipe.fsdp_param_dtype != "float32"
     found = []
     for n in (few, 4 * few):
