@@ -113,7 +113,12 @@ def test_saved_dataset(tmp_path, data_recipe):
     both = load_splits(data_recipe(tmp_path / "both"))
     assert [row.row for row in both.train] == rows(4)
     assert [row.row for row in both.eval] == rows(2, 9)
-    assert len(load_splits(data_recipe(tmp_path / "one", validation_fraction=0)).train) == 4
+    recipe = data_recipe(tmp_path / "one", validation_fraction=0)
+    assert len(load_splits(recipe).train) == 4
+    before = fingerprint_sources(find_sources(recipe))
+    (tmp_path / "one" / "below").mkdir()
+    (tmp_path / "one" / "cache-1.arrow").write_bytes(b"what datasets leaves there")
+    assert fingerprint_sources(find_sources(recipe)) == before
 
 
 def test_fraction_is_a_seeded_choice_and_not_the_first_rows(tmp_path, data_recipe):

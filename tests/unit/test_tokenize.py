@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 from tokenizers_for_tests import tokenize_pair, tokenize_pairs
 
@@ -72,6 +74,17 @@ def test_template_from_text_file_or_name(tmp_path, build_tokenizer):
         load_chat_template(tokenizer, "nowhere.jinja")
     with_template = tokenize_pair(PAIR, tokenizer, max_length=60, chat_template=chatml)
     assert tokenizer.decode(with_template.chosen_ids) == "user: Which river?\nassistant: The green one.<|end|>"
+
+
+def test_one_of_several_templates_is_the_default_or_named(build_tokenizer):
+    tokenizer = copy.deepcopy(build_tokenizer("plain"))
+    tokenizer.chat_template = {"tool_use": "{{ 'tools' }}", "default": "{{ 'chat' }}"}
+    assert load_chat_template(tokenizer) == "{{ 'chat' }}"
+    assert load_chat_template(tokenizer, "tool_use") == "{{ 'tools' }}"
+    del tokenizer.chat_template["default"]
+    assert load_chat_template(tokenizer, "{{ 'mine' }}") == "{{ 'mine' }}"
+    with pytest.raises(ValueError, match=r"several, none named default; name one of \['tool_use'\]"):
+        load_chat_template(tokenizer)
 
 
 @pytest.mark.parametrize(
