@@ -71,8 +71,8 @@ class Held(TorchDispatchMode):
             self.now += size
             self.peak = max(self.peak, self.now)
 
-    def empty_on_host(self, like: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
-        """In place of `run.ram.empty_on_host`: CPU memory, which does not count."""
+    def empty_on_cpu(self, like: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+        """In place of `run.cpu_memory.empty_on_cpu`: CPU memory, which does not count."""
         before = self.now, self.peak
         host = torch.empty_like(like, dtype=dtype)
         self._elsewhere.add(host.untyped_storage()._cdata)
@@ -130,7 +130,7 @@ def counted_peaks(shape: str, recipe: Any, monkeypatch: Any) -> dict[str, int]:
         fakes = stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         model = build_fake(shape, recipe, fakes)
         held, peaks = Held(), {}
-        monkeypatch.setattr(adamw, "empty_on_host", held.empty_on_host)
+        monkeypatch.setattr(adamw, "empty_on_cpu", held.empty_on_cpu)
         stack.enter_context(held)
         for module in model.modules():
             if isinstance(module, FourBitLinear):  # 4 bits, and for 64 of them an fp32 scale quantised to 8 bits
