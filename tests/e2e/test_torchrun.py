@@ -37,9 +37,10 @@ def launch(recipe: Settings, *command: str | Path, restarts: int = 0, folder: Pa
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     words = [str(path) if word == "RECIPE" else str(word) for word in command]
+    sources = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
     return subprocess.run(
         [*launcher, "--max-restarts", str(restarts), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(TESTS)},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": sources},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
