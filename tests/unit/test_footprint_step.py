@@ -207,4 +207,7 @@ def test_planned_moments_are_counted_ones(shape, numbers, checkpointing, pieces_
     planned = {moment: size - RUNTIME_BYTES for moment, size in planned.items()}
     assert planned == pytest.approx(counted, rel=0.05)
     state = planned["clip"]
-    assert planned["passes"] - state == pytest.approx(counted["passes"] - state, rel=0.1)
+    # 4-bit layers are stood in for, and cautiously: that part is 14% too large, 3% of the whole.
+    assert planned["passes"] - state == pytest.approx(
+        counted["passes"] - state, rel=0.15 if recipe.load_in_4bit else 0.1
+    )
