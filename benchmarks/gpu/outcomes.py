@@ -139,7 +139,7 @@ def packed_outcome(staged: StagedModel, batch: PackedPairs, rung: Rung = DEFAULT
 
 
 def offloaded_outcome(staged: StagedModel, batch: PackedPairs, eligible: dict[str, Any]) -> tuple[Outcome, int]:
-    """The same with activations in host memory between the passes, and the bytes that went there."""
+    """The same with activations in CPU memory between the passes, and the bytes that went there."""
     batch = batch.to(staged.device)
     with staged.on(DEFAULT_RUNG):
         with offload_activations(staged.model, **eligible) as copies, staged.computing():

@@ -252,7 +252,7 @@ def check_ways(
         moved, num_bytes = offloaded_outcome(staged, batch, eligible)
         repeat("activation offload", moved, first, round_off)
         if num_bytes == 0:
-            checks.fail(subject, "activation offload", "nothing was moved to host memory")
+            checks.fail(subject, "activation offload", "nothing was moved to CPU memory")
 
 
 @contextlib.contextmanager

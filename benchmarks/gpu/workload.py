@@ -147,7 +147,7 @@ def plan_weights(
 def build_optimizer(
     model: nn.Module, name: str, *, learning_rate: float = 0.0, offload: bool = False
 ) -> torch.optim.Optimizer | None:
-    """The optimizer of a `WeightPlan`; `offload`: adamw_bf16's moments in host memory."""
+    """The optimizer of a `WeightPlan`; `offload`: adamw_bf16's moments in CPU memory."""
     if name == "none":
         return None
     if name == "adamw_bf16":
@@ -398,5 +398,5 @@ class StagedModel:
             self.model.zero_grad(set_to_none=True)
 
     def _eligible(self) -> dict[str, Any]:
-        """What may be moved to host memory; on a CPU, where all is there already, everything."""
+        """What may be moved to CPU memory; on a CPU, where all is there already, everything."""
         return {} if self.device.type == "cuda" else {"eligible": lambda tensor: True, "min_bytes": 1}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,9 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
+MODULES = {module_name(path): path for path in FILES}
+
+
 def layer_of(module: str) -> str:
     """The part after "simpo.": "data" for simpo.data.loader, "recipe" for every recipe module, "" for the package."""
     part = [*module.split("."), ""][1]
@@ -66,8 +70,9 @@ def imported_modules(path: Path, *, inside_functions: bool = True) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import; write the full name"
-            # `from simpo import recipe` imports a module; `from simpo.recipe import Recipe` a name.
-            found |= {f"simpo.{alias.name}" for alias in node.names} if node.module == "simpo" else {node.module}
+            # What is imported may be a module, as in `from simpo.run import checkpoint`, or a name in one.
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES or node.module == "simpo" else node.module for name in names}
     return found
 
 
@@ -97,6 +102,12 @@ def test_imports_point_only_downwards(path):
             assert LAYERS[target] <= LAYERS[layer], f"{module_name(path)} imports {module}, which is above it"
 
 
+def test_no_module_imports_itself_by_way_of_others():
+    """Imports inside functions included."""
+    graph = {name: imported_modules(path) & MODULES.keys() - {name} for name, path in MODULES.items()}
+    list(TopologicalSorter(graph).static_order())  # raises CycleError with the circle
+
+
 def test_core_imports_torch_and_the_standard_library_alone():
     for path in files_of("core"):
         assert top_level(imported_modules(path)) - set(sys.stdlib_module_names) <= {"torch", "simpo"}, path.name
@@ -114,14 +125,13 @@ def test_the_recipe_imports_nothing_heavy_anywhere():
 
 def test_nothing_heavy_is_imported_before_the_arguments_are_parsed():
     """At import the command line and the package reach only modules that reach nothing heavy."""
-    by_name = {module_name(path): path for path in FILES}
-    pending = [name for name in ("simpo", "simpo.cli", "simpo.__main__", "simpo.recipe") if name in by_name]
+    pending = [name for name in ("simpo", "simpo.cli", "simpo.__main__", "simpo.recipe") if name in MODULES]
     reached: set[str] = set()
     while pending:
         name = pending.pop()
         if name in reached:
             continue
         reached.add(name)
-        imports = imported_modules(by_name[name], inside_functions=False)
+        imports = imported_modules(MODULES[name], inside_functions=False)
         assert not top_level(imports) & HEAVY, f"{name} imports {sorted(top_level(imports) & HEAVY)} when imported"
-        pending += [module for module in imports if module in by_name]
+        pending += [module for module in imports if module in MODULES]

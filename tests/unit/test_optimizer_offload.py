@@ -1,6 +1,6 @@
-"""Moments in host memory: the bits of the optimizer that keeps them with the weights, through checkpoints too.
+"""Moments in CPU memory: the bits of the optimizer that keeps them with the weights, through checkpoints too.
 
-On a CPU both places are host memory; the way there and back is the one that a GPU's moments take.
+On a CPU both places are CPU memory; the way there and back is the one that a GPU's moments take.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """torch.compile for the repeated blocks of a transformer.
 
 One compilation of a block serves all of its layers, and rows of every length. Packed attention stays outside: it loops
-over ranges that are data. Must not import data, train or evaluate.
+over ranges that are data.
 """
 
 from __future__ import annotations

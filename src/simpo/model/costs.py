@@ -1,7 +1,4 @@
-"""The relative compute of tokens, attention and head for a model, read from its configuration.
-
-Must not import data, train or evaluate.
-"""
+"""The relative compute of tokens, attention and head for a model, read from its configuration."""
 
 from __future__ import annotations
 

@@ -2,7 +2,6 @@
 
 What needs a GPU is tried once on a few hundred tokens, with heads like the model's, and compared with the reference,
 values and gradients. FlashAttention-3 and -4 come in through torch's own switch, which holds for the whole process.
-Must not import data, train or evaluate.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ And the last block's MLP computes only the rows that the head will read: a promp
 and nothing else, so nobody reads what their MLP would compute.
 
 A block is recognised by its class. Other architectures are left alone: only they know what their norms feed, and in
-which precision. Must not import data, train or evaluate.
+which precision.
 """
 
 from __future__ import annotations

@@ -4,7 +4,6 @@
 save three times. This moves activations only, each once out and once back, and lets the copies run during the
 computation: those back start before they are needed, in the reverse order of those out.
 
-Must not import data, train or evaluate.
 """
 
 from __future__ import annotations

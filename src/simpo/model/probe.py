@@ -5,7 +5,7 @@ Ordinary are the logits that transformers computes with its own attention for un
 moves those is measured on the model, since it grows with its logits and depth and differs between precisions: in
 bfloat16 it is around 0.08 nats of SmolLM2-135M, half of what a logit scale that is off by 2% makes.
 
-Owns the probe rows, the noise and the verdict. Must not import data, train or evaluate.
+Owns the probe rows, the noise and the verdict.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Models spread over a mesh: loading options, the format weights are gathered in, adapters, gradients, whole weights.
 
 FSDP2, HSDP and tensor parallelism are transformers' (`DistributedConfig`): it reads each process's shards straight
-from the checkpoint. What it leaves open is done here. Must not import data, train or evaluate.
+from the checkpoint. What it leaves open is done here.
 """
 
 from __future__ import annotations

@@ -141,7 +141,7 @@ def loss_func(
         (sum of losses, pairs counted here, report) with per_token, else (sum of losses / mean_pairs, report).
         With non_loss_data {"row_ids": names, "sums": [P, 2] nats, "lengths": [P, 2]}.
     Raises:
-        simpo.trainer.NonFiniteError: a loss is not finite; names this rank and the pairs. Raised on all context- and
+        simpo.NonFiniteError: a loss is not finite; names this rank and the pairs. Raised on all context- and
             tensor-parallel ranks of the replica, before gradients or metrics of it reach any other.
     """
     group = parallel_state.get_context_parallel_group()
