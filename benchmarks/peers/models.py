@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from simpo.data.cache import user_cache
 from simpo.plan import shapes
 
 
@@ -21,6 +20,8 @@ SMALL_MODEL = "SmolLM2-135M-Instruct"
 
 def small_model_folder() -> Path:
     """Where `make model` puts the demo's model; may not exist."""
+    from simpo.data.cache import user_cache  # it imports pyarrow, which a GPU machine need not have
+
     return user_cache() / "models" / SMALL_MODEL
 
 

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from simpo.cli import app
 from simpo.core.losses import LOSSES
 from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.run.stopping import Interrupted, NonFiniteError, OutOfMemory
 
 REPO = Path(__file__).resolve().parents[2]
 WILD = Path(__file__).parent / "recipes_in_the_wild"
@@ -142,18 +143,6 @@ def test_a_traceback_is_shown_when_asked_for(monkeypatch, tmp_path):
 # --- train, audit, eval: what they hand on ---------------------------------------------------------------------------
 
 
-class Interrupted(RuntimeError):
-    pass
-
-
-class NonFiniteError(RuntimeError):
-    pass
-
-
-class OutOfMemory(RuntimeError):
-    pass
-
-
 def trainer_that(behaviour):
     class Trainer:
         def __init__(self, recipe: Recipe) -> None:
@@ -162,8 +151,7 @@ def trainer_that(behaviour):
         def run(self) -> None:
             behaviour(self.recipe)
 
-    endings = {"Interrupted": Interrupted, "NonFiniteError": NonFiniteError, "OutOfMemory": OutOfMemory}
-    return {"Trainer": Trainer, **endings}
+    return {"Trainer": Trainer}
 
 
 def test_train_runs_the_trainer_with_the_overridden_recipe(monkeypatch, recipe_file):
