@@ -115,8 +115,8 @@ def move_activations(trainer: Any) -> Callable[[], dict[str, Any]]:
 
     moved: list[Tensor] = []
     passes: list[offload.Offload] = []
-    copy_to_host = offload._copy_to_host
-    offload._copy_to_host = lambda tensor, side: moved.append(tensor) or copy_to_host(tensor, side)
+    copy_to_cpu = offload._copy_to_cpu
+    offload._copy_to_cpu = lambda tensor, side: moved.append(tensor) or copy_to_cpu(tensor, side)
     forward = trainer.forward
     # The root's are gathered until the backward pass begins.
     blocks = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)][1:]
@@ -137,7 +137,7 @@ def move_activations(trainer: Any) -> Callable[[], dict[str, Any]]:
     trainer.forward = forward_and_move
 
     def report() -> dict[str, Any]:
-        offload._copy_to_host = copy_to_host
+        offload._copy_to_cpu = copy_to_cpu
         return {"out": [found.num_bytes for found in passes], "back": [found.num_bytes_back for found in passes]}
 
     return report

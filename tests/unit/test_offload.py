@@ -65,8 +65,8 @@ def test_no_weight_is_moved_nor_its_bf16_copy(monkeypatch, autocast):
 
     model = make_model()
     moved: list[Tensor] = []
-    copy_to_host = module._copy_to_host
-    monkeypatch.setattr(module, "_copy_to_host", lambda t, side: moved.append(t) or copy_to_host(t, side))
+    copy_to_cpu = module._copy_to_cpu
+    monkeypatch.setattr(module, "_copy_to_cpu", lambda t, side: moved.append(t) or copy_to_cpu(t, side))
     gradients(model, offload_activations(model, eligible=anything, min_bytes=1), autocast=autocast)
     weights = {tuple(p.shape) for p in model.parameters()}
     assert moved
@@ -153,7 +153,7 @@ def test_a_copy_back_waits_for_the_copy_out_and_its_use_for_the_copy_back(monkey
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: told.append(f"memory is {stream.name}'s too"))
     monkeypatch.setattr(module.Offload, "_stream", lambda self, device, name: back)
     values = torch.randn(3)
-    on_host = module._OnHost(values, torch.device("cpu"), 0, copied="it is out")
+    on_host = module._CpuCopy(values, torch.device("cpu"), 0, copied="it is out")
     offload = module.Offload()
     assert torch.equal(offload.restore(on_host), values)
     once = ["back waits for main", "back waits until it is out", "back has copied", "memory is back's too"]

@@ -37,7 +37,7 @@ def test_before_ampere_only_float32_is_left(capability, settle):
         settle(capability)
     with pytest.raises(ValueError, match=r"^master_dtype: .*set master_dtype: float32$"):
         settle(capability, bf16=False, master_dtype="bfloat16")
-    with pytest.raises(ValueError, match=r"^tf32: .*remove it$"):
+    with pytest.raises(ValueError, match=r"^tf32: .*remove the key$"):
         settle(capability, bf16=False, tf32=True)
     assert not settle(capability, bf16=False)
 
