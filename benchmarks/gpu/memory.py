@@ -38,7 +38,6 @@ from simpo.core.packing import PairShape, TokenPair
 from simpo.parallel.mesh import MeshSizes
 from simpo.plan.footprint import RUNTIME_BYTES, compute_footprint
 from simpo.plan.sizes import describe_model
-from simpo.recipe import load_recipe
 from simpo.run.memory import ActivationBytes, measure_activations, step_bytes
 
 HOST_SHARE = 0.8
@@ -164,6 +163,8 @@ def predict_bytes(activations: ActivationBytes, pairs: Sequence[TokenPair], befo
 def plan_bytes(config: Any, plan: WeightPlan, mode: Mode, pairs: Sequence[TokenPair], *, on_cpu: bool) -> float:
     """The same by `simpo plan`, without what CUDA itself takes, which the allocator does not see."""
     works = [pair_work(pair) for pair in pairs]
+    from simpo.recipe import load_recipe  # it needs pydantic: bring its wheel (--wheels) where there is none
+
     recipe = load_recipe(
         {
             "model_name_or_path": "any",
