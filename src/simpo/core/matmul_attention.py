@@ -10,8 +10,8 @@ Per block and per tile of its queries, with K and V the keys and values that the
 
 A tile multiplies only the keys up to its last query, so about half the square is never computed; P is computed again in
 the backward pass, so memory is one tile's scores. The heads that share a key head are stacked as more queries of it.
-Products of bf16 come out in fp32, as in flash attention: their operands are widened, once for all tiles, and oneDNN is
-told that it may multiply them as bf16. Torch only.
+Products of bf16 come out in fp32, as in flash attention: their operands are widened (in the backward pass once for all
+tiles), and oneDNN is told that it may multiply them as bf16. Torch only.
 """
 
 from __future__ import annotations
