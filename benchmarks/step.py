@@ -46,6 +46,7 @@ class Products(TorchDispatchMode):
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, list[tuple[torch.Size, tuple[int, ...], torch.dtype]]]] = []
+        self.operands: dict[Any, Tensor] = {}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function in PRODUCTS:
@@ -56,16 +57,14 @@ class Products(TorchDispatchMode):
         return sum(2.0 * a[0].numel() * b[0][-1] for _, (*_, a, b) in self.calls)
 
     def repeat(self) -> None:
-        """Each product again; operands of one layout share their memory."""
-        made: dict[Any, Tensor] = {}
+        """Each product again; operands of one layout share their memory, which the first call fills."""
         for function, operands in self.calls:
-            tensors = []
-            for place, (shape, stride, dtype) in enumerate(operands):
-                key = (place, shape, stride, dtype)
-                if key not in made:
-                    made[key] = torch.empty_strided(shape, stride, dtype=dtype).normal_()
-                tensors.append(made[key])
-            function(*tensors)
+            keys = [(place, *operand) for place, operand in enumerate(operands)]
+            for key in keys:
+                if key not in self.operands:
+                    _, shape, stride, dtype = key
+                    self.operands[key] = torch.empty_strided(shape, stride, dtype=dtype).normal_()
+            function(*(self.operands[key] for key in keys))
 
 
 def seconds(function: Callable[[], Any]) -> float:
@@ -126,6 +125,7 @@ def measure(case: Any, args: argparse.Namespace) -> str:
             trainer.train_step(plan)
         for _ in range(3):
             trainer.train_step(plan)
+        products.repeat()
         steps, alone = [], []
         for _ in range(args.rounds):
             steps.append(seconds(lambda: trainer.train_step(plan)))
