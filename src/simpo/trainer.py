@@ -480,7 +480,7 @@ class Trainer:
             self.data,
             self.loader,
             where={
-                "device": f"{self.device}, {torch.get_num_threads()} threads, {precision} compute",
+                "device": f"{self.device}, threads: {torch.get_num_threads()}, {precision} compute",
                 "mesh": str(self.mesh.sizes),
             },
             total_steps=self.total_steps,
