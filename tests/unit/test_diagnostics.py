@@ -11,7 +11,6 @@ from simpo.evaluation.statistics import (
     accuracy_by_length,
     average_ranks,
     compare_accuracies,
-    displaced_share,
     mcnemar_exact,
     mean_interval,
     paired_difference,
@@ -49,12 +48,6 @@ def test_wilson_interval_is_sensible_at_the_ends():
     assert (all_of_them.low, all_of_them.high) == (pytest.approx(1 - none.high), 1.0)
 
 
-@pytest.mark.parametrize(("successes", "trials"), [(0, 0), (-1, 3), (4, 3)])
-def test_an_impossible_proportion_is_an_error(successes, trials):
-    with pytest.raises(ValueError, match="trials >= 1"):
-        wilson_interval(successes, trials)
-
-
 def test_mean_interval_by_hand():
     # 1, 2, 3, 4: mean 2.5, sample variance 5/3, standard error sqrt(5/12).
     value, low, high = mean_interval(torch.tensor([1.0, 2.0, 3.0, 4.0]))
@@ -69,11 +62,6 @@ def test_the_mean_of_one_value_has_no_interval():
     assert math.isnan(high)
 
 
-def test_no_values_are_an_error():
-    with pytest.raises(ValueError, match="at least one pair"):
-        mean_interval(torch.tensor([]))
-
-
 def test_equal_values_share_their_ranks():
     assert average_ranks(torch.tensor([10, 20, 20, 5, 20])).tolist() == [2.0, 4.0, 4.0, 1.0, 4.0]
 
@@ -86,7 +74,6 @@ def test_spearman_by_hand():
 
 def test_spearman_of_a_constant_is_undefined():
     assert math.isnan(spearman_correlation(torch.tensor([1, 1, 1]), torch.tensor([1.0, 2.0, 3.0])))
-    assert math.isnan(spearman_correlation(torch.tensor([1]), torch.tensor([1.0])))
 
 
 def test_accuracy_by_length_puts_every_pair_in_one_bucket():
@@ -164,18 +151,7 @@ def test_the_permutation_test_is_seeded_and_never_zero():
     a = 5 + random_values(200, seed=1)
     assert paired_difference(a, torch.zeros(200)).p_value == 1 / 10_001
     b = 0.1 * a
-    assert paired_difference(a, b, seed=7) == paired_difference(a, b, seed=7)
-
-
-def test_displacement_is_the_share_that_fell():
-    before, after = torch.tensor([-1.0, -2.0, -3.0, -4.0]), torch.tensor([-1.5, -2.0, -2.0, -4.5])
-    assert displaced_share(after, before).value == 2.5 / 4
-
-
-def test_models_on_different_pairs_are_an_error():
-    for function in (compare_accuracies, paired_difference, displaced_share):
-        with pytest.raises(ValueError, match="both sides"):
-            function(torch.zeros(3), torch.zeros(4))
+    assert paired_difference(a, b) == paired_difference(a, b)
 
 
 # --- generations -----------------------------------------------------------------------------------------------------
@@ -185,7 +161,6 @@ def test_repetition_by_hand():
     assert repeated_share([1, 2, 3, 4, 5]) == 0.0
     assert repeated_share([1, 2, 1, 2, 1, 2]) == 1 - 2 / 3  # 1212 2121 1212
     assert repeated_share([7] * 103) == 1 - 1 / 100
-    assert repeated_share([1, 1, 2], n=1) == pytest.approx(1 / 3)
     assert repeated_share([]) == 0.0
 
 

@@ -6,7 +6,7 @@ Prompts are token ids, exactly those that training sees.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ def generate_greedy(
     *,
     max_new_tokens: int,
     batch_size: int = 16,
+    advance: Callable[[int], Any] = lambda count: None,
 ) -> list[str]:
     """The most likely response to each prompt, token by token.
 
@@ -36,6 +37,7 @@ def generate_greedy(
         prompts: token ids, the generation header included.
         max_new_tokens: longer responses are cut there.
         batch_size: prompts generated together, padded on the left.
+        advance: is told how many prompts were answered.
     Returns:
         One text for each prompt, special tokens left out.
     """
@@ -63,6 +65,7 @@ def generate_greedy(
                     pad_token_id=pad,
                 )
                 texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+                advance(len(batch))
     finally:
         model.train(was_training)
     return [text.strip() for text in texts]

@@ -30,7 +30,6 @@ from simpo.evaluation.statistics import (
     PairedDifference,
     accuracy_by_length,
     compare_accuracies,
-    displaced_share,
     mean_interval,
     paired_difference,
     preference_accuracy,
@@ -69,11 +68,6 @@ class PairRecord:
     def margin(self) -> float:
         """M, nats per token."""
         return self.chosen_mean - self.rejected_mean
-
-    def to_dict(self) -> dict[str, Any]:
-        """One line of the JSONL file."""
-        means = {"chosen_mean": self.chosen_mean, "rejected_mean": self.rejected_mean, "margin": self.margin}
-        return dataclasses.asdict(self) | means
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +139,9 @@ class Evaluation:
 
     def save_pairs(self, path: str | Path) -> None:
         """Write one JSON line per pair: row_id, sums, means, margin, lengths."""
-        write_whole(path, "".join(json.dumps(pair.to_dict()) + "\n" for pair in self.pairs))
+        means = ("chosen_mean", "rejected_mean", "margin")
+        records = (dataclasses.asdict(pair) | {name: getattr(pair, name) for name in means} for pair in self.pairs)
+        write_whole(path, "".join(json.dumps(record) + "\n" for record in records))
 
     @property
     def repeated_share(self) -> float | None:
@@ -199,7 +195,8 @@ class Comparison:
         accuracy_difference: of the accuracies, normal interval over pairs.
         accuracy_test: pairs on which each is better, and McNemar's exact p-value.
         margin, chosen_mean, rejected_mean: paired differences, nats per token, with sign-flip p-values.
-        chosen_fell: share of pairs whose chosen mean log-prob is lower under a: likelihood displacement.
+        chosen_fell: likelihood displacement (arXiv:2410.08847): share of pairs whose chosen mean log-prob is lower
+            under a; a margin can grow while both responses become less likely.
         notes: what the reader must know, such as different tokenisations.
     """
 
@@ -249,6 +246,8 @@ class Comparison:
 
 # --- from records to numbers -----------------------------------------------------------------------------------------
 
+_SIDES, _OF_A_SIDE = ("chosen", "rejected"), ("mean", "sum", "length")
+
 
 def build_evaluation(pairs: Sequence[PairRecord], **identity: Any) -> Evaluation:
     """The numbers of some pairs.
@@ -262,31 +261,24 @@ def build_evaluation(pairs: Sequence[PairRecord], **identity: Any) -> Evaluation
     """
     if not pairs:
         raise ValueError("no pairs to evaluate")
-    broken = [p.row_id for p in pairs if not (math.isfinite(p.chosen_sum) and math.isfinite(p.rejected_sum))]
+    broken = [p.row_id for p in pairs if not math.isfinite(p.chosen_sum + p.rejected_sum)]
     if broken:
         more = f" and {len(broken) - 8} more" if len(broken) > 8 else ""
         raise ValueError(
             f"the model's log-probs are not finite on {len(broken)} of {len(pairs)} pairs: {', '.join(broken[:8])}"
             f"{more}; the model's weights are broken, or overflow in this precision (try bf16: false)"
         )
-    chosen, rejected = _column(pairs, "chosen_mean"), _column(pairs, "rejected_mean")
-    chosen_sum, rejected_sum = _column(pairs, "chosen_sum"), _column(pairs, "rejected_sum")
-    chosen_length, rejected_length = _column(pairs, "chosen_length"), _column(pairs, "rejected_length")
+    columns = {f"{side}_{what}": _column(pairs, f"{side}_{what}") for what in _OF_A_SIDE for side in _SIDES}
+    chosen, rejected = columns["chosen_mean"], columns["rejected_mean"]
+    lengths = columns["chosen_length"], columns["rejected_length"]
     return Evaluation(
         num_pairs=len(pairs),
         accuracy=preference_accuracy(chosen - rejected),
-        accuracy_sum=preference_accuracy(chosen_sum - rejected_sum),
+        accuracy_sum=preference_accuracy(columns["chosen_sum"] - columns["rejected_sum"]),
         margin=mean_interval(chosen - rejected),
-        chosen_mean=float(chosen.mean()),
-        rejected_mean=float(rejected.mean()),
-        chosen_sum=float(chosen_sum.mean()),
-        rejected_sum=float(rejected_sum.mean()),
-        chosen_length=float(chosen_length.mean()),
-        rejected_length=float(rejected_length.mean()),
-        accuracy_by_length=accuracy_by_length(chosen - rejected, chosen_length, rejected_length),
-        length_correlation=spearman_correlation(
-            torch.cat([chosen_length, rejected_length]), torch.cat([chosen, rejected])
-        ),
+        **{name: float(values.mean()) for name, values in columns.items()},
+        accuracy_by_length=accuracy_by_length(chosen - rejected, *lengths),
+        length_correlation=spearman_correlation(torch.cat(lengths), torch.cat([chosen, rejected])),
         pairs=tuple(pairs),
         **identity,
     )
@@ -320,7 +312,7 @@ def compare(evaluation_a: Evaluation, evaluation_b: Evaluation) -> Comparison:
         margin=paired_difference(margin_a, margin_b),
         chosen_mean=paired_difference(chosen_a, chosen_b),
         rejected_mean=paired_difference(rejected_a, rejected_b),
-        chosen_fell=displaced_share(chosen_a, chosen_b),
+        chosen_fell=preference_accuracy(chosen_b - chosen_a),
         notes=notes,
     )
 

@@ -14,7 +14,7 @@ import importlib.util
 import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -33,12 +33,7 @@ from simpo.data.prepare import PreparedData, prepare_pairs
 from simpo.data.sources import EVAL_NAMES, find_sources
 from simpo.display import progress_bar
 from simpo.evaluation.generate import generate_greedy
-from simpo.evaluation.results import (
-    Evaluation,
-    Generation,
-    PairRecord,
-    build_evaluation,
-)
+from simpo.evaluation.results import Evaluation, Generation, PairRecord, build_evaluation
 from simpo.evaluation.statistics import repeated_share
 from simpo.model.attention import PACKED, is_packed, unwrap
 from simpo.model.head import compute_pair_logps, install_head
@@ -96,9 +91,17 @@ def evaluate(
     ):
         if value is not None and value < least:
             raise ValueError(f"{name} = {value}: must be at least {least}")
-    settings, data = resolve_settings(model, data, recipe, bf16=bf16, device=device)
+    if isinstance(data, Recipe | Mapping) or (isinstance(data, str | Path) and is_recipe_file(data)):
+        if recipe is not None:
+            raise ValueError("data is a recipe already; give either data or recipe as one, not both")
+        data, recipe = None, data
+    if data is None and recipe is None:
+        raise ValueError("no pairs to evaluate on: give data (a file, a folder, a dataset) or a recipe")
+    wanted = {"model_name_or_path": _name_of(model), "bf16": bf16, "device": device}
+    wanted = {key: value for key, value in wanted.items() if value is not None}
+    settings = load_recipe({} if recipe is None else recipe, wanted)
     if tokenizer is None and (num_generations or not _is_tokenised(data)):
-        tokenizer = find_tokenizer(settings, model)
+        tokenizer = find_tokenizer(settings, settings.model_name_or_path)
     return evaluate_pairs(
         model,
         load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs, progress=progress),
@@ -113,25 +116,7 @@ def evaluate(
 
 # --- what to evaluate ------------------------------------------------------------------------------------------------
 
-
-def resolve_settings(
-    model: str | Path | nn.Module, data: Any, recipe: Any, *, bf16: bool | None = None, device: str | None = None
-) -> tuple[Recipe, Any]:
-    """The recipe to compute by, with the model's folder in it; and the data, None when they are the recipe's."""
-    if isinstance(data, Recipe | Mapping) or (isinstance(data, str | Path) and is_recipe_file(data)):
-        if recipe is not None:
-            raise ValueError("data is a recipe already; give either data or recipe as one, not both")
-        data, recipe = None, data
-    if data is None and recipe is None:
-        raise ValueError("no pairs to evaluate on: give data (a file, a folder, a dataset) or a recipe")
-    name = getattr(getattr(unwrap(model), "config", None), "name_or_path", "") if _is_loaded(model) else str(model)
-    changes: dict[str, Any] = {"model_name_or_path": _model_folder(name) if name else "a loaded model"}
-    changes |= {key: value for key, value in (("bf16", bf16), ("device", device)) if value is not None}
-    return load_recipe({} if recipe is None else recipe, changes), data
-
-
-def _is_loaded(model: Any) -> bool:
-    return isinstance(model, nn.Module)
+_NAMELESS = "a loaded model"
 
 
 def is_recipe_file(data: str | Path) -> bool:
@@ -142,20 +127,27 @@ def _is_tokenised(data: Any) -> bool:
     return isinstance(data, PreparedData) or hasattr(data, "column_names")
 
 
-def _model_folder(name: str) -> str:
+def _name_of(model: str | Path | nn.Module) -> str:
+    """The folder or hub name of a model, loaded or not."""
+    if isinstance(model, nn.Module):
+        model = getattr(getattr(unwrap(model), "config", None), "name_or_path", "") or _NAMELESS
+    return model_folder(str(model))
+
+
+def model_folder(name: str) -> str:
     """A run directory stands for the model in it."""
-    holds_model = [(Path(name) / inner / "config.json").is_file() for inner in (".", "model")]
-    holds_adapter = [(Path(name) / inner / "adapter_config.json").is_file() for inner in (".", "model")]
-    inside = not (holds_model[0] or holds_adapter[0]) and (holds_model[1] or holds_adapter[1])
-    return str(Path(name) / "model") if inside else name
+    holds_model = [
+        any((folder / file).is_file() for file in ("config.json", "adapter_config.json"))
+        for folder in (Path(name), Path(name) / "model")
+    ]
+    return str(Path(name) / "model") if holds_model == [False, True] else name
 
 
-def find_tokenizer(settings: Recipe, model: str | Path | nn.Module) -> Any:
-    """The recipe's tokenizer, else the model's; of an adapter without one, its base model's."""
+def find_tokenizer(settings: Recipe, name: str) -> Any:
+    """The recipe's tokenizer, else the one of a model's folder or hub name, or of an adapter's base model."""
     if settings.tokenizer_name_or_path is not None:
         return load_tokenizer(settings)
-    name = settings.model_name_or_path if _is_loaded(model) else _model_folder(str(model))
-    if name == "a loaded model":
+    if name == _NAMELESS:
         raise ValueError("tokenizer: this loaded model has no name to load one from; pass its tokenizer")
     adapter = Path(name) / "adapter_config.json"
     if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
@@ -177,44 +169,54 @@ def load_pairs(
     data: Any, settings: Recipe, tokenizer: Any, *, split: str, max_pairs: int | None, progress: bool = True
 ) -> EvalPairs:
     """The pairs that `evaluate` measures, as tokens; arguments as there. A seeded choice where max_pairs is fewer."""
-    pairs = _find_pairs(data, settings, tokenizer, split=split, progress=progress)
-    count = len(pairs.store)
-    if count == 0:
-        raise ValueError(f"{pairs.name}: no pairs to evaluate on")
-    if max_pairs is None or max_pairs >= count:
-        return pairs
-    chosen = sorted(random.Random(f"{settings.seed} evaluate").sample(range(count), max_pairs))
-    note = f"{max_pairs} of {count} pairs, chosen by seed {settings.seed}"
-    return replace(pairs, store=_store(pairs.store.dataset.select(chosen)), notes=(note, *pairs.notes))
-
-
-def _find_pairs(data: Any, settings: Recipe, tokenizer: Any, *, split: str, progress: bool) -> EvalPairs:
-    if data is None:
-        settings.require("dataset_mixer")
-        if split not in (HELD_OUT, "train"):
-            settings = load_recipe(settings, {"dataset_splits": [settings.dataset_splits[0], split]})
-        prepared, name = prepare_pairs(settings, tokenizer, progress=progress), ", ".join(settings.dataset_mixer)
-    elif isinstance(data, PreparedData):
-        prepared, name = data, "prepared pairs"
-    elif hasattr(data, "column_names"):
-        return EvalPairs(_store(data), "tokenised pairs", None)
-    elif isinstance(data, str | Path):
-        return _load_folder(str(data), settings, tokenizer, split=split, progress=progress)
+    if isinstance(data, str | Path):
+        name, dataset, found, notes = _read_folder(str(data), settings, tokenizer, split=split, progress=progress)
+    elif data is None or isinstance(data, PreparedData):
+        name, dataset, found, notes = _held_out(data, settings, tokenizer, split=split, progress=progress)
+    elif _is_tokenised(data):
+        name, dataset, found, notes = "tokenised pairs", data, None, ()
     else:
         raise ValueError(
             f"data: a recipe, a file or folder of pairs, PreparedData or a dataset is needed, not {type(data).__name__}"
         )
-    key = "train" if split == "train" else "eval"
-    dataset = prepared.train if key == "train" else prepared.eval
+    if missing := [name for name in PAIR_FIELDS if name not in dataset.column_names]:
+        raise ValueError(
+            f"data: the dataset lacks the columns {', '.join(missing)}; give tokenised pairs, or the path of a file "
+            "with prompt, chosen and rejected"
+        )
+    count = len(dataset)
+    if count == 0:
+        raise ValueError(f"{name}: no pairs to evaluate on")
+    if max_pairs is not None and max_pairs < count:
+        chosen = sorted(random.Random(f"{settings.seed} evaluate").sample(range(count), max_pairs))
+        dataset = dataset.select(chosen)
+        notes = (f"{max_pairs} of {count} pairs, chosen by seed {settings.seed}", *notes)
+    return EvalPairs(PairStore(dataset), name, found, notes)
+
+
+_Found = tuple[str, Any, str | None, tuple[str, ...]]  # name, dataset, split and notes of some pairs
+
+
+def _held_out(data: PreparedData | None, settings: Recipe, tokenizer: Any, *, split: str, progress: bool) -> _Found:
+    """Of prepared pairs, or those of a recipe."""
+    name = "prepared pairs"
+    if data is None:
+        settings.require("dataset_mixer")
+        name = ", ".join(settings.dataset_mixer)
+        if split not in (HELD_OUT, "train"):
+            settings = load_recipe(settings, {"dataset_splits": [settings.dataset_splits[0], split]})
+        data = prepare_pairs(settings, tokenizer, progress=progress)
+    dataset = data.train if split == "train" else data.eval
     if dataset is None:
         raise ValueError(
             f"{name}: no held-out pairs; add an evaluation split, set validation_fraction above 0, "
             "or evaluate on the training pairs with split train"
         )
-    return EvalPairs(_store(dataset), name, split, _account_notes(prepared.ledger.splits.get(key)))
+    account = data.ledger.splits.get("train" if split == "train" else "eval")
+    return name, dataset, split, _account_notes(account)
 
 
-def _load_folder(data: str, settings: Recipe, tokenizer: Any, *, split: str, progress: bool) -> EvalPairs:
+def _read_folder(data: str, settings: Recipe, tokenizer: Any, *, split: str, progress: bool) -> _Found:
     """A file whole, or one split of a folder; nothing else is read or tokenised."""
     if not data.strip():
         raise ValueError("data: the name of a file or folder of pairs is empty")
@@ -231,17 +233,7 @@ def _load_folder(data: str, settings: Recipe, tokenizer: Any, *, split: str, pro
         # The wanted split in the place of the training split: the others are not looked at.
         settings = load_recipe(settings, {"dataset_splits": [found]})
     prepared = prepare_pairs(settings, tokenizer, progress=progress)
-    return EvalPairs(_store(prepared.train), data, found, _account_notes(prepared.ledger.splits.get("train")))
-
-
-def _store(dataset: Any) -> PairStore:
-    missing = [name for name in PAIR_FIELDS if name not in dataset.column_names]
-    if missing:
-        raise ValueError(
-            f"data: the dataset lacks the columns {', '.join(missing)}; give tokenised pairs, or the path of a file "
-            "with prompt, chosen and rejected"
-        )
-    return PairStore(dataset)
+    return data, prepared.train, found, _account_notes(prepared.ledger.splits.get("train"))
 
 
 def _account_notes(account: SplitLedger | None) -> tuple[str, ...]:
@@ -272,24 +264,35 @@ def evaluate_pairs(
     max_new_tokens: int,
     progress: bool = True,
 ) -> Evaluation:
-    console = Console(stderr=True, highlight=False, quiet=not progress)
-    stored = [pairs.store[i] for i in range(len(pairs.store))]
-    name = settings.model_name_or_path if _is_loaded(model) else str(model)
+    """Run a model on pairs that `load_pairs` found; arguments as in `evaluate`."""
+    console, store = Console(stderr=True, highlight=False, quiet=not progress), pairs.store
+    stored = [store[i] for i in range(len(store))]
     with _ready_model(model, settings) as (network, packed, notes):
         for note in notes:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
         device = unwrap(network).get_input_embeddings().weight.device
-        records = _run_pairs(network, pairs.store, stored, settings, packed, batch_pairs, device, console)
-        generations = _generate(
-            network, tokenizer, pairs.store, stored[:num_generations], max_new_tokens, batch_pairs, console
-        )
+
+        def forward(batch: PackedPairs) -> PairLogps:
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
+                return compute_pair_logps(network, batch, chunk_size=settings.logits_chunk_size)
+
+        layout = {"pairs_per_batch": batch_pairs, "pack": packed, "share_prompt": packed}
+        with progress_bar(console, "evaluating", len(stored)) as advance:
+            sums = pair_sums(forward, store, **layout, mesh=Mesh(MeshSizes(), device=device), advance=advance).tolist()
+        answered = stored[:num_generations]
+        prompts, responses = [pair.prompt_ids for pair in answered], []
+        if prompts:  # else there may be no tokenizer
+            size = {"max_new_tokens": max_new_tokens, "batch_size": batch_pairs}
+            with progress_bar(console, "answering", len(prompts)) as advance:
+                responses = generate_greedy(network, tokenizer, prompts, **size, advance=advance)
+    lengths = store.response_lengths.tolist()
     return build_evaluation(
-        records,
-        model=name,
+        [PairRecord(pair.row_id, *sums[i], *lengths[i]) for i, pair in enumerate(stored)],
+        model=settings.model_name_or_path if isinstance(model, nn.Module) else str(model),
         data=pairs.name,
         split=pairs.split,
-        data_fingerprint=fingerprint_tokens(pairs.store.dataset)[:12],
-        generations=generations,
+        data_fingerprint=fingerprint_tokens(store.dataset)[:12],
+        generations=tuple(_describe_answers(store, answered, responses, tokenizer)),
         settings={
             "device": str(device),
             "compute": "bfloat16" if settings.bf16 else "float32",
@@ -302,14 +305,23 @@ def evaluate_pairs(
     )
 
 
+def _describe_answers(
+    store: PairStore, pairs: Sequence[TokenPair], responses: Sequence[str], tokenizer: Any
+) -> Iterator[Generation]:
+    has_text = "prompt_text" in store.dataset.column_names
+    for index, (pair, response) in enumerate(zip(pairs, responses, strict=True)):
+        prompt = store.dataset[index]["prompt_text"] if has_text else tokenizer.decode(pair.prompt_ids)
+        tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
+        yield Generation(pair.row_id, prompt, response, len(tokens), repeated_share(tokens))
+
+
 @contextlib.contextmanager
 def _ready_model(model: str | Path | nn.Module, settings: Recipe) -> Iterator[tuple[nn.Module, bool, tuple[str, ...]]]:
     """The model in eval mode, whether it takes packed rows, and notes; a loaded model is put back as it was."""
-    if not _is_loaded(model):
+    if not isinstance(model, nn.Module):
         # Loaded for ordinary attention first: whether packed rows fit is found out below, with a way back.
-        name = _model_folder(str(model))
-        adapter = (Path(name) / "adapter_config.json").is_file()
-        if adapter and importlib.util.find_spec("peft") is None:
+        name = model_folder(str(model))
+        if (Path(name) / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is None:
             raise ValueError(f"{name} is a LoRA adapter, which needs peft: pip install 'simpo[peft]'")
         plain = load_recipe(settings, {"pack": False, "share_prompt": False})
         device = pick_device(settings.device)
@@ -348,52 +360,3 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
         notes = (f"padded rows, which are slower, because packed ones do not work here: {reason}",)
     check_forward(model, pack=False, share_prompt=False, bf16=bool(settings.bf16))
     return False, notes
-
-
-def _run_pairs(
-    model: nn.Module,
-    store: PairStore,
-    stored: Sequence[TokenPair],
-    settings: Recipe,
-    packed: bool,
-    batch_pairs: int,
-    device: torch.device,
-    console: Console,
-) -> list[PairRecord]:
-    """Log-probs of every pair, in the order of the store."""
-
-    def forward(batch: PackedPairs) -> PairLogps:
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
-            return compute_pair_logps(model, batch, chunk_size=settings.logits_chunk_size)
-
-    layout = {"pairs_per_batch": batch_pairs, "pack": packed, "share_prompt": packed}
-    with progress_bar(console, "evaluating", len(stored)) as advance:
-        alone = Mesh(MeshSizes(), device=device)
-        sums = pair_sums(forward, store, **layout, mesh=alone, advance=advance).tolist()
-    lengths = store.response_lengths.tolist()
-    return [PairRecord(pair.row_id, *sums[i], *lengths[i]) for i, pair in enumerate(stored)]
-
-
-def _generate(
-    model: nn.Module,
-    tokenizer: Any,
-    store: PairStore,
-    stored: Sequence[TokenPair],
-    max_new_tokens: int,
-    batch_size: int,
-    console: Console,
-) -> tuple[Generation, ...]:
-    """Greedy answers to the prompts of some pairs, the store's first ones."""
-    generations = []
-    with progress_bar(console, "answering", len(stored)) as advance:
-        for start in range(0, len(stored), batch_size):
-            part = stored[start : start + batch_size]
-            prompts = [pair.prompt_ids for pair in part]
-            responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size)
-            for index, (pair, response) in enumerate(zip(part, responses, strict=True), start=start):
-                has_text = "prompt_text" in store.dataset.column_names
-                prompt = store.dataset[index]["prompt_text"] if has_text else tokenizer.decode(pair.prompt_ids)
-                tokens = tokenizer(response, add_special_tokens=False)["input_ids"]
-                generations.append(Generation(pair.row_id, prompt, response, len(tokens), repeated_share(tokens)))
-            advance(len(part))
-    return tuple(generations)
