@@ -20,7 +20,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.nn.parallel import DistributedDataParallel
 from transformers.distributed import DistributedConfig
 
-from simpo.recipe import OPTIMIZERS
+from simpo.core.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import Mesh

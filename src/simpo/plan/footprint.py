@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from simpo.core.optimizers import OPTIMIZERS
 from simpo.plan.sizes import ModelSizes
 from simpo.plan.trace import KEPT, Parts, traced_passes
-from simpo.recipe import OPTIMIZERS
 from simpo.run.adamw import PIECE
 from simpo.run.memory import SHARE_OF_FREE, STILL_ON_ITS_WAY
 

@@ -13,12 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from simpo.core.optimizers import OPTIMIZERS
 from simpo.parallel.mesh import MeshSizes, check_heads, mesh_sizes
 from simpo.plan.footprint import GIB, Footprint, compute_footprint, compute_reserve, compute_state, fit_tokens, fits
 from simpo.plan.shapes import load_config
 from simpo.plan.sizes import ModelSizes, describe_model
 from simpo.plan.traffic import Exchange, compute_traffic
-from simpo.recipe import OPTIMIZERS, Recipe
+from simpo.recipe import Recipe
 
 MOST_GPUS = 1024  # how far the search for enough GPUs goes
 

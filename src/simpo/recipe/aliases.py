@@ -11,15 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-
-class _Unset:
-    """What a conversion returns when the value asks for nothing."""
-
-
-UNSET = _Unset()
-
-Convert = Callable[[Any], Any]
-"""Value under the alias -> value under our key, or UNSET. Raises ValueError for a value that has no equal here."""
+UNSET = object()
+"""What a conversion returns when the value asks for nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,30 +21,36 @@ class Alias:
 
     Attributes:
         target: our key, or an input key.
-        convert: changes the value where the other program counts or spells differently.
-        when_true: for a switch, the value that true stands for; false asks for nothing.
+        convert: the value under our key, or UNSET, where the other program counts or spells differently; raises
+            ValueError for a value that has no equal here.
+        is_switch: whether it is true or false.
         yields: whether it gives way, with a notice, where our own key is given too; else that is a contradiction.
         notice: printed when the alias is used, with {value}; "" for a plain renaming.
+        unset: printed when the value asks for nothing.
     """
 
     target: str
-    convert: Convert | None = None
-    when_true: str = ""
+    convert: Callable[[Any], Any] | None = None
+    is_switch: bool = False
     yields: bool = False
     notice: str = ""
+    unset: str = "not used here (it changes nothing)"
 
-    def translate(self, value: Any) -> Any:
-        """The value under our key, or UNSET. Raises ValueError for a value that has no equal here."""
-        if self.when_true:
-            if not isinstance(value, bool):
-                raise ValueError("must be true or false")
-            return self.when_true if value else UNSET
-        return self.convert(value) if self.convert else value
+
+def _switch(target: str, when_true: str) -> Alias:
+    """An alias whose true stands for a value of our key, and whose false asks for nothing."""
+
+    def convert(value: Any) -> Any:
+        if not isinstance(value, bool):
+            raise ValueError("must be true or false")
+        return when_true if value else UNSET
+
+    return Alias(target, convert, is_switch=True)
 
 
 def _master_dtype(value: Any) -> Any:
-    names = {"float32": "float32", "fp32": "float32", "torch.float32": "float32"}
-    names |= {"auto": UNSET, "bfloat16": UNSET, "bf16": UNSET, "torch.bfloat16": UNSET}
+    names = {"auto": "float32", "float32": "float32", "fp32": "float32", "torch.float32": "float32"}
+    names |= {"bfloat16": UNSET, "bf16": UNSET, "torch.bfloat16": UNSET}
     if not isinstance(value, str) or value not in names:
         raise ValueError(
             "must be float32, bfloat16, auto or null; float16 weights are not supported "
@@ -73,15 +72,15 @@ BF16_MASTERS_NOTICE = (
 ALIASES: dict[str, Alias] = {
     # transformers, older and newer spellings
     "evaluation_strategy": Alias("eval_strategy"),
-    "dtype": Alias("master_dtype", _master_dtype, yields=True),
-    "torch_dtype": Alias("master_dtype", _master_dtype, yields=True),
-    "use_flash_attention_2": Alias("attn_implementation", when_true="flash_attention_2"),
+    "dtype": Alias("master_dtype", _master_dtype, yields=True, unset=BF16_MASTERS_NOTICE),
+    "torch_dtype": Alias("master_dtype", _master_dtype, yields=True, unset=BF16_MASTERS_NOTICE),
+    "use_flash_attention_2": _switch("attn_implementation", "flash_attention_2"),
     "activation_checkpointing": Alias("gradient_checkpointing"),
     "activation_checkpointing_kwargs": Alias("gradient_checkpointing_kwargs"),
     "activation_offloading": Alias("activation_offload"),
     "use_liger": Alias("use_liger_kernel"),
-    "no_cuda": Alias("device", when_true="cpu"),
-    "use_cpu": Alias("device", when_true="cpu"),
+    "no_cuda": _switch("device", "cpu"),
+    "use_cpu": _switch("device", "cpu"),
     # TRL and the alignment-handbook
     "dataset_num_proc": Alias("preprocessing_num_workers"),
     "dataset_config_name": Alias("dataset_config"),
@@ -139,30 +138,19 @@ INPUT_KEYS: dict[str, tuple[str, str]] = {
 """Keys accepted on input and resolved into another: key -> (the key it becomes, meaning). Never both of a pair."""
 
 
-def _is_true(value: Any) -> bool:
-    return value is True
-
-
-def _is_set(value: Any) -> bool:
-    return value not in (None, False, 0, "", "null", "none")
-
-
-REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "push_to_hub": (
-        _is_true,
-        "nothing is uploaded from here; upload the folder `model/` of the run yourself",
-    ),
-    "fp16": (_is_true, "float16 is not supported; use bf16: true, or bf16: false for float32"),
-    "load_in_8bit": (_is_true, "8-bit bases are not supported; use load_in_4bit: true with use_peft: true"),
-    "qlora": (_is_true, "write use_peft: true and load_in_4bit: true"),
-    "is_encoder_decoder": (_is_true, "encoder-decoder models are not supported"),
-    "stage": (lambda value: value not in (None, "simpo"), "only simpo; for other losses set loss_type"),
-    "label_smoothing_factor": (
-        _is_set,
-        "that smooths token labels; for noisy preferences use label_smoothing",
-    ),
+REFUSED: dict[str, str] = {
+    "push_to_hub": "nothing is uploaded from here; upload the folder `model/` of the run yourself",
+    "fp16": "float16 is not supported; use bf16: true, or bf16: false for float32",
+    "load_in_8bit": "8-bit bases are not supported; use load_in_4bit: true with use_peft: true",
+    "qlora": "write use_peft: true and load_in_4bit: true",
+    "is_encoder_decoder": "encoder-decoder models are not supported",
+    "stage": "only simpo; for other losses set loss_type",
+    "label_smoothing_factor": "that smooths token labels; for noisy preferences use label_smoothing",
 }
-"""Known elsewhere, yet certain values change what is trained: key -> (test of the value, what to do instead)."""
+"""Known elsewhere, yet refused, since they change what is trained, with a value that is not in `ASKS_NOTHING`: key ->
+what to do instead."""
+
+ASKS_NOTHING = (None, False, 0, "", "null", "none", "simpo")  # the last is a `stage`
 
 _MEANINGLESS: Mapping[str, str] = {
     "nothing is uploaded": (

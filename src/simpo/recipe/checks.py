@@ -1,6 +1,6 @@
 """What keys decide for each other: defaults that depend on other keys, and checks between keys.
 
-Each function takes the typed recipe, the keys that were given and the list of notices, and returns values to fill in.
+Each step takes the typed recipe and the list of notices, and returns values to fill in.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from simpo.core.losses import GENERAL_KEYS, LOSSES, loss_keys, losses_reading
+from simpo.core.optimizers import OPTIMIZERS
 from simpo.errors import short
-from simpo.recipe.optimizers import OPTIMIZERS
 
 if TYPE_CHECKING:
     from simpo.recipe.keys import Recipe
@@ -27,27 +27,27 @@ METRICS: dict[str, bool] = {
 """Evaluation metrics that can choose the best checkpoint -> whether greater is better."""
 
 
-def resolve(recipe: Recipe, given: set[str]) -> tuple[dict[str, Any], list[str]]:
-    """The values that other keys decide, and a line for each thing accepted that acts differently than it may seem.
+def resolve(recipe: Recipe) -> list[str]:
+    """Fill in the values that other keys decide; returns a line for each thing that acts differently than it may seem.
 
     Raises:
         ValueError: keys that contradict each other.
     """
     notices: list[str] = []
-    resolved: dict[str, Any] = {}
-    for step in (_resolve_loss, _resolve_model, _resolve_lengths, _resolve_steps, _resolve_evaluation):
-        resolved |= step(recipe, given, notices)
-    return resolved, notices
+    for step in (_resolve_loss, _resolve_model, _resolve_lengths, _resolve_evaluation):
+        vars(recipe).update(step(recipe, notices))  # the model is frozen for everybody else
+    _check_best_model(recipe)
+    return notices
 
 
-def _resolve_loss(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+def _resolve_loss(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     name, loss, unread = recipe.loss_type, recipe.loss, recipe.unread_keys
     if recipe.loss_kwargs and name in LOSSES:
         raise ValueError(
             f"loss_kwargs: only for a loss of your own, loss_type: module:function; {name} reads "
             f"{', '.join(loss.defaults) or 'no key'}"
         )
-    for key in (key for key in loss_keys() if key in given & unread):
+    for key in (key for key in loss_keys() if key in recipe.model_fields_set & unread):
         value, reading = getattr(recipe, key), losses_reading(key)
         if key not in GENERAL_KEYS:
             raise ValueError(f"{key}: loss_type {name!r} does not read it, only {reading[0]} does; remove one of them")
@@ -70,7 +70,7 @@ def _resolve_loss(recipe: Recipe, given: set[str], notices: list[str]) -> dict[s
     return resolved
 
 
-def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+def _resolve_model(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     on_cpu, packs = recipe.device == "cpu", recipe.pack or recipe.share_prompt
     for contradict, message in (
         (
@@ -121,7 +121,7 @@ def _resolve_model(recipe: Recipe, given: set[str], notices: list[str]) -> dict[
     return resolved
 
 
-def _resolve_lengths(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+def _resolve_lengths(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     prompt = recipe.max_prompt_length
     if prompt is None and "max_prompt_length" not in recipe.model_fields_set:
         prompt = 1800 if recipe.max_length > 1800 else recipe.max_length // 2
@@ -135,10 +135,6 @@ def _resolve_lengths(recipe: Recipe, given: set[str], notices: list[str]) -> dic
             f"dataset_configs: {len(recipe.dataset_configs)} names for {len(recipe.dataset_mixer)} datasets of "
             "dataset_mixer; give one for each, in the same order"
         )
-    return {"max_prompt_length": prompt}
-
-
-def _resolve_steps(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
     if recipe.max_steps == 0:
         raise ValueError("max_steps = 0: must be >= 1, or -1 to train for num_train_epochs")
     if recipe.max_tokens_per_micro_batch is not None and not recipe.pack:
@@ -146,10 +142,10 @@ def _resolve_steps(recipe: Recipe, given: set[str], notices: list[str]) -> dict[
             "max_tokens_per_micro_batch counts packed tokens, and pack is false; set pack: true, or leave it out and "
             "choose per_device_train_batch_size"
         )
-    return {}
+    return {"max_prompt_length": prompt}
 
 
-def _resolve_evaluation(recipe: Recipe, given: set[str], notices: list[str]) -> dict[str, Any]:
+def _resolve_evaluation(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     strategy, steps = recipe.eval_strategy, recipe.eval_steps
     if strategy is None:
         strategy = "no" if steps is None else "steps"
@@ -174,7 +170,7 @@ def _resolve_evaluation(recipe: Recipe, given: set[str], notices: list[str]) -> 
     }
 
 
-def check_best_model(recipe: Recipe) -> None:
+def _check_best_model(recipe: Recipe) -> None:
     """load_best_model_at_end needs every checkpoint evaluated when it is saved."""
     if not recipe.load_best_model_at_end:
         return

@@ -21,9 +21,9 @@ from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, create_mod
 from pydantic.fields import FieldInfo
 
 from simpo.core.losses import LOSSES, Loss, loss_keys, losses_reading
+from simpo.core.optimizers import OPTIMIZERS
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS
-from simpo.recipe.checks import METRICS, check_best_model, resolve
-from simpo.recipe.optimizers import OPTIMIZERS
+from simpo.recipe.checks import METRICS, resolve
 from simpo.recipe.values import (
     Number,
     Steps,
@@ -423,16 +423,10 @@ class Recipe(_LossKeys):
     # fmt: on
 
     _notices: tuple[str, ...] = PrivateAttr(())
-    _given: frozenset[str] = PrivateAttr(frozenset())
 
     @model_validator(mode="after")
     def _resolve(self) -> Recipe:
-        """Fill in derived defaults and check keys against each other."""
-        given = set(self.model_fields_set)
-        resolved, notices = resolve(self, given)
-        vars(self).update(resolved)  # the model is frozen for everybody else
-        check_best_model(self)
-        self._notices, self._given = tuple(notices), frozenset(given)
+        self._notices = tuple(resolve(self))
         return self
 
     @property
@@ -543,26 +537,19 @@ def _plain_types(annotation: Any) -> frozenset[Any]:
     return frozenset({origin or annotation})
 
 
-def _literals(annotation: Any) -> tuple[str, ...]:
-    if get_origin(annotation) is Literal:
-        return get_args(annotation)
-    return next((found for part in get_args(annotation) if (found := _literals(part))), ())
-
-
 def _allowed(annotation: Any, types: frozenset[Any], bounds: Mapping[str, Any]) -> str:
     """The values that a type and its bounds allow, in words."""
-    names = _literals(annotation)
+    parts = [annotation, *get_args(annotation)]
+    names = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
     if names:
         return f"{', '.join(names[:-1])} or {names[-1]}"
     if types == {bool}:
         return "true or false"
-    low = next((f"{name} {bounds[key]}" for key, name in (("ge", ">="), ("gt", ">")) if key in bounds), "")
-    high = next((f"{name} {bounds[key]}" for key, name in (("le", "<="), ("lt", "<")) if key in bounds), "")
+    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
+    ranges = [f"{sign} {bounds[name]}" for name, sign in signs.items() if name in bounds]
     if types == {int}:
-        return ", ".join(part for part in ("whole", low, high) if part)
-    if low and high:
-        return f"{low.split()[1]} {low.split()[0].replace('>', '<')} x {high}"
-    return f"x {low or high}" if low or high else "any finite number"
+        return ", ".join(["whole", *ranges])
+    return ", ".join(f"x {each}" for each in ranges) or "any finite number"
 
 
 def _declared(name: str, info: FieldInfo) -> Key:

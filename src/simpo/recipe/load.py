@@ -21,10 +21,19 @@ from typing import Any
 from pydantic import ValidationError
 
 from simpo.errors import short
-from simpo.recipe.aliases import ALIASES, BF16_MASTERS_NOTICE, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED, UNSET
+from simpo.recipe.aliases import (
+    ALIASES,
+    ASKS_NOTHING,
+    BF16_MASTERS_NOTICE,
+    INPUT_KEYS,
+    KNOWN_ELSEWHERE,
+    REFUSED,
+    UNSET,
+    Alias,
+)
 from simpo.recipe.keys import KEYS, Recipe
 from simpo.recipe.values import as_number, as_text, as_whole
-from simpo.recipe.yaml import Kind, parse_overrides, read_recipe_file
+from simpo.recipe.yaml import FALSE, NULL, TRUE, parse_yaml, read_recipe_file
 
 
 def load_recipe(
@@ -50,7 +59,7 @@ def load_recipe(
     if isinstance(source, Recipe):
         if not overrides:
             return source
-        given = source._given - source.unread_keys
+        given = source.model_fields_set - source.unread_keys
         base = _Layer({name: getattr(source, name) for name in given}, list(source.notices))
     elif isinstance(source, Mapping):
         base = _read_layer(source)
@@ -58,19 +67,14 @@ def load_recipe(
         base = _read_layer(read_recipe_file(source))
     else:
         raise ValueError(f"a recipe is a path, a mapping or a Recipe, not {short(source)}")
-    merged = _merge(base, _read_layer(_override_mapping(overrides)))
-    return _build(merged, processes or _processes())
-
-
-def _override_mapping(overrides: Mapping[str, Any] | Sequence[str] | None) -> Mapping[str, Any]:
-    if overrides is None:
-        return {}
-    if isinstance(overrides, Mapping):
-        return overrides
-    is_words = isinstance(overrides, Sequence) and not isinstance(overrides, str)
-    if not is_words or not all(isinstance(word, str) for word in overrides):
-        raise ValueError(f"overrides: a mapping or a list of words is needed, not {short(overrides)}")
-    return parse_overrides(overrides, _kind_of)
+    if overrides is not None and not isinstance(overrides, Mapping):
+        is_words = isinstance(overrides, Sequence) and not isinstance(overrides, str)
+        if not is_words or not all(isinstance(word, str) for word in overrides):
+            raise ValueError(f"overrides: a mapping or a list of words is needed, not {short(overrides)}")
+        overrides = _parse_overrides(overrides)
+    started = os.environ.get("WORLD_SIZE", "1")
+    processes = processes or (int(started) if started.isdecimal() else 1) or 1
+    return _build(_merge(base, _read_layer(overrides or {})), processes)
 
 
 @dataclass
@@ -109,15 +113,17 @@ def _read_layer(mapping: Mapping[str, Any]) -> _Layer:
                 _put(layer, written, name, value)
         elif name in ALIASES:
             later.append((written, name, value))
-        elif name in REFUSED and REFUSED[name][0](value):
-            raise ValueError(f"{written} = {short(value)}: {REFUSED[name][1]}")
+        elif name in REFUSED and value not in ASKS_NOTHING:
+            raise ValueError(f"{written} = {short(value)}: {REFUSED[name]}")
         elif name in KNOWN_ELSEWHERE:
             layer.notices.append(f"{written}: not used here ({KNOWN_ELSEWHERE[name]})")
         else:
             raise unknown_key(written)
     for written, name, value in later:
-        _put_alias(layer, written, name, value)
-    _check_rivals(layer)
+        _put_alias(layer, written, ALIASES[name], value)
+    for key, (target, _) in INPUT_KEYS.items():
+        if key in layer.values and target in layer.values:
+            raise ValueError(f"{layer.spelled[key]} and {layer.spelled[target]}: both set {target}; keep one")
     return layer
 
 
@@ -155,8 +161,7 @@ def _put(layer: _Layer, written: str, target: str, value: Any) -> None:
     layer.spelled[target] = written
 
 
-def _put_alias(layer: _Layer, written: str, name: str, value: Any) -> None:
-    alias = ALIASES[name]
+def _put_alias(layer: _Layer, written: str, alias: Alias, value: Any) -> None:
     if value is None:
         return
     taken = {alias.target} | {rival for key, (rival, _) in INPUT_KEYS.items() if key == alias.target}
@@ -164,25 +169,15 @@ def _put_alias(layer: _Layer, written: str, name: str, value: Any) -> None:
         layer.notices.append(f"{written}: not used, since {min(taken & set(layer.values))} is given")
         return
     try:
-        converted = alias.translate(value)
+        converted = alias.convert(value) if alias.convert else value
     except ValueError as error:
         raise ValueError(f"{written} = {short(value)}: {error}") from None
     if converted is UNSET:
-        if alias.target == "master_dtype" and value != "auto":
-            layer.notices.append(f"{written}: {BF16_MASTERS_NOTICE}")
-        elif alias.target != "master_dtype":
-            layer.notices.append(f"{written}: not used here (it changes nothing)")
+        layer.notices.append(f"{written}: {alias.unset}")
         return
     _put(layer, written, alias.target, converted)
     if alias.notice:
         layer.notices.append(f"{written}: read as {alias.target}; {alias.notice.format(value=short(value))}")
-
-
-def _check_rivals(layer: _Layer) -> None:
-    for key, (target, _) in INPUT_KEYS.items():
-        if key in layer.values and target in layer.values:
-            a, b = layer.spelled[key], layer.spelled[target]
-            raise ValueError(f"{a} and {b}: both set {target}; keep one")
 
 
 def _merge(base: _Layer, top: _Layer) -> _Layer:
@@ -205,7 +200,10 @@ def _build(layer: _Layer, processes: int) -> Recipe:
         layer.notices = [notice for notice in layer.notices if BF16_MASTERS_NOTICE not in notice]
     _resolve_datasets(layer)
     _resolve_global_batch(layer, processes)
-    _resolve_warmup(layer)
+    steps = layer.values.get("warmup_steps")
+    if isinstance(steps, float) and 0 < steps < 1:  # as transformers 5 has it
+        layer.values["warmup_ratio"] = layer.values.pop("warmup_steps")
+        layer.notices.append(f"warmup_steps: {steps} is a share of all steps, read as warmup_ratio")
     recipe = _with_gamma(layer) if "gamma" in layer.values else _typed(layer)
     recipe._notices = tuple(dict.fromkeys(layer.notices + list(recipe._notices)))
     return recipe
@@ -268,20 +266,6 @@ def _resolve_global_batch(layer: _Layer, processes: int) -> None:
     layer.values["gradient_accumulation_steps"] = total // (each * processes)
 
 
-def _processes() -> int:
-    """Processes that torchrun started (WORLD_SIZE), 1 without it."""
-    text = os.environ.get("WORLD_SIZE", "1")
-    return int(text) if text.isdecimal() and int(text) > 0 else 1
-
-
-def _resolve_warmup(layer: _Layer) -> None:
-    """transformers 5 takes a share of all steps as warmup_steps."""
-    steps = layer.values.get("warmup_steps")
-    if isinstance(steps, float) and 0 < steps < 1:
-        layer.values["warmup_ratio"] = layer.values.pop("warmup_steps")
-        layer.notices.append(f"warmup_steps: {steps} is a share of all steps, read as warmup_ratio")
-
-
 def _take(layer: _Layer, key: str, check: Callable[[Any], Any]) -> Any:
     """Remove an input key from the layer and return its checked value."""
     layer.spelled[INPUT_KEYS[key][0]] = layer.spelled[key]
@@ -333,19 +317,82 @@ def _explain_one(key: str, found: Any, message: str, spelled: Mapping[str, str])
     return f"{name} = {short(value)}: {message[0].lower() + message[1:]} (allowed: {KEYS[key].allowed})"
 
 
-def _kind_of(name: str) -> Kind:
-    """How a key takes its value on a command line. Raises ValueError for an unknown key."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The command line's overrides
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
+    """Keys as spelled, with underscores, to plain values: `--key value`, `--key=value`, `key=value`, `--flag` for true.
+
+    Values are YAML scalars; a list key also takes several words or words with commas, a text key takes its word as it
+    is. `mapping.NAME=value` sets one entry of a mapping.
+
+    Raises:
+        ValueError: a word that fits none of these, a value missing, or one key given two different values.
+    """
+    result: dict[str, Any] = {}
+    position = 0
+    while position < len(arguments):
+        word = arguments[position]
+        position += 1
+        dashed = word.startswith("--")
+        key, equals, text = (word[2:] if dashed else word).partition("=")
+        if not key or key.startswith("-") or not (dashed or equals):
+            raise ValueError(f"unexpected {short(word)}: write --key value, --key=value or key=value")
+        key = _plain_name(key)
+        types = _types_of(key)
+        words = [text] if equals else _following(arguments[position:], types)
+        position += 0 if equals else len(words)
+        value = _read_words(key, words, types)
+        if key in result and (type(result[key]), result[key]) != (type(value), value):
+            raise ValueError(f"{key} is given twice, as {short(result[key])} and {short(value)}; keep one")
+        result[key] = value
+    return result
+
+
+def _types_of(name: str) -> frozenset[type]:
+    """The types of the values that a key may have under this name; none where a conversion decides."""
     alias = ALIASES.get(name)
     target = alias.target if alias else name
     if name in KNOWN_ELSEWHERE:
-        return "open"
-    if alias and (alias.when_true or alias.convert):
-        return "flag" if alias.when_true else "value"
-    if target in INPUT_KEYS:
-        return "text" if target.startswith("dataset") else "value"
+        return frozenset({bool, list})  # whatever follows, or nothing
+    if alias and alias.convert:
+        return frozenset({bool} if alias.is_switch else ())
+    if "." in name or target in INPUT_KEYS:
+        return frozenset({str} if target.startswith("dataset_") and "." not in name else ())
     if target not in KEYS:
         raise unknown_key(f"--{name}")
-    types = KEYS[target].types
-    if types & {dict, list}:
-        return "mapping" if dict in types else "list"
-    return "flag" if types == {bool} else "text" if types == {str} else "open" if types == {bool, str} else "value"
+    return KEYS[target].types
+
+
+def _following(rest: Sequence[str], types: frozenset[type]) -> list[str]:
+    """The words after `--key` that are its value."""
+    words = []
+    for word in rest:
+        is_next_key = word.startswith("--") or (types != {str} and re.match(r"[A-Za-z_][\w.-]*=", word))
+        is_no_flag = types == {bool} and not any(pattern.match(word) for pattern in (TRUE, FALSE, NULL))
+        if is_next_key or is_no_flag or (words and list not in types):
+            break
+        words.append(word)
+    return words
+
+
+def _read_words(key: str, words: list[str], types: frozenset[type]) -> Any:
+    if not words:
+        if bool in types:
+            return True
+        raise ValueError(f"{key}: a value is missing; write --{key} VALUE")
+    if types == {str}:
+        return None if NULL.match(words[0]) else words[0]
+    if list in types and len(words) == 1 and "," in words[0] and not words[0].lstrip().startswith("["):
+        return [_scalar(key, part.strip()) for part in words[0].split(",")]
+    values = [_scalar(key, word) for word in words]
+    return values if len(values) > 1 else values[0]
+
+
+def _scalar(key: str, text: str) -> Any:
+    value = parse_yaml(text, where=key)
+    if isinstance(value, dict) and not text.lstrip().startswith("{"):
+        return text  # "a: b" typed as a value is text; a mapping is written {a: b}
+    return value

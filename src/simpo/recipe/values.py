@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator
 
 from simpo.core.losses import LOSSES
+from simpo.core.optimizers import OPTIMIZERS
 from simpo.errors import short
-from simpo.recipe.optimizers import OPTIMIZERS
 
 
 def as_number(value: Any) -> Any:

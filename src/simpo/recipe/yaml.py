@@ -1,4 +1,4 @@
-"""Text to plain values and back: a recipe's YAML file and the command line's overrides.
+"""A recipe's YAML to plain values and back.
 
 Owns the strict YAML dialect of recipes: one flat mapping, each key once, numbers as people write them (`1e-6` is a
 number), no anchors, tags or dates. Everything wrong raises ValueError with the line. Knows no recipe key.
@@ -8,9 +8,8 @@ Imports PyYAML only.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
@@ -23,9 +22,9 @@ _INT = re.compile(r"[-+]?[0-9]+\Z")
 _FLOAT = re.compile(
     r"(?:[-+]?(?:[0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))\Z"
 )
-_TRUE = re.compile(r"(?:true|True|TRUE|yes|Yes|YES|on|On|ON)\Z")
-_FALSE = re.compile(r"(?:false|False|FALSE|no|No|NO|off|Off|OFF)\Z")
-_NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
+TRUE = re.compile(r"(?:true|True|TRUE|yes|Yes|YES|on|On|ON)\Z")
+FALSE = re.compile(r"(?:false|False|FALSE|no|No|NO|off|Off|OFF)\Z")
+NULL = re.compile(r"(?:~|null|Null|NULL|)\Z")
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,7 +46,7 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-for _pattern in (_INT, _FLOAT, _TRUE, _FALSE, _NULL):
+for _pattern in (_INT, _FLOAT, TRUE, FALSE, NULL):
     _Dumper.add_implicit_resolver("not text", _pattern, None)
 
 
@@ -105,9 +104,9 @@ def _plain_value(node: yaml.ScalarNode) -> Any:
         return int(text)
     if _FLOAT.match(text):
         return float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-    if _NULL.match(text):
+    if NULL.match(text):
         return None
-    return True if _TRUE.match(text) else False if _FALSE.match(text) else text
+    return True if TRUE.match(text) else False if FALSE.match(text) else text
 
 
 def read_recipe_file(path: str | Path) -> dict[str, Any]:
@@ -145,86 +144,3 @@ def dump_yaml(values: dict[str, Any]) -> str:
     if re.search("[\x85\u2028\u2029\ufeff]", text):  # PyYAML writes these as they are, then reads them as line breaks
         text = yaml.dump(values, allow_unicode=False, **options)
     return text
-
-
-Kind = Literal["flag", "list", "mapping", "text", "value", "open"]
-"""How a key takes its value on a command line; "open": any number of words, none means true."""
-
-
-def parse_overrides(arguments: Sequence[str], kind_of: Callable[[str], Kind]) -> dict[str, Any]:
-    """Command-line overrides: `--key value`, `--key=value`, `key=value`, and `--flag` alone for true.
-
-    Hyphens stand for underscores in keys. Values are YAML scalars; a list key also takes several words or words with
-    commas, a text key takes its word as it is. `mapping.NAME=value` sets one entry of a mapping.
-
-    Args:
-        arguments: words as the shell gives them.
-        kind_of: the kind of a key; may raise ValueError for an unknown key.
-    Returns:
-        keys as spelled (underscores) to plain values.
-    Raises:
-        ValueError: a word that fits none of these, a value missing, or one key given two different values.
-    """
-    result: dict[str, Any] = {}
-    position = 0
-    while position < len(arguments):
-        word = arguments[position]
-        position += 1
-        dashed = word.startswith("--")
-        key, equals, text = (word[2:] if dashed else word).partition("=")
-        if not key or key.startswith("-") or not (dashed or equals):
-            raise ValueError(f"unexpected {short(word)}: write --key value, --key=value or key=value")
-        key = _underscored(key)
-        kind = "value" if "." in key else kind_of(key)
-        words = [text] if equals else _following(arguments[position:], kind)
-        position += 0 if equals else len(words)
-        value = _read_words(key, words, kind)
-        if key in result and not _same(result[key], value):
-            raise ValueError(f"{key} is given twice, as {short(result[key])} and {short(value)}; keep one")
-        result[key] = value
-    return result
-
-
-def _underscored(key: str) -> str:
-    head, dot, tail = key.partition(".")
-    return head.replace("-", "_") + dot + tail
-
-
-def _same(a: Any, b: Any) -> bool:
-    return type(a) is type(b) and a == b
-
-
-def _following(rest: Sequence[str], kind: Kind) -> list[str]:
-    """The words after `--key` that are its value."""
-    words = []
-    for word in rest:
-        if word.startswith("--") or (kind != "text" and re.match(r"[A-Za-z_][\w.-]*=", word)):
-            break
-        if kind == "flag" and not any(pattern.match(word) for pattern in (_TRUE, _FALSE, _NULL)):
-            break
-        words.append(word)
-        if kind in ("flag", "mapping", "text", "value"):
-            break
-    return words
-
-
-def _read_words(key: str, words: list[str], kind: Kind) -> Any:
-    if not words:
-        if kind in ("flag", "open"):
-            return True
-        raise ValueError(f"{key}: a value is missing; write --{key} VALUE")
-    if kind == "text":
-        return None if _NULL.match(words[0]) else words[0]
-    if len(words) > 1:
-        return [_scalar(key, word) for word in words]
-    word = words[0]
-    if kind == "list" and "," in word and not word.lstrip().startswith("["):
-        return [_scalar(key, part.strip()) for part in word.split(",")]
-    return _scalar(key, word)
-
-
-def _scalar(key: str, text: str) -> Any:
-    value = parse_yaml(text, where=key)
-    if isinstance(value, dict) and not text.lstrip().startswith("{"):
-        return text  # "a: b" typed as a value is text; a mapping is written {a: b}
-    return value

@@ -27,10 +27,10 @@ from torch.utils._pytree import tree_leaves
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA
+from simpo.core.optimizers import OPTIMIZERS
 from simpo.core.packing import PairShape, TokenPair
 from simpo.model.attention import unwrap
 from simpo.parallel.sharding import local_part
-from simpo.recipe import OPTIMIZERS
 
 if TYPE_CHECKING:
     from simpo.data.loader import PairStore

@@ -48,7 +48,7 @@ def build_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     if recipe.optim == "adamw_8bit":
         return _adamw_8bit(trainable[0].device)(groups, **options)
     if recipe.optim not in ("adamw_torch_fused", "adamw_torch"):
-        raise NotImplementedError(f"optim: {recipe.optim} is named in simpo.recipe.optimizers and not built here")
+        raise NotImplementedError(f"optim: {recipe.optim} is named in simpo.core.optimizers and not built here")
     # torch's choice on CUDA, all weights in one call, would hold temporaries as large as a moment of the whole model.
     return torch.optim.AdamW(groups, fused=recipe.optim == "adamw_torch_fused", foreach=False, **options)
 

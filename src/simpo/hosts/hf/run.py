@@ -17,6 +17,7 @@ import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
+from simpo.core.optimizers import OPTIMIZERS
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.hosts.hf.config import RECIPE_FIELDS, SimPOConfig
@@ -25,7 +26,7 @@ from simpo.hosts.hf.masters import held_tensors, local_masters, tie
 from simpo.hosts.hf.trainer import SimPOTrainer
 from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options
 from simpo.parallel.mesh import Mesh
-from simpo.recipe import KEYS, OPTIMIZERS, Recipe
+from simpo.recipe import KEYS, Recipe
 from simpo.run.checkpoint import list_checkpoints
 from simpo.run.export import WeightSample, export_dtype, publish_model
 from simpo.run.resume import find_checkpoint, is_begun_by_this_launch
