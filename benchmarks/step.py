@@ -109,7 +109,7 @@ def build(case: Any, args: argparse.Namespace, scratch: str) -> tuple[Trainer, S
     torch.set_num_threads(args.threads)
     vocabulary = AutoConfig.from_pretrained(args.model).vocab_size
     pairs = build_pairs(case, args.pairs, vocab_size=vocabulary, tokenizer=args.model, data=args.data)
-    ledger = Ledger({"train": SplitLedger(input=len(pairs), kept=len(pairs))})
+    ledger = Ledger(splits={"train": SplitLedger(input=len(pairs), kept=len(pairs))})
     data = PreparedData(pairs_as_dataset(pairs), None, ledger)
     trainer = Trainer(build_recipe(spec), display=Display(quiet=True), data=data)
     labels = sum(len(pair.chosen_ids) - pair.chosen_start for pair in pairs)

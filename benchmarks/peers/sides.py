@@ -196,7 +196,7 @@ def _run_simpo(spec: SideSpec, pairs: list[TokenPair], clock: StepClock, record:
     from simpo.display import Display
     from simpo.trainer import Trainer
 
-    ledger = Ledger({"train": SplitLedger(input=len(pairs), kept=len(pairs))})
+    ledger = Ledger(splits={"train": SplitLedger(input=len(pairs), kept=len(pairs))})
     data = PreparedData(pairs_as_dataset(pairs), None, ledger)
     trainer = Trainer(build_recipe(spec), display=Display(quiet=True), data=data)
     for step in range(spec.all_steps):

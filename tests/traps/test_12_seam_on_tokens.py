@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers_for_tests import tokenize_pair, tokenize_pairs
 
-from simpo.data import tokenize
 from simpo.data.preferences import Pair, RowError
 from simpo.data.prepare import prepare_pairs
 
@@ -130,13 +129,3 @@ def test_a_rust_backend_that_gives_other_tokens_is_not_used(build_tokenizer):
     fast.__class__ = Lowercasing
     tokens = tokenize_pair(Pair("r", "Which RIVER?", " The GREEN one.", " No."), fast, max_length=100)
     assert fast.decode(tokens.chosen_ids) == "which river? the green one.<|end|>"
-
-
-def test_short_texts_beyond_those_that_are_remembered_keep_their_tokens(build_tokenizer, monkeypatch):
-    """The memory is emptied where it is full, and what this call needs of it is encoded again."""
-    monkeypatch.setattr(tokenize, "_MAX_REMEMBERED", 3)
-    tokenizer = build_tokenizer("plain")
-    pairs = [Pair(f"{i}", f"Question {i}?", " yes", " no") for i in range(4)]
-    encode = tokenize.PairTokenizer(tokenizer, max_length=100)
-    encode(pairs[:2])
-    assert encode([pairs[0], *pairs[2:]]) == tokenize_pairs([pairs[0], *pairs[2:]], tokenizer, max_length=100)

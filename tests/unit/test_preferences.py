@@ -110,6 +110,11 @@ REFUSED = {
     "label": ({"prompt": "Why?", "chosen": True, "rejected": False}, "malformed", "true/false"),
     "prompt ends with assistant": ({"prompt": [USER, say("x")], "chosen": "a", "rejected": "b"}, "malformed", "assist"),
     "prompt ends with system": ({"prompt": [SYSTEM], "chosen": "a", "rejected": "b"}, "malformed", "system turn"),
+    "no turns beside a dialogue with a system turn": (
+        {"prompt": [say("")], "chosen": [SYSTEM, say("a")], "rejected": "b"},
+        "malformed",
+        "system turn",
+    ),
     "late system": ({"prompt": [USER, SYSTEM, USER], "chosen": "a", "rejected": "b"}, "malformed", "not the first"),
     "unknown role": (
         {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},

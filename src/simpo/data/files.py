@@ -33,22 +33,15 @@ def file_format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
 
-def file_stem(path: Path) -> str:
-    """The file name without its format's endings."""
-    name = path.name[:-3] if path.name.lower().endswith(".gz") else path.name
-    return name.rsplit(".", 1)[0]
-
-
 def read_file(path: Path) -> list[Any]:
     """The rows of one file: mappings, or a `RowError` for each line that cannot be read.
 
     Raises:
         ValueError: the file as a whole cannot be read, or has no rows.
     """
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     kind = file_format(path)
-    if kind is None:
-        raise ValueError(f"{path}: unknown kind of file; use one of {', '.join(FORMATS)} (or .gz)")
+    assert kind is not None
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
     rows = list(readers[kind](path))
     if not rows:
         raise ValueError(f"{path}: the file has no rows")

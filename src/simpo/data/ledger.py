@@ -5,13 +5,12 @@ Plain numbers and texts, saved as JSON and printed with rich. Knows nothing of t
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from pydantic import BaseModel, computed_field
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -34,8 +33,7 @@ class Dropped(NamedTuple):
     detail: str
 
 
-@dataclass
-class SplitLedger:
+class SplitLedger(BaseModel):
     """The account of one split.
 
     `input` == `kept` + all `dropped` counts, always. `dropped` maps a reason to its count and some example rows;
@@ -47,21 +45,22 @@ class SplitLedger:
 
     input: int = 0
     kept: int = 0
-    dropped: dict[str, dict[str, Any]] = field(default_factory=dict)
-    cut: dict[str, dict[str, int]] = field(default_factory=dict)
+    dropped: dict[str, dict[str, Any]] = {}
+    cut: dict[str, dict[str, int]] = {}
     duplicates: int = 0
     same_prompt: int = 0
     seam_shifted: int = 0
     shared_prefix_share: float = 0.0
     tokens: int = 0
-    lengths: dict[str, dict[str, Any]] = field(default_factory=dict)
-    examples: list[dict[str, str]] = field(default_factory=list)
+    lengths: dict[str, dict[str, Any]] = {}
+    examples: list[dict[str, str]] = []
 
     @property
     def num_dropped(self) -> int:
         """Rows dropped for any reason."""
         return sum(entry["count"] for entry in self.dropped.values())
 
+    @computed_field
     @property
     def seam_shifted_share(self) -> float:
         """Share of kept pairs that tokenising prompt and response apart would have changed."""
@@ -80,7 +79,7 @@ class SplitLedger:
         if self.input != self.kept + self.num_dropped:
             raise AssertionError(f"ledger: {self.input} rows in, {self.kept} kept, {self.num_dropped} dropped")
 
-    def top_reasons(self, count: int = 3) -> str:
+    def top_reasons(self, count: int | None = 3) -> str:
         """The most frequent reasons with example rows, as lines."""
         entries = sorted(self.dropped.items(), key=lambda item: -item[1]["count"])[:count]
         lines = []
@@ -90,89 +89,61 @@ class SplitLedger:
         return "\n".join(lines)
 
 
-@dataclass
-class Ledger:
+class Ledger(BaseModel):
     """The accounts of all splits of one preparation. `eval_prompts_in_train` counts eval pairs whose prompt is also
     trained on."""
 
-    splits: dict[str, SplitLedger] = field(default_factory=dict)
+    splits: dict[str, SplitLedger] = {}
     eval_prompts_in_train: int = 0
-    notes: list[str] = field(default_factory=list)
+    notes: list[str] = []
     fingerprint: str = ""
-
-    def check(self) -> None:
-        """Every row of every split is accounted for."""
-        for split in self.splits.values():
-            split.check()
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, as written to audit.json."""
-        content = asdict(self)
-        for name, split in self.splits.items():
-            content["splits"][name]["seam_shifted_share"] = split.seam_shifted_share
-        return content
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> Ledger:
-        """The inverse of `as_dict`."""
-        known = SplitLedger.__dataclass_fields__
-        splits = {
-            name: SplitLedger(**{key: value for key, value in split.items() if key in known})
-            for name, split in content["splits"].items()
-        }
-        return cls(splits, content["eval_prompts_in_train"], list(content["notes"]), content["fingerprint"])
 
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
-        write_whole(path, json.dumps(self.as_dict(), indent=1, ensure_ascii=False))
+        write_whole(path, self.model_dump_json(indent=1))
 
     @classmethod
     def load(cls, path: str | Path) -> Ledger:
-        """Read what `save` wrote."""
-        return cls.from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+        """Read what `save` wrote. Raises ValueError for anything else."""
+        return cls.model_validate_json(Path(path).read_bytes())
 
-    def render(self, console: Console | None = None, *, examples: int = 2) -> None:
+    def render(self, console: Console, *, examples: int = 2) -> None:
         """Print the account, length histograms and a few examples with the trained text marked."""
-        console = console or Console()
         console.print(self._table())
         for name, split in self.splits.items():
             if split.lengths:
                 console.print(_histogram_table(name, split.lengths))
-        for line in self._remarks():
+        lines = list(self.notes)
+        if self.eval_prompts_in_train:
+            lines.append(f"{self.eval_prompts_in_train} eval pairs have a prompt that is also trained on")
+        lines += [
+            f"dropped from {name}:\n{each.top_reasons(None)}" for name, each in self.splits.items() if each.dropped
+        ]
+        for line in lines:
             console.print(line, markup=False, highlight=False)
-        for name, split in self.splits.items():
-            for example in split.examples[: examples if name == "train" else 0]:
-                _print_example(console, example)
+        for example in self.splits["train"].examples[:examples]:
+            _print_example(console, example)
 
     def _table(self) -> Table:
-        table = Table(title="pairs")
+        table, splits = Table(title="pairs"), self.splits.values()
         table.add_column("")
         for name in self.splits:
             table.add_column(name, justify="right")
-        splits = list(self.splits.values())
         table.add_row("rows in", *(f"{split.input}" for split in splits))
         table.add_row("kept", *(f"{split.kept}" for split in splits))
         for reason in dict.fromkeys(reason for split in splits for reason in split.dropped):
-            table.add_row(
-                f"dropped: {reason}", *(f"{split.dropped.get(reason, {'count': 0})['count']}" for split in splits)
-            )
+            counts = (split.dropped[reason]["count"] if reason in split.dropped else 0 for split in splits)
+            table.add_row(f"dropped: {reason}", *map(str, counts))
         for place, words in _CUTS.items():
-            if any(split.cut.get(place, {}).get("pairs") for split in splits):
-                table.add_row(f"cut: {words}", *(_cut_cell(split.cut.get(place, {})) for split in splits))
+            cuts = [split.cut[place] for split in splits]
+            if any(cut["pairs"] for cut in cuts):
+                cells = (f"{cut['pairs']} ({cut['tokens']} tokens)" if cut["pairs"] else "0" for cut in cuts)
+                table.add_row(f"cut: {words}", *cells)
         table.add_row("duplicates", *(f"{split.duplicates}" for split in splits))
         table.add_row("prompt seen before", *(f"{split.same_prompt}" for split in splits))
         table.add_row("seam shifted", *(f"{split.seam_shifted_share:.1%}" for split in splits))
         table.add_row("tokens in a common prefix", *(f"{split.shared_prefix_share:.1%}" for split in splits))
         return table
-
-    def _remarks(self) -> list[str]:
-        lines = list(self.notes)
-        if self.eval_prompts_in_train:
-            lines.append(f"{self.eval_prompts_in_train} eval pairs have a prompt that is also trained on")
-        for name, split in self.splits.items():
-            if split.dropped:
-                lines.append(f"dropped from {name}:\n{split.top_reasons(count=len(split.dropped))}")
-        return lines
 
 
 def describe_lengths(lengths: np.ndarray) -> dict[str, Any]:
@@ -193,10 +164,6 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _cut_cell(entry: Mapping[str, int]) -> str:
-    return f"{entry['pairs']} ({entry['tokens']} tokens)" if entry.get("pairs") else "0"
-
-
 def _histogram_table(split: str, lengths: Mapping[str, Mapping[str, Any]]) -> Table:
     table = Table(title=f"{split}: tokens")
     for column in ("", "mean", "p5", "p50", "p95", "max"):
@@ -211,7 +178,7 @@ def _histogram_table(split: str, lengths: Mapping[str, Mapping[str, Any]]) -> Ta
 
 def _bars(histogram: Mapping[str, list[int]]) -> str:
     """One line for each bin of a histogram: upper edge, bar, count."""
-    top = max(histogram["counts"]) or 1
+    top = max(histogram["counts"])
     lines = []
     for edge, count in zip(histogram["edges"][1:], histogram["counts"]):
         bar = "█" * round(20 * count / top) or ("▏" if count else "")
@@ -220,17 +187,12 @@ def _bars(histogram: Mapping[str, list[int]]) -> str:
 
 
 def _print_example(console: Console, example: Mapping[str, str]) -> None:
-    """Prompt and response as the model sees them; trained text in marks; line ends shown."""
-    for side in ("chosen", "rejected"):
+    """Prompt and response as the model sees them; trained text in marks; a sign in front of each line end."""
+    for side, colour in (("chosen", "green"), ("rejected", "red")):
+        prompt, trained = (example[key].replace("\n", "↵\n") for key in (f"{side}_prompt", side))
         text = Text()
         text.append(f"{example['row_id']} {side}, trained text in {MARKS[0]} {MARKS[1]}\n", style="bold")
-        text.append(show_line_ends(example[f"{side}_prompt"]), style="dim")
-        colour = "green" if side == "chosen" else "red"
-        text.append(f"{MARKS[0]}{show_line_ends(example[side])}{MARKS[1]}", style=colour)
+        text.append(prompt, style="dim")
+        text.append(f"{MARKS[0]}{trained}{MARKS[1]}", style=colour)
         console.print(text)
         console.print()
-
-
-def show_line_ends(text: str) -> str:
-    """The text with a visible sign in front of each line end."""
-    return text.replace("\n", "↵\n")

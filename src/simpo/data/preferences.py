@@ -12,6 +12,7 @@ written as JSON inside a CSV cell; and the column aliases below.
 from __future__ import annotations
 
 import ast
+import dataclasses
 import functools
 import hashlib
 import json
@@ -19,7 +20,6 @@ import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
@@ -53,6 +53,7 @@ ROLES = {
     "model": "assistant",
 }
 
+_SIDES = ("chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
@@ -74,7 +75,7 @@ class RowError(Exception):
         return f"{self.reason}: {self.detail}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
     """One prompt with a preferred and a less preferred response.
 
@@ -127,7 +128,7 @@ def pair_from_row(
     """Read one row of any accepted shape.
 
     Args:
-        row: a mapping of column to value; the `RowError` of a row that could not be read is raised.
+        row: a mapping of column to value; a `Pair` that was read before, or the `RowError` of a row that cannot be.
         row_id: goes into the pair and nowhere else.
         prompt_column, chosen_column, rejected_column: look in this column only, instead of the known aliases.
         system_prompt: system message for rows that bring none of their own.
@@ -137,18 +138,26 @@ def pair_from_row(
     """
     if isinstance(row, RowError):
         raise row
+    if isinstance(row, Pair):
+        return dataclasses.replace(row, row_id=row_id)  # a later pass over the rows has names of its own
     if not isinstance(row, Mapping):
         raise RowError("malformed", f"the row is {_kind(row)}, expected an object with columns")
     _drop_ties(row)
     prompt_names = (prompt_column,) if prompt_column else PROMPT_COLUMNS
-    chosen, rejected = _responses(row, chosen_column, rejected_column)
-    chosen, rejected = _decoded(chosen, "chosen"), _decoded(rejected, "rejected")
+    sides = [_decoded(value, what) for value, what in zip(_responses(row, chosen_column, rejected_column), _SIDES)]
     if any(row.get(name) is not None for name in prompt_names):
         context = _prompt(row, prompt_names)
-        context, chosen_text = _split_response(chosen, context, "chosen")
-        context, rejected_text = _split_response(rejected, context, "rejected")
+    elif any(isinstance(side, str) or len(side) < 2 for side in sides):
+        raise _missing(row, prompt_names, "prompt")  # and no dialogue that holds one
     else:
-        context, chosen_text, rejected_text = _split_dialogues(row, chosen, rejected, prompt_names)
+        context = None
+    (before_chosen, chosen_text), (before_rejected, rejected_text) = map(_last_turn, sides, _SIDES)
+    if context is None:
+        if before_chosen != before_rejected:
+            raise RowError("malformed", "chosen and rejected differ before their last turn, so they share no prompt")
+        context = before_chosen
+    for before, what in zip((before_chosen, before_rejected), _SIDES):
+        context = _same_prompt(context, before, what)
     context = _with_system(context, row, system_prompt, empty_system)
     _check_prompt(context)
     _check_texts(context, chosen_text, rejected_text)
@@ -364,39 +373,25 @@ def _transcript(text: str) -> list[Message] | None:
 # --- prompt and responses --------------------------------------------------------------------------------------------
 
 
-def _split_response(
-    value: str | list[Message], prompt: str | list[Message], what: str
-) -> tuple[str | list[Message], str]:
-    """The text of the last assistant turn, and the prompt (the dialogue's own, when it brings a system turn)."""
+def _last_turn(value: str | list[Message], what: str) -> tuple[list[Message], str]:
+    """The turns before the response, if there are any, and the text of the response."""
     if isinstance(value, str):
-        return prompt, value
+        return [], value
     if value[-1]["role"] != "assistant":
         raise RowError("malformed", f"{what} ends with a {value[-1]['role']} turn, expected an assistant turn")
-    context, response = value[:-1], value[-1]["content"]
-    if not context:
-        return prompt, response
+    return value[:-1], value[-1]["content"]
+
+
+def _same_prompt(prompt: str | list[Message], before: list[Message], what: str) -> str | list[Message]:
+    """The prompt: its own turns, or those before the response where they are the same and bring a system turn."""
     asked = _as_turns(prompt)
-    if _without_system(context) != _without_system(asked):
-        raise RowError("malformed", f"{what} has {len(value)} turns that do not begin with the prompt")
-    has_own_system = context[0]["role"] == "system" and asked[0]["role"] != "system"
-    return (context if has_own_system else prompt), response
+    if before and _without_system(before) != _without_system(asked):
+        raise RowError("malformed", f"{what} has {len(before) + 1} turns that do not begin with the prompt")
+    return before if _has_system(before) and not _has_system(asked) else prompt
 
 
-def _split_dialogues(
-    row: Mapping, chosen: str | list[Message], rejected: str | list[Message], names: Sequence[str]
-) -> tuple[list[Message], str, str]:
-    """Whole dialogues on both sides: the prompt is all but the last turn, and must be shared."""
-    dialogues = []
-    for value, what in ((chosen, "chosen"), (rejected, "rejected")):
-        if isinstance(value, str) or len(value) < 2:
-            raise _missing(row, names, "prompt")  # and no dialogue that holds one
-        if value[-1]["role"] != "assistant":
-            raise RowError("malformed", f"{what} ends with a {value[-1]['role']} turn, expected an assistant turn")
-        dialogues.append((value[:-1], value[-1]["content"]))
-    (prompt, chosen_text), (other, rejected_text) = dialogues
-    if prompt != other:
-        raise RowError("malformed", "chosen and rejected differ before their last turn, so they share no prompt")
-    return prompt, chosen_text, rejected_text
+def _has_system(messages: list[Message]) -> bool:
+    return bool(messages) and messages[0]["role"] == "system"
 
 
 def _without_system(messages: list[Message]) -> list[Message]:
@@ -407,7 +402,7 @@ def _with_system(
     prompt: str | list[Message], row: Mapping, system_prompt: str | None, empty_system: bool
 ) -> str | list[Message]:
     """The prompt with a system turn: its own, else the row's, else the recipe's, else an empty one if asked."""
-    if isinstance(prompt, list) and prompt and prompt[0]["role"] == "system":
+    if isinstance(prompt, list) and _has_system(prompt):
         return prompt
     system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name) not in (None, "")), None)
     if system is not None and not isinstance(system, str):

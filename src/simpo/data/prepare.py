@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from simpo.data.cache import (
 )
 from simpo.data.ledger import Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.preferences import Pair, RowError, pair_reader
-from simpo.data.sources import RawRow, Source, Splits
+from simpo.data.sources import RawRow, Source
 from simpo.data.templates import load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
@@ -91,18 +91,21 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
         build = functools.partial(RowTokenizer, tokenizer, read_pair, **limits, chat_template=template)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
-        chunks = {
-            name: _tokenize_all(rows, build, recipe.preprocessing_num_workers, bars, name)
-            for name, rows in (("train", splits.train), ("eval", splits.eval))
-        }
-        tables, ledger = _account(splits, chunks, recipe.drop_duplicates, tokenizer)
-        ledger.fingerprint = key
+        ledger, tables = Ledger(notes=splits.notes, fingerprint=key), {}
+        for name, rows in (("train", splits.train), ("eval", splits.eval)):
+            if rows or name == "train":
+                chunks = _tokenize_all(rows, build, recipe.preprocessing_num_workers, bars, name)
+                ledger.splits[name], tables[name] = _account(len(rows), chunks, recipe.drop_duplicates, tokenizer)
+        if "eval" in tables:
+            prompts = {name: table["prompt_key"].to_numpy() for name, table in tables.items()}
+            ledger.eval_prompts_in_train = int(np.isin(prompts["eval"], prompts["train"]).sum())
+        tables = {name: table.select(list(PAIR_COLUMNS)) for name, table in tables.items()}
         prepared = save_cached(folder, tables, ledger, console)
     _check_dropped(prepared.ledger, recipe.max_dropped_fraction)
     return prepared
 
 
-# --- one chunk -------------------------------------------------------------------------------------------------------
+# --- rows to tokens --------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -127,43 +130,31 @@ class RowTokenizer:
 
     def __call__(self, rows: list[RawRow]) -> Chunk:
         """Every row ends up in the table or among the dropped."""
-        dropped: list[Dropped] = []
         pairs: list[Pair] = []
+        dropped: list[Dropped] = []
+        kept: list[dict[str, Any]] = []
         for row in rows:
             try:
-                pairs.append(self._pair(row))
+                pairs.append(self.read_pair(row.row, row_id=row.row_id))
             except RowError as error:
                 dropped.append(Dropped(row.row_id, error.reason, error.detail))
-        kept: list[tuple[Pair, TokenizedPair]] = []
         for pair, result in zip(pairs, self.tokenize(pairs)):
             if isinstance(result, RowError):
                 dropped.append(Dropped(pair.row_id, result.reason, result.detail))
             else:
-                kept.append((pair, result))
-        return Chunk(_table(kept), dropped)
-
-    def _pair(self, row: RawRow) -> Pair:
-        if isinstance(row.row, Pair):  # read for the hold-out; a later pass over the rows has names of its own
-            return replace(row.row, row_id=row.row_id)
-        return self.read_pair(row.row, row_id=row.row_id)
+                kept.append(_columns(pair, result))
+        return Chunk(pa.Table.from_pylist(kept, _SCHEMA), dropped)
 
 
-def _table(kept: list[tuple[Pair, TokenizedPair]]) -> pa.Table:
-    columns: dict[str, list] = {name: [] for name in _SCHEMA.names}
-    for pair, tokens in kept:
-        # A later pass over the same rows (a fraction above 1) is wanted: it does not duplicate the first.
-        later_pass = pair.row_id.rpartition("~")[2] if "~" in pair.row_id else ""
-        derived = {
-            "prompt_key": pair.key(),
-            "pair_key": pair.key(pair.chosen, pair.rejected, later_pass),
-            "shared_prefix": shared_prefix_length(tokens.chosen_ids, tokens.rejected_ids),
-        }
-        for name, values in columns.items():
-            values.append(derived[name] if name in derived else getattr(tokens, name))
-    return pa.table({name: pa.array(values, _SCHEMA.field(name).type) for name, values in columns.items()}, _SCHEMA)
-
-
-# --- all rows --------------------------------------------------------------------------------------------------------
+def _columns(pair: Pair, tokens: TokenizedPair) -> dict[str, Any]:
+    # A later pass over the same rows (a fraction above 1) is wanted: it does not duplicate the first.
+    later_pass = pair.row_id.rpartition("~")[2] if "~" in pair.row_id else ""
+    return {
+        **vars(tokens),
+        "prompt_key": pair.key(),
+        "pair_key": pair.key(pair.chosen, pair.rejected, later_pass),
+        "shared_prefix": shared_prefix_length(tokens.chosen_ids, tokens.rejected_ids),
+    }
 
 
 def _tokenize_all(
@@ -171,30 +162,25 @@ def _tokenize_all(
 ) -> list[Chunk]:
     """All rows as chunks in order, over several processes where that pays."""
     pieces = [rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS)]
-    done: dict[int, Chunk] = {}
+    chunks: list[Chunk] = []
     with progress_bar(console, f"tokenising {name}", len(rows)) as advance:
-        for index, chunk in _chunks(pieces, build, _num_processes(len(rows), num_workers)):
-            done[index] = chunk
-            advance(len(pieces[index]))
-    return [done[index] for index in range(len(pieces))]
+        for chunk in _chunks(pieces, build, _num_processes(len(rows), num_workers)):
+            advance(len(pieces[len(chunks)]))
+            chunks.append(chunk)
+    return chunks
 
 
-def _chunks(
-    pieces: list[list[RawRow]], build: Callable[[], RowTokenizer], num_processes: int
-) -> Iterator[tuple[int, Chunk]]:
-    done: set[int] = set()
+def _chunks(pieces: list[list[RawRow]], build: Callable[[], RowTokenizer], num_processes: int) -> Iterator[Chunk]:
+    done = 0
     if num_processes > 1:
         try:
-            for index, chunk in map_in_processes(build, pieces, num_processes):
-                done.add(index)
-                yield index, chunk
+            for chunk in map_in_processes(build, pieces, num_processes):
+                done += 1
+                yield chunk
         except WorkersFailed as error:
             Console(stderr=True).print(f"tokenising in this process alone: {error}", markup=False, highlight=False)
-    if len(done) < len(pieces):
-        tokenize = build()
-        for index, piece in enumerate(pieces):
-            if index not in done:
-                yield index, tokenize(piece)
+    if done < len(pieces):
+        yield from map(build(), pieces[done:])
 
 
 def _num_processes(num_rows: int, wanted: int | None) -> int:
@@ -208,29 +194,16 @@ def _num_processes(num_rows: int, wanted: int | None) -> int:
 # --- the account -----------------------------------------------------------------------------------------------------
 
 
-def _account(
-    splits: Splits, chunks: dict[str, list[Chunk]], drop_duplicates: bool, tokenizer: Any
-) -> tuple[dict[str, pa.Table], Ledger]:
-    """Tables of the pairs to keep, and the ledger over everything."""
-    ledger = Ledger(notes=list(splits.notes))
-    tables: dict[str, pa.Table] = {}
-    prompts: dict[str, np.ndarray] = {}
-    for name, num_rows in (("train", len(splits.train)), ("eval", len(splits.eval))):
-        if not num_rows and name == "eval":
-            continue
-        table = pa.concat_tables([chunk.table for chunk in chunks[name]]) if num_rows else _SCHEMA.empty_table()
-        account = SplitLedger(input=num_rows)
-        account.add_dropped(row for chunk in chunks[name] for row in chunk.dropped)
-        table = _count_duplicates(table, account, drop_duplicates)
-        _describe(table, account)
-        account.examples = [_example(row, tokenizer) for row in table.slice(0, NUM_EXAMPLES).to_pylist()]
-        account.check()
-        ledger.splits[name] = account
-        prompts[name] = table["prompt_key"].to_numpy()
-        tables[name] = table.select(list(PAIR_COLUMNS))
-    if "eval" in prompts:
-        ledger.eval_prompts_in_train = int(np.isin(prompts["eval"], prompts["train"]).sum())
-    return tables, ledger
+def _account(num_rows: int, chunks: list[Chunk], drop_duplicates: bool, tokenizer: Any) -> tuple[SplitLedger, pa.Table]:
+    """The ledger of one split, and the table of its pairs to keep."""
+    table = pa.concat_tables([_SCHEMA.empty_table(), *(chunk.table for chunk in chunks)])
+    account = SplitLedger(input=num_rows)
+    account.add_dropped(row for chunk in chunks for row in chunk.dropped)
+    table = _count_duplicates(table, account, drop_duplicates)
+    _describe(table, account)
+    account.examples = [_example(row, tokenizer) for row in table.slice(0, NUM_EXAMPLES).to_pylist()]
+    account.check()
+    return account, table
 
 
 def _count_duplicates(table: pa.Table, account: SplitLedger, drop: bool) -> pa.Table:
@@ -251,13 +224,9 @@ def _describe(table: pa.Table, account: SplitLedger) -> None:
     account.kept = table.num_rows
     account.seam_shifted = int(table["seam_shifted"].to_numpy().sum())
     account.same_prompt = int(table.num_rows - len(np.unique(table["prompt_key"].to_numpy())))
-    for place, column in (
-        ("prompt_left", "prompt_cut"),
-        ("chosen_right", "chosen_cut"),
-        ("rejected_right", "rejected_cut"),
-    ):
-        counts = table[column].to_numpy()
-        account.cut[place] = {"pairs": int((counts > 0).sum()), "tokens": int(counts.sum())}
+    for side, end in (("prompt", "left"), ("chosen", "right"), ("rejected", "right")):
+        counts = table[f"{side}_cut"].to_numpy()
+        account.cut[f"{side}_{end}"] = {"pairs": int((counts > 0).sum()), "tokens": int(counts.sum())}
     totals = {side: list_lengths(table[f"{side}_ids"]) for side in ("chosen", "rejected")}
     starts = {side: table[f"{side}_start"].to_numpy() for side in ("chosen", "rejected")}
     account.lengths = {

@@ -14,15 +14,15 @@ import hashlib
 import json
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from simpo.data.files import (
     FORMATS,
     file_format,
-    file_stem,
     hash_files,
     json_rows,
     load_json,
@@ -62,12 +62,12 @@ class Source:
     rows have changed.
     """
 
-    name: str
-    label: str
-    fraction: float
     splits: Mapping[str, Callable[[], list[Any]]]
     content: Callable[[], str]
     is_plain_file: bool = False
+    name: str = "the dataset"
+    label: str = "dataset"
+    fraction: float = 1.0
 
 
 def find_sources(recipe: Any) -> list[Source]:
@@ -76,19 +76,16 @@ def find_sources(recipe: Any) -> list[Source]:
     Args:
         recipe: reads `dataset_mixer` and `dataset_configs`.
     Raises:
-        ValueError: no entry, a bad fraction, or an entry that is neither a local path nor a reachable hub dataset.
+        ValueError: no entry, or one that is neither a local path nor a reachable hub dataset.
     """
     mixer = recipe.dataset_mixer
     if not mixer:
         raise ValueError("dataset_mixer: empty; give {path or hub name: fraction}")
-    labels = _labels(list(mixer))
-    configs = _configs(recipe.dataset_configs, list(mixer))
-    sources = []
-    for name, fraction in mixer.items():
-        if not fraction >= 0 or fraction == float("inf"):
-            raise ValueError(f"dataset_mixer: {name!r} has fraction {fraction!r}; it must be a number >= 0")
-        sources.append(Source(name, labels[name], float(fraction), *_find(name, configs[name])))
-    return sources
+    labels, configs = _labels(list(mixer)), recipe.dataset_configs or [None] * len(mixer)
+    return [
+        replace(_find(name, config), name=name, label=labels[name], fraction=fraction)
+        for (name, fraction), config in zip(mixer.items(), configs, strict=True)
+    ]
 
 
 def rows_in_memory(train: Iterable[Any], evaluation: Iterable[Any] | None = None) -> Source:
@@ -103,8 +100,7 @@ def rows_in_memory(train: Iterable[Any], evaluation: Iterable[Any] | None = None
                 digest.update(json.dumps(row, sort_keys=True, default=str).encode())
         return digest.hexdigest()
 
-    readers = {name: (lambda rows=rows: rows) for name, rows in splits.items()}
-    return Source("the dataset", "dataset", 1.0, readers, content)
+    return Source({name: (lambda rows=rows: rows) for name, rows in splits.items()}, content)
 
 
 def fingerprint_sources(sources: list[Source]) -> str:
@@ -117,7 +113,7 @@ def fingerprint_sources(sources: list[Source]) -> str:
 
 def uses_seed(recipe: Any, sources: list[Source]) -> bool:
     """Whether the seed decides which rows are taken: a part of a dataset, a limit, or a hold-out."""
-    _, eval_names = _wanted_splits(list(recipe.dataset_splits))
+    _, eval_names = _wanted_splits(recipe.dataset_splits)
     parts = any(source.fraction != int(source.fraction) for source in sources)
     limits = recipe.max_train_samples is not None or recipe.max_eval_samples is not None
     return parts or limits or not any(_eval_splits(source, eval_names) for source in sources)
@@ -141,7 +137,7 @@ def load_splits(
         ValueError: as `find_sources`; also a file that cannot be read, an empty one, or a split that is not there.
     """
     sources = find_sources(recipe) if sources is None else sources
-    train_names, eval_names = _wanted_splits(list(recipe.dataset_splits))
+    train_names, eval_names = _wanted_splits(recipe.dataset_splits)
     notes: list[str] = []
     base: list[list[RawRow]] = []
     eval_rows: list[RawRow] = []
@@ -157,7 +153,7 @@ def load_splits(
     train_rows: list[RawRow] = []
     for source, rows in zip(sources, base):
         taken = take_fraction(rows, source.fraction, random.Random(f"{recipe.seed} {source.label}"))
-        if not taken and rows and source.fraction:
+        if rows and not taken:
             notes.append(f"dataset_mixer: {source.name}: {source.fraction:g} of its {len(rows)} rows rounds to none")
         train_rows.extend(taken)
     train_rows = _limit(train_rows, recipe.max_train_samples, recipe.seed)
@@ -168,19 +164,15 @@ def load_splits(
 def take_fraction(rows: list[RawRow], fraction: float, rng: random.Random) -> list[RawRow]:
     """`fraction` of `rows`, in their order; over 1, whole passes first."""
     passes = int(fraction)
-    count = round((fraction - passes) * len(rows))
-    taken = [_repeated(row, number) for number in range(passes) for row in rows]
-    chosen = sorted(rng.sample(range(len(rows)), count))
-    return taken + [_repeated(rows[index], passes) for index in chosen]
-
-
-def _repeated(row: RawRow, number: int) -> RawRow:
-    return row if number == 0 else RawRow(f"{row.row_id}~{number + 1}", row.row)
+    chosen = sorted(rng.sample(range(len(rows)), round((fraction - passes) * len(rows))))
+    taken = [(number, row) for number in range(passes) for row in rows]
+    taken += [(passes, rows[index]) for index in chosen]
+    return [row._replace(row_id=f"{row.row_id}~{number + 1}") if number else row for number, row in taken]
 
 
 def _limit(rows: list[RawRow], limit: int | None, seed: int) -> list[RawRow]:
     """A seeded choice of at most `limit` rows, in their order."""
-    if limit is None or limit < 0 or limit >= len(rows):
+    if limit is None or limit >= len(rows):
         return rows
     return [rows[index] for index in sorted(random.Random(f"{seed} limit").sample(range(len(rows)), limit))]
 
@@ -189,25 +181,23 @@ def _hold_out(
     base: list[list[RawRow]], recipe: Any, read_pair: Callable[..., Pair]
 ) -> tuple[list[list[RawRow]], list[RawRow]]:
     """Move whole prompts from train to eval until `validation_fraction` of the rows is there. The rows become pairs."""
+
+    def key(row: RawRow) -> int | str:
+        return row.row.key() if isinstance(row.row, Pair) else row.row_id  # what gives no pair stands for itself
+
     base = [[_as_pair(row, read_pair) for row in rows] for rows in base]
-    # Rows that give no pair stand for themselves.
-    keys = [[row.row.key() if isinstance(row.row, Pair) else row.row_id for row in rows] for rows in base]
-    sizes: dict[int | str, int] = {}
-    for key in (key for source_keys in keys for key in source_keys):
-        sizes[key] = sizes.get(key, 0) + 1
-    wanted = recipe.validation_fraction * sum(sizes.values())
+    sizes = Counter(key(row) for rows in base for row in rows)
     order = list(sizes)
     random.Random(f"{recipe.seed} hold out").shuffle(order)
     held: set[int | str] = set()
     count = 0
-    for key in order[:-1]:  # at least one prompt is left to train on
-        if count >= wanted:
+    for each in order[:-1]:  # at least one prompt is left to train on
+        if count >= recipe.validation_fraction * sizes.total():
             break
-        held.add(key)
-        count += sizes[key]
-    train = [[row for row, key in zip(rows, ks) if key not in held] for rows, ks in zip(base, keys)]
-    evaluation = [row for rows, ks in zip(base, keys) for row, key in zip(rows, ks) if key in held]
-    return train, evaluation
+        held.add(each)
+        count += sizes[each]
+    train = [[row for row in rows if key(row) not in held] for rows in base]
+    return train, [row for rows in base for row in rows if key(row) in held]
 
 
 def _as_pair(row: RawRow, read_pair: Callable[..., Pair]) -> RawRow:
@@ -226,25 +216,12 @@ def _labels(names: list[str]) -> dict[str, str]:
     return {name: label if list(short.values()).count(label) == 1 else name for name, label in short.items()}
 
 
-def _configs(configs: Any, names: list[str]) -> dict[str, str | None]:
-    """The hub config of each dataset, from a mapping by name or a list in the order of the mixer."""
-    if not configs:
-        return dict.fromkeys(names)
-    if isinstance(configs, Mapping):
-        return {name: configs.get(name) for name in names}
-    if len(configs) != len(names):
-        raise ValueError(f"dataset_configs: {len(configs)} entries for {len(names)} datasets; give one for each")
-    return dict(zip(names, configs))
-
-
 def _is_eval_name(name: str) -> bool:
     return bool(_EVAL_WORD.search(name.lower()))
 
 
 def _wanted_splits(names: list[str]) -> tuple[list[str], list[str]]:
     """The first name is train; of the others, those that say train are too, and the rest are for evaluation."""
-    if not names:
-        raise ValueError("dataset_splits: empty; give the train split, and the eval split if there is one")
     train = [names[0]] + [name for name in names[1:] if "train" in name.lower() and not _is_eval_name(name)]
     return train, [name for name in names[1:] if name not in train]
 
@@ -252,29 +229,25 @@ def _wanted_splits(names: list[str]) -> tuple[list[str], list[str]]:
 def _train_splits(source: Source, wanted: list[str]) -> list[str]:
     if source.is_plain_file:
         return list(source.splits)
-    found = [_match(source, name, TRAIN_NAMES, required=True) for name in wanted]
-    return [name for name in found if name is not None]
+    return [found for name in wanted for found in _match(source, name, TRAIN_NAMES)]
 
 
 def _eval_splits(source: Source, wanted: list[str]) -> list[str]:
     if source.is_plain_file:
         return []
-    found = [_match(source, name, EVAL_NAMES, required=name not in EVAL_NAMES[:1]) for name in wanted]
-    return [name for name in found if name is not None]
+    return [found for name in wanted for found in _match(source, name, EVAL_NAMES)]
 
 
-def _match(source: Source, wanted: str, usual: tuple[str, ...], *, required: bool) -> str | None:
-    """The split called `wanted`; for the default names "train" and "test", else one that usually means the same."""
-    if wanted in source.splits:
-        return wanted
-    if wanted == usual[0]:
-        for name in usual:
-            if name in source.splits:
-                return name
-    if not required:
-        return None
-    there = ", ".join(sorted(source.splits)) or "none"
-    raise ValueError(f"dataset_splits: {source.name!r} has no split {wanted!r}; its splits: {there}")
+def _match(source: Source, wanted: str, usual: tuple[str, ...]) -> list[str]:
+    """The split called `wanted`; for the default names "train" and "test", else one that usually means the same.
+
+    Without "test" there is none, since nobody asked for it by name.
+    """
+    found = [name for name in (usual if wanted == usual[0] else (wanted,)) if name in source.splits]
+    if not found and (usual is TRAIN_NAMES or wanted != usual[0]):
+        there = ", ".join(sorted(source.splits)) or "none"
+        raise ValueError(f"dataset_splits: {source.name!r} has no split {wanted!r}; its splits: {there}")
+    return found[:1]
 
 
 def _read(source: Source, split: str) -> list[RawRow]:
@@ -287,15 +260,7 @@ def _read(source: Source, split: str) -> list[RawRow]:
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-class _Found(NamedTuple):
-    """See `Source`."""
-
-    splits: Mapping[str, Callable[[], list[Any]]]
-    content: Callable[[], str]
-    is_plain_file: bool = False
-
-
-def _find(name: str, config: str | None) -> _Found:
+def _find(name: str, config: str | None) -> Source:
     path = Path(name).expanduser()
     if path.is_file():
         return _find_file(path)
@@ -326,19 +291,19 @@ def _nearest(path: Path) -> str:
     return f"; {folder} holds {listed}"
 
 
-def _find_file(path: Path) -> _Found:
+def _find_file(path: Path) -> Source:
     if file_format(path) is None:
         allowed = ", ".join(FORMATS)
         raise ValueError(f"dataset_mixer: {path}: unknown kind of file {path.suffix!r}; use one of {allowed} (or .gz)")
     content = load_json(path) if file_format(path) == ".json" else None
     if isinstance(content, dict) and _holds_splits(content):
         readers = {split: (lambda rows=rows: rows) for split, rows in content.items()}
-        return _Found(readers, lambda: hash_files([path]))
+        return Source(readers, lambda: hash_files([path]))
     readers = {"train": lambda: read_file(path) if content is None else json_rows(content, path)}
-    return _Found(readers, lambda: hash_files([path]), is_plain_file=True)
+    return Source(readers, lambda: hash_files([path]), is_plain_file=True)
 
 
-def _find_folder(path: Path) -> _Found:
+def _find_folder(path: Path) -> Source:
     """A folder with a file, several shards, or a folder for each split."""
     files = sorted(file for file in path.rglob("*") if file.is_file() and file_format(file) and not _hidden(file, path))
     if not files:
@@ -353,15 +318,12 @@ def _find_folder(path: Path) -> _Found:
         split: (lambda parts=parts: [row for part in parts for row in read_file(part)])
         for split, parts in splits.items()
     }
-    return _Found(readers, lambda: hash_files(files))
+    return Source(readers, lambda: hash_files(files))
 
 
 def _hidden(file: Path, folder: Path) -> bool:
     parts = file.relative_to(folder).parts
-    return any(part.startswith((".", "_")) for part in parts) or file.name in (
-        "dataset_infos.json",
-        "dataset_info.json",
-    )
+    return parts[-1].startswith("dataset_info") or any(part.startswith((".", "_")) for part in parts)
 
 
 def _split_of(file: Path, folder: Path) -> str:
@@ -369,14 +331,14 @@ def _split_of(file: Path, folder: Path) -> str:
     parent = file.parent.name
     if file.parent != folder and ("train" in parent.lower() or _is_eval_name(parent)):
         return parent
-    stem = _SHARD.sub("", file_stem(file))
+    stem = _SHARD.sub("", re.sub(r"(?i)\.\w+(\.gz)?$", "", file.name))
     for name in sorted((*TRAIN_NAMES, *EVAL_NAMES), key=len, reverse=True):
         if re.fullmatch(rf"{name}[-_.]?\d+", stem):
             return name
     return stem
 
 
-def _find_saved(path: Path) -> _Found:
+def _find_saved(path: Path) -> Source:
     """A folder written by `datasets.save_to_disk`."""
     if (path / "dataset_dict.json").is_file():
         names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
@@ -385,7 +347,7 @@ def _find_saved(path: Path) -> _Found:
         folders = {"train": path}
     readers = {split: (lambda folder=folder: _read_saved(folder)) for split, folder in folders.items()}
     files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-    return _Found(readers, lambda: hash_files(files), is_plain_file=list(folders.values()) == [path])
+    return Source(readers, lambda: hash_files(files), is_plain_file=list(folders.values()) == [path])
 
 
 def _read_saved(folder: Path) -> list[Any]:
@@ -397,7 +359,7 @@ def _read_saved(folder: Path) -> list[Any]:
         raise ValueError(f"dataset_mixer: cannot read the saved dataset {folder}: {one_line(error)}") from error
 
 
-def _find_on_hub(name: str, config: str | None) -> _Found:
+def _find_on_hub(name: str, config: str | None) -> Source:
     from datasets import load_dataset
 
     try:
@@ -409,7 +371,7 @@ def _find_on_hub(name: str, config: str | None) -> _Found:
         ) from error
     readers = {str(split): (lambda rows=rows: list(rows)) for split, rows in loaded.items()}
     prints = json.dumps({str(split): rows._fingerprint for split, rows in loaded.items()}, sort_keys=True)
-    return _Found(readers, lambda: prints)
+    return Source(readers, lambda: prints)
 
 
 def _holds_splits(content: dict[str, Any]) -> bool:

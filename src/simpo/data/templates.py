@@ -7,9 +7,8 @@ where training ends.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 from simpo.core.packing import common_prefix_length
 from simpo.data.preferences import Message, Pair, RowError, turn
@@ -42,24 +41,19 @@ def load_chat_template(tokenizer: Any, chat_template: str | None = None) -> str 
     raise ValueError(f"chat_template: {chat_template!r} is neither Jinja text nor a file; give one or the other")
 
 
-def template_takes_system(tokenizer: Any, chat_template: str | None = None) -> bool:
+def template_takes_system(tokenizer: Any, template: str | None) -> bool:
     """Whether the template renders a system turn."""
-    template = load_chat_template(tokenizer, chat_template)
-    if template is None:
-        return False
     messages = [turn("system", PROBE_ANSWERS[0]), turn("user", PROBE_USER)]
     try:
-        text = _render(tokenizer, template, [messages], header=True)[0]
-    except Exception:  # a template may raise anything, and many raise on purpose here
+        return template is not None and PROBE_ANSWERS[0] in _render(tokenizer, template, messages, header=True)
+    except RowError:  # many templates refuse on purpose here
         return False
-    return PROBE_ANSWERS[0] in text
 
 
 # --- rendering -------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class PairTexts:
+class PairTexts(NamedTuple):
     """One pair as text: `prompt` begins both full texts, which end where training ends."""
 
     prompt: str
@@ -67,10 +61,13 @@ class PairTexts:
     rejected: str
 
 
-def _render(tokenizer: Any, template: str, dialogues: list[list[Message]], *, header: bool) -> list[str]:
-    return tokenizer.apply_chat_template(
-        dialogues, chat_template=template, tokenize=False, add_generation_prompt=header
-    )
+def _render(tokenizer: Any, template: str, dialogue: list[Message], *, header: bool = False) -> str:
+    try:
+        return tokenizer.apply_chat_template(
+            dialogue, chat_template=template, tokenize=False, add_generation_prompt=header
+        )
+    except Exception as error:  # a template may raise anything
+        raise RowError("template", f"the chat template refuses this dialogue: {one_line(error)}") from error
 
 
 class TemplateRenderer:
@@ -85,8 +82,19 @@ class TemplateRenderer:
 
     def __init__(self, tokenizer: Any, template: str, end_markers: Sequence[str]):
         self.tokenizer, self.template = tokenizer, template
-        self.sample = str(self._render_one([turn("user", PROBE_USER)], header=True))
-        before, self.suffix = self._probe_answer()
+        prompt = [turn("user", PROBE_USER)]
+        try:
+            self.sample = self._render(prompt, header=True)
+            first, second = self._probe_answers(prompt)
+        except RowError as error:
+            raise ValueError(
+                f"chat_template: it cannot render a user turn and an answer ({one_line(error.__cause__ or error)}); "
+                "set chat_template in the recipe to one that can"
+            ) from error
+        self.suffix = first[len(first) - common_prefix_length(first[::-1], second[::-1]) :]
+        before = first.removesuffix(PROBE_ANSWERS[0] + self.suffix)
+        if before == first:
+            raise ValueError("chat_template: it does not write an assistant turn's text as it is; set another one")
         kept, marker = _split_suffix(self.suffix, end_markers)
         self.kept_suffix = self.suffix[:kept]
         self.adds_end = marker is not None
@@ -95,72 +103,35 @@ class TemplateRenderer:
         extra = before[len(self.sample) :] if before.startswith(self.sample) else ""
         self.answer_opening = extra if extra.strip() else ""
 
-    def _probe_answer(self) -> tuple[str, str]:
-        """What the template writes before and behind the text of an answer."""
-        try:
-            dialogues = [[turn("user", PROBE_USER), turn("assistant", answer)] for answer in PROBE_ANSWERS]
-            first, second = _render(self.tokenizer, self.template, dialogues, header=False)
-        except Exception as error:  # whatever the template raises, the user needs to hear which key is at fault
-            raise ValueError(
-                f"chat_template: it cannot render a user turn and an answer ({one_line(error)}); "
-                "set chat_template in the recipe to one that can"
-            ) from error
-        suffix = first[len(first) - common_prefix_length(first[::-1], second[::-1]) :]
-        if not first.endswith(PROBE_ANSWERS[0] + suffix):
-            raise ValueError("chat_template: it does not write an assistant turn's text as it is; set another one")
-        return first[: len(first) - len(suffix) - len(PROBE_ANSWERS[0])], suffix
+    def __call__(self, pair: Pair) -> PairTexts:
+        """The texts of a pair.
 
-    def __call__(self, pairs: Sequence[Pair]) -> list[PairTexts | RowError]:
-        prompts = [pair.turns for pair in pairs]
-        answers = [[*m, turn("assistant", text)] for m, p in zip(prompts, pairs) for text in (p.chosen, p.rejected)]
-        headers = self._render_each(prompts, header=True)
-        fulls = self._render_each(answers, header=False)
-        return [
-            self._texts(prompt, header, chosen, rejected)
-            for prompt, header, chosen, rejected in zip(prompts, headers, fulls[::2], fulls[1::2])
-        ]
+        Raises:
+            RowError: the template refuses the dialogue, or what it writes is not the prompt and an answer.
+        """
+        prompt = pair.turns
+        header = self._render(prompt, header=True)
+        chosen, rejected = (self._render([*prompt, turn("assistant", text)]) for text in (pair.chosen, pair.rejected))
+        for begin in self._beginnings(prompt, header):
+            if chosen.startswith(begin) and rejected.startswith(begin):
+                return PairTexts(begin, self._trim(chosen, begin, "chosen"), self._trim(rejected, begin, "rejected"))
+        raise RowError("template", "the chat template rewrites the prompt when the answer is there")
 
-    def _render_each(self, dialogues: list[list[Message]], *, header: bool) -> Sequence[str | RowError]:
-        try:
-            return _render(self.tokenizer, self.template, dialogues, header=header)
-        except Exception:  # one dialogue the template refuses must not take the others with it
-            return [self._render_one(dialogue, header=header) for dialogue in dialogues]
+    def _render(self, dialogue: list[Message], *, header: bool = False) -> str:
+        return _render(self.tokenizer, self.template, dialogue, header=header)
 
-    def _render_one(self, dialogue: list[Message], *, header: bool) -> str | RowError:
-        try:
-            return _render(self.tokenizer, self.template, [dialogue], header=header)[0]
-        except Exception as error:
-            return RowError("template", f"the chat template refuses this dialogue: {one_line(error)}")
+    def _probe_answers(self, prompt: list[Message]) -> list[str]:
+        return [self._render([*prompt, turn("assistant", answer)]) for answer in PROBE_ANSWERS]
 
-    def _texts(
-        self, prompt: list[Message], header: str | RowError, chosen: str | RowError, rejected: str | RowError
-    ) -> PairTexts | RowError:
-        if isinstance(header, RowError):
-            return header
-        if isinstance(chosen, RowError):
-            return chosen
-        if isinstance(rejected, RowError):
-            return rejected
-        opened = header + self.answer_opening
-        if chosen.startswith(opened) and rejected.startswith(opened):
-            header = opened
-        elif not (chosen.startswith(header) and rejected.startswith(header)):
-            answered = self._answered_header(prompt)
-            if answered is None or not (chosen.startswith(answered) and rejected.startswith(answered)):
-                return RowError("template", "the chat template rewrites the prompt when the answer is there")
-            header = answered
-        try:
-            return PairTexts(header, self._trim(chosen, header, "chosen"), self._trim(rejected, header, "rejected"))
-        except RowError as error:
-            return error
-
-    def _answered_header(self, prompt: list[Message]) -> str | None:
-        """What stands before the text of an answer, for templates whose generation header says something else."""
-        first, second = (self._render_one([*prompt, turn("assistant", text)], header=False) for text in PROBE_ANSWERS)
-        if isinstance(first, RowError) or isinstance(second, RowError):
-            return None
+    def _beginnings(self, prompt: list[Message], header: str) -> Iterator[str]:
+        """What may stand before the text of an answer, the likeliest first."""
+        yield header + self.answer_opening
+        yield header
+        # Some templates ask for an answer with another header than they write before a finished one.
+        first, second = self._probe_answers(prompt)
         length = common_prefix_length(first, second)
-        return first[:length] if first[length:].startswith(PROBE_ANSWERS[0]) else None
+        if first[length:].startswith(PROBE_ANSWERS[0]):
+            yield first[:length]
 
     def _trim(self, full: str, header: str, what: str) -> str:
         """The full text up to its one end of turn."""
@@ -179,21 +150,16 @@ class PlainRenderer:
     def __init__(self, end_text: str | None):
         self.end_text = end_text
 
-    def __call__(self, pairs: Sequence[Pair]) -> list[PairTexts | RowError]:
-        return [self._texts(pair) for pair in pairs]
-
-    def _texts(self, pair: Pair) -> PairTexts | RowError:
-        if not isinstance(pair.prompt, str):
+    def __call__(self, pair: Pair) -> PairTexts:
+        """The texts of a pair. Raises ValueError for messages, RowError for a response that ends twice."""
+        prompt = pair.prompt
+        if not isinstance(prompt, str):
             raise ValueError(
                 f"row {pair.row_id}: the prompt is a list of messages but the tokenizer has no chat template; "
                 "set chat_template in the recipe (Jinja text or a file), or use an instruct model's tokenizer"
             )
-        try:
-            chosen = _one_ending(pair.chosen, self.end_text, "chosen")
-            rejected = _one_ending(pair.rejected, self.end_text, "rejected")
-        except RowError as error:
-            return error
-        return PairTexts(pair.prompt, pair.prompt + chosen, pair.prompt + rejected)
+        chosen = _one_ending(pair.chosen, self.end_text, "chosen")
+        return PairTexts(prompt, prompt + chosen, prompt + _one_ending(pair.rejected, self.end_text, "rejected"))
 
 
 def _split_suffix(suffix: str, end_markers: Sequence[str]) -> tuple[int, str | None]:

@@ -18,11 +18,11 @@ The rules, in order:
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar
 
-from simpo.core.packing import TokenPair, common_prefix_length
+from simpo.core.packing import common_prefix_length
 from simpo.data.preferences import Pair, RowError
 from simpo.data.templates import (
     PROBE_ANSWERS,
@@ -33,18 +33,22 @@ from simpo.data.templates import (
     load_chat_template,
 )
 
+T = TypeVar("T")
 Overlong = Literal["truncate", "drop", "error"]
 
-_MAX_REMEMBERED = 4096  # short texts (headers) whose tokens are kept
 
-
-@dataclass(frozen=True, slots=True)
-class TokenizedPair(TokenPair):
+@dataclass
+class TokenizedPair:
     """The tokens of one pair, and how they came about; everything from `chosen_start` (`rejected_start`) on is trained.
 
     The `_cut` counts are tokens removed: from the left of the prompt, from the right of each response.
     """
 
+    row_id: str
+    chosen_ids: list[int]
+    chosen_start: int
+    rejected_ids: list[int]
+    rejected_start: int
     prompt_text: str
     chosen_text: str
     rejected_text: str
@@ -53,9 +57,14 @@ class TokenizedPair(TokenPair):
     rejected_cut: int = 0
     seam_shifted: bool = False
 
+    @property
+    def num_shared(self) -> int:
+        """Tokens at the front that are equal on both sides and not trained."""
+        limit = min(self.chosen_start, self.rejected_start)
+        return common_prefix_length(self.chosen_ids[:limit], self.rejected_ids[:limit])
 
-@dataclass(frozen=True, slots=True)
-class Cut:
+
+class Cut(NamedTuple):
     """How many tokens to remove: `prompt` from the left behind the kept start tokens, the others from the right."""
 
     prompt: int = 0
@@ -86,22 +95,6 @@ def plan_cut(prompt: int, chosen: int, rejected: int, *, max_length: int, max_pr
 # --- tokens ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _Tokens:
-    """Full token lists of one pair before any cut; `shared` tokens at the front are equal and not trained."""
-
-    chosen: list[int]
-    chosen_start: int
-    rejected: list[int]
-    rejected_start: int
-    shifted: bool
-
-    @property
-    def shared(self) -> int:
-        limit = min(self.chosen_start, self.rejected_start)
-        return common_prefix_length(self.chosen[:limit], self.rejected[:limit])
-
-
 class PairTokenizer:
     """Batches of pairs to tokens, for one tokenizer and one set of limits.
 
@@ -123,10 +116,6 @@ class PairTokenizer:
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
     ):
-        if max_length < 2:
-            raise ValueError(f"max_length: {max_length} leaves no room for a prompt and a response; at least 2")
-        if overlong not in ("truncate", "drop", "error"):
-            raise ValueError(f"overlong: {overlong!r} is not one of truncate, drop, error")
         self.max_length, self.max_prompt_length, self.overlong = max_length, max_prompt_length, overlong
         template = load_chat_template(tokenizer, chat_template)
         eos, eos_id = tokenizer.eos_token, tokenizer.eos_token_id
@@ -145,54 +134,29 @@ class PairTokenizer:
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | RowError]:
         """The tokens of each pair, in order, or the `RowError` that says why there are none."""
-        texts = self.render(pairs)
-        good = [text for text in texts if isinstance(text, PairTexts)]
-        tokens = iter(self.encode(good))
-        results: list[TokenizedPair | RowError] = []
-        for pair, text in zip(pairs, texts):
-            if isinstance(text, RowError):
-                results.append(text)
-                continue
-            try:
-                results.append(self._finish(pair, text, next(tokens)))
-            except RowError as error:
-                results.append(error)
-        return results
+        texts = [_or_error(self.render, pair) for pair in pairs]
+        rendered = [(pair, text) for pair, text in zip(pairs, texts) if isinstance(text, PairTexts)]
+        tokens = iter(self.encode(rendered))
+        return [text if isinstance(text, RowError) else _or_error(self._finish, next(tokens)) for text in texts]
 
-    def _finish(self, pair: Pair, texts: PairTexts, tokens: _Tokens) -> TokenizedPair:
+    def _finish(self, pair: TokenizedPair) -> TokenizedPair:
         """Add what the tokenizer adds, apply the limits, and check that both sides are worth training on."""
-        if self.bos_ids and not (self.bos_text and texts.prompt.startswith(self.bos_text)):
-            tokens.chosen, tokens.rejected = self.bos_ids + tokens.chosen, self.bos_ids + tokens.rejected
-            tokens.chosen_start += len(self.bos_ids)
-            tokens.rejected_start += len(self.bos_ids)
-        tokens.chosen, tokens.rejected = tokens.chosen + self.end_ids, tokens.rejected + self.end_ids
-        if tokens.chosen_start < 1 or tokens.rejected_start < 1 or tokens.shared < 1:
+        front = [] if self.bos_text and pair.prompt_text.startswith(self.bos_text) else self.bos_ids
+        pair.chosen_ids = front + pair.chosen_ids + self.end_ids
+        pair.rejected_ids = front + pair.rejected_ids + self.end_ids
+        pair.chosen_start += len(front)
+        pair.rejected_start += len(front)
+        if pair.num_shared < 1:
             raise RowError("no prompt", "the prompt has no token of its own to predict the response from")
-        if tokens.chosen == tokens.rejected:
+        if pair.chosen_ids == pair.rejected_ids:
             raise RowError("identical", "chosen and rejected give the same tokens")
-        cut = self._cut(pair, tokens)
-        return TokenizedPair(
-            row_id=pair.row_id,
-            chosen_ids=tokens.chosen,
-            chosen_start=tokens.chosen_start,
-            rejected_ids=tokens.rejected,
-            rejected_start=tokens.rejected_start,
-            prompt_text=texts.prompt,
-            chosen_text=pair.chosen,
-            rejected_text=pair.rejected,
-            prompt_cut=cut.prompt,
-            chosen_cut=cut.chosen,
-            rejected_cut=cut.rejected,
-            seam_shifted=tokens.shifted,
-        )
+        if max(len(pair.chosen_ids), len(pair.rejected_ids)) > self.max_length:
+            self._cut(pair)
+        return pair
 
-    def _cut(self, pair: Pair, tokens: _Tokens) -> Cut:
-        """Cut an overlong pair in place."""
-        longest = max(len(tokens.chosen), len(tokens.rejected))
-        if longest <= self.max_length:
-            return Cut()
-        shared = tokens.shared
-        chosen, rejected = len(tokens.chosen) - shared, len(tokens.rejected) - shared
+    def _cut(self, pair: TokenizedPair) -> None:
+        shared = pair.num_shared
+        chosen, rejected = len(pair.chosen_ids) - shared, len(pair.rejected_ids) - shared
         lengths = f"{shared} prompt + {chosen} chosen / {rejected} rejected tokens, max_length {self.max_length}"
         if self.overlong == "error":
             raise ValueError(
@@ -201,18 +165,18 @@ class PairTokenizer:
         if self.overlong == "drop":
             raise RowError("overlong", lengths)
         cut = plan_cut(shared, chosen, rejected, max_length=self.max_length, max_prompt_length=self.max_prompt_length)
-        start = self._start_tokens(tokens.chosen[:shared])
+        start = self._start_tokens(pair.chosen_ids[:shared])
         if start + cut.prompt >= shared and cut.prompt:
             raise RowError("overlong", f"no prompt token would be left: {lengths}")
         for side, count in (("chosen", cut.chosen), ("rejected", cut.rejected)):
-            ids, first = getattr(tokens, side), getattr(tokens, f"{side}_start")
+            ids, first = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_start")
             if len(ids) - count <= first:
                 raise RowError("overlong", f"no token of {side} would be left: {lengths}")
-            setattr(tokens, side, ids[:start] + ids[start + cut.prompt : len(ids) - count])
-            setattr(tokens, f"{side}_start", first - cut.prompt)
-        if tokens.chosen == tokens.rejected:
+            setattr(pair, f"{side}_ids", ids[:start] + ids[start + cut.prompt : len(ids) - count])
+            setattr(pair, f"{side}_start", first - cut.prompt)
+        if pair.chosen_ids == pair.rejected_ids:
             raise RowError("identical after truncation", lengths)
-        return cut
+        pair.prompt_cut, pair.chosen_cut, pair.rejected_cut = cut
 
     def _start_tokens(self, prompt: list[int]) -> int:
         """How many leading tokens a cut must keep: BOS, and specials that open the text once and never recur."""
@@ -223,6 +187,13 @@ class PairTokenizer:
                 break
             count += 1
         return count
+
+
+def _or_error(function: Callable[[Any], T], argument: Any) -> T | RowError:
+    try:
+        return function(argument)
+    except RowError as error:
+        return error
 
 
 def _end_markers(tokenizer: Any) -> list[str]:
@@ -251,7 +222,6 @@ class _Encoder:
 
     def __init__(self, tokenizer: Any, sample: str):
         self.tokenizer = tokenizer
-        self.remembered: dict[str, list[int]] = {}
         self._exact_offsets: Any = None
         self.backend = self._usable_backend(tokenizer)
         self.anchors = _anchors(tokenizer, sample) if self.backend is not None else []
@@ -266,31 +236,34 @@ class _Encoder:
         expected = list(tokenizer(probe, add_special_tokens=False)["input_ids"])
         return backend if backend.encode(probe, add_special_tokens=False).ids == expected else None
 
-    def __call__(self, texts: Sequence[PairTexts]) -> list[_Tokens]:
-        splits = [self._anchor(text.prompt) for text in texts]
-        heads = self._encode_many([text.prompt[:at] for text, at in zip(texts, splits)])
-        tails = self._remembered_many([text.prompt[at:] for text, at in zip(texts, splits)])
-        chosens = self._encode_many([text.chosen[at:] for text, at in zip(texts, splits)])
-        rejecteds = self._encode_many([text.rejected[at:] for text, at in zip(texts, splits)])
-        return [self._join(*parts) for parts in zip(texts, splits, heads, tails, chosens, rejecteds)]
+    def __call__(self, rendered: Sequence[tuple[Pair, PairTexts]]) -> list[TokenizedPair]:
+        parts = []
+        for _, texts in rendered:
+            at = self._anchor(texts.prompt)
+            parts.append((texts.prompt[:at], texts.prompt[at:], texts.chosen[at:], texts.rejected[at:]))
+        tokens = zip(*(self._encode_many(texts) for texts in zip(*parts)))
+        return [self._join(*both, *each) for both, *each in zip(rendered, parts, tokens)]
+
+    def _join(self, pair: Pair, texts: PairTexts, parts: Sequence[str], tokens: Sequence[list[int]]) -> TokenizedPair:
+        _, end, chosen_text, rejected_text = parts
+        head, tail, chosen, rejected = tokens
+        chosen_start, chosen_shifted = self._seam(chosen_text, len(end), tail, chosen)
+        rejected_start, rejected_shifted = self._seam(rejected_text, len(end), tail, rejected)
+        return TokenizedPair(
+            row_id=pair.row_id,
+            chosen_ids=head + chosen,
+            chosen_start=len(head) + chosen_start,
+            rejected_ids=head + rejected,
+            rejected_start=len(head) + rejected_start,
+            prompt_text=texts.prompt,
+            chosen_text=pair.chosen,
+            rejected_text=pair.rejected,
+            seam_shifted=chosen_shifted or rejected_shifted,
+        )
 
     def _anchor(self, prompt: str) -> int:
         """Where the prompt may be cut without changing a token; 0 where nowhere."""
         return max(0, *(prompt.rfind(token) for token in self.anchors)) if self.anchors else 0
-
-    def _join(
-        self, texts: PairTexts, at: int, head: list[int], tail: list[int], chosen: list[int], rejected: list[int]
-    ) -> _Tokens:
-        seam = len(texts.prompt) - at
-        chosen_start, chosen_shifted = self._seam(texts.chosen[at:], seam, tail, chosen)
-        rejected_start, rejected_shifted = self._seam(texts.rejected[at:], seam, tail, rejected)
-        return _Tokens(
-            chosen=head + chosen,
-            chosen_start=len(head) + chosen_start,
-            rejected=head + rejected,
-            rejected_start=len(head) + rejected_start,
-            shifted=chosen_shifted or rejected_shifted,
-        )
 
     def _seam(self, text: str, seam: int, prompt: list[int], full: list[int]) -> tuple[int, bool]:
         """Index of the first trained token of `full`, and whether tokenising apart would have given other tokens."""
@@ -311,23 +284,16 @@ class _Encoder:
             self._exact_offsets = Tokenizer.from_str(json.dumps(config))
         return self._exact_offsets.encode(text, add_special_tokens=False).offsets
 
-    def _remembered_many(self, texts: list[str]) -> list[list[int]]:
-        """As `_encode_many`, for texts that are nearly always the same few."""
-        new = [text for text in dict.fromkeys(texts) if text not in self.remembered]
-        if len(self.remembered) + len(new) > _MAX_REMEMBERED:
-            self.remembered.clear()
-            new = list(dict.fromkeys(texts))
-        self.remembered.update(zip(new, self._encode_many(new)))
-        return [self.remembered[text] for text in texts]
-
-    def _encode_many(self, texts: list[str]) -> list[list[int]]:
-        if not texts:
-            return []
+    def _encode_many(self, texts: Sequence[str]) -> list[list[int]]:
+        few = list(dict.fromkeys(texts))  # from the last special token to the answer they are nearly always the same
         if self.backend is None:
-            return [list(ids) for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-        self.backend.no_truncation()
-        self.backend.no_padding()
-        return [encoding.ids for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=False)]
+            found = [list(ids) for ids in self.tokenizer(few, add_special_tokens=False)["input_ids"]]
+        else:
+            self.backend.no_truncation()
+            self.backend.no_padding()
+            found = [encoding.ids for encoding in self.backend.encode_batch_fast(few, add_special_tokens=False)]
+        tokens = dict(zip(few, found))
+        return [tokens[text] for text in texts]
 
 
 def _anchors(tokenizer: Any, sample: str) -> list[str]:
