@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 import yaml
@@ -161,24 +162,15 @@ def adapters() -> Any:
 
 
 def launch(config: str, folder: Path, *command: str | Path) -> subprocess.CompletedProcess[str]:
-    """`accelerate launch` with one of the repository's configurations, for two processes of this machine."""
+    """`accelerate launch` of forks, with one of the repository's configurations, for two processes of this machine."""
     settings = yaml.safe_load((REPO / "recipes" / "accelerate" / config).read_text(encoding="utf-8"))
     adapted = folder / config
     adapted.write_text(yaml.safe_dump({**settings, "num_processes": 2}), encoding="utf-8")
     port = ["--main_process_port", str(free_port())]
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", adapted, *port, *map(str, command)],
-        env={
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(REPO / "src"), str(REPO / "tests")]),
-            "CUDA_VISIBLE_DEVICES": "",
-        },
+    return forks.run(
+        *("-m", "accelerate.commands.launch", "--config_file", adapted, *port, *command),
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=folder,
-        text=True,
-        capture_output=True,
-        timeout=600,
-        check=False,
     )
 
 

@@ -92,11 +92,16 @@ def pair_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny_recipe(tiny_model: Path, pair_files: Path, tmp_path: Path) -> dict[str, Any]:
     """Ten optimizer steps of four pairs in fp32; takes about a second."""
+    return recipe_in(tmp_path, tiny_model, pair_files)
+
+
+def recipe_in(folder: Path, model: Path, pairs: Path) -> dict[str, Any]:
+    """As `tiny_recipe`, for fixtures that several tests share: the run directory is `folder`/run."""
     return {
-        "model_name_or_path": str(tiny_model),
-        "dataset_mixer": {str(pair_files): 1.0},
-        "output_dir": str(tmp_path / "run"),
-        "cache_dir": str(tmp_path / "cache"),
+        "model_name_or_path": str(model),
+        "dataset_mixer": {str(pairs): 1.0},
+        "output_dir": str(folder / "run"),
+        "cache_dir": str(folder / "cache"),
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
         "learning_rate": 2e-3,

@@ -6,22 +6,19 @@
     def test_it(two_ranks):
         assert two_ranks.run(work, 3) == [0, 3]
 
-Arguments and results are pickled. An exception on any rank fails the test with that rank's traceback. Ranks are forked
-from one process that has imported what they need and has computed nothing, so that starting them anew is cheap.
+Arguments and results are pickled. An exception on any rank fails the test with that rank's traceback. Ranks are forks
+(forks.py), so that starting them anew is cheap.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
 import gc
 import importlib.util
 import os
 import pickle
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -31,9 +28,9 @@ from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 
-TESTS = Path(__file__).resolve().parent
 ANSWER_S = 240  # after which a call counts as hung
 GRACE_S = 5  # what the other ranks get to answer once one has failed
 
@@ -51,7 +48,7 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self._pids: list[int] = []
+        self._processes: list[Any] = []
         self._connections: list[Connection] = []
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
@@ -69,7 +66,7 @@ class Ranks:
 
     def outcomes(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """As `run`, with the exception where a rank raised one, and RankFailed where it died or hung."""
-        if not self._pids:
+        if not self._processes:
             self._start()
         code = function.__code__
         for connection in self._connections:
@@ -93,54 +90,20 @@ class Ranks:
 
     def stop(self) -> None:
         """End the processes."""
-        for pid in self._pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        for process in self._processes:
+            process.kill()
         for connection in self._connections:
             connection.close()
-        self._pids, self._connections = [], []
+        self._processes, self._connections = [], []
 
     def _start(self) -> None:
         port = free_port()
         with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "ranks"), "AF_UNIX") as listener:
             for rank in range(self.size):
-                _forker().send((listener.address, rank_environment(rank, self.size, port)))
-                self._pids.append(_forker().recv())
+                self._processes.append(forks.process(_serve, listener.address, rank_environment(rank, self.size, port)))
+                self._processes[-1].start()
             found = [listener.accept() for _ in range(self.size)]
         self._connections = [connection for _, connection in sorted((c.recv(), c) for c in found)]
-
-
-@functools.cache
-def _forker() -> Connection:
-    """To the process that forks ranks: send it (address, environment), receive the pid."""
-    with tempfile.TemporaryDirectory() as folder, Listener(str(Path(folder) / "forker"), "AF_UNIX") as listener:
-        process = subprocess.Popen([sys.executable, str(Path(__file__)), str(listener.address)])
-        connection = listener.accept()
-    atexit.register(lambda: (connection.close(), process.wait()))
-    return connection
-
-
-def _fork_ranks(address: str) -> None:
-    """The forker's life: until the parent goes away."""
-    import transformers.trainer  # noqa: F401
-
-    import simpo.trainer  # noqa: F401
-
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the ranks
-    with Client(address, "AF_UNIX") as connection, contextlib.suppress(EOFError, ConnectionError):
-        while True:
-            ranks_address, environment = connection.recv()
-            pid = os.fork()
-            if pid == 0:
-                connection.close()
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.environ.clear()
-                os.environ.update(environment)
-                try:
-                    _serve(ranks_address)
-                finally:
-                    os._exit(1)
-            connection.send(pid)
 
 
 def rank_environment(rank: int, size: int, port: int) -> dict[str, str]:
@@ -181,11 +144,13 @@ def _load_function(path: str, name: str) -> Callable[..., Any]:
     return getattr(module, name)
 
 
-def _serve(address: str) -> None:
+def _serve(address: str, environment: dict[str, str]) -> None:
     """A rank's life: join the group, then run what is asked for until the parent goes away."""
     import torch
     import torch.distributed as dist
 
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     with Client(address, "AF_UNIX") as connection:
         connection.send(int(os.environ["RANK"]))
@@ -251,10 +216,3 @@ def two_ranks() -> Iterator[Ranks]:
 def four_ranks() -> Iterator[Ranks]:
     """Four processes joined by gloo; tests that use it carry the mark four_processes."""
     yield from _ranks(4)
-
-
-if __name__ == "__main__":
-    sys.path.insert(0, str(TESTS))
-    from ranks import _fork_ranks as fork_ranks  # under its own name: what is pickled here must be found there
-
-    fork_ranks(sys.argv[1])

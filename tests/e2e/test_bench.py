@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import forks
 import pytest
 from bench import app
 from peers.cases import CASES, build_pairs, find_cases
@@ -18,6 +21,14 @@ from simpo.plan import shapes
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 PEERS = ["padded"] + ([] if missing_package("trl") else ["trl"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forked() -> Iterator[None]:
+    """The benchmark's processes are forks."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("peers.run.subprocess", SimpleNamespace(Popen=forks.Program))
+        yield
 
 
 @pytest.fixture(scope="module")

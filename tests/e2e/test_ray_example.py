@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import yaml
 from mesh_runs import losses
@@ -102,8 +103,7 @@ def test_two_workers_make_the_steps_of_one_process_though_one_of_them_is_killed(
 def test_a_folder_that_holds_a_run_is_refused_before_ray_starts(settings, tmp_path):
     Path(settings["output_dir"]).mkdir()
     Path(settings["output_dir"], "metrics.jsonl").write_text("")
-    process = launch(command(settings, tmp_path), tmp_path)
-    output, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 1
-    assert "error: output_dir:" in output
-    assert "Traceback" not in output
+    done = forks.run(*command(settings, tmp_path), cwd=tmp_path)
+    assert done.returncode == 1
+    assert "error: output_dir:" in done.stdout
+    assert "Traceback" not in done.stdout

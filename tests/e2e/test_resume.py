@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 import torch
 import yaml
+from mesh_runs import assert_same_run, metrics
+from miniature import recipe_in
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
@@ -23,37 +23,27 @@ from simpo.run.checkpoint import list_checkpoints
 from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
-TIMES = {"step_time_s", "pairs_per_s", "memory_gib", "eval_time_s"}
 
 
 def build(settings: Settings, **changes: Any) -> Trainer:
     return Trainer(load_recipe({**settings, **changes}), display=Display(quiet=True))
 
 
-def final_bits(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model" / "model.safetensors")
-
-
-def metrics(folder: Path) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k not in TIMES} for line in lines]
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    settings = recipe_in(tmp_path_factory.mktemp("uninterrupted"), tiny_model, pair_files)
+    return build(settings).run().output_dir
 
 
-def assert_same_run(one: Path, other: Path) -> None:
-    ours, theirs = final_bits(one), final_bits(other)
-    assert ours.keys() == theirs.keys()
-    for name in ours:
-        assert torch.equal(ours[name], theirs[name]), name
-    assert metrics(one) == metrics(other)
-
-
-@pytest.fixture
-def uninterrupted(tiny_recipe: Settings, tmp_path: Path) -> Path:
-    folder = tmp_path / "uninterrupted"
-    build(tiny_recipe, output_dir=str(folder)).run()
-    return folder
+@pytest.fixture(scope="module")
+def stopped(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
+    """The recipe of a run that was stopped after its second step."""
+    settings = recipe_in(tmp_path_factory.mktemp("stopped"), tiny_model, pair_files)
+    trainer = build(settings)
+    stop_after(trainer, 2)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    return settings
 
 
 def stop_after(trainer: Trainer, step: int) -> None:
@@ -100,13 +90,13 @@ def test_resume_from_a_named_earlier_checkpoint_repeats_the_rest(tiny_recipe: Se
     assert (folder / "checkpoints" / "step-8.superseded").is_dir()
 
 
-def test_generations_of_steps_done_again_are_not_kept_twice(tiny_recipe: Settings, tmp_path: Path) -> None:
+def test_generations_of_steps_done_again_are_not_kept_twice(tiny_recipe: Settings) -> None:
     settings = {**tiny_recipe, "num_eval_generations": 2, "eval_generation_max_new_tokens": 3}
-    build(settings, output_dir=str(tmp_path / "whole")).run()
     build(settings).run()
     folder = Path(settings["output_dir"])
+    whole = (folder / "generations.jsonl").read_text()
     build(settings, resume_from_checkpoint=str(folder / "checkpoints" / "step-4")).run()
-    assert (folder / "generations.jsonl").read_text() == (tmp_path / "whole" / "generations.jsonl").read_text()
+    assert (folder / "generations.jsonl").read_text() == whole
 
 
 def test_random_numbers_continue_where_the_checkpoint_left_them(tiny_recipe: Settings) -> None:
@@ -136,30 +126,22 @@ def test_optimizer_moments_are_restored(tiny_recipe: Settings) -> None:
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 1e-3}, {"beta": 3.0}, {"seed": 7}, {"max_steps": 12}])
-def test_resume_under_other_settings_is_refused_by_name(tiny_recipe: Settings, change: Settings) -> None:
-    trainer = build(tiny_recipe)
-    stop_after(trainer, 2)
-    with pytest.raises(Interrupted):
-        trainer.run()
+def test_resume_under_other_settings_is_refused_by_name(stopped: Settings, change: Settings) -> None:
     name = "number of steps" if "max_steps" in change else next(iter(change))
-    recipe = trainer.output_dir / "recipe.yaml"
+    recipe = Path(stopped["output_dir"]) / "recipe.yaml"
     before = recipe.read_text()
     with pytest.raises(ValueError, match=rf"other settings.*{name}"):
-        build({**tiny_recipe, **change}, resume_from_checkpoint=True)
+        build(stopped, **change, resume_from_checkpoint=True)
     assert recipe.read_text() == before
 
 
-def test_resume_on_other_data_is_refused(tiny_recipe: Settings, pair_files: Path, tmp_path: Path) -> None:
-    trainer = build(tiny_recipe)
-    stop_after(trainer, 2)
-    with pytest.raises(Interrupted):
-        trainer.run()
+def test_resume_on_other_data_is_refused(stopped: Settings, pair_files: Path, tmp_path: Path) -> None:
     other = tmp_path / pair_files.name
     other.mkdir()
     for name in ("train.jsonl", "test.jsonl"):
         (other / name).write_text((pair_files / name).read_text().replace("water", "river"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"other settings"):
-        build({**tiny_recipe, "dataset_mixer": {str(other): 1.0}}, resume_from_checkpoint=True)
+        build(stopped, dataset_mixer={str(other): 1.0}, resume_from_checkpoint=True)
 
 
 def test_damaged_checkpoint_is_noticed(tiny_recipe: Settings) -> None:
@@ -179,32 +161,29 @@ def test_missing_checkpoint_is_one_clear_line(tiny_recipe: Settings) -> None:
         build(tiny_recipe, resume_from_checkpoint=str(Path(tiny_recipe["output_dir"]) / "checkpoints" / "step-99"))
 
 
-def command(recipe_path: Path, *more: str) -> list[str]:
-    return [sys.executable, "-m", "simpo", "train", str(recipe_path), *more]
+def start(recipe: Settings, said: Any) -> forks.Program:
+    """`simpo train` in a process of its own, resumed where there is a checkpoint."""
+    path = Path(recipe["output_dir"]).with_name("recipe.yaml")
+    path.write_text(yaml.safe_dump({**recipe, "resume_from_checkpoint": True}), encoding="utf-8")
+    return forks.Program(["-m", "simpo", "train", path], stdout=said, stderr=said)
 
 
 def test_killed_at_random_moments_ends_in_the_same_bits(
     tiny_recipe: Settings, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    # One step is stretched so that the kills fall on steps, evaluations and checkpoints alike.
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**tiny_recipe, "save_steps": 1, "save_total_limit": 3}), encoding="utf-8")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = {**tiny_recipe, "save_steps": 1, "save_total_limit": 3}
     folder, rng = Path(tiny_recipe["output_dir"]), random.Random(3)
-    for _ in range(3):
-        process = subprocess.Popen(
-            command(path, "--resume_from_checkpoint", "true"),
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-        )
-        seen, deadline = newest_step(folder), time.monotonic() + 120
-        while newest_step(folder) == seen and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.005)
-        time.sleep(rng.random() * 0.1)
-        process.kill()
-        process.wait()
-    subprocess.run(command(path, "--resume_from_checkpoint", "true"), env=environment, check=True, capture_output=True)
+    with open(tmp_path / "said.txt", "w+", encoding="utf-8") as said:
+        for _ in range(3):
+            seen, deadline = newest_step(folder), time.monotonic() + 120
+            process = start(settings, said)
+            while newest_step(folder) == seen and process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.005)
+            time.sleep(rng.random() * 0.1)
+            process.kill()
+            process.wait()
+            assert newest_step(folder) > seen or seen == 10
+        assert start(settings, said).wait() == 0, (tmp_path / "said.txt").read_text(encoding="utf-8")
     assert_same_run(folder, uninterrupted)
 
 
@@ -214,16 +193,14 @@ def newest_step(folder: Path) -> int:
 
 
 def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_recipe: Settings, tmp_path: Path) -> None:
-    path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**tiny_recipe, "num_train_epochs": 200}), encoding="utf-8")
-    process = subprocess.Popen(
-        command(path), env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
-    deadline = time.monotonic() + 120
-    while not newest_step(Path(tiny_recipe["output_dir"])) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    output = process.communicate(timeout=60)[0].decode()
-    assert process.returncode == 130, output
+    with open(tmp_path / "said.txt", "w+", encoding="utf-8") as said:
+        process = start({**tiny_recipe, "num_train_epochs": 200}, said)
+        deadline = time.monotonic() + 120
+        while not newest_step(Path(tiny_recipe["output_dir"])) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        code = process.wait(60)
+    output = (tmp_path / "said.txt").read_text(encoding="utf-8")
+    assert code == 130, output
     assert "--resume_from_checkpoint true" in output
     assert "Traceback" not in output

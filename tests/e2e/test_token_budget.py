@@ -6,11 +6,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 
@@ -266,8 +265,8 @@ def test_predicted_memory_is_what_a_real_step_takes(smol_model: Path, tmp_path: 
         "gradient_accumulation_steps": 2,
         "preprocessing_num_workers": 1,
     }
-    command = [sys.executable, "-c", REAL_STEP, json.dumps(recipe)]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
-    found = json.loads(result.stdout.splitlines()[-1])
+    done = forks.run("-c", REAL_STEP, json.dumps(recipe))
+    assert done.returncode == 0, done.stdout
+    found = json.loads(done.stdout.splitlines()[-1])
     predicted = found["fixed"] + found["per_token"] * found["tokens"]
     assert 0.6 <= found["taken"] / predicted <= 1.4, found

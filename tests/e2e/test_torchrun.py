@@ -1,6 +1,7 @@
 """The native trainer under the real launcher: processes that are killed or told to stop, and bad input.
 
-Each launch takes about ten seconds, nearly all of it imports; what needs no launcher is in tests/invariant.
+The launcher and its processes are forks, but for one run that is started as people start it; what needs no launcher is
+in tests/invariant.
 """
 
 from __future__ import annotations
@@ -13,9 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import yaml
+from forks import num_tracebacks
 from mesh_runs import assert_same_run, metrics, run
+from miniature import recipe_in
 from ranks import Ranks
 
 from simpo.recipe import load_recipe
@@ -31,27 +35,20 @@ KEYS = {
 }
 
 
-def launch(recipe: Settings, *command: str | Path, restarts: int = 0, folder: Path) -> subprocess.CompletedProcess[str]:
+def launch(
+    recipe: Settings, *command: str | Path, restarts: int = 0, folder: Path, forked: bool = True
+) -> subprocess.CompletedProcess[str]:
     """torchrun with two processes of a command that gets the recipe's file; its output, both streams together."""
     path = folder / "recipe-to-launch.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    words = [str(path) if word == "RECIPE" else str(word) for word in command]
+    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    words += [str(path) if word == "RECIPE" else str(word) for word in command]
     sources = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
-    return subprocess.run(
-        [*launcher, "--max-restarts", str(restarts), *words],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": sources},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=600,
-        check=False,
-    )
-
-
-def num_tracebacks(output: str) -> int:
-    """Of the processes; torchrun's own report that one has failed ends in another."""
-    return output.count("Traceback (most recent call last)") - ("ChildFailedError" in output)
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": sources}
+    if forked:
+        return forks.run(*words, env=env)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.run([sys.executable, *words], env=env, timeout=600, check=False, **pipes)
 
 
 @pytest.fixture
@@ -59,16 +56,16 @@ def recipe(tiny_recipe: Settings) -> Settings:
     return {**tiny_recipe, **KEYS}
 
 
-@pytest.fixture
-def uninterrupted(recipe: Settings, two_ranks: Ranks, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model: Path, pair_files: Path, two_ranks: Ranks, tmp_path_factory) -> Path:
     """The run directory of the same two processes left alone."""
-    folder = tmp_path / "uninterrupted"
-    assert two_ranks.run(run, {**recipe, "output_dir": str(folder)}) == ["finished", "finished"]
-    return folder
+    recipe = recipe_in(tmp_path_factory.mktemp("uninterrupted"), tiny_model, pair_files) | KEYS
+    assert two_ranks.run(run, recipe) == ["finished", "finished"]
+    return Path(recipe["output_dir"])
 
 
 def test_a_launch_leaves_the_run_directory_of_one_process(recipe: Settings, uninterrupted: Path, tmp_path: Path):
-    done = launch(recipe, "-m", "simpo", "train", "RECIPE", folder=tmp_path)
+    done = launch(recipe, "-m", "simpo", "train", "RECIPE", folder=tmp_path, forked=False)
     assert done.returncode == 0, done.stdout
     assert num_tracebacks(done.stdout) == 0, done.stdout
     folder = Path(recipe["output_dir"])

@@ -1,0 +1,146 @@
+"""Python programs in forks of one process that has imported torch, transformers and simpo, and has computed nothing.
+
+    done = forks.run("-m", "simpo", "train", "recipe.yaml")
+
+A program started so costs what it does, without the seconds of processor time that its imports take; so do the
+processes of a launcher (torchrun, accelerate) that is started so. What a test claims of starting Python itself needs
+`subprocess`, and so does what Python or a library reads from the environment while it loads.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any
+
+PRELOADED = ["simpo.cli", "simpo.trainer", "transformers.trainer", "torch.distributed.launcher.api"]
+TIMEOUT_S = 600
+
+
+def process(function: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
+    """A process that will call a module's function, forked from the one with the imports, or from a fork of it."""
+    return _context(multiprocessing.parent_process() is not None).Process(target=function, args=args)
+
+
+@functools.cache
+def _context(in_fork: bool) -> Any:
+    context = multiprocessing.get_context("fork" if in_fork else "forkserver")
+    if not in_fork:
+        context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+class Program:
+    """`subprocess.Popen` of a command that starts Python, as far as tests and launchers use it."""
+
+    def __init__(
+        self,
+        args: Sequence[Any],
+        *,
+        env: Mapping[str, str] | None = None,
+        cwd: Path | str | None = None,
+        stdout: Any = None,
+        stderr: Any = None,
+        start_new_session: bool = False,
+    ) -> None:
+        streams = [_Stream(file.fileno()) if file else None for file in (stdout, stderr)]
+        self._process = process(
+            _become, [str(word) for word in args], dict(os.environ if env is None else env), cwd, streams
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.returncode is None:
+            raise subprocess.TimeoutExpired("a forked program", timeout)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.returncode is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+
+def run(
+    *words: Any, env: Mapping[str, str] | None = None, cwd: Path | str | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`python *words` until its end, with what it and its children say, both streams together."""
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as said:
+        program = Program(words, env=env, cwd=cwd, stdout=said, stderr=said)
+        try:
+            code = program.wait(TIMEOUT_S)
+        finally:
+            program.kill()
+        said.seek(0)
+        return subprocess.CompletedProcess(words, code, said.read(), "")
+
+
+def num_tracebacks(output: str) -> int:
+    """Of a launcher's processes; torchrun's own report that one has failed ends in another."""
+    return output.count("Traceback (most recent call last)") - ("ChildFailedError" in output)
+
+
+class _Stream:
+    """A file descriptor that reaches the process which it is an argument of."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __reduce__(self) -> Any:
+        return _receive, (reduction.DupFd(self.number),)
+
+
+def _receive(sent: Any) -> _Stream:
+    return _Stream(sent.detach())
+
+
+def _become(words: list[str], env: dict[str, str], cwd: Any, streams: list[_Stream | None]) -> None:
+    """Be the process that this command would have started; of a launcher, its children are forks too."""
+    import torch
+    from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+    os.setsid()
+    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd or ".")
+    for number, stream in enumerate(streams, start=1):
+        if stream is not None:
+            os.dup2(stream.number, number)
+    for file in (sys.stdout, sys.stderr):
+        file.reconfigure(line_buffering=True)
+    torch.set_num_threads(1)
+    subprocess_handler.Popen = Program
+    while words[0] in (sys.executable, "-u"):
+        words = words[1:]
+    match words:
+        case ["-m", module, *rest]:
+            sys.argv = [module, *rest]
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        case ["-c", code, *rest]:
+            sys.argv = ["-c", *rest]
+            exec(compile(code, "-c", "exec"), {"__name__": "__main__"})
+        case [script, *rest]:
+            sys.argv = [script, *rest]
+            runpy.run_path(script, run_name="__main__")
