@@ -13,9 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from simpo.core.attention import _block_by_block
 from simpo.core.blocks import AttentionBlocks, ScoreOptions
-from simpo.core.varlen_attention import varlen_attention
+from simpo.core.varlen_attention import block_attention, varlen_attention
 
 pytest.importorskip("torch.nn.attention.varlen")
 
@@ -58,7 +57,7 @@ def bytes_of_backward(num_blocks: int, *, responses: int = 2, path=varlen_attent
 
 
 @pytest.mark.parametrize("responses", [2, 4])
-@pytest.mark.parametrize("path", [varlen_attention, _block_by_block])
+@pytest.mark.parametrize("path", [varlen_attention, block_attention])
 def test_bytes_of_attention_s_backward_grow_with_the_tokens_alone(path, responses: int) -> None:
     few, more, most = (bytes_of_backward(count, responses=responses, path=path) for count in (8, 40, 80))
     assert more == pytest.approx(5 * few, rel=1e-3)

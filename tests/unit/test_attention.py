@@ -32,7 +32,7 @@ def by_keywords(path):
     return attend
 
 
-block_by_block, flex_attention = by_keywords(attention._block_by_block), by_keywords(flex.flex_attention)
+block_by_block, flex_attention = by_keywords(attention.block_attention), by_keywords(flex.flex_attention)
 
 # Padding at the start, between and at the end; three responses that share one prefix; a one-token block; a block whose
 # prefix is only the start of the sequence before it.
@@ -275,9 +275,6 @@ def slow_varlen_gqa(query, key, value, *args, enable_gqa=False, **options):
 def fake_varlen(request, monkeypatch):
     pytest.importorskip("torch.nn.attention.varlen")
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", request.param)
-    attention.varlen_options.cache_clear()
-    yield
-    attention.varlen_options.cache_clear()
 
 
 varlen_path = by_keywords(attention.varlen_attention)

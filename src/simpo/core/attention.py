@@ -13,12 +13,9 @@ Tensors in, tensors out; torch only. Registration with transformers is in `model
 from __future__ import annotations
 
 import functools
-import itertools
-from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from simpo.core.blocks import AttentionBlocks, ScoreOptions, dense_mask
@@ -26,7 +23,7 @@ from simpo.core.context import heads_to_rows, rows_to_heads
 from simpo.core.device import counts_as_cuda
 from simpo.core.flex_attention import flex_attention, has_compiler
 from simpo.core.matmul_attention import matmul_attention
-from simpo.core.varlen_attention import MAX_HEAD_SIZE, varlen_attention, varlen_options
+from simpo.core.varlen_attention import MAX_HEAD_SIZE, block_attention, varlen_attention
 
 AttentionPath = Literal["varlen", "flex", "matmul", "blocks"]
 ATTENTION_PATHS: tuple[AttentionPath, ...] = get_args(AttentionPath)
@@ -95,91 +92,11 @@ def packed_attention(
     options = ScoreOptions(query.shape[-1] ** -0.5 if scale is None else scale, sliding_window, softcap)
     path = attention_path(query, value, softcap=softcap, dropout=dropout, prefer=prefer)
     if path == "blocks":
-        out = _block_by_block(query, key, value, blocks, options, dropout=dropout)
+        out = block_attention(query, key, value, blocks, options, dropout=dropout)
     else:
         attend = {"varlen": varlen_attention, "flex": flex_attention, "matmul": matmul_attention}[path]
         out = attend(query, key, value, blocks, options)
     return out if blocks.group is None else heads_to_rows(out, group=blocks.group)
-
-
-def _block_by_block(
-    query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, options: ScoreOptions, *, dropout: float = 0.0
-) -> Tensor:
-    """torch's own attention on each block: with dropout, for fp32 on an accelerator, and for very large heads."""
-    ranges, num_tokens = blocks.ranges, query.shape[2]
-    queries = _split_rows(query, {edge for block in ranges for edge in block[2:]})
-    keys, values = (_split_rows(tensor, {edge for block in ranges for edge in block}) for tensor in (key, value))
-
-    def padding(length: int) -> Tensor:
-        return query.new_zeros(1, query.shape[1], length, value.shape[3])
-
-    outputs: list[Tensor] = []
-    reached = 0
-    for prefix_start, prefix_end, start, end in ranges:
-        if start > reached:  # padding between blocks of different rows
-            outputs.append(padding(start - reached))
-        seen = (prefix_start, prefix_end), (start, end)
-        outputs.append(_block_attention(queries((start, end)), keys(*seen), values(*seen), options, dropout=dropout))
-        reached = end
-    if reached < num_tokens:
-        outputs.append(padding(num_tokens - reached))
-    return torch.cat(outputs, dim=2)
-
-
-def _split_rows(tensor: Tensor, edges: set[int]) -> Callable[..., Tensor]:
-    """rows((start, end), ...) -> those rows of [1, H, T, D], one range after the other, start and end being edges.
-
-    One split, whose backward is one cat; the backward of a slice would fill the whole tensor, once for each slice.
-    """
-    ends = sorted(edges | {0, tensor.shape[2]})
-    pieces = tensor.split([end - start for start, end in itertools.pairwise(ends)], dim=2)
-    place = {end: index for index, end in enumerate(ends)}
-
-    def rows(*ranges: tuple[int, int]) -> Tensor:
-        chosen = [piece for start, end in ranges for piece in pieces[place[start] : place[end]]]
-        return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=2)
-
-    return rows
-
-
-def _block_attention(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, *, dropout: float) -> Tensor:
-    """Causal attention of Tq queries that end where the Tk >= Tq keys end (diagonal at the bottom right)."""
-    num_queries, num_keys, softcap = query.shape[2], key.shape[2], options.softcap
-    window = options.sliding_window
-    window = None if window is None or window >= num_keys else window
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and (softcap is not None or counts_as_cuda(query)):
-        # On CUDA only flash attention takes fewer key heads, and it takes neither fp32 nor a mask: without this torch
-        # would write the scores out.
-        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-        groups = 1
-    if softcap is None:
-        simple = num_queries == num_keys and window is None
-        mask = None if simple else _bottom_right_mask(num_queries, num_keys, window, query.device)
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=simple,
-            scale=options.scale,
-            enable_gqa=groups > 1,
-        )
-    mask = _bottom_right_mask(num_queries, num_keys, window, query.device)
-    scores = softcap * torch.tanh((query @ key.transpose(-1, -2)) * options.scale / softcap)
-    precise = torch.promote_types(scores.dtype, torch.float32)
-    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=precise).to(query.dtype)
-    return F.dropout(weights, dropout) @ value
-
-
-def _bottom_right_mask(num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device) -> Tensor:
-    query_at = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-    key_at = torch.arange(num_keys, device=device)[None, :]
-    mask = key_at <= query_at
-    if sliding_window is not None:
-        mask &= key_at > query_at - sliding_window
-    return mask
 
 
 def attention_path(
@@ -226,9 +143,7 @@ def why_not(path: AttentionPath, query: Tensor, value: Tensor, *, softcap: float
         return f"this model's heads of {size} are larger than {MAX_HEAD_SIZE}"
     if path == "flex":
         return None if has_compiler() else "it needs triton"
-    if softcap is not None:
-        return "this model soft-caps its scores"
-    return None if "window_size" in varlen_options() else "this torch has no varlen_attn with windows"
+    return None if softcap is None else "this model soft-caps its scores"
 
 
 AMPERE = (8, 0)
@@ -241,6 +156,4 @@ def _capability(tensor: Tensor) -> tuple[int, int] | None:
     return _capability_of(tensor.device) if tensor.is_cuda and torch.cuda.is_available() else (9, 0)
 
 
-@functools.cache
-def _capability_of(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device)
+_capability_of = functools.cache(torch.cuda.get_device_capability)

@@ -40,13 +40,7 @@ class AttentionBlocks:
 
 @dataclass(frozen=True)
 class ScoreOptions:
-    """From products of queries and keys to scores: scale, then softcap * tanh(. / softcap), then the window.
-
-    Attributes:
-        scale: multiplies the products.
-        sliding_window: a token sees itself and the sliding_window - 1 tokens before it; None = all.
-        softcap: None = off.
-    """
+    """From products of queries and keys to scores, as in `core.attention.packed_attention`: scale, soft-cap, window."""
 
     scale: float
     sliding_window: int | None = None
@@ -57,11 +51,21 @@ def dense_mask(blocks: AttentionBlocks, num_tokens: int, *, sliding_window: int 
     """What may attend to what, written out: [T, T] bool, True = visible. The definition the fast paths must meet."""
     mask = torch.zeros(num_tokens, num_tokens, dtype=torch.bool)
     for prefix_start, prefix_end, start, end in blocks.ranges:
-        visible = [*range(prefix_start, prefix_end), *range(start, end)]
-        for row in range(start, end):
-            upto = (prefix_end - prefix_start) + (row - start) + 1
-            first = 0 if sliding_window is None else max(0, upto - sliding_window)
-            mask[row, visible[first:upto]] = True
+        prefix = prefix_end - prefix_start
+        visible = bottom_right_mask(end - start, prefix + end - start, sliding_window)
+        mask[start:end, prefix_start:prefix_end], mask[start:end, start:end] = visible[:, :prefix], visible[:, prefix:]
+    return mask
+
+
+def bottom_right_mask(
+    num_queries: int, num_keys: int, sliding_window: int | None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """[num_queries, num_keys] bool, True = visible: causal for the last num_queries of num_keys positions."""
+    query_at = torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
+    key_at = torch.arange(num_keys, device=device)[None, :]
+    mask = key_at <= query_at
+    if sliding_window is not None:
+        mask &= key_at > query_at - sliding_window
     return mask
 
 

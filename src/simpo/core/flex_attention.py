@@ -87,14 +87,7 @@ def _block_mask(blocks: AttentionBlocks, num_tokens: int, device: torch.device, 
         in_prefix = (column >= prefix_first[row]) & (column < prefix_end[row])
         return in_prefix | ((column >= own_first[row]) & (column <= row))
 
-    names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
-    names += ("q_num_blocks", "q_indices", "full_q_num_blocks", "full_q_indices")
-    return BlockMask(
-        seq_lengths=(num_tokens, num_tokens),
-        BLOCK_SIZE=(TILE, TILE),
-        mask_mod=mask_mod,
-        **dict(zip(names, tiles, strict=True)),
-    )
+    return BlockMask((num_tokens, num_tokens), *tiles, BLOCK_SIZE=(TILE, TILE), mask_mod=mask_mod)
 
 
 def _intervals(blocks: AttentionBlocks, num_tokens: int, sliding_window: int | None) -> tuple[Tensor, Tensor, Tensor]:

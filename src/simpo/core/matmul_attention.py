@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from simpo.core.blocks import AttentionBlocks, Block, ScoreOptions
+from simpo.core.blocks import AttentionBlocks, Block, ScoreOptions, bottom_right_mask
 from simpo.core.device import counts_as_cuda
 
 TILE_ROWS = 256  # most queries of one tile: fewer skip more of the masked half, more make larger products
@@ -206,12 +206,8 @@ def _hide(scores: Tensor, tile: _Tile, sliding_window: int | None) -> None:
 
 def _hidden(tile: _Tile, sliding_window: int | None, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
     """[m, n] of the last m of n positions: 0 where a query sees a key, -inf where not."""
-    rows = tile.end - tile.start
-    mask = torch.full((rows, tile.num_keys), float("-inf"), dtype=dtype, device=device)
-    ahead = mask.triu(tile.num_keys - rows + 1)
-    if sliding_window is None:
-        return ahead
-    return ahead + mask.tril(tile.num_keys - rows - sliding_window)
+    visible = bottom_right_mask(tile.end - tile.start, tile.num_keys, sliding_window, device)
+    return torch.zeros((), dtype=dtype, device=device).where(visible, float("-inf"))
 
 
 @contextlib.contextmanager

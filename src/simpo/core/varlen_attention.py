@@ -1,4 +1,4 @@
-"""Packed attention in one `varlen_attn` call: flash attention's kernels, for CUDA in half precision.
+"""Packed attention by sequences: all in one `varlen_attn` call, or one by one through torch's own attention.
 
 A block becomes a sequence. Its queries stand in the row one after another already, so they are not copied; its keys
 and values are its prefix's rows and then its own, put together by one gather. The gather's backward writes each row
@@ -11,27 +11,18 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
-from dataclasses import dataclass
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from simpo.core.blocks import AttentionBlocks, Block, ScoreOptions, to_device
+from simpo.core.blocks import AttentionBlocks, Block, ScoreOptions, bottom_right_mask, to_device
+from simpo.core.device import counts_as_cuda
 
 MAX_HEAD_SIZE = 256  # of flash attention's kernels
 _HEAD_SIZE_STEP = 8  # and they take multiples of this
-
-
-@functools.cache
-def varlen_options() -> frozenset[str]:
-    """Keyword arguments that this torch's varlen_attn takes; empty when there is none."""
-    try:
-        from torch.nn.attention.varlen import varlen_attn
-    except ImportError:
-        return frozenset()
-    return frozenset(inspect.signature(varlen_attn).parameters)
 
 
 def varlen_attention(
@@ -39,113 +30,166 @@ def varlen_attention(
 ) -> Tensor:
     """Attention over the blocks of one row; shapes and meaning as in `core.attention.packed_attention`.
 
-    Heads whose size is not a multiple of 8, or differs between values and keys, are padded with zeros, which changes
-    neither scores nor results. Soft-caps are not supported.
+    Flash attention's kernels, for CUDA in half precision. Heads whose size is not a multiple of 8, or differs between
+    values and keys, are padded with zeros, which changes neither scores nor results. Soft-caps are not supported.
     """
     from torch.nn.attention.varlen import varlen_attn
 
-    layout = _layout(blocks, query.shape[2], query.device)
-    groups, value_size = query.shape[1] // key.shape[1], value.shape[3]
+    value_size = value.shape[3]
     size = -(-max(query.shape[3], value_size) // _HEAD_SIZE_STEP) * _HEAD_SIZE_STEP
-    q, k, v = (_padded(tensor.squeeze(0).transpose(0, 1), size) for tensor in (query, key, value))  # [T, H, size]
-    if layout.query_rows is not None:
-        q = q.index_select(0, layout.query_rows)
-    if layout.keys is not None:
-        k, v = _TakeKeys.apply(k, layout.keys), _TakeKeys.apply(v, layout.keys)
-    elif layout.query_rows is not None:
-        k, v = k.index_select(0, layout.query_rows), v.index_select(0, layout.query_rows)
     # torch 2.11 has no such flag, and its kernels take fewer key heads than query heads without one.
-    flags: dict[str, Any] = {"enable_gqa": True} if groups > 1 and "enable_gqa" in varlen_options() else {}
+    flags = {"enable_gqa": True} if query.shape[1] > key.shape[1] and _takes_gqa_flag(varlen_attn) else {}
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
+        window, longest = options.sliding_window, max(layout.k_lengths)
+        left = -1 if window is None or window >= longest else window - 1
+        lengths = (layout.cu_seq_q, layout.cu_seq_k, max(layout.q_lengths), longest)
+        # Right 0 = causal. Without aux results varlen_attn returns the output alone.
+        out = cast(Tensor, varlen_attn(q, k, v, *lengths, scale=options.scale, window_size=(left, 0), **flags))
+        return out if out.shape[2] == value_size else out[:, :, :value_size]
+
+    return _by_sequences(query, key, value, blocks, attend, head_size=size)
+
+
+@functools.cache
+def _takes_gqa_flag(varlen_attn: Callable[..., Any]) -> bool:
+    return "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+
+def block_attention(
+    query: Tensor, key: Tensor, value: Tensor, blocks: AttentionBlocks, options: ScoreOptions, *, dropout: float = 0.0
+) -> Tensor:
+    """The same by torch's own attention, block by block: with dropout, fp32 on an accelerator, and very large heads."""
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
+        splits = q.split(layout.q_lengths), k.split(layout.k_lengths), v.split(layout.k_lengths)
+        outs = [
+            _attend_alone(*(rows.transpose(0, 1)[None] for rows in sequence), options, dropout=dropout)
+            for sequence in zip(*splits, strict=True)
+        ]
+        return torch.cat([out[0].transpose(0, 1) for out in outs])
+
+    return _by_sequences(query, key, value, blocks, attend)
+
+
+def _attend_alone(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, *, dropout: float) -> Tensor:
+    """Causal attention of Tq queries that end where the Tk >= Tq keys end (diagonal at the bottom right)."""
+    num_queries, num_keys, softcap = query.shape[2], key.shape[2], options.softcap
     window = options.sliding_window
-    left = -1 if window is None or window >= layout.max_k else window - 1
-    lengths = (layout.cu_seq_q, layout.cu_seq_k, layout.max_q, layout.max_k)
-    # Right 0 = causal. Without aux results varlen_attn returns the output alone.
-    out = cast(Tensor, varlen_attn(q, k, v, *lengths, scale=options.scale, window_size=(left, 0), **flags))
-    if out.shape[2] != value_size:
-        out = out[:, :, :value_size]
-    if layout.query_rows is not None:
-        out = out.new_zeros(query.shape[2], *out.shape[1:]).index_copy(0, layout.query_rows, out)
+    window = None if window is None or window >= num_keys else window
+    groups = query.shape[1] // key.shape[1]
+    if groups > 1 and (softcap is not None or counts_as_cuda(query)):
+        # On CUDA only flash attention takes fewer key heads, and it takes neither fp32 nor a mask: without this torch
+        # would write the scores out.
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+        groups = 1
+    simple = softcap is None and num_queries == num_keys and window is None
+    mask = None if simple else bottom_right_mask(num_queries, num_keys, window, query.device)
+    if softcap is None:
+        return F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=mask,
+            dropout_p=dropout,
+            is_causal=simple,
+            scale=options.scale,
+            enable_gqa=groups > 1,
+        )
+    scores = softcap * torch.tanh((query @ key.transpose(-1, -2)) * options.scale / softcap)
+    precise = torch.promote_types(scores.dtype, torch.float32)
+    weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=precise).to(query.dtype)
+    return F.dropout(weights, dropout) @ value
+
+
+class _Layout(NamedTuple):
+    """The blocks as sequences. Rows and places are int64, on the rows' device.
+
+    Attributes:
+        q_lengths, k_lengths, cu_seq_q, cu_seq_k: of each sequence, and where each begins.
+        own_rows: the blocks' own rows, which are queries; None = all rows.
+        seen_rows: [K] the rows that the sequences see, sequence by sequence; None = all rows, each once.
+        own_places: where in those K the blocks' own rows are, ascending.
+        shared: (rows, places) of prefixes; no row twice in one pair, and as many pairs as most blocks share a row.
+    """
+
+    q_lengths: list[int]
+    k_lengths: list[int]
+    cu_seq_q: Tensor
+    cu_seq_k: Tensor
+    own_rows: Tensor | None
+    seen_rows: Tensor | None
+    own_places: Tensor
+    shared: tuple[tuple[Tensor, Tensor], ...]
+
+
+def _by_sequences(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: AttentionBlocks,
+    attend: Callable[[Tensor, Tensor, Tensor, _Layout], Tensor],
+    *,
+    head_size: int | None = None,
+) -> Tensor:
+    """From rows to sequences, whose heads may be padded to a size, to what `attend` makes of them, to rows again."""
+    num_tokens = query.shape[2]
+    layout = _layout(blocks, num_tokens, query.device)
+    q, k, v = (tensor.squeeze(0).transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
+    if head_size is not None:
+        q, k, v = (x if x.shape[2] == head_size else F.pad(x, (0, head_size - x.shape[2])) for x in (q, k, v))
+    if layout.own_rows is not None:
+        q = q.index_select(0, layout.own_rows)
+    if layout.seen_rows is not None:
+        k, v = _TakeSeen.apply(k, layout), _TakeSeen.apply(v, layout)
+    out = attend(q, k, v, layout)
+    if layout.own_rows is not None:
+        out = out.new_zeros(num_tokens, *out.shape[1:]).index_copy(0, layout.own_rows, out)
     return out.transpose(0, 1)[None]
 
 
-def _padded(tensor: Tensor, size: int) -> Tensor:
-    return tensor if tensor.shape[2] == size else F.pad(tensor, (0, size - tensor.shape[2]))
-
-
-class _TakeKeys(torch.autograd.Function):
-    """rows [T, H, D] -> the rows that the sequences see, sequence by sequence, [K, H, D]."""
+class _TakeSeen(torch.autograd.Function):
+    """rows [T, H, D] -> those that the sequences see, [K, H, D]."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, keys: _Keys) -> Tensor:
-        ctx.keys, ctx.num_rows = keys, rows.shape[0]
-        return rows[keys.rows]
+    def forward(ctx: Any, rows: Tensor, layout: _Layout) -> Tensor:
+        ctx.layout, ctx.num_rows = layout, rows.shape[0]
+        return rows[layout.seen_rows]
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        keys: _Keys = ctx.keys
-        total = grad[keys.own_places]
-        if keys.own_rows is not None:
-            total = grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, keys.own_rows, total)
-        for rows, places in keys.shared:  # no row twice in one of them
+        layout: _Layout = ctx.layout
+        total = grad[layout.own_places]
+        if layout.own_rows is not None:
+            total = grad.new_zeros(ctx.num_rows, *grad.shape[1:]).index_copy_(0, layout.own_rows, total)
+        for rows, places in layout.shared:  # no row twice in one of them
             total.index_add_(0, rows, grad[places])
         return total, None
 
 
-@dataclass(frozen=True)
-class _Keys:
-    """Which rows the sequences see, and the way back.
-
-    Attributes:
-        rows: [K] of the row, sequence by sequence.
-        own_places: where in those K the blocks' own rows are, ascending.
-        own_rows: the blocks' own rows; None = all rows.
-        shared: (rows, places) of prefixes; no row twice in one pair, and as many pairs as most blocks share a row.
-    """
-
-    rows: Tensor
-    own_places: Tensor
-    own_rows: Tensor | None
-    shared: tuple[tuple[Tensor, Tensor], ...]
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """query_rows: rows that are queries, None = all; keys: None = no block has a prefix, and they are the same rows."""
-
-    query_rows: Tensor | None
-    keys: _Keys | None
-    cu_seq_q: Tensor
-    cu_seq_k: Tensor
-    max_q: int
-    max_k: int
-
-
 @functools.lru_cache(maxsize=8)  # every layer of a forward pass asks for the same one
 def _layout(blocks: AttentionBlocks, num_tokens: int, device: torch.device) -> _Layout:
-    ranges = blocks.ranges
-    q_lengths = [end - start for _, _, start, end in ranges]
-    k_lengths = [prefix_end - prefix_start + end - start for prefix_start, prefix_end, start, end in ranges]
-    q_edges, k_edges = ([0, *itertools.accumulate(lengths)] for lengths in (q_lengths, k_lengths))
-    parts = [torch.tensor(q_edges), torch.tensor(k_edges), torch.cat([torch.arange(*block[2:]) for block in ranges])]
-    if k_lengths != q_lengths:
-        rows, own_places = [], []
-        for (prefix_start, prefix_end, start, end), k_end in zip(ranges, k_edges[1:], strict=True):
-            rows += [torch.arange(prefix_start, prefix_end), torch.arange(start, end)]
-            own_places.append(torch.arange(k_end - end + start, k_end))
-        parts += [torch.cat(rows), torch.cat(own_places)]
-        for sharers in _without_overlap(ranges):
-            parts.append(torch.cat([torch.arange(*ranges[index][:2]) for index in sharers]))
-            lengths = [ranges[index][1] - ranges[index][0] for index in sharers]
-            places = zip((k_edges[index] for index in sharers), lengths, strict=True)
-            parts.append(torch.cat([torch.arange(place, place + length) for place, length in places]))
-    cu_seq_q, cu_seq_k, own_rows, *rest = to_device(parts, device, torch.int64)
-    own_rows = own_rows if len(own_rows) < num_tokens else None
-    keys = None
-    if rest:
-        rows, own_places, *shared = rest
-        keys = _Keys(rows, own_places, own_rows, tuple(zip(shared[::2], shared[1::2], strict=True)))
-    return _Layout(own_rows, keys, cu_seq_q.int(), cu_seq_k.int(), max(q_lengths), max(k_lengths))
+    prefixes = [torch.arange(prefix_start, prefix_end) for prefix_start, prefix_end, _, _ in blocks.ranges]
+    own = [torch.arange(start, end) for _, _, start, end in blocks.ranges]
+    parts = list(itertools.chain.from_iterable(zip(prefixes, own, strict=True)))  # in the order that is seen
+    q_lengths, k_lengths = [len(rows) for rows in own], [len(a) + len(b) for a, b in zip(prefixes, own, strict=True)]
+    edges = [torch.tensor([0, *itertools.accumulate(lengths)]) for lengths in (q_lengths, k_lengths)]
+    places = torch.arange(sum(k_lengths)).split([len(rows) for rows in parts])
+    indices = [torch.cat(own), torch.cat(parts), torch.cat(places[1::2])]
+    for sharers in _without_overlap(blocks.ranges):
+        indices += [torch.cat([prefixes[index] for index in sharers]), torch.cat([places[2 * i] for i in sharers])]
+    cu_seq_q, cu_seq_k, own_rows, seen_rows, own_places, *shared = to_device([*edges, *indices], device, torch.int64)
+    return _Layout(
+        q_lengths,
+        k_lengths,
+        cu_seq_q.int(),
+        cu_seq_k.int(),
+        own_rows if len(own_rows) < num_tokens else None,
+        seen_rows if shared or len(own_rows) < num_tokens else None,
+        own_places,
+        tuple(zip(shared[::2], shared[1::2], strict=True)),
+    )
 
 
 def _without_overlap(ranges: tuple[Block, ...]) -> list[list[int]]:
