@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from simpo.core.blocks import AttentionBlocks
 from simpo.core.packing import TokenPair, shared_prefix_length
@@ -99,14 +100,14 @@ def build_batch(
     """
     if not pairs:
         raise ValueError("a micro-batch needs at least one pair")
-    groups = [
+    for pair in pairs:
+        _check_response(pair.chosen_ids, pair.chosen_start, what=f"pair {pair.row_id}: the chosen response")
+        _check_response(pair.rejected_ids, pair.rejected_start, what=f"pair {pair.row_id}: the rejected response")
+    lists = [
         TokenList(pair.row_id, (pair.chosen_ids, pair.rejected_ids), (pair.chosen_start, pair.rejected_start))
         for pair in pairs
     ]
-    for group in groups:
-        for side, ids, start in zip(("chosen", "rejected"), group.sequences, group.starts, strict=True):
-            _check_response(ids, start, what=f"pair {group.row_id}: the {side} response")
-    return _lay_out(groups, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
+    return _lay_out(lists, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
 
 
 def build_list_batch(
@@ -143,70 +144,46 @@ def _check_response(ids: Sequence[int], start: int, *, what: str) -> None:
         )
 
 
-def _lay_out(groups: Sequence[TokenList], *, pack: bool, share_prompt: bool, pad_token_id: int) -> PackedPairs:
-    rows: list[_Row] = []
+def _lay_out(lists: Sequence[TokenList], *, pack: bool, share_prompt: bool, pad_token_id: int) -> PackedPairs:
     plain = not pack and not share_prompt
-    for group in groups:
-        prefix = shared_prefix_length(*group.sequences) if share_prompt else 0
-        if not pack or not rows:
-            rows.append(_Row())
-        start = len(rows[-1].ids)
-        for index, (ids, response_start) in enumerate(zip(group.sequences, group.starts, strict=True)):
-            if plain and index:
-                rows.append(_Row())
-            # The first sequence stands whole; its first tokens are what the others share.
-            rows[-1].add_sequence(ids, response_start, prefix_start=start, prefix=prefix if index else 0)
-    return _assemble(rows, groups, plain=plain, pad_token_id=pad_token_id)
+    rows, positions = [], []  # of each row, without padding
+    blocks, sources = [], []  # with the number of their row
+    labels, lengths = [], []
+    for each in lists:
+        shared = shared_prefix_length(*each.sequences) if share_prompt else 0
+        for index, (ids, response_start) in enumerate(zip(each.sequences, each.starts, strict=True)):
+            if not rows or plain or (not pack and index == 0):
+                rows.append([])
+                positions.append([])
+            row, number, begin = rows[-1], len(rows) - 1, len(rows[-1])
+            if index == 0:  # the first sequence stands whole; its first tokens are what the others share
+                first, prefix = begin, 0
+            else:
+                prefix = shared
+            row += ids[prefix:]
+            positions[-1] += range(prefix, len(ids))
+            blocks.append((number, (first, first + prefix, begin, len(row))))
+            # Label t is predicted by token t-1, which stands either in the shared prefix or in this block.
+            predictors = range(response_start - 1, len(ids) - 1)
+            sources += [(number, first + t if t < prefix else begin + t - prefix) for t in predictors]
+            labels += ids[response_start:]
+            lengths.append(len(predictors))
+    width = max(map(len, rows))
+    flat_sources = [number * width + source for number, source in sources]
+    flat_blocks = [tuple(number * width + edge for edge in block) for number, block in blocks]
 
+    def padded(values: list[Sequence[int]], value: int = 0) -> Tensor:
+        return pad_sequence([torch.tensor(row) for row in values], batch_first=True, padding_value=value)
 
-class _Row:
-    """Accumulates sequences into one row; offsets are relative to the row's first token."""
-
-    def __init__(self) -> None:
-        self.ids: list[int] = []
-        self.positions: list[int] = []
-        self.blocks: list[tuple[int, int, int, int]] = []
-        self.sources: list[list[int]] = []  # one list per response
-        self.labels: list[list[int]] = []
-
-    def add_sequence(self, ids: Sequence[int], response_start: int, *, prefix_start: int, prefix: int) -> None:
-        """Append ids[prefix:], whose first `prefix` tokens already stand at prefix_start in this row."""
-        begin = len(self.ids)
-        self.ids += ids[prefix:]
-        self.positions += range(prefix, len(ids))
-        # A sequence without a shared prefix is a block whose prefix is empty.
-        self.blocks.append((prefix_start, prefix_start + prefix, begin, begin + len(ids) - prefix))
-        # Label t is predicted by token t-1, which stands either in the shared prefix or in this block.
-        predictors = range(response_start - 1, len(ids) - 1)
-        self.sources.append([prefix_start + t if t < prefix else begin + t - prefix for t in predictors])
-        self.labels.append(list(ids[response_start:]))
-
-
-def _assemble(rows: list[_Row], groups: Sequence[TokenList], *, plain: bool, pad_token_id: int) -> PackedPairs:
-    width = max(len(row.ids) for row in rows)
-    input_ids = torch.full((len(rows), width), pad_token_id, dtype=torch.long)
-    position_ids = torch.zeros((len(rows), width), dtype=torch.long)
-    attention_mask = torch.zeros((len(rows), width), dtype=torch.long)
-    blocks, sources, labels, lengths = [], [], [], []
-    for index, row in enumerate(rows):
-        size, offset = len(row.ids), index * width
-        input_ids[index, :size] = torch.tensor(row.ids, dtype=torch.long)
-        position_ids[index, :size] = torch.tensor(row.positions, dtype=torch.long)
-        attention_mask[index, :size] = 1
-        blocks += [tuple(edge + offset for edge in block) for block in row.blocks]
-        for response_sources, response_labels in zip(row.sources, row.labels, strict=True):
-            sources += [source + offset for source in response_sources]
-            labels += response_labels
-            lengths.append(len(response_labels))
     return PackedPairs(
-        input_ids=input_ids,
-        position_ids=position_ids,
-        attention_mask=attention_mask if plain else None,
-        blocks=None if plain else AttentionBlocks(tuple(blocks)),
-        source_rows=torch.tensor(sources, dtype=torch.long),
-        read_rows=torch.tensor(sorted(set(sources)), dtype=torch.long),
-        labels=torch.tensor(labels, dtype=torch.long),
-        response_lengths=torch.tensor(lengths, dtype=torch.long),
-        row_ids=tuple(group.row_id for group in groups),
-        group_sizes=tuple(len(group.sequences) for group in groups),
+        input_ids=padded(rows, pad_token_id),
+        position_ids=padded(positions),
+        attention_mask=padded([[1] * len(row) for row in rows]) if plain else None,
+        blocks=None if plain else AttentionBlocks(tuple(flat_blocks)),
+        source_rows=torch.tensor(flat_sources),
+        read_rows=torch.tensor(sorted(set(flat_sources))),
+        labels=torch.tensor(labels),
+        response_lengths=torch.tensor(lengths),
+        row_ids=tuple(each.row_id for each in lists),
+        group_sizes=tuple(len(each.sequences) for each in lists),
     )
