@@ -18,15 +18,7 @@ import numpy as np
 from simpo.core.packing import CostWeights, PairShape, fill_to_budget
 from simpo.data.loader import StepLoader
 
-LLAMA_8B = CostWeights.of_decoder(
-    num_layers=32,
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_heads=32,
-    num_kv_heads=8,
-    head_dim=128,
-    vocab_size=128256,
-)
+LLAMA_8B = CostWeights(attention=8192 / 218103808, head=128256 * 4096 / (32 * 218103808))
 
 
 @dataclass(frozen=True)

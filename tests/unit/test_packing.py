@@ -10,6 +10,7 @@ import statistics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import LlamaConfig
 
 from simpo.core.packing import (
     CostWeights,
@@ -23,6 +24,7 @@ from simpo.core.packing import (
     shared_prefix_length,
     spread_evenly,
 )
+from simpo.model.costs import cost_weights
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -72,10 +74,14 @@ def test_shared_prefix_of_many_is_the_longest_that_leaves_each_a_token(common, r
 
 
 # 2 N_l cost, three times for forward and backward, is the floor of compute: 7-8B and 135M shapes, TFLOP per pair.
-LLAMA_8B = {"num_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "num_heads": 32, "num_kv_heads": 8}
-LLAMA_8B |= {"head_dim": 128, "vocab_size": 128256}
-SMOLLM = {"num_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "num_heads": 9, "num_kv_heads": 3}
-SMOLLM |= {"head_dim": 64, "vocab_size": 49152}
+LLAMA_8B = LlamaConfig(
+    num_hidden_layers=32, hidden_size=4096, intermediate_size=14336, num_attention_heads=32, num_key_value_heads=8,
+    vocab_size=128256,
+)  # fmt: skip
+SMOLLM = LlamaConfig(
+    num_hidden_layers=30, hidden_size=576, intermediate_size=1536, num_attention_heads=9, num_key_value_heads=3,
+    vocab_size=49152,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -90,7 +96,7 @@ SMOLLM |= {"head_dim": 64, "vocab_size": 49152}
 )
 def test_cost_of_a_pair_is_its_share_of_the_floor_of_compute(model, block_weights, shape, teraflops):
     """The weights in the blocks are counted by hand: layers * (2 H Hq D + 2 H Hkv D + 3 H I), Hq D = H in both."""
-    cost = pair_cost(shape, CostWeights.of_decoder(**model), num_labels=shape.chosen + shape.rejected)
+    cost = pair_cost(shape, cost_weights(model), num_labels=shape.chosen + shape.rejected)
     assert 3 * 2 * block_weights * cost / 1e12 == pytest.approx(teraflops, rel=3e-3)
 
 

@@ -81,26 +81,6 @@ class CostWeights:
     attention: float = 0.0
     head: float = 0.0
 
-    @classmethod
-    def of_decoder(
-        cls,
-        *,
-        num_layers: int,
-        hidden_size: int,
-        intermediate_size: int,
-        num_heads: int,
-        num_kv_heads: int,
-        head_dim: int,
-        vocab_size: int,
-    ) -> CostWeights:
-        """The weights for a decoder of gated feed-forward blocks (Llama and similar ones)."""
-        attention_weights = 2 * hidden_size * head_dim * (num_heads + num_kv_heads)
-        layer_weights = attention_weights + 3 * hidden_size * intermediate_size
-        return cls(
-            attention=2 * num_heads * head_dim / layer_weights,
-            head=vocab_size * hidden_size / (num_layers * layer_weights),
-        )
-
 
 TOKENS_ALONE = CostWeights()
 """Attention and head free: the cost of a pair is its number of tokens."""
@@ -141,30 +121,29 @@ def pair_cost(shape: PairShape, weights: CostWeights = TOKENS_ALONE, *, num_labe
     return shape.tokens + weights.attention * shape.attended + weights.head * num_labels
 
 
-def spread_evenly(costs: Sequence[float], num_bins: int) -> list[list[int]]:
+def spread_evenly(
+    costs: Sequence[float], num_bins: int, *, tokens: Sequence[int] | None = None, budget: int = 0
+) -> list[list[int]] | None:
     """Assign items to bins so that the costliest bin is close to the mean (longest processing time first).
+
+    The costliest item goes first, each into the cheapest bin that has room for it.
 
     Args:
         costs: cost of each item, >= 0.
         num_bins: bins to fill, >= 1.
+        tokens, budget: size of each item, and what fits in a bin; None = everything fits.
     Returns:
-        For each bin the indices of its items in ascending order; bins beyond the number of items are empty.
+        For each bin the indices of its items in ascending order, bins beyond the number of items empty; None when one
+        finds no room.
     """
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, not {num_bins}")
-    bins = _spread(costs, [0] * len(costs), num_bins, 0)
-    assert bins is not None  # items without size fit anywhere
-    return bins
-
-
-def _spread(costs: Sequence[float], tokens: Sequence[int], num_bins: int, budget: int) -> list[list[int]] | None:
-    """Costliest item first, each into the cheapest bin with room for it; None when one finds no room."""
     bins: list[list[int]] = [[] for _ in range(num_bins)]
     room = [budget] * num_bins
     # Ties go to the bin with fewer items, then to the lower index: the same assignment on every rank.
     heap = [(0.0, 0, index) for index in range(num_bins)]
     for item in sorted(range(len(costs)), key=costs.__getitem__, reverse=True):
-        size = tokens[item]
+        size = 0 if tokens is None else tokens[item]
         passed = []
         while room[heap[0][2]] < size:
             passed.append(heapq.heappop(heap))
@@ -176,9 +155,7 @@ def _spread(costs: Sequence[float], tokens: Sequence[int], num_bins: int, budget
             heapq.heappush(heap, entry)
         bins[index].append(item)
         room[index] -= size
-    for items in bins:
-        items.sort()
-    return bins
+    return [sorted(items) for items in bins]
 
 
 def fill_to_budget(tokens: Sequence[int], budget: int) -> list[list[int]]:
@@ -198,29 +175,16 @@ def fill_to_budget(tokens: Sequence[int], budget: int) -> list[list[int]]:
             "raise max_tokens_per_micro_batch or lower max_length"
         )
     bins: list[list[int]] = []
-    rooms: list[int] = []  # distinct rooms of the bins so far, ascending
-    open_at: dict[int, list[int]] = {}  # room -> heap of the bins that have it
+    rooms: list[tuple[int, int]] = []  # (what is left of the budget, bin), ascending
     for item in sorted(range(len(tokens)), key=tokens.__getitem__, reverse=True):
-        size = tokens[item]
-        at = bisect_left(rooms, size)
-        if at < len(rooms):  # the tightest room; of bins with the same, the first
-            room = rooms[at]
-            index = heapq.heappop(open_at[room])
-            if not open_at[room]:
-                del open_at[room], rooms[at]
-        else:
-            index, room = len(bins), budget
+        at = bisect_left(rooms, (tokens[item], 0))  # the tightest room; of bins with the same, the first
+        if at == len(rooms):
+            rooms.append((budget, len(bins)))
             bins.append([])
+        room, index = rooms.pop(at)
         bins[index].append(item)
-        left = room - size
-        if left in open_at:
-            heapq.heappush(open_at[left], index)
-        else:
-            open_at[left] = [index]
-            insort(rooms, left)
-    for items in bins:
-        items.sort()
-    return bins
+        insort(rooms, (room - tokens[item], index))
+    return [sorted(items) for items in bins]
 
 
 def plan_micro_batches(
@@ -246,28 +210,16 @@ def plan_micro_batches(
     Raises:
         ValueError: a pair alone exceeds max_tokens.
     """
-    if max_tokens is None:
-        bins = spread_evenly(costs, num_ranks * num_micro_batches)
-    else:
-        bins = _spread_within_budget(tokens, costs, num_ranks, num_micro_batches, max_tokens)
-    return _deal(bins, costs, num_ranks)
-
-
-def _spread_within_budget(
-    tokens: Sequence[int], costs: Sequence[float], num_ranks: int, num_micro_batches: int, max_tokens: int
-) -> list[list[int]]:
-    """The fewest bins, a multiple of num_ranks, in which the even spread keeps the budget; at most best fit's."""
-    per_rank = max(num_micro_batches, -(-sum(tokens) // (max_tokens * num_ranks)))
+    budget = max(1, sum(tokens)) if max_tokens is None else max_tokens
+    per_rank = max(num_micro_batches, -(-sum(tokens) // (budget * num_ranks)))
     packed: list[list[int]] | None = None
-    while True:
-        bins = _spread(costs, tokens, per_rank * num_ranks, max_tokens)
-        if bins is not None:
-            return bins
-        if packed is None:
-            packed = fill_to_budget(tokens, max_tokens)
+    while (bins := spread_evenly(costs, per_rank * num_ranks, tokens=tokens, budget=budget)) is None:
+        packed = packed or fill_to_budget(tokens, budget)
         if len(packed) <= per_rank * num_ranks:  # so tight that only best fit fits: then all are about full
-            return packed + [[] for _ in range(per_rank * num_ranks - len(packed))]
+            bins = packed + [[] for _ in range(per_rank * num_ranks - len(packed))]
+            break
         per_rank += 1
+    return _deal(bins, costs, num_ranks)
 
 
 def _deal(bins: list[list[int]], costs: Sequence[float], num_ranks: int) -> list[list[list[int]]]:

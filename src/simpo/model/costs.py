@@ -13,11 +13,18 @@ def cost_weights(config: Any) -> CostWeights:
     Taken to be a dense decoder with gated feed-forward blocks. For another one (experts, ungated blocks) the weights
     are off by some tens of percent, which makes micro-batches a little less even and changes nothing that is computed.
     """
-    return CostWeights.of_decoder(**decoder_sizes(config))
+    sizes = decoder_sizes(config)
+    hidden, heads = sizes["hidden_size"], sizes["num_heads"]
+    attention_weights = 2 * hidden * sizes["head_dim"] * (heads + sizes["num_kv_heads"])
+    layer_weights = attention_weights + 3 * hidden * sizes["intermediate_size"]
+    return CostWeights(
+        attention=2 * heads * sizes["head_dim"] / layer_weights,
+        head=sizes["vocab_size"] * hidden / (sizes["num_layers"] * layer_weights),
+    )
 
 
 def decoder_sizes(config: Any) -> dict[str, int]:
-    """The sizes of a transformers model under the names of `CostWeights.of_decoder`, usual values where it has none."""
+    """The sizes of a transformers model under one set of names, usual values where its configuration has none."""
     config = config.get_text_config()
     heads = config.num_attention_heads
     return {
