@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import Place, Ranks
 from torch import Tensor, nn
 
 from simpo.core.attention import packed_attention, reference_attention
@@ -75,7 +75,7 @@ def test_slices_put_together_are_the_row_and_every_label_with_its_predictor(name
     owners = torch.arange(len(whole.response_lengths)).repeat_interleave(whole.response_lengths)
     expected = sorted(zip(owners.tolist(), whole.source_rows.tolist(), whole.labels.tolist(), strict=True))
     for size in range(1, len(ids) + 3):
-        slices = [split_rows(whole, rank=rank, size=size) for rank in range(size)]
+        slices = [split_rows(whole, Place(rank, size)) for rank in range(size)]
         length = slices[0].num_tokens
         assert (
             {part.input_ids.shape for part in slices} == {part.position_ids.shape for part in slices} == {(1, length)}
@@ -99,7 +99,7 @@ def test_slices_put_together_are_the_row_and_every_label_with_its_predictor(name
 
 
 def test_a_batch_moves_to_a_device_with_its_local_lengths():
-    part = split_rows(build_batch(make_pairs()), rank=0, size=2)
+    part = split_rows(build_batch(make_pairs()), Place(0, 2))
     assert part.to("meta").local_lengths.device.type == "meta"
     assert build_batch(make_pairs()).to("cpu").local_lengths is None
 
@@ -107,12 +107,9 @@ def test_a_batch_moves_to_a_device_with_its_local_lengths():
 def test_what_cannot_be_split_is_refused():
     whole = build_batch(make_pairs())
     with pytest.raises(ValueError, match="set pack or share_prompt to true"):
-        split_rows(build_batch(make_pairs(), pack=False, share_prompt=False), rank=0, size=2)
+        split_rows(build_batch(make_pairs(), pack=False, share_prompt=False), Place(0, 2))
     with pytest.raises(ValueError, match="already a slice"):
-        split_rows(split_rows(whole, rank=0, size=2), rank=0, size=2)
-    for rank, size in ((2, 2), (-1, 2), (0, 0)):
-        with pytest.raises(ValueError, match=f"rank {rank}: a row in {size} slices has the ranks 0..{size - 1}"):
-            split_rows(whole, rank=rank, size=size)
+        split_rows(split_rows(whole, Place(0, 2)), Place(0, 2))
 
 
 # --- attention -------------------------------------------------------------------------------------------------------
@@ -199,15 +196,6 @@ def refusal_of_heads(heads: int) -> str:
     return "none"
 
 
-def refusal_of_rank() -> str:
-    rank, size = dist.get_rank(), dist.get_world_size()
-    try:
-        split_rows(build_batch(make_pairs()), rank=(rank + 1) % size, size=size, group=dist.group.WORLD)
-    except ValueError as error:
-        return str(error)
-    return "none"
-
-
 def assert_all_within(per_rank: list[dict[str, float]], tolerance: float) -> None:
     for rank, errors in enumerate(per_rank):
         wrong = {case: error for case, error in errors.items() if not error <= tolerance}
@@ -238,11 +226,6 @@ def test_under_autocast_half_the_bytes_cross_one_exchange_each_way(two_ranks: Ra
 def test_heads_that_do_not_divide_are_refused_with_both_numbers(two_ranks: Ranks):
     for message in two_ranks.run(refusal_of_heads, 9):
         assert message.startswith("cp: 2 does not divide the 9 query heads")
-
-
-def test_a_slice_that_is_not_this_rank_s_is_refused(two_ranks: Ranks):
-    for rank, message in enumerate(two_ranks.run(refusal_of_rank)):
-        assert message.startswith(f"rank {1 - rank} of 2: this process is rank {rank} of 2 in the group")
 
 
 # --- sums and parameters' gradients ----------------------------------------------------------------------------------
@@ -296,12 +279,12 @@ def compare_training(dtype: torch.dtype, heads: tuple[int, int]) -> tuple[dict[s
 
     The whole row goes through the references, in the same dtype.
     """
-    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    group = dist.group.WORLD
     model, errors, labels = Decoder(heads, dtype), {}, {}
     for name, batch in make_batches().items():
         logps = model(batch, reference_attention, reference_token_logps)
         expected = sums_and_gradients(model, response_logps(logps, batch.response_lengths), batch)
-        part = split_rows(batch, rank=rank, size=size, group=group)
+        part = split_rows(batch, group)
         here = response_logps(model(part, packed_attention, token_logps), part.local_lengths)
         actual = sums_and_gradients(model, sum_over(here, group), part)
         for gradient in actual[1:]:
@@ -365,7 +348,7 @@ def compare_architecture(architecture: str, config: dict[str, Any]) -> dict[str,
     """`model.head.compute_response_logps` of slices, with activation checkpointing and without, beside the whole."""
     from simpo.model.head import compute_response_logps
 
-    rank, size, group = dist.get_rank(), dist.get_world_size(), dist.group.WORLD
+    group = dist.group.WORLD
     model, errors = build_model(architecture, **config).double(), {}
     for checkpointing in (False, True):
         if checkpointing:
@@ -373,7 +356,7 @@ def compare_architecture(architecture: str, config: dict[str, Any]) -> dict[str,
         for name in ("pack=True share=True", "pack=False share=True", "one pair"):
             batch = make_batches()[name]
             expected = sums_and_gradients(model, compute_response_logps(model, batch)[0], batch)
-            part = split_rows(batch, rank=rank, size=size, group=group)
+            part = split_rows(batch, group)
             sums, lengths = compute_response_logps(model, part)
             assert torch.equal(lengths, batch.response_lengths)
             actual = sums_and_gradients(model, sums, part)
@@ -392,7 +375,7 @@ def refusal_of_window(length: int) -> str:
     moe = {"moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4}
     model = build_model("Qwen2Moe", **moe, use_sliding_window=True, sliding_window=12, max_window_layers=1)
     batch = build_batch([TokenPair("row", [*range(10, 10 + length)], 9, [*range(10, 19), 50], 9)])
-    part = split_rows(batch, rank=dist.get_rank(), size=2, group=dist.group.WORLD)
+    part = split_rows(batch, dist.group.WORLD)
     assert part.num_tokens < 12
     try:
         compute_response_logps(model, part)

@@ -9,7 +9,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from ranks import Ranks
+from ranks import Place, Ranks
 from torch import Tensor
 
 from simpo.core.batch import PackedPairs, build_batch
@@ -39,14 +39,14 @@ def test_sums_are_the_whole_row_s_wherever_it_is_cut(pack: bool, share: bool) ->
     whole = build_batch(PAIRS, pack=pack, share_prompt=share)
     expected = bigram_sums(whole, whole.response_lengths)
     for size in range(2, whole.num_tokens + 2):
-        slices = [split_rows(whole, rank=rank, size=size) for rank in range(size)]
+        slices = [split_rows(whole, Place(rank, size)) for rank in range(size)]
         total = sum(bigram_sums(part, part.local_lengths) for part in slices)
         assert torch.allclose(total, expected, rtol=0, atol=1e-12)
 
 
 def sums_over_ranks() -> list[float]:
     batch = build_batch(PAIRS)
-    part = split_rows(batch, rank=dist.get_rank(), size=dist.get_world_size(), group=dist.group.WORLD)
+    part = split_rows(batch, dist.group.WORLD)
     return sum_over(bigram_sums(part, part.local_lengths), dist.group.WORLD).tolist()
 
 
@@ -62,7 +62,7 @@ def test_labels_shifted_after_the_split_would_show() -> None:
     expected = bigram_sums(whole, whole.response_lengths)
     trained = set(whole.source_rows.tolist())
     for size in range(2, whole.num_tokens):
-        slices = [split_rows(whole, rank=rank, size=size) for rank in range(size)]
+        slices = [split_rows(whole, Place(rank, size)) for rank in range(size)]
         length = slices[0].num_tokens
         last = [rank * length + length - 1 for rank in range(size)]
         kept = [part.source_rows != length - 1 for part in slices]

@@ -23,35 +23,26 @@ from torch import Tensor
 from simpo.core.batch import PackedPairs
 
 
-def split_rows(batch: PackedPairs, *, rank: int, size: int, group: dist.ProcessGroup | None = None) -> PackedPairs:
-    """One of `size` equal slices of a batch's tokens, with those labels whose predictors lie in it.
+def split_rows(batch: PackedPairs, group: dist.ProcessGroup) -> PackedPairs:
+    """This rank's slice of a batch's tokens, with those labels whose predictors lie in it: one of equally long ones.
 
-    Several rows are taken end to end as one, which is padded at the end to a multiple of `size`. Labels were shifted
-    when the batch was laid out, so none is lost at a cut. Call it before the batch goes to a GPU, which it would stall.
+    Several rows are taken end to end as one, which is padded at the end to a multiple of the group's size. Labels were
+    shifted when the batch was laid out, so none is lost at a cut. Call it before the batch goes to a GPU, which it
+    would stall.
 
     Args:
         batch: with `blocks`, of the whole row.
-        rank: which slice, 0..size-1.
-        size: how many.
-        group: the ranks that have the slices, in order; attention then goes over all of them. Without a group the slice
-            can be looked at, but no model can attend over it.
+        group: the ranks that have the slices, in order; attention then goes over all of them.
     Returns:
         The slice, with `local_lengths`; see `PackedPairs`.
     Raises:
-        ValueError: an ordinary padded batch (its attention is transformers'), a batch that is already a slice, or a
-            rank outside 0..size-1 or other than the group's.
+        ValueError: an ordinary padded batch (its attention is transformers'), or a batch that is already a slice.
     """
     if batch.blocks is None:
         raise ValueError("context parallelism needs packed attention; set pack or share_prompt to true, or cp: 1")
     if batch.local_lengths is not None:
         raise ValueError("this batch is already a slice; split the whole row's batch instead")
-    if not 0 <= rank < size:
-        raise ValueError(f"rank {rank}: a row in {size} slices has the ranks 0..{size - 1}")
-    if group is not None and (group.rank(), group.size()) != (rank, size):
-        raise ValueError(
-            f"rank {rank} of {size}: this process is rank {group.rank()} of {group.size()} in the group, and takes the "
-            "slice of that rank"
-        )
+    rank, size = group.rank(), group.size()
     length = -(-batch.num_tokens // size)
     start = rank * length
 

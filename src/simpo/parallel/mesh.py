@@ -174,9 +174,7 @@ class Mesh:
 
     def own_rows(self, batch: PackedPairs) -> PackedPairs:
         """This process's slice of a batch's tokens; without context parallelism the batch itself."""
-        if self.cp_group is None:
-            return batch
-        return split_rows(batch, rank=self.cp_rank, size=self.sizes.cp, group=self.cp_group)
+        return batch if self.cp_group is None else split_rows(batch, self.cp_group)
 
     @property
     def is_main(self) -> bool:
