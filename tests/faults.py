@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -55,16 +55,9 @@ def leak_one_token(batch: PackedPairs) -> PackedPairs:
     return dataclasses.replace(batch, blocks=dataclasses.replace(batch.blocks, ranges=tuple(ranges)))
 
 
-@contextlib.contextmanager
-def misread_scale(scale: float) -> Iterator[None]:
+def misread_scale(scale: float) -> Any:
     """The head computes a scale that the model does not have."""
-
-    class Owner:
-        value = 1.0
-
-    transforms = [head._Transform(Owner, "value", scale=scale)]
-    with mock.patch.object(head, "_find_transforms", return_value=transforms):
-        yield
+    return mock.patch.object(head, "_find_transforms", return_value=(scale, None, []))
 
 
 FAULTS: dict[str, Callable[[], Any]] = {

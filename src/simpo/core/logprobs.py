@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -44,25 +44,6 @@ class VocabShard:
     group: dist.ProcessGroup
     start: int
     vocab_size: int
-
-
-@dataclass(frozen=True)
-class HeadOptions:
-    """How hidden states become logits beyond the matrix product.
-
-    Attributes:
-        scale: logits are multiplied by this first.
-        softcap: then softcap * tanh(logits / softcap); None = off.
-        compute_dtype: dtype of the matrix products; None = the hidden states' own.
-        chunk_size: rows whose logits exist at one time; None = as many as fit in CHUNK_BYTES (CHUNK_BYTES_CUDA).
-        shard: the part of the vocabulary that this rank holds; None = all of it.
-    """
-
-    scale: float = 1.0
-    softcap: float | None = None
-    compute_dtype: torch.dtype | None = None
-    chunk_size: int | None = None
-    shard: VocabShard | None = None
 
 
 def reference_token_logps(
@@ -103,7 +84,11 @@ def token_logps(
         weight: [V, D] output embedding; may be frozen, or tied to the input embedding. With `shard`, [V_local, D].
         labels: [N] int64 in 0..V-1, of the whole vocabulary.
         bias: [V] ([V_local]), or None.
-        scale, softcap, compute_dtype, chunk_size, shard: see `HeadOptions`.
+        scale: logits are multiplied by this first.
+        softcap: then softcap * tanh(logits / softcap); None = off.
+        compute_dtype: dtype of the matrix products; None = the hidden states' own.
+        chunk_size: rows whose logits exist at one time; None = as many as fit in CHUNK_BYTES (CHUNK_BYTES_CUDA).
+        shard: the part of the vocabulary that this rank holds; None = all of it.
     With `shard` all ranks of its group must call this, and run its backward pass, together; rank-local gradients of
     weight and bias, and the whole gradient of hidden on every rank.
     Returns:
@@ -113,8 +98,7 @@ def token_logps(
             labels on an accelerator would stall it).
     """
     _check_inputs(hidden, weight, labels, chunk_size, shard)
-    options = HeadOptions(scale, softcap, compute_dtype, chunk_size, shard)
-    return _ChunkedLogps.apply(hidden, weight, bias, labels, options)
+    return _ChunkedLogps.apply(hidden, weight, bias, labels, _Options(scale, softcap, compute_dtype, chunk_size, shard))
 
 
 def response_logps(token_logps: Tensor, response_lengths: Tensor) -> Tensor:
@@ -150,6 +134,16 @@ def _check_inputs(
         )
 
 
+class _Options(NamedTuple):
+    """As in `token_logps`."""
+
+    scale: float
+    softcap: float | None
+    compute_dtype: torch.dtype | None
+    chunk_size: int | None
+    shard: VocabShard | None
+
+
 class _ChunkedLogps(torch.autograd.Function):
     """Forward keeps one logsumexp per row, and the last chunk's logits; backward computes the other chunks' again.
 
@@ -161,14 +155,19 @@ class _ChunkedLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: HeadOptions
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
     ) -> Tensor:
         compute = options.compute_dtype or hidden.dtype
         h, w = hidden.to(compute), weight.to(compute)
         precise = torch.promote_types(compute, torch.float32)
         lse = torch.full(hidden.shape[:1], float("-inf"), dtype=precise, device=hidden.device)
         target = torch.zeros_like(lse)
-        labels, held = _local_labels(labels, weight.shape[0], options.shard)
+        held = None
+        if options.shard is not None:
+            # Row numbers of the weight held here; the others' labels become row 0, which is a row like any other.
+            labels = labels - options.shard.start
+            held = (labels >= 0) & (labels < weight.shape[0])
+            labels = labels.masked_fill(~held, 0)
         products = None
         for rows in chunk_rows(h, weight.shape[0], options.chunk_size):
             products = _product(h[rows], w.T)
@@ -189,28 +188,30 @@ class _ChunkedLogps(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, held, lse = ctx.saved_tensors
-        options: HeadOptions = ctx.options
+        options: _Options = ctx.options
         compute = options.compute_dtype or hidden.dtype
         h, w = hidden.to(compute), weight.to(compute)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         d_hidden = torch.zeros(hidden.shape, dtype=compute, device=hidden.device) if need_hidden else None
         d_weight = None
-        grad_targets = grad_logps if held is None else grad_logps * held
+        grad_targets = grad_logps if held is None else grad_logps * held  # 0 where another rank has the label's logit
         d_bias = torch.zeros(weight.shape[0], dtype=lse.dtype, device=weight.device) if need_bias else None
-        products, ctx.last_products = (
-            ctx.last_products,
-            None,
-        )  # overwritten below: not for a second backward
+        products, ctx.last_products = ctx.last_products, None  # overwritten below: not for a second backward
         for rows in reversed(chunk_rows(h, weight.shape[0], options.chunk_size)):
             products = _product(h[rows], w.T) if products is None else products
             for part in _slices(products):
                 at = _shift(part, rows)
-                d_logits = _d_logits(
-                    products[part], lse[at], labels[at], grad_logps[at], grad_targets[at], bias, options
-                )
+                logits, tanh = _transform(products[part], bias, options)
+                d_logits = logits.sub_(lse[at, None]).exp_().mul_(-grad_logps[at, None])
+                d_logits.scatter_add_(1, labels[at, None], grad_targets[at, None])
+                if tanh is not None:
+                    d_logits *= 1 - tanh * tanh
+                if options.scale != 1.0:
+                    d_logits *= options.scale
                 if d_bias is not None:
                     d_bias += d_logits.sum(dim=0)
-                products[part] = d_logits
+                products[part] = d_logits  # with respect to hidden @ weight.T (+ bias)
+                del logits, tanh, d_logits  # before the next slice's come
             d_products, products = products, None
             if d_hidden is not None:
                 d_hidden[rows] = _product(d_products, w)
@@ -231,18 +232,6 @@ class _ChunkedLogps(torch.autograd.Function):
         )
 
 
-def _local_labels(labels: Tensor, num_held: int, shard: VocabShard | None) -> tuple[Tensor, Tensor | None]:
-    """Labels as row numbers of the weight held here, and which of them it has; None = all. The others become row 0.
-
-    Whether a label is held is never read off its local number: 0 is a row like any other.
-    """
-    if shard is None:
-        return labels, None
-    local = labels - shard.start
-    held = (local >= 0) & (local < num_held)
-    return local.masked_fill(~held, 0), held
-
-
 def _reduce_over_shards(lse: Tensor, target: Tensor, held: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
     """The whole vocabulary's logsumexp and the labels' logits, [N] each, from those of every rank's shard."""
     largest = lse.clone()
@@ -250,27 +239,6 @@ def _reduce_over_shards(lse: Tensor, target: Tensor, held: Tensor, group: dist.P
     sums = torch.stack([torch.exp(lse - largest), target.masked_fill(~held, 0.0)])
     dist.all_reduce(sums, group=group)
     return largest + sums[0].log(), sums[1]
-
-
-def _d_logits(
-    products: Tensor,
-    lse: Tensor,
-    labels: Tensor,
-    grad_logps: Tensor,
-    grad_targets: Tensor,
-    bias: Tensor | None,
-    options: HeadOptions,
-) -> Tensor:
-    """Gradient with respect to the products hidden @ weight.T (+ bias) of some rows, [n, V] in lse's dtype.
-
-    grad_targets: grad_logps where the label's logit is among these, else 0.
-    """
-    logits, tanh = _transform(products, bias, options)
-    d_logits = logits.sub_(lse[:, None]).exp_().mul_(-grad_logps[:, None])
-    d_logits.scatter_add_(1, labels[:, None], grad_targets[:, None])
-    if tanh is not None:
-        d_logits *= 1 - tanh * tanh
-    return d_logits if options.scale == 1.0 else d_logits.mul_(options.scale)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
@@ -288,7 +256,7 @@ def _add_product(total: Tensor | None, left: Tensor, right: Tensor, precise: tor
     return total.add_(_product(left, right))
 
 
-def _transform(products: Tensor, bias: Tensor | None, options: HeadOptions) -> tuple[Tensor, Tensor | None]:
+def _transform(products: Tensor, bias: Tensor | None, options: _Options) -> tuple[Tensor, Tensor | None]:
     """Logits of some rows in fp32 (or fp64), a new tensor, and tanh of the soft-cap when there is one."""
     logits = products.to(torch.promote_types(products.dtype, torch.float32), copy=True)
     if bias is not None:

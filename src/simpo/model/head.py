@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,48 +23,23 @@ from simpo.model.low_memory import READ_ROWS
 from simpo.parallel.sharding import original_class, swap_class
 
 
-@dataclass(frozen=True)
-class _Transform:
-    """A step after the head that must move into it: where its value is kept, what kind it is, what switches it off."""
+def _find_transforms(base: PreTrainedModel) -> tuple[float, float | None, list[tuple[Any, str, float | None]]]:
+    """What this architecture does to logits after `lm_head`, read from its configuration.
 
-    owner: Any
-    attribute: str
-    scale: float = 1.0
-    softcap: float | None = None
-
-    @property
-    def neutral(self) -> float | None:
-        return None if self.softcap is not None else 1.0
-
-
-def _find_transforms(base: PreTrainedModel) -> list[_Transform]:
-    """What this architecture does to logits after `lm_head`, read from its configuration."""
-    config = base.config.get_text_config()
-    found: list[_Transform] = []
-    softcap = getattr(config, "final_logit_softcapping", None)
-    if softcap is not None:
-        found.append(_Transform(config, "final_logit_softcapping", softcap=float(softcap)))
-    scaling = getattr(config, "logits_scaling", None)
-    if scaling not in (None, 1.0):
-        scale = float(scaling) if "hyperclovax" in config.model_type else 1.0 / float(scaling)
-        found.append(_Transform(config, "logits_scaling", scale=scale))
-    if isinstance(getattr(base, "logit_scale", None), int | float):  # Cohere keeps it on the model
-        found.append(_Transform(base, "logit_scale", scale=float(base.logit_scale)))
-    inner = getattr(base, "model", None)
-    if isinstance(getattr(inner, "lm_head_multiplier", None), int | float):  # Falcon-H1
-        found.append(_Transform(inner, "lm_head_multiplier", scale=float(inner.lm_head_multiplier)))
-    return [t for t in found if t.softcap is not None or t.scale != 1.0]
-
-
-@dataclass
-class _HeadRequest:
-    """What the head is to compute during one forward pass."""
-
-    source_rows: Tensor
-    labels: Tensor
-    scale: float
-    softcap: float | None
-    chunk_size: int | None
+    Returns:
+        The scale, the soft-cap after it (None = none), and the attributes that say so: owner, name, neutral value.
+    """
+    config, inner = base.config.get_text_config(), getattr(base, "model", None)
+    scale, softcap = 1.0, getattr(config, "final_logit_softcapping", None)
+    attributes = [] if softcap is None else [(config, "final_logit_softcapping", None)]
+    divides = "hyperclovax" not in config.model_type
+    # Cohere keeps its scale on the model, Falcon-H1 on the model within.
+    for owner, name in ((config, "logits_scaling"), (base, "logit_scale"), (inner, "lm_head_multiplier")):
+        value = getattr(owner, name, None)
+        if isinstance(value, int | float) and value != 1.0:
+            scale *= 1.0 / value if owner is config and divides else value
+            attributes.append((owner, name, 1.0))
+    return scale, softcap, attributes
 
 
 class LogprobHead(nn.Linear):
@@ -76,24 +50,15 @@ class LogprobHead(nn.Linear):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [R, T, D] -> logits [R, T, V]; inside `labels_in_head`, token log-probs [1, N] fp32."""
-        request: _HeadRequest | None = self.__dict__.get("_request")
+        request: tuple[PackedPairs, dict[str, Any]] | None = self.__dict__.get("_request")
         if request is None:
             return (self.__dict__.get("_logits_over_ranks") or super().forward)(hidden)
-        rows = hidden.flatten(0, -2).index_select(0, request.source_rows)
+        batch, options = request
+        rows = hidden.flatten(0, -2).index_select(0, batch.source_rows)
         device_type = hidden.device.type
         compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         weight, bias, shard = _own_rows(self.weight, self.bias)
-        logps = token_logps(
-            rows,
-            weight,
-            request.labels,
-            bias=bias,
-            shard=shard,
-            scale=request.scale,
-            softcap=request.softcap,
-            compute_dtype=compute,
-            chunk_size=request.chunk_size,
-        )
+        logps = token_logps(rows, weight, batch.labels, bias=bias, shard=shard, compute_dtype=compute, **options)
         return logps[None].clone()  # what FSDP2 hands on must not be a view
 
 
@@ -135,23 +100,18 @@ def labels_in_head(model: nn.Module, batch: PackedPairs, *, chunk_size: int | No
 
     Scales and soft-caps that the architecture applies after its head are done in the head and switched off behind it.
     """
-    base = unwrap(model)
     head = install_head(model)
-    transforms = _find_transforms(base)
-    scale, softcap = 1.0, None
-    for transform in transforms:
-        scale *= transform.scale
-        softcap = transform.softcap if transform.softcap is not None else softcap
-    saved = [(t, getattr(t.owner, t.attribute)) for t in transforms]
-    for transform in transforms:
-        setattr(transform.owner, transform.attribute, transform.neutral)
-    head.__dict__["_request"] = _HeadRequest(batch.source_rows, batch.labels, scale, softcap, chunk_size)
+    scale, softcap, attributes = _find_transforms(unwrap(model))
+    saved = [(owner, name, getattr(owner, name)) for owner, name, _ in attributes]
+    for owner, name, neutral in attributes:
+        setattr(owner, name, neutral)
+    head.__dict__["_request"] = batch, {"scale": scale, "softcap": softcap, "chunk_size": chunk_size}
     try:
         yield
     finally:
         head.__dict__["_request"] = None
-        for transform, value in saved:
-            setattr(transform.owner, transform.attribute, value)
+        for owner, name, value in saved:
+            setattr(owner, name, value)
 
 
 def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> Tensor:
@@ -161,27 +121,19 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
         ValueError: rows that share a prefix or are packed, on a model whose attention is not ours. Restarted positions
             without our mask would silently be taken for separate documents.
     """
-    base = unwrap(model)
-    implementation = base.config._attn_implementation
+    implementation = unwrap(model).config._attn_implementation
     if batch.blocks is not None and not is_packed(implementation):
         raise ValueError(
             f"packed or shared-prompt rows need attention {PACKED!r}, not {implementation!r}; load the model with "
             f"attn_implementation={PACKED!r}, or set pack: false and share_prompt: false"
         )
-    inputs: dict[str, Any] = {
-        "input_ids": batch.input_ids,
-        "position_ids": batch.position_ids,
-        "use_cache": False,
-    }
-    if batch.blocks is not None:
-        inputs["packed_blocks"] = batch.blocks
-        inputs[READ_ROWS] = batch.read_rows  # blocks without a use for it ignore it, like packed_blocks
+    if batch.blocks is None:
+        inputs, attention = {"attention_mask": batch.attention_mask}, plain_attention(model)
+    else:  # blocks without a use for the rows that are read ignore them, like packed_blocks
+        inputs, attention = {"packed_blocks": batch.blocks, READ_ROWS: batch.read_rows}, contextlib.nullcontext()
         # Without a mask transformers looks for packed rows in the positions, and waits for the device to tell.
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
-        attention = contextlib.nullcontext()
-    else:
-        inputs["attention_mask"] = batch.attention_mask
-        attention = plain_attention(model)
+    inputs |= {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
     with attention, labels_in_head(model, batch, chunk_size=chunk_size):
         return model(**inputs).logits.squeeze(0)
 
@@ -212,9 +164,4 @@ def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int 
             "use compute_response_logps"
         )
     sums, lengths = compute_response_logps(model, batch, chunk_size=chunk_size)
-    return PairLogps(
-        chosen_sum=sums[0::2],
-        rejected_sum=sums[1::2],
-        chosen_length=lengths[0::2],
-        rejected_length=lengths[1::2],
-    )
+    return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
