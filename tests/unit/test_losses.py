@@ -364,6 +364,28 @@ def test_beta_must_be_positive_in_every_loss(name):
 # --- declarations ----------------------------------------------------------------------------------------------------
 
 
+SIMPO = {"beta": 2.0, "gamma_beta_ratio": 0.5}
+DEFAULTS = {
+    "sigmoid": SIMPO | {"label_smoothing": 0.0},
+    "cpo_simpo": SIMPO | {"label_smoothing": 0.0},
+    "hinge": SIMPO,
+    "ipo": SIMPO,
+    "cpo": {"beta": 0.1, "label_smoothing": 0.0},
+    "orpo": {"orpo_lambda": 0.1},
+    "alphapo": SIMPO | {"alphapo_alpha": 0.25},
+    "repo": {"gamma_beta_ratio": 0.5},
+    "simper": {},
+    "slic": {"slic_delta": 1.0},
+    "rrhf": {},
+    "dpo": {"beta": 0.1, "label_smoothing": 0.0},
+    "dpo_norm": {"beta": 2.0, "label_smoothing": 0.0},
+}
+
+
+def test_a_recipe_that_names_a_loss_alone_trains_with_these_values():
+    assert {name: dict(loss.defaults) for name, loss in LOSSES.items()} == DEFAULTS
+
+
 def test_every_default_is_inside_its_range():
     for loss in LOSSES.values():
         assert isinstance(loss, Loss)

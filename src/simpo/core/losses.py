@@ -129,8 +129,8 @@ class Loss:
 
     def __call__(self, logps: PairLogps, **options: Any) -> PairLoss:
         """The loss of each pair. Raises ValueError for a beta that is not positive."""
-        if "beta" in options:
-            _check_beta(options["beta"])
+        if not options.get("beta", 1.0) > 0:
+            raise ValueError(f"beta must be > 0, not {options['beta']}")
         return self.function(logps, **options)
 
 
@@ -205,6 +205,40 @@ def _log_2(**options: float) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@declare("-log sigmoid(z)", "SimPO, arXiv:2405.14734", at_zero_margin=_simpo_at_zero)
+def sigmoid(
+    logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, label_smoothing: float = 0.0
+) -> PairLoss:
+    """SimPO: -log sigmoid(beta*M - gamma). Source: arXiv:2405.14734, eq. 6."""
+    chosen, rejected = logps.chosen_mean, logps.rejected_mean
+    scores = beta * (chosen - rejected - gamma_beta_ratio)
+    return _with_rewards(_smoothed_logsigmoid(scores, label_smoothing), beta * chosen, beta * rejected)
+
+
+@declare(
+    "relu(1 - z)",
+    "SimPO trainer, arXiv:2405.14734",
+    at_zero_margin=lambda beta, gamma_beta_ratio: 1.0 + beta * gamma_beta_ratio,
+)
+def hinge(logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLoss:
+    """SimPO's score in a hinge: relu(1 - z), z = beta*M - gamma."""
+    chosen, rejected = logps.chosen_mean, logps.rejected_mean
+    scores = beta * (chosen - rejected - gamma_beta_ratio)
+    return _with_rewards((1 - scores).relu(), beta * chosen, beta * rejected)
+
+
+@declare(
+    "(M - gamma_beta_ratio - 1/(2 beta))^2",
+    "IPO, arXiv:2310.12036, on SimPO's margin",
+    at_zero_margin=lambda beta, gamma_beta_ratio: (gamma_beta_ratio + 1 / (2 * beta)) ** 2,
+)
+def ipo(logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLoss:
+    """Squared distance of the margin from its target: (M - ratio - 1/(2*beta))^2. Source: arXiv:2310.12036, eq. 17."""
+    chosen, rejected = logps.chosen_mean, logps.rejected_mean
+    losses = (chosen - rejected - gamma_beta_ratio - 1 / (2 * beta)) ** 2
+    return _with_rewards(losses, beta * chosen, beta * rejected)
+
+
 def simpo_loss(
     chosen_mean_logps: Tensor,
     rejected_mean_logps: Tensor,
@@ -232,58 +266,17 @@ def simpo_loss(
         raise ValueError(
             f"one rejected for each chosen: {tuple(chosen_mean_logps.shape)} and {tuple(rejected_mean_logps.shape)}"
         )
-    _check_beta(beta)
     if not gamma_beta_ratio >= 0:
         raise ValueError(f"gamma_beta_ratio must be >= 0, not {gamma_beta_ratio}")
-    margin = chosen_mean_logps - rejected_mean_logps
-    scores = beta * (margin - gamma_beta_ratio)
+    if loss_type not in ("sigmoid", "hinge", "ipo"):
+        raise ValueError(f"loss_type must be 'sigmoid', 'hinge' or 'ipo', not {loss_type!r}")
+    options = {"beta": beta, "gamma_beta_ratio": gamma_beta_ratio}
     if loss_type == "sigmoid":
-        losses = _smoothed_logsigmoid(scores, label_smoothing)
+        options["label_smoothing"] = label_smoothing
     elif label_smoothing != 0.0:
         raise ValueError(f"label_smoothing is not defined for {loss_type!r}; set it to 0 or use 'sigmoid'")
-    elif loss_type == "hinge":
-        losses = (1 - scores).relu()
-    elif loss_type == "ipo":
-        losses = (margin - gamma_beta_ratio - 1 / (2 * beta)) ** 2
-    else:
-        raise ValueError(f"loss_type must be 'sigmoid', 'hinge' or 'ipo', not {loss_type!r}")
-    return _with_rewards(losses, beta * chosen_mean_logps, beta * rejected_mean_logps)
-
-
-@declare("-log sigmoid(z)", "SimPO, arXiv:2405.14734", at_zero_margin=_simpo_at_zero)
-def sigmoid(
-    logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, label_smoothing: float = 0.0
-) -> PairLoss:
-    """SimPO: -log sigmoid(beta*M - gamma). Source: arXiv:2405.14734, eq. 6."""
-    return simpo_loss(
-        logps.chosen_mean,
-        logps.rejected_mean,
-        beta=beta,
-        gamma_beta_ratio=gamma_beta_ratio,
-        label_smoothing=label_smoothing,
-    )
-
-
-@declare(
-    "relu(1 - z)",
-    "SimPO trainer, arXiv:2405.14734",
-    at_zero_margin=lambda beta, gamma_beta_ratio: 1.0 + beta * gamma_beta_ratio,
-)
-def hinge(logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLoss:
-    """SimPO's score in a hinge: relu(1 - z), z = beta*M - gamma."""
-    means = logps.chosen_mean, logps.rejected_mean
-    return simpo_loss(*means, beta=beta, gamma_beta_ratio=gamma_beta_ratio, loss_type="hinge")
-
-
-@declare(
-    "(M - gamma_beta_ratio - 1/(2 beta))^2",
-    "IPO, arXiv:2310.12036, on SimPO's margin",
-    at_zero_margin=lambda beta, gamma_beta_ratio: (gamma_beta_ratio + 1 / (2 * beta)) ** 2,
-)
-def ipo(logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5) -> PairLoss:
-    """Squared distance of the margin from its target: (M - ratio - 1/(2*beta))^2. Source: arXiv:2310.12036, eq. 17."""
-    means = logps.chosen_mean, logps.rejected_mean
-    return simpo_loss(*means, beta=beta, gamma_beta_ratio=gamma_beta_ratio, loss_type="ipo")
+    one = chosen_mean_logps.new_ones(())  # a sum over one token is its mean
+    return LOSSES[loss_type](PairLogps(chosen_mean_logps, rejected_mean_logps, one, one), **options)
 
 
 @declare("-log sigmoid(beta (l_w - l_r)) + sft", "CPO, arXiv:2401.08417", at_zero_margin=_log_2, sft_weight=1.0)
@@ -438,11 +431,6 @@ def _log1mexp(x: Tensor) -> Tensor:
     small = torch.log(-torch.expm1(torch.where(near_zero, x, torch.full_like(x, -0.5))))
     large = torch.log1p(-torch.exp(torch.where(near_zero, torch.full_like(x, -1.0), x)))
     return torch.where(near_zero, small, large)
-
-
-def _check_beta(beta: float) -> None:
-    if not beta > 0:
-        raise ValueError(f"beta must be > 0, not {beta}")
 
 
 def _with_rewards(losses: Tensor, chosen: Tensor, rejected: Tensor) -> PairLoss:
