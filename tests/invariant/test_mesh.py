@@ -116,7 +116,7 @@ def move_activations(trainer: Any) -> Callable[[], dict[str, Any]]:
     moved: list[Tensor] = []
     passes: list[offload.Offload] = []
     copy_to_cpu = offload._copy_to_cpu
-    offload._copy_to_cpu = lambda tensor, side: moved.append(tensor) or copy_to_cpu(tensor, side)
+    offload._copy_to_cpu = lambda tensor: moved.append(tensor) or copy_to_cpu(tensor)
     forward = trainer.forward
     # The root's are gathered until the backward pass begins.
     blocks = [module for module in trainer.model.modules() if isinstance(module, FSDPModule)][1:]

@@ -66,7 +66,7 @@ def test_no_weight_is_moved_nor_its_bf16_copy(monkeypatch, autocast):
     model = make_model()
     moved: list[Tensor] = []
     copy_to_cpu = module._copy_to_cpu
-    monkeypatch.setattr(module, "_copy_to_cpu", lambda t, side: moved.append(t) or copy_to_cpu(t, side))
+    monkeypatch.setattr(module, "_copy_to_cpu", lambda t: moved.append(t) or copy_to_cpu(t))
     gradients(model, offload_activations(model, eligible=anything, min_bytes=1), autocast=autocast)
     weights = {tuple(p.shape) for p in model.parameters()}
     assert moved
@@ -111,7 +111,7 @@ def test_what_was_copied_out_is_copied_back_once_and_a_little_ahead_of_its_use(m
     def watched(on_host):
         restored.append(on_host.place)
         tensor = restore(on_host)
-        ahead.append(sum(each().num_bytes for each in offload._ahead))
+        ahead.append(sum(each().values.nbytes for each in offload._ahead))
         return tensor
 
     fetched: list[int] = []
@@ -151,7 +151,7 @@ def test_a_copy_back_waits_for_the_copy_out_and_its_use_for_the_copy_back(monkey
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: main)
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(Tensor, "record_stream", lambda self, stream: told.append(f"memory is {stream.name}'s too"))
-    monkeypatch.setattr(module.Offload, "_stream", lambda self, device, name: back)
+    monkeypatch.setattr(module, "_stream", lambda device, name: back)
     values = torch.randn(3)
     on_host = module._CpuCopy(values, torch.device("cpu"), 0, copied="it is out")
     offload = module.Offload()

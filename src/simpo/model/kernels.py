@@ -7,8 +7,7 @@ values and gradients. FlashAttention-3 and -4 come in through torch's own switch
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,24 +25,15 @@ from simpo.errors import first_line
 from simpo.model.attention import PACKED, is_packed, packed_by, unwrap
 from simpo.model.costs import decoder_sizes
 
-
-class _Flash(NamedTuple):
-    """A flash attention that torch can switch to: its name there, the package it is in, the cards it runs on."""
-
-    name: str
-    package: str
-    majors: tuple[int, ...]  # of compute capability
-
-
+# FlashAttentions that torch can switch to: their names there, the packages they are in, the cards they run on.
 _FLASH = {
-    "flash3": _Flash("FA3", "flash_attn_interface", (9,)),
-    "flash4": _Flash("FA4", "flash_attn.cute.interface", (9, 10)),
+    "flash3": ("FA3", "flash_attn_interface", (9,)),
+    "flash4": ("FA4", "flash_attn.cute.interface", (9, 10)),
 }
 _ERROR_LIMIT = 3e-2  # of the largest value; bf16 keeps 8 bits, and a wrong mask or scale is off by far more
 
 
-@dataclass(frozen=True)
-class _Heads:
+class _Heads(NamedTuple):
     """What attention looks like in a model: sizes, and what decides which kernels can compute it."""
 
     groups: int
@@ -52,6 +42,10 @@ class _Heads:
     softcap: float | None
     dropout: float
     sliding_window: int | None
+
+    def path(self, prefer: AttentionPath | None = None) -> AttentionPath:
+        """The one that packed attention takes."""
+        return attention_path(self.query, self.value, softcap=self.softcap, dropout=self.dropout, prefer=prefer)
 
 
 def choose_kernel(model: nn.Module, kernel: str = "auto", *, device: torch.device, half: bool) -> str | None:
@@ -68,33 +62,31 @@ def choose_kernel(model: nn.Module, kernel: str = "auto", *, device: torch.devic
     """
     base = unwrap(model)
     heads = _heads(base, device, half)
-    if torch.nn.attention.current_flash_attention_impl() in [flash.name for flash in _FLASH.values()]:
+    if torch.nn.attention.current_flash_attention_impl() in [name for name, _, _ in _FLASH.values()]:
         torch.nn.attention.restore_flash_attention_impl()
-    left_out: list[str] = []
-    if kernel != "auto":
-        problem = _problem(kernel, heads)
-        if problem is not None:
+    path, left_out = heads.path(), []
+    if kernel == "auto":
+        flashes = [name for name in _FLASH if path == "varlen" and _refusal(name, heads) is None]
+        tried = [*flashes, *((path,) if path in ("varlen", "flex") else ())]
+    else:
+        path, tried = ("varlen" if kernel in _FLASH else kernel), [kernel]
+    for name in tried:
+        problem = _problem(name, heads)
+        if problem is None:
+            break
+        if kernel != "auto":
             able = [name for name in (*_FLASH, *ATTENTION_PATHS) if name != kernel and _refusal(name, heads) is None]
             raise ValueError(
                 f"attention_kernel: {kernel} cannot be used here: {problem}; this machine and model can do "
                 f"{', '.join(able)}; auto takes the fastest"
             )
-        path = "varlen" if kernel in _FLASH else kernel
-    else:
-        path = attention_path(heads.query, heads.value, softcap=heads.softcap, dropout=heads.dropout)
-        candidates = [name for name in _FLASH if path == "varlen" and _refusal(name, heads) is None]
-        for name in (*candidates, *((path,) if path in ("varlen", "flex") else ())):
-            problem = _problem(name, heads)
-            if problem is None:
-                break
-            left_out.append(f"{name} was left out: {problem}")
-            if name == path:
-                path = "matmul" if heads.softcap is not None else "blocks"
-                break
-        if not left_out:
-            path = None  # each call chooses by its tensors
-    base.set_attn_implementation(packed_by(path))
-    base.__dict__["_attention_left_out"] = note = "; ".join(left_out)
+        left_out.append(f"{name} was left out: {problem}")
+        if name == path:
+            path = "matmul" if heads.softcap is not None else "blocks"
+    note = "; ".join(left_out)
+    # Without a preference each call chooses by its tensors.
+    base.set_attn_implementation(packed_by(path if left_out or kernel != "auto" else None))
+    base.__dict__["_attention_left_out"] = note
     return note or None
 
 
@@ -105,8 +97,7 @@ def describe_attention(model: nn.Module, *, half: bool) -> str:
     if not is_packed(implementation):
         return implementation
     heads = _heads(base, base.get_input_embeddings().weight.device, half)
-    preferred = implementation.removeprefix(PACKED).removeprefix("_") or None
-    path = attention_path(heads.query, heads.value, softcap=heads.softcap, dropout=heads.dropout, prefer=preferred)
+    path = heads.path(implementation.removeprefix(PACKED).removeprefix("_") or None)
     version = torch.nn.attention.current_flash_attention_impl() or "torch's flash attention"
     text = {
         "varlen": f"varlen_attn ({version}), all blocks at once",
@@ -134,18 +125,18 @@ def _heads(base: nn.Module, device: torch.device, half: bool) -> _Heads:
 
 def _refusal(kernel: str, heads: _Heads) -> str | None:
     """Why a kernel cannot be used here, without trying it."""
-    flash = _FLASH.get(kernel)
-    path: AttentionPath = "varlen" if flash is not None else kernel
+    path: AttentionPath = "varlen" if kernel in _FLASH else kernel
     reason = why_not(path, heads.query, heads.value, softcap=heads.softcap, dropout=heads.dropout)
-    if reason is not None or flash is None:
+    if reason is not None or kernel not in _FLASH:
         return reason
+    name, package, majors = _FLASH[kernel]
     major, minor = torch.cuda.get_device_capability(heads.query.device)
-    if major not in flash.majors:
-        cards = " or ".join(f"{number}.0" for number in flash.majors)
+    if major not in majors:
+        cards = " or ".join(f"{number}.0" for number in majors)
         return f"it needs a GPU of compute capability {cards}, this one has {major}.{minor}"
-    if flash.name not in torch.nn.attention.list_flash_attention_impls():
+    if name not in torch.nn.attention.list_flash_attention_impls():
         return "this torch cannot switch to it"
-    return None if _is_installed(flash.package) else f"the package {flash.package} is not installed"
+    return None if _is_installed(package) else f"the package {package} is not installed"
 
 
 def _is_installed(package: str) -> bool:
@@ -163,7 +154,7 @@ def _problem(kernel: str, heads: _Heads) -> str | None:
     if kernel not in _FLASH:
         return _try(kernel, heads)
     try:
-        torch.nn.attention.activate_flash_attention_impl(_FLASH[kernel].name)
+        torch.nn.attention.activate_flash_attention_impl(_FLASH[kernel][0])
     except Exception as error:  # whatever the package raises as it is imported
         return first_line(error)
     problem = _try("varlen", heads)
@@ -175,17 +166,16 @@ def _problem(kernel: str, heads: _Heads) -> str | None:
 def _try(path: AttentionPath, heads: _Heads) -> str | None:
     """Attend to a few short blocks both ways: what went wrong, or None."""
     blocks = AttentionBlocks(((0, 0, 0, 150), (0, 70, 150, 260), (260, 260, 260, 300)))
-    options: dict[str, Any] = {"softcap": heads.softcap}
     generator = torch.Generator().manual_seed(0)
-    shapes = [(1, 2 * heads.groups, 300, heads.query.shape[-1]), (1, 2, 300, heads.query.shape[-1])]
-    shapes.append((1, 2, 300, heads.value.shape[-1]))
+    size, value_size = heads.query.shape[-1], heads.value.shape[-1]
+    shapes = [(1, 2 * heads.groups, 300, size), (1, 2, 300, size), (1, 2, 300, value_size)]
     half = [torch.randn(shape, generator=generator).to(heads.query).requires_grad_() for shape in shapes]
     exact = [tensor.detach().float().requires_grad_() for tensor in half]
     try:
         for window in {None, heads.sliding_window}:
             with torch.enable_grad(), torch.autocast(heads.query.device.type, enabled=False):
-                out = packed_attention(*half, blocks, sliding_window=window, prefer=path, **options)
-                truth = reference_attention(*exact, blocks, sliding_window=window, **options)
+                out = packed_attention(*half, blocks, sliding_window=window, softcap=heads.softcap, prefer=path)
+                truth = reference_attention(*exact, blocks, sliding_window=window, softcap=heads.softcap)
                 direction = torch.ones_like(truth).cumsum(2) / truth.shape[2]
                 gradients = torch.autograd.grad(out, half, direction.to(out.dtype))
                 true_gradients = torch.autograd.grad(truth, exact, direction)

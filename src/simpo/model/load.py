@@ -101,9 +101,8 @@ def load_model(
     """
     packed = recipe.pack or recipe.share_prompt
     mesh = mesh or Mesh(MeshSizes(), device=device)
-    model: nn.Module = _load_weights(
-        recipe, name or recipe.model_name_or_path, device=device, mesh=mesh, in_4bit=recipe.load_in_4bit and trainable
-    )
+    name, in_4bit = name or recipe.model_name_or_path, recipe.load_in_4bit and trainable
+    model: nn.Module = _load_weights(recipe, name, device=device, mesh=mesh, in_4bit=in_4bit)
     if recipe.disable_dropout or not trainable:
         disable_dropout(model)
     if packed:
@@ -160,23 +159,16 @@ def source_dtype(recipe: Recipe) -> torch.dtype:
 
 def load_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **options: Any) -> Any:
     """factory.from_pretrained with the recipe's revision; a ValueError of one line where that fails."""
-    if _looks_local(name) and not Path(name).is_dir():
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    if looks_local and not Path(name).is_dir():
         raise ValueError(f"model_name_or_path: folder {name!r} does not exist; give a folder or a hub name")
     if Path(name).is_dir():  # only a download deserves a bar of its own
         transformers_logging.disable_progress_bar()
     try:
-        return factory.from_pretrained(
-            name,
-            revision=recipe.model_revision or "main",
-            trust_remote_code=recipe.trust_remote_code,
-            **options,
-        )
+        revision = recipe.model_revision or "main"
+        return factory.from_pretrained(name, revision=revision, trust_remote_code=recipe.trust_remote_code, **options)
     except (OSError, KeyError, ImportError) as error:  # a missing or broken checkpoint, an attention not installed
         raise ValueError(f"cannot load the {what} {name!r}: {first_line(error)}") from error
-
-
-def _looks_local(name: str) -> bool:
-    return name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
 
 
 def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
@@ -225,10 +217,8 @@ def quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]
         bnb_4bit_use_double_quant=nested,
         bnb_4bit_compute_dtype=compute,
     )
-    return {
-        "quantization_config": quantization,
-        "device_map": {"": device.index or 0 if device.type == "cuda" else device.type},
-    }
+    place = device.index or 0 if device.type == "cuda" else device.type
+    return {"quantization_config": quantization, "device_map": {"": place}}
 
 
 def keep_quantized_trainable(model: nn.Module) -> None:

@@ -1,10 +1,8 @@
 """Puts `core.low_memory` into Hugging Face models whose blocks are known to be Llama's: less memory, the same values.
 
-With `use_liger_kernel` the norms, rotary embeddings and MLPs compute by Liger's fused CUDA kernels instead, wherever
-Liger supports the architecture; the rest stays as it is.
-
-And the last block's MLP computes only the rows that the head will read: a prompt's rows give that block keys and values
-and nothing else, so nobody reads what their MLP would compute.
+With `use_liger_kernel` norms, rotary embeddings and MLPs compute by Liger's fused CUDA kernels instead, wherever Liger
+supports the architecture. And the last block's MLP computes only the rows that the head will read: a prompt's rows give
+that block keys and values and nothing else, so nobody reads what their MLP would compute.
 
 A block is recognised by its class. Other architectures are left alone: only they know what their norms feed, and in
 which precision.
@@ -77,21 +75,26 @@ def install_low_memory_blocks(model: nn.Module) -> int:
     for block in blocks:
         for norm in (block.input_layernorm, block.post_attention_layernorm):
             if type(norm).__name__.endswith("RMSNorm"):
-                norm.__class__ = _mixed_in(_LowMemoryNorm, type(norm))
-                _put_fused_aside(norm)
+                _mix_in(_LowMemoryNorm, norm)
         if type(getattr(block.mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation"):
-            block.mlp.__class__ = _mixed_in(_LowMemoryMLP, type(block.mlp))
-            _put_fused_aside(block.mlp)
-        block.mlp.__class__ = _mixed_in(_RowsMLP, type(block.mlp))  # all of them: compiled blocks share one class
+            _mix_in(_LowMemoryMLP, block.mlp)
+        _mix_in(_RowsMLP, block.mlp)  # all of them: compiled blocks share one class
     if blocks and _note_read_rows not in blocks[-1]._forward_pre_hooks.values():
         blocks[-1].register_forward_pre_hook(_note_read_rows, with_kwargs=True)
     return len(blocks)
 
 
-def _put_fused_aside(module: nn.Module) -> None:
-    """Let the class's forward run, which calls the one that Liger bound to the module."""
+def _mix_in(mixin: type, module: nn.Module) -> None:
+    """Put a class before the module's own; its forward calls the one that Liger bound to the module, if any."""
+    if not isinstance(module, mixin):
+        module.__class__ = _mixed(mixin, type(module))
     if "forward" in module.__dict__:
         module.__dict__[_FUSED] = module.__dict__.pop("forward")
+
+
+@cache
+def _mixed(mixin: type, original: type) -> type:
+    return type(original.__name__, (mixin, original), {})
 
 
 def why_no_liger(base: nn.Module, device: torch.device) -> str | None:
@@ -116,10 +119,3 @@ def install_liger_kernels(base: nn.Module) -> None:
     from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
 
     _apply_liger_kernel_to_instance(model=base, cross_entropy=False, fused_linear_cross_entropy=False)
-
-
-@cache
-def _mixed_in(mixin: type, original: type) -> type:
-    if issubclass(original, mixin):
-        return original
-    return type(original.__name__, (mixin, original), {})

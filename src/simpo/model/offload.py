@@ -3,12 +3,12 @@
 `torch.autograd.graph.save_on_cpu` would move every saved tensor, the weights with them and a tensor that three layers
 save three times. This moves activations only, each once out and once back, and lets the copies run during the
 computation: those back start before they are needed, in the reverse order of those out.
-
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -45,10 +45,6 @@ class _CpuCopy:
     back: Tensor | None = None
     arrived: torch.cuda.Event | None = None
 
-    @property
-    def num_bytes(self) -> int:
-        return self.values.numel() * self.values.element_size()
-
 
 @dataclass(eq=False)
 class Offload:
@@ -66,7 +62,6 @@ class Offload:
     _order: list[weakref.ref[_CpuCopy]] = field(default_factory=list, repr=False)
     _reached: int = 0  # copies at this place and after it were fetched or are not needed
     _ahead: list[weakref.ref[_CpuCopy]] = field(default_factory=list, repr=False)  # fetched, not asked for yet
-    _streams: dict[tuple[torch.device, str], torch.cuda.Stream] = field(default_factory=dict, repr=False)
 
     def keep(self, tensor: Tensor) -> _CpuCopy:
         """The tensor's copy in CPU memory: a new one, or that of the same memory, unchanged since."""
@@ -77,13 +72,13 @@ class Offload:
         known = self._copies.get(key)
         if known is not None:
             return known[1]
-        values, copied = _copy_to_cpu(tensor.detach(), self._stream(tensor.device, "out"))
+        values, copied = _copy_to_cpu(tensor.detach())
         kept = _CpuCopy(values, tensor.device, len(self._order), copied)
         self._copies[key] = (reference, kept)
         self._order.append(weakref.ref(kept))
         self._reached = len(self._order)
         self.num_tensors += 1
-        self.num_bytes += kept.num_bytes
+        self.num_bytes += values.nbytes
         return kept
 
     def restore(self, kept: _CpuCopy) -> Tensor:
@@ -92,28 +87,28 @@ class Offload:
             self._fetch(kept)
         self._reached = min(self._reached, kept.place)
         self._ahead = [each for each in self._ahead if each() not in (None, kept)]
-        waiting = sum(each().num_bytes for each in self._ahead)
+        waiting = sum(each().values.nbytes for each in self._ahead)
         most = min(MOST_AHEAD, self.num_bytes // 8)
         while self._reached > 0:
             following = self._order[self._reached - 1]()
             if following is not None and following.back is None:
-                if waiting and waiting + following.num_bytes > most:
+                if waiting and waiting + following.values.nbytes > most:
                     break
                 self._fetch(following)
                 self._ahead.append(weakref.ref(following))
-                waiting += following.num_bytes
+                waiting += following.values.nbytes
             self._reached -= 1
         if kept.arrived is not None:
             torch.cuda.current_stream(kept.device).wait_event(kept.arrived)
         return kept.back
 
     def _fetch(self, kept: _CpuCopy) -> None:
-        self.num_bytes_back += kept.num_bytes
+        self.num_bytes_back += kept.values.nbytes
         if kept.copied is None:
             kept.back = kept.values.to(kept.device, copy=True)
             return
         # The memory belongs to the computation's stream, which may still use it for something else: the copy waits.
-        stream = self._stream(kept.device, "back")
+        stream = _stream(kept.device, "back")
         kept.back = torch.empty_like(kept.values, device=kept.device)
         stream.wait_stream(torch.cuda.current_stream(kept.device))
         stream.wait_event(kept.copied)
@@ -122,12 +117,23 @@ class Offload:
             kept.arrived = stream.record_event()
         kept.back.record_stream(stream)  # if nobody asks for it, its memory is free only when the copy is done
 
-    def _stream(self, device: torch.device, name: str) -> torch.cuda.Stream | None:
-        if device.type != "cuda":
-            return None
-        if (device, name) not in self._streams:
-            self._streams[device, name] = torch.cuda.Stream(device)
-        return self._streams[device, name]
+
+@functools.cache
+def _stream(device: torch.device, name: str) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
+
+
+def _copy_to_cpu(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    if not tensor.is_cuda:
+        return torch.empty_like(tensor, device="cpu").copy_(tensor), None
+    stream = _stream(tensor.device, "out")
+    stream.wait_stream(torch.cuda.current_stream(tensor.device))
+    with torch.cuda.stream(stream):
+        values = torch.empty_like(tensor, device="cpu", pin_memory=True)
+        values.copy_(tensor, non_blocking=True)
+        copied = stream.record_event()
+    tensor.record_stream(stream)  # its memory may be given away only when the copy is done
+    return values, copied
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
@@ -153,19 +159,28 @@ def offload_activations(
     storages, shapes = _weights(model)
     offload = Offload()
 
-    def pack(tensor: Tensor) -> Tensor | tuple[_CpuCopy, Callable[[Tensor], Tensor]]:
-        part = _plain_part(tensor)
-        if part is None or part.numel() * part.element_size() < min_bytes or not eligible(part):
+    def pack(tensor: Tensor) -> Tensor | tuple[_CpuCopy, Callable[[Tensor], Tensor] | None]:
+        with torch.no_grad():
+            part = local_part(tensor)
+        is_plain = type(part) in (Tensor, nn.Parameter) and part.layout == torch.strided
+        if not is_plain or part.nbytes < min_bytes or not eligible(part):
             return tensor
         if part.untyped_storage().data_ptr() in storages or tuple(part.shape) in shapes:
             return tensor
-        return offload.keep(part), _like(tensor)
+        if not isinstance(tensor, DTensor):
+            return offload.keep(part), None
+        like_it = {"shape": tensor.shape, "stride": tensor.stride(), "run_check": False}
+        wrap = functools.partial(
+            DTensor.from_local, device_mesh=tensor.device_mesh, placements=tensor.placements, **like_it
+        )
+        return offload.keep(part), wrap
 
-    def unpack(packed: Tensor | tuple[_CpuCopy, Callable[[Tensor], Tensor]]) -> Tensor:
+    def unpack(packed: Tensor | tuple[_CpuCopy, Callable[[Tensor], Tensor] | None]) -> Tensor:
         if isinstance(packed, Tensor):
             return packed
         kept, wrap = packed
-        return wrap(offload.restore(kept))
+        part = offload.restore(kept)
+        return part if wrap is None else wrap(part)
 
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -201,34 +216,3 @@ def _gathered_shape(weight: Tensor) -> torch.Size:
         dim = placement.dim
         shape[dim], _ = Shard.local_shard_size_and_offset(shape[dim], mesh.size(at), mesh.get_local_rank(at))
     return torch.Size(shape)
-
-
-def _plain_part(tensor: Tensor) -> Tensor | None:
-    """The strided memory of this process in a tensor; None where there is none to copy."""
-    with torch.no_grad():
-        part = local_part(tensor)
-    return part if type(part) in (Tensor, nn.Parameter) and part.layout == torch.strided else None
-
-
-def _like(tensor: Tensor) -> Callable[[Tensor], Tensor]:
-    """From a restored part to a tensor such as the one that was saved."""
-    if not isinstance(tensor, DTensor):
-        return _itself
-    mesh, placements, shape, stride = tensor.device_mesh, tensor.placements, tensor.shape, tensor.stride()
-    return lambda part: DTensor.from_local(part, mesh, placements, run_check=False, shape=shape, stride=stride)
-
-
-def _itself(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-def _copy_to_cpu(tensor: Tensor, side: torch.cuda.Stream | None) -> tuple[Tensor, torch.cuda.Event | None]:
-    if side is None:
-        return torch.empty_like(tensor, device="cpu").copy_(tensor), None
-    side.wait_stream(torch.cuda.current_stream(tensor.device))
-    with torch.cuda.stream(side):
-        values = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        values.copy_(tensor, non_blocking=True)
-        copied = side.record_event()
-    tensor.record_stream(side)  # its memory may be given away only when the copy is done
-    return values, copied

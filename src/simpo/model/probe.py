@@ -139,13 +139,14 @@ def probe_layout(
 
     Whole fp32 weights that train under autocast are compared in fp32 first, where nothing hides in rounding.
     """
-    base = unwrap(model)
-    device = base.get_input_embeddings().weight.device
+    attention, device = unwrap(model).config._attn_implementation, unwrap(model).get_input_embeddings().weight.device
     probe = _Probe(model, mesh or Mesh(MeshSizes(), device=device), pack=pack, share_prompt=share_prompt)
     was_training = model.training
     model.eval()
     try:
-        if bf16 and _is_whole_fp32(model) and _takes_fp32(base.config._attn_implementation):
+        # Flash kernels take no fp32.
+        takes_fp32 = is_packed(attention) or attention in ("sdpa", "eager")
+        if bf16 and takes_fp32 and _is_whole_fp32(model):
             with torch.autocast(device.type, enabled=False):
                 found = probe.compare()
             if not found.is_good:
@@ -159,20 +160,16 @@ def probe_layout(
 class _Probe:
     """Probe pairs, and what a model on a mesh makes of them; `compare` is the whole of it."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, *, pack: bool, share_prompt: bool) -> None:
-        self.model, self.mesh = model, mesh
-        base = unwrap(model)
-        config = base.config.get_text_config()
-        self.device = base.get_input_embeddings().weight.device
-        self.vocab_size = config.vocab_size
-        self.max_positions = getattr(config, "max_position_embeddings", None) or _CHOSEN
-        self.layout = {"pack": pack, "share_prompt": share_prompt}
+    def __init__(self, model: nn.Module, mesh: Mesh, **layout: bool) -> None:
+        self.model, self.mesh, self.layout = model, mesh, layout
+        self.device = unwrap(model).get_input_embeddings().weight.device
         self.precision = torch.float32
 
     def compare(self) -> Agreement:
         """In the precision of the context that it is called in."""
+        config = unwrap(self.model).config.get_text_config()
         for seed in range(DRAWS):
-            self.pairs = _probe_pairs(self.vocab_size, self.max_positions, seed=seed)
+            self.pairs = _probe_pairs(config.vocab_size, getattr(config, "max_position_embeddings", None), seed=seed)
             self.batch = build_batch(self.pairs, **self.layout)
             found = self._compare_draw()
             if found.is_good or not found.is_close:
@@ -218,13 +215,14 @@ class _Probe:
         return every
 
     def _ordinary(self) -> list[Tensor]:
-        """What `_read` gives for all labels from ordinary logits."""
-        parts: list[list[tuple[Tensor, ...]]] = []
-        for ids, starts in self._sides():
-            logits = self._plain_logits(torch.tensor(ids))
-            parts.append([_read(*row) for row in zip(logits, ids, starts, strict=True)])
-        both = [part for pair in zip(*parts, strict=True) for part in pair]  # chosen and rejected in turn
-        return [torch.cat(column) for column in zip(*both, strict=True)]
+        """What `_read` gives for all labels from ordinary logits, chosen and rejected in turn."""
+        sides = []
+        for side in ("chosen_ids", "rejected_ids"):
+            ids = torch.tensor([getattr(pair, side) for pair in self.pairs])
+            rows = zip(self._plain_logits(ids), ids.to(self.device), self.pairs, strict=True)
+            sides.append([_read(logits[p.chosen_start - 1 : -1], row[p.chosen_start :]) for logits, row, p in rows])
+        in_turn = [part for pair in zip(*sides, strict=True) for part in pair]
+        return [torch.cat(column) for column in zip(*in_turn, strict=True)]
 
     def _rounded_logps(self) -> Tensor:
         """Log-probs of all labels from ordinary logits of one padded batch whose embeddings are rounded differently.
@@ -232,12 +230,7 @@ class _Probe:
         The padded batch alone would give small models the very bits of the unpadded ones. Once the first rounding falls
         differently all later ones do, as in another layout on another kernel.
         """
-        (chosen, chosen_starts), (rejected, rejected_starts) = self._sides()
-        sequences, starts = [*chosen, *rejected], [*chosen_starts, *rejected_starts]
-        ids = torch.zeros(len(sequences), len(chosen[0]), dtype=torch.long)
-        mask = torch.zeros_like(ids)
-        for row, sequence in enumerate(sequences):
-            ids[row, : len(sequence)], mask[row, : len(sequence)] = torch.tensor(sequence), 1
+        padded = build_batch(self.pairs, pack=False, share_prompt=False).to(self.device)
         generator = torch.Generator().manual_seed(1)
 
         def round_otherwise(module: nn.Module, args: Any, embedded: Tensor) -> Tensor:
@@ -247,18 +240,10 @@ class _Probe:
 
         hook = unwrap(self.model).get_input_embeddings().register_forward_hook(round_otherwise)
         try:
-            logits = self._plain_logits(ids, attention_mask=mask.to(self.device))
+            logits = self._plain_logits(padded.input_ids, attention_mask=padded.attention_mask)
         finally:
             hook.remove()
-        rows = [_read(*row)[0] for row in zip(logits, sequences, starts, strict=True)]
-        return torch.cat([rows[side * len(chosen) + pair] for pair in range(len(chosen)) for side in (0, 1)])
-
-    def _sides(self) -> list[tuple[list[list[int]], list[int]]]:
-        """The pairs' chosen sequences and where their responses start, and the same of the rejected ones."""
-        return [
-            ([p.chosen_ids for p in self.pairs], [p.chosen_start for p in self.pairs]),
-            ([p.rejected_ids for p in self.pairs], [p.rejected_start for p in self.pairs]),
-        ]
+        return _read(logits.flatten(0, 1)[padded.source_rows], padded.labels)[0]
 
     def _plain_logits(self, ids: Tensor, **options: Any) -> Tensor:
         hook = unwrap(self.model).get_output_embeddings().register_forward_hook(self._note_precision)
@@ -278,16 +263,15 @@ class _Probe:
         return 2.0**-10 if tf32 and self.precision == torch.float32 else torch.finfo(self.precision).eps
 
 
-def _read(logits: Tensor, ids: list[int], start: int) -> tuple[Tensor, Tensor, Tensor]:
-    """From logits [at least len(ids), V]: log-probs of ids[start:], and how a scale would make those that train differ.
+def _read(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """From logits [n, V]: log-probs of the labels [n], and how a scale would make those that train differ.
 
     By 1 + x on the logits: x times the logit's distance from their mean. Behind a head that gives log-probs instead of
     logits: (1 + x) log p stands where the ordinary one is that of scaled logits, x times the entropy less.
     """
-    logits = logits[start - 1 : len(ids) - 1].float()
-    labels = torch.tensor(ids[start:], device=logits.device)[:, None]
+    logits = logits.float()
     every = logits.log_softmax(dim=-1)
-    logps, logit = every.gather(1, labels)[:, 0], logits.gather(1, labels)[:, 0]
+    logps, logit = every.gather(1, labels[:, None])[:, 0], logits.gather(1, labels[:, None])[:, 0]
     in_head = logit - (every.exp() * logits).sum(dim=-1)
     return logps, in_head, logps - in_head
 
@@ -298,10 +282,10 @@ def _fit(difference: Tensor, slope: Tensor) -> tuple[float, float]:
     return 1 + float((difference * slope).double().sum()) / max(norm, 1e-12) ** 2, norm
 
 
-def _probe_pairs(vocabulary: int, max_positions: int, *, seed: int = 0) -> list[TokenPair]:
+def _probe_pairs(vocabulary: int, max_positions: int | None, *, seed: int = 0) -> list[TokenPair]:
     """The same for every model of that vocabulary; shortened in proportion where a model takes fewer tokens."""
     generator = torch.Generator().manual_seed(seed)
-    longest = min(_CHOSEN, max_positions)
+    longest = min(_CHOSEN, max_positions or _CHOSEN)
 
     def tokens(count: int) -> list[int]:
         return torch.randint(0, vocabulary, (count,), generator=generator).tolist()
@@ -313,11 +297,6 @@ def _probe_pairs(vocabulary: int, max_positions: int, *, seed: int = 0) -> list[
         chosen, rejected = tokens(longest - start), tokens(_REJECTED * longest // _CHOSEN - start)
         pairs.append(TokenPair(f"probe-{number}", prompt + chosen, start, prompt + rejected, start))
     return pairs
-
-
-def _takes_fp32(attention: str) -> bool:
-    """Whether an attention implementation of transformers computes in fp32; flash kernels do not."""
-    return is_packed(attention) or attention in ("sdpa", "eager")
 
 
 def _is_whole_fp32(model: nn.Module) -> bool:
