@@ -19,7 +19,7 @@ from typing import Any
 from simpo.parallel.mesh import MeshSizes
 from simpo.plan.footprint import GIB, compute_footprint, compute_state
 from simpo.plan.search import Machines, Plan, plan_recipe
-from simpo.plan.shapes import build_config
+from simpo.plan.shapes import load_config
 from simpo.plan.sizes import ModelSizes, describe_model
 from simpo.plan.traffic import Links, compute_seconds, compute_traffic
 from simpo.recipe import Recipe, load_recipe
@@ -71,7 +71,7 @@ SIZES = (8, 64, 256, 1024)
 
 
 def model_of(shape: str, recipe: Recipe) -> ModelSizes:
-    return describe_model(build_config(shape), recipe, name=shape)
+    return describe_model(load_config(shape), recipe, name=shape)
 
 
 def recipe_of(**keys: Any) -> Recipe:
@@ -131,7 +131,7 @@ def weights_table() -> list[list[str]]:
                 continue
             for mesh in dict.fromkeys([MeshSizes(1, gpus), MeshSizes(gpus // copy, copy)]):
                 found = compute_traffic(model, recipe, mesh, tokens=TOKENS)
-                state = compute_state(model, recipe, mesh).total / GIB
+                state = sum(compute_state(model, recipe, mesh)) / GIB
                 sent, least = sum(e.sent for e in found) / 1e9, sum(e.seconds(links) for e in found)
                 rows.append(
                     [

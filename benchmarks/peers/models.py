@@ -38,7 +38,7 @@ def check_model(model: str) -> None:
 def build_config(model: str) -> Any:
     """The transformers configuration of a shape or folder."""
     if model in SHAPES:
-        return shapes.build_config(model)
+        return shapes.load_config(model)
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(model)

@@ -17,8 +17,9 @@ from simpo.model.head import compute_pair_logps, install_head
 from simpo.model.load import add_adapters, checkpoint_activations, lora_config
 from simpo.model.low_memory import install_low_memory_blocks
 from simpo.parallel.mesh import MeshSizes
-from simpo.plan.footprint import GIB, MOMENTS, compute_footprint, compute_reserve, compute_state, fit_tokens
-from simpo.plan.shapes import SHAPES, build_config, load_config
+from simpo.plan.footprint import MOMENTS, compute_footprint, compute_state
+from simpo.plan.search import Machines, plan_recipe
+from simpo.plan.shapes import SHAPES, load_config
 from simpo.plan.sizes import describe_model
 from simpo.plan.trace import KEPT, traced_passes
 from simpo.recipe import load_recipe
@@ -155,7 +156,6 @@ def test_weights_gradients_and_moments_are_those_of_a_real_model(keys, dtype, ti
     assert state.weights == tensor_bytes(model.parameters())
     assert state.gradients == tensor_bytes(parameter.grad for parameter in trained)
     assert state.moments == tensor_bytes(moments)
-    assert state.trainable == sum(parameter.numel() for parameter in trained)
 
 
 def test_eight_bit_moments_are_those_that_bitsandbytes_documents():
@@ -171,9 +171,9 @@ def test_eight_bit_moments_are_those_that_bitsandbytes_documents():
 def test_four_bit_weights_take_their_constants_along():
     """QLoRA: 4 bits and an fp32 scale for every 64 weights in the blocks' linear layers; the rest stays as it is."""
     recipe = recipe_of(use_peft=True, load_in_4bit=True)
-    model = describe_model(build_config("llama-8b"), recipe)
+    model = describe_model(load_config("llama-8b"), recipe)
     state = compute_state(model, recipe, ONE)
-    adapters = state.trainable
+    adapters = sum(weight.local_numel() for weight in model.weights if weight.is_trained)
     others = model.num_parameters - model.linear_numel
     assert state.weights == pytest.approx(model.linear_numel * 4.5 / 8 + 4 * others + 4 * adapters, rel=1e-9)
 
@@ -205,12 +205,12 @@ def test_shards_are_those_of_the_rank_that_holds_the_most():
 def test_known_shapes_have_the_published_number_of_parameters(name, parameters):
     """As their model cards and weight files say."""
     assert name in SHAPES
-    assert describe_model(build_config(name), PLAIN).num_parameters == parameters
+    assert describe_model(load_config(name), PLAIN).num_parameters == parameters
 
 
 # --- the peak --------------------------------------------------------------------------------------------------------
 
-LLAMA_8B = describe_model(build_config("llama-8b"), PLAIN, name="llama-8b")
+LLAMA_8B = describe_model(load_config("llama-8b"), PLAIN, name="llama-8b")
 EIGHT = MeshSizes(dp_shard=8)
 
 
@@ -224,7 +224,7 @@ def test_every_moment_has_its_parts_and_the_peak_is_the_largest():
     assert tuple(found.moments) == MOMENTS
     assert found.total == max(found.totals.values()) == pytest.approx(sum(found.parts.values()), abs=1)
     state = compute_state(LLAMA_8B, PLAIN, EIGHT)
-    assert found.totals["clip"] == state.total + found.parts["CUDA and NCCL"]
+    assert found.totals["clip"] == sum(state) + found.parts["CUDA and NCCL"]
     assert "gradients" not in found.moments["save"]
 
 
@@ -243,15 +243,15 @@ def test_what_saves_memory_does():
     offload = recipe_of(fsdp_cpu_offload=True)
     offloaded = compute_footprint(LLAMA_8B, offload, EIGHT, tokens=1024)
     assert offloaded.total < peak()
-    assert sum(offloaded.offloaded.values()) == compute_state(LLAMA_8B, offload, EIGHT).total
+    assert sum(offloaded.offloaded.values()) == sum(compute_state(LLAMA_8B, offload, EIGHT))
 
 
 def test_tokens_that_fit_fill_the_memory_up_to_the_reserve():
-    recipe, limit = recipe_of(gradient_checkpointing=True), 80 * GIB
-    tokens = fit_tokens(LLAMA_8B, recipe, EIGHT, gpu_bytes=limit)
-    room = limit - compute_reserve(LLAMA_8B, recipe, EIGHT, gpu_bytes=limit)
-    assert 0.99 * room < peak(gradient_checkpointing=True, tokens=tokens) <= room
-    assert fit_tokens(LLAMA_8B, PLAIN, MeshSizes(), gpu_bytes=limit) == 0  # 16 bytes a parameter
+    plan = plan_recipe(recipe_of(gradient_checkpointing=True, dp_shard=8), Machines(8, 8, 80), shape="llama-8b")
+    room = plan.machines.gpu_bytes - plan.reserve
+    assert 0.99 * room < peak(gradient_checkpointing=True, tokens=plan.tokens_that_fit) <= room
+    whole = plan_recipe(recipe_of(dp_shard=1), Machines(1, 1, 80), shape="llama-8b")
+    assert whole.tokens_that_fit == 0  # 16 bytes a parameter
 
 
 def test_a_row_is_shared_by_context_parallel_ranks():

@@ -28,7 +28,7 @@ from simpo.model.load import checkpoint_activations
 from simpo.model.low_memory import install_low_memory_blocks
 from simpo.parallel.mesh import MeshSizes
 from simpo.plan.footprint import RUNTIME_BYTES, compute_footprint
-from simpo.plan.shapes import build_config
+from simpo.plan.shapes import load_config
 from simpo.plan.sizes import FourBitLinear, build_on_meta, describe_model
 from simpo.plan.trace import _workspace
 from simpo.recipe import load_recipe
@@ -102,7 +102,7 @@ class EightBitMoments(torch.optim.Optimizer):
 
 def build_fake(shape: str, recipe: Any, fakes: FakeTensorMode) -> nn.Module:
     """The model as `load_model` sets it up, from its configuration."""
-    model = build_on_meta(build_config(shape), recipe)
+    model = build_on_meta(load_config(shape), recipe)
     install_head(model)
     install_low_memory_blocks(model)
     if recipe.gradient_checkpointing:
@@ -200,7 +200,7 @@ def test_planned_moments_are_counted_ones(shape, numbers, checkpointing, pieces_
     keys = CASES[numbers] | {"gradient_checkpointing": checkpointing}
     recipe = load_recipe({"model_name_or_path": shape, **keys})
     counted = counted_peaks(shape, recipe, monkeypatch)
-    model = describe_model(build_config(shape), recipe)
+    model = describe_model(load_config(shape), recipe)
     totals = compute_footprint(model, recipe, MeshSizes(), tokens=TOKENS).totals
     planned = {"passes": max(totals[moment] for moment in ("forward", "head", "backward"))}
     planned |= {moment: totals[moment] for moment in ("clip", "update")}

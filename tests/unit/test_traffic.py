@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from simpo.parallel.mesh import MeshSizes
-from simpo.plan.shapes import build_config
+from simpo.plan.shapes import load_config
 from simpo.plan.sizes import describe_model
 from simpo.plan.traffic import Exchange, Links, compute_seconds, compute_traffic
 from simpo.recipe import load_recipe
 
 PLAIN = load_recipe({"model_name_or_path": "any"})
 CHECKPOINTS = load_recipe({"model_name_or_path": "any", "gradient_checkpointing": True})
-MODEL = describe_model(build_config("llama-8b"), PLAIN)
+MODEL = describe_model(load_config("llama-8b"), PLAIN)
 LINKS = Links(node_bytes_per_s=400e9, network_bytes_per_s=50e9, hop_s=0.0)
 
 
@@ -73,7 +73,7 @@ def test_ddp_reduces_once_a_step_and_adapters_alone_where_there_are_any():
     assert one == many == {"DDP: gradients": pytest.approx(2 * 4 * MODEL.num_parameters * 7 / 8)}
     lora = load_recipe({"model_name_or_path": "any", "use_peft": True, "lora_r": 16})
     rank_sums = sum(16 * sum(w.shape) for w in MODEL.weights if w.kind == "linear")
-    adapted = describe_model(build_config("llama-8b"), lora)
+    adapted = describe_model(load_config("llama-8b"), lora)
     found = sent(MeshSizes(dp_replicate=8), model=adapted, recipe=lora)
     assert found == {"DDP: gradients": 2 * 4 * rank_sums * 7 / 8}
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from simpo.core.optimizers import OPTIMIZERS
 from simpo.plan.sizes import ModelSizes
 from simpo.plan.trace import KEPT, Parts, traced_passes
 from simpo.run.adamw import PIECE
-from simpo.run.memory import SHARE_OF_FREE, STILL_ON_ITS_WAY
+from simpo.run.memory import STILL_ON_ITS_WAY
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import MeshSizes
@@ -30,10 +30,9 @@ RUNTIME_BYTES = int(1.5 * GIB)
 """A CUDA context with its libraries' kernels, and NCCL's buffers. An assumption: 0.5 to 2 GiB are seen."""
 
 MOMENTS = ("forward", "head", "backward", "clip", "update", "save")
-_FP32, _ROUND_TO = 4, 64
+_FP32 = 4
 _BERTHS = 8  # bytes a number: AdamWBf16 keeps two pieces' two moments on the GPU while they come and go
 _BNB_BLOCK, _BNB_SMALLEST = 256, 4096  # bitsandbytes: numbers that share a scale; smaller tensors stay fp32
-_MOST_TOKENS = 2**24
 
 
 # --- number formats --------------------------------------------------------------------------------------------------
@@ -57,23 +56,12 @@ def gather_bytes(recipe: Recipe) -> int:
 # --- weights, gradients, moments -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class StateBytes:
-    """What one process keeps from step to step.
-
-    Attributes:
-        weights, gradients, moments: bytes.
-        trainable: numbers that its optimizer updates.
-    """
+class StateBytes(NamedTuple):
+    """What one process keeps from step to step."""
 
     weights: int
     gradients: int
     moments: int
-    trainable: int
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.moments
 
 
 def compute_state(model: ModelSizes, recipe: Recipe, mesh: MeshSizes) -> StateBytes:
@@ -83,18 +71,17 @@ def compute_state(model: ModelSizes, recipe: Recipe, mesh: MeshSizes) -> StateBy
 
 @functools.cache
 def _state(model: ModelSizes, optim: str, mesh: MeshSizes) -> StateBytes:
-    weights, gradients, moments, trainable = 0.0, 0, 0, 0
+    weights, gradients, moments = 0.0, 0, 0
     for weight in model.weights:
         numel = weight.local_numel(shard=mesh.shard, tp=mesh.tp)
         weights += numel * weight.num_bytes
         if weight.is_trained:
-            trainable += numel
             gradients += numel * int(weight.num_bytes)
             moments += _moment_bytes(numel, int(weight.num_bytes), optim)
             # transformers leaves the gradient of an embedding that is split by vocabulary whole.
             if weight.kind == "embedding" and not (uses_fsdp(mesh) or model.head_tied):
                 gradients += (weight.local_numel() - numel) * int(weight.num_bytes)
-    return StateBytes(math.ceil(weights), gradients, moments, trainable)
+    return StateBytes(math.ceil(weights), gradients, moments)
 
 
 def _moment_bytes(numel: int, size: int, optim: str) -> int:
@@ -181,7 +168,7 @@ def compute_footprint(
     """
     state = compute_state(model, recipe, mesh)
     passes = _passes(model, recipe, mesh, tokens=tokens, labels=labels)
-    always: Parts = {"weights": state.weights, "gradients": state.gradients, "moments": state.moments}
+    always: Parts = state._asdict()
     offloaded: Parts = {}
     if offloads_weights(recipe, mesh):
         always, offloaded = {}, always
@@ -204,7 +191,7 @@ def compute_footprint(
         "forward": passes["forward"],
         "head": head,
         "backward": backward,
-        "update": _update(model, recipe, mesh, state),
+        "update": _update(model, recipe, mesh),
         "save": on_gpu,
     }
     moments = {moment: always | added.get(moment, {}) for moment in MOMENTS}
@@ -281,11 +268,11 @@ def _add_fsdp(passes: dict[str, Parts], model: ModelSizes, recipe: Recipe, mesh:
         parts["gradients on their way"] = trained * whole.get(moment, 0)
 
 
-def _update(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, state: StateBytes) -> Parts:
+def _update(model: ModelSizes, recipe: Recipe, mesh: MeshSizes) -> Parts:
     piece = PIECE["cpu" if recipe.device == "cpu" else "cuda"]
-    largest = max(w.local_numel(shard=mesh.shard, tp=mesh.tp) for w in model.weights if w.is_trained)
+    trained = [w.local_numel(shard=mesh.shard, tp=mesh.tp) for w in model.weights if w.is_trained]
     # adamw_torch: the square root of one tensor's second moments, and its quotient
-    sizes = {"adamw_bf16": 40 * min(piece, state.trainable), "adamw_torch": 2 * master_bytes(recipe) * largest}
+    sizes = {"adamw_bf16": 40 * min(piece, sum(trained)), "adamw_torch": 2 * master_bytes(recipe) * max(trained)}
     return {"optimizer's workspace": sizes.get(recipe.optim, 0)}
 
 
@@ -320,43 +307,3 @@ def export_bytes(model: ModelSizes, recipe: Recipe) -> int:
     if recipe.save_dtype != "auto":
         return getattr(torch, recipe.save_dtype).itemsize
     return (model.config.dtype or torch.float32).itemsize
-
-
-# --- what fits -------------------------------------------------------------------------------------------------------
-
-
-def compute_reserve(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, gpu_bytes: int) -> int:
-    """Bytes that are not planned with: as a run does, a tenth of what is free once the weights are loaded."""
-    weights = 0 if offloads_weights(recipe, mesh) else compute_state(model, recipe, mesh).weights
-    return int((1 - SHARE_OF_FREE["cuda"]) * max(0, gpu_bytes - RUNTIME_BYTES - weights))
-
-
-def fits(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, tokens: int, gpu_bytes: int) -> bool:
-    """Whether a micro-batch of so many tokens leaves the reserve free; nothing is traced where the state does not."""
-    room = gpu_bytes - compute_reserve(model, recipe, mesh, gpu_bytes=gpu_bytes)
-    if not offloads_weights(recipe, mesh):
-        state = compute_state(model, recipe, mesh)
-        if RUNTIME_BYTES + state.weights + state.gradients + state.moments * (not recipe.optimizer_offload) > room:
-            return False
-    return compute_footprint(model, recipe, mesh, tokens=tokens).total <= room
-
-
-def fit_tokens(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, *, gpu_bytes: int) -> int:
-    """Most packed tokens of a micro-batch that leave the reserve free; 0 where not even the model fits."""
-    room = gpu_bytes - compute_reserve(model, recipe, mesh, gpu_bytes=gpu_bytes)
-
-    def peak(tokens: int) -> int:
-        return compute_footprint(model, recipe, mesh, tokens=tokens).total
-
-    low, high = (n * mesh.cp for n in (2 * _ROUND_TO, 4096))
-    if not fits(model, recipe, mesh, tokens=low, gpu_bytes=gpu_bytes):
-        return 0
-    while high < _MOST_TOKENS and peak(high) <= room:
-        low, high = high, 4 * high
-    for _ in range(4):  # what is held is nearly linear in the tokens
-        below, above = peak(low), peak(high)
-        guess = int(low + (high - low) * (room - below) / max(1, above - below)) // _ROUND_TO * _ROUND_TO
-        if not low < guess < high:
-            break
-        low, high = (guess, high) if peak(guess) <= room else (low, guess)
-    return low // _ROUND_TO * _ROUND_TO

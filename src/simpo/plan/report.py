@@ -12,7 +12,7 @@ from simpo.plan.traffic import Links, compute_seconds
 from simpo.recipe import Recipe
 
 
-def describe_plan(plan: Plan, recipe: Recipe, *, recipe_name: str = "RECIPE", links: Links | None = None) -> str:
+def describe_plan(plan: Plan, recipe: Recipe, *, recipe_name: str = "RECIPE") -> str:
     """The plan for people."""
     model, machines, found = plan.model, plan.machines, plan.footprint
     layout = "" if machines.gpus == 1 else f", {machines.nodes} node{'s' * (machines.nodes > 1)}"
@@ -22,7 +22,7 @@ def describe_plan(plan: Plan, recipe: Recipe, *, recipe_name: str = "RECIPE", li
         f"{model.hidden_size}, vocabulary {model.vocab_size:,}",
         f"{machines.gpus} GPU{'s' * (machines.gpus > 1)} of {machines.gpu_gib:g} GiB{layout}; {plan.mesh}",
         "",
-        *_aligned([(choice.key, _plain(choice.value), choice.reason) for choice in plan.choices]),
+        *_aligned([(key, _plain(value), reason) for key, (value, reason) in plan.choices.items()]),
         "",
         f"memory of a GPU through a step, with {plan.tokens:,} tokens in a micro-batch:",
         *_aligned(
@@ -39,13 +39,14 @@ def describe_plan(plan: Plan, recipe: Recipe, *, recipe_name: str = "RECIPE", li
     cpu = [(name, gib(size), "") for name, size in found.offloaded.items()]
     cpu += [(name, gib(size), "while it is saved") for name, size in found.saving.items() if size]
     lines += ["", "CPU memory of a process:", *_aligned(cpu)] if cpu else []
-    lines += ["", *_traffic_lines(plan, links or Links()), "", *_ending(plan, recipe, recipe_name)]
+    lines += ["", *_traffic_lines(plan), "", *_ending(plan, recipe, recipe_name)]
     return "\n".join(line.rstrip() for line in lines)
 
 
-def _traffic_lines(plan: Plan, links: Links) -> list[str]:
+def _traffic_lines(plan: Plan) -> list[str]:
     if not plan.exchanges:
         return ["nothing is sent between GPUs"]
+    links = Links()
     computing = compute_seconds(plan.model, plan.recipe, plan.mesh, tokens=plan.tokens, micro_batches=1, links=links)
     rows = [
         (each.name, f"{each.sent / 1e9:.2f} GB", f"{each.kind}, at least {each.seconds(links):.2f} s")
@@ -91,32 +92,32 @@ def launch_line(plan: Plan, recipe: Recipe, *, recipe_name: str) -> str:
     return f"torchrun {where}--nproc-per-node {machines.gpus_per_node} -m {command}"
 
 
-def plan_as_dict(plan: Plan, *, links: Links | None = None) -> dict[str, Any]:
+def plan_as_dict(plan: Plan) -> dict[str, Any]:
     """The plan for programs: plain values, bytes and seconds."""
-    links, found = links or Links(), plan.footprint
+    links, found = Links(), plan.footprint
     return {
         "model": {"name": plan.model.name, "parameters": plan.model.num_parameters},
         "machines": asdict(plan.machines),
         "mesh": asdict(plan.mesh),
         "fits": plan.fits,
-        "choices": {choice.key: {"value": choice.value, "reason": choice.reason} for choice in plan.choices},
+        "choices": {key: {"value": value, "reason": reason} for key, (value, reason) in plan.choices.items()},
         "longest_pair_tokens": plan.longest_pair,
         "memory": {
             "tokens": plan.tokens,
             "moment": found.moment,
             "moments": found.totals,
-            "bytes": dict(found.parts),
+            "bytes": found.parts,
             "total_bytes": found.total,
             "reserve_bytes": plan.reserve,
-            "offloaded_bytes": dict(found.offloaded),
-            "saving_cpu_bytes": dict(found.saving),
+            "offloaded_bytes": found.offloaded,
+            "saving_cpu_bytes": found.saving,
         },
         "exchanges": [
             asdict(exchange) | {"sent_bytes": exchange.sent, "seconds": exchange.seconds(links)}
             for exchange in plan.exchanges
         ],
         "links": asdict(links),
-        "remedies": list(plan.remedies),
+        "remedies": plan.remedies,
     }
 
 

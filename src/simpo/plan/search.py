@@ -15,13 +15,23 @@ from typing import Any
 
 from simpo.core.optimizers import OPTIMIZERS
 from simpo.parallel.mesh import MeshSizes, check_heads, mesh_sizes
-from simpo.plan.footprint import GIB, Footprint, compute_footprint, compute_reserve, compute_state, fit_tokens, fits
+from simpo.plan.footprint import (
+    GIB,
+    RUNTIME_BYTES,
+    Footprint,
+    StateBytes,
+    compute_footprint,
+    compute_state,
+    offloads_weights,
+)
 from simpo.plan.shapes import load_config
 from simpo.plan.sizes import ModelSizes, describe_model
 from simpo.plan.traffic import Exchange, compute_traffic
 from simpo.recipe import Recipe
+from simpo.run.memory import SHARE_OF_FREE
 
 MOST_GPUS = 1024  # how far the search for enough GPUs goes
+_ROUND_TO, _MOST_TOKENS = 64, 2**24
 
 
 @dataclass(frozen=True)
@@ -67,52 +77,6 @@ class Machines:
         return cls(gpus, per_node, gpu_gib)
 
 
-@dataclass(frozen=True)
-class Choice:
-    """One size, and why it is what it is."""
-
-    key: str
-    value: Any
-    reason: str
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A mesh, and what it comes to.
-
-    Attributes:
-        recipe: with the plan's gradient_checkpointing.
-        longest_pair: tokens of the longest pair that the recipe lets through: two sequences of max_length.
-        tokens: of a micro-batch that `footprint` and `exchanges` are for.
-        tokens_that_fit: most that leave the reserve free; 0 where not even the model fits.
-        choices: the sizes of the mesh, checkpointing and tokens, in that order.
-        search: that found it.
-    """
-
-    search: Search
-    model: ModelSizes
-    machines: Machines
-    mesh: MeshSizes
-    recipe: Recipe
-    longest_pair: int
-    tokens: int
-    tokens_that_fit: int
-    footprint: Footprint
-    reserve: int
-    exchanges: tuple[Exchange, ...]
-    choices: tuple[Choice, ...] = ()
-
-    @cached_property
-    def remedies(self) -> tuple[str, ...]:
-        """What would make it fit, where it does not; looked for when it is asked for."""
-        return () if self.fits else tuple(self.search.remedies(self))
-
-    @property
-    def fits(self) -> bool:
-        """Whether `tokens` leave the reserve free."""
-        return self.tokens_that_fit >= self.tokens
-
-
 def plan_recipe(recipe: Recipe, machines: Machines, *, shape: str | None = None) -> Plan:
     """Pick sizes for a recipe, or report on those that it has.
 
@@ -131,13 +95,13 @@ def plan_recipe(recipe: Recipe, machines: Machines, *, shape: str | None = None)
     recipe = recipe.model_copy(update={"device": "cuda"})
     search = Search(shape or recipe.model_name_or_path, config, recipe, machines)
     if not is_fixed(recipe):
-        return search.report(*(search.first_that_fits() or search.least()))
+        return search.first_that_fits() or search.least()
     mesh = mesh_sizes(recipe, machines.gpus)
     check_heads(config, mesh)
     if mesh.tp > machines.gpus_per_node:
         raise ValueError(f"tp = {mesh.tp}: reaches beyond a node of {machines.gpus_per_node} GPUs; lower it")
     _check_optimizer(recipe, mesh)
-    return search.report(mesh, recipe)
+    return Plan(search, mesh, recipe)
 
 
 def is_fixed(recipe: Recipe) -> bool:
@@ -152,9 +116,6 @@ def _check_optimizer(recipe: Recipe, mesh: MeshSizes) -> None:
         if mesh.is_sharded and needed:
             value = str(getattr(recipe, key)).lower()
             raise ValueError(f"{key}: {value} cannot be sharded; set dp_shard, cp and tp to 1")
-
-
-Candidate = tuple[MeshSizes, Recipe]
 
 
 @dataclass(frozen=True)
@@ -179,7 +140,7 @@ class Search:
         """Tokens that must fit: the recipe's own number, or its longest pair's."""
         return self.recipe.max_tokens_per_micro_batch or self.longest_pair
 
-    def candidates(self) -> Iterator[Candidate]:
+    def candidates(self) -> Iterator[Plan]:
         """Every mesh worth trying, best first, with and without checkpointing."""
         recipes = [self.recipe]
         if not self.recipe.gradient_checkpointing:
@@ -192,24 +153,28 @@ class Search:
                     for shard in scope:
                         mesh = MeshSizes(ranks // shard, shard, cp, tp)
                         if self._is_possible(mesh):
-                            yield mesh, recipe
+                            yield Plan(self, mesh, recipe)
 
-    def first_that_fits(self) -> Candidate | None:
-        return next((found for found in self.candidates() if self.fits(*found)), None)
+    def first_that_fits(self) -> Plan | None:
+        return next((plan for plan in self.candidates() if plan.fits), None)
 
-    def least(self) -> Candidate:
+    def least(self) -> Plan:
         """The candidate that comes closest, among those whose weights, gradients and moments take the least."""
-        found = [(compute_state(self.model, recipe, mesh).total, mesh, recipe) for mesh, recipe in self.candidates()]
-        least = min(state for state, *_ in found)
-        near = [(mesh, recipe) for state, mesh, recipe in found if state <= 1.1 * least and recipe is found[-1][2]]
-        return min(near, key=lambda each: self.peak(*each))
+        found = list(self.candidates())
+        states = [sum(plan.state) for plan in found]
+        near = [
+            plan
+            for plan, state in zip(found, states, strict=True)
+            if state <= 1.1 * min(states) and plan.recipe is found[-1].recipe
+        ]
+        return min(near, key=lambda plan: plan.peak(self.needed))
 
-    def fits(self, mesh: MeshSizes, recipe: Recipe) -> bool:
-        return fits(self.model, recipe, mesh, tokens=self.needed, gpu_bytes=self.machines.gpu_bytes)
-
-    def peak(self, mesh: MeshSizes, recipe: Recipe) -> int:
-        """Of a GPU with the `needed` tokens in a micro-batch."""
-        return compute_footprint(self.model, recipe, mesh, tokens=self.needed).total
+    def fitting(self, mesh: MeshSizes) -> Plan | None:
+        """What fits this recipe: its own mesh where it has one."""
+        if not is_fixed(self.recipe):
+            return self.first_that_fits()
+        plan = Plan(self, mesh, self.recipe)
+        return plan if self._is_possible(mesh) and plan.fits else None
 
     def _splits(self) -> list[tuple[int, int]]:
         """(cp, tp) that stay within a node and divide the heads; cp before tp, since it sends less."""
@@ -225,57 +190,120 @@ class Search:
             return False
         return True
 
-    # --- the report --------------------------------------------------------------------------------------------------
 
-    def report(self, mesh: MeshSizes, recipe: Recipe) -> Plan:
-        """Everything about one mesh."""
-        size = {"gpu_bytes": self.machines.gpu_bytes}
-        most = fit_tokens(self.model, recipe, mesh, **size)
-        if self.fits(mesh, recipe):  # which is not rounded down
-            most = max(most, self.needed)
-        share = self.recipe.pairs_per_step() * self.longest_pair  # of one rank in a step, at the most
-        tokens = self.recipe.max_tokens_per_micro_batch or min(max(most, self.needed), share)
-        sent = compute_traffic(self.model, recipe, mesh, tokens=tokens, gpus_per_node=self.machines.gpus_per_node)
-        plan = Plan(
-            search=self,
-            model=self.model,
-            machines=self.machines,
-            mesh=mesh,
-            recipe=recipe,
-            longest_pair=self.longest_pair,
-            tokens=tokens,
-            tokens_that_fit=most,
-            footprint=compute_footprint(self.model, recipe, mesh, tokens=tokens),
-            reserve=compute_reserve(self.model, recipe, mesh, **size),
-            exchanges=tuple(sent),
-        )
-        return replace(plan, choices=tuple(self._choices(plan)))
+@dataclass(frozen=True)
+class Plan:
+    """A mesh, and what it comes to.
 
-    def _choices(self, plan: Plan) -> Iterator[Choice]:
-        sizes: dict[str, Any] = asdict(plan.mesh) | {"gradient_checkpointing": plan.recipe.gradient_checkpointing}
-        if is_fixed(self.recipe):
+    Attributes:
+        search: that found it: what was asked for, and what could be had instead.
+        recipe: with the plan's gradient_checkpointing.
+    """
+
+    search: Search
+    mesh: MeshSizes
+    recipe: Recipe
+
+    @property
+    def model(self) -> ModelSizes:
+        return self.search.model
+
+    @property
+    def machines(self) -> Machines:
+        return self.search.machines
+
+    @property
+    def longest_pair(self) -> int:
+        return self.search.longest_pair
+
+    @property
+    def state(self) -> StateBytes:
+        return compute_state(self.model, self.recipe, self.mesh)
+
+    def peak(self, tokens: int) -> int:
+        """Of a GPU with so many tokens in a micro-batch."""
+        return compute_footprint(self.model, self.recipe, self.mesh, tokens=tokens).total
+
+    @property
+    def reserve(self) -> int:
+        """Bytes that are not planned with: as a run does, a tenth of what is free once the weights are loaded."""
+        weights = 0 if offloads_weights(self.recipe, self.mesh) else self.state.weights
+        return int((1 - SHARE_OF_FREE["cuda"]) * max(0, self.machines.gpu_bytes - RUNTIME_BYTES - weights))
+
+    def leaves_reserve(self, tokens: int) -> bool:
+        """Whether a micro-batch of so many tokens does; nothing is traced where the state alone does not."""
+        room, state = self.machines.gpu_bytes - self.reserve, self.state
+        least = RUNTIME_BYTES + state.weights + state.gradients + state.moments * (not self.recipe.optimizer_offload)
+        if least > room and not offloads_weights(self.recipe, self.mesh):
+            return False
+        return self.peak(tokens) <= room
+
+    @cached_property
+    def fits(self) -> bool:
+        """Whether the tokens that must fit do."""
+        return self.leaves_reserve(self.search.needed)
+
+    @cached_property
+    def tokens_that_fit(self) -> int:
+        """Most in a micro-batch that leave the reserve free; 0 where not even the model fits."""
+        room = self.machines.gpu_bytes - self.reserve
+        low, high = (n * self.mesh.cp for n in (2 * _ROUND_TO, 4096))
+        if not self.leaves_reserve(low):
+            return 0
+        while high < _MOST_TOKENS and self.peak(high) <= room:
+            low, high = high, 4 * high
+        for _ in range(4):  # what is held is nearly linear in the tokens
+            below, above = self.peak(low), self.peak(high)
+            guess = int(low + (high - low) * (room - below) / max(1, above - below)) // _ROUND_TO * _ROUND_TO
+            if not low < guess < high:
+                break
+            low, high = (guess, high) if self.peak(guess) <= room else (low, guess)
+        most = low // _ROUND_TO * _ROUND_TO
+        return max(most, self.search.needed) if self.fits else most
+
+    @property
+    def tokens(self) -> int:
+        """Of the micro-batch that `footprint` and `exchanges` are for: never more than a rank's share of a step."""
+        share = self.search.recipe.pairs_per_step() * self.longest_pair
+        most = min(max(self.tokens_that_fit, self.search.needed), share)
+        return self.search.recipe.max_tokens_per_micro_batch or most
+
+    @cached_property
+    def footprint(self) -> Footprint:
+        return compute_footprint(self.model, self.recipe, self.mesh, tokens=self.tokens)
+
+    @cached_property
+    def exchanges(self) -> list[Exchange]:
+        near = self.machines.gpus_per_node
+        return compute_traffic(self.model, self.recipe, self.mesh, tokens=self.tokens, gpus_per_node=near)
+
+    @cached_property
+    def choices(self) -> dict[str, tuple[Any, str]]:
+        """The sizes of the mesh, checkpointing and tokens: each with its value, and why it is what it is."""
+        sizes: dict[str, Any] = asdict(self.mesh) | {"gradient_checkpointing": self.recipe.gradient_checkpointing}
+        if is_fixed(self.search.recipe):
             reasons = dict.fromkeys(sizes, "as the recipe says")
-        elif not plan.fits:
+        elif not self.fits:
             reasons = dict.fromkeys(sizes, "") | {"dp_replicate": "no mesh fits; this one needs the least"}
         else:
-            reasons = self._reasons(plan.mesh, plan.recipe)
-        for name, value in sizes.items():
-            yield Choice(name, value, reasons[name])
-        given = self.recipe.max_tokens_per_micro_batch
+            reasons = self._reasons()
+        given = self.search.recipe.max_tokens_per_micro_batch
         reason = (
-            f"fills a GPU up to a reserve of {gib(plan.reserve)}; unless the recipe sets it, a run measures its own"
+            f"fills a GPU up to a reserve of {gib(self.reserve)}; unless the recipe sets it, a run measures its own"
         )
         if given is not None:
-            reason = f"as the recipe says; {'only ' * (not plan.fits)}{plan.tokens_that_fit:,} fit"
-        elif not plan.fits:
-            reason = f"the longest pair has {plan.longest_pair:,} tokens"
-        yield Choice("max_tokens_per_micro_batch", given or plan.tokens_that_fit, reason)
+            reason = f"as the recipe says; {'only ' * (not self.fits)}{self.tokens_that_fit:,} fit"
+        elif not self.fits:
+            reason = f"the longest pair has {self.longest_pair:,} tokens"
+        found = {key: (value, reasons[key]) for key, value in sizes.items()}
+        return found | {"max_tokens_per_micro_batch": (given or self.tokens_that_fit, reason)}
 
-    def _reasons(self, mesh: MeshSizes, recipe: Recipe) -> dict[str, str]:
+    def _reasons(self) -> dict[str, str]:
         """Why each size of a mesh that was picked is what it is: what a GPU would need otherwise."""
+        mesh = self.mesh
 
         def without(**changes: int) -> str:
-            return gib(self.peak(replace(mesh, **changes), recipe))
+            return gib(replace(self, mesh=replace(mesh, **changes)).peak(self.search.needed))
 
         reasons = {"dp_replicate": "one GPU", "dp_shard": "the whole training state fits on one GPU"}
         if mesh.world > 1:
@@ -294,53 +322,50 @@ class Search:
         pair = f"the longest pair ({self.longest_pair:,} tokens)"
         reasons["cp"] = f"{pair} fits on one GPU"
         if mesh.cp > 1:
-            reasons["cp"] = (
-                f"{pair} needs {without(cp=1, dp_shard=mesh.dp_shard * mesh.cp)} unless GPUs share its tokens"
-            )
+            needed = without(cp=1, dp_shard=mesh.dp_shard * mesh.cp)
+            reasons["cp"] = f"{pair} needs {needed} unless GPUs share its tokens"
         reasons["tp"] = "not needed, and it sends the most"
         if mesh.tp > 1:
             reasons["tp"] = f"without it a GPU needs {without(tp=1, dp_shard=mesh.dp_shard * mesh.tp)}"
         reasons["gradient_checkpointing"] = "the longest pair fits without it; it costs about a third more time"
-        if recipe.gradient_checkpointing:
-            needed = gib(self.peak(mesh, recipe.model_copy(update={"gradient_checkpointing": False})))
-            said = "as the recipe says; " if self.recipe.gradient_checkpointing else ""
-            reasons["gradient_checkpointing"] = f"{said}without it a GPU needs {needed}"
+        if self.recipe.gradient_checkpointing:
+            other = replace(self, recipe=self.recipe.model_copy(update={"gradient_checkpointing": False}))
+            said = "as the recipe says; " if self.search.recipe.gradient_checkpointing else ""
+            reasons["gradient_checkpointing"] = f"{said}without it a GPU needs {gib(other.peak(self.search.needed))}"
         return reasons
 
-    def remedies(self, plan: Plan) -> Iterator[str]:
-        """What would make the longest pair fit, each on its own, cheapest for the run first."""
-        if is_fixed(self.recipe):
-            other = replace(self, recipe=_unfixed(self.recipe)).first_that_fits()
+    @cached_property
+    def remedies(self) -> list[str]:
+        """What would make it fit, where it does not, each on its own, cheapest for the run first."""
+        return [] if self.fits else list(self._remedies())
+
+    def _remedies(self) -> Iterator[str]:
+        search, machines = self.search, self.machines
+        if is_fixed(search.recipe):
+            other = replace(search, recipe=_unfixed(search.recipe)).first_that_fits()
             if other is not None:
-                yield f"another mesh of the same GPUs ({changed_keys(*other)})"
+                yield f"another mesh of the same GPUs ({changed_keys(other.mesh, other.recipe)})"
         for values in _REMEDIES:
-            if any(getattr(self.recipe, key) != value for key, value in values.items()):
-                other = replace(self, recipe=self.recipe.model_copy(update=values))
-                if found := other._fitting(plan.mesh):
+            if any(getattr(search.recipe, key) != value for key, value in values.items()):
+                other = replace(search, recipe=search.recipe.model_copy(update=values)).fitting(self.mesh)
+                if other is not None:
                     words = " and ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
-                    yield f"{words} ({other._changes(*found)})"
-        machines = self.machines
+                    yield f"{words} ({other._changes()})"
         while machines.gpus < MOST_GPUS:
             more = machines.gpus * 2
             machines = replace(machines, gpus=more, gpus_per_node=min(more, max(8, machines.gpus_per_node)))
-            other = replace(self, recipe=_unfixed(self.recipe), machines=machines)
-            if found := other._fitting(plan.mesh):
-                yield f"{machines.gpus} GPUs ({other._changes(*found)})"
+            other = replace(search, recipe=_unfixed(search.recipe), machines=machines).first_that_fits()
+            if other is not None:
+                yield f"{machines.gpus} GPUs ({other._changes()})"
                 break
-        if self.longest_pair <= plan.tokens_that_fit < self.needed:
-            yield f"max_tokens_per_micro_batch: {plan.tokens_that_fit}"
-        elif plan.tokens_that_fit >= 2 * 64:
-            yield f"max_length: {plan.tokens_that_fit // 2} (instead of {self.recipe.max_length})"
+        if self.longest_pair <= self.tokens_that_fit < search.needed:
+            yield f"max_tokens_per_micro_batch: {self.tokens_that_fit}"
+        elif self.tokens_that_fit >= 2 * 64:
+            yield f"max_length: {self.tokens_that_fit // 2} (instead of {search.recipe.max_length})"
 
-    def _fitting(self, mesh: MeshSizes) -> Candidate | None:
-        """What fits this recipe: its own mesh where it has one."""
-        if not is_fixed(self.recipe):
-            return self.first_that_fits()
-        return (mesh, self.recipe) if self._is_possible(mesh) and self.fits(mesh, self.recipe) else None
-
-    def _changes(self, mesh: MeshSizes, recipe: Recipe) -> str:
-        cpu = sum(compute_footprint(self.model, recipe, mesh, tokens=self.needed).offloaded.values())
-        words = changed_keys(mesh, recipe) or "on one GPU"
+    def _changes(self) -> str:
+        cpu = sum(compute_footprint(self.model, self.recipe, self.mesh, tokens=self.search.needed).offloaded.values())
+        words = changed_keys(self.mesh, self.recipe) or "on one GPU"
         return words + (f"; {gib(cpu)} of CPU memory for each process" if cpu else "")
 
 

@@ -51,49 +51,23 @@ _SMOLLM2 = {
     **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "max_position_embeddings": 8192},
     **{"tie_word_embeddings": True, "rope_parameters": _rope(100000.0)},
 }
+_KNOWN: tuple[tuple[str, tuple[str, ...], dict[str, Any], tuple[int, ...]], ...] = (
+    # name, how the names of its models on the hub begin, family, the sizes of _OF_WIDTH
+    ("smollm2-135m", ("HuggingFaceTB/SmolLM2-135M",), _SMOLLM2, (576, 1536, 30, 9, 64)),
+    ("llama-1b", ("meta-llama/Llama-3.2-1B",), _LLAMA_3_2, (2048, 8192, 16, 32, 64)),
+    ("llama-3b", ("meta-llama/Llama-3.2-3B",), _LLAMA_3_2, (3072, 8192, 28, 24, 128)),
+    ("mistral-7b", ("mistralai/Mistral-7B", "alignment-handbook/zephyr-7b"), _MISTRAL, (4096, 14336, 32, 32, 128)),
+    ("deepseek-7b", ("deepseek-ai/deepseek-math-7b",), _DEEPSEEK, (4096, 11008, 30, 32, 128)),
+    ("llama-8b", ("meta-llama/Meta-Llama-3-8B", "princeton-nlp/Llama-3-"), _LLAMA_3, (4096, 14336, 32, 32, 128)),
+    ("gemma-9b", ("google/gemma-2-9b",), _GEMMA_2, (3584, 14336, 42, 16, 256)),
+    ("qwen-14b", ("Qwen/Qwen2.5-14B",), _QWEN_2_5, (5120, 13824, 48, 40, 128)),
+    ("qwen-32b", ("Qwen/Qwen2.5-32B",), _QWEN_2_5, (5120, 27648, 64, 40, 128)),
+    ("llama-70b", ("meta-llama/Meta-Llama-3-70B",), _LLAMA_3, (8192, 28672, 80, 64, 128)),
+)
 SHAPES: dict[str, dict[str, Any]] = {
-    name: {**family, **dict(zip(_OF_WIDTH, sizes, strict=True))}
-    for name, family, *sizes in (
-        ("smollm2-135m", _SMOLLM2, 576, 1536, 30, 9, 64),
-        ("llama-1b", _LLAMA_3_2, 2048, 8192, 16, 32, 64),  # Llama-3.2-1B
-        ("llama-3b", _LLAMA_3_2, 3072, 8192, 28, 24, 128),  # Llama-3.2-3B
-        ("mistral-7b", _MISTRAL, 4096, 14336, 32, 32, 128),  # Mistral-7B-v0.1
-        ("deepseek-7b", _DEEPSEEK, 4096, 11008, 30, 32, 128),  # deepseek-math-7b
-        ("llama-8b", _LLAMA_3, 4096, 14336, 32, 32, 128),  # Meta-Llama-3-8B
-        ("gemma-9b", _GEMMA_2, 3584, 14336, 42, 16, 256),  # gemma-2-9b
-        ("qwen-14b", _QWEN_2_5, 5120, 13824, 48, 40, 128),  # Qwen2.5-14B
-        ("qwen-32b", _QWEN_2_5, 5120, 27648, 64, 40, 128),  # Qwen2.5-32B
-        ("llama-70b", _LLAMA_3, 8192, 28672, 80, 64, 128),  # Meta-Llama-3-70B
-    )
+    name: {**family, **dict(zip(_OF_WIDTH, sizes, strict=True))} for name, _, family, sizes in _KNOWN
 }
 """Settings of the configurations of models that are known by name."""
-
-_ON_THE_HUB = {
-    "HuggingFaceTB/SmolLM2-135M": "smollm2-135m",
-    "alignment-handbook/zephyr-7b": "mistral-7b",
-    "deepseek-ai/deepseek-math-7b": "deepseek-7b",
-    "google/gemma-2-9b": "gemma-9b",
-    "meta-llama/Llama-3.2-1B": "llama-1b",
-    "meta-llama/Llama-3.2-3B": "llama-3b",
-    "meta-llama/Meta-Llama-3-70B": "llama-70b",
-    "meta-llama/Meta-Llama-3-8B": "llama-8b",
-    "mistralai/Mistral-7B": "mistral-7b",
-    "princeton-nlp/Llama-3-": "llama-8b",
-    "Qwen/Qwen2.5-14B": "qwen-14b",
-    "Qwen/Qwen2.5-32B": "qwen-32b",
-}
-"""How the names of models on the hub begin that have a known shape: some ask for a login, a plan need not."""
-
-
-def build_config(shape: str) -> Any:
-    """The transformers configuration of a known shape.
-
-    Raises:
-        ValueError: no shape of that name.
-    """
-    if shape not in SHAPES:
-        raise ValueError(f"shape: {shape!r} is not known; choose one of {', '.join(SHAPES)}, or give a file")
-    return _from_settings(SHAPES[shape] | {"dtype": "bfloat16"})  # as their weights are published
 
 
 def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = False) -> Any:
@@ -101,23 +75,23 @@ def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
 
     Args:
         name: a known shape; a .json, .yaml or .yml file with the settings of a config.json; a folder saved by
-            save_pretrained; or a hub name, which is not asked for where it has a known shape.
+            save_pretrained; or a hub name. One that has a known shape is not asked for: it may want a login.
     Raises:
         ValueError: none of these, or not the configuration of a language model.
     """
     if name in SHAPES:
-        return build_config(name)
+        return _from_settings(SHAPES[name] | {"dtype": "bfloat16"})  # as their weights are published
     if Path(name).suffix in (".json", ".yaml", ".yml"):
         return _from_settings(_read_settings(Path(name)), source=name)
     from transformers import AutoConfig
 
-    known = next((shape for beginning, shape in _ON_THE_HUB.items() if name.startswith(beginning)), None)
+    known = next((shape for shape, beginnings, *_ in _KNOWN if name.startswith(beginnings)), None)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": known is not None}
     try:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, KeyError, ValueError) as error:
         if known is not None:
-            return build_config(known)
+            return load_config(known)
         raise ValueError(
             f"cannot read the configuration of {name!r} ({first_line(error)}); give a folder, a hub name that can be "
             f"reached, a .json or .yaml file, or --shape with one of {', '.join(SHAPES)}"
