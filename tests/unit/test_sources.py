@@ -191,13 +191,15 @@ def test_sample_limits_are_a_seeded_choice(tmp_path, data_recipe):
 
 
 def test_named_splits(tmp_path, data_recipe):
-    for name, count in (("train_prefs", 5), ("test_prefs", 2), ("train_sft", 9)):
+    for name, count in (("train_prefs", 5), ("test_prefs", 2), ("train_sft", 9), ("train_eval", 3)):
         write_jsonl(tmp_path / "set" / f"{name}.jsonl", rows(count))
     splits = load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_prefs", "test_prefs"]))
     assert (len(splits.train), len(splits.eval)) == (5, 2)
     splits = load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_sft"], validation_fraction=0))
     assert (len(splits.train), len(splits.eval)) == (9, 0)
-    with pytest.raises(ValueError, match="no split 'train_gen'; its splits: test_prefs, train_prefs, train_sft"):
+    splits = load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_prefs", "train_sft", "train_eval"]))
+    assert (len(splits.train), len(splits.eval)) == (14, 3)  # what says train is trained on, unless it says eval too
+    with pytest.raises(ValueError, match="no split 'train_gen'; its splits: test_prefs, train_eval, train_prefs"):
         load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_gen", "test_prefs"]))
     with pytest.raises(ValueError, match="no split 'test_gen'"):
         load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_prefs", "test_gen"]))
