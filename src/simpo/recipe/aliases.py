@@ -173,7 +173,8 @@ _MEANINGLESS: Mapping[str, str] = {
         "sequence_parallel use_distributed_optimizer overlap_grad_reduce overlap_param_gather "
         "overlap_p2p_communication distributed_backend distributed_timeout_minutes use_cp_send_recv_overlap "
         "ulysses_degree_in_cp noop_layers use_torch_fsdp2 data_parallel_size rank world_size master_addr "
-        "master_port nnodes node_rank nproc_per_node tp_comm_overlap num_distributed_optimizer_instances"
+        "master_port nnodes node_rank nproc_per_node tp_comm_overlap num_distributed_optimizer_instances "
+        "model_parallel ignore_bias_buffers"
     ),
     "read from the model's own configuration": (
         "num_layers hidden_size ffn_hidden_size num_attention_heads group_query_attention num_query_groups kv_channels "
@@ -184,7 +185,7 @@ _MEANINGLESS: Mapping[str, str] = {
         "low_freq_factor high_freq_factor original_max_position_embeddings tokenizer_type tokenizer_model "
         "tokenizer_not_use_fast tokenizer_padding_side tokenizer_kwargs vocab_file merge_file use_mcore_models spec "
         "transformer_impl num_experts moe_router_topk window_size sliding_window apply_query_key_layer_scaling "
-        "hidden_dropout attention_dropout"
+        "hidden_dropout attention_dropout base_model_attribute_name"
     ),
     "precision is set by bf16 and master_dtype": (
         "fp16 fp16_full_eval bf16_full_eval fp16_opt_level half_precision_backend fp16_backend "
@@ -228,39 +229,34 @@ _MEANINGLESS: Mapping[str, str] = {
     "the decay ends with the last step": "lr_decay_iters",
     "the warm-up starts at 0": "lr_warmup_init",
     "see warmup_ratio and warmup_steps": "lr_warmup_samples",
-    "see num_train_epochs and max_steps": "train_samples",
-    "see num_train_epochs": "epochs",
+    "see num_train_epochs and max_steps": "epochs train_samples",
     "see optim": "optimizer",
     "set num_eval_generations to the number of answers to sample": "generate_during_eval",
     "this is SimPO": "stage",
     "decoder-only models": "is_encoder_decoder",
     "see label_smoothing": "label_smoothing_factor dpo_label_smoothing",
     "responses have no limit of their own; see max_length": "max_completion_length max_target_length",
-    "prompts are cut on the left, responses on the right; see overlong": "truncation_mode truncation_side",
+    "prompts are cut left, responses right; see overlong": "truncation_mode truncation_side cut_max_seqlen",
     "nothing is padded": (
         "label_pad_token_id padding_value pad_token padding_side pad_to_max_length no_pad_to_seq_lengths"
     ),
     "the chat template ends a turn": "eos_token",
     "one adapter": "model_adapter_name",
     "the reference is a model of its own": "ref_adapter_name",
-    "see the launcher": "model_parallel",
     "always done, once, for the losses that need it": "precompute_ref_log_probs",
     "see per_device_eval_batch_size": "precompute_ref_batch_size",
     "see loss_type": "reference_free force_use_ref_model dpo_loss_type",
     "the reference stays fixed": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps refer_model_iter",
-    "the same idea here is sft_weight": "rpo_alpha",
+    "the same idea here is sft_weight": "rpo_alpha dpo_ftx",
     "not implemented": "ld_alpha discopop_tau f_divergence_type f_alpha_divergence_coef use_weighting",
     "one loss at a time": "loss_weights",
     "AlphaPO is loss_type: alphapo with alphapo_alpha": "alpha",
     "always so: only response tokens reach the vocabulary projection": "use_logits_to_keep use_num_logits_to_keep",
-    "found from the model": "base_model_attribute_name",
     "not implemented: lora_alpha / lora_r scales the adapters": "use_rslora",
     "not implemented: plain LoRA": "use_dora use_dora_quant",
-    "see use_peft and load_in_4bit": "qlora",
-    "see load_in_4bit": "qlora_save_dequantize",
+    "see use_peft and load_in_4bit": "qlora qlora_save_dequantize",
     "see prompt_column, chosen_column and rejected_column": "text_column",
     "data is read whole, so that its audit is complete": "dataset_streaming",
-    "no distributed wrapper needs it": "ignore_bias_buffers",
     "see max_train_samples": "max_samples",
     "see dataset_splits and validation_fraction": "split",
     "name the pairs in dataset_name or dataset_mixer": "train_data_path valid_data_path",
@@ -268,7 +264,6 @@ _MEANINGLESS: Mapping[str, str] = {
     "the tokenizer's chat template is used; see chat_template": "prompt_type prompt_type_path",
     "see cache_dir": "tokenized_path",
     "see max_length": "decoder_seq_length encoder_seq_length",
-    "see overlong": "cut_max_seqlen",
     "see pack": "pack_samples packing",
     "the batch size is constant": "rampup_batch_size",
     "see gradient_checkpointing": (
@@ -276,7 +271,6 @@ _MEANINGLESS: Mapping[str, str] = {
         "recompute_activation_function"
     ),
     "see beta": "dpo_beta",
-    "see sft_weight": "dpo_ftx",
 }
 
 KNOWN_ELSEWHERE: dict[str, str] = {name: hint for hint, names in _MEANINGLESS.items() for name in names.split()}
