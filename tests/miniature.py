@@ -89,12 +89,6 @@ def pair_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def tiny_recipe(tiny_model: Path, pair_files: Path, tmp_path: Path) -> dict[str, Any]:
-    """Ten optimizer steps of four pairs in fp32; takes about a second."""
-    return recipe_in(tmp_path, tiny_model, pair_files)
-
-
 def recipe_in(folder: Path, model: Path, pairs: Path) -> dict[str, Any]:
     """As `tiny_recipe`, for fixtures that several tests share: the run directory is `folder`/run."""
     return {
@@ -113,6 +107,32 @@ def recipe_in(folder: Path, model: Path, pairs: Path) -> dict[str, Any]:
         "num_threads": 1,
         "preprocessing_num_workers": 1,
     }
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe_in(tiny_model: Path, pair_files: Path, tmp_path_factory: pytest.TempPathFactory):
+    """build(folder): ten optimizer steps of four pairs in fp32, run in that folder; takes about a second.
+
+    Its cache holds the tokenised pairs, which takes longer than the run, and nothing else.
+    """
+    from simpo.data.prepare import prepare_pairs
+    from simpo.model.load import load_tokenizer
+    from simpo.recipe import load_recipe
+
+    first = load_recipe(recipe_in(tmp_path_factory.mktemp("tokenised"), tiny_model, pair_files))
+    prepare_pairs(first, load_tokenizer(first), progress=False)
+
+    def build(folder: Path) -> dict[str, Any]:
+        shutil.copytree(first.cache_dir, folder / "cache")
+        return recipe_in(folder, tiny_model, pair_files)
+
+    return build
+
+
+@pytest.fixture
+def tiny_recipe(tiny_recipe_in, tmp_path: Path) -> dict[str, Any]:
+    """`tiny_recipe_in` a folder of this test."""
+    return tiny_recipe_in(tmp_path)
 
 
 @pytest.fixture(scope="session")

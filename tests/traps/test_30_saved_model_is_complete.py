@@ -24,10 +24,24 @@ def train(settings: dict[str, Any], **changes: Any) -> Trainer:
     return trainer
 
 
-def test_final_model_loads_with_plain_transformers_and_answers(tiny_recipe: dict[str, Any]) -> None:
+@pytest.fixture(scope="module")
+def whole(tiny_recipe_in, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """After a run that trained all weights."""
+    return train(tiny_recipe_in(tmp_path_factory.mktemp("whole")), run_name="my-run")
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_recipe_in, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    """After a run that trained LoRA's."""
+    pytest.importorskip("peft")
+    recipe = tiny_recipe_in(tmp_path_factory.mktemp("adapters"))
+    return train(recipe, use_peft=True, lora_r=4, learning_rate=1e-2)
+
+
+def test_final_model_loads_with_plain_transformers_and_answers(whole: Trainer) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    trainer = train(tiny_recipe)
+    trainer = whole
     folder = trainer.output_dir / "model"
     model = AutoModelForCausalLM.from_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -56,9 +70,10 @@ def test_final_model_has_its_base_models_dtype(tiny_recipe: dict[str, Any], tiny
     assert saved.dtype == torch.bfloat16
 
 
-def test_lora_is_saved_with_its_bases_name_and_loads(tiny_recipe: dict[str, Any], tiny_model: Path) -> None:
-    peft = pytest.importorskip("peft")
-    trainer = train(tiny_recipe, use_peft=True, lora_r=4, learning_rate=1e-2)
+def test_lora_is_saved_with_its_bases_name_and_loads(adapters: Trainer, tiny_model: Path) -> None:
+    import peft
+
+    trainer = adapters
     folder = trainer.output_dir / "model"
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tiny_model)
@@ -77,13 +92,7 @@ def test_lora_is_saved_with_its_bases_name_and_loads(tiny_recipe: dict[str, Any]
     assert not torch.allclose(base, expected, atol=1e-4)  # the adapters matter
 
 
-def test_lora_checkpoint_holds_the_adapters_alone(tiny_recipe: dict[str, Any]) -> None:
-    pytest.importorskip("peft")
-    whole, adapters = (
-        train(tiny_recipe),
-        train(tiny_recipe, use_peft=True, lora_r=2, output_dir=tiny_recipe["output_dir"] + "-lora"),
-    )
-
+def test_lora_checkpoint_holds_the_adapters_alone(whole: Trainer, adapters: Trainer) -> None:
     def num_elements(trainer: Trainer) -> int:
         metadata = FileSystemReader(trainer.checkpoint_dir / "step-2" / "tensors").read_metadata()
         return sum(m.size.numel() for m in metadata.state_dict_metadata.values() if hasattr(m, "size"))
@@ -94,9 +103,8 @@ def test_lora_checkpoint_holds_the_adapters_alone(tiny_recipe: dict[str, Any]) -
     assert num_elements(whole) > 10 * num_elements(adapters)
 
 
-def test_model_card_records_recipe_data_and_results(tiny_recipe: dict[str, Any]) -> None:
-    trainer = train(tiny_recipe, run_name="my-run")
-    card = (trainer.output_dir / "model" / "README.md").read_text()
+def test_model_card_records_recipe_data_and_results(whole: Trainer) -> None:
+    card = (whole.output_dir / "model" / "README.md").read_text()
     assert card.startswith("---\nbase_model: ")
-    for part in ("# my-run", trainer.data.fingerprint, "eval_rewards/accuracies", "learning_rate: 0.002", "beta: 2.0"):
+    for part in ("# my-run", whole.data.fingerprint, "eval_rewards/accuracies", "learning_rate: 0.002", "beta: 2.0"):
         assert part in card, part
