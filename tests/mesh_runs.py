@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import read_state
+from simpo.run.checkpoint import CheckpointSaver, read_state
+from simpo.run.resume import find_checkpoint
 from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
@@ -102,12 +103,31 @@ def _shake_adapters(model: torch.nn.Module) -> None:
             parameter.data.add_(0.01)
 
 
-def load_and_save_again(settings: Settings, checkpoint: str) -> dict[str, Any]:
-    """What a trainer holds that goes on from a checkpoint, and the digest of its own checkpoint of that."""
-    trainer = build({**settings, "resume_from_checkpoint": checkpoint})
-    again = trainer.save()
-    trainer.mesh.barrier()
-    return as_answer(trainer, digest=read_state(again)["digest"], step=trainer.progress.step)
+def load_and_save_again(settings: Settings, *saved: str) -> list[dict[str, Any]]:
+    """What one trainer holds that resumes from each checkpoint in turn, and the digests of its own checkpoints of them.
+
+    Between two of them nothing is left of the one before.
+    """
+    trainer = build({**settings, "resume_from_checkpoint": saved[0]})
+    answers = []
+    for index, folder in enumerate(saved):
+        if index > 0:
+            _wipe(trainer)
+            _restore(trainer, settings, folder)
+            trainer.saver = CheckpointSaver(trainer.output_dir / f"checkpoints-{index}", trainer.mesh)
+        again = trainer.save()
+        trainer.mesh.barrier()
+        answers.append(as_answer(trainer, digest=read_state(again)["digest"], step=trainer.progress.step))
+    return answers
+
+
+@torch.no_grad()
+def _wipe(trainer: Trainer) -> None:
+    for parameter in trainer.model.parameters():
+        if parameter.requires_grad:
+            for tensor in (parameter, *trainer.optimizer.state[parameter].values()):
+                tensor.zero_()
+    trainer.progress.step = -1
 
 
 def resume_and_step(settings: Settings, checkpoint: str) -> dict[str, Any]:
@@ -145,6 +165,24 @@ def error_of(settings: Settings, checkpoint: str) -> tuple[str, str]:
     except Exception as error:
         return type(error).__name__, str(error)
     return "nothing", ""
+
+
+def errors_of(settings: Settings, *saved: str) -> list[tuple[str, str]]:
+    """As `error_of` for each of several checkpoints, of one trainer that tries to go on from each in turn."""
+    trainer, found = build(settings), []
+    for folder in saved:
+        try:
+            _restore(trainer, settings, folder)
+            found.append(("nothing", ""))
+        except Exception as error:
+            found.append((type(error).__name__, str(error)))
+    return found
+
+
+def _restore(trainer: Trainer, settings: Settings, checkpoint: str) -> None:
+    """What `Trainer` does for `resume_from_checkpoint`, on one that is there already."""
+    recipe = load_recipe({**settings, "resume_from_checkpoint": checkpoint})
+    trainer._restore(trainer.mesh.on_main(lambda: find_checkpoint(recipe)))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

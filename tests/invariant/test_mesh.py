@@ -265,19 +265,59 @@ FOUR: dict[str, tuple[str, int, Settings]] = {
 
 def check(ranks: Ranks, settings: Settings, *, steps: int = STEPS, prepare: str | None = None) -> list[dict[str, Any]]:
     found = ranks.run(run_steps, settings, steps, prepare=prepare)
-    pairs = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
-    data = ranks.size // (settings.get("cp", 1) * settings.get("tp", 1))
-    reference = reference_steps(
-        {**settings, "pairs_per_step": pairs * data}, adapters=found[0]["adapters"], steps=steps
-    )
-    assert_same_update(found[0], reference)
+    assert_same_update(found[0], reference_of(settings, found[0], ranks.size, steps=steps))
     return found
 
 
+def reference_of(settings: Settings, ours: dict[str, Any], world: int, *, steps: int = STEPS) -> dict[str, list]:
+    pairs = settings["per_device_train_batch_size"] * settings["gradient_accumulation_steps"]
+    data = world // (settings.get("cp", 1) * settings.get("tp", 1))
+    return reference_steps({**settings, "pairs_per_step": pairs * data}, adapters=ours["adapters"], steps=steps)
+
+
+@pytest.fixture(scope="module")
+def kept() -> dict[str, tuple[Settings, list[dict[str, Any]]]]:
+    """What `on_two` has run already."""
+    return {}
+
+
+@pytest.fixture
+def on_two(kept, two_ranks: Ranks, model_folder, step_recipe) -> Callable[[str], tuple[Settings, list[dict[str, Any]]]]:
+    """on_two(case): the settings of a case of TWO, and what its steps gave on each rank."""
+
+    def run(case: str) -> tuple[Settings, list[dict[str, Any]]]:
+        if case not in kept:
+            shape, data, keys = TWO[case]
+            settings = step_recipe(model_folder(**SHAPES[shape]), data, **keys)
+            kept[case] = settings, two_ranks.run(run_steps, settings)
+        return kept[case]
+
+    return run
+
+
 @pytest.mark.parametrize("case", TWO)
-def test_two_processes_make_the_update_of_one(case, two_ranks: Ranks, model_folder, step_recipe):
-    shape, data, keys = TWO[case]
-    check(two_ranks, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
+def test_two_processes_make_the_update_of_one(case, on_two):
+    settings, found = on_two(case)
+    assert_same_update(found[0], reference_of(settings, found[0], 2))
+
+
+@pytest.mark.parametrize("case", ["dp2", "fsdp2", "tp2 tied", "cp2, 3 KV heads"])
+def test_evaluation_over_ranks_counts_every_pair_once(case, on_two):
+    """Ten pairs in batches of four: with two data ranks one of four batches is empty."""
+    settings, ranks = on_two(case)
+    found = dict(ranks[0]["evaluation"])
+    alone = run_steps({**settings, "dp_replicate": 1, "dp_shard": None, "cp": 1, "tp": 1}, 1)["evaluation"]
+    assert found.pop("eval_time_s") > 0
+    assert alone.pop("eval_time_s") > 0
+    assert found == pytest.approx(alone, rel=2e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("case", ["fsdp2", "tp2", "cp2"])
+def test_sharded_ranks_hold_half_of_the_weights(case, on_two):
+    settings, ranks = on_two(case)
+    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"]).parameters())
+    for found in ranks:
+        assert 0.45 * whole < found["parameters"] < 0.55 * whole
 
 
 @pytest.mark.four_processes
@@ -324,26 +364,6 @@ def test_ragged_shares_weigh_each_pair_the_same(mesh, two_ranks: Ranks, model_fo
     check(two_ranks, settings, steps=1)
 
 
-@pytest.mark.parametrize("case", ["dp2", "fsdp2", "tp2 tied", "cp2, 3 KV heads"])
-def test_evaluation_over_ranks_counts_every_pair_once(case, two_ranks: Ranks, model_folder, step_recipe):
-    shape, data, keys = TWO[case]  # ten pairs in batches of four: with two ranks one of four batches is empty
-    settings = step_recipe(model_folder(**SHAPES[shape]), data, **keys)
-    found = two_ranks.run(run_steps, settings, 1)[0]["evaluation"]
-    alone = run_steps({**settings, "dp_replicate": 1, "dp_shard": None, "cp": 1, "tp": 1}, 1)["evaluation"]
-    assert found.pop("eval_time_s") > 0
-    assert alone.pop("eval_time_s") > 0
-    assert found == pytest.approx(alone, rel=2e-6, abs=1e-6)
-
-
-@pytest.mark.parametrize("case", ["fsdp2", "tp2", "cp2"])
-def test_sharded_ranks_hold_half_of_the_weights(case, two_ranks: Ranks, model_folder, step_recipe):
-    shape, data, keys = TWO[case]
-    settings = step_recipe(model_folder(**SHAPES[shape]), data, **keys)
-    whole = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(settings["model_name_or_path"]).parameters())
-    for found in two_ranks.run(run_steps, settings, 1):
-        assert 0.45 * whole < found["parameters"] < 0.55 * whole
-
-
 def test_blocks_gathered_in_bf16_compute_what_autocast_does_on_one_process(two_ranks: Ranks, model_folder, step_recipe):
     settings = step_recipe(model_folder(tie_word_embeddings=True), 2, bf16=True, **FSDP)
     ours = two_ranks.run(run_steps, settings, 1)[0]
@@ -373,12 +393,13 @@ def test_a_reference_model_is_spread_like_the_policy(case, two_ranks: Ranks, mod
 # --- what goes wrong -------------------------------------------------------------------------------------------------
 
 
-def step_with_nan_on_one_rank(settings: Settings) -> None:
+def step_with_nan_on_one_rank(settings: Settings) -> str:
+    """What is said of it."""
     import torch.distributed as dist
 
     from simpo.display import Display
     from simpo.recipe import load_recipe
-    from simpo.trainer import Trainer
+    from simpo.trainer import NonFiniteError, Trainer
 
     trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
     forward = trainer.forward
@@ -391,11 +412,11 @@ def step_with_nan_on_one_rank(settings: Settings) -> None:
 
     trainer.forward = broken
     before = [p.detach().clone() for p in trainer.model.parameters()]
-    try:
+    with pytest.raises(NonFiniteError) as error:
         trainer.train_step(next(trainer.loader.plans(0, 1)))
-    finally:
-        for parameter, old in zip(trainer.model.parameters(), before, strict=True):
-            assert torch.equal(_local(parameter), _local(old))
+    for parameter, old in zip(trainer.model.parameters(), before, strict=True):
+        assert torch.equal(_local(parameter), _local(old))
+    return str(error.value)
 
 
 def _local(tensor: Tensor) -> Tensor:
@@ -404,80 +425,69 @@ def _local(tensor: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("case", ["dp2", "fsdp2", "tp2", "cp2"])
 def test_nan_on_one_rank_stops_all_with_its_rank_and_row(case, two_ranks: Ranks, model_folder, step_recipe):
-    from simpo.trainer import NonFiniteError
-
     shape, data, keys = TWO[case]
-    outcomes = two_ranks.outcomes(step_with_nan_on_one_rank, step_recipe(model_folder(**SHAPES[shape]), data, **keys))
-    for outcome in outcomes:
-        assert isinstance(outcome, NonFiniteError), outcome
-        assert re.search(r"Rows: rank 1: pairs\d*/train#\d+\.", str(outcome))
-        assert "rank 0" not in str(outcome)
-        assert "nothing was updated" in str(outcome)
+    for message in two_ranks.run(step_with_nan_on_one_rank, step_recipe(model_folder(**SHAPES[shape]), data, **keys)):
+        assert re.search(r"Rows: rank 1: pairs\d*/train#\d+\.", message)
+        assert "rank 0" not in message
+        assert "nothing was updated" in message
 
 
-def start_with_other_recipe(settings: Settings, changes: Settings) -> None:
+def refusals(*starts: tuple[Settings, Settings]) -> list[str]:
+    """What each recipe is refused with, which is with the second changes on rank 1."""
     import torch.distributed as dist
 
     from simpo.display import Display
     from simpo.recipe import load_recipe
     from simpo.trainer import Trainer
 
-    mine = {**settings, **(changes if dist.get_rank() == 1 else {})}
-    Trainer(load_recipe(mine), display=Display(quiet=True))
+    found = []
+    for settings, changes in starts:
+        try:
+            Trainer(load_recipe(settings | (changes if dist.get_rank() == 1 else {})), display=Display(quiet=True))
+            found.append("nothing")
+        except ValueError as error:
+            found.append(str(error))
+    return found
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
+def test_ranks_that_would_do_different_runs_do_not_start(two_ranks: Ranks, model_folder, step_recipe):
+    cases = [
         ({"learning_rate": 0.5}, "recipe key learning_rate: rank 1 has 0.5, rank 0 has 0.002"),
         ({"max_train_samples": 20}, "rank 1 has 20, rank 0 has None"),
         ({"seed": 7}, "recipe key seed: rank 1 has 7"),
-    ],
-)
-def test_ranks_that_would_do_different_runs_do_not_start(changes, said, two_ranks: Ranks, model_folder, step_recipe):
-    for outcome in two_ranks.outcomes(start_with_other_recipe, step_recipe(model_folder(), 2, **FSDP), changes):
-        assert isinstance(outcome, ValueError)
-        assert said in str(outcome)
+    ]
+    settings = step_recipe(model_folder(), 2, **FSDP)
+    for found in two_ranks.run(refusals, *((settings, changes) for changes, _ in cases)):
+        for message, (_, said) in zip(found, cases, strict=True):
+            assert said in message
 
 
-def start(settings: Settings) -> None:
-    start_with_other_recipe(settings, {})
+CANNOT_BE: list[tuple[Settings, Settings, str]] = [
+    ({}, {"tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes, but 2 were started"),
+    ({}, {"dp_shard": 4}, "needs 4 processes, but 2 were started"),
+    (
+        {"num_attention_heads": 3, "num_key_value_heads": 3},
+        {"tp": 2},
+        "tp = 2: does not divide this model's num_att",
+    ),
+    ({"num_key_value_heads": 1}, {"tp": 2}, "tp = 2: does not divide this model's num_key_value_heads = 1"),
+    ({"num_attention_heads": 3, "num_key_value_heads": 3}, {"cp": 2}, "cp = 2: does not divide the 3 attention heads"),
+    ({}, {"cp": 2, "pack": False, "share_prompt": False}, "cp = 2: padded rows cannot be split"),
+    ({}, {"dp_shard": 2, "fsdp_cpu_offload": True}, "fsdp_cpu_offload: on a CPU"),
+    ({}, {"dp_shard": 2, "optim": "adamw_8bit"}, "optim: adamw_8bit does not support sharded weights"),
+    ({}, {**TP, "torch_compile": True}, "torch_compile: torch's compiler cannot trace tensor-parallel blocks"),
+    ({}, {**TP, "use_liger_kernel": True}, "use_liger_kernel: Liger's kernels do not support tensor-parallel weights"),
+    ({}, {**FSDP, **LORA, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: not supported with sharded"),
+    ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {"cp": 2}, "dynamic"),
+]
 
 
-@pytest.mark.parametrize(
-    ("shape", "keys", "said"),
-    [
-        ({}, {"tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes, but 2 were started"),
-        ({}, {"dp_shard": 4}, "needs 4 processes, but 2 were started"),
-        (
-            {"num_attention_heads": 3, "num_key_value_heads": 3},
-            {"tp": 2},
-            "tp = 2: does not divide this model's num_att",
-        ),
-        ({"num_key_value_heads": 1}, {"tp": 2}, "tp = 2: does not divide this model's num_key_value_heads = 1"),
-        (
-            {"num_attention_heads": 3, "num_key_value_heads": 3},
-            {"cp": 2},
-            "cp = 2: does not divide the 3 attention heads",
-        ),
-        ({}, {"cp": 2, "pack": False, "share_prompt": False}, "cp = 2: padded rows cannot be split"),
-        ({}, {"dp_shard": 2, "fsdp_cpu_offload": True}, "fsdp_cpu_offload: on a CPU"),
-        ({}, {"dp_shard": 2, "optim": "adamw_8bit"}, "optim: adamw_8bit does not support sharded weights"),
-        ({}, {**TP, "torch_compile": True}, "torch_compile: torch's compiler cannot trace tensor-parallel blocks"),
-        (
-            {},
-            {**TP, "use_liger_kernel": True},
-            "use_liger_kernel: Liger's kernels do not support tensor-parallel weights",
-        ),
-        ({}, {**FSDP, **LORA, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: not supported with sharded"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {"cp": 2}, "dynamic"),
-    ],
-)
-def test_a_mesh_that_cannot_be_is_refused_on_every_rank(shape, keys, said, two_ranks: Ranks, model_folder, step_recipe):
-    for outcome in two_ranks.outcomes(start, step_recipe(model_folder(**shape), 1, **keys)):
-        assert isinstance(outcome, ValueError), outcome
-        assert said in str(outcome)
-        assert "\n" not in str(outcome)
+def test_a_mesh_that_cannot_be_is_refused_on_every_rank(two_ranks: Ranks, model_folder, step_recipe):
+    starts = [(step_recipe(model_folder(**shape), 1, **keys), {}) for shape, keys, _ in CANNOT_BE]
+    for found in two_ranks.run(refusals, *starts):
+        for message, (_, keys, said) in zip(found, CANNOT_BE, strict=True):
+            assert said in message, keys
+            assert "\n" not in message
 
 
 def measure(settings: Settings) -> dict[str, float]:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from mesh_runs import TIED, Settings, build, error_of, train_and_save
+from mesh_runs import TIED, Settings, build, error_of, errors_of, train_and_save
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
@@ -103,14 +103,15 @@ CHANGES = [
 
 def test_every_change_of_the_saved_values_is_noticed(settings_of, tmp_path):
     saved = Path(save_with_an_identity(settings_of("1 process", TIED)))
-    settings = settings_of("1 process", TIED, name="resumed")
     rewrite(saved, lambda state: None)
-    assert error_of(settings, str(saved)) == ("nothing", "")  # the rewriting itself is not what is noticed
-    for change in CHANGES:
-        copy = tmp_path / change.__name__ / saved.name
+    copies = [tmp_path / change.__name__ / saved.name for change in CHANGES]
+    for change, copy in zip(CHANGES, copies, strict=True):
         shutil.copytree(saved, copy)
         rewrite(copy, change)
-        kind, text = error_of(settings, str(copy))
+    settings = settings_of("1 process", TIED, name="resumed")
+    fine, *errors = errors_of(settings, str(saved), *map(str, copies))
+    assert fine == ("nothing", "")  # the rewriting itself is not what is noticed
+    for change, (kind, text) in zip(CHANGES, errors, strict=True):
         assert kind == "ValueError", change.__name__
         assert "is damaged: its tensors are not the ones that were saved" in text
         assert "\n" not in text
@@ -144,35 +145,38 @@ def _overwrite_all(path: Path) -> None:
     path.write_bytes(b"\x00" * path.stat().st_size)
 
 
-@pytest.mark.parametrize(
-    ("file", "harm", "said"),
-    [
-        ("tensors/__1_0.distcp", _remove, "No such file or directory"),
-        ("tensors/__1_0.distcp", _cut_short, "EOFError"),
-        ("tensors/__1_0.distcp", _overwrite_the_middle, "damaged"),
-        ("tensors/__1_0.distcp", _overwrite_all, "cannot be loaded"),
-        ("tensors/.metadata", _remove, "rank 0: "),
-        ("tensors/.metadata", _cut_short, "rank 0: "),
-        ("rng-1.pt", _remove, "[Errno 2] No such file or directory"),
-        ("rng-1.pt", _cut_short, "cannot be loaded"),
-        ("trainer_state.json", _remove, "is not a complete checkpoint"),
-        ("trainer_state.json", _cut_short, "is not a complete checkpoint"),
-    ],
-)
-def test_a_file_that_one_rank_cannot_read_stops_every_rank_with_one_line(
-    file, harm, said, two_ranks, settings_of, tmp_path_factory, request
-):
-    saved = _saved_once(two_ranks, settings_of, request)
-    copy = tmp_path_factory.mktemp("harmed") / saved.name
-    shutil.copytree(saved, copy)
-    harm(copy / file)
-    answers = two_ranks.run(error_of, settings_of("fsdp2", TIED, name="resumed"), str(copy))
-    assert len(set(answers)) == 1, answers
-    kind, text = answers[0]
-    assert kind == "ValueError"
-    assert str(copy) in text
-    assert said in text
-    assert "\n" not in text
+HARMS = [
+    ("tensors/__1_0.distcp", _remove, "No such file or directory"),
+    ("tensors/__1_0.distcp", _cut_short, "EOFError"),
+    ("tensors/__1_0.distcp", _overwrite_the_middle, "damaged"),
+    ("tensors/__1_0.distcp", _overwrite_all, "cannot be loaded"),
+    ("tensors/.metadata", _remove, "rank 0: "),
+    ("tensors/.metadata", _cut_short, "rank 0: "),
+    ("rng-1.pt", _remove, "[Errno 2] No such file or directory"),
+    ("rng-1.pt", _cut_short, "cannot be loaded"),
+    ("trainer_state.json", _remove, "is not a complete checkpoint"),
+    ("trainer_state.json", _cut_short, "is not a complete checkpoint"),
+]
+
+
+@pytest.fixture
+def saved(two_ranks, settings_of) -> Path:
+    """A checkpoint of two processes."""
+    return Path(two_ranks.run(train_and_save, settings_of("fsdp2", TIED, name="whole"), 1)[0]["folder"])
+
+
+def test_a_file_that_one_rank_cannot_read_stops_every_rank_with_one_line(saved, two_ranks, settings_of, tmp_path):
+    copies = [tmp_path / f"harm {index}" / saved.name for index in range(len(HARMS))]
+    for (file, harm, _), copy in zip(HARMS, copies, strict=True):
+        shutil.copytree(saved, copy)
+        harm(copy / file)
+    one, other = two_ranks.run(errors_of, settings_of("fsdp2", TIED, name="resumed"), *map(str, copies))
+    assert one == other
+    for (file, harm, said), copy, (kind, text) in zip(HARMS, copies, one, strict=True):
+        assert kind == "ValueError", (file, harm)
+        assert str(copy) in text
+        assert said in text
+        assert "\n" not in text
 
 
 def error_where_one_rank_cannot_read(settings: Settings, checkpoint: str) -> tuple[str, str]:
@@ -192,22 +196,10 @@ def error_where_one_rank_cannot_read(settings: Settings, checkpoint: str) -> tup
         FileSystemReader.read_data = read_data
 
 
-def test_a_file_system_that_fails_under_one_rank_stops_every_rank(two_ranks, settings_of, request):
-    saved = _saved_once(two_ranks, settings_of, request)
+def test_a_file_system_that_fails_under_one_rank_stops_every_rank(saved, two_ranks, settings_of):
     settings = settings_of("fsdp2", TIED, name="resumed")
     answers = two_ranks.run(error_where_one_rank_cannot_read, settings, str(saved))
     assert len(set(answers)) == 1, answers
     kind, text = answers[0]
     assert kind == "ValueError"
     assert "cannot be loaded into this model: rank 1: [Errno 5] Input/output error; resume from an earlier one" in text
-
-
-def _saved_once(ranks: Any, settings_of: Any, request: pytest.FixtureRequest) -> Path:
-    """The checkpoint that every case harms a copy of."""
-    kept = request.config.stash
-    if _SAVED not in kept:
-        kept[_SAVED] = Path(ranks.run(train_and_save, settings_of("fsdp2", TIED, name="whole"), 1)[0]["folder"])
-    return kept[_SAVED]
-
-
-_SAVED = pytest.StashKey[Path]()

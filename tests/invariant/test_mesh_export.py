@@ -19,15 +19,6 @@ from simpo.run.checkpoint import list_checkpoints
 KEYS = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "warmup_ratio": 0.0}
 TRACES = ("distributed", "FSDP", "fsdp", "mesh", "tp_plan", "tp_size", "DTensor", "LogprobHead")
 
-CASES = [
-    *((mesh, shape, keys) for mesh in ("fsdp2", "tp2", "cp2") for shape in (TIED, UNTIED) for keys in ({}, LORA)),
-    *(
-        pytest.param("fsdp2 x tp2", shape, keys, marks=pytest.mark.four_processes)
-        for shape in (TIED, UNTIED)
-        for keys in ({}, LORA)
-    ),
-]
-
 
 def train_and_export(settings: Settings) -> dict[str, Tensor] | None:
     """A whole run; the weights that were trained, put together from the live model."""
@@ -38,34 +29,62 @@ def train_and_export(settings: Settings) -> dict[str, Tensor] | None:
     return {name: value for name, value in state.items() if " " not in name} if trainer.mesh.is_main else None
 
 
-@pytest.mark.parametrize(("mesh", "shape", "keys"), CASES, ids=lambda value: _name(value))
-def test_plain_libraries_load_what_a_mesh_exports(mesh, shape, keys, on_mesh, settings_of, tmp_path):
-    expected = on_mesh(mesh, train_and_export, settings_of(mesh, shape, name="mesh", **KEYS, **keys))[0]
+SHAPES = pytest.mark.parametrize(
+    ("shape", "keys"),
+    [(TIED, {}), (TIED, LORA), (UNTIED, {}), (UNTIED, LORA)],
+    ids=["tied", "tied LoRA", "untied", "untied LoRA"],
+)
+
+
+@SHAPES
+def test_plain_libraries_load_what_a_mesh_exports(shape, keys, on_mesh, settings_of, tmp_path):
+    check_exports(("fsdp2", "tp2", "cp2"), shape, keys, on_mesh, settings_of, tmp_path)
+
+
+@pytest.mark.four_processes
+@SHAPES
+def test_plain_libraries_load_what_four_processes_export(shape, keys, on_mesh, settings_of, tmp_path):
+    check_exports(("fsdp2 x tp2",), shape, keys, on_mesh, settings_of, tmp_path)
+
+
+def check_exports(
+    meshes: tuple[str, ...], shape: Settings, keys: Settings, on_mesh: Any, settings_of: Any, folder: Path
+) -> None:
+    """What each mesh exports is what one process does, and what was trained."""
     alone = settings_of("1 process", shape, name="alone", **KEYS, **keys)
     train_and_export(alone)
-    ours, theirs = tmp_path / "mesh" / "model", tmp_path / "alone" / "model"
-    assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
-    for path in ours.glob("*.json"):
-        assert _parsed(path) == _parsed(theirs / path.name), path.name
-        assert not [trace for trace in TRACES if trace in path.read_text(encoding="utf-8")]
-    assert_same_tensors_as(theirs, ours)
-    model = AutoModelForCausalLM.from_pretrained(alone["model_name_or_path"] if keys else ours)
-    if keys:
-        from peft import PeftModel
+    theirs = folder / "alone" / "model"
+    for mesh in meshes:
+        expected = on_mesh(mesh, train_and_export, settings_of(mesh, shape, name=mesh, **KEYS, **keys))[0]
+        ours = folder / mesh / "model"
+        assert {path.name for path in ours.iterdir()} == {path.name for path in theirs.iterdir()}
+        for path in ours.glob("*.json"):
+            assert _parsed(path) == _parsed(theirs / path.name), path.name
+            assert not [trace for trace in TRACES if trace in path.read_text(encoding="utf-8")]
+        assert_same_tensors_as(theirs, ours)
+        loaded = _load(ours, alone["model_name_or_path"] if keys else None)
+        if not keys:
+            config = json.loads((ours / "config.json").read_text(encoding="utf-8"))
+            assert config["architectures"] == [type(loaded).__name__] == ["LlamaForCausalLM"]
+            assert config["dtype"] == "float32"
+            assert config["tie_word_embeddings"] == shape.get("tie_word_embeddings", False)
+        weights = dict(loaded.named_parameters())
+        assert {name for name in expected if name not in weights} == set()
+        for name, weight in expected.items():
+            assert torch.equal(weights[name], weight), (mesh, name)
+        assert torch.isfinite(loaded(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
 
-        with warnings.catch_warnings():  # peft 0.21 reads an attribute that transformers 5.23 renamed
-            warnings.simplefilter("ignore", FutureWarning)
-            model = PeftModel.from_pretrained(model, ours)
-    else:
-        config = json.loads((ours / "config.json").read_text(encoding="utf-8"))
-        assert config["architectures"] == [type(model).__name__] == ["LlamaForCausalLM"]
-        assert config["dtype"] == "float32"
-        assert config["tie_word_embeddings"] == shape.get("tie_word_embeddings", False)
-    loaded = dict(model.named_parameters())
-    assert {name for name in expected if name not in loaded} == set()
-    for name, weight in expected.items():
-        assert torch.equal(loaded[name], weight), name
-    assert torch.isfinite(model(input_ids=torch.tensor([[5, 6, 7]])).logits).all()
+
+def _load(folder: Path, base: str | None) -> torch.nn.Module:
+    """An exported model, or its adapters on their base, by transformers and peft."""
+    model = AutoModelForCausalLM.from_pretrained(base or folder)
+    if base is None:
+        return model
+    from peft import PeftModel
+
+    with warnings.catch_warnings():  # peft 0.21 reads an attribute that transformers 5.23 renamed
+        warnings.simplefilter("ignore", FutureWarning)
+        return PeftModel.from_pretrained(model, folder)
 
 
 def assert_same_tensors_as(one: Path, other: Path) -> None:
@@ -80,14 +99,6 @@ def _parsed(path: Path) -> Any:
     if "target_modules" in parsed:
         parsed["target_modules"] = sorted(parsed["target_modules"])
     return parsed
-
-
-def _name(value: Any) -> str:
-    if isinstance(value, str):
-        return value
-    return {"tie_word_embeddings": "tied", "attention_bias": "untied", "use_peft": "LoRA"}.get(
-        next((key for key in value if key != "vocab_size"), ""), "full"
-    )
 
 
 def train_in_bf16(settings: Settings) -> dict[str, Any]:
