@@ -14,15 +14,13 @@ from simpo.trainer import Trainer
 
 
 @pytest.mark.parametrize("pairs_per_step", [3, 4, 7, 40, 64])
-@pytest.mark.parametrize("stop", [0, 1, 5, 9])
-def test_plans_after_a_resume_are_the_rest_of_the_plans(
-    tiny_recipe: dict[str, Any], pairs_per_step: int, stop: int
-) -> None:
+def test_plans_after_a_resume_are_the_rest_of_the_plans(tiny_recipe: dict[str, Any], pairs_per_step: int) -> None:
     settings = {**tiny_recipe, "per_device_train_batch_size": pairs_per_step, "gradient_accumulation_steps": 1}
     loader = Trainer(load_recipe(settings), display=Display(quiet=True)).loader
     total = 3 * loader.steps_per_epoch
     whole = list(loader.plans(0, total))
-    assert whole[:stop] + list(loader.plans(min(stop, total), total)) == whole
+    for stop in (0, 1, 5, 9):
+        assert whole[:stop] + list(loader.plans(min(stop, total), total)) == whole
     for epoch in range(3):
         seen = Counter(i for plan in whole if plan.epoch == epoch for items in plan.micro_batches for i in items)
         assert seen == Counter(range(40))

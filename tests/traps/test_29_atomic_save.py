@@ -18,9 +18,11 @@ class PowerCut(Exception):
     """What the tests raise where the machine would have died."""
 
 
-@pytest.mark.parametrize("at", ["dcp.save", "torch.save", "sync_tree", "rename"])
+DEATHS = [(checkpoints.dcp, "save"), (checkpoints.torch, "save"), (checkpoints, "sync_tree"), (Path, "rename")]
+
+
 def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
-    tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch, at: str
+    tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trainer = Trainer(load_recipe(tiny_recipe), display=Display(quiet=True))
     plans = list(trainer.loader.plans(0, 2))
@@ -31,21 +33,16 @@ def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
     def die(*args: Any, **kwargs: Any) -> None:
         raise PowerCut
 
-    with monkeypatch.context() as patch:
-        if at == "rename":
-            patch.setattr(Path, "rename", die)
-        elif at == "sync_tree":
-            patch.setattr(checkpoints, at, die)
-        else:
-            module, name = at.split(".")
-            patch.setattr(checkpoints.dcp if module == "dcp" else checkpoints.torch, name, die)
-        with pytest.raises((PowerCut, RuntimeError)):  # what goes wrong inside dcp is reported as the latter
-            trainer.save()
-    assert [c.step for c in checkpoints.list_checkpoints(trainer.checkpoint_dir)] == [1]
-    again = Trainer(load_recipe({**tiny_recipe, "resume_from_checkpoint": True}), display=Display(quiet=True))
-    assert again.progress.step == 1
-    assert not list(trainer.checkpoint_dir.glob(".step-*"))
-    assert [path.name for path in trainer.checkpoint_dir.iterdir()] == [good.folder.name]  # half-written ones are gone
+    for owner, name in DEATHS:
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, die)
+            with pytest.raises((PowerCut, RuntimeError)):  # what goes wrong inside dcp is reported as the latter
+                trainer.save()
+        assert [c.step for c in checkpoints.list_checkpoints(trainer.checkpoint_dir)] == [1], name
+        assert list(trainer.checkpoint_dir.glob(".step-*")), name
+        again = Trainer(load_recipe({**tiny_recipe, "resume_from_checkpoint": True}), display=Display(quiet=True))
+        assert again.progress.step == 1, name
+        assert [path.name for path in trainer.checkpoint_dir.iterdir()] == [good.folder.name]  # no half-written ones
     assert again.run().steps == 10
 
 

@@ -9,19 +9,31 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from simpo.environment import SETTINGS, set_defaults
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="GNU's OpenMP runtime, which torch brings on Linux")
 
 FOLDERS = os.pathsep.join(str(Path(__file__).resolve().parents[2] / name) for name in ("benchmarks", "src"))
-TORCHRUN = ("-m", "torch.distributed.run", "--nproc-per-node=1", "--master-port=0", "--rdzv-backend=c10d")
+TORCHRUN = ("-P", "-m", "torch.distributed.run", "--nproc-per-node=1", "--rdzv-backend=c10d")  # -P: the real torch
 ENTRIES = {
     "simpo": ("-c", "from simpo.cli import main; main()", "train", "RECIPE"),
     "torchrun -m simpo": (*TORCHRUN, "--rdzv-endpoint=127.0.0.1:0", "-m", "simpo", "train", "RECIPE"),
     "Hugging Face host": ("-c", "from simpo.hosts.hf import SimPOTrainer"),
     "bench worker": ("-m", "peers.worker", "SPEC"),
 }
+# In place of torch, where importing all of it tells no more: OpenMP's runtime reads its settings when it is loaded.
+STAND_IN = "import ctypes\nctypes.CDLL({runtime!r})\nraise SystemExit\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a process starts and therefore finds `STAND_IN` under the name of torch."""
+    (tmp_path / "torch").mkdir()
+    runtime = str(next((Path(torch.__file__).parent / "lib").glob("libgomp*")))
+    (tmp_path / "torch" / "__init__.py").write_text(STAND_IN.format(runtime=runtime), encoding="utf-8")
+    return tmp_path
 
 
 def run(words: tuple[str, ...], folder: Path, **environment: str) -> str:
@@ -45,19 +57,19 @@ def run(words: tuple[str, ...], folder: Path, **environment: str) -> str:
 
 
 def spin_counts(stderr: str) -> list[str]:
-    """As each process's runtime read it when torch loaded it."""
+    """As each process's runtime read it when it was loaded."""
     return re.findall(r"GOMP_SPINCOUNT = '(\d+)'", stderr)
 
 
 @pytest.mark.parametrize("entry", ENTRIES)
-def test_openmp_spins_briefly_whatever_starts_the_process(entry, tmp_path):
-    counts = spin_counts(run(ENTRIES[entry], tmp_path))
+def test_openmp_spins_briefly_whatever_starts_the_process(entry, folder):
+    counts = spin_counts(run(ENTRIES[entry], folder))
     # torchrun itself imports torch and not simpo; its child is the last to speak.
     assert counts[-1:] == ["20000"], counts
 
 
-def test_what_the_user_set_wins(tmp_path):
-    assert spin_counts(run(("-c", "import simpo, torch"), tmp_path, GOMP_SPINCOUNT="7")) == ["7"]
+def test_what_the_user_set_wins(folder):
+    assert spin_counts(run(("-c", "import simpo, torch"), folder, GOMP_SPINCOUNT="7")) == ["7"]
 
 
 def test_a_waiting_policy_of_the_user_is_not_overruled_by_a_count():
