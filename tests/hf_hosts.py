@@ -28,6 +28,16 @@ REPO = Path(__file__).resolve().parents[1]
 TOLERANCE = 2e-6  # relative to the largest number of a kind
 METRICS = ("loss", "grad_norm", "learning_rate", "rewards/margins", "rewards/accuracies", "logps/chosen", "sft_loss")
 
+# DeepSpeed would first build an operator for inference on CPUs, for a minute; when a build is killed, the lock that it
+# leaves makes every later launch hang.
+LAUNCH = """
+import runpy, sys
+if "deepspeed" in sys.argv[2]:
+    import deepspeed.comm.torch
+    deepspeed.comm.torch.build_shm_op = lambda: None
+runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
+"""
+
 
 class Watch(TrainerCallback):
     """Keeps the first step's gradients, and how many optimizer steps were done."""
@@ -168,7 +178,7 @@ def launch(config: str, folder: Path, *command: str | Path) -> subprocess.Comple
     adapted.write_text(yaml.safe_dump({**settings, "num_processes": 2}), encoding="utf-8")
     port = ["--main_process_port", str(free_port())]
     return forks.run(
-        *("-m", "accelerate.commands.launch", "--config_file", adapted, *port, *command),
+        *("-c", LAUNCH, "--config_file", adapted, *port, *command),
         env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         cwd=folder,
     )
