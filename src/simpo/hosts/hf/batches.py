@@ -80,22 +80,14 @@ class TrainingOrder:
                 yield [Work(plan, parts)]
 
 
-class EvaluationOrder:
+def evaluation_order(loader: StepLoader) -> list[list[Work]]:
     """Every pair once over all processes, as `TrainingOrder`."""
-
-    def __init__(self, loader: StepLoader) -> None:
-        self.plan = loader.plan_everything()
-
-    def __len__(self) -> int:
-        return len(self.plan.micro_batches)
-
-    def __iter__(self) -> Iterator[list[Work]]:
-        for indices in self.plan.micro_batches:
-            yield [Work(self.plan, (indices,))]
+    plan = loader.plan_everything()
+    return [[Work(plan, (indices,))] for indices in plan.micro_batches]
 
 
-def build_dataloader(loader: StepLoader, order: TrainingOrder | EvaluationOrder, args: Any, *, name: str) -> DataLoader:
-    """A DataLoader over the plan, with the workers that TrainingArguments ask for.
+def build_dataloader(loader: StepLoader, order: Any, args: Any, *, name: str) -> DataLoader:
+    """A DataLoader over an order of `Work`, with the workers that TrainingArguments ask for.
 
     It is not handed to accelerate, which would share out and repeat what is planned for this process already.
     """

@@ -19,10 +19,13 @@ from simpo.recipe import KEYS, Recipe, load_recipe
 # Recipe keys that are fields here and not TrainingArguments' own. None in a field is the recipe's default.
 RECIPE_FIELDS = tuple(name for name, key in KEYS.items() if key.hf == "field")
 # Names of TRL and of the authors that the recipe knows to mean nothing here: one printed line each.
-_MEANINGLESS = (
-    *("max_completion_length", "max_target_length", "truncation_mode", "label_pad_token_id", "padding_value"),
-    *("generate_during_eval", "is_encoder_decoder", "overwrite_output_dir", "save_safetensors", "group_by_length"),
-)
+_MEANINGLESS: dict[str, Any] = {
+    **dict.fromkeys(("max_completion_length", "max_target_length"), int),
+    "truncation_mode": str,
+    **dict.fromkeys(("label_pad_token_id", "padding_value"), int),
+    **dict.fromkeys(("generate_during_eval", "is_encoder_decoder"), bool),
+    **dict.fromkeys(("overwrite_output_dir", "save_safetensors", "group_by_length"), bool),
+}
 # Options of from_pretrained that the recipe has a say in.
 _OF_MODEL = ("dtype", "torch_dtype", "attn_implementation", "use_flash_attention_2", "trust_remote_code")
 
@@ -45,13 +48,20 @@ def _field(name: str) -> tuple[str, Any, Any]:
     return name, kind | None, field(default=None, metadata={"help": meaning.replace("%", "%%")})
 
 
-# TrainingArguments and the fields of the recipe. (Any: they are known once this has run, not to a type checker.)
-_Arguments: Any = make_dataclass("_Arguments", map(_field, RECIPE_FIELDS), bases=(TrainingArguments,))
-
-
 def _other(meaning: str) -> Any:
     """A field under another program's name."""
     return field(default=None, metadata={"help": meaning})
+
+
+# TrainingArguments and the fields of the recipe. (Any: they are known once this has run, not to a type checker.)
+_Arguments: Any = make_dataclass(
+    "_Arguments",
+    [
+        *map(_field, RECIPE_FIELDS),
+        *((name, kind | None, _other("Accepted, not used here.")) for name, kind in _MEANINGLESS.items()),
+    ],
+    bases=(TrainingArguments,),
+)
 
 
 _CHECKPOINTING = "activation_checkpointing"  # the name in transformers; 5.17 has the older one alone
@@ -109,16 +119,6 @@ class SimPOConfig(_Arguments):
     dataset_num_proc: int | None = _other("TRL's name of preprocessing_num_workers.")
     warmup_ratio: float | None = _other("Share of the steps over which the learning rate rises.")
     evaluation_strategy: str | None = _other("Older name of eval_strategy.")
-    max_completion_length: int | None = _other("Accepted, not used here.")
-    max_target_length: int | None = _other("Accepted, not used here.")
-    truncation_mode: str | None = _other("Accepted, not used here.")
-    label_pad_token_id: int | None = _other("Accepted, not used here.")
-    padding_value: int | None = _other("Accepted, not used here.")
-    generate_during_eval: bool | None = _other("Accepted, not used here.")
-    is_encoder_decoder: bool | None = _other("Accepted, not used here.")
-    overwrite_output_dir: bool | None = _other("Accepted, not used here.")
-    save_safetensors: bool | None = _other("Accepted, not used here.")
-    group_by_length: bool | None = _other("Accepted, not used here.")
 
     def __post_init__(self) -> None:
         self._rename()

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 
 from simpo.parallel.sharding import local_part
 
@@ -23,15 +23,18 @@ _READ = "_read_in_fp32"  # attribute of a ZeRO-3 parameter: this process's parti
 # --- at the start ----------------------------------------------------------------------------------------------------
 
 
+def _zero3_config() -> dict[str, Any]:
+    """DeepSpeed's own configuration; empty without ZeRO-3."""
+    return (deepspeed_config() or {}) if is_deepspeed_zero3_enabled() else {}
+
+
 @contextlib.contextmanager
 def reading_in_fp32() -> Iterator[None]:
     """Around from_pretrained: ZeRO-3 splits weights in the dtype they are asked for, not in that of the engine.
 
     `narrow_partitions` has to follow.
     """
-    from transformers.integrations.deepspeed import deepspeed_config
-
-    config = (deepspeed_config() or {}) if is_deepspeed_zero3_enabled() else {}
+    config = _zero3_config()
     on_disk = config.get("zero_optimization", {}).get("offload_param", {}).get("device") == "nvme"
     halves = [config[name] for name in _HALF if config.get(name, {}).get("enabled") is True and not on_disk]
     for part in halves:
@@ -46,9 +49,7 @@ def reading_in_fp32() -> Iterator[None]:
 @torch.no_grad()
 def narrow_partitions(model: nn.Module) -> None:
     """Give a model that ZeRO-3 has split the engine's dtype; what it was read in is kept for `take_masters`."""
-    from transformers.integrations.deepspeed import deepspeed_config
-
-    config = (deepspeed_config() or {}) if is_deepspeed_zero3_enabled() else {}
+    config = _zero3_config()
     half = next((dtype for name, dtype in _HALF.items() if config.get(name, {}).get("enabled") is True), None)
     for parameter in model.parameters():
         if half is not None and hasattr(parameter, "ds_tensor") and parameter.ds_tensor.dtype == torch.float32:
@@ -127,9 +128,9 @@ def whole_weights(engine: Any, *, keep: bool) -> Iterator[tuple[str, Tensor | No
             yield name, whole.to("cpu", copy=True) if keep else None
     if engine._optimizer_has_ckpt_event_epilogue():
         engine.optimizer.checkpoint_event_epilogue()
-    persistent = {name for name in model.state_dict()} - {name for name, _ in model.named_parameters()}
+    saved = model.state_dict()
     for name, buffer in model.named_buffers():
-        if name in persistent and not adapters:
+        if name in saved and not adapters:
             yield name, buffer.detach().cpu() if keep else None
 
 

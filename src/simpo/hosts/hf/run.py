@@ -22,7 +22,7 @@ from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.hosts.hf.config import RECIPE_FIELDS, SimPOConfig
 from simpo.hosts.hf.launch import join_launched_world
-from simpo.hosts.hf.masters import held_tensors, local_masters, tie
+from simpo.hosts.hf.masters import held_tensors, local_masters
 from simpo.hosts.hf.trainer import SimPOTrainer
 from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options
 from simpo.parallel.mesh import Mesh
@@ -31,7 +31,7 @@ from simpo.run.checkpoint import list_checkpoints
 from simpo.run.export import WeightSample, export_dtype, publish_model
 from simpo.run.resume import find_checkpoint, is_begun_by_this_launch
 from simpo.run.session import card_of_data, count_steps, describe_run, open_output_dir, set_up_process
-from simpo.run.tracking import MetricsLog, check_trackers
+from simpo.run.tracking import MetricsLog, check_trackers, open_log
 
 _THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
 _NATIVE_ONLY = "only the native trainer does it (simpo train, or torchrun -m simpo train)"
@@ -77,7 +77,7 @@ def run_recipe(recipe: Recipe) -> None:
     mesh.on_main(lambda: open_output_dir(recipe, data))
     display.table("training", describe(trainer))
     model_dir = Path(recipe.output_dir) / "model"
-    with contextlib.closing(directory):
+    with directory.resources:
         trainer.train(resume_from_checkpoint=resume)
         save_final_model(trainer, model_dir, dtype, directory.untrained)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
@@ -179,17 +179,9 @@ def save_final_model(trainer: SimPOTrainer, folder: Path, asked: torch.dtype, un
     if recipe.load_best_model_at_end and trainer.state.best_global_step:
         step = trainer.state.best_global_step
 
-    def state_in(dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        state: dict[str, torch.Tensor] = {}
-        for name, value in trainer.whole_weights():  # narrowed one by one, so that no whole model is there in fp32
-            if value is not None and trainer.mesh.is_main:
-                state[name] = value.detach().to(dtype) if value.is_floating_point() else value
-        tie(state, model)
-        return state
-
     publish_model(
         model,
-        state_in,
+        trainer.whole_state_dict,
         trainer.processing_class,
         recipe,
         folder,
@@ -224,21 +216,15 @@ class RunDirectory(TrainerCallback):
 
     def __init__(self, recipe: Recipe, display: Display, mesh: Mesh) -> None:
         self.recipe, self.display, self.mesh = recipe, display, mesh
-        self.folder = Path(recipe.output_dir)
+        self.resources = contextlib.ExitStack()  # to be closed after training: the log and its trackers
         self.log: MetricsLog | None = None
         self.untrained: WeightSample | None = None
-
-    def close(self) -> None:
-        """Close the log and the trackers."""
-        if self.log is not None:
-            self.log.close()
-            self.log = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **others: Any) -> None:
         if not self.recipe.use_peft and not state.global_step:  # a resumed run no longer has the untrained weights
             self.untrained = WeightSample(local_masters(model))
-        if self.mesh.is_main:
-            self.log = MetricsLog(self.folder / "metrics.jsonl", self.recipe, resume_step=state.global_step or None)
+        log = open_log(Path(self.recipe.output_dir), self.recipe, done=state.global_step, mesh=self.mesh)
+        self.log = self.resources.enter_context(log)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **others: Any) -> None:
         known = ("loss", "eval_loss", f"{SAVED}_loss")  # the Trainer's own summary has none of them

@@ -29,13 +29,7 @@ from simpo.data.cache import PreparedData, fingerprint_tokens
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.display import Display
-from simpo.hosts.hf.batches import (
-    EvaluationOrder,
-    TrainingOrder,
-    build_dataloader,
-    is_tokenised,
-    prepare_datasets,
-)
+from simpo.hosts.hf.batches import TrainingOrder, build_dataloader, evaluation_order, is_tokenised, prepare_datasets
 from simpo.hosts.hf.config import SimPOConfig
 from simpo.hosts.hf.launch import check_launch, join_launched_world
 from simpo.hosts.hf.masters import give_masters, take_masters, tie, whole_weights
@@ -225,7 +219,7 @@ class SimPOTrainer(Trainer):
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """The plan of this process; see `hf_batches`."""
+        """The plan of this process; see `hosts.hf.batches`."""
         self.loader = self.build_loader(self.train_dataset)
         order = TrainingOrder(self.loader, lambda: self.state.global_step)
         return build_dataloader(self.loader, order, self.args, name="train")
@@ -240,7 +234,7 @@ class SimPOTrainer(Trainer):
             raise ValueError("eval_dataset: there is none to evaluate on; give one to the trainer or to evaluate()")
         pairs = self._tokenised(eval_dataset)
         loader = self.build_loader(pairs, evaluation=True)
-        return build_dataloader(loader, EvaluationOrder(loader), self.args, name=self._name_of(pairs))
+        return build_dataloader(loader, evaluation_order(loader), self.args, name=self._name_of(pairs))
 
     get_test_dataloader = get_eval_dataloader
 
@@ -255,10 +249,8 @@ class SimPOTrainer(Trainer):
         return fingerprint_tokens(held_out) if self.recipe.loss.needs_reference else ""
 
     def _prepare(self, train: Any, evaluation: Any, *, recipe: Recipe | None = None) -> PreparedData:
-        if train is None and evaluation is None:
-            return PreparedData(None, None, Ledger())
         if train is None:
-            return PreparedData(None, self._tokenised(evaluation), Ledger())
+            return PreparedData(None, None if evaluation is None else self._tokenised(evaluation), Ledger())
         return self.mesh.main_first(
             lambda: prepare_datasets(
                 train,
@@ -402,7 +394,7 @@ class SimPOTrainer(Trainer):
             if asked is None and not isinstance(self.deepspeed, nn.Module):
                 super().save_model(output_dir, _internal_call=_internal_call)
                 return
-            state = self._whole_state_dict(asked)
+            state = self.whole_state_dict(asked)
             folder = self.args.output_dir if output_dir is None else output_dir
             self._save(folder, state_dict=state)
         if self.args.should_save:
@@ -410,20 +402,24 @@ class SimPOTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def _whole_state_dict(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        """The model's state dict with whole tensors, on the first process; every process calls it."""
+    def whole_state_dict(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+        """The model's state dict with whole tensors, on the first process; every process calls it.
+
+        Weights are narrowed one by one, so that no whole model is there in fp32.
+        """
         state = {}
-        for name, value in self.whole_weights():
+        for name, value in self._whole_weights():
             narrows = value is not None and dtype is not None and value.is_floating_point()
             if narrows and overflows([value], dtype):
                 raise ValueError(
                     f"save_dtype = {self.recipe.save_dtype}: a weight of {name} is too large; use bfloat16"
                 )
-            state[name] = value.to(dtype) if narrows else value
+            if value is not None and self.mesh.is_main:
+                state[name] = value.detach().to(dtype) if narrows else value
         tie(state, self.model)
-        return state if self.mesh.is_main else {}
+        return state
 
-    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+    def _whole_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, whole tensor) of all that a saved model holds, as it is trained, on the first process; None elsewhere.
 
         Every process must run through all of it.

@@ -105,18 +105,11 @@ def get_batch(
     if device is None:
         device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
     batch = next(data_iterator)
-    rows = {
-        "tokens": batch.tokens if first_stage else None,
-        "position_ids": batch.position_ids if first_stage else None,
-        "labels": batch.labels if last_stage else None,
-    }
-    sums = batch.reference_sums if last_stage else None
-    moved = {
-        name: None if value is None else value.to(device, non_blocking=True)
-        for name, value in {**rows, "reference_sums": sums}.items()
-    }
-    cut = get_batch_on_this_cp_rank({name: moved[name] for name in rows})  # leaves what is None
-    return replace(batch, **{**moved, **cut})
+    wanted = {"tokens": first_stage, "position_ids": first_stage, "labels": last_stage, "reference_sums": last_stage}
+    values = {name: getattr(batch, name) if is_wanted else None for name, is_wanted in wanted.items()}
+    rows = {name: None if value is None else value.to(device, non_blocking=True) for name, value in values.items()}
+    sums = rows.pop("reference_sums")
+    return replace(batch, reference_sums=sums, **get_batch_on_this_cp_rank(rows))  # which leaves what is None
 
 
 def loss_func(
@@ -144,12 +137,11 @@ def loss_func(
         simpo.NonFiniteError: a loss is not finite; names this rank and the pairs. Raised on all context- and
             tensor-parallel ranks of the replica, before gradients or metrics of it reach any other.
     """
-    group = parallel_state.get_context_parallel_group()
+    group, num_pairs = parallel_state.get_context_parallel_group(), len(batch.row_ids)
     own_sums, lengths = _response_sums(labels, output)
     sums = own_sums
     if group.size() > 1:
         sums, lengths = sum_over(torch.stack([own_sums, lengths]), group)
-    num_pairs = len(batch.row_ids)
     by_pair, lengths = sums[: 2 * num_pairs].view(-1, 2), lengths[: 2 * num_pairs].view(-1, 2)
     if non_loss_data:
         return {"row_ids": batch.row_ids, "sums": by_pair.detach(), "lengths": lengths.long()}
