@@ -195,7 +195,7 @@ def compute_footprint(
         "save": on_gpu,
     }
     moments = {moment: always | added.get(moment, {}) for moment in MOMENTS}
-    moments["save"] = {part: size for part, size in moments["save"].items() if part != "gradients"}
+    moments["save"].pop("gradients", None)
     found = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
     return Footprint(found, offloaded, on_cpu)
 

@@ -66,14 +66,10 @@ class Machines:
         if gpus is None:
             per_node = gpus_per_node or 8
             return cls((nodes or 1) * per_node, per_node, gpu_gib)
-        if nodes is not None:
-            per_node = gpus_per_node or gpus // nodes
-            if per_node * nodes != gpus:
-                raise ValueError(f"--gpus {gpus}: {nodes} nodes of {per_node} GPUs have {nodes * per_node}")
-            return cls(gpus, per_node, gpu_gib)
-        per_node = min(gpus, gpus_per_node or 8)
-        if gpus % per_node:
-            raise ValueError(f"--gpus {gpus}: not a multiple of the {per_node} GPUs of a node; see --gpus-per-node")
+        per_node = (gpus_per_node or gpus // nodes) if nodes else min(gpus, gpus_per_node or 8)
+        if not per_node or gpus % per_node or nodes not in (None, gpus // per_node):
+            many = "whole" if nodes is None else nodes
+            raise ValueError(f"--gpus {gpus}: not {many} nodes of {per_node} GPUs; see --nodes and --gpus-per-node")
         return cls(gpus, per_node, gpu_gib)
 
 

@@ -158,12 +158,11 @@ def loss_func(
     return total, torch.tensor(counted, dtype=torch.int, device=output.device), report
 
 
-def reduce_metrics(reports: Sequence[Report], *, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+def reduce_metrics(reports: Sequence[Report]) -> dict[str, float]:
     """Means over every pair of every micro-batch on every data-parallel rank, from what a schedule returned.
 
     Args:
         reports: a schedule's result: one report a micro-batch on a last pipeline stage, nothing on others.
-        group: ranks with other pairs; None = Megatron's data-parallel group with context parallelism.
     Returns:
         METRICS -> mean; empty on stages that compute no loss. (Megatron-LM's own training loop forms the same means
         from the same reports.)
@@ -171,19 +170,16 @@ def reduce_metrics(reports: Sequence[Report], *, group: dist.ProcessGroup | None
     if not reports:
         return {}
     totals = torch.stack([torch.stack([report[name] for name in METRICS]) for report in reports]).sum(dim=0)
-    dist.all_reduce(totals, group=group or parallel_state.get_data_parallel_group(with_context_parallel=True))
+    dist.all_reduce(totals, group=parallel_state.get_data_parallel_group(with_context_parallel=True))
     sums, counts = totals.double().unbind(dim=1)
     return dict(zip(METRICS, (sums / counts).tolist(), strict=True)) if counts[0] > 0 else {}
 
 
-def gather_reference(
-    outputs: Sequence[Mapping[str, Any]], *, group: dist.ProcessGroup | None = None
-) -> dict[str, tuple[float, float]]:
+def gather_reference(outputs: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
     """Reference log-probs of all data-parallel ranks' pairs, for `collate` and `iterate_batches`.
 
     Args:
         outputs: what schedules returned with collect_non_loss_data; nothing on stages that are not last.
-        group: ranks with other pairs; None = Megatron's data-parallel group.
     Returns:
         row_id -> (chosen sum, rejected sum), nats; empty on stages that are not last, which need none.
     """
@@ -192,7 +188,7 @@ def gather_reference(
         for output in outputs
         for row_id, (chosen, rejected) in zip(output["row_ids"], output["sums"].tolist(), strict=True)
     }
-    group = group or parallel_state.get_data_parallel_group()
+    group = parallel_state.get_data_parallel_group()
     shares: list[dict[str, tuple[float, float]]] = [{} for _ in range(group.size())]
     dist.all_gather_object(shares, own, group=group)
     return {row_id: sums for share in shares for row_id, sums in share.items()}
