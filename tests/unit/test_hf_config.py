@@ -55,7 +55,7 @@ def test_gamma_is_what_each_program_means_by_it(given: dict[str, Any], expected:
     ("given", "match"),
     [
         ({"gamma": 1.0, "gamma_beta_ratio": 0.5}, "both set gamma_beta_ratio"),
-        ({"loss_type": "simpo", "simpo_gamma": 1.0, "gamma": 1.0}, "simpo_gamma and gamma: two names"),
+        ({"loss_type": "simpo", "simpo_gamma": 1.0, "gamma": 1.0}, "gamma and simpo_gamma: two names"),
         ({"cpo_alpha": 0.0}, "there it names a CPO loss"),
         ({"cpo_alpha": 1.0, "loss_type": "sigmoid"}, "write loss_type 'simpo' for SimPO, 'cpo' for TRL's sigmoid"),
         ({"beta": 0.0}, "beta = 0.0"),

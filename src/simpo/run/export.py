@@ -39,13 +39,14 @@ def export_dtype(recipe: Recipe) -> torch.dtype:
 def saved_tensors(model: nn.Module) -> list[Tensor]:
     """This process's part of every floating-point tensor that the final model's files hold, each storage once.
 
-    For a PEFT model these are the trained parameters; the base is not saved.
+    For a PEFT model these are the trained parameters; the base is not saved. ZeRO-3's partitions are among them.
     """
     if hasattr(model, "peft_config"):
         found = [parameter for parameter in model.parameters() if parameter.requires_grad]
     else:
         found = list({id(value): value for value in model.state_dict(keep_vars=True).values()}.values())
-    return [local_part(tensor.detach()) for tensor in found if tensor.is_floating_point()]
+    found += [tensor.ds_tensor for tensor in found if hasattr(tensor, "ds_tensor")]
+    return [local_part(tensor.detach()) for tensor in found if tensor.numel() and tensor.is_floating_point()]
 
 
 @contextlib.contextmanager

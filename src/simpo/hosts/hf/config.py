@@ -26,6 +26,7 @@ _MEANINGLESS: dict[str, Any] = {
     **dict.fromkeys(("generate_during_eval", "is_encoder_decoder"), bool),
     **dict.fromkeys(("overwrite_output_dir", "save_safetensors", "group_by_length"), bool),
 }
+_OTHER_NAMES = ("gamma", "simpo_gamma", "cpo_alpha", "dataset_num_proc")  # of recipe keys, which the recipe knows
 # Options of from_pretrained that the recipe has a say in.
 _OF_MODEL = ("dtype", "torch_dtype", "attn_implementation", "use_flash_attention_2", "trust_remote_code")
 
@@ -127,10 +128,12 @@ class SimPOConfig(_Arguments):
         self._settle_device()
         recipe = self.to_recipe()  # what is wrong is said before a process group is started
         super().__post_init__()
-        for name in ("loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "sft_weight", "max_length"):
+        loss = ("loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "sft_weight")
+        for name in (*loss, "max_length", "preprocessing_num_workers"):
             if name not in recipe.unread_keys:
                 setattr(self, name, getattr(recipe, name))
-        self.gamma = None  # gamma_beta_ratio holds it now
+        for name in _OTHER_NAMES:  # the recipe's own names hold them now
+            setattr(self, name, None)
         if self.torch_compile:
             raise ValueError("torch_compile: not with this trainer; the native one (simpo train) compiles its blocks")
         if self.use_liger_kernel:  # transformers would put Liger's own head in place after the start-up check
@@ -158,16 +161,6 @@ class SimPOConfig(_Arguments):
             if self.alpha or self.loss_type == "alphapo":
                 self.loss_type, self.alphapo_alpha = "alphapo", self.alpha
             self.alpha = None
-        for old, new in (
-            ("simpo_gamma", "gamma"),
-            ("cpo_alpha", "sft_weight"),
-            ("dataset_num_proc", "preprocessing_num_workers"),
-        ):
-            if getattr(self, old) is not None:
-                if getattr(self, new) is not None:
-                    raise ValueError(f"{old} and {new}: two names of the same key; keep one")
-                setattr(self, new, getattr(self, old))
-                setattr(self, old, None)
         if self.evaluation_strategy is not None:
             self.eval_strategy, self.evaluation_strategy = self.evaluation_strategy, None
         if self.warmup_ratio is not None:
@@ -208,9 +201,8 @@ class SimPOConfig(_Arguments):
         """
         options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         values: dict[str, Any] = {"model_name_or_path": model or "a loaded model", "validation_fraction": 0.0}
-        values |= {name: getattr(self, name) for name in (*RECIPE_FIELDS, "gamma")}
-        values |= {name: getattr(self, name) for name, key in KEYS.items() if key.hf == "shared"}
-        values |= {name: getattr(self, name) for name in _MEANINGLESS}
+        shared = [name for name, key in KEYS.items() if key.hf == "shared"]
+        values |= {name: getattr(self, name) for name in (*RECIPE_FIELDS, *_OTHER_NAMES, *shared, *_MEANINGLESS)}
         for name in _OF_MODEL:
             if options.get(name) is not None and values.get(name) is None:
                 values[name] = str(options[name]) if isinstance(options[name], torch.dtype) else options[name]

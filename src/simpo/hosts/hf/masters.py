@@ -15,8 +15,6 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 
-from simpo.parallel.sharding import local_part
-
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _READ = "_read_in_fp32"  # attribute of a ZeRO-3 parameter: this process's partition as it was read
 
@@ -88,16 +86,6 @@ def give_masters(masters: dict[nn.Parameter, Tensor]) -> None:
 
 
 # --- exports ---------------------------------------------------------------------------------------------------------
-
-
-def held_tensors(model: nn.Module) -> list[Tensor]:
-    """What this process computes the saved weights from; see `run.export.saved_tensors`."""
-    adapters = hasattr(model, "peft_config")
-    found = []
-    for parameter in model.parameters():
-        if parameter.requires_grad or not adapters:
-            found += [local_part(parameter.detach()), getattr(parameter, "ds_tensor", None)]
-    return [tensor for tensor in found if tensor is not None and tensor.numel() and tensor.is_floating_point()]
 
 
 @torch.no_grad()

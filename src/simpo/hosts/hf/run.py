@@ -22,13 +22,13 @@ from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.hosts.hf.config import RECIPE_FIELDS, SimPOConfig
 from simpo.hosts.hf.launch import join_launched_world
-from simpo.hosts.hf.masters import held_tensors, local_masters
+from simpo.hosts.hf.masters import local_masters
 from simpo.hosts.hf.trainer import SimPOTrainer
 from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
 from simpo.run.checkpoint import list_checkpoints
-from simpo.run.export import WeightSample, export_dtype, publish_model
+from simpo.run.export import WeightSample, export_dtype, publish_model, saved_tensors
 from simpo.run.resume import find_checkpoint, is_begun_by_this_launch
 from simpo.run.session import card_of_data, count_steps, describe_run, open_output_dir, set_up_process
 from simpo.run.tracking import MetricsLog, check_trackers, open_log
@@ -186,7 +186,7 @@ def save_final_model(trainer: SimPOTrainer, folder: Path, asked: torch.dtype, un
         recipe,
         folder,
         asked=asked,
-        held=held_tensors(model),
+        held=saved_tensors(model),
         untrained=untrained,
         trained=local_masters(model),
         data=card_of_data(trainer.data, step=step, total_steps=trainer.state.max_steps),

@@ -88,7 +88,7 @@ class SimPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = SimPOConfig(output_dir="simpo_trainer") if args is None else args
-        _check_arguments(args, data_collator, others)
+        _check_arguments(args, {"data_collator": data_collator, **others})
         self.recipe: Recipe = args.to_recipe(model if isinstance(model, str) else None)
         self.mesh = join_launched_world(args)
         self.references: dict[str, ReferenceLogps] = {}  # by name of pairs, from when training begins
@@ -462,7 +462,7 @@ class SimPOTrainer(Trainer):
 # --- start-up --------------------------------------------------------------------------------------------------------
 
 
-def _check_arguments(args: Any, data_collator: Any, others: Mapping[str, Any]) -> None:
+def _check_arguments(args: Any, others: Mapping[str, Any]) -> None:
     if not isinstance(args, SimPOConfig):
         raise ValueError(f"args: a SimPOConfig is needed, not {type(args).__name__}")
     refused = {
@@ -472,7 +472,7 @@ def _check_arguments(args: Any, data_collator: Any, others: Mapping[str, Any]) -
         "preprocess_logits_for_metrics": "there are no logits to process",
     }
     for name, reason in refused.items():
-        if (data_collator if name == "data_collator" else others.get(name)) is not None:
+        if others.get(name) is not None:
             raise ValueError(f"{name}: not taken by this trainer: {reason}")
 
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from simpo.core.packing import TokenPair, epoch_order, num_steps_per_epoch
 from simpo.hosts.megatron.settings import MegatronSettings
+
+if TYPE_CHECKING:
+    from simpo.data.loader import PairStore
 
 IGNORED = -100
 """Label of a position that predicts nothing trained. No token has it: 0 is a token like any other."""
@@ -23,14 +26,6 @@ PAD = 0
 
 ReferenceSums = Mapping[str, tuple[float, float]]
 """row_id -> summed reference log-probs of the chosen and the rejected response, nats."""
-
-
-class Pairs(Protocol):
-    """Pairs by number: a `data.loader.PairStore`, or a list."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> TokenPair: ...
 
 
 @dataclass(frozen=True)
@@ -107,7 +102,7 @@ def collate(
 
 
 def iterate_batches(
-    pairs: Pairs,
+    pairs: PairStore | Sequence[TokenPair],
     settings: MegatronSettings,
     *,
     num_microbatches: int,
