@@ -18,8 +18,8 @@ from simpo.recipe.yaml import dump_yaml, parse_yaml
 OUR_NAMES = [*KEYS, *ALIASES, *INPUT_KEYS]
 ALL_NAMES = [*OUR_NAMES, *KNOWN_ELSEWHERE]
 
-thorough = settings(max_examples=500, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
-brief = settings(thorough, max_examples=200)
+thorough = settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+brief = settings(thorough, max_examples=120)
 
 scalars = st.one_of(
     st.none(),

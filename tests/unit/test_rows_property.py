@@ -90,7 +90,7 @@ def pair_or_error(row):
         return error
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(ROWS)
 def test_row_gives_a_sound_pair_or_a_reason(row):
     pair = pair_or_error(row)
@@ -110,7 +110,7 @@ def test_rows_are_kept_or_dropped_and_kept_ones_are_sound(kind, build_tokenizer)
     limits = {"max_length": 24, "max_prompt_length": 12, "overlong": "truncate"}
     prepare = RowTokenizer(tokenizer, pair_from_row, **limits, chat_template=tokenizer.chat_template)
 
-    @settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(ROWS, max_size=8))
     def check(content):
         chunk = prepare([RawRow(f"x#{i}", row) for i, row in enumerate(content)])
@@ -127,7 +127,7 @@ def test_rows_are_kept_or_dropped_and_kept_ones_are_sound(kind, build_tokenizer)
     check()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(content=st.lists(ROWS, min_size=1, max_size=30), seed=st.integers(0, 9))
 def test_file_of_anything_is_accounted_for_or_refused_in_words(content, seed, tmp_path, build_tokenizer, data_recipe):
     path = tmp_path / "rows.jsonl"
