@@ -11,6 +11,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from hf_hosts import launch, read_rows
 from mesh_runs import ONE, Settings
 from mesh_runs import build as build_trainer
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import simpo
 from simpo.model.load import load_model
@@ -34,7 +36,7 @@ needs = {
 }
 BF16 = {"master_dtype": "bfloat16", "optim": "adamw_bf16"}
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
-STEPS = {"per_device_train_batch_size": 2, "max_steps": 3, "max_length": 128, "max_prompt_length": 64}
+STEPS = {"per_device_train_batch_size": 2, "max_steps": 2, "max_length": 128, "max_prompt_length": 64}
 ROWS = [
     ("Name a river in Egypt.", "The Nile.", "Egypt has deserts, and I like deserts."),
     ("What is 3 + 4?", "3 + 4 = 7.", "It is about eight, or nine on some days."),
@@ -59,7 +61,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(smol_model: Path, pairs: Path, tmp_path: Path) -> Settings:
-    """A recipe of three steps of two short pairs."""
+    """A recipe of two steps of two short pairs."""
     return {
         **{"model_name_or_path": str(smol_model), "dataset_mixer": {str(pairs): 1.0}, **STEPS, **ONE},
         **{"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "preprocessing_num_workers": 1},
@@ -98,7 +100,7 @@ def train_and_evaluate(settings: Settings) -> dict[str, Any]:
 
 
 def check(found: dict[str, Any], first_loss: float, *, tolerance: float = 0.2) -> None:
-    assert len(found["losses"]) == 3
+    assert len(found["losses"]) == 2
     assert found["losses"][0] == pytest.approx(first_loss, abs=tolerance)
     assert all(map(math.isfinite, [*found["losses"], found["eval_loss"]]))
     assert not found.get("still")
@@ -125,18 +127,42 @@ def test_it_starts_trains_and_evaluates(settings: Settings, first_loss: float, k
 
 
 def round_to_tf32(x: Tensor) -> Tensor:
-    """To 10 bits behind the leading one, as tensor cores take float32 operands; the gradient passes unchanged."""
+    """To 10 bits behind the leading one, as tensor cores take float32 operands."""
     bits = x.detach().float().view(torch.int32)
-    rounded = ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
-    return x + (rounded - x.detach())
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+class Instead(torch.autograd.Function):
+    """Another tensor in this one's place, whose gradient is this one's."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, other: Tensor) -> Tensor:
+        return other.view_as(other)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
 
 
 def test_float32_with_operands_rounded_as_tf32_does(settings: Settings, first_loss: float, monkeypatch):
+    kept: dict[nn.Linear, Tensor] = {}  # rounded weights, until the next update
+    times: Counter[nn.Linear] = Counter()
+
     def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        return nn.functional.linear(round_to_tf32(x), round_to_tf32(self.weight), self.bias)
+        if self not in kept:
+            kept[self] = round_to_tf32(self.weight)
+            times[self] += 1
+        operands = Instead.apply(x, round_to_tf32(x)), Instead.apply(self.weight, kept[self])
+        return nn.functional.linear(*operands, self.bias)
 
     monkeypatch.setattr(nn.Linear, "forward", forward)
-    check(train_and_evaluate({**settings, "bf16": False}), first_loss, tolerance=0.01)
+    updates = register_optimizer_step_post_hook(lambda *_: kept.clear())
+    try:
+        check(train_and_evaluate({**settings, "bf16": False}), first_loss, tolerance=0.01)
+    finally:
+        updates.remove()
+    assert len(times) >= 210  # seven of each layer
+    assert max(times.values()) == 3  # as read, and after each update
 
 
 @pytest.mark.long
@@ -158,7 +184,7 @@ def test_zero_in_bf16_on_two_processes(stage: int, smol_model: Path, pairs: Path
 
 
 def train_under_transformers(model: Any, pairs: Path | str, folder: Path, *, batch: int, **keys: Any) -> dict[str, Any]:
-    """The same three steps through SimPOTrainer."""
+    """The same two steps through SimPOTrainer."""
     from simpo.hosts.hf import SimPOConfig, SimPOTrainer
 
     changes = {"per_device_train_batch_size": batch, "learning_rate": 1e-5, "warmup_steps": 0, "seed": 42, "bf16": True}
