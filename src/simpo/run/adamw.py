@@ -4,12 +4,11 @@ Rounding to nearest drops every change below half a unit in the last place: at b
 bfloat16 AdamW stands still, and at a learning rate of 1e-6 so do its weights. Rounding up or down at random, with
 the probability that makes the expected value right, loses nothing on average.
 
-Tensors only: must not import data, train, evaluate or the recipe.
+Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from simpo.parallel.sharding import local_part
 from simpo.run.cpu_memory import empty_on_cpu
 
 # Elements worked on at one time. Temporaries take about 40 bytes for each: CPU pieces fit a cache, CUDA pieces hide
@@ -83,7 +83,9 @@ class AdamWBf16(torch.optim.Optimizer):
                 generator = torch.Generator(device)
                 pieces = _pieces(tensors, limit)
                 if self._offload:
-                    pieces = self._ferry(device, limit).carry(pieces)
+                    if device not in self._ferries:
+                        self._ferries[device] = _Ferry(device, limit)
+                    pieces = self._ferries[device].carry(pieces)
                 for piece_index, piece in enumerate(pieces):
                     generator.manual_seed(_seed_of(group["seed"], step, group_index, batch_index, piece_index))
                     _update(piece, step, group, generator, round_weights=dtype == torch.bfloat16)
@@ -98,11 +100,6 @@ class AdamWBf16(torch.optim.Optimizer):
         """As in torch.optim.Optimizer, once all moments are back in CPU memory."""
         self._wait_for_host()
         return super().state_dict()
-
-    def _ferry(self, device: torch.device, limit: int) -> _Ferry:
-        if device not in self._ferries:
-            self._ferries[device] = _Ferry(device, limit)
-        return self._ferries[device]
 
     def _wait_for_host(self) -> None:
         for ferry in self._ferries.values():
@@ -124,7 +121,8 @@ class AdamWBf16(torch.optim.Optimizer):
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["exp_avg"], state["exp_avg_sq"] = self._moment(p), self._moment(p)
             state["step"] += 1
-            parts = [_local(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])]
+            # A step has no sums, so the parts of a sharded weight need nothing of each other.
+            parts = (local_part(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]))
             weight, grad, first, second = parts
             # Gradients may have strides of their own; the others are written to, so they must be views.
             flat = (weight.view(-1), grad.reshape(-1), first.view(-1), second.view(-1))
@@ -166,66 +164,51 @@ class _Ferry:
     """Carries the moments of one piece after the other from CPU memory to a device and back.
 
     There are two berths: while a piece is updated in one, the next arrives in the other. On a GPU both directions are
-    streams of their own, so that they overlap with the computation and with each other.
+    streams of their own, so that they overlap with the computation and with each other; torch.cpu's do nothing.
     """
 
     def __init__(self, device: torch.device, limit: int) -> None:
         self._berths = torch.empty(2, 2, limit, dtype=torch.bfloat16, device=device)
-        self._device = device
-        self._here = self._back = None
-        if device.type == "cuda":
-            self._here, self._back = torch.cuda.Stream(device), torch.cuda.Stream(device)
+        self._device, self._module = device, torch.get_device_module(device)
+        self._here, self._back = self._module.Stream(device), self._module.Stream(device)
+        self._left = [self._back.record_event(), self._back.record_event()]  # when each berth's last piece was gone
 
     def carry(self, pieces: Iterable[list[_Slice]]) -> Iterator[list[_Slice]]:
         """The pieces with their moments on the device; what is there when the next is asked for goes back."""
-        if self._here is not None:
-            self._here.wait_stream(self._back)  # what the last update left
-            self._here.wait_stream(torch.cuda.current_stream(self._device))  # whoever had this memory before
-        left = [None, None]  # when each berth's last piece was gone
-        ahead = None
-        for number, piece in enumerate(pieces):
-            arriving = (piece, number % 2, *self._fetch(piece, number % 2, left))
-            if ahead is not None:
-                yield from self._serve(*ahead, left)
-            ahead = arriving
-        if ahead is not None:
-            yield from self._serve(*ahead, left)
+        current = self._module.current_stream(self._device)
+        self._here.wait_stream(self._back)  # what the last update left
+        self._here.wait_stream(current)  # whoever had this memory before
+        arriving = (self._fetch(piece, number % 2) for number, piece in enumerate(pieces))
+        ahead = next(arriving, None)
+        while ahead is not None:
+            (piece, berth, on_device, arrived), ahead = ahead, next(arriving, None)
+            current.wait_event(arrived)
+            yield on_device
+            self._back.wait_stream(current)
+            with self._module.stream(self._back):
+                for (_, _, first, second), (_, _, new_first, new_second) in zip(piece, on_device, strict=True):
+                    first.copy_(new_first, non_blocking=True)
+                    second.copy_(new_second, non_blocking=True)
+                self._left[berth] = self._back.record_event()
 
     def wait(self) -> None:
         """Until all that was carried back is in CPU memory."""
-        if self._back is not None:
-            self._back.synchronize()
+        self._module.synchronize(self._device)
 
-    def _fetch(self, piece: list[_Slice], berth: int, left: list[Any]) -> tuple[list[_Slice], Any]:
+    def _fetch(self, piece: list[_Slice], berth: int) -> tuple[list[_Slice], int, list[_Slice], Any]:
+        """The piece, its berth, the piece with its moments in there, and when they have arrived."""
         sizes = [weight.numel() for weight, *_ in piece]
         firsts, seconds = (row[: sum(sizes)].split(sizes) for row in self._berths[berth])
-        with self._on(self._here):
-            if left[berth] is not None:
-                self._here.wait_event(left[berth])
-            for (_, _, first, second), to_first, to_second in zip(piece, firsts, seconds, strict=True):
+        on_device = [
+            (weight, grad, to_first, to_second)
+            for (weight, grad, _, _), to_first, to_second in zip(piece, firsts, seconds, strict=True)
+        ]
+        with self._module.stream(self._here):
+            self._here.wait_event(self._left[berth])
+            for (_, _, first, second), (_, _, to_first, to_second) in zip(piece, on_device, strict=True):
                 to_first.copy_(first, non_blocking=True)
                 to_second.copy_(second, non_blocking=True)
-            arrived = None if self._here is None else self._here.record_event()
-        slices = zip(piece, firsts, seconds, strict=True)
-        return [(weight, grad, first, second) for (weight, grad, _, _), first, second in slices], arrived
-
-    def _serve(
-        self, piece: list[_Slice], berth: int, on_device: list[_Slice], arrived: Any, left: list[Any]
-    ) -> Iterator[list[_Slice]]:
-        if arrived is not None:
-            torch.cuda.current_stream(self._device).wait_event(arrived)
-        yield on_device
-        if self._back is not None:
-            self._back.wait_stream(torch.cuda.current_stream(self._device))
-        with self._on(self._back):
-            for (_, _, first, second), (_, _, new_first, new_second) in zip(piece, on_device, strict=True):
-                first.copy_(new_first, non_blocking=True)
-                second.copy_(new_second, non_blocking=True)
-            left[berth] = None if self._back is None else self._back.record_event()
-
-    @staticmethod
-    def _on(stream: Any) -> Any:
-        return contextlib.nullcontext() if stream is None else torch.cuda.stream(stream)
+            return piece, berth, on_device, self._here.record_event()
 
 
 def stochastic_round(values: Tensor, bits: Tensor) -> Tensor:
@@ -288,11 +271,6 @@ def _pieces(tensors: list[_Slice], limit: int) -> Iterator[list[_Slice]]:
                 piece, room = [], limit
     if piece:
         yield piece
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a sharded tensor; a step has no sums, so the parts need nothing of each other."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def _seed_of(*numbers: int) -> int:
