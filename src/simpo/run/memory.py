@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -365,27 +365,27 @@ def _available_memory(root: Path = Path("/")) -> int | None:
 
 
 def _cgroup_rooms(root: Path = Path("/")) -> list[int]:
-    """Limit - use of the process's memory control group and all above it, versions 1 and 2; pages of files are free."""
-    groups: list[tuple[Path, Sequence[str]]] = []
-    with contextlib.suppress(OSError):
-        for line in (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines():
-            _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                groups += _ancestors(root / "sys/fs/cgroup", path, ("memory.max", "memory.current", "inactive_file"))
-            elif "memory" in controllers.split(","):
-                names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-                groups += _ancestors(root / "sys/fs/cgroup/memory", path, names)
+    """Limit - use of the process's memory control group and all above it, versions 1 and 2; pages of files are free.
+
+    In a container the path of a group may be the outer system's: what is not there is skipped.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
     rooms = []
-    for folder, (limit_name, usage_name, files_name) in groups:
-        with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit here
-            limit = int((folder / limit_name).read_text(encoding="ascii"))
-            usage = int((folder / usage_name).read_text(encoding="ascii"))
-            counts = dict(line.split() for line in (folder / "memory.stat").read_text(encoding="ascii").splitlines())
-            rooms.append(limit - usage + int(counts.get(files_name, 0)))
+    for _, controllers, path in (line.split(":", 2) for line in lines):
+        if controllers == "":
+            mount, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        own = mount / path.lstrip("/")
+        for folder in (own, *own.parents):
+            with contextlib.suppress(OSError, ValueError):  # no such file, or "max": no limit here
+                limit, usage = (int((folder / name).read_text(encoding="ascii")) for name in names[:2])
+                stat = (folder / "memory.stat").read_text(encoding="ascii").splitlines()
+                rooms.append(limit - usage + int(dict(line.split() for line in stat).get(names[2], 0)))
     return rooms
-
-
-def _ancestors(mount: Path, path: str, names: Sequence[str]) -> list[tuple[Path, Sequence[str]]]:
-    """A control group's folder and those above it; in a container the path may be the outer system's: skipped."""
-    folder = mount / path.lstrip("/")
-    return [(each, names) for each in (folder, *folder.parents) if each == mount or mount in each.parents]

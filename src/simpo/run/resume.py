@@ -102,11 +102,6 @@ def best_checkpoint(step: int, folder: str | Path) -> Checkpoint:
     return found
 
 
-def recipe_identity(recipe: Recipe) -> dict[str, Any]:
-    """The keys that decide what a run computes, and their values."""
-    return {name: value for name, value in recipe.to_dict().items() if not KEYS[name].may_change}
-
-
 def run_identity(recipe: Recipe, data: PreparedData, loader: StepLoader, *, total_steps: int) -> dict[str, Any]:
     """What decides which run this is, in JSON values; a checkpoint holds it.
 
@@ -115,7 +110,7 @@ def run_identity(recipe: Recipe, data: PreparedData, loader: StepLoader, *, tota
         total_steps: optimizer steps of the whole run.
     """
     identity = {
-        "recipe": recipe_identity(recipe),
+        "recipe": {name: value for name, value in recipe.to_dict().items() if not KEYS[name].may_change},
         "data_fingerprint": data.fingerprint,
         "pairs_per_step": loader.pairs_per_step,
         "total_steps": total_steps,
