@@ -18,28 +18,17 @@ from typing import TYPE_CHECKING, Any
 from simpo import environment  # noqa: F401  first of all: torch reads these settings when it loads
 
 if TYPE_CHECKING:
-    from simpo.core.losses import simpo_loss
-    from simpo.evaluation.results import Comparison, Evaluation, compare
-    from simpo.evaluation.run import evaluate
-    from simpo.recipe import Recipe, load_recipe
-    from simpo.run.stopping import Interrupted, NonFiniteError
-    from simpo.trainer import Trainer, TrainResult
-
-__all__ = [
-    "Comparison",
-    "Evaluation",
-    "Interrupted",
-    "NonFiniteError",
-    "Recipe",
-    "TrainResult",
-    "Trainer",
-    "__version__",
-    "compare",
-    "evaluate",
-    "load_recipe",
-    "simpo_loss",
-    "train",
-]
+    from simpo.core.losses import simpo_loss as simpo_loss
+    from simpo.evaluation.results import Comparison as Comparison
+    from simpo.evaluation.results import Evaluation as Evaluation
+    from simpo.evaluation.results import compare as compare
+    from simpo.evaluation.run import evaluate as evaluate
+    from simpo.recipe import Recipe as Recipe
+    from simpo.recipe import load_recipe as load_recipe
+    from simpo.run.stopping import Interrupted as Interrupted
+    from simpo.run.stopping import NonFiniteError as NonFiniteError
+    from simpo.trainer import Trainer as Trainer
+    from simpo.trainer import TrainResult as TrainResult
 
 _HOMES = {
     "Comparison": "simpo.evaluation.results",
@@ -54,6 +43,7 @@ _HOMES = {
     "load_recipe": "simpo.recipe",
     "simpo_loss": "simpo.core.losses",
 }
+__all__ = ["__version__", "train", *_HOMES]
 
 
 def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> TrainResult:
