@@ -265,9 +265,9 @@ def _say_once(line: str, *, color: str) -> None:
 def _has_met_others() -> bool:
     if "torch" not in sys.modules:
         return False
-    from simpo.parallel.mesh import has_joined
+    import torch.distributed as dist
 
-    return has_joined()
+    return dist.is_initialized()
 
 
 def _key_lines(recipe: Recipe) -> str:

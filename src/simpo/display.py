@@ -19,18 +19,15 @@ class Display:
 
     def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
         self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
-        self._live: Progress | None = None
+        self._has_bar = False
 
     def say(self, text: str) -> None:
         """One line."""
         self.console.print(text, markup=False)
 
     @contextlib.contextmanager
-    def progress(self, total_steps: int, done: int) -> Iterator[StepBar]:
-        """A bar over optimizer steps, live on a terminal."""
-        if not self.console.is_terminal or self.console.quiet:
-            yield StepBar(None, None)
-            return
+    def progress(self, total_steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
+        """A bar over optimizer steps on a terminal, elsewhere nothing. Gives a function that shows a step's numbers."""
         columns = (
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
@@ -40,19 +37,15 @@ class Display:
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
-        with Progress(*columns, console=self.console) as bar:
+        self._has_bar = self.console.is_terminal and not self.console.quiet
+        with Progress(*columns, console=self.console, disable=not self._has_bar) as bar:
             task = bar.add_task("train", total=total_steps, completed=done, numbers="")
-            self._live = bar
-            try:
-                yield StepBar(bar, task)
-            finally:
-                self._live = None
+            yield lambda step, values: bar.update(task, completed=step, numbers=format_numbers(values))
 
     def log_step(self, step: int, total_steps: int, values: Mapping[str, float], *, left_s: float) -> None:
         """One line for a logged step, where there is no live bar."""
-        if self._live is None:
-            numbers = format_numbers(values)
-            self.say(f"step {step}/{total_steps}  {numbers}  {format_duration(left_s)} left")
+        if not self._has_bar:
+            self.say(f"step {step}/{total_steps}  {format_numbers(values)}  {format_duration(left_s)} left")
 
     def say_evaluation(self, what: str, values: Mapping[str, float], *, prefix: str = "eval") -> None:
         """The held-out numbers of one evaluation; `what` was evaluated, and `prefix` begins the names of its values."""
@@ -70,18 +63,6 @@ class Display:
         for key, value in rows.items():
             table.add_row(key, str(value))
         self.console.print(table)
-
-
-class StepBar:
-    """The live bar's handle; does nothing without a terminal."""
-
-    def __init__(self, bar: Progress | None, task: Any) -> None:
-        self._bar, self._task = bar, task
-
-    def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Show the numbers of the step just done."""
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=format_numbers(values))
 
 
 def format_numbers(values: Mapping[str, float]) -> str:

@@ -33,19 +33,18 @@ from simpo.display import Display
 from simpo.evaluation.generate import save_samples
 from simpo.model.attention import unwrap
 from simpo.model.compile import compile_blocks
-from simpo.model.head import compute_pair_logps
 from simpo.model.load import load_model, load_tokenizer, pick_device
 from simpo.model.low_memory import why_no_liger
 from simpo.model.offload import offload_activations
 from simpo.parallel.mesh import join_world
-from simpo.parallel.sharding import GradientSync, drop_gathered, whole_state_dict
+from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
-from simpo.run.export import WeightSample, export_dtype, publish_model, saved_tensors
+from simpo.run.export import WeightSample, export_dtype, publish_model
 from simpo.run.memory import TokenBudget, fit_micro_batches
 from simpo.run.metrics import StepTotals, Totals, peak_memory_gib
-from simpo.run.objective import micro_batch_losses
+from simpo.run.objective import micro_batch_losses, recipe_logps
 from simpo.run.optim import (
     build_optimizer,
     clip_gradients,
@@ -140,7 +139,7 @@ class Trainer:
         if recipe.use_liger_kernel and (reason := why_no_liger(unwrap(self.model), self.device)):
             self.display.say(f"use_liger_kernel: without effect here: {reason}")
         self.model.train()
-        self._untrained = None if recipe.use_peft else WeightSample(self._trained_weights())
+        self._untrained = None if recipe.use_peft else WeightSample(self._trained_weights)
         self.gradients = GradientSync(self.model, self.mesh)
         # Dropout differs between processes that see other tokens; those of one tp group must drop the same.
         seed_everything(recipe.seed + self.mesh.data_rank * self.mesh.sizes.cp + self.mesh.cp_rank)
@@ -185,10 +184,10 @@ class Trainer:
             with self._stop.listening():
                 if self.recipe.eval_on_start and self.progress.step == 0:
                     self._evaluate_and_log()
-                with self.display.progress(self.total_steps, self.progress.step) as bar:
+                with self.display.progress(self.total_steps, self.progress.step) as show:
                     for plan in self.loader.plans(self.progress.step, self.total_steps):
                         values = self.train_step(plan)
-                        bar.update(self.progress.step, values)
+                        show(self.progress.step, values)
                         self._after_step(values)
             return self._finish()
 
@@ -252,9 +251,7 @@ class Trainer:
         return micro_batch_losses(logps, micro_batch, plan, self.recipe)
 
     def _logps(self, batch: PackedPairs) -> PairLogps:
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=bool(self.recipe.bf16)):
-            module, chunk_size = self.gradients.module, self.recipe.logits_chunk_size
-            return compute_pair_logps(module, batch.to(self.device), chunk_size=chunk_size)
+        return recipe_logps(self.gradients.module, batch.to(self.device), self.recipe)
 
     def _after_step(self, values: Mapping[str, float]) -> None:
         """Between steps, in this order: log, evaluate, save, stop if asked to."""
@@ -282,20 +279,18 @@ class Trainer:
             self.mesh.barrier()
             folder = progress.best_in or self.checkpoint_dir
             best = self.mesh.on_main(lambda: best_checkpoint(progress.best_step, folder))
-            checkpoints.load_weights(best, model=self.model, mesh=self.mesh)
-            results, kept_step = checkpoints.read_state(best)["progress"]["last_eval"], best.step
+            state = checkpoints.load_checkpoint(best, model=self.model, mesh=self.mesh)
+            results, kept_step = state["progress"]["last_eval"], best.step
             self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
         model_dir = self.output_dir / "model"
         written = publish_model(
             self.model,
-            lambda dtype: whole_state_dict(self.model, keep=self.mesh.is_main, dtype=dtype),
+            whole_weights(self.model, keep=self.mesh.is_main),
             self.tokenizer,
             self.recipe,
             model_dir,
-            asked=self.export_dtype,
-            held=saved_tensors(self.model),
+            dtype=self.export_dtype,
             untrained=self._untrained,
-            trained=self._trained_weights(),
             data=card_of_data(self.data, step=kept_step, total_steps=self.total_steps),
             results=results,
             evaluate=functools.partial(self.evaluate, prefix="eval_saved"),
@@ -393,7 +388,6 @@ class Trainer:
         identity = self._identity()
         for line in check_same_run(state, identity, checkpoint.folder, recipe=self.recipe, pairs_fit=fits):
             self.display.say(line)
-        self.mesh.on_main(lambda: checkpoints.clear_leftovers(self.checkpoint_dir))
         self.mesh.on_main(lambda: checkpoints.forget_after(self.checkpoint_dir, checkpoint))
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer, mesh=self.mesh)
         self.progress = Progress.from_json(state["progress"])
@@ -428,7 +422,7 @@ class Trainer:
         self.budget = fit_micro_batches(self.model, forward, store, self.recipe, device=self.device, cp=sizes.cp)
         drop_gathered(self.model)
         if self.budget is not None:
-            self.loader.limit_tokens(int(self.mesh.least(self.budget.tokens)))
+            self.loader.limit_tokens(min(self.mesh.gather(self.budget.tokens)))
             if self.budget.warning is not None:
                 self.display.say(self.budget.warning)
 
@@ -450,7 +444,7 @@ class Trainer:
             "tokens_seen": progress.tokens_seen,
             "step_time_s": time_s / (progress.step - progress.logged_step),
             "pairs_per_s": num_pairs / time_s,
-            "memory_gib": self.mesh.largest(peak_memory_gib(self.device)),
+            "memory_gib": max(self.mesh.gather(peak_memory_gib(self.device))),
         }
         self.window = Totals()
         progress.logged_step, progress.logged_time_s = progress.step, progress.train_time_s

@@ -18,14 +18,14 @@ train_module = importlib.import_module("simpo.trainer")  # `simpo.trainer` itsel
 
 def poison(monkeypatch: pytest.MonkeyPatch, trainer: Trainer, row_id: str, value: float) -> None:
     """Give one pair's chosen response a broken log-prob."""
-    original = train_module.compute_pair_logps
+    original = train_module.recipe_logps
 
-    def broken(model: Any, batch: Any, **options: Any) -> PairLogps:
-        logps = original(model, batch, **options)
+    def broken(model: Any, batch: Any, recipe: Any) -> PairLogps:
+        logps = original(model, batch, recipe)
         factor = torch.tensor([value if name == row_id else 1.0 for name in batch.row_ids])
         return PairLogps(logps.chosen_sum * factor, logps.rejected_sum, logps.chosen_length, logps.rejected_length)
 
-    monkeypatch.setattr(train_module, "compute_pair_logps", broken)
+    monkeypatch.setattr(train_module, "recipe_logps", broken)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -140,10 +140,10 @@ def test_rounding_is_undone_bit_for_bit() -> None:
 def test_shares_of_moved_and_lost_weights_are_those_of_all() -> None:
     torch.manual_seed(0)
     weights = {"large": torch.randn(300, 200).mul(0.02).bfloat16().float(), "small": torch.ones(5)}
-    sample = WeightSample(weights.items())
+    sample = WeightSample(weights.items)
     weights["large"][:150] += 1e-7  # moved, and lost in bf16
     weights["small"] += 1.0  # moved, and seen
-    counts = sample.count_moved(weights.items(), torch.bfloat16)
+    counts = sample.count_moved(torch.bfloat16)
     assert counts.tolist() == pytest.approx([30_005, 30_000], rel=0.02)
     assert "bfloat16, 99.9% of the weights" in describe_loss_by_rounding(counts, torch.bfloat16)
     assert describe_loss_by_rounding(torch.tensor([100.0, 40.0]), torch.bfloat16) is None

@@ -14,7 +14,6 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface
 
 from simpo.core.attention import ATTENTION_PATHS, AttentionPath, packed_attention
-from simpo.parallel.mesh import has_joined
 
 PACKED = "simpo_packed"  # the attention implementation's name in transformers; see also `packed_by`
 
@@ -78,7 +77,7 @@ def _packed_attention_for_transformers(
 
 def _packed_mask(*, q_length: int, local_size: int | None = None, **others: Any) -> Tensor | None:
     """In place of a mask: None, or how far a layer may look where that can be less than the row is long."""
-    slices = dist.get_world_size() if has_joined() else 1  # as many as there can be
+    slices = dist.get_world_size() if dist.is_initialized() else 1  # as many as there can be
     return None if local_size is None or local_size >= slices * q_length else torch.tensor(local_size)
 
 

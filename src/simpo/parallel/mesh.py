@@ -147,16 +147,14 @@ class Mesh:
         data_rank: which share of the pairs this process computes, 0..sizes.data - 1.
         cp_rank, cp_group: among the processes that share its rows; None where there is one.
         gradient_group: the processes whose gradients belong together; None where there is one.
-        cpu_group: all processes, for threads that talk during the training step; None unless asked for.
     """
 
-    def __init__(self, sizes: MeshSizes, *, device: torch.device, with_cpu_group: bool = False) -> None:
+    def __init__(self, sizes: MeshSizes, *, device: torch.device) -> None:
         self.sizes, self.device = sizes, device
         self.rank = self.data_rank = self.cp_rank = 0
         self.data_group: ProcessGroup | None = None
         self.cp_group: ProcessGroup | None = None
         self.gradient_group: ProcessGroup | None = None
-        self.cpu_group: ProcessGroup | None = None
         if sizes.world == 1:
             return
         self.rank = dist.get_rank()
@@ -169,8 +167,6 @@ class Mesh:
         if sizes.gradient > 1:
             flat = dist.init_device_mesh(device.type, (sizes.gradient, sizes.tp), mesh_dim_names=("gradient", "tp"))
             self.gradient_group = flat.get_group("gradient")
-        if with_cpu_group:
-            self.cpu_group = dist.new_group(backend="gloo")
 
     def own_rows(self, batch: PackedPairs) -> PackedPairs:
         """This process's slice of a batch's tokens; without context parallelism the batch itself."""
@@ -192,14 +188,6 @@ class Mesh:
         if self.sizes.world > 1:
             dist.all_reduce(values)
         return values
-
-    def largest(self, value: float) -> float:
-        """The largest of all processes' values."""
-        return max(self.gather(value))
-
-    def least(self, value: float) -> float:
-        """The smallest of all processes' values."""
-        return min(self.gather(value))
 
     def gather(self, value: T) -> list[T]:
         """Every process's value, in the order of ranks, on every process; anything that pickles."""
@@ -224,11 +212,7 @@ class Mesh:
 
     def on_main(self, function: Callable[[], T]) -> T:
         """function() on rank 0 alone; its result on every process, or the exception it raised."""
-        result, error = None, None
-        if self.is_main:
-            result, error = _attempt(function)
-        self.raise_together(error)
-        return self.from_main(result)
+        return self.from_main(self._attempt(function, is_my_turn=self.is_main))
 
     def main_first(self, function: Callable[[], T]) -> T:
         """function() on every process: on rank 0 first, then on one of each node, then on the rest.
@@ -236,12 +220,15 @@ class Mesh:
         For what the first to come writes to a cache and the others read. What one raises, all raise.
         """
         turn = 0 if self.is_main else 1 if local_rank() == 0 else 2
-        result = None
-        for now in range(3 if self.sizes.world > 1 else 1):
-            error = None
-            if now == turn:
-                result, error = _attempt(function)
-            self.raise_together(error)
+        return [self._attempt(function, is_my_turn=now == turn) for now in range(3)][turn]
+
+    def _attempt(self, function: Callable[[], T], *, is_my_turn: bool) -> T | None:
+        result, error = None, None
+        try:
+            result = function() if is_my_turn else None
+        except Exception as caught:
+            error = caught
+        self.raise_together(error)
         return result
 
     def raise_together(self, error: Exception | None) -> None:
@@ -252,29 +239,6 @@ class Mesh:
         first = next((found for found in errors if found is not None), None)
         if first is not None:
             raise first
-
-    def check_agreement(self, facts: dict[str, Any]) -> None:
-        """Raise ValueError unless every process has the same facts; says which differ, and between which ranks.
-
-        Args:
-            facts: what must be equal, by its name for people.
-        """
-        everyone = self.gather(facts)
-        for name, value in everyone[0].items():
-            others = [rank for rank, theirs in enumerate(everyone) if theirs[name] != value]
-            if others:
-                raise ValueError(
-                    f"{name}: rank {others[0]} has {everyone[others[0]][name]}, rank 0 has {value}"
-                    + (f" ({len(others)} ranks differ from it)" if len(others) > 1 else "")
-                    + "; every process needs the same recipe, data and package versions"
-                )
-
-
-def _attempt(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
-    try:
-        return function(), None
-    except Exception as error:
-        return None, error
 
 
 def _portable(error: Exception | None) -> Exception | None:
@@ -288,13 +252,6 @@ def _portable(error: Exception | None) -> Exception | None:
 # --- the process group -----------------------------------------------------------------------------------------------
 
 
-def world_size() -> int:
-    """Processes of this run: of the process group if there is one, else what the launcher says (WORLD_SIZE)."""
-    if has_joined():
-        return dist.get_world_size()
-    return _number("WORLD_SIZE", 1)
-
-
 def local_rank() -> int:
     """Which process of its machine this one is."""
     return _number("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0)
@@ -303,32 +260,28 @@ def local_rank() -> int:
 def join_world(recipe: Recipe, device: torch.device) -> Mesh:
     """Meet the other processes and check that all are there; a single process has none to meet.
 
-    A process group that exists already (Ray, a notebook, a test) is used as it is.
+    A process group that exists already (Ray, a notebook, a test) is used as it is. Of several GPUs a process takes the
+    one of its local rank.
 
-    Args:
-        recipe: its mesh, and how long to wait for others.
-        device: the kind to compute on, see `model.load.pick_device`; of several GPUs a process takes the one of its
-            local rank.
     Raises:
         ValueError: the mesh does not fit the number of processes, or a GPU is missing.
     """
-    world = world_size()
-    sizes = mesh_sizes(recipe, world)
-    if world == 1:
+    sizes = mesh_sizes(recipe, dist.get_world_size() if dist.is_initialized() else _number("WORLD_SIZE", 1))
+    if sizes.world == 1:
         return Mesh(sizes, device=device)
     if device.type == "cuda":
         device = _own_gpu()
     elif torch.cuda.is_available():
         raise ValueError("device: cpu with several processes: hide the GPUs with CUDA_VISIBLE_DEVICES= (empty)")
     if not dist.is_initialized():
-        _init_process_group(world, device, timeout=timedelta(seconds=recipe.ddp_timeout))
+        _init_process_group(sizes.world, device, timeout=timedelta(seconds=recipe.ddp_timeout))
     if device.type == "cuda":
         _check_own_gpu(device)
-    backend = str(dist.get_backend_config()) if hasattr(dist, "get_backend_config") else dist.get_backend()
+    backend = str(dist.get_backend_config())
     wanted = "nccl" if device.type == "cuda" else "gloo"
     if wanted not in backend:
         raise ValueError(f"the process group uses {backend}; processes that compute on {device.type} need {wanted}")
-    return Mesh(sizes, device=device, with_cpu_group=recipe.async_save)
+    return Mesh(sizes, device=device)
 
 
 def _own_gpu() -> torch.device:
@@ -386,14 +339,9 @@ def _init_process_group(world: int, device: torch.device, *, timeout: timedelta)
     dist.init_process_group(**options)
 
 
-def has_joined() -> bool:
-    """Whether this process is in a process group."""
-    return dist.is_available() and dist.is_initialized()
-
-
 def leave_world() -> None:
     """Leave the process group, if there is one, once all are done."""
-    if has_joined():
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
 

@@ -211,16 +211,13 @@ class GradientSync:
             device_ids = [mesh.device] if mesh.device.type == "cuda" else None
             self.module = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
-    @contextlib.contextmanager
-    def micro_batch(self, *, is_last: bool) -> Iterator[None]:
+    def micro_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of one micro-batch: DDP waits with its reduction for the step's last one.
 
         FSDP2 reduces each: gradients of the whole model would not fit anywhere.
         """
-        with contextlib.ExitStack() as stack:
-            if isinstance(self.module, DistributedDataParallel) and not is_last:
-                stack.enter_context(self.module.no_sync())
-            yield
+        waits = isinstance(self.module, DistributedDataParallel) and not is_last
+        return self.module.no_sync() if waits else contextlib.nullcontext()
 
     @torch.no_grad()
     def finish(self) -> None:
@@ -310,30 +307,20 @@ def local_part(tensor: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def whole_state_dict(model: nn.Module, *, keep: bool, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's state dict with every tensor whole; what was sharded or is converted comes in CPU memory, one
-    tensor at a time: a device that holds the model need not hold it twice.
+def whole_weights(model: nn.Module, *, keep: bool) -> Iterator[tuple[str, Tensor | None]]:
+    """(name, whole tensor) of a model's state dict; one that was sharded in CPU memory, a tied one by its first name.
 
-    Every process must call it.
+    One at a time: a device that holds the model need not hold it twice. Every process must run through all of it.
 
     Args:
-        keep: whether this process wants the result; others get an empty one.
-        dtype: of its floating-point tensors.
+        keep: whether this process wants the tensors; others get None.
     """
-    state: dict[str, Tensor] = {}
-    done: dict[int, str] = {}  # tied weights stay one tensor, which is written once
+    seen: set[int] = set()
     for name, value in model.state_dict(keep_vars=True).items():
-        first = done.setdefault(id(value), name)
-        if first != name:
-            if keep:
-                state[name] = state[first]
-            continue
-        value = value.detach()
-        whole = value.full_tensor() if isinstance(value, DTensor) else value
-        if keep:
-            whole = whole.to(dtype) if whole.is_floating_point() else whole
-            state[name] = whole if whole is value else whole.cpu()
-    return state
+        if id(value) not in seen:
+            seen.add(id(value))
+            whole = value.full_tensor() if isinstance(value, DTensor) else value
+            yield name, (whole if whole is value else whole.cpu()) if keep else None
 
 
 @contextlib.contextmanager

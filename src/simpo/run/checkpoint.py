@@ -12,21 +12,17 @@ keys, fields of the progress and metrics may come and go without that: what is m
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import random
 import re
 import shutil
 import warnings
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -48,6 +44,7 @@ from simpo.parallel.mesh import Mesh
 from simpo.parallel.sharding import local_part
 from simpo.run.cpu_memory import empty_on_cpu
 from simpo.run.digest import digest_tensors
+from simpo.run.optim import rng_state, set_rng_state
 
 FORMAT = 1
 """0: no number is written; sums of metrics in a list; the data is known by a hash of source files. 1: sums by name; the
@@ -93,7 +90,9 @@ class CheckpointSaver:
     def __init__(self, folder: Path, mesh: Mesh, *, in_background: bool = False, keep: int | None = None) -> None:
         self.folder, self._mesh, self._keep = folder, mesh, keep
         self._copies = HostCopies() if in_background else None
-        self._pending: tuple[Checkpoint, Path, Future[Any] | None, int | None] | None = None
+        # The threads that write talk to each other during the training step.
+        self._group = dist.new_group(backend="gloo") if in_background and mesh.sizes.world > 1 else None
+        self._pending: tuple[Checkpoint, Path, Future[Any], int | None] | None = None
 
     def save(
         self,
@@ -124,17 +123,8 @@ class CheckpointSaver:
         digest = digest_tensors(tensors, self._mesh)
         record = {**stamp(), **state, "step": step, "mesh": str(self._mesh.sizes), "digest": digest}
         self._begin(aside, record)
-        written = None
-        if self._copies is not None:
-            written = _write_in_background(self._copies.of(tensors), aside / "tensors", self._mesh.cpu_group)
-        else:
-            try:
-                with _quiet_dcp():
-                    dcp.save(tensors, checkpoint_id=aside / "tensors")
-            except CheckpointException as cause:
-                raise _not_written(checkpoint.folder, cause) from cause
-        self._pending = (checkpoint, aside, written, protect)
-        self.finish(wait=written is None)
+        self._pending = (checkpoint, aside, self._write(tensors, aside / "tensors"), protect)
+        self.finish(wait=self._copies is None)
         return checkpoint
 
     def _begin(self, aside: Path, record: dict[str, Any]) -> None:
@@ -148,12 +138,31 @@ class CheckpointSaver:
         self._mesh.on_main(make_folder)
         error = None
         try:
-            torch.save(_rng_state(), aside / RNG_FILE.format(rank=self._mesh.rank))
+            torch.save(rng_state(), aside / RNG_FILE.format(rank=self._mesh.rank))
             if self._mesh.is_main:
                 (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         except Exception as cause:
             error = cause
         self._mesh.raise_together(error)
+
+    def _write(self, tensors: dict[str, Any], folder: Path) -> Future[Any]:
+        """Write the tensors; in the background a thread writes copies, which do not change meanwhile.
+
+        (torch 2.13's own `dcp.async_save` cannot copy what FSDP2 shards.)
+        """
+        _ignore_single_process_warning()
+        if self._copies is not None:
+            thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+            copies = self._copies.of(tensors)
+            written = thread.submit(dcp.save, copies, checkpoint_id=folder, process_group=self._group)
+            thread.shutdown(wait=False)
+            return written
+        written = Future()
+        try:
+            written.set_result(dcp.save(tensors, checkpoint_id=folder))
+        except CheckpointException as cause:
+            written.set_exception(cause)
+        return written
 
     def finish(self, *, wait: bool = True) -> None:
         """Give the checkpoint on its way, if there is one, its name once every process has written its part.
@@ -166,14 +175,14 @@ class CheckpointSaver:
         if self._pending is None:
             return
         checkpoint, aside, written, protect = self._pending
-        if not wait and not self._mesh.least(written is None or written.done()):
+        if not wait and not all(self._mesh.gather(written.done())):
             return
         self._pending, error = None, None
-        if written is not None:
-            try:
-                written.result()
-            except (Exception, CheckpointException) as cause:
-                error = _not_written(checkpoint.folder, cause)
+        try:
+            written.result()
+        except (Exception, CheckpointException) as cause:  # dcp's own wrapper is a BaseException
+            error = RuntimeError(f"checkpoint {checkpoint.folder} could not be written: {_reason(cause)}")
+            error.__cause__ = cause
         self._mesh.raise_together(error)
 
         def give_name() -> None:
@@ -211,33 +220,16 @@ class HostCopies:
         return kept
 
 
-def _write_in_background(copies: dict[str, Any], folder: Path, group: dist.ProcessGroup | None) -> Future[Any]:
-    """Write copies, which do not change meanwhile, in a thread; the processes' threads talk through `group`.
-
-    (torch 2.13's own `dcp.async_save` cannot copy what FSDP2 shards.)
-    """
-    if group is None:  # see _quiet_dcp, which would end before the thread's warning
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", module=r"torch\.distributed.*")
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
-    written = thread.submit(dcp.save, copies, checkpoint_id=folder, process_group=group)
-    thread.shutdown(wait=False)
-    return written
-
-
-def _not_written(folder: Path, cause: BaseException) -> RuntimeError:
-    error = RuntimeError(f"checkpoint {folder} could not be written: {_reason(cause)}")
-    error.__cause__ = cause
-    return error
-
-
 def load_checkpoint(
-    checkpoint: Checkpoint, *, model: nn.Module, optimizer: torch.optim.Optimizer, mesh: Mesh
+    checkpoint: Checkpoint, *, model: nn.Module, mesh: Mesh, optimizer: torch.optim.Optimizer | None = None
 ) -> dict[str, Any]:
     """Restore weights, moments and random-number states in place; return the trainer state. Every process calls it.
 
     The checkpoint may come from another mesh. Random-number states are restored on the mesh they were saved on;
     otherwise they stay as the seed left them.
 
+    Args:
+        optimizer: None = the weights alone.
     Raises:
         ValueError: a file is missing or broken, the tensors are not those that were saved, or the model does not fit;
             on every process.
@@ -245,52 +237,31 @@ def load_checkpoint(
     state = mesh.on_main(lambda: read_state(checkpoint))
     live = _tensor_state(model, optimizer)
     tensors = _in_one_piece(live)
-    same_mesh = state["mesh"] == str(mesh.sizes)
-    rng = _load_tensors(checkpoint, tensors, mesh, digest=state["digest"], with_rng=same_mesh)
-    tensors = _sharded_like(tensors, live)
-    set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=False))
-    set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_OPTIMIZER_OPTIONS)
-    if rng is not None:
-        _set_rng_state(rng)
-    return state
-
-
-def load_weights(checkpoint: Checkpoint, *, model: nn.Module, mesh: Mesh) -> None:
-    """Restore the weights alone, as for the best checkpoint at the end of a run. Every process calls it.
-
-    Raises:
-        ValueError: as `load_checkpoint`.
-    """
-    live = _model_state(model)
-    tensors = {"model": _in_one_piece(live)}
-    digest = mesh.on_main(lambda: read_state(checkpoint))["digest"]
-    _load_tensors(checkpoint, tensors, mesh, digest={"model": digest["model"]})
-    set_model_state_dict(model, _sharded_like(tensors["model"], live), options=StateDictOptions(strict=False))
-
-
-def _load_tensors(
-    checkpoint: Checkpoint, tensors: dict[str, Any], mesh: Mesh, *, digest: dict[str, str], with_rng: bool = False
-) -> dict[str, Any] | None:
-    """Fill the tensors in place and check them; returns this process's random-number states if wanted."""
     rng, error = None, None
+    _ignore_single_process_warning()
     try:
-        with _quiet_dcp():
-            dcp.load(tensors, checkpoint_id=checkpoint.folder / "tensors")
-        if with_rng:
+        dcp.load(tensors, checkpoint_id=checkpoint.folder / "tensors")
+        if optimizer is not None and state["mesh"] == str(mesh.sizes):
             rng = torch.load(checkpoint.folder / RNG_FILE.format(rank=mesh.rank), weights_only=False)
-    except (Exception, CheckpointException) as cause:  # dcp's own wrapper is a BaseException
+    except (Exception, CheckpointException) as cause:
         error = ValueError(
             f"checkpoint {checkpoint.folder} cannot be loaded into this model: {_reason(cause)}; "
             "resume from an earlier one with resume_from_checkpoint: PATH"
         )
         error.__cause__ = cause
     mesh.raise_together(error)
-    if digest_tensors(tensors, mesh) != digest:
+    if digest_tensors(tensors, mesh) != {part: state["digest"][part] for part in tensors}:
         raise ValueError(
             f"checkpoint {checkpoint.folder} is damaged: its tensors are not the ones that were saved; "
             "resume from an earlier one with resume_from_checkpoint: PATH"
         )
-    return rng
+    tensors = _sharded_like(tensors, live)
+    set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=False))
+    if optimizer is not None:
+        set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_OPTIMIZER_OPTIONS)
+    if rng is not None:
+        set_rng_state(rng)
+    return state
 
 
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -356,7 +327,8 @@ def prune_checkpoints(folder: Path, *, keep: int, protect: int | None) -> None:
 
 
 def forget_after(folder: Path, checkpoint: Checkpoint) -> None:
-    """Set later checkpoints aside (`step-N.superseded`) when a run goes on from an earlier one on purpose."""
+    """Set later checkpoints aside (`step-N.superseded`) when a run goes on from an earlier one on purpose; tidy up."""
+    clear_leftovers(folder)
     for later in list_checkpoints(folder):
         if later.step > checkpoint.step:
             aside = later.folder.with_name(f"{later.folder.name}.superseded")
@@ -367,19 +339,15 @@ def forget_after(folder: Path, checkpoint: Checkpoint) -> None:
 _OPTIMIZER_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 
 
-def _model_state(model: nn.Module) -> dict[str, Any]:
-    """Trainable parameters, tied ones once, and persistent buffers."""
+def _tensor_state(model: nn.Module, optimizer: torch.optim.Optimizer | None) -> dict[str, dict[str, Any]]:
+    """Trainable parameters, tied ones once, and persistent buffers; the optimizer's moments and groups."""
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     wanted = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     state = get_model_state_dict(model)
-    return {name: value for name, value in state.items() if name in wanted or name not in every}
-
-
-def _tensor_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return {
-        "model": _model_state(model),
-        "optimizer": get_optimizer_state_dict(model, optimizer, options=_OPTIMIZER_OPTIONS),
-    }
+    tensors = {"model": {name: value for name, value in state.items() if name in wanted or name not in every}}
+    if optimizer is not None:
+        tensors["optimizer"] = get_optimizer_state_dict(model, optimizer, options=_OPTIMIZER_OPTIONS)
+    return tensors
 
 
 def _in_one_piece(state: Any) -> Any:
@@ -406,31 +374,18 @@ def _sharded_like(state: Any, live: Any) -> Any:
     return tree_map(as_live, state, live)
 
 
-def _rng_state() -> dict[str, Any]:
-    return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-    }
-
-
-def _set_rng_state(state: dict[str, Any]) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
-
-
 def sync_tree(folder: Path) -> None:
     """Make every file below a folder survive a power cut."""
     for path in [folder, *folder.rglob("*")]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def replace_folder(aside: Path, final: Path) -> None:
@@ -441,19 +396,12 @@ def replace_folder(aside: Path, final: Path) -> None:
         final.rename(old)
     aside.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-    descriptor = os.open(final.parent, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    _sync(final.parent)
 
 
-@contextlib.contextmanager
-def _quiet_dcp() -> Iterator[None]:
-    """Without a process group dcp says each time that it assumes a single process; here that is so."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"torch\.distributed.*")
-        yield
+def _ignore_single_process_warning() -> None:
+    """Without a process group dcp warns each time, in a thread too, that it assumes one process; here that is so."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
 
 
 def _reason(error: BaseException) -> str:

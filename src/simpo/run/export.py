@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,8 +45,9 @@ def saved_tensors(model: nn.Module) -> list[Tensor]:
         found = [parameter for parameter in model.parameters() if parameter.requires_grad]
     else:
         found = list({id(value): value for value in model.state_dict(keep_vars=True).values()}.values())
-    found += [tensor.ds_tensor for tensor in found if hasattr(tensor, "ds_tensor")]
-    return [local_part(tensor.detach()) for tensor in found if tensor.numel() and tensor.is_floating_point()]
+    parts = [local_part(tensor.detach()) for tensor in found]
+    parts += [tensor.ds_tensor for tensor in found if hasattr(tensor, "ds_tensor")]  # ZeRO-3's share
+    return [part for part in parts if part.is_floating_point()]
 
 
 @contextlib.contextmanager
@@ -86,20 +87,17 @@ class WeightSample:
     """Some values of each trained weight before training, to tell how much of the training the files will show.
 
     Args:
-        named: (name, tensor) of trained weights, before the first step.
+        weights: gives (name, tensor) of the trained weights, as they are when it is called.
     """
 
-    def __init__(self, named: Iterable[tuple[str, Tensor]]) -> None:
-        self._before = {name: _sample(tensor) for name, tensor in named}
+    def __init__(self, weights: Callable[[], Iterable[tuple[str, Tensor]]]) -> None:
+        self._weights = weights
+        self._before = {name: _sample(tensor) for name, tensor in weights()}
 
-    def count_moved(self, named: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Tensor:
-        """How many weights training moved, and of how many `dtype` shows nothing of it: [2], fp64, on the CPU.
-
-        Args:
-            named: the same tensors after training, not rounded.
-        """
+    def count_moved(self, dtype: torch.dtype) -> Tensor:
+        """How many weights training moved, and of how many `dtype` shows nothing of it: [2], fp64, on the CPU."""
         counts = torch.zeros(2, dtype=torch.float64)
-        for name, tensor in named:
+        for name, tensor in self._weights():
             before = self._before.get(name)
             if before is None or not before.numel():
                 continue
@@ -126,26 +124,6 @@ def describe_loss_by_rounding(counts: Tensor, dtype: torch.dtype) -> str | None:
     )
 
 
-def _settle_dtype(
-    asked: torch.dtype,
-    held: Iterable[Tensor],
-    untrained: WeightSample | None,
-    trained: Iterable[tuple[str, Tensor]],
-    mesh: Mesh,
-    display: Display,
-) -> torch.dtype:
-    """In which dtype to write; says what that costs the trained weights, or why it is not the one asked for."""
-    if mesh.largest(overflows(held, asked)):
-        display.say(f"save_dtype: a weight is too large for {dtype_name(asked)}; the model is written in float32")
-        return torch.float32
-    if untrained is not None:
-        counts = untrained.count_moved(trained, asked)
-        line = describe_loss_by_rounding(mesh.sum_over_all(counts.to(mesh.device)), asked)
-        if line is not None:
-            display.say(line)
-    return asked
-
-
 def dtype_name(dtype: torch.dtype) -> str:
     """As recipes and config.json write it."""
     return str(dtype).removeprefix("torch.")
@@ -156,15 +134,13 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 def publish_model(
     model: nn.Module,
-    state_in: Callable[[torch.dtype], dict[str, Tensor]],
+    weights: Iterable[tuple[str, Tensor | None]],
     tokenizer: Any,
     recipe: Recipe,
     folder: Path,
     *,
-    asked: torch.dtype,
-    held: Sequence[Tensor],
+    dtype: torch.dtype,
     untrained: WeightSample | None,
-    trained: Iterable[tuple[str, Tensor]],
     data: Mapping[str, Any],
     results: Mapping[str, float],
     evaluate: Callable[[], Mapping[str, float]],
@@ -175,33 +151,53 @@ def publish_model(
 
     Args:
         model: full weights, or a PEFT model, of which the adapters are saved with their base's name.
-        state_in: gives the whole state dict in a dtype to the first process; every process calls it.
+        weights: (name, whole tensor) of all that is saved, on the first process, read once; None on the others.
         tokenizer: saved with its chat template.
         recipe: recorded in the model card.
         folder: replaced if it exists.
-        asked: dtype of the saved weights, unless one is too large for it; see `export_dtype`.
-        held: what this process computes the saved weights from.
-        untrained, trained: the trained weights before and after; None = the former are no longer known.
+        dtype: of the saved weights, unless one is too large for it; see `export_dtype`.
+        untrained: the trained weights as they were before; None = no longer known.
         data: what it was trained on, for the card.
         results: of the last evaluation, for the card.
         evaluate: that evaluation again; gives metrics that begin with "eval_saved_", perhaps among others.
     Returns:
         Metrics of the weights as they are written; empty where those are the ones that were evaluated.
     """
-    dtype = _settle_dtype(asked, held, untrained, trained, mesh, display)
-    state = state_in(dtype)
+    held = saved_tensors(model)
+    if any(mesh.gather(overflows(held, dtype))):
+        display.say(f"save_dtype: a weight is too large for {dtype_name(dtype)}; the model is written in float32")
+        dtype = torch.float32
+    elif untrained is not None:
+        counts = mesh.sum_over_all(untrained.count_moved(dtype).to(mesh.device))
+        if (line := describe_loss_by_rounding(counts, dtype)) is not None:
+            display.say(line)
+    state = {}
+    for name, value in weights:  # narrowed one by one, so that no whole model is there in fp32
+        if mesh.is_main and value is not None:
+            narrow = value.detach().to(dtype) if value.is_floating_point() else value
+            state[name] = narrow if narrow.dtype == value.dtype else narrow.cpu()
+    tie(state, model)
     mesh.on_main(lambda: _write_model(model, state, tokenizer, recipe, folder, dtype, data, results))
     state.clear()
     if not results:
         return {}
     with as_saved(held, dtype) as changed:  # once the model is safe
-        if not mesh.largest(changed):
+        if not any(mesh.gather(changed)):
             return {}
         found = evaluate()
     found = {name: value for name, value in found.items() if name.startswith("eval_saved_")}
     display.say_evaluation(f"as written in {dtype_name(dtype)}", found, prefix="eval_saved")
     mesh.on_main(lambda: _write_card(folder, recipe, data, {**results, **found}))
     return found
+
+
+def tie(state: dict[str, Tensor], model: nn.Module) -> None:
+    """Give all names of a tied weight the tensor that its first name has: it is written once."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        tied_to = first.setdefault(id(parameter), name)
+        if tied_to in state:
+            state[name] = state[tied_to]
 
 
 def _write_model(
@@ -218,7 +214,8 @@ def _write_model(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     base = unwrap(model)
-    with plain_attention(model), on_one_process(base), _no_bars():
+    transformers_logging.disable_progress_bar()  # it would cut through the run's own output
+    with plain_attention(model), on_one_process(base):
         model.save_pretrained(aside, state_dict=state)
     record_dtype(aside, dtype)
     tokenizer.save_pretrained(aside)
@@ -227,18 +224,6 @@ def _write_model(
     _write_card(aside, recipe, data, results)
     sync_tree(aside)
     replace_folder(aside, folder)
-
-
-@contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """transformers' bar for writing files, which would cut through the run's own output."""
-    active = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if active:
-            transformers_logging.enable_progress_bar()
 
 
 def record_dtype(folder: Path, dtype: torch.dtype) -> None:

@@ -1,4 +1,4 @@
-"""What every host trains: the loss of each pair by a recipe, its added SFT term, and the sums of the metrics.
+"""What every host trains: log-probs and the loss of each pair by a recipe, its added SFT term, sums of the metrics.
 
 The native trainer, transformers' Trainer and Megatron differ in how they compute log-probs and add up gradients; from
 log-probs on, all of them go through here. Must not import data, the trainer or
@@ -10,14 +10,22 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps, sft_losses
+from simpo.model.head import compute_pair_logps
 from simpo.run.metrics import PAIR_METRICS, pair_metric_sums
 
 if TYPE_CHECKING:
     from simpo.data.loader import MicroBatch, StepPlan
     from simpo.recipe import Recipe
+
+
+def recipe_logps(model: nn.Module, batch: PackedPairs, recipe: Recipe) -> PairLogps:
+    """A batch's log-probs, in the precision and chunks that the recipe says; the batch is where the model is."""
+    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
+        return compute_pair_logps(model, batch, chunk_size=recipe.logits_chunk_size)
 
 
 def trained_losses(

@@ -16,14 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.losses import PairLogps
 from simpo.data.cache import cache_folder, user_cache
 from simpo.data.loader import PairStore, evaluation_batches
-from simpo.model.head import compute_pair_logps
 from simpo.model.load import load_model
+from simpo.run.objective import recipe_logps
 from simpo.run.stopping import needs_memory
 
 if TYPE_CHECKING:
@@ -110,16 +109,11 @@ def load_references(
     with needs_memory("the reference's log-probs", advice="lower per_device_eval_batch_size"):
         if missing:
             model = load_model(recipe, device=mesh.device, name=name, trainable=False, mesh=mesh)
-            forward = functools.partial(_forward, model, recipe)
+            forward = functools.partial(recipe_logps, model, recipe=recipe)
         for split in missing:
             found[split] = ReferenceLogps.compute(forward, stores[split], recipe, mesh)
             mesh.on_main(functools.partial(_write, paths[split], found[split]))
     return {split: logps for split, logps in found.items() if logps is not None}
-
-
-def _forward(model: nn.Module, recipe: Recipe, batch: PackedPairs) -> PairLogps:
-    with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
-        return compute_pair_logps(model, batch, chunk_size=recipe.logits_chunk_size)
 
 
 def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path:

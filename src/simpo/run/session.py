@@ -160,7 +160,15 @@ def check_agreement(mesh: Mesh, recipe: Recipe, data: PreparedData, loader: Step
     facts = {f"recipe key {name}": value for name, value in recipe.to_dict().items()}
     facts |= {f"version of {name}": version(name) for name in ("simpo", "torch", "transformers")}
     facts |= {"fingerprint of the data": data.fingerprint, "batch plan": loader.fingerprint}
-    mesh.check_agreement({**facts, "optimizer steps done": step})
+    everyone = mesh.gather({**facts, "optimizer steps done": step})
+    for name, value in everyone[0].items():
+        others = [rank for rank, theirs in enumerate(everyone) if theirs[name] != value]
+        if others:
+            raise ValueError(
+                f"{name}: rank {others[0]} has {everyone[others[0]][name]}, rank 0 has {value}"
+                + (f" ({len(others)} ranks differ from it)" if len(others) > 1 else "")
+                + "; every process needs the same recipe, data and package versions"
+            )
 
 
 def describe_run(

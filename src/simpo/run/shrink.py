@@ -10,6 +10,7 @@ import torch
 
 from simpo.data.loader import StepLoader, StepPlan
 from simpo.parallel.mesh import Mesh
+from simpo.run.optim import rng_state, set_rng_state
 from simpo.run.stopping import OutOfMemory, missing_memory, name_step
 
 T = TypeVar("T")
@@ -38,7 +39,7 @@ def shrink_until_it_fits(
     Raises:
         OutOfMemory: every micro-batch holds one pair, or other processes are in the middle of theirs.
     """
-    random = _RandomNumbers(mesh.device)
+    random = rng_state()
     while True:
         missing = None
         try:
@@ -53,7 +54,7 @@ def shrink_until_it_fits(
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()
         plan = _in_smaller_micro_batches(plan, missing, loader, mesh, say)
-        random.restore()
+        set_rng_state(random)
 
 
 def _in_smaller_micro_batches(
@@ -81,16 +82,3 @@ def _in_smaller_micro_batches(
         + (f". {key} starts like that" if loader.pack else "")
     )
     return next(loader.plans(plan.step, plan.step + 1))
-
-
-class _RandomNumbers:
-    """The state of torch's random numbers on the CPU and on a device, to be restored."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device, self._cpu = device, torch.get_rng_state()
-        self._state = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-    def restore(self) -> None:
-        torch.set_rng_state(self._cpu)
-        if self._state is not None:
-            torch.cuda.set_rng_state(self._state, self._device)

@@ -133,12 +133,3 @@ def local_masters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield name, parameter.detach()
         elif parameter._hp_mapping is not None:  # None: another process has all of it
             yield name, parameter._hp_mapping.hp_fragment
-
-
-def tie(state: dict[str, Tensor], model: nn.Module) -> None:
-    """Give all names of a tied weight the tensor that its first name has: engines hand out none or several."""
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        tied_to = first.setdefault(id(parameter), name)
-        if tied_to in state:
-            state[name] = state[tied_to]

@@ -28,7 +28,7 @@ from simpo.model.load import load_tokenizer, lora_config, pick_device, quantizat
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
 from simpo.run.checkpoint import list_checkpoints
-from simpo.run.export import WeightSample, export_dtype, publish_model, saved_tensors
+from simpo.run.export import WeightSample, export_dtype, publish_model
 from simpo.run.resume import find_checkpoint, is_begun_by_this_launch
 from simpo.run.session import card_of_data, count_steps, describe_run, open_output_dir, set_up_process
 from simpo.run.tracking import MetricsLog, check_trackers, open_log
@@ -172,23 +172,20 @@ def describe(trainer: SimPOTrainer) -> dict[str, str]:
     )
 
 
-def save_final_model(trainer: SimPOTrainer, folder: Path, asked: torch.dtype, untrained: WeightSample | None) -> None:
+def save_final_model(trainer: SimPOTrainer, folder: Path, dtype: torch.dtype, untrained: WeightSample | None) -> None:
     """The model as the native trainer leaves it, put together from whatever engine held it. Every process calls it."""
-    recipe, model = trainer.recipe, trainer.model
+    recipe = trainer.recipe
     step, results = trainer.state.global_step, last_evaluation(trainer)
     if recipe.load_best_model_at_end and trainer.state.best_global_step:
         step = trainer.state.best_global_step
-
     publish_model(
-        model,
-        trainer.whole_state_dict,
+        trainer.model,
+        trainer.whole_weights(),
         trainer.processing_class,
         recipe,
         folder,
-        asked=asked,
-        held=saved_tensors(model),
+        dtype=dtype,
         untrained=untrained,
-        trained=local_masters(model),
         data=card_of_data(trainer.data, step=step, total_steps=trainer.state.max_steps),
         results=results,
         evaluate=functools.partial(trainer.evaluate, metric_key_prefix=SAVED),
@@ -222,7 +219,7 @@ class RunDirectory(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **others: Any) -> None:
         if not self.recipe.use_peft and not state.global_step:  # a resumed run no longer has the untrained weights
-            self.untrained = WeightSample(local_masters(model))
+            self.untrained = WeightSample(functools.partial(local_masters, model))
         log = open_log(Path(self.recipe.output_dir), self.recipe, done=state.global_step, mesh=self.mesh)
         self.log = self.resources.enter_context(log)
 

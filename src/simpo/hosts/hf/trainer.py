@@ -32,7 +32,7 @@ from simpo.display import Display
 from simpo.hosts.hf.batches import TrainingOrder, build_dataloader, evaluation_order, is_tokenised, prepare_datasets
 from simpo.hosts.hf.config import SimPOConfig
 from simpo.hosts.hf.launch import check_launch, join_launched_world
-from simpo.hosts.hf.masters import give_masters, take_masters, tie, whole_weights
+from simpo.hosts.hf.masters import give_masters, take_masters, whole_weights
 from simpo.hosts.hf.model import load_by_name, make_ready, weights_are_elsewhere, wrap_in_adapters
 from simpo.hosts.hf.reference import load_references, save_references
 from simpo.model.attention import is_packed, plain_attention, unwrap
@@ -41,7 +41,7 @@ from simpo.model.load import load_tokenizer
 from simpo.model.probe import check_forward
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.checkpoint import load_state, stamp
-from simpo.run.export import overflows, record_dtype
+from simpo.run.export import overflows, record_dtype, tie
 from simpo.run.metrics import StepTotals, peak_memory_gib
 from simpo.run.objective import micro_batch_losses
 from simpo.run.reference import ReferenceLogps
@@ -360,7 +360,7 @@ class SimPOTrainer(Trainer):
             "tokens_seen": next(earlier, 0) + total.num_tokens,
             "step_time_s": (now - started) / (self.state.global_step - step),
             "pairs_per_s": pairs / (now - started),
-            "memory_gib": self.mesh.largest(peak_memory_gib(self.args.device)),
+            "memory_gib": max(self.mesh.gather(peak_memory_gib(self.args.device))),
         }
 
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **options: Any) -> Any:
@@ -394,7 +394,7 @@ class SimPOTrainer(Trainer):
             if asked is None and not isinstance(self.deepspeed, nn.Module):
                 super().save_model(output_dir, _internal_call=_internal_call)
                 return
-            state = self.whole_state_dict(asked)
+            state = self._whole_state_dict(asked)
             folder = self.args.output_dir if output_dir is None else output_dir
             self._save(folder, state_dict=state)
         if self.args.should_save:
@@ -402,13 +402,13 @@ class SimPOTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
-    def whole_state_dict(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
+    def _whole_state_dict(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         """The model's state dict with whole tensors, on the first process; every process calls it.
 
         Weights are narrowed one by one, so that no whole model is there in fp32.
         """
         state = {}
-        for name, value in self._whole_weights():
+        for name, value in self.whole_weights():
             narrows = value is not None and dtype is not None and value.is_floating_point()
             if narrows and overflows([value], dtype):
                 raise ValueError(
@@ -419,7 +419,7 @@ class SimPOTrainer(Trainer):
         tie(state, self.model)
         return state
 
-    def _whole_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, whole tensor) of all that a saved model holds, as it is trained, on the first process; None elsewhere.
 
         Every process must run through all of it.
