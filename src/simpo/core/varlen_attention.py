@@ -38,7 +38,9 @@ def varlen_attention(
     value_size = value.shape[3]
     size = -(-max(query.shape[3], value_size) // _HEAD_SIZE_STEP) * _HEAD_SIZE_STEP
     # torch 2.11 has no such flag, and its kernels take fewer key heads than query heads without one.
-    flags = {"enable_gqa": True} if query.shape[1] > key.shape[1] and _takes_gqa_flag(varlen_attn) else {}
+    flags: dict[str, Any] = (
+        {"enable_gqa": True} if query.shape[1] > key.shape[1] and _takes_gqa_flag(varlen_attn) else {}
+    )
 
     def attend(q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
         window, longest = options.sliding_window, max(layout.k_lengths)
@@ -64,7 +66,7 @@ def block_attention(
     def attend(q: Tensor, k: Tensor, v: Tensor, layout: _Layout) -> Tensor:
         splits = q.split(layout.q_lengths), k.split(layout.k_lengths), v.split(layout.k_lengths)
         outs = [
-            _attend_alone(*(rows.transpose(0, 1)[None] for rows in sequence), options, dropout=dropout)
+            _attend_alone(*(rows.transpose(0, 1)[None] for rows in sequence), options=options, dropout=dropout)
             for sequence in zip(*splits, strict=True)
         ]
         return torch.cat([out[0].transpose(0, 1) for out in outs])
@@ -72,7 +74,7 @@ def block_attention(
     return _by_sequences(query, key, value, blocks, attend)
 
 
-def _attend_alone(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptions, *, dropout: float) -> Tensor:
+def _attend_alone(query: Tensor, key: Tensor, value: Tensor, *, options: ScoreOptions, dropout: float) -> Tensor:
     """Causal attention of Tq queries that end where the Tk >= Tq keys end (diagonal at the bottom right)."""
     num_queries, num_keys, softcap = query.shape[2], key.shape[2], options.softcap
     window = options.sliding_window
@@ -83,9 +85,9 @@ def _attend_alone(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptio
         # would write the scores out.
         key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         groups = 1
-    simple = softcap is None and num_queries == num_keys and window is None
-    mask = None if simple else bottom_right_mask(num_queries, num_keys, window, query.device)
     if softcap is None:
+        simple = num_queries == num_keys and window is None
+        mask = None if simple else bottom_right_mask(num_queries, num_keys, window, query.device)
         return F.scaled_dot_product_attention(
             query,
             key,
@@ -96,6 +98,7 @@ def _attend_alone(query: Tensor, key: Tensor, value: Tensor, options: ScoreOptio
             scale=options.scale,
             enable_gqa=groups > 1,
         )
+    mask = bottom_right_mask(num_queries, num_keys, window, query.device)
     scores = softcap * torch.tanh((query @ key.transpose(-1, -2)) * options.scale / softcap)
     precise = torch.promote_types(scores.dtype, torch.float32)
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=precise).to(query.dtype)
