@@ -79,11 +79,7 @@ SHAPES = {
     "input, winner, loser": ({"input": "Why?", "winner": "Yes.", "loser": "No."}, "Why?"),
     "query, preferred": ({"query": "Why?", "preferred": "Yes.", "rejected_response": "No."}, "Why?"),
     "*_response": ({"prompt": "Why?", "chosen_response": "Yes.", "rejected_response": "No."}, "Why?"),
-    "JSON in cells": (
-        {"prompt": json.dumps(TURNS), "chosen": json.dumps([say("Yes.")]), "rejected": json.dumps(say("No."))},
-        TURNS,
-    ),
-    "Python literals in cells": ({"prompt": str(TURNS), "chosen": str([say("Yes.")]), "rejected": "No."}, TURNS),
+    "messages as text": ({"messages": json.dumps(TURNS), "chosen": "Yes.", "rejected": "No."}, TURNS),
     "JSON in Alpaca cells": ({"instruction": "Why?", "input": None, "output": '["Yes.", "No."]'}, "Why?"),
 }
 
@@ -193,9 +189,12 @@ def test_system_turn_comes_from_the_row_then_the_recipe(row, arguments, prompt):
 
 
 def test_text_that_only_looks_like_a_list_stays_text():
-    row = {"prompt": "[1, 2, 3]", "chosen": '{"answer": 6}', "rejected": "[{'a': 1}]"}
-    pair = pair_from_row(row)
-    assert (pair.prompt, pair.chosen, pair.rejected) == ("[1, 2, 3]", '{"answer": 6}', "[{'a': 1}]")
+    for prompt, chosen, rejected in (
+        ("[1, 2, 3]", '{"answer": 6}', "[{'a': 1}]"),
+        (json.dumps(TURNS), json.dumps(say("Yes.")), json.dumps([say("No.")])),
+    ):
+        pair = pair_from_row({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+        assert (pair.prompt, pair.chosen, pair.rejected) == (prompt, chosen, rejected)
 
 
 def test_every_real_row_gives_a_pair(real_data):

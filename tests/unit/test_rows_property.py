@@ -8,18 +8,18 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from simpo.data import preferences
+from simpo.data import columns
 from simpo.data.preferences import RowError, pair_from_row
 from simpo.data.prepare import RowTokenizer, prepare_pairs
 from simpo.data.sources import RawRow
 
 COLUMNS = sorted(
     {
-        *preferences.PROMPT_COLUMNS,
-        *preferences.CHOSEN_COLUMNS,
-        *preferences.REJECTED_COLUMNS,
-        *preferences.SYSTEM_COLUMNS,
-        *(name for names in (*preferences.SCORED_COLUMNS, *preferences.SCORE_PAIR_COLUMNS) for name in names),
+        *columns.PROMPT_COLUMNS,
+        *columns.CHOSEN_COLUMNS,
+        *columns.REJECTED_COLUMNS,
+        *columns.SYSTEM_COLUMNS,
+        *(name for names in (*columns.SCORED_COLUMNS, *columns.SCORE_PAIR_COLUMNS) for name in names),
         *("output", "history", "other"),
     }
 )

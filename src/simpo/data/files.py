@@ -1,4 +1,4 @@
-"""Owns the reading of one local file of rows: JSON Lines, JSON, CSV, Parquet, gzipped or not.
+"""Owns the reading of one local file of rows: JSON Lines, JSON, CSV, TSV, Parquet, gzipped or not.
 
 Returns plain rows; a line that cannot be read among others becomes a `RowError` for the ledger to count. A file that
 cannot be read at all raises ValueError with its name.
@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from simpo.data.preferences import RowError
+from simpo.data.columns import RowError, type_cells
 from simpo.errors import one_line
 
-FORMATS = (".jsonl", ".json", ".parquet", ".csv")
+FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
 
 def file_format(path: Path) -> str | None:
@@ -41,7 +41,13 @@ def read_file(path: Path) -> list[Any]:
     """
     kind = file_format(path)
     assert kind is not None
-    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+    readers = {
+        ".jsonl": _read_jsonl,
+        ".json": _read_json,
+        ".csv": _read_csv,
+        ".tsv": _read_csv,
+        ".parquet": _read_parquet,
+    }
     rows = list(readers[kind](path))
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
@@ -107,22 +113,26 @@ def json_rows(content: Any, path: Path) -> list[Any]:
     return [content]
 
 
-def _read_csv(path: Path) -> Iterator[Any]:
+def _read_csv(path: Path) -> list[Any]:
     try:
         text = _bytes(path).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     before = csv.field_size_limit(sys.maxsize)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""))
-        for row in reader:
-            if None in row:
-                where = f"{path.name} line {reader.line_num}"
-                yield RowError("malformed", f"{where}: more cells than the header has columns")
-            else:
-                yield row
+        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if file_format(path) == ".tsv" else ",")
+        header = reader.fieldnames or []
+        if twice := sorted({name for name in header if name and header.count(name) > 1}):
+            raise ValueError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename or remove them")
+        rows = [row if None not in row else _long_row(path, reader.line_num) for row in reader]
     finally:
         csv.field_size_limit(before)
+    type_cells([row for row in rows if not isinstance(row, RowError)])
+    return rows
+
+
+def _long_row(path: Path, line: int) -> RowError:
+    return RowError("malformed", f"{path.name} line {line}: more cells than the header has columns")
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:

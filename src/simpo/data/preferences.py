@@ -5,40 +5,33 @@ no other exception leaves `pair_from_row`.
 
 Shapes accepted: prompt/chosen/rejected as strings or message lists; whole dialogues in chosen and rejected
 (implicit prompt); `messages` or ShareGPT `conversations` with chosen/rejected; Anthropic "\\n\\nHuman:" transcripts;
-Alpaca pairs (`output: [chosen, rejected]`); scored lists (`all_generated_responses`, `all_rm_scores`); message lists
-written as JSON inside a CSV cell; and the column aliases below.
+Alpaca pairs (`output: [chosen, rejected]`); scored lists (`all_generated_responses`, `all_rm_scores`); and the column
+aliases of `columns`.
 """
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import functools
 import hashlib
-import json
-import math
 import re
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+from simpo.data.columns import (
+    MESSAGE_COLUMNS,
+    PROMPT_COLUMNS,
+    SYSTEM_COLUMNS,
+    RowError,
+    decode_list,
+    drop_ties,
+    find_column,
+    kind_of,
+    missing_column,
+    raw_answers,
+)
 
-PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input", "messages", "conversations", "conversation")
-CHOSEN_COLUMNS = ("chosen", "response_chosen", "winner", "preferred", "chosen_response")
-REJECTED_COLUMNS = ("rejected", "response_rejected", "loser", "rejected_response")
-SCORED_COLUMNS = (
-    ("all_generated_responses", "all_rm_scores"),
-    ("responses", "scores"),
-    ("completions", "scores"),
-)
-SCORE_PAIR_COLUMNS = (
-    ("score_chosen", "score_rejected"),
-    ("chosen_score", "rejected_score"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen-rating", "rejected-rating"),
-)
-SYSTEM_COLUMNS = ("system", "system_prompt")
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 ROLES = {
     "system": "system",
@@ -55,24 +48,6 @@ ROLES = {
 
 _SIDES = ("chosen", "rejected")
 _TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-class RowError(Exception):
-    """Why one row gives no pair.
-
-    Args:
-        reason: short and countable: "missing column", "empty", "identical", "malformed" or "tie" here;
-            tokenising adds "template", "overlong", "no prompt" and "identical after truncation".
-        detail: one sentence about this row.
-    """
-
-    def __init__(self, reason: str, detail: str):
-        super().__init__(reason, detail)
-        self.reason = reason
-        self.detail = detail
-
-    def __str__(self) -> str:
-        return f"{self.reason}: {self.detail}"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,14 +116,14 @@ def pair_from_row(
     if isinstance(row, Pair):
         return dataclasses.replace(row, row_id=row_id)  # a later pass over the rows has names of its own
     if not isinstance(row, Mapping):
-        raise RowError("malformed", f"the row is {_kind(row)}, expected an object with columns")
-    _drop_ties(row)
+        raise RowError("malformed", f"the row is {kind_of(row)}, expected an object with columns")
+    drop_ties(row)
     prompt_names = (prompt_column,) if prompt_column else PROMPT_COLUMNS
-    sides = [_decoded(value, what) for value, what in zip(_responses(row, chosen_column, rejected_column), _SIDES)]
+    sides = [_decoded(value, what) for value, what in zip(raw_answers(row, chosen_column, rejected_column), _SIDES)]
     if any(row.get(name) is not None for name in prompt_names):
         context = _prompt(row, prompt_names)
     elif any(isinstance(side, str) or len(side) < 2 for side in sides):
-        raise _missing(row, prompt_names, "prompt")  # and no dialogue that holds one
+        raise missing_column(row, prompt_names, "prompt")  # and no dialogue that holds one
     else:
         context = None
     (before_chosen, chosen_text), (before_rejected, rejected_text) = map(_last_turn, sides, _SIDES)
@@ -167,84 +142,10 @@ def pair_from_row(
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _find(row: Mapping, names: Sequence[str], what: str) -> Any:
-    """The first value that is not null under one of `names`."""
-    for name in names:
-        if row.get(name) is not None:
-            return row[name]
-    raise _missing(row, names, what)
-
-
-def _missing(row: Mapping, names: Sequence[str], what: str) -> RowError:
-    present = [name for name in names if name in row]
-    if present:
-        return RowError("empty", f"{what} ({present[0]}) is null")
-    looked_for = ", ".join(names)
-    has = ", ".join(str(name) for name in list(row)[:12]) or "no columns"
-    return RowError("missing column", f"no {what} column (looked for {looked_for}); the row has {has}")
-
-
-def _responses(row: Mapping, chosen_column: str | None, rejected_column: str | None) -> tuple[Any, Any]:
-    """The raw chosen and rejected values, from their columns, an Alpaca pair or a scored list."""
-    chosen_names = (chosen_column,) if chosen_column else CHOSEN_COLUMNS
-    rejected_names = (rejected_column,) if rejected_column else REJECTED_COLUMNS
-    named = chosen_column or rejected_column or any(name in row for name in (*chosen_names, *rejected_names))
-    if not named:
-        for responses_name, scores_name in SCORED_COLUMNS:
-            if responses_name in row and scores_name in row:
-                return _best_and_worst(row[responses_name], row[scores_name])
-        output = _decoded_list(row.get("output"))
-        if isinstance(output, list):
-            if len(output) != 2:
-                raise RowError("malformed", f"output has {len(output)} entries, expected [chosen, rejected]")
-            return output[0], output[1]
-    return _find(row, chosen_names, "chosen"), _find(row, rejected_names, "rejected")
-
-
-def _scores(values: Any) -> list[float]:
-    values = _decoded_list(values)
-    if not isinstance(values, list):
-        raise RowError("malformed", f"scores are {_kind(values)}, expected a list of numbers")
-    scores = [number for number in map(_number, values) if number is not None]
-    if len(scores) < len(values):
-        raise RowError("malformed", "scores must be finite numbers (found NaN, infinity, null or text)")
-    return scores
-
-
-def _number(value: Any) -> float | None:
-    """`value` as a finite float, or None."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
-
-
-def _best_and_worst(responses: Any, scores: Any) -> tuple[Any, Any]:
-    responses, scores = _decoded_list(responses), _scores(scores)
-    if not isinstance(responses, list) or len(responses) != len(scores):
-        count = len(responses) if isinstance(responses, list) else _kind(responses)
-        raise RowError("malformed", f"{count} responses but {len(scores)} scores")
-    if len(scores) < 2:
-        raise RowError("malformed", f"{len(scores)} scored responses, at least 2 are needed")
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    if scores[best] == scores[worst]:
-        raise RowError("tie", f"all {len(scores)} scores equal {scores[best]:g}")
-    return responses[best], responses[worst]
-
-
-def _drop_ties(row: Mapping) -> None:
-    """A pair whose two sides were scored equal says nothing about preference."""
-    for chosen_name, rejected_name in SCORE_PAIR_COLUMNS:
-        chosen, rejected = _number(row.get(chosen_name)), _number(row.get(rejected_name))
-        if chosen is not None and chosen == rejected:
-            raise RowError("tie", f"{chosen_name} and {rejected_name} are both {chosen:g}")
-
-
 def _prompt(row: Mapping, names: Sequence[str]) -> str | list[Message]:
-    value = _find(row, names, "prompt")
+    value = find_column(row, names, "prompt")
+    if any(value is row.get(name) for name in MESSAGE_COLUMNS):
+        value = decode_list(value)
     value = _decoded(value, "prompt")
     if isinstance(value, list) and value and value[-1]["role"] == "assistant" and not value[-1]["content"].strip():
         value = value[:-1]  # a transcript that stops at "Assistant:"
@@ -257,9 +158,9 @@ def _alpaca_prompt(instruction: str, row: Mapping) -> str | list[Message]:
     """Alpaca's `instruction` with its optional `input` below and its optional `history` of turns before."""
     extra = row.get("input")
     if extra is not None and not isinstance(extra, str):
-        raise RowError("malformed", f"input is {_kind(extra)}, expected text")
+        raise RowError("malformed", f"input is {kind_of(extra)}, expected text")
     text = f"{instruction}\n{extra}" if extra and extra.strip() else instruction
-    history = row.get("history")
+    history = decode_list(row.get("history"))
     if not history:
         return text
     if not isinstance(history, list) or not all(
@@ -281,17 +182,9 @@ def _as_turns(prompt: str | list[Message]) -> list[Message]:
     return [turn("user", prompt)] if isinstance(prompt, str) else prompt
 
 
-def _kind(value: Any) -> str:
-    names = {str: "text", list: "a list", dict: "an object", bool: "true/false", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
-
-
 def _decoded(value: Any, what: str) -> str | list[Message]:
     """A value as plain text or as messages."""
     if isinstance(value, str):
-        listed = _decoded_list(value)
-        if isinstance(listed, list) and listed and all(_looks_like_message(item) for item in listed):
-            return [_read_message(item, what) for item in listed]
         return _transcript(value) or value
     if _looks_like_message(value):
         return [_read_message(value, what)]
@@ -299,35 +192,7 @@ def _decoded(value: Any, what: str) -> str | list[Message]:
         if not value:
             raise RowError("empty", f"{what} is an empty list")
         return [_read_message(item, what) for item in value]
-    raise RowError("malformed", f"{what} is {_kind(value)}, expected text or messages")
-
-
-def _decoded_list(value: Any) -> Any:
-    """A list (or one message) written as JSON, or as Python text, in a CSV cell; anything else unchanged."""
-    if not isinstance(value, str):
-        return value
-    text = value.strip()
-    if text[:1] == "{" and text[-1:] == "}":
-        text = f"[{text}]"
-    if text[:1] != "[" or text[-1:] != "]":
-        return value
-    try:
-        decoded = json.loads(text)
-    except (ValueError, RecursionError):
-        decoded = _python_list(text)
-    return decoded if isinstance(decoded, list) else value
-
-
-def _python_list(text: str) -> Any:
-    """pandas writes lists of dicts into CSV as Python literals."""
-    if not text.startswith(("[{'", '[{"', "['", '["')):
-        return None
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        return None
+    raise RowError("malformed", f"{what} is {kind_of(value)}, expected text or messages")
 
 
 def _looks_like_message(value: Any) -> bool:
@@ -338,7 +203,7 @@ def _looks_like_message(value: Any) -> bool:
 
 def _read_message(value: Any, what: str) -> Message:
     if not _looks_like_message(value):
-        raise RowError("malformed", f"{what} holds {_kind(value)} where a message (role and content) should be")
+        raise RowError("malformed", f"{what} holds {kind_of(value)} where a message (role and content) should be")
     role, content = (
         (value["role"], value["content"]) if "role" in value and "content" in value else (value["from"], value["value"])
     )
@@ -357,7 +222,7 @@ def _content(content: Any, what: str) -> str:
         for part in content
     ):
         return "".join(part["text"] for part in content)
-    raise RowError("malformed", f"{what} has a message whose content is {_kind(content)}, expected text")
+    raise RowError("malformed", f"{what} has a message whose content is {kind_of(content)}, expected text")
 
 
 def _transcript(text: str) -> list[Message] | None:
@@ -406,7 +271,7 @@ def _with_system(
         return prompt
     system = next((row[name] for name in SYSTEM_COLUMNS if row.get(name) not in (None, "")), None)
     if system is not None and not isinstance(system, str):
-        raise RowError("malformed", f"system is {_kind(system)}, expected text")
+        raise RowError("malformed", f"system is {kind_of(system)}, expected text")
     system = system or system_prompt or ("" if empty_system else None)
     if system is None:
         return prompt

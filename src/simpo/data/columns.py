@@ -1,0 +1,204 @@
+"""Owns what the columns of a row are called and what their cells hold: answers, scores, lists written as text.
+
+Pure Python, of one row at a time. What a cell cannot be is a `RowError`, for the ledger to count. Messages are read in
+`preferences`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import math
+import numbers
+import warnings
+from collections.abc import Mapping, Sequence
+from decimal import Decimal
+from typing import Any
+
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
+PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input", *MESSAGE_COLUMNS)
+CHOSEN_COLUMNS = ("chosen", "response_chosen", "winner", "preferred", "chosen_response")
+REJECTED_COLUMNS = ("rejected", "response_rejected", "loser", "rejected_response")
+SCORED_COLUMNS = (
+    ("all_generated_responses", "all_rm_scores"),
+    ("responses", "scores"),
+    ("completions", "scores"),
+)
+SCORE_PAIR_COLUMNS = (
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+)
+SYSTEM_COLUMNS = ("system", "system_prompt")
+
+
+class RowError(Exception):
+    """Why one row gives no pair.
+
+    Args:
+        reason: short and countable: "missing column", "empty", "identical", "malformed" or "tie" here;
+            tokenising adds "template", "overlong", "no prompt" and "identical after truncation".
+        detail: one sentence about this row.
+    """
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(reason, detail)
+        self.reason = reason
+        self.detail = detail
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.detail}"
+
+
+# --- answers and scores ---------------------------------------------------------------------------------------------
+
+
+def find_column(row: Mapping, names: Sequence[str], what: str) -> Any:
+    """The first value that is not null under one of `names`."""
+    for name in names:
+        if row.get(name) is not None:
+            return row[name]
+    raise missing_column(row, names, what)
+
+
+def missing_column(row: Mapping, names: Sequence[str], what: str) -> RowError:
+    present = [name for name in names if name in row]
+    if present:
+        return RowError("empty", f"{what} ({present[0]}) is null")
+    looked_for = ", ".join(names)
+    has = ", ".join(str(name) for name in list(row)[:12]) or "no columns"
+    return RowError("missing column", f"no {what} column (looked for {looked_for}); the row has {has}")
+
+
+def raw_answers(row: Mapping, chosen_column: str | None, rejected_column: str | None) -> tuple[Any, Any]:
+    """The raw chosen and rejected values, from their columns, an Alpaca pair or a scored list."""
+    chosen_names = (chosen_column,) if chosen_column else CHOSEN_COLUMNS
+    rejected_names = (rejected_column,) if rejected_column else REJECTED_COLUMNS
+    # A table has every column in every row: null where another row has something.
+    named = (
+        chosen_column or rejected_column or any(row.get(name) is not None for name in (*chosen_names, *rejected_names))
+    )
+    if not named:
+        for responses_name, scores_name in SCORED_COLUMNS:
+            if row.get(responses_name) is not None and row.get(scores_name) is not None:
+                return _best_and_worst(row[responses_name], row[scores_name])
+        output = decode_list(row.get("output"))
+        if isinstance(output, list):
+            if len(output) != 2:
+                raise RowError("malformed", f"output has {len(output)} entries, expected [chosen, rejected]")
+            return output[0], output[1]
+    return find_column(row, chosen_names, "chosen"), find_column(row, rejected_names, "rejected")
+
+
+def _scores(values: Any) -> list[float]:
+    values = decode_list(values)
+    if not isinstance(values, list):
+        raise RowError("malformed", f"scores are {kind_of(values)}, expected a list of numbers")
+    scores = [number for number in map(_number, values) if number is not None]
+    if len(scores) < len(values):
+        raise RowError("malformed", "scores must be finite numbers (found NaN, infinity, null or text)")
+    return scores
+
+
+def _number(value: Any) -> float | None:
+    """`value`, or the number that a cell of text holds, as a finite float; else None."""
+    if isinstance(value, str):
+        value = _parsed(value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Real | Decimal):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _best_and_worst(responses: Any, scores: Any) -> tuple[Any, Any]:
+    responses, scores = decode_list(responses), _scores(scores)
+    if not isinstance(responses, list) or len(responses) != len(scores):
+        count = len(responses) if isinstance(responses, list) else kind_of(responses)
+        raise RowError("malformed", f"{count} responses but {len(scores)} scores")
+    if len(scores) < 2:
+        raise RowError("malformed", f"{len(scores)} scored responses, at least 2 are needed")
+    best, worst = scores.index(max(scores)), scores.index(min(scores))
+    if scores[best] == scores[worst]:
+        raise RowError("tie", f"all {len(scores)} scores equal {scores[best]:g}")
+    return responses[best], responses[worst]
+
+
+def drop_ties(row: Mapping) -> None:
+    """A pair whose two sides were scored equal says nothing about preference."""
+    for chosen_name, rejected_name in SCORE_PAIR_COLUMNS:
+        chosen, rejected = _number(row.get(chosen_name)), _number(row.get(rejected_name))
+        if chosen is not None and chosen == rejected:
+            raise RowError("tie", f"{chosen_name} and {rejected_name} are both {chosen:g}")
+
+
+# --- cells -----------------------------------------------------------------------------------------------------------
+
+
+def kind_of(value: Any) -> str:
+    names = {str: "text", list: "a list", dict: "an object", bool: "true/false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, int | float) else type(value).__name__)
+
+
+def decode_list(value: Any) -> Any:
+    """A list (or one object) written as text, in JSON or as pandas writes it; anything else unchanged.
+
+    For the cells of columns that hold lists, never for an answer's text.
+    """
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if text[:1] == "{" and text[-1:] == "}":
+        text = f"[{text}]"
+    if text[:1] != "[" or text[-1:] != "]":
+        return value
+    decoded = _parsed(text)
+    decoded = _python_list(text) if decoded is None else decoded
+    return decoded if isinstance(decoded, list) else value
+
+
+def _parsed(text: str) -> Any:
+    """What JSON text stands for; None for any other text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def type_cells(rows: list[dict[str, Any]]) -> None:
+    """Give rows of a format that knows only text the types that other formats would have; changes them in place.
+
+    An empty cell is null. A column holds messages if each of its cells does; the columns of answers only together.
+    Lists and scores are read where their columns are, and everything else is text, whatever it looks like.
+    """
+    decoded = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        cells = [decode_list(cell) if (cell := row.get(name)) else None for row in rows]
+        if any(cells) and all(cell is None or _are_messages(cell) for cell in cells):
+            decoded[name] = cells
+    answers = {name for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS) if any(row.get(name) for row in rows)}
+    for index, row in enumerate(rows):
+        for name, cell in row.items():
+            is_decoded = name in decoded and (name not in answers or answers <= decoded.keys())
+            row[name] = decoded[name][index] if is_decoded else cell or None
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(item, dict) and ("role" in item or "from" in item) for item in value
+    )
+
+
+def _python_list(text: str) -> Any:
+    """pandas writes lists of dicts into CSV as Python literals."""
+    if not text.startswith(("[{'", '[{"', "['", '["')):
+        return None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return None
