@@ -216,7 +216,7 @@ def test_python_in_the_documentation_uses_names_that_exist():
 
     blocks = re.findall(r"```python\n(.*?)```", PAGE, flags=re.S)
     blocks += ["".join(re.findall(r"^\+(from .*\n)", part, flags=re.M)) for part in PAGE.split("```diff")[1:]]
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     fields = {field.name for field in dataclasses.fields(SimPOConfig)}
     for block in blocks:
         compile(block, "hugging_face.md", "exec")

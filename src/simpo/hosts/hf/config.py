@@ -6,18 +6,24 @@ What a key means, its default and what is wrong with a value is the recipe's to 
 
 from __future__ import annotations
 
-import json
 import os
-from dataclasses import dataclass, field, make_dataclass
+from dataclasses import InitVar, dataclass, field, make_dataclass
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
 
 from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.recipe.yaml import parse_yaml
 
 # Recipe keys that are fields here and not TrainingArguments' own. None in a field is the recipe's default.
 RECIPE_FIELDS = tuple(name for name, key in KEYS.items() if key.hf == "field")
+# Those that the other dataclasses of a script have as well: TRL's ModelConfig, the alignment-handbook's and the SimPO
+# authors' ModelArguments and DataArguments. An InitVar is a keyword and no field, so HfArgumentParser leaves the option
+# of the command line to them.
+_NEIGHBOURS = ("model_revision", "trust_remote_code", "attn_implementation", "chat_template")
+_NEIGHBOURS += ("auto_insert_empty_system_msg", "preprocessing_num_workers")
+KEYWORDS = tuple(name for name in RECIPE_FIELDS if name in _NEIGHBOURS)
 # Names of TRL and of the authors that the recipe knows to mean nothing here: one printed line each.
 _MEANINGLESS: dict[str, Any] = {
     **dict.fromkeys(("max_completion_length", "max_target_length"), int),
@@ -27,6 +33,7 @@ _MEANINGLESS: dict[str, Any] = {
     **dict.fromkeys(("overwrite_output_dir", "save_safetensors", "group_by_length"), bool),
 }
 _OTHER_NAMES = ("gamma", "simpo_gamma", "cpo_alpha", "dataset_num_proc")  # of recipe keys, which the recipe knows
+_NUMBERS = (*_OTHER_NAMES, "alpha", "warmup_ratio")
 # Options of from_pretrained that the recipe has a say in.
 _OF_MODEL = ("dtype", "torch_dtype", "attn_implementation", "use_flash_attention_2", "trust_remote_code")
 
@@ -46,7 +53,8 @@ def _field(name: str) -> tuple[str, Any, Any]:
     (kind,) = KEYS[name].types
     kind = dict | str if kind is dict else kind  # as transformers has its mappings: JSON on a command line
     meaning = _MEANS_HERE.get(name) or f"{KEYS[name].meaning} Allowed: {KEYS[name].allowed}."
-    return name, kind | None, field(default=None, metadata={"help": meaning.replace("%", "%%")})
+    declared = InitVar[kind | None] if name in KEYWORDS else kind | None
+    return name, declared, field(default=None, metadata={"help": meaning.replace("%", "%%")})
 
 
 def _other(meaning: str) -> Any:
@@ -77,6 +85,11 @@ class SimPOConfig(_Arguments):
     Every field of TrainingArguments, with a recipe's defaults where both have one (learning rate 1e-6, cosine with 10%
     warm-up, one epoch, bf16 compute, 2 pairs a micro-batch), and every recipe key of data, loss and log-probs, which
     `simpo keys` explains. Batch sizes count pairs. After construction the fields of the loss hold what will be used.
+
+    HfArgumentParser takes it beside TRL's ModelConfig and ScriptArguments, the alignment-handbook's dataclasses and the
+    SimPO authors'. What those have as options is a keyword of the constructor here and no option; the script hands
+    their values on (`model_init_kwargs`, `peft_config`, the tokenizer). A subclass's `__post_init__` takes `*keywords`
+    and passes them on.
 
     Raises:
         ValueError: as `simpo.recipe.load_recipe`, and for names of TRL whose meaning is not the one here.
@@ -121,7 +134,9 @@ class SimPOConfig(_Arguments):
     warmup_ratio: float | None = _other("Share of the steps over which the learning rate rises.")
     evaluation_strategy: str | None = _other("Older name of eval_strategy.")
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, *keywords: Any) -> None:
+        vars(self).update(zip(KEYWORDS, keywords, strict=True))
+        self._read_text()
         self._rename()
         if self.bf16 is None:
             self.bf16 = not self.fp16
@@ -141,6 +156,15 @@ class SimPOConfig(_Arguments):
                 "use_liger_kernel: not with this trainer; the native one (simpo train) has Liger's kernels"
             )
 
+    def _read_text(self) -> None:
+        """Values that parsers of command lines and YAML 1.1 leave as text: "2.5", "1e-6"."""
+        ours = (
+            name for name, key in KEYS.items() if key.hf in ("field", "argument", "shared") and str not in key.types
+        )
+        for name in (*ours, *_NUMBERS):
+            if isinstance(getattr(self, name), str):
+                setattr(self, name, parse_yaml(getattr(self, name), where=name))
+
     def _rename(self) -> None:
         """Other programs' names -> ours, as far as their meaning depends on more than their own value."""
         trl = [name for name in ("simpo_gamma", "cpo_alpha", "alpha") if getattr(self, name) is not None]
@@ -152,11 +176,6 @@ class SimPOConfig(_Arguments):
                 f"write loss_type 'simpo' for SimPO, 'cpo' for TRL's sigmoid, or drop {trl[0]}"
             )
         self.loss_type = loss
-        if isinstance(self.loss_kwargs, str):
-            try:
-                self.loss_kwargs = json.loads(self.loss_kwargs)
-            except ValueError:
-                raise ValueError(f"loss_kwargs = {self.loss_kwargs!r}: a JSON mapping is needed") from None
         if self.alpha is not None:
             if self.alpha or self.loss_type == "alphapo":
                 self.loss_type, self.alphapo_alpha = "alphapo", self.alpha
@@ -211,6 +230,11 @@ class SimPOConfig(_Arguments):
         values |= {"fp16": self.fp16 or None, "label_smoothing_factor": self.label_smoothing_factor or None}
         values |= {"output_dir": self.output_dir, "gradient_checkpointing": bool(getattr(self, _CHECKPOINTING))}
         return load_recipe({name: value for name, value in values.items() if value is not None}, processes=1)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As in transformers, with the keywords that are given."""
+        given = {name: value for name in KEYWORDS if (value := getattr(self, name)) is not None}
+        return super().to_dict() | given
 
     def loading_options(self) -> dict[str, Any]:
         """What of `model_init_kwargs` goes to from_pretrained as it is."""
