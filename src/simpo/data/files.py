@@ -1,4 +1,4 @@
-"""Owns the reading of one local file of rows: JSON Lines, JSON, CSV, TSV, Parquet, gzipped or not.
+"""Owns the reading of one local file of rows: JSON Lines, JSON, CSV, TSV, Parquet, gzipped or not; saved datasets.
 
 Returns plain rows; a line that cannot be read among others becomes a `RowError` for the ledger to count. A file that
 cannot be read at all raises ValueError with its name.
@@ -34,13 +34,11 @@ def file_format(path: Path) -> str | None:
 
 
 def read_file(path: Path) -> list[Any]:
-    """The rows of one file: mappings, or a `RowError` for each line that cannot be read.
+    """The rows of one file, or of one saved dataset: mappings, or a `RowError` for each line that cannot be read.
 
     Raises:
         ValueError: the file as a whole cannot be read, or has no rows.
     """
-    kind = file_format(path)
-    assert kind is not None
     readers = {
         ".jsonl": _read_jsonl,
         ".json": _read_json,
@@ -48,7 +46,7 @@ def read_file(path: Path) -> list[Any]:
         ".tsv": _read_csv,
         ".parquet": _read_parquet,
     }
-    rows = list(readers[kind](path))
+    rows = _read_saved(path) if path.is_dir() else list(readers[file_format(path) or ""](path))
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows
@@ -146,9 +144,25 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         raise ValueError(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
 
 
-def hash_files(files: list[Path]) -> str:
+def is_saved_dataset(folder: Path) -> bool:
+    """Whether `Dataset.save_to_disk` wrote this folder: one dataset, not several by split."""
+    return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
+
+
+def _read_saved(folder: Path) -> list[Any]:
+    from datasets import load_from_disk
+
+    try:
+        return list(load_from_disk(str(folder)))
+    except Exception as error:  # whatever the library raises, the user needs the folder's name
+        raise ValueError(f"{folder}: cannot be read as a saved dataset ({one_line(error)})") from error
+
+
+def hash_files(parts: list[Path]) -> str:
+    """Hash of the bytes of files, and of those in folders; what datasets caches there aside."""
     digest = hashlib.blake2b(digest_size=32)
-    for file in files:
+    below = [sorted(part.rglob("*")) if part.is_dir() else [part] for part in parts]
+    for file in (file for files in below for file in files if file.is_file() and not file.name.startswith("cache-")):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with open(file, "rb") as stream:
             while block := stream.read(1 << 20):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import os
 import random
 import re
 from collections import Counter
@@ -24,6 +25,7 @@ from simpo.data.files import (
     FORMATS,
     file_format,
     hash_files,
+    is_saved_dataset,
     json_rows,
     load_json,
     read_file,
@@ -142,9 +144,11 @@ def load_splits(
     base: list[list[RawRow]] = []
     eval_rows: list[RawRow] = []
     for source in sources:
-        base.append([row for name in _train_splits(source, train_names) for row in _read(source, name)])
-        for name in _eval_splits(source, eval_names):
-            eval_rows.extend(_read(source, name))
+        trained, evaluated = _train_splits(source, train_names), _eval_splits(source, eval_names)
+        base.append([row for name in trained for row in _read(source, name)])
+        eval_rows += [row for name in evaluated for row in _read(source, name)]
+        if unread := sorted(source.splits.keys() - {*trained, *evaluated}):
+            notes.append(f"{source.name}: not read, since dataset_splits does not name it: {', '.join(unread)}")
     if not eval_rows and recipe.validation_fraction > 0:
         base, eval_rows = _hold_out(base, recipe, read_pair or pair_reader(recipe))
         if eval_rows:
@@ -265,8 +269,7 @@ def _find(name: str, config: str | None) -> Source:
     if path.is_file():
         return _find_file(path)
     if path.is_dir():
-        is_saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-        return _find_saved(path) if is_saved else _find_folder(path)
+        return _find_folder(path)
     if _looks_like_path(name):
         raise ValueError(f"dataset_mixer: no such file or folder: {name}{_nearest(path)}")
     return _find_on_hub(name, config)
@@ -304,26 +307,43 @@ def _find_file(path: Path) -> Source:
 
 
 def _find_folder(path: Path) -> Source:
-    """A folder with a file, several shards, or a folder for each split."""
-    files = sorted(file for file in path.rglob("*") if file.is_file() and file_format(file) and not _hidden(file, path))
-    if not files:
+    """A folder with a file, several shards, a folder for each split, or what `save_to_disk` wrote in any of these."""
+    parts = [path] if is_saved_dataset(path) else _parts(path)
+    if not parts:
         allowed = ", ".join(FORMATS)
         raise ValueError(f"dataset_mixer: the folder {path} holds no file with rows ({allowed}, or .gz)")
     splits: dict[str, list[Path]] = {}
-    for file in files:
-        splits.setdefault(_split_of(file, path), []).append(file)
-    if not any(split in splits for split in (*TRAIN_NAMES, *EVAL_NAMES)) and not any("train" in s for s in splits):
-        splits = {"train": files}
+    for part in parts:
+        splits.setdefault(_split_of(part, path), []).append(part)
+    has_usual = any("train" in split or split in (*TRAIN_NAMES, *EVAL_NAMES) for split in splits)
+    if not has_usual and not (path / "dataset_dict.json").is_file():
+        splits = {"train": parts}
     readers = {
         split: (lambda parts=parts: [row for part in parts for row in read_file(part)])
         for split, parts in splits.items()
     }
-    return Source(readers, lambda: hash_files(files))
+    return Source(readers, lambda: hash_files(parts), is_plain_file=parts == [path])
 
 
-def _hidden(file: Path, folder: Path) -> bool:
-    parts = file.relative_to(folder).parts
-    return parts[-1].startswith("dataset_info") or any(part.startswith((".", "_")) for part in parts)
+def _parts(folder: Path) -> list[Path]:
+    """Files of rows, and folders that `save_to_disk` wrote; behind links too."""
+    found, seen = [], set()
+    for name, below, files in os.walk(folder, followlinks=True):
+        here = Path(name)
+        if here.resolve() in seen:  # a link to a folder above would never end
+            below.clear()
+        elif is_saved_dataset(here):
+            below.clear()
+            found.append(here)
+        else:
+            below[:] = sorted(each for each in below if not each.startswith((".", "_")))
+            found += [here / each for each in files if file_format(here / each) and not _hidden(each)]
+        seen.add(here.resolve())
+    return sorted(found)
+
+
+def _hidden(file: str) -> bool:
+    return file.startswith((".", "_", "dataset_info", "dataset_dict.json"))
 
 
 def _split_of(file: Path, folder: Path) -> str:
@@ -331,32 +351,11 @@ def _split_of(file: Path, folder: Path) -> str:
     parent = file.parent.name
     if file.parent != folder and ("train" in parent.lower() or _is_eval_name(parent)):
         return parent
-    stem = _SHARD.sub("", re.sub(r"(?i)\.\w+(\.gz)?$", "", file.name))
+    stem = file.name if file.is_dir() else _SHARD.sub("", re.sub(r"(?i)\.\w+(\.gz)?$", "", file.name))
     for name in sorted((*TRAIN_NAMES, *EVAL_NAMES), key=len, reverse=True):
         if re.fullmatch(rf"{name}[-_.]?\d+", stem):
             return name
     return stem
-
-
-def _find_saved(path: Path) -> Source:
-    """A folder written by `datasets.save_to_disk`."""
-    if (path / "dataset_dict.json").is_file():
-        names = json.loads((path / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        folders = {split: path / split for split in names}
-    else:
-        folders = {"train": path}
-    readers = {split: (lambda folder=folder: _read_saved(folder)) for split, folder in folders.items()}
-    files = sorted(file for file in path.rglob("*") if file.is_file() and not file.name.startswith("cache-"))
-    return Source(readers, lambda: hash_files(files), is_plain_file=list(folders.values()) == [path])
-
-
-def _read_saved(folder: Path) -> list[Any]:
-    from datasets import load_from_disk
-
-    try:
-        return list(load_from_disk(str(folder)))
-    except Exception as error:  # whatever the library raises, the user needs the folder's name
-        raise ValueError(f"dataset_mixer: cannot read the saved dataset {folder}: {one_line(error)}") from error
 
 
 def _find_on_hub(name: str, config: str | None) -> Source:
