@@ -5,6 +5,7 @@ The slices are checked in this process, for any number of them; what needs a gro
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
@@ -61,7 +62,10 @@ def make_batches() -> dict[str, PackedPairs]:
         row_id, starts = "three", [3, 3, 4]
         sequences = ((7, 8, 9, 1, 2), (7, 8, 9, 4), (7, 8, 9, 1, 5, 0, 0))
 
+    first, *others = make_pairs()
+    gaps = [replace(first, chosen_gaps=[41, 42]), *others]
     batches = {f"pack={p} share={s}": build_batch(make_pairs(), pack=p, share_prompt=s) for p, s in LAYOUTS}
+    batches["gaps"] = build_batch(gaps)
     return batches | {"one pair": build_batch(make_pairs()[:1]), "list": build_list_batch([Three()])}
 
 

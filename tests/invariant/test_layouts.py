@@ -7,6 +7,7 @@ attention, full logits, log-softmax and the loss written out, none of it this pa
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
@@ -61,10 +62,15 @@ def dense_reference(model: PreTrainedModel, pairs: list[TokenPair]) -> Result:
     losses = []
     for pair in pairs:
         means = []
-        for ids, start in ((pair.chosen_ids, pair.chosen_start), (pair.rejected_ids, pair.rejected_start)):
+        for ids, start, gaps in (
+            (pair.chosen_ids, pair.chosen_start, pair.chosen_gaps),
+            (pair.rejected_ids, pair.rejected_start, pair.rejected_gaps),
+        ):
             logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
             log_probs = torch.log_softmax(logits, dim=-1)
-            means.append(torch.stack([log_probs[t - 1, ids[t]] for t in range(start, len(ids))]).mean())
+            untrained = {t for begin, end in zip(gaps[::2], gaps[1::2]) for t in range(begin, end)}
+            trained = [log_probs[t - 1, ids[t]] for t in range(start, len(ids)) if t not in untrained]
+            means.append(torch.stack(trained).mean())
         z = BETA * (means[0] - means[1]) - BETA * RATIO
         losses.append(torch.log1p(torch.exp(-z)))
     (sum(losses) / len(losses)).backward()
@@ -112,6 +118,26 @@ def test_every_layout_gives_the_dense_losses_and_gradients_in_fp32(random_model,
         alone = with_package(model, [[pair] for pair in pairs], **layout)
         assert_equal_results(alone, expected, tolerance=2e-6, what=f"{name}, one pair at a time")
     assert model.config._attn_implementation == PACKED
+
+
+@pytest.mark.parametrize("architecture", ["Llama", "Gemma2"])
+def test_gaps_in_responses_are_seen_but_neither_trained_nor_counted_in_any_layout(
+    random_model, ragged_pairs, architecture
+):
+    model, pairs = random_model(architecture, tied=True), []
+    for index, pair in enumerate(ragged_pairs(6, seed=3)):
+        gaps = {}
+        for side in ("chosen", "rejected"):
+            start, length = getattr(pair, f"{side}_start"), len(getattr(pair, f"{side}_ids"))
+            inner = list(range(start + 1, length))[: 2 * (1 + index % 2)]
+            gaps[f"{side}_gaps"] = inner[: len(inner) // 2 * 2]
+        pairs.append(dataclasses.replace(pair, **gaps))
+    assert sum(len(pair.chosen_gaps) + len(pair.rejected_gaps) for pair in pairs) > 12
+    expected = dense_reference(model, pairs)
+    without = dense_reference(model, ragged_pairs(6, seed=3))
+    assert (expected[0] - without[0]).abs().max() > 0.01, "gaps must matter, or ignoring them would go unseen"
+    for name, layout in LAYOUTS.items():
+        assert_equal_results(with_package(model, [pairs], **layout), expected, tolerance=2e-6, what=name)
 
 
 class ExactRMSNorm(nn.Module):

@@ -228,3 +228,9 @@ def test_the_fingerprint_is_of_tokens_boundaries_and_order_alone() -> None:
     boundary = ({**PAIR, "chosen_ids": [1, 2]}, {**OTHER, "chosen_ids": [3, 1, 5]})
     prints = [first, print_of(OTHER, PAIR), print_of(PAIR), print_of(token, OTHER), print_of(start, OTHER)]
     assert len({*prints, print_of(*boundary)}) == len(prints) + 1
+    none, some = {"chosen_gaps": [], "rejected_gaps": []}, {"chosen_gaps": [2, 3], "rejected_gaps": []}
+    without = [datasets.Dataset.from_list([{**PAIR, **none}, {**OTHER, **none}]), [{**PAIR, **some}, {**OTHER, **none}]]
+    types = without[0].cast_column("chosen_gaps", datasets.List(datasets.Value("int32")))
+    types = types.cast_column("rejected_gaps", datasets.List(datasets.Value("int32")))
+    assert fingerprint_tokens(types) == first
+    assert print_of(*without[1]) != first

@@ -24,6 +24,8 @@ class Pair(NamedTuple):
     chosen_start: int
     rejected_ids: list[int]
     rejected_start: int
+    chosen_gaps: tuple[int, ...] = ()
+    rejected_gaps: tuple[int, ...] = ()
 
 
 class Responses(NamedTuple):
@@ -162,6 +164,19 @@ def test_a_response_without_tokens_or_without_anything_before_it_is_refused(side
     pair = Pair("row-8", [1, 2, 3], 1, [1, 2, 4], 1)._replace(**{f"{side}_start": start})
     with pytest.raises(ValueError, match=f"pair row-8: the {side} response starts at token {start} of 3"):
         build_batch([PAIR, pair])
+
+
+@pytest.mark.parametrize("gaps", [(2, 3), (3,), (4, 3), (3, 3), (3, 5), (3, 4, 4, 5)])
+def test_gaps_that_leave_nothing_before_between_or_after_them_are_refused(gaps):
+    with pytest.raises(ValueError, match=r"pair row-3: the chosen response has gaps \[.*\]; they are begin, end"):
+        build_batch([PAIR._replace(chosen_gaps=gaps)])
+
+
+def test_labels_leave_out_gaps():
+    batch = build_batch([PAIR._replace(chosen_gaps=(3, 4))])
+    assert batch.labels.tolist() == [3, 5, 6]
+    assert batch.source_rows.tolist() == [1, 3, 1]
+    assert batch.response_lengths.tolist() == [2, 1]
 
 
 def test_an_empty_micro_batch_is_refused():

@@ -40,6 +40,19 @@ def test_shapes_of_a_store_are_those_of_its_pairs(share, columns):
         assert loader.costs[index] == pytest.approx(pair_cost(shape, WEIGHTS, num_labels=labels))
 
 
+def test_a_store_with_gaps_counts_the_labels_that_its_batches_hold():
+    rows = [{"row_id": "a", "chosen_ids": [1] * 9, "chosen_start": 2, "rejected_ids": [1, 2, 3], "rejected_start": 1}]
+    rows.append({"row_id": "b", "chosen_ids": [1] * 6, "chosen_start": 2, "rejected_ids": [2] * 8, "rejected_start": 1})
+    gaps = [{"chosen_gaps": [3, 5, 6, 8], "rejected_gaps": []}, {"chosen_gaps": [], "rejected_gaps": [2, 3]}]
+    dataset = datasets.Dataset.from_list([{**row, **more} for row, more in zip(rows, gaps)])
+    store = PairStore(dataset)
+    assert store.response_lengths.tolist() == [[3, 2], [4, 6]]
+    batch = StepLoader(store, pairs_per_step=2, num_micro_batches=1).build([0, 1]).pairs
+    assert batch.response_lengths.tolist() == store.response_lengths.flatten().tolist()
+    backwards = PairStore(dataset.select([1, 0]))
+    assert backwards.response_lengths.tolist() == [[4, 6], [3, 2]]
+
+
 @pytest.mark.parametrize("max_tokens", [None, 150, 400])
 def test_a_ranks_plans_are_its_share_of_the_plan_of_each_step(max_tokens):
     store, ranks = make_store(), 3

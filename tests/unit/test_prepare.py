@@ -72,6 +72,8 @@ def test_columns_and_types(messy, build_tokenizer, data_recipe):
         "chosen_start": "Value('int32')",
         "rejected_ids": "List(Value('int32'))",
         "rejected_start": "Value('int32')",
+        "chosen_gaps": "List(Value('int32'))",
+        "rejected_gaps": "List(Value('int32'))",
         "shared_prefix": "Value('int32')",
         "prompt_text": "Value('string')",
         "chosen_text": "Value('string')",

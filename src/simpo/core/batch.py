@@ -8,22 +8,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from simpo.core.blocks import AttentionBlocks
-from simpo.core.packing import TokenPair, shared_prefix_length
+from simpo.core.packing import SIDES, TokenPair, shared_prefix_length, trained_ranges
 
 
 @dataclass(frozen=True)
 class TokenList:
-    """A prompt and its responses, one or more: full sequences, and where in each the response begins (>= 1)."""
+    """A prompt and its responses, one or more: full sequences, and where in each the response begins (>= 1).
+
+    `gaps` are the untrained stretches inside each response, as in `TokenPair`; () = none in any.
+    """
 
     row_id: str
     sequences: Sequence[Sequence[int]]
     starts: Sequence[int]
+    gaps: Sequence[Sequence[int]] = ()
 
 
 @dataclass(frozen=True)
@@ -95,18 +100,23 @@ def build_batch(
             `share_prompt=False` the batch is the ordinary padded one that any attention implementation understands.
         pad_token_id: fills padded rows; never trained, never attended to.
     Raises:
-        ValueError: no pairs, a response without a trained token, or a response that starts at token 0 (nothing
-            predicts its first token).
+        ValueError: no pairs, a response without a trained token, one that starts at token 0 (nothing predicts its
+            first token), or gaps that are not inside their response.
     """
     if not pairs:
         raise ValueError("a micro-batch needs at least one pair")
-    for pair in pairs:
-        _check_response(pair.chosen_ids, pair.chosen_start, what=f"pair {pair.row_id}: the chosen response")
-        _check_response(pair.rejected_ids, pair.rejected_start, what=f"pair {pair.row_id}: the rejected response")
     lists = [
-        TokenList(pair.row_id, (pair.chosen_ids, pair.rejected_ids), (pair.chosen_start, pair.rejected_start))
+        TokenList(
+            pair.row_id,
+            (pair.chosen_ids, pair.rejected_ids),
+            (pair.chosen_start, pair.rejected_start),
+            (getattr(pair, "chosen_gaps", ()), getattr(pair, "rejected_gaps", ())),
+        )
         for pair in pairs
     ]
+    for each in lists:
+        for response, side in zip(_responses(each), SIDES):
+            _check_response(*response, what=f"pair {each.row_id}: the {side} response")
     return _lay_out(lists, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
 
 
@@ -127,20 +137,33 @@ def build_list_batch(
         raise ValueError("a micro-batch needs at least one list of responses")
     for each in lists:
         count = len(each.sequences)
-        if count == 0 or len(each.starts) != count:
+        gaps = getattr(each, "gaps", ())
+        if count == 0 or len(each.starts) != count or len(gaps) not in (0, count):
             raise ValueError(
                 f"list {each.row_id}: {count} responses and {len(each.starts)} starts; it needs at least one "
-                "response, and one start for each"
+                "response, one start for each, and lists of gaps for each or for none"
             )
-        for index, (ids, start) in enumerate(zip(each.sequences, each.starts, strict=True), 1):
-            _check_response(ids, start, what=f"list {each.row_id}: response {index} of {count}")
+        for index, response in enumerate(_responses(each), 1):
+            _check_response(*response, what=f"list {each.row_id}: response {index} of {count}")
     return _lay_out(lists, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
 
 
-def _check_response(ids: Sequence[int], start: int, *, what: str) -> None:
+def _responses(each: TokenList) -> list[tuple[Sequence[int], int, Sequence[int]]]:
+    """The sequence, start and gaps of each response; a list of another class may have no gaps."""
+    gaps = getattr(each, "gaps", ()) or [()] * len(each.sequences)
+    return list(zip(each.sequences, each.starts, gaps, strict=True))
+
+
+def _check_response(ids: Sequence[int], start: int, gaps: Sequence[int], *, what: str) -> None:
     if not 1 <= start < len(ids):
         raise ValueError(
             f"{what} starts at token {start} of {len(ids)}; it needs at least one token before it and one of its own"
+        )
+    edges = [start, *gaps, len(ids)]
+    if len(gaps) % 2 or any(begin >= end for begin, end in pairwise(edges)):
+        raise ValueError(
+            f"{what} has gaps {list(gaps)}; they are begin, end, begin, end, ..., ascending, between tokens "
+            f"{start} and {len(ids)}, with trained tokens before, between and after them"
         )
 
 
@@ -151,7 +174,7 @@ def _lay_out(lists: Sequence[TokenList], *, pack: bool, share_prompt: bool, pad_
     labels, lengths = [], []
     for each in lists:
         shared = shared_prefix_length(*each.sequences) if share_prompt else 0
-        for index, (ids, response_start) in enumerate(zip(each.sequences, each.starts, strict=True)):
+        for index, (ids, start, gaps) in enumerate(_responses(each)):
             if not rows or plain or (not pack and index == 0):
                 rows.append([])
                 positions.append([])
@@ -164,9 +187,10 @@ def _lay_out(lists: Sequence[TokenList], *, pack: bool, share_prompt: bool, pad_
             positions[-1] += range(prefix, len(ids))
             blocks.append((number, (first, first + prefix, begin, len(row))))
             # Label t is predicted by token t-1, which stands either in the shared prefix or in this block.
-            predictors = range(response_start - 1, len(ids) - 1)
+            trained = trained_ranges(start, gaps, len(ids))
+            predictors = [label - 1 for stretch in trained for label in stretch]
             sources += [(number, first + t if t < prefix else begin + t - prefix) for t in predictors]
-            labels += ids[response_start:]
+            labels += [label for stretch in trained for label in ids[stretch.start : stretch.stop]]
             lengths.append(len(predictors))
     width = max(map(len, rows))
     flat_sources = [number * width + source for number, source in sources]

@@ -15,28 +15,54 @@ from dataclasses import dataclass, fields
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+SIDES = ("chosen", "rejected")
 Count = Any
 """An int, or an integer array with one entry a pair: this module does arithmetic on either and imports no numpy."""
 
 
 @dataclass(frozen=True, slots=True)
 class TokenPair:
-    """A tokenised pair: full sequences (prompt + response), and where in each the response begins (>= 1)."""
+    """A tokenised pair: full sequences (prompt + response), and where in each the response begins (>= 1).
+
+    A response of several turns holds tokens that are not the model's own (a user's turn, a tool's result): the gaps,
+    begin, end, begin, end, ... in ascending order, each inside the response; none by default.
+    """
 
     row_id: str
     chosen_ids: list[int]
     chosen_start: int
     rejected_ids: list[int]
     rejected_start: int
+    chosen_gaps: Sequence[int] = ()
+    rejected_gaps: Sequence[int] = ()
 
     @property
     def prompt_ids(self) -> list[int]:
-        """The prompt's tokens, for generation."""
-        return self.chosen_ids[: min(self.chosen_start, self.rejected_start)]
+        """The prompt's tokens, for generation: up to the first trained turn in which the two sides differ."""
+        if not self.chosen_gaps:
+            return self.chosen_ids[: min(self.chosen_start, self.rejected_start)]
+        return self.chosen_ids[: prompt_length(self)]
 
 
-PAIR_FIELDS = tuple(field.name for field in fields(TokenPair))
+PAIR_FIELDS = tuple(field.name for field in fields(TokenPair) if not field.name.endswith("_gaps"))
 """The columns that a data set of tokenised pairs must have."""
+GAP_FIELDS = ("chosen_gaps", "rejected_gaps")
+"""Those that it may have."""
+
+
+def trained_ranges(start: int, gaps: Sequence[int], length: int) -> list[range]:
+    """Positions of the trained tokens of a sequence of `length` tokens whose response starts at `start`."""
+    edges = [start, *gaps, length]
+    return [range(begin, end) for begin, end in zip(edges[::2], edges[1::2])]
+
+
+def prompt_length(pair: Any) -> int:
+    """Where the first trained turn begins in which the sides of a `TokenPair` differ; where it has gaps, in tokens."""
+    common = common_prefix_length(pair.chosen_ids, pair.rejected_ids)
+    begins = {side: (getattr(pair, f"{side}_start"), *getattr(pair, f"{side}_gaps")[1::2]) for side in SIDES}
+    return max(
+        (at for found in begins.values() for at in found if at <= common), default=min(map(min, begins.values()))
+    )
 
 
 @dataclass(frozen=True, slots=True)

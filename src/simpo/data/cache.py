@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from rich.console import Console
 
+from simpo.core.packing import SIDES
 from simpo.data import sources as source_files
 from simpo.data.ledger import Ledger
 from simpo.data.sources import Source
@@ -33,18 +34,33 @@ PAIR_COLUMNS = {
     "chosen_start": pa.int32(),
     "rejected_ids": _IDS,
     "rejected_start": pa.int32(),
+    "chosen_gaps": _IDS,
+    "rejected_gaps": _IDS,
     "shared_prefix": pa.int32(),
     "prompt_text": pa.string(),
     "chosen_text": pa.string(),
     "rejected_text": pa.string(),
 }
 """What a prepared dataset holds for each pair; `*_ids` are prompt and response, `*_start` the first trained token,
-`shared_prefix` how many leading tokens the packed layout computes once."""
+`*_gaps` the untrained stretches behind it (begin, end, begin, end, ...), `shared_prefix` how many leading tokens the
+packed layout computes once."""
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     """[rows] lengths of a column of lists, from Arrow's offsets: nothing is copied to count it."""
     return pc.call_function("list_value_length", [column]).to_numpy()
+
+
+def count_trained(table: pa.Table, side: str) -> np.ndarray:
+    """[rows] trained tokens of one side's responses; the column of gaps may be missing."""
+    counts = list_lengths(table[f"{side}_ids"]).astype(np.int64) - table[f"{side}_start"].to_numpy()
+    if f"{side}_gaps" in table.column_names:
+        gaps = table[f"{side}_gaps"]
+        edges, sizes = pc.call_function("list_flatten", [gaps]).to_numpy(), list_lengths(gaps) // 2
+        counts -= np.bincount(np.repeat(np.arange(len(sizes)), sizes), edges[1::2] - edges[::2], len(sizes)).astype(
+            np.int64
+        )
+    return counts
 
 
 @dataclass
@@ -63,15 +79,16 @@ class PreparedData:
 
 
 def fingerprint_tokens(dataset: Any) -> str:
-    """32 hex digits over the tokens of all pairs in their order, and where their responses begin; over nothing else.
+    """32 hex digits over the tokens of all pairs in their order, and what of them is trained; over nothing else.
 
     Args:
         dataset: a datasets.Dataset with the columns of token pairs.
     """
     digest, table = hashlib.sha256(), dataset.with_format("arrow")[:]
-    for side in ("chosen", "rejected"):
-        ids = table[f"{side}_ids"]
-        parts = (pc.call_function(name, [ids]) for name in ("list_value_length", "list_flatten"))
+    for side in SIDES:
+        gaps = table[f"{side}_gaps"] if f"{side}_gaps" in table.column_names else None
+        lists = [table[f"{side}_ids"], *([] if gaps is None or not list_lengths(gaps).any() else [gaps])]
+        parts = (pc.call_function(name, [each]) for each in lists for name in ("list_value_length", "list_flatten"))
         for column in (*parts, table[f"{side}_start"]):
             for chunk in column.chunks:
                 digest.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False), dtype="<i4").data)

@@ -16,7 +16,9 @@ import numpy as np
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.packing import (
+    GAP_FIELDS,
     PAIR_FIELDS,
+    SIDES,
     TOKENS_ALONE,
     CostWeights,
     PairShape,
@@ -28,7 +30,7 @@ from simpo.core.packing import (
     plan_micro_batches,
     shared_prefix_length,
 )
-from simpo.data.cache import list_lengths
+from simpo.data.cache import count_trained, list_lengths
 
 if TYPE_CHECKING:
     import datasets
@@ -38,20 +40,22 @@ class PairStore:
     """Random access to tokenised pairs, with their shapes worked out once.
 
     Args:
-        dataset: columns row_id, chosen_ids, chosen_start, rejected_ids, rejected_start; shared_prefix is used if there.
+        dataset: columns row_id, chosen_ids, chosen_start, rejected_ids, rejected_start; chosen_gaps, rejected_gaps and
+            shared_prefix are used if there.
         share_prompt: whether batches will share prefixes; decides the shapes the plan sees.
     """
 
     def __init__(self, dataset: datasets.Dataset, *, share_prompt: bool = True) -> None:
         self.dataset: Any = dataset  # its own annotations do not say what a column is
         self.share_prompt = share_prompt
+        self._fields = (*PAIR_FIELDS, *(name for name in GAP_FIELDS if name in dataset.column_names))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> TokenPair:
         row = self.dataset[index]
-        return TokenPair(**{name: row[name] for name in PAIR_FIELDS})
+        return TokenPair(**{name: row[name] for name in self._fields})
 
     def texts(self, index: int) -> dict[str, str]:
         """prompt_text, chosen_text and rejected_text of one pair."""
@@ -71,8 +75,8 @@ class PairStore:
     @cached_property
     def response_lengths(self) -> np.ndarray:
         """[num_pairs, 2] trained tokens of chosen and rejected."""
-        starts = np.stack([self._column("chosen_start"), self._column("rejected_start")], axis=1)
-        return self.sequence_lengths - starts
+        table = self.dataset.with_format("arrow")[:]
+        return np.stack([count_trained(table, side) for side in SIDES], axis=1)
 
     @cached_property
     def shapes(self) -> PairShape:
@@ -90,7 +94,7 @@ class PairStore:
     def sequence_lengths(self) -> np.ndarray:
         """[num_pairs, 2] tokens of prompt + chosen and of prompt + rejected."""
         table = self.dataset.with_format("arrow")[:]
-        sides = [list_lengths(table[f"{side}_ids"]) for side in ("chosen", "rejected")]
+        sides = [list_lengths(table[f"{side}_ids"]) for side in SIDES]
         return np.stack(sides, axis=1).astype(np.int64)  # attended combinations overflow 32 bits
 
     def _shared_prefixes(self) -> np.ndarray:

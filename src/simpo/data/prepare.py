@@ -10,24 +10,26 @@ import functools
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
-from simpo.core.packing import shared_prefix_length
+from simpo.core.packing import SIDES, shared_prefix_length
 from simpo.data import sources as source_files
 from simpo.data.cache import (
     PAIR_COLUMNS,
     PreparedData,
     cache_folder,
+    count_trained,
     fingerprint_data,
     list_lengths,
     load_cached,
     save_cached,
 )
-from simpo.data.ledger import Dropped, Ledger, SplitLedger, describe_lengths
+from simpo.data.ledger import MARKS, Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.preferences import Pair, RowError, pair_reader
 from simpo.data.sources import RawRow, Source
 from simpo.data.templates import load_chat_template, template_takes_system
@@ -227,12 +229,10 @@ def _describe(table: pa.Table, account: SplitLedger) -> None:
     for side, end in (("prompt", "left"), ("chosen", "right"), ("rejected", "right")):
         counts = table[f"{side}_cut"].to_numpy()
         account.cut[f"{side}_{end}"] = {"pairs": int((counts > 0).sum()), "tokens": int(counts.sum())}
-    totals = {side: list_lengths(table[f"{side}_ids"]) for side in ("chosen", "rejected")}
-    starts = {side: table[f"{side}_start"].to_numpy() for side in ("chosen", "rejected")}
+    totals = {side: list_lengths(table[f"{side}_ids"]) for side in SIDES}
     account.lengths = {
-        "prompt": describe_lengths(starts["chosen"]),
-        "chosen": describe_lengths(totals["chosen"] - starts["chosen"]),
-        "rejected": describe_lengths(totals["rejected"] - starts["rejected"]),
+        "prompt": describe_lengths(table["chosen_start"].to_numpy()),
+        **{side: describe_lengths(count_trained(table, side)) for side in SIDES},
     }
     account.tokens = int(totals["chosen"].sum() + totals["rejected"].sum())
     shared = 2 * int(table["shared_prefix"].to_numpy().sum())
@@ -240,12 +240,16 @@ def _describe(table: pa.Table, account: SplitLedger) -> None:
 
 
 def _example(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
-    """One pair as decoded text: what is seen and what is trained, for both sides."""
+    """One pair as decoded text: what is seen and what is trained, for both sides; gaps stand between turned marks."""
     example = {"row_id": row["row_id"]}
-    for side in ("chosen", "rejected"):
+    for side in SIDES:
         ids, start = row[f"{side}_ids"], row[f"{side}_start"]
-        example[f"{side}_prompt"] = tokenizer.decode(ids[:start], clean_up_tokenization_spaces=False)
-        example[side] = tokenizer.decode(ids[start:], clean_up_tokenization_spaces=False)
+        edges = [0, start, *row[f"{side}_gaps"], len(ids)]
+        parts = [tokenizer.decode(ids[a:b], clean_up_tokenization_spaces=False) for a, b in pairwise(edges)]
+        example[f"{side}_prompt"] = parts[0]
+        example[side] = parts[1] + "".join(
+            MARKS[1] + gap + MARKS[0] + more for gap, more in zip(parts[2::2], parts[3::2])
+        )
     return example
 
 

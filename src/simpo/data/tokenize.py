@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeVar
 
 from simpo.core.packing import common_prefix_length
@@ -52,6 +52,8 @@ class TokenizedPair:
     prompt_text: str
     chosen_text: str
     rejected_text: str
+    chosen_gaps: list[int] = field(default_factory=list)
+    rejected_gaps: list[int] = field(default_factory=list)
     prompt_cut: int = 0
     chosen_cut: int = 0
     rejected_cut: int = 0

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from simpo.core.packing import TokenPair, epoch_order, num_steps_per_epoch
+from simpo.core.packing import SIDES, TokenPair, epoch_order, num_steps_per_epoch, trained_ranges
 from simpo.hosts.megatron.settings import MegatronSettings
 
 if TYPE_CHECKING:
@@ -76,10 +76,10 @@ def collate(
         raise ValueError(f"micro_batch_size: {len(pairs)} pairs in a micro-batch of {settings.micro_batch_size}")
     rows = []
     for pair in pairs:
-        for side in ("chosen", "rejected"):
+        for side in SIDES:
             ids, start = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_start")
             _check_row(pair.row_id, side, ids, start, settings.seq_length)
-            rows.append((ids, start))
+            rows.append((ids, trained_ranges(start, getattr(pair, f"{side}_gaps"), len(ids))))
     if settings.fixed_shapes:
         num_rows, width = settings.actual_micro_batch_size, settings.seq_length
     else:
@@ -88,9 +88,10 @@ def collate(
         width = -(-longest // settings.row_multiple) * settings.row_multiple
     tokens = torch.full((num_rows, width), PAD, dtype=torch.long)
     labels = torch.full((num_rows, width), IGNORED, dtype=torch.long)
-    for row, (ids, start) in enumerate(rows):
+    for row, (ids, trained) in enumerate(rows):
         tokens[row, : len(ids)] = torch.tensor(ids, dtype=torch.long)
-        labels[row, start - 1 : len(ids) - 1] = tokens[row, start : len(ids)]
+        for stretch in trained:
+            labels[row, stretch.start - 1 : stretch.stop - 1] = tokens[row, stretch.start : stretch.stop]
     return MegatronBatch(
         tokens=tokens,
         position_ids=torch.arange(width).repeat(num_rows, 1),
