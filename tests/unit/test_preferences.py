@@ -79,6 +79,27 @@ SHAPES = {
     "input, winner, loser": ({"input": "Why?", "winner": "Yes.", "loser": "No."}, "Why?"),
     "query, preferred": ({"query": "Why?", "preferred": "Yes.", "rejected_response": "No."}, "Why?"),
     "*_response": ({"prompt": "Why?", "chosen_response": "Yes.", "rejected_response": "No."}, "Why?"),
+    "ms-swift, messages": ({"messages": [*TURNS, say("Yes.")], "rejected_response": "No."}, TURNS),
+    "ms-swift, both dialogues": (
+        {"messages": [*TURNS, say("Yes.")], "rejected_messages": [*TURNS, say("No.")], "rejected_response": None},
+        TURNS,
+    ),
+    "ms-swift, query": (
+        {"query": "Really?", "response": "Yes.", "rejected_response": "No.", "history": [["Why?", "Because."]]},
+        TURNS,
+    ),
+    "ms-swift, system": (
+        {"system": "Be brief.", "query": "Why?", "response": "Yes.", "rejected_response": "No.", "history": []},
+        [SYSTEM, USER],
+    ),
+    "HelpSteer3": (
+        {"context": TURNS, "response1": "Yes.", "response2": "No.", "overall_preference": -2, "domain": "general"},
+        TURNS,
+    ),
+    "HelpSteer2, preference": (
+        {"prompt": "Why?", "response_1": "No.", "response_2": "Yes.", "preference_strength": 1},
+        "Why?",
+    ),
     "messages as text": ({"messages": json.dumps(TURNS), "chosen": "Yes.", "rejected": "No."}, TURNS),
     "JSON in Alpaca cells": ({"instruction": "Why?", "input": None, "output": '["Yes.", "No."]'}, "Why?"),
 }
@@ -91,6 +112,19 @@ def test_shape_gives_the_canonical_pair(row, prompt):
 
 
 REFUSED = {
+    "unpaired": ({"prompt": "Why?", "completion": "Yes.", "label": True}, "unpaired", "two answers to one prompt"),
+    "no preference": (
+        {"context": [USER], "response1": "a", "response2": "b", "overall_preference": 0},
+        "tie",
+        "overall_preference is 0",
+    ),
+    "preference in words": (
+        {"context": [USER], "response1": "a", "response2": "b", "overall_preference": "first"},
+        "malformed",
+        "overall_preference is text",
+    ),
+    "messages that end with the user": ({"messages": [*TURNS], "rejected_response": "b"}, "malformed", "user turn"),
+    "rejected messages alone": ({"rejected_messages": [USER, say("b")]}, "empty", "chosen"),
     "unreadable line": (RowError("malformed", "a.jsonl line 3: not JSON"), "malformed", "line 3"),
     "not an object": ([1, 2], "malformed", "a list"),
     "no columns": ({}, "missing column", "no columns"),

@@ -20,6 +20,8 @@ COLUMNS = sorted(
         *columns.REJECTED_COLUMNS,
         *columns.SYSTEM_COLUMNS,
         *(name for names in (*columns.SCORED_COLUMNS, *columns.SCORE_PAIR_COLUMNS) for name in names),
+        *(name for names in columns.PREFERENCE_COLUMNS for name in names),
+        *(*columns.ANSWER_COLUMNS, *columns.SCORE_COLUMNS, "rejected_messages", "label", "context"),
         *("output", "history", "other"),
     }
 )
@@ -78,7 +80,7 @@ def spoiled(draw):
 
 
 ROWS = SHAPES | spoiled() | ANYTHING
-REASONS = {"missing column", "empty", "identical", "malformed", "tie"}
+REASONS = {"missing column", "empty", "identical", "malformed", "tie", "unpaired"}
 LATER_REASONS = {*REASONS, "template", "overlong", "no prompt", "identical after truncation"}
 
 

@@ -9,7 +9,7 @@ import json
 import pytest
 
 from simpo.data.files import read_file
-from simpo.data.preferences import Pair, RowError
+from simpo.data.preferences import Pair, RowError, pair_from_row
 from simpo.data.sources import find_sources, fingerprint_sources, load_splits
 
 
@@ -203,6 +203,33 @@ def test_named_splits(tmp_path, data_recipe):
         load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_gen", "test_prefs"]))
     with pytest.raises(ValueError, match="no split 'test_gen'"):
         load_splits(data_recipe(tmp_path / "set", dataset_splits=["train_prefs", "test_gen"]))
+
+
+def test_rows_of_one_scored_answer_are_grouped_by_prompt(tmp_path, data_recipe):
+    """As HelpSteer has them: best against worst; one answer alone and equal scores are drops, everything else stays."""
+
+    def answer(prompt, text, helpfulness, **more):
+        return {"prompt": prompt, "response": text, "helpfulness": helpfulness, "verbosity": 4 - helpfulness, **more}
+
+    content = [answer("a", "good", 4), answer("b", "same", 2), answer("a", "bad", 0), answer("c", "alone", 3)]
+    content += [answer("b", "as good", 2), rows(1)[0], answer("a", "fair", 2), answer("a", "good", 4, system="Rhyme.")]
+    path = write_jsonl(tmp_path / "a.jsonl", content)
+
+    def read(**keys):
+        splits = load_splits(data_recipe(path, validation_fraction=0, **keys))
+        assert splits.notes == ["a.jsonl/train: 7 rows of one answer are 4 prompts, best against worst (score_column)"]
+        return {row.row_id.partition("#")[2]: outcome(row.row) for row in splits.train}
+
+    def outcome(row):
+        try:
+            pair = pair_from_row(row)
+        except RowError as error:
+            return error.reason
+        return pair.prompt, pair.chosen, pair.rejected
+
+    wanted = {"0": ("a", "good", "bad"), "1": "tie", "3": "one answer", "5": ("q0", "yes 0", "no"), "7": "one answer"}
+    assert read() == wanted
+    assert read(score_column="verbosity") == {**wanted, "0": ("a", "bad", "good")}
 
 
 def test_broken_lines_become_rows_that_say_where(tmp_path):

@@ -30,6 +30,14 @@ SCORE_PAIR_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+PREFERENCE_COLUMNS = (
+    ("response1", "response2", "overall_preference"),
+    ("response_1", "response_2", "preference_strength"),
+)
+"""Two answers, and a number: below 0 the first is better, above 0 the second (HelpSteer3, HelpSteer2-Preference)."""
+ANSWER_COLUMNS = ("response", "completion", "answer")
+SCORE_COLUMNS = ("helpfulness", "score")
+"""One answer a row, and its score: rows of one prompt are brought together (HelpSteer)."""
 SYSTEM_COLUMNS = ("system", "system_prompt")
 
 
@@ -37,8 +45,8 @@ class RowError(Exception):
     """Why one row gives no pair.
 
     Args:
-        reason: short and countable: "missing column", "empty", "identical", "malformed" or "tie" here;
-            tokenising adds "template", "overlong", "no prompt" and "identical after truncation".
+        reason: short and countable: "missing column", "empty", "identical", "malformed", "tie", "one answer" or
+            "unpaired" here; tokenising adds "template", "overlong", "no prompt" and "identical after truncation".
         detail: one sentence about this row.
     """
 
@@ -69,6 +77,51 @@ def missing_column(row: Mapping, names: Sequence[str], what: str) -> RowError:
     looked_for = ", ".join(names)
     has = ", ".join(str(name) for name in list(row)[:12]) or "no columns"
     return RowError("missing column", f"no {what} column (looked for {looked_for}); the row has {has}")
+
+
+def our_columns(row: Mapping) -> Mapping:
+    """The row under our columns, where it is laid out as ms-swift's or HelpSteer's pairs are; else as it is."""
+
+    def has(*names: str) -> bool:
+        return any(row.get(name) is not None for name in names)
+
+    if has(*CHOSEN_COLUMNS):
+        return row
+    turns = decode_list(row.get("messages"))
+    if has("rejected_messages"):
+        return {**row, "messages": None, "chosen": turns, "rejected": decode_list(row["rejected_messages"])}
+    if has("rejected_response"):
+        if has("response", "output"):
+            return {**row, "chosen": find_column(row, ("response", "output"), "chosen")}
+        return {**row, "messages": turns[:-1], "chosen": turns[-1:]} if isinstance(turns, list) else row
+    for first, second, name in PREFERENCE_COLUMNS:
+        if has(name) and has(first, second):
+            strength = _number(row[name])
+            if strength is None:
+                raise RowError("malformed", f"{name} is {kind_of(row[name])}, expected a number")
+            if not strength:
+                raise RowError("tie", f"{name} is 0")
+            chosen, rejected = (first, second) if strength < 0 else (second, first)
+            prompt = row.get("context") if row.get("prompt") is None else row["prompt"]
+            return {**row, "prompt": prompt, "chosen": row.get(chosen), "rejected": row.get(rejected)}
+    if has("label") and has(*ANSWER_COLUMNS) and not has(*REJECTED_COLUMNS):
+        raise RowError("unpaired", "one answer with a label; a pair is two answers to one prompt, chosen and rejected")
+    return row
+
+
+def scored_answer(row: Any, score_column: str | None) -> tuple[str, str] | None:
+    """The columns of the answer and its score in a row that has one answer; None for every other row."""
+    if not isinstance(row, Mapping):
+        return None
+    several = (*CHOSEN_COLUMNS, *REJECTED_COLUMNS, "rejected_messages")
+    several += tuple(names[0] for names in (*SCORED_COLUMNS, *PREFERENCE_COLUMNS))
+    if any(row.get(name) is not None for name in several):
+        return None
+    answer, score = (
+        next((name for name in names if row.get(name) is not None), None)
+        for names in (ANSWER_COLUMNS, (score_column,) if score_column else SCORE_COLUMNS)
+    )
+    return (answer, score) if answer and score else None
 
 
 def raw_answers(row: Mapping, chosen_column: str | None, rejected_column: str | None) -> tuple[Any, Any]:

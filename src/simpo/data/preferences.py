@@ -28,6 +28,7 @@ from simpo.data.columns import (
     find_column,
     kind_of,
     missing_column,
+    our_columns,
     raw_answers,
 )
 
@@ -117,6 +118,8 @@ def pair_from_row(
         return dataclasses.replace(row, row_id=row_id)  # a later pass over the rows has names of its own
     if not isinstance(row, Mapping):
         raise RowError("malformed", f"the row is {kind_of(row)}, expected an object with columns")
+    if not (chosen_column or rejected_column):
+        row = our_columns(row)
     drop_ties(row)
     prompt_names = (prompt_column,) if prompt_column else PROMPT_COLUMNS
     sides = [_decoded(value, what) for value, what in zip(raw_answers(row, chosen_column, rejected_column), _SIDES)]
@@ -149,14 +152,14 @@ def _prompt(row: Mapping, names: Sequence[str]) -> str | list[Message]:
     value = _decoded(value, "prompt")
     if isinstance(value, list) and value and value[-1]["role"] == "assistant" and not value[-1]["content"].strip():
         value = value[:-1]  # a transcript that stops at "Assistant:"
-    if value is row.get("instruction") and isinstance(value, str):
+    if isinstance(value, str) and any(value is row.get(name) for name in ("instruction", "query")):
         value = _alpaca_prompt(value, row)
     return value
 
 
 def _alpaca_prompt(instruction: str, row: Mapping) -> str | list[Message]:
-    """Alpaca's `instruction` with its optional `input` below and its optional `history` of turns before."""
-    extra = row.get("input")
+    """Alpaca's `instruction` with its optional `input` below, or `query`; its optional `history` of turns before."""
+    extra = row.get("input") if instruction is row.get("instruction") else None
     if extra is not None and not isinstance(extra, str):
         raise RowError("malformed", f"input is {kind_of(extra)}, expected text")
     text = f"{instruction}\n{extra}" if extra and extra.strip() else instruction

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from simpo.data.columns import PROMPT_COLUMNS, SYSTEM_COLUMNS, RowError, scored_answer
 from simpo.data.files import (
     FORMATS,
     file_format,
@@ -30,7 +31,7 @@ from simpo.data.files import (
     load_json,
     read_file,
 )
-from simpo.data.preferences import Pair, RowError, pair_reader
+from simpo.data.preferences import Pair, pair_reader
 from simpo.errors import one_line
 
 TRAIN_NAMES = ("train", "train_prefs", "training")
@@ -132,7 +133,7 @@ def load_splits(
 
     Args:
         recipe: reads dataset_mixer, dataset_splits, dataset_configs, validation_fraction, max_train_samples,
-            max_eval_samples, seed and the column keys.
+            max_eval_samples, seed, score_column and the column keys.
         sources: what `find_sources` gave, if it was called before.
         read_pair: how rows become pairs, for the hold-out; None = `pair_reader(recipe)`.
     Raises:
@@ -145,8 +146,9 @@ def load_splits(
     eval_rows: list[RawRow] = []
     for source in sources:
         trained, evaluated = _train_splits(source, train_names), _eval_splits(source, eval_names)
-        base.append([row for name in trained for row in _read(source, name)])
-        eval_rows += [row for name in evaluated for row in _read(source, name)]
+        read = {name: _group_answers(_read(source, name), recipe, notes) for name in {*trained, *evaluated}}
+        base.append([row for name in trained for row in read[name]])
+        eval_rows += [row for name in evaluated for row in read[name]]
         if unread := sorted(source.splits.keys() - {*trained, *evaluated}):
             notes.append(f"{source.name}: not read, since dataset_splits does not name it: {', '.join(unread)}")
     if not eval_rows and recipe.validation_fraction > 0:
@@ -172,6 +174,36 @@ def take_fraction(rows: list[RawRow], fraction: float, rng: random.Random) -> li
     taken = [(number, row) for number in range(passes) for row in rows]
     taken += [(passes, rows[index]) for index in chosen]
     return [row._replace(row_id=f"{row.row_id}~{number + 1}") if number else row for number, row in taken]
+
+
+def _group_answers(rows: list[RawRow], recipe: Any, notes: list[str]) -> list[RawRow]:
+    """Rows of one scored answer become a scored list for each prompt, in the place of its first; others stay."""
+    if recipe.chosen_column or recipe.rejected_column:
+        return rows
+    asked = (recipe.prompt_column, *PROMPT_COLUMNS, *SYSTEM_COLUMNS, "history", "tools")
+    groups: dict[bytes, list[int]] = {}
+    for index, (_, row) in enumerate(rows):
+        if found := scored_answer(row, recipe.score_column):
+            text = json.dumps([found, [row.get(name) for name in asked]], default=str).encode()
+            groups.setdefault(hashlib.blake2b(text, digest_size=16).digest(), []).append(index)
+    if not groups:
+        return rows
+    later = {index for _, *others in groups.values() for index in others}
+    grouped = {
+        group[0]: _scored_list([rows[index] for index in group], recipe.score_column) for group in groups.values()
+    }
+    source, count = rows[0].row_id.rpartition("#")[0], len(groups) + len(later)
+    notes.append(f"{source}: {count} rows of one answer are {len(groups)} prompts, best against worst (score_column)")
+    return [grouped.get(index, row) for index, row in enumerate(rows) if index not in later]
+
+
+def _scored_list(group: list[RawRow], score_column: str | None) -> RawRow:
+    row_id, row = group[0]
+    answer, score = scored_answer(row, score_column) or ("", "")
+    if len(group) == 1:
+        return RawRow(row_id, RowError("one answer", f"its prompt has one answer with a {score}; a pair needs two"))
+    answers, scores = ([each.row[name] for each in group] for name in (answer, score))
+    return RawRow(row_id, {**row, answer: None, "responses": answers, "scores": scores})
 
 
 def _limit(rows: list[RawRow], limit: int | None, seed: int) -> list[RawRow]:

@@ -196,6 +196,9 @@ class Recipe(_LossKeys):
         None, "Column of the chosen response, when its name is not a usual one.", "column name", null="found")
     rejected_column: Text | None = _data(
         None, "Column of the rejected response, when its name is not a usual one.", "column name", null="found")
+    score_column: Text | None = _data(
+        None, "Column of the score in rows of one answer each; of a prompt's answers the best is chosen, the worst "
+        "rejected.", "column name", null="helpfulness or score")
     chat_template: Text | None = _data(
         None, "Jinja chat template that replaces the tokenizer's.", "template", null="the tokenizer's",
         decides_tokens=False)  # the template that is used does, whichever it is
