@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
+import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import alignment_standin
 import pytest
-from hf_hosts import read_rows, settings
+import torch
+import transformers
+import yaml
+from datasets import Dataset
+from hf_hosts import adapters, read_rows, settings
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from simpo.core.losses import PairLogps
 from simpo.data.prepare import prepare_rows
-from simpo.hosts.hf import SimPOConfig
+from simpo.hosts.hf import SimPOConfig, SimPOTrainer
 from simpo.model.load import load_tokenizer
 from simpo.recipe import load_recipe
 
@@ -35,29 +46,95 @@ trainer = CPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), pr
 trainer.train()
 """
 
+# The steps of the authors' run_simpo.py, by the names and calls that it uses.
 AUTHORS_SCRIPT = """
-import json, pathlib
-from datasets import Dataset
-from transformers import AutoTokenizer
+import logging, random, torch
+from transformers import set_seed
+from alignment import (
+    DataArguments, H4ArgumentParser, ModelArguments, decontaminate_humaneval, get_checkpoint, get_datasets,
+    get_peft_config, get_quantization_config, get_tokenizer,
+)
 from simpo_config import SimPOConfig
 from simpo_trainer import SimPOTrainer
 
-tokenizer = AutoTokenizer.from_pretrained(MODEL)
-dataset = Dataset.from_list([json.loads(line) for line in pathlib.Path(ROWS).read_text().splitlines()])
-training_args = SimPOConfig(
-    output_dir=OUTPUT, beta=2.5, gamma_beta_ratio=0.56, sft_weight=0.0, loss_type="sigmoid", label_smoothing=0.1,
-    max_length=96, max_prompt_length=64, max_target_length=None, truncation_mode="keep_end", label_pad_token_id=-100,
-    generate_during_eval=False, evaluation_strategy="steps", eval_steps=2, warmup_ratio=0.0, learning_rate=1e-3,
-    lr_scheduler_type="cosine", per_device_train_batch_size=4, gradient_accumulation_steps=3, max_steps=3,
-    logging_steps=1, save_strategy="no", report_to=[], bf16=False, gradient_checkpointing=True,
-    gradient_checkpointing_kwargs={"use_reentrant": False}, remove_unused_columns=False, disable_tqdm=True, seed=1,
+logger = logging.getLogger("run_simpo")
+model_args, data_args, training_args = H4ArgumentParser((ModelArguments, DataArguments, SimPOConfig)).parse()
+logger.setLevel(training_args.get_process_log_level())
+logger.info(f"Training/evaluation parameters {training_args}")
+last_checkpoint = get_checkpoint(training_args)
+set_seed(training_args.seed)
+raw_datasets = get_datasets(data_args, splits=data_args.dataset_splits, configs=data_args.dataset_configs)
+data_args.truncation_side = "left"
+tokenizer = get_tokenizer(model_args, data_args)
+
+def render(example):
+    texts = {"text_prompt": tokenizer.apply_chat_template(example["chosen"][:-1], tokenize=False)}
+    for side in ("chosen", "rejected"):
+        text = tokenizer.apply_chat_template(example[side][-1:], tokenize=False)
+        texts[f"text_{side}"] = text.removeprefix(tokenizer.bos_token)
+    return texts
+
+raw_datasets = raw_datasets.map(
+    render, num_proc=data_args.preprocessing_num_workers, remove_columns=list(raw_datasets["train"].features)
 )
-training_args.model_init_kwargs = {"torch_dtype": None, "use_cache": False, "trust_remote_code": False}
+raw_datasets = raw_datasets.filter(decontaminate_humaneval, fn_kwargs={"text_column": "text_chosen"}, batched=True)
+for split in ["train", "test"]:
+    raw_datasets[split] = raw_datasets[split].rename_columns(
+        {"text_prompt": "prompt", "text_chosen": "chosen", "text_rejected": "rejected"}
+    )
+for index in random.sample(range(len(raw_datasets["train"])), 3):
+    logger.info(raw_datasets["train"][index]["prompt"])
+dtype = model_args.torch_dtype
+training_args.model_init_kwargs = dict(
+    revision=model_args.model_revision, trust_remote_code=model_args.trust_remote_code,
+    use_flash_attention_2=model_args.use_flash_attention_2,
+    torch_dtype=dtype if dtype in ["auto", None] else getattr(torch, dtype),
+    use_cache=False if training_args.gradient_checkpointing else True, device_map=None,
+    quantization_config=get_quantization_config(model_args), attn_implementation=model_args.attn_implementation,
+)
 trainer = SimPOTrainer(
-    model=MODEL, args=training_args, train_dataset=dataset, eval_dataset=dataset, tokenizer=tokenizer, peft_config=None,
+    model=model_args.model_name_or_path, args=training_args, train_dataset=raw_datasets["train"],
+    eval_dataset=raw_datasets["test"], tokenizer=tokenizer, peft_config=get_peft_config(model_args),
 )
-trainer.train()
+checkpoint = None
+if training_args.resume_from_checkpoint is not None:
+    checkpoint = training_args.resume_from_checkpoint
+elif last_checkpoint is not None:
+    checkpoint = last_checkpoint
+train_result = trainer.train(resume_from_checkpoint=checkpoint)
+metrics = train_result.metrics
+metrics["train_samples"] = len(raw_datasets["train"])
+trainer.log_metrics("train", metrics)
+trainer.save_metrics("train", metrics)
+trainer.save_state()
+trainer.save_model(training_args.output_dir)
+datasets_used = list(data_args.dataset_mixer.keys())
+kwargs = {
+    "finetuned_from": model_args.model_name_or_path, "dataset": datasets_used, "dataset_tags": datasets_used,
+    "tags": ["alignment-handbook"],
+}
+if trainer.accelerator.is_main_process:
+    trainer.create_model_card(**kwargs)
+    trainer.model.config.use_cache = True
+    trainer.model.config.save_pretrained(training_args.output_dir)
+if training_args.do_eval:
+    metrics = trainer.evaluate()
+    metrics["eval_samples"] = len(raw_datasets["test"])
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+if training_args.push_to_hub is True:
+    trainer.push_to_hub(**kwargs)
 """
+AUTHORS_RECIPE = {
+    **{"torch_dtype": "bfloat16", "use_flash_attention_2": True, "preprocessing_num_workers": 1},
+    **{"dataset_splits": ["train", "test"], "bf16": False, "beta": 2.5, "gamma_beta_ratio": 0.55, "do_eval": True},
+    **{"evaluation_strategy": "steps", "eval_steps": 2, "gradient_accumulation_steps": 3, "warmup_ratio": 0.1},
+    **{"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}, "seed": 42},
+    **{"hub_model_id": "simpo-exps", "log_level": "info", "logging_steps": 1, "lr_scheduler_type": "cosine"},
+    **{"max_length": 96, "max_prompt_length": 64, "num_train_epochs": 1, "optim": "adamw_torch", "report_to": "none"},
+    **{"run_name": "tiny", "per_device_train_batch_size": 4, "per_device_eval_batch_size": 4, "push_to_hub": False},
+    **{"save_strategy": "steps", "save_steps": 2, "save_total_limit": 20},
+}
 
 OUR_IMPORTS = "from simpo.hosts.hf import SimPOConfig, SimPOTrainer"
 
@@ -105,16 +182,183 @@ def test_a_trl_script_gives_the_same_numbers_with_only_imports_and_config_change
         assert a["learning_rate"] == pytest.approx(b["learning_rate"])
 
 
-def test_the_authors_script_runs_with_only_its_imports_changed(
-    tiny_model: Path, rendered: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+# --- TRL's own cases -------------------------------------------------------------------------------------------------
+
+TRLS_NAMES = [  # of the loss there -> what gives the same here
+    ({"loss_type": "sigmoid"}, {"loss_type": "cpo"}),
+    ({"loss_type": "hinge"}, {"loss_type": "cpo_hinge"}),
+    ({"loss_type": "ipo"}, {"loss_type": "ipo", "gamma_beta_ratio": 0.0}),
+    ({"loss_type": "simpo", "simpo_gamma": 0.3}, {"loss_type": "simpo", "simpo_gamma": 0.3}),
+    (
+        {"loss_type": "simpo", "simpo_gamma": 0.3, "alpha": 0.5},
+        {"loss_type": "alphapo", "simpo_gamma": 0.3, "alpha": 0.5},
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # the peer's
+@pytest.mark.parametrize(("there", "here"), TRLS_NAMES)
+def test_each_loss_of_trl_has_an_equal_here(there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Losses, rewards and gradients; TRL gives its losses sums for sigmoid and hinge, and means for the others."""
+    cpo = pytest.importorskip("trl.experimental.cpo")
+    lengths = torch.tensor([[3, 9, 5], [7, 2, 5]])
+    sums = (-2 * torch.rand(2, 3, generator=torch.Generator().manual_seed(0)) * lengths).requires_grad_()
+    settings_there = {"alpha": 0.0, "simpo_gamma": 0.5, "label_smoothing": 0.0, "beta": 0.2, **there}
+    stub = SimpleNamespace(**settings_there, accelerator=SimpleNamespace(device="cpu"))
+    given = sums if there["loss_type"] in ("sigmoid", "hinge") else sums / lengths
+    theirs = cpo.CPOTrainer.cpo_loss(stub, *given)
+    (wanted,) = torch.autograd.grad(theirs[0].sum(), sums)
+    recipe = SimPOConfig(output_dir="runs/none", report_to=[], beta=0.2, cpo_alpha=1.0, **here).to_recipe()
+    ours = recipe.loss(PairLogps(*sums, *lengths), **recipe.loss_values)
+    (gradient,) = torch.autograd.grad(ours.losses.sum(), sums)
+    for a, b in zip([*ours, gradient], [*theirs, wanted], strict=True):
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)
+    assert recipe.sft_weight == 1.0
+    assert float(wanted.abs().sum()) > 0
+
+
+def rows_in_shape(shape: str) -> list[dict[str, Any]]:
+    """Pairs of text or of messages, with the prompt in a column of its own or as what both responses begin with."""
+    rows = []
+    for number in range(8):
+        asked, sides = f"What is {number} and one?", {"chosen": f"It is {number + 1}.", "rejected": "Stone and paper."}
+        if shape.startswith("conversational"):
+            prompt: Any = [{"role": "user", "content": asked}]
+            responses: dict[str, Any] = {s: [{"role": "assistant", "content": text}] for s, text in sides.items()}
+        else:
+            prompt, responses = asked, {side: f" {text}" for side, text in sides.items()}
+        if shape.endswith("implicit"):
+            rows.append({side: prompt + response for side, response in responses.items()})
+        else:
+            rows.append({"prompt": prompt, **responses})
+    return rows
+
+
+def run_case(model: Path, folder: Path, shape: str, *, lora: bool = False, **keys: Any) -> Any:
+    """A trainer as TRL's cases build theirs, after three steps that moved every weight it trains."""
+    base = {"per_device_train_batch_size": 2, "max_steps": 3, "learning_rate": 1e-2, "eval_strategy": "steps"}
+    quiet = {"report_to": "none", "save_strategy": "no", "disable_tqdm": True, "bf16": False, "warmup_steps": 0}
+    args = SimPOConfig(
+        **{"output_dir": str(folder), "beta": 0.1, **base, **quiet, "remove_unused_columns": False, **keys}
+    )
+    rows = Dataset.from_list(rows_in_shape(shape))
+    network, tokenizer = (each.from_pretrained(model) for each in (AutoModelForCausalLM, AutoTokenizer))
+    trainer = SimPOTrainer(
+        network,
+        args,
+        train_dataset=rows,
+        eval_dataset=rows,
+        processing_class=tokenizer,
+        peft_config=adapters() if lora else None,
+    )
+    assert trainer.ledger.splits["train"].kept == len(rows)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    for name, value in before.items():
+        assert not torch.equal(value, trainer.model.get_parameter(name)), name
+    history = trainer.state.log_history
+    assert "train_loss" in history[-1]
+    assert sum("eval_loss" in line for line in history) == 3
+    return trainer
+
+
+@pytest.mark.parametrize(
+    ("keys", "shape"),
+    [
+        ({"loss_type": "cpo", "cpo_alpha": 1.0}, "text"),
+        ({"loss_type": "cpo_hinge", "cpo_alpha": 1.0}, "conversational"),
+        ({"loss_type": "ipo", "gamma_beta_ratio": 0.0, "cpo_alpha": 1.0}, "conversational"),
+        ({"loss_type": "simpo", "cpo_alpha": 1.0}, "text"),
+        ({"loss_type": "alphapo", "alpha": 0.5, "simpo_gamma": 0.5}, "text"),
+    ],
+)
+def test_trls_cases_train(tiny_model: Path, tmp_path: Path, keys: dict[str, Any], shape: str) -> None:
+    run_case(tiny_model, tmp_path / "run", shape, **keys)
+
+
+@pytest.mark.parametrize("shape", ["text", "conversational", "conversational implicit"])
+def test_trls_cases_train_adapters(tiny_model: Path, tmp_path: Path, shape: str) -> None:
+    run_case(tiny_model, tmp_path / "run", shape, lora=True, gradient_accumulation_steps=4, loss_type="cpo")
+
+
+def test_trls_cases_without_an_equal_here_are_refused_with_the_reason(tiny_model: Path, tmp_path: Path) -> None:
+    args = SimPOConfig(output_dir=str(tmp_path / "run"), report_to="none")
+    with pytest.raises(ValueError, match=r"compute_metrics: .*no logits"):
+        SimPOTrainer(
+            str(tiny_model), args, train_dataset=rows_in_shape("text"), compute_metrics=lambda *_: {"test": 0.0}
+        )
+    with pytest.raises(ValueError, match="encoder-decoder models are not supported"):
+        SimPOConfig(output_dir=str(tmp_path / "run"), is_encoder_decoder=True)
+
+
+# --- the authors' script ---------------------------------------------------------------------------------------------
+
+
+def run_authors_script(recipe: Path, *words: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The script's names after it ran under our imports."""
+    theirs = "from simpo_config import SimPOConfig\nfrom simpo_trainer import SimPOTrainer"
+    assert theirs in AUTHORS_SCRIPT
+    monkeypatch.setitem(sys.modules, "alignment", alignment_standin)
+    monkeypatch.setattr(sys, "argv", ["run_simpo.py", str(recipe), *words])
+    names: dict[str, Any] = {}
+    exec(compile(AUTHORS_SCRIPT.replace(theirs, OUR_IMPORTS), "run_simpo.py", "exec"), names)
+    return names
+
+
+@pytest.fixture
+def authors_recipe(tiny_model: Path, pair_files: Path, tmp_path: Path) -> Iterator[Path]:
+    values = {"model_name_or_path": str(tiny_model), "dataset_mixer": {str(pair_files): 1.0}, **AUTHORS_RECIPE}
+    path = tmp_path / "tiny-simpo.yaml"
+    path.write_text(yaml.safe_dump({**values, "output_dir": str(tmp_path / "run")}), encoding="utf-8")
+    verbosity = transformers.logging.get_verbosity()
+    yield path
+    transformers.logging.set_verbosity(verbosity)  # the script's log_level is everybody's
+
+
+def test_the_authors_script_trains_with_only_its_imports_changed(
+    authors_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    old = "from simpo_config import SimPOConfig\nfrom simpo_trainer import SimPOTrainer"
-    lines = run_script(AUTHORS_SCRIPT.replace(old, OUR_IMPORTS), tiny_model, rendered, tmp_path / "run")
-    assert [line["step"] for line in lines] == [1, 2, 3]
-    assert lines[0]["loss"] - lines[2]["loss"] > 0.1
-    said = capsys.readouterr().out
-    for name in ("truncation_mode", "label_pad_token_id", "generate_during_eval"):
-        assert f"{name}: not used here" in said
+    names = run_authors_script(authors_recipe, "--learning_rate=1e-3", "--beta=2", monkeypatch=monkeypatch)
+    trainer, tokenizer = names["trainer"], names["tokenizer"]
+    lines = [line for line in trainer.state.log_history if "loss" in line]
+    assert (trainer.recipe.beta, lines[0]["learning_rate"] <= 1e-3) == (2.0, True)
+    assert len(lines) == 4
+    assert lines[0]["loss"] - lines[-1]["loss"] > 0.1
+    told = trainer.ledger.splits["train"]
+    assert told.kept == 40
+    texts = names["raw_datasets"]["train"]
+    for row in trainer.data.train:
+        start, text = row["chosen_start"], texts[int(row["row_id"].split("#")[1])]
+        assert tokenizer.decode(row["chosen_ids"][:start]) == text["prompt"]
+        response = tokenizer.decode(row["chosen_ids"][start:])  # with the header that the script wrote
+        assert response == text["chosen"].rstrip("\n"), "up to the end of turn, and no second one"
+    folder = tmp_path / "run"
+    for name in ("train_results.json", "eval_results.json", "trainer_state.json", "README.md", "model.safetensors"):
+        assert (folder / name).is_file(), name
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    assert config["use_cache"] is True
+    assert not any("attn_implementation" in name for name in config)
+    assert "instead of flash_attention_2" in capsys.readouterr().out
+
+    weights = {name: p.clone() for name, p in trainer.model.state_dict().items()}
+    shutil.rmtree(folder / "checkpoint-4")
+    again = run_authors_script(authors_recipe, "--learning_rate=1e-3", "--beta=2", monkeypatch=monkeypatch)
+    assert again["checkpoint"].endswith("checkpoint-2")
+    for name, value in again["trainer"].model.state_dict().items():
+        assert torch.equal(value, weights[name]), name
+
+
+def test_the_authors_script_trains_the_adapters_that_its_recipe_asks_for(
+    authors_recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = {"use_peft": True, "lora_r": 4, "lora_target_modules": ["q_proj", "v_proj"], "max_steps": 2}
+    values = yaml.safe_load(authors_recipe.read_text(encoding="utf-8"))
+    authors_recipe.write_text(yaml.safe_dump({**values, **lora}), encoding="utf-8")
+    trainer = run_authors_script(authors_recipe, "--learning_rate=1e-3", monkeypatch=monkeypatch)["trainer"]
+    assert json.loads((tmp_path / "run" / "adapter_config.json").read_text(encoding="utf-8"))["r"] == 4
+    trained = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all("lora" in name for name in trained)
 
 
 def test_plain_text_is_put_into_the_chat_template_unless_it_was_already(

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import yaml
+from alignment_standin import DataArguments, ModelArguments
 from transformers import HfArgumentParser
 
 from simpo.hosts.hf import SimPOConfig
@@ -19,36 +20,6 @@ from simpo.hosts.hf.config import KEYWORDS, RECIPE_FIELDS
 WILD = Path(__file__).parents[1] / "unit" / "recipes_in_the_wild"
 
 
-def neighbour(name: str, **fields: Any) -> type:
-    """A dataclass with these fields and defaults."""
-    declared = []
-    for field, default in fields.items():
-        kind, value = default if isinstance(default, tuple) else (type(default), default)
-        mutable = isinstance(value, list | dict)
-        rest = {"default_factory": lambda value=value: copy.copy(value)} if mutable else {"default": value}
-        declared.append((field, kind, dataclasses.field(**rest)))
-    return dataclasses.make_dataclass(name, declared)
-
-
-# The field names of the alignment-handbook and of the SimPO authors' scripts, which use its classes.
-ModelArguments = neighbour(
-    "ModelArguments",
-    **dict.fromkeys(("base_model_revision", "model_name_or_path", "model_code_revision"), (str | None, None)),
-    **dict.fromkeys(("torch_dtype", "tokenizer_name_or_path", "attn_implementation"), (str | None, None)),
-    **dict.fromkeys(("lora_target_modules", "lora_modules_to_save"), (list[str] | None, None)),
-    **dict.fromkeys(("trust_remote_code", "use_flash_attention_2", "use_peft", "load_in_8bit", "load_in_4bit"), False),
-    **{"model_revision": "main", "bnb_4bit_quant_type": "nf4", "use_bnb_nested_quant": False},
-    **{"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05},
-)
-DataArguments = neighbour(
-    "DataArguments",
-    **dict.fromkeys(("chat_template", "truncation_side", "text_column"), (str | None, None)),
-    dataset_mixer=(dict | None, None),
-    dataset_splits=(list[str] | None, ["train", "test"]),
-    dataset_configs=(list[str] | None, None),
-    preprocessing_num_workers=(int | None, None),
-    auto_insert_empty_system_msg=True,
-)
 COMMAND = "--output_dir runs/x --beta 2.5 --gamma-beta-ratio 0.3 --learning_rate 5e-7 --model_name_or_path some/model"
 
 

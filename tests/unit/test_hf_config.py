@@ -58,6 +58,8 @@ def test_gamma_is_what_each_program_means_by_it(given: dict[str, Any], expected:
         ({"loss_type": "simpo", "simpo_gamma": 1.0, "gamma": 1.0}, "gamma and simpo_gamma: two names"),
         ({"cpo_alpha": 0.0}, "there it names a CPO loss"),
         ({"cpo_alpha": 1.0, "loss_type": "sigmoid"}, "write loss_type 'simpo' for SimPO, 'cpo' for TRL's sigmoid"),
+        ({"cpo_alpha": 1.0, "loss_type": "hinge"}, "'cpo_hinge' for TRL's hinge"),
+        ({"cpo_alpha": 1.0, "loss_type": "ipo"}, "gamma_beta_ratio 0 beside 'ipo' for TRL's ipo"),
         ({"beta": 0.0}, "beta = 0.0"),
         ({"loss_type": "hinge", "label_smoothing": 0.1}, "label_smoothing = 0.1: not defined"),
         ({"max_length": 64, "max_prompt_length": 64}, "max_prompt_length = 64: must be less"),

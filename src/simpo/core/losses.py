@@ -109,7 +109,7 @@ class Loss:
             sft_reduction act on every loss.
         equation, source: one line of text each; the source is an arXiv id, or where the loss was published.
         at_zero_margin: the same keyword arguments -> pair loss in nats when both responses have the same log-prob (per
-            token; summed for cpo and slic).
+            token; summed for cpo, cpo_hinge and slic).
         zero_margin_note: what that number leaves out, or "".
         sft_weight: default weight of the added term -m_w.
         needs_reference: whether log-probs of a reference model enter it.
@@ -283,6 +283,18 @@ def simpo_loss(
 def cpo(logps: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
     """-log sigmoid(beta*(l_w - l_r)), not length-normalised. Source: CPO, arXiv:2401.08417 (its preference term)."""
     losses = _smoothed_logsigmoid(beta * (logps.chosen_sum - logps.rejected_sum), label_smoothing)
+    return _with_rewards(losses, beta * logps.chosen_sum, beta * logps.rejected_sum)
+
+
+@declare(
+    "relu(1 - beta (l_w - l_r)) + sft",
+    "TRL's CPOTrainer; with beta 1, SLiC-HF, arXiv:2305.10425",
+    at_zero_margin=lambda beta: 1.0,
+    sft_weight=1.0,
+)
+def cpo_hinge(logps: PairLogps, *, beta: float = 0.1) -> PairLoss:
+    """relu(1 - beta*(l_w - l_r)), not length-normalised: cpo's score in a hinge, as TRL's CPOTrainer has it."""
+    losses = (1 - beta * (logps.chosen_sum - logps.rejected_sum)).relu()
     return _with_rewards(losses, beta * logps.chosen_sum, beta * logps.rejected_sum)
 
 

@@ -37,7 +37,9 @@ _NUMBERS = (*_OTHER_NAMES, "alpha", "warmup_ratio")
 # Options of from_pretrained that the recipe has a say in.
 _OF_MODEL = ("dtype", "torch_dtype", "attn_implementation", "use_flash_attention_2", "trust_remote_code")
 
-_TRL_MEANS_OTHERWISE = (None, "sigmoid", "hinge", "ipo")  # losses that TRL's CPOConfig has under the same names
+# Losses that TRL's CPOConfig has under SimPO's names, None for its default -> what they are called here.
+_OF_TRL = {name: "'cpo' for TRL's sigmoid" for name in (None, "sigmoid")}
+_OF_TRL |= {"hinge": "'cpo_hinge' for TRL's hinge", "ipo": "gamma_beta_ratio 0 beside 'ipo' for TRL's ipo"}
 
 
 _MEANS_HERE = {
@@ -169,11 +171,11 @@ class SimPOConfig(_Arguments):
         """Other programs' names -> ours, as far as their meaning depends on more than their own value."""
         trl = [name for name in ("simpo_gamma", "cpo_alpha", "alpha") if getattr(self, name) is not None]
         loss = self.loss_type[0] if isinstance(self.loss_type, list) and len(self.loss_type) == 1 else self.loss_type
-        if trl and loss in _TRL_MEANS_OTHERWISE:
+        if trl and loss in _OF_TRL and not (loss == "ipo" and self.gamma_beta_ratio == 0):
             shown = "its default, sigmoid" if loss is None else repr(loss)
             raise ValueError(
                 f"loss_type = {shown}, with {trl[0]} of TRL's CPOConfig: there it names a CPO loss, here one of SimPO; "
-                f"write loss_type 'simpo' for SimPO, 'cpo' for TRL's sigmoid, or drop {trl[0]}"
+                f"write loss_type 'simpo' for SimPO, {_OF_TRL[loss]}, or drop {trl[0]}"
             )
         self.loss_type = loss
         if self.alpha is not None:
