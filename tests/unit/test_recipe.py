@@ -693,3 +693,44 @@ def test_mapping_overrides_take_python_values():
 def test_token_budget_without_packing_is_refused() -> None:
     with pytest.raises(ValueError, match="max_tokens_per_micro_batch counts packed tokens, and pack is false"):
         load_recipe({"model_name_or_path": "m", "pack": False, "max_tokens_per_micro_batch": 4096})
+
+
+def test_dataset_mixture_of_the_alignment_handbook(tmp_path):
+    one = {"id": "org/set", "config": "en", "split": "train_prefs", "columns": ["chosen", "rejected"], "weight": 0.5}
+    mixture = {"datasets": [one, {"id": "org/other"}, {"id": "org/set"}], "seed": 3, "test_split_size": 0.1}
+    recipe = load_recipe({"model_name_or_path": "m", "dataset_mixture": mixture})
+    assert recipe.dataset_mixer == {
+        "org/set 1": {
+            **{"path": "org/set", "config": "en", "split": ["train_prefs"], "columns": ["chosen", "rejected"]},
+            "fraction": 0.5,
+        },
+        "org/other": {},
+        "org/set 2": {"path": "org/set"},
+    }
+    assert recipe.validation_fraction == 0.1
+    assert any("seed chooses the rows" in line for line in recipe.notices)
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert load_recipe(recipe, {"dataset_name": "a.jsonl"}).dataset_mixer == {"a.jsonl": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dataset_mixture": ["org/set"]}, r"a mapping with datasets: \[\{id: NAME"),
+        ({"dataset_mixture": {"datasets": [{"name": "a"}]}}, r"a mapping with datasets: \[\{id: NAME"),
+        ({"dataset_mixture": {"datasets": [{"id": "a"}], "shuffle": True}}, "shuffle is not known here"),
+        (
+            {"dataset_mixture": {"datasets": [{"id": "a", "data_dir": "b"}]}},
+            "'data_dir' is not known here; a dataset may",
+        ),
+        ({"dataset_mixture": {"datasets": [{"id": "a"}], "test_split_size": 500}}, "test_split_size.*500"),
+        ({"dataset_mixer": {"a": 1.0}, "dataset_mixture": {"datasets": [{"id": "a"}]}}, "two names of the same key"),
+        ({"dataset_mixer": {"a": {"fraction": 0}}}, "'a': fraction: the fraction must be > 0"),
+        ({"dataset_mixer": {"a": {"columns": 3}}}, "'a': columns: a list of names is needed"),
+        ({"dataset_mixer": {"a": {"data_files": {"train": 1}}}}, "'a': data_files: a list of names is needed"),
+    ],
+)
+def test_entries_of_the_mixer_that_say_what_is_not_known(keys, message):
+    with pytest.raises(ValueError, match=message):
+        load_recipe({"model_name_or_path": "m", **keys})

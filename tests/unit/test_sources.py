@@ -232,6 +232,52 @@ def test_rows_of_one_scored_answer_are_grouped_by_prompt(tmp_path, data_recipe):
     assert read(score_column="verbosity") == {**wanted, "0": ("a", "bad", "good")}
 
 
+def test_entry_says_its_own_splits_columns_and_fraction(tmp_path, data_recipe):
+    for name, count in (("train_prefs", 10), ("test_prefs", 2), ("extra", 3)):
+        write_jsonl(tmp_path / "set" / f"{name}.jsonl", [{**row, "messages": "other"} for row in rows(count)])
+    place = str(tmp_path / "set")
+    entry = {"split": ["train_prefs", "test_prefs"], "columns": ["prompt", "chosen", "rejected"], "fraction": 0.5}
+    recipe = data_recipe({place: entry, "more of it": {"path": place, "split": "extra", "columns": ["prompt"]}})
+    splits = load_splits(recipe)
+    assert [row.row_id.partition("#")[0] for row in splits.train] == 5 * ["set/train_prefs"] + 3 * ["more of it/extra"]
+    assert {tuple(row.row) for row in splits.train[:5]} == {("prompt", "chosen", "rejected")}
+    assert [row.row for row in splits.eval] == rows(2)
+    assert [row.row for row in splits.train[5:]] == [{"prompt": f"q{i}"} for i in range(3)]
+    before = fingerprint_sources(find_sources(recipe))
+    entry["columns"] = ["prompt", "chosen"]
+    assert fingerprint_sources(find_sources(data_recipe({place: entry, "more of it": {"path": place}}))) != before
+    with pytest.raises(ValueError, match="has no column 'choosen'; its columns: prompt, chosen, rejected, messages"):
+        load_splits(data_recipe({place: {**entry, "columns": ["choosen"]}}))
+    with pytest.raises(ValueError, match=r"no split 'train_prefs\[:9\]'.*a part of a split is a fraction"):
+        load_splits(data_recipe({place: {"split": "train_prefs[:9]"}}))
+    with pytest.raises(ValueError, match="is local and has no configurations"):
+        find_sources(data_recipe({place: {"config": "en"}}))
+
+
+def test_files_named_under_the_format_that_reads_them(tmp_path, data_recipe):
+    write_jsonl(tmp_path / "a1.jsonl", rows(2))
+    write_jsonl(tmp_path / "a2.jsonl", rows(3, 10))
+    write_any(tmp_path / "b.csv", rows(1, 50)).rename(tmp_path / "b.txt")
+    write_jsonl(tmp_path / "held.jsonl", rows(2, 90))
+
+    def read(mixer):
+        splits = load_splits(data_recipe(mixer, validation_fraction=0))
+        return [row.row for row in splits.train], [row.row for row in splits.eval]
+
+    assert read({"json": {"data_files": str(tmp_path / "a*.jsonl")}}) == (rows(2) + rows(3, 10), [])
+    assert read({"csv": {"data_files": [str(tmp_path / "b.txt")]}}) == (rows(1, 50), [])
+    by_split = {"train": "a1.jsonl", "test": ["held.jsonl"]}
+    assert read({str(tmp_path): {"data_files": by_split}}) == (rows(2), rows(2, 90))
+    with pytest.raises(ValueError, match=r"json is how files are read.*write \{json: \{data_files"):
+        find_sources(data_recipe({"json": 1.0}))
+    with pytest.raises(ValueError, match=r"no such file: .*a3\.jsonl; did you mean .*a\d\.jsonl"):
+        find_sources(data_recipe({"json": {"data_files": str(tmp_path / "a3.jsonl")}}))
+    with pytest.raises(ValueError, match=r"b\.txt: unknown kind of file; use one of"):
+        find_sources(data_recipe({str(tmp_path): {"data_files": "b.txt"}}))
+    with pytest.raises(ValueError, match="is a file, so that there is nothing to choose"):
+        find_sources(data_recipe({str(tmp_path / "a1.jsonl"): {"data_files": "x"}}))
+
+
 def test_broken_lines_become_rows_that_say_where(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "q"}\n\n{"prompt": \n\xff\xfe\n' + b"[" * 100_000 + b"\n[1]\n")
@@ -291,8 +337,8 @@ def test_hub_dataset(monkeypatch, data_recipe):
 
     asked = []
 
-    def fake(name, config):
-        asked.append((name, config))
+    def fake(name, config, data_files=None):
+        asked.append((name, config, data_files))
         return datasets.DatasetDict(train_prefs=datasets.Dataset.from_list(rows(3)))
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
@@ -300,7 +346,10 @@ def test_hub_dataset(monkeypatch, data_recipe):
         {"org/set": 1.0}, dataset_splits=["train_prefs"], dataset_configs=["small"], validation_fraction=0
     )
     assert [row.row_id for row in load_splits(recipe).train] == [f"set/train_prefs#{i}" for i in range(3)]
-    assert asked == [("org/set", "small")]
+    assert asked == [("org/set", "small", None)]
+    entry = {"config": "large", "data_files": "part1.parquet", "split": "train_prefs"}
+    assert len(load_splits(data_recipe({"org/set": entry}, validation_fraction=0)).train) == 3
+    assert asked[1:] == [("org/set", "large", ["part1.parquet"])]
 
 
 def test_hub_out_of_reach(monkeypatch, data_recipe):

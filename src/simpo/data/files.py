@@ -33,9 +33,11 @@ def file_format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
 
-def read_file(path: Path) -> list[Any]:
+def read_file(path: Path, otherwise: str | None = None) -> list[Any]:
     """The rows of one file, or of one saved dataset: mappings, or a `RowError` for each line that cannot be read.
 
+    Args:
+        otherwise: the format where the name does not say it.
     Raises:
         ValueError: the file as a whole cannot be read, or has no rows.
     """
@@ -46,7 +48,7 @@ def read_file(path: Path) -> list[Any]:
         ".tsv": _read_csv,
         ".parquet": _read_parquet,
     }
-    rows = _read_saved(path) if path.is_dir() else list(readers[file_format(path) or ""](path))
+    rows = _read_saved(path) if path.is_dir() else list(readers[file_format(path) or otherwise or ""](path))
     if not rows:
         raise ValueError(f"{path}: the file has no rows")
     return rows

@@ -10,6 +10,7 @@ Choosing is seeded and by row: the rows kept stay in the order of their files; t
 from __future__ import annotations
 
 import difflib
+import glob
 import hashlib
 import json
 import os
@@ -37,6 +38,9 @@ from simpo.errors import one_line
 TRAIN_NAMES = ("train", "train_prefs", "training")
 EVAL_NAMES = ("test", "test_prefs", "validation", "eval", "valid", "val", "dev", "evaluation", "eval_prefs")
 
+BUILDERS = {"json": ".json", "csv": ".csv", "parquet": ".parquet"}
+"""How `datasets` calls formats of files -> the ending of a file whose own says nothing."""
+
 _EVAL_WORD = re.compile(r"(?:^|[-_.])(?:test|valid\w*|eval\w*|val|dev)(?:$|[-_.\d])")
 _SHARD = re.compile(r"[-_.]?\d+-of-\d+$")
 
@@ -62,7 +66,7 @@ class Source:
     """One entry of the mixer, found but not read.
 
     `splits` maps each split to a function that reads its rows; `content` reads as little as it can to tell whether the
-    rows have changed.
+    rows have changed. `wanted` names the splits to read, in place of dataset_splits; `columns` are those to keep.
     """
 
     splits: Mapping[str, Callable[[], list[Any]]]
@@ -71,6 +75,8 @@ class Source:
     name: str = "the dataset"
     label: str = "dataset"
     fraction: float = 1.0
+    wanted: list[str] | None = None
+    columns: list[str] | None = None
 
 
 def find_sources(recipe: Any) -> list[Source]:
@@ -86,8 +92,8 @@ def find_sources(recipe: Any) -> list[Source]:
         raise ValueError("dataset_mixer: empty; give {path or hub name: fraction}")
     labels, configs = _labels(list(mixer)), recipe.dataset_configs or [None] * len(mixer)
     return [
-        replace(_find(name, config), name=name, label=labels[name], fraction=fraction)
-        for (name, fraction), config in zip(mixer.items(), configs, strict=True)
+        _find_entry(name, labels[name], entry if isinstance(entry, dict) else {"fraction": entry}, config)
+        for (name, entry), config in zip(mixer.items(), configs, strict=True)
     ]
 
 
@@ -110,16 +116,16 @@ def fingerprint_sources(sources: list[Source]) -> str:
     """Hash of every source's content, in the order of the mixer."""
     digest = hashlib.sha256()
     for source in sources:
-        digest.update(json.dumps([source.label, source.fraction, source.content()]).encode())
+        parts = [source.label, source.fraction, source.wanted, source.columns, source.content()]
+        digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
 
 def uses_seed(recipe: Any, sources: list[Source]) -> bool:
     """Whether the seed decides which rows are taken: a part of a dataset, a limit, or a hold-out."""
-    _, eval_names = _wanted_splits(recipe.dataset_splits)
     parts = any(source.fraction != int(source.fraction) for source in sources)
     limits = recipe.max_train_samples is not None or recipe.max_eval_samples is not None
-    return parts or limits or not any(_eval_splits(source, eval_names) for source in sources)
+    return parts or limits or not any(_chosen_splits(source, recipe)[1] for source in sources)
 
 
 def load_splits(
@@ -140,12 +146,11 @@ def load_splits(
         ValueError: as `find_sources`; also a file that cannot be read, an empty one, or a split that is not there.
     """
     sources = find_sources(recipe) if sources is None else sources
-    train_names, eval_names = _wanted_splits(recipe.dataset_splits)
     notes: list[str] = []
     base: list[list[RawRow]] = []
     eval_rows: list[RawRow] = []
     for source in sources:
-        trained, evaluated = _train_splits(source, train_names), _eval_splits(source, eval_names)
+        trained, evaluated = _chosen_splits(source, recipe)
         read = {name: _group_answers(_read(source, name), recipe, notes) for name in {*trained, *evaluated}}
         base.append([row for name in trained for row in read[name]])
         eval_rows += [row for name in evaluated for row in read[name]]
@@ -262,16 +267,15 @@ def _wanted_splits(names: list[str]) -> tuple[list[str], list[str]]:
     return train, [name for name in names[1:] if name not in train]
 
 
-def _train_splits(source: Source, wanted: list[str]) -> list[str]:
-    if source.is_plain_file:
-        return list(source.splits)
-    return [found for name in wanted for found in _match(source, name, TRAIN_NAMES)]
-
-
-def _eval_splits(source: Source, wanted: list[str]) -> list[str]:
-    if source.is_plain_file:
-        return []
-    return [found for name in wanted for found in _match(source, name, EVAL_NAMES)]
+def _chosen_splits(source: Source, recipe: Any) -> tuple[list[str], list[str]]:
+    """The splits of a source to train on, and those to evaluate on."""
+    if source.is_plain_file and source.wanted is None:
+        return list(source.splits), []
+    train, evaluate = _wanted_splits(source.wanted or recipe.dataset_splits)
+    return (
+        [found for name in train for found in _match(source, name, TRAIN_NAMES)],
+        [found for name in evaluate for found in _match(source, name, EVAL_NAMES)],
+    )
 
 
 def _match(source: Source, wanted: str, usual: tuple[str, ...]) -> list[str]:
@@ -282,7 +286,8 @@ def _match(source: Source, wanted: str, usual: tuple[str, ...]) -> list[str]:
     found = [name for name in (usual if wanted == usual[0] else (wanted,)) if name in source.splits]
     if not found and (usual is TRAIN_NAMES or wanted != usual[0]):
         there = ", ".join(sorted(source.splits)) or "none"
-        raise ValueError(f"dataset_splits: {source.name!r} has no split {wanted!r}; its splits: {there}")
+        part = "; a part of a split is a fraction of its dataset" * ("[" in wanted)
+        raise ValueError(f"dataset_splits: {source.name!r} has no split {wanted!r}; its splits: {there}{part}")
     return found[:1]
 
 
@@ -290,21 +295,74 @@ def _read(source: Source, split: str) -> list[RawRow]:
     rows = source.splits[split]()
     if not rows:
         raise ValueError(f"dataset_mixer: {source.name!r} has no rows in its split {split!r}")
+    if source.columns is not None:
+        rows = _select(rows, source.columns, source.name)
     return [RawRow(f"{source.label}/{split}#{index}", row) for index, row in enumerate(rows)]
+
+
+def _select(rows: list[Any], columns: list[str], name: str) -> list[Any]:
+    """The rows with these columns alone; lines that are no rows stay, for the ledger."""
+    there = dict.fromkeys(column for row in rows if isinstance(row, Mapping) for column in row)
+    if missing := [column for column in columns if column not in there]:
+        has = ", ".join(map(str, there)) or "none"
+        raise ValueError(f"dataset_mixer: {name!r} has no column {missing[0]!r}; its columns: {has}")
+    return [{c: row[c] for c in columns if c in row} if isinstance(row, Mapping) else row for row in rows]
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
 
 
-def _find(name: str, config: str | None) -> Source:
+def _find_entry(name: str, label: str, entry: Mapping[str, Any], config: str | None) -> Source:
+    """One entry of the mixer: where it is found, and what it says about itself."""
+    place = entry.get("path", name)
+    if entry.get("config") and Path(place).expanduser().exists():
+        raise ValueError(f"dataset_mixer: {name}: config: {place} is local and has no configurations; name its folder")
+    found = _find(place, entry.get("config", config), entry.get("data_files"))
+    own = {"fraction": entry.get("fraction", 1.0), "wanted": entry.get("split"), "columns": entry.get("columns")}
+    return replace(found, name=name, label=label, **own)
+
+
+def _find(name: str, config: str | None, data_files: Any) -> Source:
     path = Path(name).expanduser()
+    is_folder = path.is_dir()
+    if name in BUILDERS and not (path.exists() or data_files):
+        raise ValueError(
+            f"dataset_mixer: {name} is how files are read, not a dataset; write {{{name}: {{data_files: ...}}}}"
+        )
+    if data_files and (is_folder or name in BUILDERS) and "://" not in str(data_files):
+        return _find_files(path if is_folder else Path(), data_files, None if is_folder else BUILDERS[name])
     if path.is_file():
+        if data_files:
+            raise ValueError(f"dataset_mixer: {name} is a file, so that there is nothing to choose with data_files")
         return _find_file(path)
-    if path.is_dir():
+    if is_folder:
         return _find_folder(path)
     if _looks_like_path(name):
         raise ValueError(f"dataset_mixer: no such file or folder: {name}{_nearest(path)}")
-    return _find_on_hub(name, config)
+    return _find_on_hub(name, config, data_files)
+
+
+def _find_files(folder: Path, data_files: Any, builder: str | None) -> Source:
+    """Files named one by one or by patterns, all of them training rows unless named by split."""
+    named = data_files if isinstance(data_files, Mapping) else {"train": data_files}
+    splits: dict[str, list[Path]] = {}
+    for split, patterns in named.items():
+        for pattern in patterns:
+            found = sorted(glob.glob(str(folder / Path(pattern).expanduser()), recursive=True))
+            splits.setdefault(split, []).extend(map(Path, found))
+            if not found:
+                raise ValueError(f"dataset_mixer: data_files: no such file: {pattern}{_nearest(folder / pattern)}")
+    for file in (file for files in splits.values() for file in files):
+        if not (file_format(file) or builder or is_saved_dataset(file)):
+            raise ValueError(
+                f"dataset_mixer: data_files: {file}: unknown kind of file; use one of {', '.join(FORMATS)}"
+            )
+    readers = {
+        split: (lambda files=files: [row for file in files for row in read_file(file, builder)])
+        for split, files in splits.items()
+    }
+    every = [file for files in splits.values() for file in files]
+    return Source(readers, lambda: hash_files(every), is_plain_file=named is not data_files)
 
 
 def _looks_like_path(name: str) -> bool:
@@ -390,11 +448,11 @@ def _split_of(file: Path, folder: Path) -> str:
     return stem
 
 
-def _find_on_hub(name: str, config: str | None) -> Source:
+def _find_on_hub(name: str, config: str | None, data_files: Any) -> Source:
     from datasets import load_dataset
 
     try:
-        loaded = load_dataset(name, config)
+        loaded = load_dataset(name, config, data_files=data_files) if data_files else load_dataset(name, config)
     except Exception as error:  # offline, unknown name, unknown config: many types, one remedy
         raise ValueError(
             f"dataset_mixer: {name!r} is not a local file or folder, and could not be loaded from the hub "

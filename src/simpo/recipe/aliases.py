@@ -64,6 +64,24 @@ def _no_evaluation(value: Any) -> Any:
     return "no" if value == 0 and not isinstance(value, bool) else UNSET
 
 
+def _mixture(value: Any) -> Any:
+    """The alignment-handbook's dataset_mixture as entries of dataset_mixer; a name that comes twice gets a number."""
+    datasets = value.get("datasets") if isinstance(value, Mapping) else None
+    if not isinstance(datasets, list) or not all(isinstance(each, Mapping) and each.get("id") for each in datasets):
+        raise ValueError("a mapping with datasets: [{id: NAME, ...}, ...] is needed")
+    if unknown := [str(name) for name in value if name not in ("datasets", "seed", "test_split_size")]:
+        raise ValueError(f"{unknown[0]} is not known here; it may hold datasets, seed and test_split_size")
+    mixer: dict[str, dict[str, Any]] = {}
+    for each in datasets:
+        ours = {"id": "path", "weight": "fraction"}
+        name, times = str(each["id"]), [other["id"] for other in datasets].count(each["id"])
+        if times > 1:
+            name = next(label for label in (f"{name} {number}" for number in range(1, times + 1)) if label not in mixer)
+        settings = {ours.get(str(key), str(key)): given for key, given in each.items()}
+        mixer[name] = {key: given for key, given in settings.items() if (key, given) != ("path", name)}
+    return mixer
+
+
 BF16_MASTERS_NOTICE = (
     "fp32 master weights are kept: at small learning rates bf16 weights do not move; "
     "set master_dtype: bfloat16 to insist (with optim: adamw_bf16 they do move)"
@@ -85,6 +103,8 @@ ALIASES: dict[str, Alias] = {
     "dataset_num_proc": Alias("preprocessing_num_workers"),
     "dataset_config_name": Alias("dataset_config"),
     "use_bnb_nested_quant": Alias("bnb_4bit_use_double_quant"),
+    "dataset_mixture": Alias("dataset_mixer", _mixture, notice="seed chooses the rows, as for every recipe"),
+    "test_split_size": Alias("validation_fraction", yields=True),
     "cpo_alpha": Alias("sft_weight"),
     "simpo_gamma": Alias("gamma"),
     "ref_model": Alias("ref_model_name_or_path"),

@@ -177,9 +177,12 @@ class Recipe(_LossKeys):
     tf32: bool | None = _model(
         None, "TensorFloat-32 matrix products where CUDA computes float32.", null="as torch is set", hf="run")
     # -- data
-    dataset_mixer: Annotated[dict[str, float], BeforeValidator(as_mixture)] = _data(
+    dataset_mixer: Annotated[dict[str, float | dict[str, Any]], BeforeValidator(as_mixture)] = _data(
         {}, "Datasets and the fraction of each: local files, folders or hub names. A fraction is taken after a seeded "
-        "shuffle; over 1 repeats rows.", "mapping of name to fraction > 0",
+        "shuffle; over 1 repeats rows. In place of a fraction {fraction, config, split, columns, data_files, path}: a "
+        "configuration, splits of its own (as dataset_splits), the columns to keep, files of a folder, a hub dataset, "
+        "json, csv or parquet, and the dataset itself where the name is only a name.",
+        "mapping of name to fraction > 0 or to settings",
         decides_tokens=False, hf="run", shown=True)  # the files themselves are, and their fractions
     dataset_splits: Words = _data(
         ["train", "test"], "Splits to read: the first to train on, the others to evaluate on unless they say `train`.",

@@ -113,6 +113,8 @@ def _read_layer(mapping: Mapping[str, Any]) -> _Layer:
                 _put(layer, written, name, value)
         elif name in ALIASES:
             later.append((written, name, value))
+            if name == "dataset_mixture" and isinstance(value, Mapping):
+                later.append((f"{written}.test_split_size", "test_split_size", value.get("test_split_size")))
         elif name in REFUSED and value not in ASKS_NOTHING:
             raise ValueError(f"{written} = {short(value)}: {REFUSED[name]}")
         elif name in KNOWN_ELSEWHERE:

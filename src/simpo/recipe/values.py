@@ -107,20 +107,57 @@ def as_optimizer(value: Any) -> Any:
     return value
 
 
+def _fraction(value: Any) -> Any:
+    number = as_number(value)
+    if number is None or number <= 0:
+        raise ValueError("the fraction must be > 0 (1.0 is the whole dataset, 2.0 twice)")
+    return number
+
+
+def _files(value: Any) -> Any:
+    """Names or patterns of files, or a mapping of split to them."""
+    return (
+        {as_text(name): _words(files) for name, files in value.items()} if isinstance(value, Mapping) else _words(value)
+    )
+
+
+_ENTRY = {
+    "fraction": _fraction,
+    "path": as_text,
+    "config": as_text,
+    "split": _words,
+    "columns": _words,
+    "data_files": _files,
+}
+"""What an entry of the mixer may say -> its check."""
+
+
 def as_mixture(value: Any) -> Any:
+    """{name: fraction}, or {name: {what `_ENTRY` knows}}; what an entry leaves null is left out."""
     if not isinstance(value, Mapping):
         raise ValueError("a mapping of dataset name to fraction is needed")
     if not value:
         raise ValueError("is empty; name at least one dataset")
-    for name, fraction in value.items():
+    mixer = {}
+    for name, entry in value.items():
         try:
-            as_text(name)
-            positive = as_number(fraction) > 0
+            mixer[os.fspath(as_text(name))] = _entry(entry) if isinstance(entry, Mapping) else _fraction(entry)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{short(name)}: {error}") from None
-        if not positive:
-            raise ValueError(f"{short(name)}: the fraction must be > 0 (1.0 is the whole dataset, 2.0 twice)")
-    return {os.fspath(name): float(fraction) for name, fraction in value.items()}
+    return mixer
+
+
+def _entry(value: Mapping[Any, Any]) -> dict[str, Any]:
+    checked = {}
+    for key, given in value.items():
+        if key not in _ENTRY:
+            raise ValueError(f"{short(key)} is not known here; a dataset may have {', '.join(_ENTRY)}")
+        try:
+            if given is not None:
+                checked[key] = _ENTRY[key](given)
+        except ValueError as error:
+            raise ValueError(f"{key}: {error}") from None
+    return checked
 
 
 def as_lora_targets(value: Any) -> Any:
