@@ -19,6 +19,7 @@ from simpo.hosts.launcher import launched_by_accelerate
 from simpo.recipe import KEYS, load_recipe
 
 REPO = Path(__file__).resolve().parents[2]
+WILD = sorted((REPO / "tests" / "unit" / "recipes_in_the_wild").glob("*.yaml"))
 
 
 def config(**values: Any) -> SimPOConfig:
@@ -167,6 +168,11 @@ def test_every_key_of_the_recipe_is_honoured_or_refused():
     assert keys["argument"] | keys["shared"] == {*OTHER_VALUES} - keys["run"] | elsewhere
 
 
+@pytest.mark.parametrize("path", WILD, ids=lambda path: path.stem)
+def test_the_authors_recipes_run_under_accelerate_as_they_are(path: Path):
+    check_keys(load_recipe(path))
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -231,6 +237,7 @@ def test_python_in_the_documentation_uses_names_that_exist():
 def test_names_in_the_tables_of_the_documentation_are_fields_or_keys():
     fields = {field.name for field in dataclasses.fields(SimPOConfig)} | {*KEYS}
     elsewhere = {"tokenizer", "processing_class", "model_init_kwargs", "nll_loss", "sft_loss", "use_flash_attention_2"}
+    elsewhere |= {"compute_metrics", "logits", "accelerate", "H4ArgumentParser", "cpo_hinge", "on_evaluate", "simpo"}
     elsewhere |= {"cpo", "multi_gpu", "deepspeed_zero2", "deepspeed_zero3", "fsdp2", "sigmoid", "hinge", "ipo"}
     for line in PAGE.splitlines():
         if line.startswith("| ") and "|---" not in line:
