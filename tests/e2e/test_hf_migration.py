@@ -273,7 +273,9 @@ def run_case(model: Path, folder: Path, shape: str, *, lora: bool = False, **key
     ],
 )
 def test_trls_cases_train(tiny_model: Path, tmp_path: Path, keys: dict[str, Any], shape: str) -> None:
-    run_case(tiny_model, tmp_path / "run", shape, **keys)
+    trainer = run_case(tiny_model, tmp_path / "run", shape, **keys)
+    trainer.create_model_card(dataset_name="org/pairs", tags=["trl"])  # as TRL's scripts do, through push_to_hub
+    assert "org/pairs" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("shape", ["text", "conversational", "conversational implicit"])

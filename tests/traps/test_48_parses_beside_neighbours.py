@@ -50,7 +50,9 @@ def test_beside_trls_classes_in_any_order_from_the_command_line_and_from_yaml(tm
 @pytest.mark.parametrize("order", [*itertools.permutations((ModelArguments, DataArguments, SimPOConfig))])
 def test_beside_the_alignment_handbooks_classes(order: tuple[type, ...]):
     words = [*COMMAND.split(), "--chat_template", "{{ messages }}", "--preprocessing_num_workers", "2"]
-    parsed = by_type(HfArgumentParser(order).parse_args_into_dataclasses([*words, "--report_to", "none"]))
+    parser = HfArgumentParser(order)
+    assert "--gamma_beta_ratio" in parser.format_help()
+    parsed = by_type(parser.parse_args_into_dataclasses([*words, "--report_to", "none"]))
     assert parsed[DataArguments].chat_template == "{{ messages }}"
     assert parsed[SimPOConfig].beta == 2.5
 

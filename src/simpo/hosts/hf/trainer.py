@@ -402,6 +402,10 @@ class SimPOTrainer(Trainer):
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
+    def create_model_card(self, *positional: Any, dataset_name: str | None = None, **options: Any) -> None:
+        """As in transformers; `dataset_name` is what TRL's scripts call `dataset`, in push_to_hub too."""
+        super().create_model_card(*positional, **({"dataset": dataset_name} | options))
+
     def _whole_state_dict(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
         """The model's state dict with whole tensors, on the first process; every process calls it.
 
