@@ -231,6 +231,16 @@ def test_two_names_of_one_key_are_refused_naming_both(one, other):
     assert next(iter(other)) in message
 
 
+@pytest.mark.parametrize(("loss", "advice"), [("sigmoid", "'cpo'"), (["hinge"], "'cpo_hinge'"), ("ipo", "ratio 0")])
+def test_a_recipe_for_trl_does_not_train_simpos_loss_of_the_same_name(loss, advice):
+    assert advice in refusal(loss_type=loss, cpo_alpha=1.0)
+
+
+def test_what_trl_and_this_package_mean_alike_is_read():
+    assert recipe(loss_type="ipo", cpo_alpha=0.5, gamma_beta_ratio=0.0).sft_weight == 0.5
+    assert recipe(loss_type="simpo", cpo_alpha=0.5).sft_weight == 0.5
+
+
 @pytest.mark.parametrize("name", sorted(set(KNOWN_ELSEWHERE) - {"stage"}))
 def test_a_key_known_elsewhere_gives_exactly_one_line(name):
     notices = recipe(**{name: False}).notices

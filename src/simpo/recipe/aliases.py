@@ -293,5 +293,24 @@ _MEANINGLESS: Mapping[str, str] = {
     "see beta": "dpo_beta",
 }
 
+_LOSSES_OF_TRL = {name: "'cpo' for TRL's sigmoid" for name in (None, "sigmoid")}
+_LOSSES_OF_TRL |= {"hinge": "'cpo_hinge' for TRL's hinge", "ipo": "gamma_beta_ratio 0 beside 'ipo' for TRL's ipo"}
+
+
+def check_loss_of_trl(loss: Any, name: str, *, ratio: Any) -> None:
+    """Raise ValueError for a loss_type, None for TRL's default, that means another loss beside a key of TRL alone.
+
+    Args:
+        name: the key of TRL's CPOConfig that is given.
+        ratio: gamma_beta_ratio; at 0, ipo is TRL's.
+    """
+    if isinstance(loss, str | None) and loss in _LOSSES_OF_TRL and not (loss == "ipo" and ratio == 0):
+        shown = "its default, sigmoid" if loss is None else repr(loss)
+        raise ValueError(
+            f"loss_type = {shown}, with {name} of TRL's CPOConfig: there it names a CPO loss, here one of SimPO; "
+            f"write loss_type 'simpo' for SimPO, {_LOSSES_OF_TRL[loss]}, or drop {name}"
+        )
+
+
 KNOWN_ELSEWHERE: dict[str, str] = {name: hint for hint, names in _MEANINGLESS.items() for name in names.split()}
 """Name -> why it means nothing here, or which key to use."""

@@ -30,6 +30,7 @@ from simpo.recipe.aliases import (
     REFUSED,
     UNSET,
     Alias,
+    check_loss_of_trl,
 )
 from simpo.recipe.keys import KEYS, Recipe
 from simpo.recipe.values import as_number, as_text, as_whole
@@ -200,6 +201,9 @@ def _build(layer: _Layer, processes: int) -> Recipe:
     """Resolve input keys, then let the typed recipe check every value."""
     if "master_dtype" in layer.values:
         layer.notices = [notice for notice in layer.notices if BF16_MASTERS_NOTICE not in notice]
+    if layer.spelled.get("sft_weight") == "cpo_alpha" and "loss_type" in layer.values:
+        (loss,) = loss if isinstance(loss := layer.values["loss_type"], list) and len(loss) == 1 else [loss]
+        check_loss_of_trl(loss, "cpo_alpha", ratio=layer.values.get("gamma_beta_ratio"))
     _resolve_datasets(layer)
     _resolve_global_batch(layer, processes)
     steps = layer.values.get("warmup_steps")

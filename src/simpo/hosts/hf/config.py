@@ -14,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.recipe.aliases import check_loss_of_trl
 from simpo.recipe.yaml import parse_yaml
 
 # Recipe keys that are fields here and not TrainingArguments' own. None in a field is the recipe's default.
@@ -36,11 +37,6 @@ _OTHER_NAMES = ("gamma", "simpo_gamma", "cpo_alpha", "dataset_num_proc")  # of r
 _NUMBERS = (*_OTHER_NAMES, "alpha", "warmup_ratio")
 # Options of from_pretrained that the recipe has a say in.
 _OF_MODEL = ("dtype", "torch_dtype", "attn_implementation", "use_flash_attention_2", "trust_remote_code")
-
-# Losses that TRL's CPOConfig has under SimPO's names, None for its default -> what they are called here.
-_OF_TRL = {name: "'cpo' for TRL's sigmoid" for name in (None, "sigmoid")}
-_OF_TRL |= {"hinge": "'cpo_hinge' for TRL's hinge", "ipo": "gamma_beta_ratio 0 beside 'ipo' for TRL's ipo"}
-
 
 _MEANS_HERE = {
     "max_tokens_per_micro_batch": "Tokens after which a micro-batch is split; the update stays the same. null = no "
@@ -171,12 +167,8 @@ class SimPOConfig(_Arguments):
         """Other programs' names -> ours, as far as their meaning depends on more than their own value."""
         trl = [name for name in ("simpo_gamma", "cpo_alpha", "alpha") if getattr(self, name) is not None]
         loss = self.loss_type[0] if isinstance(self.loss_type, list) and len(self.loss_type) == 1 else self.loss_type
-        if trl and loss in _OF_TRL and not (loss == "ipo" and self.gamma_beta_ratio == 0):
-            shown = "its default, sigmoid" if loss is None else repr(loss)
-            raise ValueError(
-                f"loss_type = {shown}, with {trl[0]} of TRL's CPOConfig: there it names a CPO loss, here one of SimPO; "
-                f"write loss_type 'simpo' for SimPO, {_OF_TRL[loss]}, or drop {trl[0]}"
-            )
+        if trl:
+            check_loss_of_trl(loss, trl[0], ratio=self.gamma_beta_ratio)
         self.loss_type = loss
         if self.alpha is not None:
             if self.alpha or self.loss_type == "alphapo":
