@@ -233,7 +233,7 @@ _MEANINGLESS: Mapping[str, str] = {
         "ignore_data_skip restore_callback_states_from_checkpoint data_seed past_index mp_parameters ray_scope "
         "use_cache eval_do_concat_batches eval_use_gather_object eval_accumulation_steps batch_eval_metrics "
         "prediction_loss_only eval_delay save_on_each_node save_only_model save_safetensors enable_jit_checkpoint "
-        "average_tokens_across_devices neftune_noise_alpha use_legacy_prediction_loop overwrite_output_dir "
+        "average_tokens_across_devices neftune_noise_alpha use_legacy_prediction_loop "
         "use_mps_device tpu_num_cores no_load_optim no_load_rng no_save_optim no_save_rng finetune use_checkpoint_args "
         "exit_on_missing_checkpoint ckpt_format override_opt_param_scheduler use_tpu model_init_kwargs "
         "ref_model_init_kwargs base_model_revision model_code_revision use_auth_token token lora_task_type "
@@ -241,6 +241,7 @@ _MEANINGLESS: Mapping[str, str] = {
         "eval_packing assistant_only_loss router_aux_loss_coef"
     ),
     "the command says what is done": "do_train do_predict",
+    "no run is overwritten: resume it, or choose another output_dir": "overwrite_output_dir",
     "set eval_strategy or eval_steps": "do_eval",
     "see adam_beta1, adam_beta2 and adam_epsilon": "optim_args",
     "every trainable weight is optimised": "optim_target_modules",

@@ -136,22 +136,35 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Where the random numbers of this process stand: Python's, NumPy's and torch's."""
+    """Where the random numbers of this process stand: Python's, NumPy's and torch's, in JSON values."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return pack_rng(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+
+def pack_rng(python: Any, numpy: Any, torch: Any, cuda: Any) -> dict[str, Any]:
+    """In JSON values what the libraries give."""
+    kind, keys, *rest = numpy
     return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": python,
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.numpy().tobytes().hex(),
+        "cuda": [state.numpy().tobytes().hex() for state in cuda],
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Go back to where they stood."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes_tensor(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all([_bytes_tensor(text) for text in state["cuda"]])
+
+
+def _bytes_tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def make_deterministic() -> None:

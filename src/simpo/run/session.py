@@ -21,9 +21,10 @@ from simpo.model.attention import unwrap
 from simpo.model.costs import cost_weights
 from simpo.model.kernels import describe_attention
 from simpo.model.load import set_precision
+from simpo.run.checkpoint import NATIVE, CheckpointKind
 from simpo.run.cpu_memory import keep_freed_memory
 from simpo.run.optim import set_threads
-from simpo.run.resume import best_checkpoint, record_launch
+from simpo.run.resume import best_checkpoint, put_aside, record_launch
 
 if TYPE_CHECKING:
     from simpo.data.prepare import PreparedData
@@ -200,13 +201,21 @@ def describe_run(
     }
 
 
-def open_output_dir(recipe: Recipe, data: PreparedData) -> None:
-    """Write down what is about to run. One process calls it."""
+def open_output_dir(
+    recipe: Recipe, data: PreparedData, resumed: Checkpoint | None, kind: CheckpointKind = NATIVE
+) -> str | None:
+    """Write down what is about to run, once nothing can be refused any more. One process calls it; a line to show.
+
+    Args:
+        resumed: the checkpoint, of this kind, that the run goes on from.
+    """
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    aside = put_aside(recipe, resumed, kind)
     record_launch(folder)
     recipe.save(folder / "recipe.yaml")
     data.ledger.save(folder / "audit.json")
+    return aside and f"what was in {folder} and would be replaced is kept in {aside}"
 
 
 def card_of_data(data: PreparedData, *, step: int, total_steps: int) -> dict[str, Any]:
