@@ -205,6 +205,9 @@ class Recipe(_LossKeys):
     chat_template: Text | None = _data(
         None, "Jinja chat template that replaces the tokenizer's.", "template", null="the tokenizer's",
         decides_tokens=False)  # the template that is used does, whichever it is
+    train_on: Literal["answer", "all_assistant_turns"] = _data(
+        "answer", "What is trained: the assistant's turns after the prompt, or those in it too (on both sides). Users' "
+        "turns and tools' results never are.")
     system_prompt: Text | None = _data(
         None, "System message for pairs that have none.", "text", null="none is added")
     auto_insert_empty_system_msg: bool = _data(
