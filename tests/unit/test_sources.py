@@ -391,6 +391,16 @@ def test_csv_quote_that_is_never_closed(tmp_path):
     ]
 
 
+def test_messages_written_as_text_are_said_to_be_text(tmp_path, data_recipe):
+    say = json.dumps([{"role": "assistant", "content": "yes"}])
+    content = [{"prompt": "q", "chosen": say, "rejected": say.replace("yes", "no")} for _ in range(3)]
+    recipe = data_recipe(write_jsonl(tmp_path / "a.jsonl", content), validation_fraction=0)
+    (note,) = load_splits(recipe).notes
+    assert note.startswith("a.jsonl/train: chosen, rejected: messages written as text are trained as text")
+    write_jsonl(tmp_path / "a.jsonl", [*content, {**content[0], "rejected": "no"}])
+    assert load_splits(recipe).notes == []
+
+
 def test_arrow_adds_no_keys_to_objects(tmp_path, data_recipe):
     """Arrow's objects all have the same keys: without care a call would get the arguments of another, null."""
     import datasets

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simpo.data.columns import PROMPT_COLUMNS, SYSTEM_COLUMNS, RowError, scored_answer
+from simpo.data.columns import PROMPT_COLUMNS, SYSTEM_COLUMNS, RowError, messages_as_text, scored_answer
 from simpo.data.files import (
     FORMATS,
     file_format,
@@ -153,7 +153,8 @@ def load_splits(
     eval_rows: list[RawRow] = []
     for source in sources:
         trained, evaluated = _chosen_splits(source, recipe)
-        read = {name: _group_answers(_read(source, name), recipe, notes) for name in {*trained, *evaluated}}
+        names = dict.fromkeys((*trained, *evaluated))
+        read = {name: _group_answers(_read(source, name, notes), recipe, notes) for name in names}
         base.append([row for name in trained for row in read[name]])
         eval_rows += [row for name in evaluated for row in read[name]]
         if unread := sorted(source.splits.keys() - {*trained, *evaluated}):
@@ -293,12 +294,15 @@ def _match(source: Source, wanted: str, usual: tuple[str, ...]) -> list[str]:
     return found[:1]
 
 
-def _read(source: Source, split: str) -> list[RawRow]:
+def _read(source: Source, split: str, notes: list[str]) -> list[RawRow]:
     rows = source.splits[split]()
     if not rows:
         raise ValueError(f"dataset_mixer: {source.name!r} has no rows in its split {split!r}")
     if source.columns is not None:
         rows = _select(rows, source.columns, source.name)
+    if columns := messages_as_text(rows):
+        which = f"{source.label}/{split}: {', '.join(columns)}"
+        notes.append(f"{which}: messages written as text are trained as text; store lists to have them read")
     return [RawRow(f"{source.label}/{split}#{index}", row) for index, row in enumerate(rows)]
 
 
