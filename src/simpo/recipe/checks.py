@@ -5,6 +5,7 @@ Each step takes the typed recipe and the list of notices, and returns values to 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from simpo.core.losses import GENERAL_KEYS, LOSSES, loss_keys, losses_reading
@@ -142,7 +143,27 @@ def _resolve_lengths(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
             "max_tokens_per_micro_batch counts packed tokens, and pack is false; set pack: true, or leave it out and "
             "choose per_device_train_batch_size"
         )
+    if recipe.max_steps > 0 and (line := describe_long_warmup(recipe.max_steps, recipe)):
+        notices.append(line)
     return {"max_prompt_length": prompt}
+
+
+def warmup_steps(total_steps: int, recipe: Recipe) -> int:
+    """Steps of warm-up: `warmup_steps` where given, else `warmup_ratio` of the run, rounded up."""
+    return recipe.warmup_steps if recipe.warmup_steps > 0 else math.ceil(recipe.warmup_ratio * total_steps)
+
+
+def describe_long_warmup(total_steps: int, recipe: Recipe) -> str | None:
+    """A line where the warm-up leaves no step of a run at the full learning rate; None elsewhere."""
+    warmup = warmup_steps(total_steps, recipe)
+    if recipe.lr_scheduler_type == "constant" or warmup < total_steps:
+        return None
+    highest = recipe.learning_rate * (total_steps - 1) / warmup
+    trained = f"the highest is {highest:.3g}" if highest else "it is 0, so that nothing is trained"
+    return (
+        f"warm-up over {warmup} step{'s' * (warmup > 1)} leaves none of {total_steps} at learning_rate = "
+        f"{recipe.learning_rate:g} ({trained}); lower warmup_steps or warmup_ratio, or train more steps"
+    )
 
 
 def _resolve_evaluation(recipe: Recipe, notices: list[str]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from torch import nn
 
 from simpo.errors import first_line
 from simpo.parallel.sharding import local_part, total_norm
+from simpo.recipe.checks import warmup_steps
 from simpo.run.adamw import AdamWBf16, load_state_as_saved
 
 if TYPE_CHECKING:
@@ -98,11 +99,6 @@ def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
     if recipe.lr_scheduler_type == "linear":
         return recipe.learning_rate * max(0.0, 1.0 - done)
     return recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-
-def warmup_steps(total_steps: int, recipe: Recipe) -> int:
-    """Steps of warm-up: `warmup_steps` where given, else `warmup_ratio` of the run, rounded up."""
-    return recipe.warmup_steps if recipe.warmup_steps > 0 else math.ceil(recipe.warmup_ratio * total_steps)
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:

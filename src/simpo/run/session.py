@@ -21,6 +21,7 @@ from simpo.model.attention import unwrap
 from simpo.model.costs import cost_weights
 from simpo.model.kernels import describe_attention
 from simpo.model.load import set_precision
+from simpo.recipe.checks import describe_long_warmup
 from simpo.run.checkpoint import NATIVE, CheckpointKind
 from simpo.run.cpu_memory import keep_freed_memory
 from simpo.run.optim import set_threads
@@ -188,6 +189,7 @@ def describe_run(
         where: the rows that say what it runs on.
         micro_batches: how a step is cut.
     """
+    long_warmup = None if recipe.max_steps > 0 else describe_long_warmup(total_steps, recipe)  # or a notice says it
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     return {
         "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
@@ -195,7 +197,7 @@ def describe_run(
         "pairs": f"{len(data.train)} to train, {len(data.eval or ())} held out",
         "rows": f"{'packed' if recipe.pack else 'padded'}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
         "attention": describe_attention(model, half=bool(recipe.bf16)),
-        "steps": f"{total_steps} of {loader.pairs_per_step} pairs",
+        "steps": f"{total_steps} of {loader.pairs_per_step} pairs" + (f"; {long_warmup}" if long_warmup else ""),
         "micro-batches": micro_batches,
         "loss": recipe.describe_loss(),
     }
