@@ -42,7 +42,7 @@ from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
-from simpo.run.export import WeightSample, export_dtype, publish_model
+from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.lock import OutputLock
 from simpo.run.memory import TokenBudget, fit_micro_batches
 from simpo.run.metrics import StepTotals, Totals, peak_memory_gib
@@ -148,6 +148,7 @@ class Trainer:
             lambda: prepare_pairs(recipe, self.tokenizer, progress=self.mesh.is_main)
         )
         self.export_dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
+        self.repository = self.mesh.on_main(lambda: create_repository(recipe))
         self.model = load_model(recipe, device=self.device, mesh=self.mesh)
         if recipe.use_liger_kernel and (reason := why_no_liger(unwrap(self.model), self.device)):
             self.display.say(f"use_liger_kernel: without effect here: {reason}")
@@ -316,6 +317,7 @@ class Trainer:
             self._write(written)
         metrics = self.output_dir / "metrics.jsonl"
         self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
+        self.mesh.on_main(lambda: upload_model(model_dir, self.repository, self.recipe, self.display))
         return TrainResult(
             self.output_dir,
             model_dir,

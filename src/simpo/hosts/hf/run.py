@@ -27,7 +27,7 @@ from simpo.model.load import load_tokenizer, lora_config, pick_device, quantizat
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
 from simpo.run.checkpoint import TRAINERS, Checkpoint
-from simpo.run.export import WeightSample, export_dtype, publish_model
+from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.lock import OutputLock
 from simpo.run.resume import find_checkpoint
 from simpo.run.session import card_of_data, count_steps, describe_run, open_output_dir, set_up_process
@@ -68,6 +68,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
     if data.eval is None:
         args.eval_strategy = "no"
     dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
+    repository = mesh.on_main(lambda: create_repository(recipe))
     directory = RunDirectory(recipe, display, mesh, lambda: open_output_dir(recipe, data, resume, TRAINERS))
     trainer = SimPOTrainer(
         recipe.model_name_or_path,
@@ -87,6 +88,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
         save_final_model(trainer, model_dir, dtype, directory.untrained)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
+    mesh.on_main(lambda: upload_model(model_dir, repository, recipe, display))
 
 
 def check_keys(recipe: Recipe) -> None:
@@ -117,6 +119,10 @@ def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
         values["warmup_steps"] = recipe.warmup_steps
     else:
         values["warmup_steps"], values["warmup_ratio"] = 0, recipe.warmup_ratio
+    if recipe.min_lr:  # transformers' schedules that end above 0
+        names = {"cosine": ("cosine_with_min_lr", {"min_lr": recipe.min_lr})}
+        names["linear"] = ("polynomial", {"lr_end": recipe.min_lr, "power": 1.0})
+        values["lr_scheduler_type"], values["lr_scheduler_kwargs"] = names[recipe.lr_scheduler_type]
     if recipe.load_in_4bit:
         values["model_init_kwargs"] = quantization_options(recipe, device)
     return SimPOConfig(
