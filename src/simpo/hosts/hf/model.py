@@ -19,7 +19,13 @@ from simpo.hosts.hf.masters import narrow_partitions, reading_in_fp32
 from simpo.model.attention import is_packed, plain_implementation, unwrap
 from simpo.model.head import install_head
 from simpo.model.kernels import choose_kernel
-from simpo.model.load import add_adapters, disable_dropout, keep_quantized_trainable, load_pretrained
+from simpo.model.load import (
+    add_adapters,
+    check_tied_adapters,
+    disable_dropout,
+    keep_quantized_trainable,
+    load_pretrained,
+)
 from simpo.model.low_memory import install_low_memory_blocks
 
 if TYPE_CHECKING:
@@ -70,6 +76,7 @@ def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> lis
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: a transformers model, or the name of one, is needed, not {type(base).__name__}")
+    check_tied_adapters(model)
     lines: list[str] = []
     if recipe.disable_dropout:
         disable_dropout(base)

@@ -230,6 +230,11 @@ class SimPOTrainer(Trainer):
         if self.mesh.sum_over_all(bad).item():
             raise not_finite(self.state.global_step, self._step_losses, self.mesh, grad_norm=None)
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay spares vectors, as in the native trainer: norms and biases, and DoRA's magnitudes."""
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}  # ZeRO-3's are flat
+        return [name for name, shape in shapes.items() if len(shape) >= 2]
+
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
