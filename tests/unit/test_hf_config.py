@@ -161,7 +161,8 @@ def test_every_key_of_the_recipe_is_honoured_or_refused():
     assert keys["run"] == {
         *("model_name_or_path", "tokenizer_name_or_path", "dataset_mixer", "dataset_splits", "dataset_configs"),
         *("validation_fraction", "output_dir", "resume_from_checkpoint", "report_to", "logging_dir", "device"),
-        *("num_threads", "tf32", "ref_model_name_or_path", "warmup_ratio", "warmup_steps"),
+        *("num_threads", "tf32", "ref_model_name_or_path", "warmup_ratio", "warmup_steps", "min_lr"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "use_rslora", "use_dora"),
         *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
         *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
         "eval_generation_max_new_tokens",  # means nothing without num_eval_generations

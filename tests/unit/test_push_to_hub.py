@@ -172,7 +172,7 @@ def test_a_repository_that_cannot_be_made_is_said_before_the_model_is_loaded(
     assert result.exit_code == 2
     assert result.stderr.startswith("error: push_to_hub: the repository 'team/small' cannot be created: ")
     assert len(result.stderr.splitlines()) == 1
-    assert not Path(tiny_recipe["output_dir"]).exists()
+    assert not (Path(tiny_recipe["output_dir"]) / "recipe.yaml").exists()
 
 
 @pytest.mark.parametrize("refuses", ["/commit/", "/info/lfs/"])

@@ -83,7 +83,7 @@ def _adamw_8bit(device: torch.device) -> type[torch.optim.Optimizer]:
 
 
 def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
-    """Learning rate of 0-based optimizer step `step`: linear warm-up from 0, then the schedule.
+    """Learning rate of 0-based optimizer step `step`: linear warm-up from 0, then the schedule, down to `min_lr`.
 
     The same values as transformers' schedulers, so that published settings mean the same here; as there, the very
     first step of a warm-up has rate 0.
@@ -96,9 +96,10 @@ def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
     if recipe.lr_scheduler_type == "constant_with_warmup":
         return recipe.learning_rate
     done = (step - warmup) / max(1, total_steps - warmup)
+    falls = recipe.learning_rate - recipe.min_lr
     if recipe.lr_scheduler_type == "linear":
-        return recipe.learning_rate * max(0.0, 1.0 - done)
-    return recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return recipe.min_lr + falls * max(0.0, 1.0 - done)
+    return recipe.min_lr + falls * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
