@@ -43,6 +43,7 @@ class PairLogps:
         chosen_sum, rejected_sum: [P] fp32, nats, summed over trained tokens.
         chosen_length, rejected_length: [P], trained tokens, >= 1; from the mask, never from values.
         ref_chosen_sum, ref_rejected_sum: [P] or None, the same sums under the reference model.
+        router_loss: [P] or None, what is added to each pair's loss for its use of experts.
     """
 
     chosen_sum: Tensor
@@ -51,6 +52,7 @@ class PairLogps:
     rejected_length: Tensor
     ref_chosen_sum: Tensor | None = None
     ref_rejected_sum: Tensor | None = None
+    router_loss: Tensor | None = None
 
     @property
     def chosen_mean(self) -> Tensor:

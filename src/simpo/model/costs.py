@@ -26,13 +26,27 @@ def cost_weights(config: Any) -> CostWeights:
 def decoder_sizes(config: Any) -> dict[str, int]:
     """The sizes of a transformers model under one set of names, usual values where its configuration has none."""
     config = config.get_text_config()
-    heads = config.num_attention_heads
+    hidden, heads = config.hidden_size, setting(config, "num_attention_heads") or 1  # state-space models have none
     return {
         "num_layers": config.num_hidden_layers,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
+        "hidden_size": hidden,
+        "intermediate_size": setting(config, "intermediate_size") or 4 * hidden,
         "num_heads": heads,
-        "num_kv_heads": getattr(config, "num_key_value_heads", None) or heads,
-        "head_dim": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        "num_kv_heads": setting(config, "num_key_value_heads") or heads,
+        "head_dim": setting(config, "head_dim") or hidden // heads,
         "vocab_size": config.vocab_size,
     }
+
+
+def experts_per_token(config: Any) -> int | None:
+    """To how many experts a token is sent; None = the configuration does not say, or there are none."""
+    names = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "top_k_experts")
+    return next((int(value) for name in names if (value := getattr(config.get_text_config(), name, None))), None)
+
+
+def setting(config: Any, name: str) -> Any:
+    """A setting of a transformers configuration, None where it has none; the largest where it varies between layers."""
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:
+        return max(getattr(layer, name) for layer in config.per_layer_config)

@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from simpo.core.batch import PackedPairs
 from simpo.core.context import sum_over
+from simpo.core.experts import router_losses
 from simpo.core.logprobs import VocabShard, response_logps, token_logps
 from simpo.core.losses import PairLogps
 from simpo.model.attention import PACKED, is_packed, plain_attention, unwrap
+from simpo.model.costs import experts_per_token
 from simpo.model.low_memory import READ_ROWS
 from simpo.parallel.sharding import original_class, swap_class
 
@@ -103,15 +105,17 @@ def labels_in_head(model: nn.Module, batch: PackedPairs, *, chunk_size: int | No
     head = install_head(model)
     scale, softcap, attributes = _find_transforms(unwrap(model))
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in attributes]
-    for owner, name, neutral in attributes:
-        setattr(owner, name, neutral)
+    for owner, name, neutral in attributes:  # past those that check what they are set to
+        if name not in vars(owner):
+            raise ValueError(f"{type(unwrap(model)).__name__}: its {name} cannot be moved into the head")
+        vars(owner)[name] = neutral
     head.__dict__["_request"] = batch, {"scale": scale, "softcap": softcap, "chunk_size": chunk_size}
     try:
         yield
     finally:
         head.__dict__["_request"] = None
         for owner, name, value in saved:
-            setattr(owner, name, value)
+            vars(owner)[name] = value
 
 
 def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> Tensor:
@@ -121,7 +125,13 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
         ValueError: rows that share a prefix or are packed, on a model whose attention is not ours. Restarted positions
             without our mask would silently be taken for separate documents.
     """
-    implementation = unwrap(model).config._attn_implementation
+    return _forward(model, batch, chunk_size=chunk_size).logits.squeeze(0)
+
+
+def _forward(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None, **options: Any) -> Any:
+    """The model's output, with log-probs of the labels [1, N] in place of logits."""
+    base = unwrap(model)
+    implementation = base.config._attn_implementation
     if batch.blocks is not None and not is_packed(implementation):
         raise ValueError(
             f"packed or shared-prompt rows need attention {PACKED!r}, not {implementation!r}; load the model with "
@@ -133,9 +143,10 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
         inputs, attention = {"packed_blocks": batch.blocks, READ_ROWS: batch.read_rows}, contextlib.nullcontext()
         # Without a mask transformers looks for packed rows in the positions, and waits for the device to tell.
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
-    inputs |= {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False}
+        inputs["position_ids"] = batch.position_ids  # elsewhere the model counts, from the number that it begins at
+    inputs |= {"input_ids": batch.input_ids, "use_cache": False, **options}
     with attention, labels_in_head(model, batch, chunk_size=chunk_size):
-        return model(**inputs).logits.squeeze(0)
+        return model(**inputs)
 
 
 def compute_response_logps(
@@ -145,15 +156,19 @@ def compute_response_logps(
 
     A batch may be spread over ranks (`core.context`); all of them get the same sums.
     """
+    return _response_sums(compute_token_logps(model, batch, chunk_size=chunk_size), batch), batch.response_lengths
+
+
+def _response_sums(logps: Tensor, batch: PackedPairs) -> Tensor:
     here = batch.response_lengths if batch.local_lengths is None else batch.local_lengths
-    sums = response_logps(compute_token_logps(model, batch, chunk_size=chunk_size), here)
+    sums = response_logps(logps, here)
     if batch.blocks is not None and batch.blocks.group is not None:
         sums = sum_over(sums, batch.blocks.group)
-    return sums, batch.response_lengths
+    return sums
 
 
 def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> PairLogps:
-    """Sums and lengths of the batch's pairs, as the losses want them.
+    """Sums and lengths of the batch's pairs, as the losses want them, and what their experts add to a loss.
 
     Raises:
         ValueError: the batch holds lists of another number of responses than two.
@@ -163,5 +178,48 @@ def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int 
             f"pairs have two responses each, this batch has lists of {sorted(set(batch.group_sizes))}; "
             "use compute_response_logps"
         )
-    sums, lengths = compute_response_logps(model, batch, chunk_size=chunk_size)
-    return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2])
+    router: tuple[float, int] | None = unwrap(model).__dict__.get(_ROUTER)
+    options = {} if router is None else {"output_router_logits": True}
+    output = _forward(model, batch, chunk_size=chunk_size, **options)
+    sums, lengths = _response_sums(output.logits.squeeze(0), batch), batch.response_lengths
+    added = None
+    if router is not None:
+        if not output.router_logits:
+            raise ValueError(
+                f"router_aux_loss_coef: {type(unwrap(model)).__name__} gave no logits of its routers; set it to 0"
+            )
+        coefficient, num_selected = router
+        added = coefficient * router_losses(output.router_logits, batch, num_selected=num_selected)
+    return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2], router_loss=added)
+
+
+# --- the auxiliary loss of routers -----------------------------------------------------------------------------------
+
+_ROUTER = "_simpo_router_loss"  # where a transformers model keeps the coefficient, and how many experts a token gets
+
+
+def install_router_loss(model: nn.Module, coefficient: float | None) -> float:
+    """Have `compute_pair_logps` add the auxiliary loss of the model's routers, if it has any; returns its coefficient.
+
+    Args:
+        coefficient: by which it is multiplied; None = the model's own where its configuration asks for the loss
+            (output_router_logits), and 0 elsewhere.
+    Raises:
+        ValueError: there are no routers, or they do not say what they decide.
+    """
+    base = unwrap(model)
+    config = base.config.get_text_config()
+    if coefficient is None:
+        asked = getattr(config, "output_router_logits", False)
+        own = getattr(config, "router_aux_loss_coef", None) or getattr(config, "aux_loss_coef", None)  # JetMoe's
+        coefficient = float(own or 0.0) if asked else 0.0
+    base.__dict__.pop(_ROUTER, None)
+    if coefficient == 0.0:
+        return 0.0
+    num_selected = experts_per_token(config)
+    if num_selected is None or not hasattr(config, "output_router_logits"):
+        raise ValueError(
+            f"router_aux_loss_coef = {coefficient:g}: {type(base).__name__} gives no logits of routers; set it to 0"
+        )
+    base.__dict__[_ROUTER] = coefficient, num_selected
+    return coefficient

@@ -39,7 +39,8 @@ def trained_losses(
         num_pairs, num_chosen_tokens: pairs, and trained tokens of their chosen responses, in the whole optimizer step
             over all ranks.
     Returns:
-        losses [P], SFT term included: their sum over every pair of the step, divided by num_pairs, is what is trained.
+        losses [P], all added terms included: their sum over every pair of the step, divided by num_pairs, is what is
+            trained.
         sums [len(PAIR_METRICS)], see `run.metrics.pair_metric_sums`.
     """
     loss = recipe.loss(logps, **recipe.loss_values)
@@ -49,6 +50,8 @@ def trained_losses(
         total = total - recipe.sft_weight * logps.chosen_sum * (num_pairs / num_chosen_tokens)
     elif recipe.sft_weight:
         total = total + recipe.sft_weight * sft_losses(logps)
+    if logps.router_loss is not None:
+        total = total + logps.router_loss
     return total, pair_metric_sums(logps, loss, total)
 
 
