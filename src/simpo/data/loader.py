@@ -72,6 +72,20 @@ class PairStore:
                 f"takes {max_positions} (max_position_embeddings); set max_length to {max_positions} or less"
             )
 
+    def check_ids(self, num_embeddings: int) -> None:
+        """Raise ValueError that names a pair with a token for which the model has no embedding."""
+        table = self.dataset.with_format("arrow")[:]
+        for column in (table["chosen_ids"], table["rejected_ids"]):
+            largest = max(int(chunk.flatten().to_numpy().max(initial=0)) for chunk in column.chunks)
+            if largest < num_embeddings:
+                continue
+            pair = next(i for i in range(len(self)) if max(column[i].as_py()) == largest)
+            raise ValueError(
+                f"vocabulary: pair {self[pair].row_id} holds token {largest}, and the model's embedding has "
+                f"{num_embeddings} rows, 0 to {num_embeddings - 1}; give the model's own tokenizer "
+                "(tokenizer_name_or_path), or a model whose embedding was resized to this one"
+            )
+
     @cached_property
     def response_lengths(self) -> np.ndarray:
         """[num_pairs, 2] trained tokens of chosen and rejected."""

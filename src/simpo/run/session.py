@@ -15,17 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from transformers import AutoConfig
 
 from simpo.data.loader import PairStore, StepLoader
 from simpo.model.attention import unwrap
 from simpo.model.costs import cost_weights
 from simpo.model.kernels import describe_attention
-from simpo.model.load import set_precision
-from simpo.recipe.checks import describe_long_warmup
-from simpo.run.checkpoint import NATIVE, CheckpointKind
+from simpo.model.load import load_pretrained, set_precision
 from simpo.run.cpu_memory import keep_freed_memory
 from simpo.run.optim import set_threads
-from simpo.run.resume import best_checkpoint, put_aside, record_launch
+from simpo.run.resume import best_checkpoint, record_launch
 
 if TYPE_CHECKING:
     from simpo.data.prepare import PreparedData
@@ -103,6 +102,7 @@ def build_loader(
     config = unwrap(model).config.get_text_config()
     store = PairStore(dataset, share_prompt=recipe.share_prompt)
     store.check_lengths(getattr(config, "max_position_embeddings", None))
+    store.check_ids(config.vocab_size)
     return StepLoader(
         store,
         pairs_per_step=recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(mesh.sizes.data),
@@ -115,6 +115,14 @@ def build_loader(
         rank=mesh.data_rank,
         num_ranks=mesh.sizes.data,
     )
+
+
+def check_token_ids(data: PreparedData, recipe: Recipe) -> None:
+    """Raise ValueError, before any weight is loaded, where data holds a token that the model has no embedding for."""
+    config = load_pretrained(AutoConfig, recipe.model_name_or_path, recipe, what="configuration").get_text_config()
+    for dataset in (data.train, data.eval):
+        if dataset is not None:
+            PairStore(dataset).check_ids(config.vocab_size)
 
 
 def count_steps(recipe: Recipe, steps_per_epoch: int) -> int:
@@ -189,7 +197,6 @@ def describe_run(
         where: the rows that say what it runs on.
         micro_batches: how a step is cut.
     """
-    long_warmup = None if recipe.max_steps > 0 else describe_long_warmup(total_steps, recipe)  # or a notice says it
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     return {
         "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
@@ -197,27 +204,19 @@ def describe_run(
         "pairs": f"{len(data.train)} to train, {len(data.eval or ())} held out",
         "rows": f"{'packed' if recipe.pack else 'padded'}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
         "attention": describe_attention(model, half=bool(recipe.bf16)),
-        "steps": f"{total_steps} of {loader.pairs_per_step} pairs" + (f"; {long_warmup}" if long_warmup else ""),
+        "steps": f"{total_steps} of {loader.pairs_per_step} pairs",
         "micro-batches": micro_batches,
         "loss": recipe.describe_loss(),
     }
 
 
-def open_output_dir(
-    recipe: Recipe, data: PreparedData, resumed: Checkpoint | None, kind: CheckpointKind = NATIVE
-) -> str | None:
-    """Write down what is about to run, once nothing can be refused any more. One process calls it; a line to show.
-
-    Args:
-        resumed: the checkpoint, of this kind, that the run goes on from.
-    """
+def open_output_dir(recipe: Recipe, data: PreparedData) -> None:
+    """Write down what is about to run. One process calls it."""
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    aside = put_aside(recipe, resumed, kind)
     record_launch(folder)
     recipe.save(folder / "recipe.yaml")
     data.ledger.save(folder / "audit.json")
-    return aside and f"what was in {folder} and would be replaced is kept in {aside}"
 
 
 def card_of_data(data: PreparedData, *, step: int, total_steps: int) -> dict[str, Any]:
