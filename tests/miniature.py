@@ -170,6 +170,25 @@ def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
+def saved_model(tiny_model: Path, tmp_path: Path):
+    """save(model, name): a folder with a model of any family, logits of realistic size, and the tiny tokenizer."""
+    import transformers
+
+    def save(model: Any, name: str = "model") -> str:
+        folder = tmp_path / name
+        model.eval()
+        with torch.no_grad():
+            ids = torch.arange(5, 200).view(5, -1)
+            text = model(input_ids=ids, use_cache=False).logits.abs().max()
+            model.get_output_embeddings().weight.mul_(10 / text)
+        model.save_pretrained(folder)
+        transformers.AutoTokenizer.from_pretrained(tiny_model).save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+@pytest.fixture
 def step_recipe(tiny_recipe: dict[str, Any]):
     """A recipe of steps of four pairs, whatever the mesh: settings(model, data ranks, **keys)."""
 

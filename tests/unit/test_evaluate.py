@@ -20,6 +20,7 @@ from simpo.cli import app
 from simpo.data.prepare import prepare_pairs
 from simpo.evaluation.results import Evaluation, PairRecord, build_evaluation, compare
 from simpo.evaluation.run import evaluate
+from simpo.model import settle
 from simpo.model.attention import PACKED
 from simpo.model.load import load_tokenizer
 from simpo.recipe import load_recipe
@@ -199,16 +200,13 @@ def test_a_loaded_model_is_left_as_it_was(tiny_model, pair_files, settings, eval
 def test_a_model_whose_packed_rows_do_not_fit_is_evaluated_on_padded_ones(
     tiny_model, pair_files, settings, evaluation, monkeypatch
 ):
-    import importlib
-
-    module = importlib.import_module("simpo.evaluation.run")
-    real = module.probe_layout
+    real = settle.probe_layout
 
     def disagree(model, **how):
         found = real(model, **how)
         return dataclasses.replace(found, rms_of_all=1.0) if how["pack"] else found
 
-    monkeypatch.setattr(module, "probe_layout", disagree)
+    monkeypatch.setattr(settle, "probe_layout", disagree)
     found = evaluate(tiny_model, pair_files, recipe=settings)
     assert found.settings["rows"] == "padded"
     assert any("packed log-probs differ from the model's ordinary ones by 1 nats" in note for note in found.notes)

@@ -18,6 +18,10 @@ from simpo.core.attention import ATTENTION_PATHS, AttentionPath, packed_attentio
 PACKED = "simpo_packed"  # the attention implementation's name in transformers; see also `packed_by`
 
 
+class OrdinaryRows(RuntimeError):
+    """Packed attention was called without the blocks that say what attends to what."""
+
+
 def packed_by(path: AttentionPath | None) -> str:
     """The implementation's name in transformers where a path of `core.attention` is preferred; None = no preference."""
     return PACKED if path is None else f"{PACKED}_{path}"
@@ -46,14 +50,12 @@ def _packed_attention_for_transformers(
 ) -> tuple[Tensor, None]:
     """transformers' attention signature: query [B, H, T, D] -> [B, T, H, D]. B rows are taken as one flattened row."""
     if packed_blocks is None:
-        raise RuntimeError(
+        raise OrdinaryRows(
             f"attention {PACKED!r} was called on ordinary rows; use model.attention.plain_attention(model) around "
             "generate() and other ordinary forward passes"
         )
     if others.get("s_aux") is not None:
-        raise ValueError(
-            "attention sinks (s_aux) are not supported by packed attention; set pack and share_prompt to false"
-        )
+        raise ValueError("attention sinks (s_aux) are not supported by packed attention")
     if attention_mask is not None and sliding_window is None:
         _check_local_mask(module, packed_blocks, attention_mask)
     batch, _, width, _ = query.shape

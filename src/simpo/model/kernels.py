@@ -23,7 +23,7 @@ from simpo.core.attention import (
 from simpo.core.blocks import AttentionBlocks
 from simpo.errors import first_line
 from simpo.model.attention import PACKED, is_packed, packed_by, unwrap
-from simpo.model.costs import decoder_sizes
+from simpo.model.costs import decoder_sizes, setting
 
 # FlashAttentions that torch can switch to: their names there, the packages they are in, the cards they run on.
 _FLASH = {
@@ -112,14 +112,15 @@ def describe_attention(model: nn.Module, *, half: bool) -> str:
 def _heads(base: nn.Module, device: torch.device, half: bool) -> _Heads:
     config = base.config.get_text_config()
     sizes = decoder_sizes(config)
-    size = getattr(config, "qk_head_dim", None) or sizes["head_dim"]
-    value_size = getattr(config, "v_head_dim", None) or size
+    size = setting(config, "qk_head_dim") or sizes["head_dim"]
+    value_size = setting(config, "v_head_dim") or size
     dtype = torch.bfloat16 if half else base.get_input_embeddings().weight.dtype
     query, value = (torch.empty(1, 1, 1, width, dtype=dtype, device=device) for width in (size, value_size))
-    dropout = max((getattr(module, "attention_dropout", 0.0) for module in base.modules()), default=0.0)
+    rates = (getattr(module, "attention_dropout", 0.0) for module in base.modules())
+    dropout = max((rate for rate in rates if isinstance(rate, int | float)), default=0.0)
     softcap = getattr(config, "attn_logit_softcapping", None)
     groups = max(1, sizes["num_heads"] // sizes["num_kv_heads"])
-    window = 100 if getattr(config, "sliding_window", None) else None
+    window = 100 if setting(config, "sliding_window") else None
     return _Heads(groups, query, value, softcap, dropout, window)
 
 

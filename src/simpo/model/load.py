@@ -13,11 +13,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from simpo.errors import first_line
-from simpo.model.attention import PACKED, plain_implementation, unwrap
-from simpo.model.head import install_head
-from simpo.model.kernels import choose_kernel
+from simpo.model.attention import plain_implementation, unwrap
+from simpo.model.head import install_head, install_router_loss
 from simpo.model.low_memory import install_liger_kernels, install_low_memory_blocks, why_no_liger
-from simpo.model.probe import check_forward
+from simpo.model.settle import attend_packed, check_rows, disable_dropout, fix_rotary_factors
 from simpo.parallel.mesh import Mesh, MeshSizes, check_heads, local_rank_of
 from simpo.parallel.sharding import (
     check_sharded_by_block,
@@ -99,23 +98,23 @@ def load_model(
         ValueError: no such model; an adapter, quantisation or attention kernel that does not work here; a mesh that the
             model cannot be spread over; or log-probs that do not agree with the model's ordinary forward pass.
     """
-    packed = recipe.pack or recipe.share_prompt
     mesh = mesh or Mesh(MeshSizes(), device=device)
     name, in_4bit = name or recipe.model_name_or_path, recipe.load_in_4bit and trainable
     model: nn.Module = _load_weights(recipe, name, device=device, mesh=mesh, in_4bit=in_4bit)
     if recipe.disable_dropout or not trainable:
         disable_dropout(model)
-    if packed:
-        choose_kernel(model, recipe.attention_kernel, device=device, half=bool(recipe.bf16))
+    fix_rotary_factors(model, recipe.max_length)
+    attend_packed(model, recipe, device=device)
     if trainable and recipe.use_peft:
         model = add_adapters(model, lora_config(recipe), seed=recipe.seed)
         if mesh.sizes.tp > 1:
             rebuild_adapters(model, seed=recipe.seed)
-        check_tied_adapters(model)
     install_head(model)
     if recipe.use_liger_kernel and why_no_liger(unwrap(model), device) is None:
         install_liger_kernels(unwrap(model))
     install_low_memory_blocks(model)
+    if trainable:
+        install_router_loss(model, recipe.router_aux_loss_coef)
     if trainable and recipe.gradient_checkpointing:
         checkpoint_activations(unwrap(model), **(recipe.gradient_checkpointing_kwargs or {}))
     if not trainable:
@@ -124,18 +123,16 @@ def load_model(
     if mesh.sizes.is_sharded and recipe.bf16 and recipe.fsdp_param_dtype != "float32":
         gather_blocks_in(model, torch.bfloat16)  # from here on a forward pass needs autocast
     share_tied_shards(model)
-    # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
-    if check and (packed or recipe.attn_implementation in (None, "sdpa", "eager") or recipe.bf16):
-        check_forward(model, pack=recipe.pack, share_prompt=recipe.share_prompt, bf16=bool(recipe.bf16), mesh=mesh)
+    if check:
+        check_rows(model, recipe, bf16=bool(recipe.bf16), mesh=mesh)
         drop_gathered(model)
     return model
 
 
 def _load_weights(recipe: Recipe, name: str, *, device: torch.device, mesh: Mesh, in_4bit: bool) -> PreTrainedModel:
     """A checkpoint with the recipe's attention and master dtype, whole on the device or this process's shards."""
-    packed = recipe.pack or recipe.share_prompt
     options: dict[str, Any] = {
-        "attn_implementation": PACKED if packed else recipe.attn_implementation,
+        "attn_implementation": recipe.attn_implementation,
         "dtype": getattr(torch, recipe.master_dtype),
     }
     if in_4bit:
@@ -147,7 +144,7 @@ def _load_weights(recipe: Recipe, name: str, *, device: torch.device, mesh: Mesh
         model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", **options, **sharding)
     check_sharded_by_block(model)
     keep_quantized_trainable(model)
-    if not packed and recipe.attn_implementation is None:
+    if recipe.attn_implementation is None:
         model.set_attn_implementation(plain_implementation(model))
     return model if sharding or in_4bit else model.to(device)
 
@@ -177,16 +174,6 @@ def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
     # transformers 5.17 has the older name alone.
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({**options, "use_reentrant": False})
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout probability to 0: a policy's log-probs should not depend on chance."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name in ("attention_dropout", "attn_dropout", "dropout"):
-            if isinstance(module.__dict__.get(name), float):
-                setattr(module, name, 0.0)
 
 
 def quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
@@ -244,8 +231,6 @@ def lora_config(recipe: Recipe) -> Any:
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
-        use_rslora=recipe.use_rslora,
-        use_dora=recipe.use_dora,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
     )
@@ -266,21 +251,4 @@ def add_adapters(model: PreTrainedModel, config: Any, *, seed: int, **options: A
     with warnings.catch_warnings():
         # peft 0.21 reads an attribute that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        warnings.filterwarnings("ignore", message=".*tie_word_embeddings|.*ensure_weight_tying", category=UserWarning)
         return get_peft_model(model, config, **options)
-
-
-def check_tied_adapters(model: nn.Module) -> None:
-    """Raise ValueError for adapters, or a trained copy, on an embedding whose weight is the output head's as well.
-
-    The head would compute without them, and a merged model, in which there is one weight for both, would be another.
-    """
-    base = unwrap(model)
-    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    adapted = getattr(embedding, "base_layer", getattr(embedding, "original_module", None))
-    if adapted is not None and head is not None and getattr(head, "weight", None) is adapted.weight:
-        name = next((name for name, module in base.named_modules() if module is embedding), "the embedding")
-        raise ValueError(
-            f"{name.rpartition('.')[2]} shares its weight with the output head (tie_word_embeddings), which its "
-            "adapter would not reach; leave it out of lora_target_modules and lora_modules_to_save"
-        )

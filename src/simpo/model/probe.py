@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_leaves
 
 from simpo.core.batch import build_batch
 from simpo.core.packing import TokenPair
@@ -139,20 +141,44 @@ def probe_layout(
 
     Whole fp32 weights that train under autocast are compared in fp32 first, where nothing hides in rounding.
     """
-    attention, device = unwrap(model).config._attn_implementation, unwrap(model).get_input_embeddings().weight.device
-    probe = _Probe(model, mesh or Mesh(MeshSizes(), device=device), pack=pack, share_prompt=share_prompt)
-    was_training = model.training
+    probe, was_training = _Probe(model, mesh, pack=pack, share_prompt=share_prompt), model.training
     model.eval()
     try:
-        # Flash kernels take no fp32.
-        takes_fp32 = is_packed(attention) or attention in ("sdpa", "eager")
-        if bf16 and takes_fp32 and _is_whole_fp32(model):
-            with torch.autocast(device.type, enabled=False):
+        if bf16 and _can_be_exact(model):
+            with _precision(probe.device, bf16=True, exact=True):
                 found = probe.compare()
             if not found.is_good:
                 return found
-        with torch.autocast(device.type, dtype=torch.bfloat16) if bf16 else contextlib.nullcontext():
+        with _precision(probe.device, bf16=bf16):
             return probe.compare()
+    finally:
+        model.train(was_training)
+
+
+@torch.no_grad()
+def find_chance(
+    model: nn.Module, *, pack: bool, share_prompt: bool, bf16: bool = False, mesh: Mesh | None = None
+) -> tuple[str, float] | None:
+    """Where two passes in train mode over the same rows first differ, by a module's name, and by how many nats (rms).
+
+    Dropout before adapters is left out: it has a key of its own. What two passes in eval mode differ by is no chance:
+    some kernels add in another order each time. Arguments as in `check_forward`; the same finding on every process.
+    """
+    probe, was_training = _Probe(model, mesh, pack=pack, share_prompt=share_prompt), model.training
+    device = probe.device
+    try:
+        cards = [device] if device.type == "cuda" else []
+        with torch.random.fork_rng(cards), _precision(device, bf16=bf16, exact=_can_be_exact(model)):
+            model.train()
+            for name, module in model.named_modules():
+                if "lora_dropout" in name:
+                    module.eval()
+            chance = probe.repeat()
+            if chance == 0.0:
+                return None
+            first = probe.first_difference()
+            model.eval()
+            return None if chance <= max(1e-6, 4 * probe.repeat()) else (first, chance)
     finally:
         model.train(was_training)
 
@@ -160,17 +186,40 @@ def probe_layout(
 class _Probe:
     """Probe pairs, and what a model on a mesh makes of them; `compare` is the whole of it."""
 
-    def __init__(self, model: nn.Module, mesh: Mesh, **layout: bool) -> None:
-        self.model, self.mesh, self.layout = model, mesh, layout
+    def __init__(self, model: nn.Module, mesh: Mesh | None, **layout: bool) -> None:
+        self.model, self.layout = model, layout
         self.device = unwrap(model).get_input_embeddings().weight.device
+        self.mesh = mesh or Mesh(MeshSizes(), device=self.device)
         self.precision = torch.float32
+
+    def repeat(self) -> float:
+        """By how many nats (rms) two passes over the same rows differ, on the process where they differ most."""
+        self._draw(seed=0)
+        first, second = self._layout_logps(), self._layout_logps()
+        return max(self.mesh.gather(float((first - second).double().square().mean().sqrt())))
+
+    def first_difference(self) -> str:
+        """The module in which two passes over the same rows part, as the first process sees it."""
+        passes: list[list[tuple[str, str, float]]] = []
+        for _ in range(2):
+            with _traced(self.model) as events:
+                self._layout_logps()
+            passes.append(events)
+        names = {name for name, _ in self.model.named_modules()}
+        for (name, side, one), (_, _, other) in zip(*passes, strict=False):
+            if one != other:
+                return self.mesh.from_main(name if side == "out" or name not in names else name.rpartition(".")[0])
+        return self.mesh.from_main("")
+
+    def _draw(self, *, seed: int) -> None:
+        config = unwrap(self.model).config.get_text_config()
+        self.pairs = _probe_pairs(config.vocab_size, getattr(config, "max_position_embeddings", None), seed=seed)
+        self.batch = build_batch(self.pairs, **self.layout)
 
     def compare(self) -> Agreement:
         """In the precision of the context that it is called in."""
-        config = unwrap(self.model).config.get_text_config()
         for seed in range(DRAWS):
-            self.pairs = _probe_pairs(config.vocab_size, getattr(config, "max_position_embeddings", None), seed=seed)
-            self.batch = build_batch(self.pairs, **self.layout)
+            self._draw(seed=seed)
             found = self._compare_draw()
             if found.is_good or not found.is_close:
                 break
@@ -263,6 +312,26 @@ class _Probe:
         return 2.0**-10 if tf32 and self.precision == torch.float32 else torch.finfo(self.precision).eps
 
 
+@contextlib.contextmanager
+def _traced(model: nn.Module) -> Iterator[list[tuple[str, str, float]]]:
+    """Inside, what goes into and comes out of each module is noted in order: (name, "in" or "out", a sum of it)."""
+    events: list[tuple[str, str, float]] = []
+
+    def note(name: str, side: str, values: Any) -> None:
+        floats = [v for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point()]
+        events.append((name, side, sum(float(v.detach().double().abs().sum()) for v in floats)))
+
+    hooks = []
+    for name, module in model.named_modules():
+        hooks.append(module.register_forward_pre_hook(lambda _, args, name=name: note(name, "in", args)))
+        hooks.append(module.register_forward_hook(lambda _, args, out, name=name: note(name, "out", out)))
+    try:
+        yield events
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
 def _read(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """From logits [n, V]: log-probs of the labels [n], and how a scale would make those that train differ.
 
@@ -299,9 +368,18 @@ def _probe_pairs(vocabulary: int, max_positions: int | None, *, seed: int = 0) -
     return pairs
 
 
-def _is_whole_fp32(model: nn.Module) -> bool:
-    """Whether every weight lies here, unsharded, in float32."""
-    return all(
+def _precision(device: torch.device, *, bf16: bool, exact: bool = False) -> contextlib.AbstractContextManager[Any]:
+    """Autocast as the run has it; with `exact`, none."""
+    if not bf16:
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=not exact)
+
+
+def _can_be_exact(model: nn.Module) -> bool:
+    """Whether a pass without autocast is one in float32: every weight lies here, unsharded, in it."""
+    attention = unwrap(model).config._attn_implementation
+    takes_fp32 = is_packed(attention) or attention in ("sdpa", "eager")  # flash kernels do not
+    return takes_fp32 and all(
         p.dtype == torch.float32 and not (p.is_meta or isinstance(p, DTensor) or hasattr(p, "ds_id"))
         for p in model.parameters()
     )

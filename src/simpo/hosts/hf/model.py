@@ -17,16 +17,10 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from simpo.hosts.hf.masters import narrow_partitions, reading_in_fp32
 from simpo.model.attention import is_packed, plain_implementation, unwrap
-from simpo.model.head import install_head
-from simpo.model.kernels import choose_kernel
-from simpo.model.load import (
-    add_adapters,
-    check_tied_adapters,
-    disable_dropout,
-    keep_quantized_trainable,
-    load_pretrained,
-)
+from simpo.model.head import install_head, install_router_loss
+from simpo.model.load import add_adapters, keep_quantized_trainable, load_pretrained
 from simpo.model.low_memory import install_low_memory_blocks
+from simpo.model.settle import attend_packed, disable_dropout, fix_rotary_factors
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -76,20 +70,20 @@ def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> lis
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: a transformers model, or the name of one, is needed, not {type(base).__name__}")
-    check_tied_adapters(model)
-    lines: list[str] = []
     if recipe.disable_dropout:
         disable_dropout(base)
-    if recipe.pack or recipe.share_prompt:
-        left_out = choose_kernel(model, recipe.attention_kernel, device=device, half=bool(recipe.bf16))
-        lines += [] if left_out is None else [f"attention: {left_out}"]
-    elif recipe.attn_implementation is not None:
+    fix_rotary_factors(model, recipe.max_length)
+    left_out = attend_packed(model, recipe, device=device)
+    lines = [] if left_out is None else [f"attention: {left_out}"]
+    packs, before = recipe.pack or recipe.share_prompt, base.config._attn_implementation
+    if not packs and recipe.attn_implementation is not None:
         base.set_attn_implementation(recipe.attn_implementation)
-    elif base.config._attn_implementation is None or is_packed(base.config._attn_implementation):
+    elif not packs and (before is None or is_packed(before)):
         base.set_attn_implementation(plain_implementation(base))
     keep_quantized_trainable(model)
     install_head(model)
     install_low_memory_blocks(model)
+    install_router_loss(model, recipe.router_aux_loss_coef)
     return lines if weights_are_elsewhere(model) else lines + _keep_masters(model, recipe)
 
 

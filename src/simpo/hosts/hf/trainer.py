@@ -35,23 +35,21 @@ from simpo.hosts.hf.launch import check_launch, join_launched_world
 from simpo.hosts.hf.masters import give_masters, take_masters, whole_weights
 from simpo.hosts.hf.model import load_by_name, make_ready, weights_are_elsewhere, wrap_in_adapters
 from simpo.hosts.hf.reference import load_references, save_references
-from simpo.model.attention import is_packed, plain_attention, unwrap
+from simpo.model.attention import plain_attention, unwrap
 from simpo.model.head import compute_pair_logps
 from simpo.model.load import load_tokenizer
-from simpo.model.probe import check_forward
+from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.checkpoint import TRAINERS, load_state, stamp
+from simpo.run.checkpoint import load_state, stamp
 from simpo.run.export import overflows, record_dtype, tie
-from simpo.run.lock import OutputLock
 from simpo.run.metrics import StepTotals, peak_memory_gib
 from simpo.run.objective import micro_batch_losses
-from simpo.run.plain import only_data
 from simpo.run.reference import ReferenceLogps
-from simpo.run.resume import check_same_run, run_identity, supersede_checkpoints
+from simpo.run.resume import check_same_run, run_identity
 from simpo.run.session import build_loader, check_agreement
 from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
 
-IDENTITY_FILE = TRAINERS.state_file  # in each checkpoint: what must be equal to resume it
+IDENTITY_FILE = "simpo.json"  # in each checkpoint: what must be equal to resume it
 
 
 class SimPOTrainer(Trainer):
@@ -108,6 +106,7 @@ class SimPOTrainer(Trainer):
             tokenizer.pad_token = tokenizer.eos_token
         self._peft_config, self._tokenizer, self._text_as_is = peft_config, tokenizer, args.text_as_is
         self._is_checked = False  # the model's forward pass, where it trains
+        self.loader: StepLoader | None = None  # of the training pairs; made when training begins
         model = None if model is None else self._ready(model)
         if isinstance(train_dataset, PreparedData):
             self.data, eval_dataset = train_dataset, eval_dataset or train_dataset.eval
@@ -129,24 +128,11 @@ class SimPOTrainer(Trainer):
         check_launch(self.accelerator)
         if self.model is not None:
             self._check_if_here(self.model)
-        self.loader: StepLoader | None = None  # of the training pairs; made when training begins
         self._total_steps = 0
         self._train_sums = StepTotals()
         self._eval_totals: StepTotals | None = None
         self._step_losses: StepLosses = []
         self._logged = (0, time.perf_counter())
-
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
-        """As in transformers. No other process may train into `output_dir` meanwhile, and no checkpoint in it is lost.
-
-        Raises:
-            ValueError: another process does, or the checkpoint is another run's.
-        """
-        with OutputLock(Path(self.args.output_dir)) as lock:
-            no_lock = self.mesh.on_main(lock.acquire)
-            if no_lock is not None:
-                self.display.say(no_lock)
-            return super().train(resume_from_checkpoint, **options)
 
     # --- what is trained ---------------------------------------------------------------------------------------------
 
@@ -230,11 +216,6 @@ class SimPOTrainer(Trainer):
         if self.mesh.sum_over_all(bad).item():
             raise not_finite(self.state.global_step, self._step_losses, self.mesh, grad_norm=None)
 
-    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
-        """Weight decay spares vectors, as in the native trainer: norms and biases, and DoRA's magnitudes."""
-        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}  # ZeRO-3's are flat
-        return [name for name, shape in shapes.items() if len(shape) >= 2]
-
     # --- batches -----------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
@@ -295,6 +276,7 @@ class SimPOTrainer(Trainer):
             model = wrap_in_adapters(model, self._peft_config, seed=self.recipe.seed)
         for line in make_ready(model, self.recipe, device=self.mesh.device):
             self.display.say(line)
+        self._settle(model)
         self._check_if_here(model)
         return model
 
@@ -309,11 +291,18 @@ class SimPOTrainer(Trainer):
         self._check_forward(model, bf16=bool(self.recipe.bf16))
 
     def _check_forward(self, model: nn.Module, *, bf16: bool) -> None:
-        recipe, implementation = self.recipe, unwrap(model).config._attn_implementation
-        # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
-        if is_packed(implementation) or implementation in ("sdpa", "eager") or recipe.bf16:
-            check_forward(model, pack=recipe.pack, share_prompt=recipe.share_prompt, bf16=bf16, mesh=self.mesh)
+        check_rows(model, self.recipe, bf16=bf16, mesh=self.mesh)
+        if as_it_trains(self.recipe, model) != self.recipe and self.loader is not None:
+            raise ValueError(f"{notes_of(model)[-1]}; batches are planned already: set pack and share_prompt to false")
+        self._settle(model)
         self._is_checked = True
+
+    def _settle(self, model: nn.Module) -> None:
+        """Show what was settled otherwise than asked for, and go on with the rows that the model takes."""
+        notes = notes_of(model)
+        while notes:
+            self.display.say(notes.pop(0))
+        self.recipe = as_it_trains(self.recipe, model)
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """The model of `model_init`, made ready."""
@@ -323,8 +312,7 @@ class SimPOTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Hand everything to the engine, then check what only the engine's model can show."""
         masters = take_masters(self.model) if self.is_deepspeed_enabled else {}
-        with only_data(resume_from_checkpoint):
-            model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is None:
             give_masters(masters)
         del masters
@@ -335,10 +323,6 @@ class SimPOTrainer(Trainer):
         if self.recipe.loss.needs_reference:
             self._prepare_references(model, resume_from_checkpoint)
         self._logged = (self.state.global_step, time.perf_counter())
-        folder, step = Path(self.args.output_dir), self.state.global_step
-        aside = self.mesh.on_main(lambda: supersede_checkpoints(folder, step, TRAINERS))
-        if aside is not None:
-            self.display.say(f"later checkpoints of {folder} are kept in {aside}")
         return model, dataloader
 
     def _prepare_references(self, model: nn.Module, resume_from_checkpoint: Any) -> None:
@@ -414,7 +398,7 @@ class SimPOTrainer(Trainer):
         They are written in `save_dtype`; in the dtype they are trained in where that is not set, and in checkpoints.
         """
         asked = None if _internal_call or self.recipe.save_dtype == "auto" else getattr(torch, self.recipe.save_dtype)
-        with plain_attention(self.model):
+        with plain_attention(self.model), as_configured(self.model):
             if asked is None and not isinstance(self.deepspeed, nn.Module):
                 super().save_model(output_dir, _internal_call=_internal_call)
                 return
@@ -463,10 +447,9 @@ class SimPOTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
+            (folder / IDENTITY_FILE).write_text(json.dumps({**stamp(), **self._identity()}), encoding="utf-8")
             if self.references:
                 save_references(folder, self.references)
-            # Last, for a checkpoint that has it is whole.
-            (folder / IDENTITY_FILE).write_text(json.dumps({**stamp(), **self._identity()}), encoding="utf-8")
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
         """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
@@ -483,14 +466,6 @@ class SimPOTrainer(Trainer):
             for line in check_same_run(saved, self._identity(), folder, recipe=self.recipe, pairs_fit=fits):
                 self.display.say(line)
         return super()._init_training_state(max_steps, *others)
-
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        with only_data(checkpoint):
-            super()._load_rng_state(checkpoint)
-
-    def _load_best_model(self) -> None:
-        with only_data(self.state.best_model_checkpoint):
-            super()._load_best_model()
 
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.recipe, self.data, self.loader, total_steps=self._total_steps)
