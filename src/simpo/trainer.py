@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import math
 import time
-import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +36,14 @@ from simpo.model.compile import compile_blocks
 from simpo.model.load import load_model, load_tokenizer, pick_device
 from simpo.model.low_memory import why_no_liger
 from simpo.model.offload import offload_activations
+from simpo.model.settle import as_it_trains, notes_of
 from simpo.parallel.mesh import join_world
 from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
-from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
-from simpo.run.lock import OutputLock
+from simpo.run.export import WeightSample, export_dtype, publish_model
+from simpo.run.leftovers import find_leftovers
 from simpo.run.memory import TokenBudget, fit_micro_batches
 from simpo.run.metrics import StepTotals, Totals, peak_memory_gib
 from simpo.run.objective import micro_batch_losses, recipe_logps
@@ -63,6 +63,7 @@ from simpo.run.session import (
     card_of_data,
     check_agreement,
     check_device,
+    check_token_ids,
     count_steps,
     describe_run,
     is_due,
@@ -126,20 +127,9 @@ class Trainer:
         self.output_dir = Path(recipe.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.generations_path = self.output_dir / "generations.jsonl"
-        self.lock = OutputLock(self.output_dir)
-        no_lock = self.mesh.on_main(self.lock.acquire)
-        weakref.finalize(self, self.lock.release)  # of a trainer that never runs
-        for notice in [*recipe.notices, *filter(None, [no_lock])]:
-            self.display.say(notice)
-        try:
-            self._set_up(recipe, data)
-        except BaseException:
-            self.lock.release()
-            raise
-
-    def _set_up(self, recipe: Recipe, data: PreparedData | None) -> None:
-        """All that `run` needs, from the data to the place in the run directory."""
         resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
+        for notice in recipe.notices:
+            self.display.say(notice)
         check_device(recipe, self.mesh)
         set_up_process(recipe, self.device, sharded=self.mesh.sizes.is_sharded)
         seed_everything(recipe.seed)
@@ -147,9 +137,13 @@ class Trainer:
         self.data = data or self.mesh.main_first(
             lambda: prepare_pairs(recipe, self.tokenizer, progress=self.mesh.is_main)
         )
+        check_token_ids(self.data, recipe)
         self.export_dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
-        self.repository = self.mesh.on_main(lambda: create_repository(recipe))
         self.model = load_model(recipe, device=self.device, mesh=self.mesh)
+        self.recipe = recipe = as_it_trains(recipe, self.model)
+        self.leftovers = find_leftovers(self.model, recipe.model_name_or_path, revision=recipe.model_revision)
+        for note in (*notes_of(self.model), *([self.leftovers] if self.leftovers else [])):
+            self.display.say(str(note))
         if recipe.use_liger_kernel and (reason := why_no_liger(unwrap(self.model), self.device)):
             self.display.say(f"use_liger_kernel: without effect here: {reason}")
         self.model.train()
@@ -182,9 +176,7 @@ class Trainer:
         check_agreement(self.mesh, recipe, self.data, self.loader, step=self.progress.step)
         if recipe.torch_compile:  # after the memory was measured: rows that small would be compiled for nothing
             compile_blocks(self.model, device=self.device)
-        aside = self.mesh.on_main(lambda: open_output_dir(recipe, self.data, resume))
-        if aside is not None:
-            self.display.say(aside)
+        self.mesh.on_main(lambda: open_output_dir(recipe, self.data))
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -196,7 +188,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite.
         """
         self.display.table("training", self._describe())
-        with self.lock, open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh) as self.log:
+        with open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh) as self.log:
             with self._stop.listening():
                 if self.recipe.eval_on_start and self.progress.step == 0:
                     self._evaluate_and_log()
@@ -305,6 +297,7 @@ class Trainer:
             self.tokenizer,
             self.recipe,
             model_dir,
+            leftovers=self.leftovers,
             dtype=self.export_dtype,
             untrained=self._untrained,
             data=card_of_data(self.data, step=kept_step, total_steps=self.total_steps),
@@ -317,7 +310,6 @@ class Trainer:
             self._write(written)
         metrics = self.output_dir / "metrics.jsonl"
         self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
-        self.mesh.on_main(lambda: upload_model(model_dir, self.repository, self.recipe, self.display))
         return TrainResult(
             self.output_dir,
             model_dir,
@@ -405,7 +397,7 @@ class Trainer:
         identity = self._identity()
         for line in check_same_run(state, identity, checkpoint.folder, recipe=self.recipe, pairs_fit=fits):
             self.display.say(line)
-        self.mesh.on_main(lambda: checkpoints.clear_leftovers(self.checkpoint_dir))
+        self.mesh.on_main(lambda: checkpoints.forget_after(self.checkpoint_dir, checkpoint))
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer, mesh=self.mesh)
         self.progress = Progress.from_json(state["progress"])
         if self.recipe.load_best_model_at_end and self.progress.best_step is not None:

@@ -10,18 +10,16 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from simpo.errors import first_line
 from simpo.model.attention import plain_attention, unwrap
 from simpo.model.load import source_dtype
+from simpo.model.settle import as_configured
 from simpo.parallel.sharding import local_part, on_one_process
 from simpo.run.checkpoint import replace_folder, sync_tree
 
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from simpo.display import Display
     from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
+    from simpo.run.leftovers import Leftovers
 
 
 # --- number formats --------------------------------------------------------------------------------------------------
@@ -142,6 +141,7 @@ def publish_model(
     recipe: Recipe,
     folder: Path,
     *,
+    leftovers: Leftovers | None,
     dtype: torch.dtype,
     untrained: WeightSample | None,
     data: Mapping[str, Any],
@@ -158,6 +158,7 @@ def publish_model(
         tokenizer: saved with its chat template.
         recipe: recorded in the model card.
         folder: replaced if it exists.
+        leftovers: what else belongs into it.
         dtype: of the saved weights, unless one is too large for it; see `export_dtype`.
         untrained: the trained weights as they were before; None = no longer known.
         data: what it was trained on, for the card.
@@ -180,7 +181,7 @@ def publish_model(
             narrow = value.detach().to(dtype) if value.is_floating_point() else value
             state[name] = narrow if narrow.dtype == value.dtype else narrow.cpu()
     tie(state, model)
-    mesh.on_main(lambda: _write_model(model, state, tokenizer, recipe, folder, dtype, data, results))
+    mesh.on_main(lambda: _write_model(model, state, tokenizer, recipe, folder, leftovers, dtype, data, results))
     state.clear()
     if not results:
         return {}
@@ -192,42 +193,6 @@ def publish_model(
     display.say_evaluation(f"as written in {dtype_name(dtype)}", found, prefix="eval_saved")
     mesh.on_main(lambda: _write_card(folder, recipe, data, {**results, **found}))
     return found
-
-
-def create_repository(recipe: Recipe) -> str | None:
-    """The hub's name of the repository that the model will be uploaded to, made if it is not there; None without one.
-
-    Raises:
-        ValueError: it cannot be made: found before training, rather than after it.
-    """
-    if not recipe.push_to_hub:
-        return None
-    name = recipe.hub_model_id or Path(recipe.output_dir or "model").resolve().name
-    try:
-        hub = HfApi(token=recipe.hub_token)
-        return hub.create_repo(name, private=recipe.hub_private_repo, exist_ok=True).repo_id
-    except Exception as error:  # of the network, the hub, its login or the name: they have no class in common
-        raise ValueError(f"push_to_hub: the repository {name!r} cannot be created: {first_line(error)}") from error
-
-
-def upload_model(folder: Path, repository: str | None, recipe: Recipe, display: Display) -> None:
-    """Upload a complete model's folder, if there is a repository for it. One process calls it.
-
-    Raises:
-        OSError: it failed; says where the model is, and how to upload it.
-    """
-    if repository is None:
-        return
-    hub = HfApi(token=recipe.hub_token)
-    try:
-        message = f"Trained with simpo {version('simpo')}"
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
-    except Exception as error:
-        raise OSError(
-            f"push_to_hub: the run is complete and its model is in {folder}, but uploading it to {repository} failed: "
-            f"{first_line(error)}. To try again: hf upload {repository} {folder}"
-        ) from error
-    display.say(f"uploaded to {hub.endpoint}/{repository}")
 
 
 def tie(state: dict[str, Tensor], model: nn.Module) -> None:
@@ -245,6 +210,7 @@ def _write_model(
     tokenizer: Any,
     recipe: Recipe,
     folder: Path,
+    leftovers: Leftovers | None,
     dtype: torch.dtype,
     data: Mapping[str, Any],
     results: Mapping[str, float],
@@ -254,8 +220,10 @@ def _write_model(
     aside.mkdir(parents=True)
     base = unwrap(model)
     transformers_logging.disable_progress_bar()  # it would cut through the run's own output
-    with plain_attention(model), on_one_process(base):
+    with plain_attention(model), as_configured(model), on_one_process(base):
         model.save_pretrained(aside, state_dict=state)
+    if leftovers is not None:
+        leftovers.add_to(aside)
     record_dtype(aside, dtype)
     tokenizer.save_pretrained(aside)
     if base.generation_config is not None:
@@ -282,8 +250,6 @@ def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mappin
     """Markdown with the metadata block that model hubs read: what was trained, on what, how, and what came out."""
     base = recipe.model_name_or_path
     header = ["---", f"base_model: {base}", "library_name: transformers", "pipeline_tag: text-generation"]
-    if Path(base).is_dir():
-        del header[1]  # the hub refuses a card whose base_model is a folder
     header += ["tags: [simpo, preference-optimization]", "---"]
     name = recipe.run_name or Path(recipe.output_dir or "model").name
     lines = [
