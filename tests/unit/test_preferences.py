@@ -143,24 +143,19 @@ REFUSED = {
     "no turns beside a dialogue with a system turn": (
         {"prompt": [say("")], "chosen": [SYSTEM, say("a")], "rejected": "b"},
         "malformed",
-        "share no prompt",
+        "system turn",
     ),
     "late system": ({"prompt": [USER, SYSTEM, USER], "chosen": "a", "rejected": "b"}, "malformed", "not the first"),
     "unknown role": (
-        {"prompt": [{"role": "narrator", "content": "x"}], "chosen": "a", "rejected": "b"},
-        "malformed",
-        "narrator",
-    ),
-    "a tool's result alone": (
         {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
         "malformed",
-        "no user turn",
+        "too",
     ),
     "null content": ({"prompt": [USER], "chosen": [say(None)], "rejected": "b"}, "malformed", "content is null"),
     "image part": (
         {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
-        "not text",
-        "image",
+        "malformed",
+        "content is a list",
     ),
     "response by the user": ({"prompt": "Why?", "chosen": [USER], "rejected": "b"}, "malformed", "user turn"),
     "other dialogue": ({"prompt": "Who?", "chosen": [USER, say("a")], "rejected": "b"}, "malformed", "begin with"),
