@@ -16,8 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import CheckpointSaver, read_state
-from simpo.run.resume import find_checkpoint
+from simpo.run.checkpoint import Checkpoint, CheckpointSaver, read_state
 from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
@@ -113,7 +112,7 @@ def load_and_save_again(settings: Settings, *saved: str) -> list[dict[str, Any]]
     for index, folder in enumerate(saved):
         if index > 0:
             _wipe(trainer)
-            _restore(trainer, settings, folder)
+            _restore(trainer, folder)
             trainer.saver = CheckpointSaver(trainer.output_dir / f"checkpoints-{index}", trainer.mesh)
         again = trainer.save()
         trainer.mesh.barrier()
@@ -172,17 +171,17 @@ def errors_of(settings: Settings, *saved: str) -> list[tuple[str, str]]:
     trainer, found = build(settings), []
     for folder in saved:
         try:
-            _restore(trainer, settings, folder)
+            _restore(trainer, folder)
             found.append(("nothing", ""))
         except Exception as error:
             found.append((type(error).__name__, str(error)))
     return found
 
 
-def _restore(trainer: Trainer, settings: Settings, checkpoint: str) -> None:
+def _restore(trainer: Trainer, checkpoint: str) -> None:
     """What `Trainer` does for `resume_from_checkpoint`, on one that is there already."""
-    recipe = load_recipe({**settings, "resume_from_checkpoint": checkpoint})
-    trainer._restore(trainer.mesh.on_main(lambda: find_checkpoint(recipe)))
+    folder = Path(checkpoint)
+    trainer._restore(Checkpoint(folder, int(folder.name.removeprefix("step-"))))
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:

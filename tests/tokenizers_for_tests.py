@@ -62,6 +62,33 @@ COUNTING = (
     "{% endif %}"
 )
 
+# Renders tools, their results and calls; reasoning after the last question, and none before it.
+AGENT = (
+    "{% if tools %}{{ '<|im_start|>system\n' }}{% for tool in tools %}{{ tool | tojson + '\n' }}{% endfor %}"
+    "{{ '<|im_end|>\n' }}{% endif %}"
+    "{% set last = namespace(user=0) %}{% for message in messages %}"
+    "{% if message.role == 'user' %}{% set last.user = loop.index0 %}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% set content = message.content %}{% set thought = message.reasoning_content %}"
+    "{% if not thought and message.role == 'assistant' and '</think>' in content %}"
+    "{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}"
+    "{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + message.role + '\n' }}"
+    "{% if thought and loop.index0 > last.user %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}"
+    "{{ content }}{% for call in message.tool_calls or [] %}{{ '\n<call>' + call.function.name + ' ' }}"
+    "{{ call.function.arguments | tojson + '</call>' }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+# As many a template: content alone, of which only what stands after a thought is kept when it is not the last turn.
+CUTS_EVERY_THOUGHT = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+# The name of the thought is another one, and so are the marks around it; arguments are joined as text.
+CHANNELS = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role }}{% if message.thinking %}"
+    "{{ ' to itself\n' + message.thinking + '<|end|>' }}{% endif %}{{ '\n' + message.content }}"
+    "{% for call in message.tool_calls or [] %}{{ '\n' + call.function.name + ' ' + call.function.arguments }}"
+    "{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant' }}{% endif %}"
+)
+
 # Line ends go with the punctuation before them, in one token.
 GPT4_SPLIT = r" ?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -95,6 +122,9 @@ KINDS: dict[str, dict[str, Any]] = {
         "special": ["<s>", "</s>", "<|user|>", "<|assistant|>"],
     },
     "empty_thinking": {"template": EMPTY_THINKING, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>"]},
+    "agent": {"template": AGENT, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>"]},
+    "cuts": {"template": CUTS_EVERY_THOUGHT, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>"]},
+    "channels": {"template": CHANNELS, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>", "<|end|>"]},
     "counting": {"template": COUNTING, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>"]},
     "words": {"template": WORDS_ONLY, "eos": "<|end|>", "special": ["<|end|>"]},
     "plain": {"template": None, "eos": "<|end|>", "special": ["<|end|>"]},
@@ -167,3 +197,13 @@ def build_tokenizer(kind: str) -> Any:
     )
     tokenizer.chat_template = settings["template"]
     return tokenizer
+
+
+def trained_texts(tokens: TokenizedPair, tokenizer: Any) -> list[list[str]]:
+    """The trained stretches of chosen and of rejected, decoded."""
+    sides = []
+    for side in ("chosen", "rejected"):
+        ids = getattr(tokens, f"{side}_ids")
+        edges = [getattr(tokens, f"{side}_start"), *getattr(tokens, f"{side}_gaps"), len(ids)]
+        sides.append([tokenizer.decode(ids[begin:end]) for begin, end in zip(edges[::2], edges[1::2], strict=True)])
+    return sides

@@ -137,8 +137,8 @@ def run_steps(keys: dict[str, Any]) -> dict[str, Any]:
     from simpo.trainer import Trainer
 
     result = Trainer(load_recipe(keys), display=Display(quiet=True)).run()
-    lines = (result.output_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [values["loss"] for line in lines if "loss" in (values := json.loads(line))]
+    with (result.output_dir / "metrics.jsonl").open(encoding="utf-8") as lines:
+        losses = [values["loss"] for line in lines if "loss" in (values := json.loads(line))]
     return {"steps": result.steps, "loss": losses[-1]}
 
 

@@ -387,12 +387,12 @@ def _outcome(code: int, stopped: str | None, out: str, errors: str) -> _Done:
     if code < 0:
         return _Done(reason=f"killed by signal {-code}" + (", probably out of memory" if code == -9 else ""))
     try:
-        result = json.loads(out.strip().splitlines()[-1])
-    except (IndexError, ValueError):
+        result = json.loads(out.strip().rpartition("\n")[2])
+    except ValueError:
         result = {}
     if code == 0 and result:
         return _Done(result=result)
-    said = result.get("error") or next((line for line in reversed(errors.splitlines()) if line.strip()), "nothing said")
+    said = result.get("error") or next((line for line in reversed(errors.split("\n")) if line.strip()), "nothing said")
     return _Done(reason=said[:300])
 
 

@@ -80,8 +80,13 @@ def free_folder(wanted: Path) -> Path:
 
 def held_out_prompts() -> list[str]:
     """The prompts of the held-out pairs; none of them is trained on."""
-    lines = (HERE / "pairs" / "test.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line)["prompt"][-1]["content"] for line in lines]
+    return [row["prompt"][-1]["content"] for row in read_lines(HERE / "pairs" / "test.jsonl")]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """JSON lines. (str.splitlines also splits at characters that JSON strings may hold, such as U+2028.)"""
+    with path.open(encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
 
 
 def answer(model: Path, prompts: Sequence[str], *, bf16: bool) -> list[str]:
@@ -104,8 +109,7 @@ def answer(model: Path, prompts: Sequence[str], *, bf16: bool) -> list[str]:
 
 def read_evaluations(folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """The first and the last evaluation on held-out pairs."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    evaluations = [line for line in lines if "eval_loss" in line]
+    evaluations = [line for line in read_lines(folder / "metrics.jsonl") if "eval_loss" in line]
     return evaluations[0], evaluations[-1]
 
 

@@ -280,8 +280,8 @@ def _key_lines(recipe: Recipe) -> str:
     from simpo.recipe import KEYS, load_recipe
 
     values, defaults = recipe.to_dict(), load_recipe({"model_name_or_path": "any"}).to_dict()
-    shown = [name for name, key in KEYS.items() if key.shown and values[name] not in (None, {})]
-    shown += [name for name, key in KEYS.items() if not key.shown and values[name] != defaults[name]]
+    shown = [name for name, value in values.items() if KEYS[name].shown and value not in (None, {})]
+    shown += [name for name, value in values.items() if not KEYS[name].shown and value != defaults[name]]
     width = max(map(len, shown))
     return "\n".join(f"{name:<{width}}  {_plain(values[name])}" for name in shown if name not in recipe.unread_keys)
 
@@ -297,6 +297,8 @@ def _plain(value: Any) -> str:
 
 def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
     """Loss and batch as they will act, notices, and what is still missing to train."""
+    from simpo.recipe.checks import far_from_published
+
     each, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     data = max(1, processes // (recipe.cp * recipe.tp))  # processes of one cp or tp group compute the same pairs
     many = f"{data} process{'es' * (data > 1)}" + " that see other pairs" * (data != processes)
@@ -308,6 +310,7 @@ def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
         f"({each} a micro-batch x {accumulation} accumulated x {many})",
     ]
     lines += [f"notice: {notice}" for notice in recipe.notices]
+    lines += [f"warning: {line}" for line in far_from_published(recipe, recipe.pairs_per_step(data))]
     missing = [name for name in ("dataset_mixer", "output_dir") if not getattr(recipe, name)]
     lines.append(f"to train, still give: {', '.join(missing)}" if missing else "this recipe can be trained")
     return lines
@@ -320,8 +323,8 @@ def _key_text(doc: Key) -> str:
 
 def _explain_key(name: str) -> str:
     from simpo.recipe import KEYS
-    from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE
-    from simpo.recipe.load import unknown_key
+    from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
+    from simpo.recipe.load import describe_unknown
 
     if name in ALIASES:
         target = ALIASES[name].target
@@ -330,7 +333,8 @@ def _explain_key(name: str) -> str:
         target, meaning = INPUT_KEYS[name]
         return f"  {name}\n      {meaning}\n{_key_text(KEYS[target])}"
     if name in KNOWN_ELSEWHERE:
-        return f"  {name}: accepted, not used here ({KNOWN_ELSEWHERE[name]})"
+        done = "refused" if name in REFUSED else "accepted, not used here"
+        return f"  {name}: {done} ({KNOWN_ELSEWHERE[name]})"
     if name not in KEYS:
-        raise unknown_key(name)
+        raise ValueError(f"{describe_unknown(name)}; `simpo keys` lists all keys")
     return _key_text(KEYS[name])

@@ -17,6 +17,7 @@ import dataclasses
 import functools
 import math
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,8 +43,9 @@ from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
-from simpo.run.export import WeightSample, export_dtype, publish_model
+from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.leftovers import find_leftovers
+from simpo.run.lock import OutputLock
 from simpo.run.memory import TokenBudget, fit_micro_batches
 from simpo.run.metrics import StepTotals, Totals, peak_memory_gib
 from simpo.run.objective import micro_batch_losses, recipe_logps
@@ -127,9 +129,20 @@ class Trainer:
         self.output_dir = Path(recipe.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.generations_path = self.output_dir / "generations.jsonl"
-        resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
-        for notice in recipe.notices:
+        self.lock = OutputLock(self.output_dir)
+        no_lock = self.mesh.on_main(self.lock.acquire)
+        weakref.finalize(self, self.lock.release)  # of a trainer that never runs
+        for notice in [*recipe.notices, *filter(None, [no_lock])]:
             self.display.say(notice)
+        try:
+            self._set_up(recipe, data)
+        except BaseException:
+            self.lock.release()
+            raise
+
+    def _set_up(self, recipe: Recipe, data: PreparedData | None) -> None:
+        """All that `run` needs, from the data to the place in the run directory."""
+        resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
         check_device(recipe, self.mesh)
         set_up_process(recipe, self.device, sharded=self.mesh.sizes.is_sharded)
         seed_everything(recipe.seed)
@@ -139,6 +152,7 @@ class Trainer:
         )
         check_token_ids(self.data, recipe)
         self.export_dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
+        self.repository = self.mesh.on_main(lambda: create_repository(recipe))
         self.model = load_model(recipe, device=self.device, mesh=self.mesh)
         self.recipe = recipe = as_it_trains(recipe, self.model)
         self.leftovers = find_leftovers(self.model, recipe.model_name_or_path, revision=recipe.model_revision)
@@ -176,7 +190,9 @@ class Trainer:
         check_agreement(self.mesh, recipe, self.data, self.loader, step=self.progress.step)
         if recipe.torch_compile:  # after the memory was measured: rows that small would be compiled for nothing
             compile_blocks(self.model, device=self.device)
-        self.mesh.on_main(lambda: open_output_dir(recipe, self.data))
+        aside = self.mesh.on_main(lambda: open_output_dir(recipe, self.data, resume))
+        if aside is not None:
+            self.display.say(aside)
 
     # --- the run -----------------------------------------------------------------------------------------------------
 
@@ -188,7 +204,7 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite.
         """
         self.display.table("training", self._describe())
-        with open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh) as self.log:
+        with self.lock, open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh) as self.log:
             with self._stop.listening():
                 if self.recipe.eval_on_start and self.progress.step == 0:
                     self._evaluate_and_log()
@@ -310,6 +326,7 @@ class Trainer:
             self._write(written)
         metrics = self.output_dir / "metrics.jsonl"
         self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
+        self.mesh.on_main(lambda: upload_model(model_dir, self.repository, self.recipe, self.display))
         return TrainResult(
             self.output_dir,
             model_dir,
@@ -397,7 +414,7 @@ class Trainer:
         identity = self._identity()
         for line in check_same_run(state, identity, checkpoint.folder, recipe=self.recipe, pairs_fit=fits):
             self.display.say(line)
-        self.mesh.on_main(lambda: checkpoints.forget_after(self.checkpoint_dir, checkpoint))
+        self.mesh.on_main(lambda: checkpoints.clear_leftovers(self.checkpoint_dir))
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer, mesh=self.mesh)
         self.progress = Progress.from_json(state["progress"])
         if self.recipe.load_best_model_at_end and self.progress.best_step is not None:

@@ -87,7 +87,7 @@ def test_resume_from_a_named_earlier_checkpoint_repeats_the_rest(tiny_recipe: Se
     folder = Path(tiny_recipe["output_dir"])
     build(tiny_recipe, resume_from_checkpoint=str(folder / "checkpoints" / "step-4")).run()
     assert_same_run(folder, uninterrupted)
-    assert (folder / "checkpoints" / "step-8.superseded").is_dir()
+    assert (folder / "checkpoints" / "_superseded-1" / "step-8").is_dir()
 
 
 def test_generations_of_steps_done_again_are_not_kept_twice(tiny_recipe: Settings) -> None:

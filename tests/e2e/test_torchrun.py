@@ -193,9 +193,10 @@ def test_a_restart_before_the_first_save_goes_on_from_the_checkpoint_that_was_na
 ):
     named = _leave_checkpoints(tmp_path / "elsewhere", 6) / "checkpoints" / "step-6"
     recipe = load_recipe({**tiny_recipe, "resume_from_checkpoint": str(named)})
-    folder = _leave_checkpoints(Path(recipe.output_dir), 4)
+    folder = Path(recipe.output_dir)
     restarted("job 7", 0)
     assert find_checkpoint(recipe).folder == named
+    folder.mkdir(parents=True)
     record_launch(folder)
     restarted("job 7", 1)
     assert find_checkpoint(recipe).folder == named

@@ -15,6 +15,8 @@ from mesh_runs import TIED, Settings, build, error_of, errors_of, train_and_save
 from torch import Tensor
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save, torch_save_to_dcp
 
+from simpo.run.digest import record_files
+
 Q = "model.layers.{}.self_attn.q_proj.weight"
 MOMENT = "state.{}.{}"
 
@@ -86,6 +88,7 @@ def rewrite(checkpoint: Path, change: Callable[[dict[str, Any]], None]) -> None:
         shutil.rmtree(checkpoint / "tensors")
         torch_save_to_dcp(one_file, checkpoint / "tensors")
     one_file.unlink()
+    record_files(checkpoint)
 
 
 CHANGES = [
@@ -150,10 +153,12 @@ HARMS = [
     ("tensors/__1_0.distcp", _cut_short, "EOFError"),
     ("tensors/__1_0.distcp", _overwrite_the_middle, "damaged"),
     ("tensors/__1_0.distcp", _overwrite_all, "cannot be loaded"),
-    ("tensors/.metadata", _remove, "rank 0: "),
-    ("tensors/.metadata", _cut_short, "rank 0: "),
-    ("rng-1.pt", _remove, "[Errno 2] No such file or directory"),
-    ("rng-1.pt", _cut_short, "cannot be loaded"),
+    ("tensors/.metadata", _remove, "is damaged: tensors/.metadata is missing"),
+    ("tensors/.metadata", _cut_short, "is damaged: tensors/.metadata is not as it was saved"),
+    ("rng-1.json", _remove, "is damaged: rng-1.json is missing"),
+    ("rng-1.json", _cut_short, "is damaged: rng-1.json is not as it was saved"),
+    ("files.json", _remove, "is damaged: [Errno 2] No such file or directory"),
+    ("files.json", _cut_short, "is damaged: "),
     ("trainer_state.json", _remove, "is not a complete checkpoint"),
     ("trainer_state.json", _cut_short, "is not a complete checkpoint"),
 ]

@@ -38,8 +38,7 @@ def test_each_side_keeps_a_trained_token_or_the_pair_is_dropped(kind, max_length
             assert 1 <= result.rejected_start < len(result.rejected_ids) <= max_length
 
 
-def test_response_that_the_template_swallows_is_dropped(build_tokenizer):
-    pair = Pair("r", "q", "<think>all of it</think>", "no")
-    with pytest.raises(RowError) as caught:
-        tokenize_pair(pair, build_tokenizer("thinking"), max_length=100)
-    assert caught.value.reason == "empty"
+def test_response_that_the_template_would_swallow_is_trained_whole(build_tokenizer):
+    tokenizer = build_tokenizer("thinking")
+    tokens = tokenize_pair(Pair("r", "q", "<think>all of it</think>", "no"), tokenizer, max_length=100)
+    assert tokenizer.decode(tokens.chosen_ids[tokens.chosen_start :]) == "<think>all of it</think></s>"

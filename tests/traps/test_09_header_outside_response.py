@@ -39,11 +39,11 @@ def test_default_system_prompt_is_in_the_prompt_once(build_tokenizer):
     assert tokenizer.decode(tokens.chosen_ids[: tokens.chosen_start]).endswith("<|im_start|>assistant\n")
 
 
-def test_thinking_that_the_data_brings_is_trained_on_both_sides(build_tokenizer):
+def test_thinking_that_the_data_brings_is_trained_and_no_other(build_tokenizer):
     tokenizer = build_tokenizer("empty_thinking")
     tokens = tokenize_pair(Pair("r", "Why?", "<think>\nhm</think>\n\nyes", "no"), tokenizer, max_length=200)
     trained = [tokens.chosen_ids[tokens.chosen_start :], tokens.rejected_ids[tokens.rejected_start :]]
-    texts = ["<think>\nhm</think>\n\nyes<|im_end|>", "<think>\n\n</think>\n\nno<|im_end|>"]
+    texts = ["<think>\nhm</think>\n\nyes<|im_end|>", "no<|im_end|>"]
     assert [tokenizer.decode(ids) for ids in trained] == texts
 
 

@@ -33,10 +33,9 @@ def test_dropped_and_counted(row, reason, tmp_path, build_tokenizer, data_recipe
     assert "p.jsonl/train#20" not in prepared.train["row_id"]
 
 
-def test_pair_that_the_template_makes_equal(build_tokenizer):
-    tokenizer = build_tokenizer("thinking")
+def test_answers_that_differ_in_an_end_of_turn_alone_are_equal(build_tokenizer):
     with pytest.raises(RowError) as caught:
-        tokenize_pair(Pair("r", "q", "<think>a</think>yes", "<think>b</think>yes"), tokenizer, max_length=99)
+        tokenize_pair(Pair("r", "q", "yes", "yes<|im_end|>"), build_tokenizer("chatml"), max_length=99)
     assert caught.value.reason == "identical"
 
 

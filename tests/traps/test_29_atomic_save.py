@@ -18,7 +18,8 @@ class PowerCut(Exception):
     """What the tests raise where the machine would have died."""
 
 
-DEATHS = [(checkpoints.dcp, "save"), (checkpoints.torch, "save"), (checkpoints, "sync_tree"), (Path, "rename")]
+SAVING = [(checkpoints, name) for name in ("rng_state", "record_files", "sync_tree")]
+DEATHS = [(checkpoints.dcp, "save"), *SAVING, (Path, "rename")]
 
 
 def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
@@ -61,5 +62,5 @@ def test_files_are_synced_before_the_rename(tiny_recipe: dict[str, Any], monkeyp
     monkeypatch.setattr(Path, "rename", record)
     trainer.save()
     first_rename = events.index("rename")
-    assert events[:first_rename].count("sync") >= 4  # tensors, their index, RNG, state
+    assert events[:first_rename].count("sync") >= 5  # tensors, their index, RNG, state, digests
     assert events[first_rename + 1 :] == ["sync"]  # and the folder that holds the new name

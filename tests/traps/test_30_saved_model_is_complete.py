@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
+from simpo.run.export import build_model_card
 from simpo.trainer import Trainer
 
 MESSAGES = [{"role": "user", "content": "the water and the stone?"}]
@@ -105,6 +106,8 @@ def test_lora_checkpoint_holds_the_adapters_alone(whole: Trainer, adapters: Trai
 
 def test_model_card_records_recipe_data_and_results(whole: Trainer) -> None:
     card = (whole.output_dir / "model" / "README.md").read_text()
-    assert card.startswith("---\nbase_model: ")
+    assert "base_model:" not in card.split("---")[1]  # a folder here is nothing to the hub, which refuses it
+    of_the_hub = load_recipe(whole.recipe, {"model_name_or_path": "org/base"})
+    assert build_model_card(of_the_hub, data={}, results={}).startswith("---\nbase_model: org/base\n")
     for part in ("# my-run", whole.data.fingerprint, "eval_rewards/accuracies", "learning_rate: 0.002", "beta: 2.0"):
         assert part in card, part

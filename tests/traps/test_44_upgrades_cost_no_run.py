@@ -21,6 +21,7 @@ from simpo.data.cache import fingerprint_tokens
 from simpo.display import Display
 from simpo.recipe import load_recipe
 from simpo.run.checkpoint import FORMAT
+from simpo.run.digest import record_files
 from simpo.run.metrics import PAIR_METRICS
 from simpo.trainer import Trainer
 
@@ -120,6 +121,7 @@ def edit(settings: dict[str, Any], change: Callable[[dict[str, Any]], Any]) -> N
     state = json.loads(path.read_text())
     change(state)
     path.write_text(json.dumps(state))
+    record_files(path.parent)
 
 
 def goes_on_as_before(settings: dict[str, Any]) -> None:

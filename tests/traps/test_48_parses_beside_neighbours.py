@@ -33,6 +33,7 @@ def test_beside_trls_classes_in_any_order_from_the_command_line_and_from_yaml(tm
     classes = (trl.ScriptArguments, SimPOConfig, trl.ModelConfig)
     words = [*COMMAND.split(), "--model_revision", "v2", "--dtype", "bfloat16", "--attn_implementation", "sdpa"]
     words += ["--use_peft", "--lora_r", "8", "--dataset_name", "org/pairs", "--report_to", "none"]
+    words += ["--model_init_kwargs", '{"trust_remote_code": true}']
     file = tmp_path / "run.yaml"
     file.write_text("output_dir: runs/x\nbeta: 2.5\nlearning_rate: 5e-7\nmodel_revision: v2\nuse_peft: true\n")
     for order in itertools.permutations(classes):
@@ -40,6 +41,7 @@ def test_beside_trls_classes_in_any_order_from_the_command_line_and_from_yaml(tm
         read = by_type(HfArgumentParser(order).parse_yaml_file(str(file)))
         mixed = by_type(trl.TrlParser(order).parse_args_and_config(["--config", str(file), "--beta", "3"]))
         assert (typed[SimPOConfig].gamma_beta_ratio, typed[trl.ModelConfig].lora_r) == (0.3, 8)
+        assert typed[SimPOConfig].to_recipe("some/model").trust_remote_code
         assert mixed[SimPOConfig].beta == 3.0
         for parsed in (typed, read, mixed):
             assert parsed[trl.ModelConfig].model_revision == "v2"

@@ -14,9 +14,11 @@ import yaml
 
 from simpo.hosts import hf
 from simpo.hosts.hf import SimPOConfig
-from simpo.hosts.hf.run import build_config, check_keys, find_resume
+from simpo.hosts.hf.run import build_config, check_keys
 from simpo.hosts.launcher import launched_by_accelerate
 from simpo.recipe import KEYS, load_recipe
+from simpo.run.checkpoint import TRAINERS
+from simpo.run.resume import find_checkpoint
 
 REPO = Path(__file__).resolve().parents[2]
 WILD = sorted((REPO / "tests" / "unit" / "recipes_in_the_wild").glob("*.yaml"))
@@ -159,7 +161,8 @@ def test_every_key_of_the_recipe_is_honoured_or_refused():
     assert keys["run"] == {
         *("model_name_or_path", "tokenizer_name_or_path", "dataset_mixer", "dataset_splits", "dataset_configs"),
         *("validation_fraction", "output_dir", "resume_from_checkpoint", "report_to", "logging_dir", "device"),
-        *("num_threads", "tf32", "ref_model_name_or_path", "warmup_ratio", "warmup_steps"),
+        *("num_threads", "tf32", "ref_model_name_or_path", "warmup_ratio", "warmup_steps", "min_lr"),
+        *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "use_rslora", "use_dora"),
         *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
         *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
         "eval_generation_max_new_tokens",  # means nothing without num_eval_generations
@@ -196,13 +199,15 @@ def test_a_reference_other_than_the_model_itself_is_refused(tmp_path: Path):
 
 
 def test_a_run_in_the_way_is_not_overwritten(tmp_path: Path):
-    (tmp_path / "run" / "checkpoints" / "checkpoint-4").mkdir(parents=True)
-    with pytest.raises(ValueError, match="already holds a run \\(checkpoint-4\\)"):
-        find_resume(recipe_of(tmp_path))
-    found = find_resume(recipe_of(tmp_path, resume_from_checkpoint=True))
-    assert Path(found).name == "checkpoint-4"
-    with pytest.raises(ValueError, match="is not a checkpoint-N"):
-        find_resume(recipe_of(tmp_path, resume_from_checkpoint=str(tmp_path / "elsewhere")))
+    saved = tmp_path / "run" / "checkpoints" / "checkpoint-4"
+    saved.mkdir(parents=True)
+    (saved / "simpo.json").touch()  # the last that is written into it
+    (saved.parent / "checkpoint-6").mkdir()
+    with pytest.raises(ValueError, match="already holds a run \\(checkpoint at step 4\\)"):
+        find_checkpoint(recipe_of(tmp_path), TRAINERS)
+    assert find_checkpoint(recipe_of(tmp_path, resume_from_checkpoint=True), TRAINERS).folder == saved
+    with pytest.raises(ValueError, match=r"no complete checkpoint at .*elsewhere; in .* there is: checkpoint-4"):
+        find_checkpoint(recipe_of(tmp_path, resume_from_checkpoint=str(tmp_path / "elsewhere")), TRAINERS)
 
 
 @pytest.mark.parametrize("name", ["deepspeed_zero2", "deepspeed_zero3", "fsdp2", "multi_gpu"])

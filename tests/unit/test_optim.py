@@ -28,6 +28,7 @@ def make_recipe(**changes) -> SimpleNamespace:
         "lr_scheduler_type": "cosine",
         "warmup_ratio": 0.1,
         "warmup_steps": 0,
+        "min_lr": 0.0,
         "weight_decay": 0.01,
         "adam_beta1": 0.8,
         "adam_beta2": 0.95,

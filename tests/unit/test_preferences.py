@@ -143,19 +143,24 @@ REFUSED = {
     "no turns beside a dialogue with a system turn": (
         {"prompt": [say("")], "chosen": [SYSTEM, say("a")], "rejected": "b"},
         "malformed",
-        "system turn",
+        "share no prompt",
     ),
     "late system": ({"prompt": [USER, SYSTEM, USER], "chosen": "a", "rejected": "b"}, "malformed", "not the first"),
     "unknown role": (
+        {"prompt": [{"role": "narrator", "content": "x"}], "chosen": "a", "rejected": "b"},
+        "malformed",
+        "narrator",
+    ),
+    "a tool's result alone": (
         {"prompt": [{"role": "tool", "content": "x"}], "chosen": "a", "rejected": "b"},
         "malformed",
-        "too",
+        "no user turn",
     ),
     "null content": ({"prompt": [USER], "chosen": [say(None)], "rejected": "b"}, "malformed", "content is null"),
     "image part": (
         {"prompt": [{"role": "user", "content": [{"type": "image"}]}], "chosen": "a", "rejected": "b"},
-        "malformed",
-        "content is a list",
+        "not text",
+        "image",
     ),
     "response by the user": ({"prompt": "Why?", "chosen": [USER], "rejected": "b"}, "malformed", "user turn"),
     "other dialogue": ({"prompt": "Who?", "chosen": [USER, say("a")], "rejected": "b"}, "malformed", "begin with"),

@@ -118,7 +118,7 @@ def test_the_authors_recipes_run_unchanged_and_resolve_to_their_numbers(name):
     assert (r.master_dtype, r.bf16, r.sft_weight) == ("float32", True, 0.0)
     assert r.attn_implementation is None
     named = [notice.split(":")[0] for notice in r.notices]
-    assert sorted(named) == ["attn_implementation", "do_eval", "hub_model_id", "log_level", "push_to_hub"]
+    assert sorted(named) == ["attn_implementation", "do_eval", "log_level"]
 
 
 def test_quoted_jinja_in_a_recipe_survives():
@@ -251,7 +251,6 @@ def test_a_key_known_elsewhere_gives_exactly_one_line(name):
 @pytest.mark.parametrize(
     ("values", "advice"),
     [
-        ({"push_to_hub": True}, "upload"),
         ({"fp16": True}, "bf16"),
         ({"bf16": False, "fp16": True}, "bf16"),
         ({"load_in_8bit": True}, "load_in_4bit"),

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import tempfile
+from pathlib import Path
 
+import datasets
+import pyarrow
+import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -112,7 +118,7 @@ def test_rows_are_kept_or_dropped_and_kept_ones_are_sound(kind, build_tokenizer)
     limits = {"max_length": 24, "max_prompt_length": 12, "overlong": "truncate"}
     prepare = RowTokenizer(tokenizer, pair_from_row, **limits, chat_template=tokenizer.chat_template)
 
-    @settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(st.lists(ROWS, max_size=8))
     def check(content):
         chunk = prepare([RawRow(f"x#{i}", row) for i, row in enumerate(content)])
@@ -149,3 +155,80 @@ def test_file_of_anything_is_accounted_for_or_refused_in_words(content, seed, tm
         return
     splits = prepared.ledger.splits.values()
     assert sum(split.kept + split.num_dropped for split in splits) == len(lines)
+
+
+SAYABLE = ANSWERS.filter(lambda text: text and "\ud800" not in text and "\x00" not in text)  # empty is null in CSV
+SCORES = st.sampled_from([1, 2.5, -3, 4])
+ASKED = st.builds(lambda text: [{"role": "user", "content": text}], SAYABLE)
+SAID = st.builds(lambda text: [{"role": "assistant", "content": text}], SAYABLE)
+TABLES = {
+    "texts": {"prompt": SAYABLE, "chosen": SAYABLE, "rejected": SAYABLE},
+    "texts with scores": {
+        **{"prompt": SAYABLE, "chosen": SAYABLE, "rejected": SAYABLE},
+        **{"score_chosen": SCORES | st.none(), "score_rejected": SCORES | st.none()},
+    },
+    "messages": {"prompt": ASKED, "chosen": SAID, "rejected": SAID},
+    "scored lists": {
+        "prompt": SAYABLE,
+        "responses": st.lists(SAYABLE, min_size=1, max_size=3),
+        "scores": st.just([1, 2]),
+    },
+    "one answer a row": {"prompt": st.sampled_from(["a", "b", "c"]), "response": SAYABLE, "helpfulness": SCORES},
+    "ms-swift": {"messages": st.builds(lambda q, a: q + a, ASKED, SAID), "rejected_response": SAYABLE},
+    "a preference": {"context": ASKED, "response1": SAYABLE, "response2": SAYABLE, "overall_preference": SCORES},
+}
+SOUND = {
+    **{"prompt": "sound", "chosen": "yes", "rejected": "no", "score_chosen": 2, "score_rejected": 1},
+    **{"responses": ["no", "yes"], "scores": [1, 2], "response": "yes", "helpfulness": 1},
+    **{"rejected_response": "no", "response1": "yes", "response2": "no", "overall_preference": -1},
+}
+
+
+def write_table(path, content):
+    """Rows that have the same columns, in the format that the path's ending stands for."""
+    if path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in content))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(content))
+    elif path.suffix in (".csv", ".tsv"):
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(content[0]), delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writeheader()
+            for row in content:
+                writer.writerow({k: json.dumps(v) if isinstance(v, list | dict) else v for k, v in row.items()})
+    elif path.suffix == ".parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(content), path)
+    else:
+        datasets.Dataset.from_list(content).save_to_disk(path)
+    return path
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_same_rows_give_the_same_tokens_and_drops_in_every_format(table, tmp_path, build_tokenizer, data_recipe):
+    tokenizer = build_tokenizer("chatml")
+    keys = {"validation_fraction": 0, "max_dropped_fraction": 1.0, "max_length": 40, "max_prompt_length": 20}
+    user, say = ([{"role": role, "content": text}] for role, text in (("user", "sound"), ("assistant", "yes")))
+    messages = {"messages": user + say, "context": user}
+    sound = {**SOUND, **messages, **({"prompt": user, "chosen": say, "rejected": [{**say[0], "content": "no"}]})}
+    sound = {name: (sound if table == "messages" else {**SOUND, **messages})[name] for name in TABLES[table]}
+    more = [{**sound, "response": "no", "helpfulness": 0}] if "response" in sound else []
+
+    @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(content=st.lists(st.fixed_dictionaries(TABLES[table]), max_size=8))
+    def check(content):
+        content = [*content, sound, *more]
+        results = {}
+        for ending in ("jsonl", "json", "csv", "tsv", "parquet", "saved"):
+            with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+                path = write_table(Path(folder, f"rows.{ending}"), content)
+                prepared = prepare_pairs(data_recipe(path, **keys), tokenizer, progress=False)
+                account = prepared.ledger.splits["train"]
+                drops = {reason: dropped["count"] for reason, dropped in account.dropped.items()}
+                results[ending] = (prepared.fingerprint, account.input, account.kept, drops)
+                assert account.input == account.kept + sum(drops.values())
+                assert account.input == len(content) or table == "one answer a row"
+        assert len({str(result) for result in results.values()}) == 1, results
+
+    datasets.disable_progress_bars()
+    check()
+    datasets.enable_progress_bars()

@@ -10,7 +10,7 @@ import pytest
 
 from simpo.data.files import read_file
 from simpo.data.preferences import Pair, RowError, pair_from_row
-from simpo.data.sources import find_sources, fingerprint_sources, load_splits
+from simpo.data.sources import find_sources, fingerprint_sources, load_splits, rows_in_memory
 
 
 def rows(count, start=0):
@@ -378,3 +378,39 @@ def test_real_folders_have_both_splits(real_data, data_recipe):
     splits = load_splits(data_recipe({str(real_data / "zh_oasst1"): 1.0, str(real_data / "code_humanevalpack"): 0.5}))
     assert len(splits.train) == 691 + 444
     assert len(splits.eval) == 76 + 96
+
+
+def test_csv_quote_that_is_never_closed(tmp_path):
+    (tmp_path / "a.csv").write_text('prompt,chosen\na,b\n\n"two\nlines",c\nd,"e\nf,g\nh,i\n')
+    with pytest.raises(ValueError, match=r"a\.csv: the row that begins at line 6 has a quote that is never closed"):
+        read_file(tmp_path / "a.csv")
+    (tmp_path / "a.csv").write_text('prompt,chosen\n5" wide,b\n\n"two\nlines",c')
+    assert read_file(tmp_path / "a.csv") == [
+        {"prompt": '5" wide', "chosen": "b"},
+        {"prompt": "two\nlines", "chosen": "c"},
+    ]
+
+
+def test_messages_written_as_text_are_said_to_be_text(tmp_path, data_recipe):
+    say = json.dumps([{"role": "assistant", "content": "yes"}])
+    content = [{"prompt": "q", "chosen": say, "rejected": say.replace("yes", "no")} for _ in range(3)]
+    recipe = data_recipe(write_jsonl(tmp_path / "a.jsonl", content), validation_fraction=0)
+    (note,) = load_splits(recipe).notes
+    assert note.startswith("a.jsonl/train: chosen, rejected: messages written as text are trained as text")
+    write_jsonl(tmp_path / "a.jsonl", [*content, {**content[0], "rejected": "no"}])
+    assert load_splits(recipe).notes == []
+
+
+def test_arrow_adds_no_keys_to_objects(tmp_path, data_recipe):
+    """Arrow's objects all have the same keys: without care a call would get the arguments of another, null."""
+    import datasets
+
+    call = {"name": "weather", "arguments": {"city": "Oslo"}}
+    content = [
+        {"chosen": [{"role": "assistant", "content": "5", "tool_calls": [call]}]},
+        {"chosen": [{"role": "assistant", "content": "x", "tool_calls": [{"name": "add", "arguments": {"a": 2}}]}]},
+        {"chosen": [{"role": "assistant", "content": "y"}]},
+    ]
+    assert read_file(write_any(tmp_path / "a.parquet", content)) == content
+    source = rows_in_memory(datasets.Dataset.from_list(content))
+    assert source.splits["train"]() == content

@@ -57,7 +57,7 @@ def load_own_loss(path: str, options_json: str) -> Loss:
         path,
         _checked(path, function),
         {**general, **plain, **options},
-        equation=(inspect.getdoc(function) or path).splitlines()[0],
+        equation=(inspect.getdoc(function) or path).partition("\n")[0],
         source="your own",
         at_zero_margin=lambda **values: _try(loss, values),
         zero_margin_note="at -1 nats per token",

@@ -227,16 +227,32 @@ def type_cells(rows: list[dict[str, Any]]) -> None:
     An empty cell is null. A column holds messages if each of its cells does; the columns of answers only together.
     Lists and scores are read where their columns are, and everything else is text, whatever it looks like.
     """
+    decoded = _message_columns(rows)
+    for index, row in enumerate(rows):
+        for name, cell in row.items():
+            row[name] = decoded[name][index] if name in decoded else cell or None
+
+
+def messages_as_text(rows: Sequence[Any]) -> list[str]:
+    """Columns that `type_cells` would read as messages, in rows of a format in which they are text, and stay it."""
+    first = [row for row in rows[:100] if isinstance(row, Mapping)]
+    names = _message_columns([{name: cell for name, cell in row.items() if isinstance(cell, str)} for row in first])
+    return [
+        name
+        for name in names
+        if name not in MESSAGE_COLUMNS and all(isinstance(row.get(name), str | None) for row in first)
+    ]
+
+
+def _message_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """The cells of each column whose every cell of text is messages; the columns of answers only together."""
     decoded = {}
     for name in dict.fromkeys(name for row in rows for name in row):
         cells = [decode_list(cell) if (cell := row.get(name)) else None for row in rows]
         if any(cells) and all(cell is None or _are_messages(cell) for cell in cells):
             decoded[name] = cells
     answers = {name for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS) if any(row.get(name) for row in rows)}
-    for index, row in enumerate(rows):
-        for name, cell in row.items():
-            is_decoded = name in decoded and (name not in answers or answers <= decoded.keys())
-            row[name] = decoded[name][index] if is_decoded else cell or None
+    return decoded if answers <= decoded.keys() else {n: cells for n, cells in decoded.items() if n not in answers}
 
 
 def _are_messages(value: Any) -> bool:

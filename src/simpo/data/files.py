@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,19 +120,35 @@ def _read_csv(path: Path) -> list[Any]:
         raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
     before = csv.field_size_limit(sys.maxsize)
     try:
-        reader = csv.DictReader(io.StringIO(text, newline=""), delimiter="\t" if file_format(path) == ".tsv" else ",")
-        header = reader.fieldnames or []
-        if twice := sorted({name for name in header if name and header.count(name) > 1}):
-            raise ValueError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename or remove them")
-        rows = [row if None not in row else _long_row(path, reader.line_num) for row in reader]
+        ended = io.StringIO(f"{text}\n{_END}", newline="")
+        rows = _rows_of_cells(csv.reader(ended, delimiter="\t" if file_format(path) == ".tsv" else ","), path)
     finally:
         csv.field_size_limit(before)
     type_cells([row for row in rows if not isinstance(row, RowError)])
     return rows
 
 
-def _long_row(path: Path, line: int) -> RowError:
-    return RowError("malformed", f"{path.name} line {line}: more cells than the header has columns")
+_END = "\x1e end of the file"
+"""A line behind the last: what reads it as part of a cell has met a quote that is never closed."""
+
+
+def _rows_of_cells(reader: Any, path: Path) -> list[Any]:
+    header, rows = next(reader), []
+    if twice := sorted({name for name in header if name and header.count(name) > 1}):
+        raise ValueError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename or remove them")
+    begins = reader.line_num + 1
+    for cells in reader:
+        if cells == [_END]:
+            return rows
+        if len(cells) > len(header):
+            where = f"{path.name} line {reader.line_num}"
+            rows.append(RowError("malformed", f"{where}: more cells than the header has columns"))
+        elif cells and any(_END in cell for cell in cells):
+            break
+        elif cells:
+            rows.append({**dict.fromkeys(header), **dict(zip(header, cells))})
+        begins = reader.line_num + 1
+    raise ValueError(f"{path}: the row that begins at line {begins} has a quote that is never closed")
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
@@ -141,7 +157,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
     try:
         with open(path, "rb") as stream:
-            yield from pyarrow.parquet.read_table(stream).to_pylist()
+            yield from without_absent(pyarrow.parquet.read_table(stream).to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
 
@@ -155,9 +171,20 @@ def _read_saved(folder: Path) -> list[Any]:
     from datasets import load_from_disk
 
     try:
-        return list(load_from_disk(str(folder)))
+        return list(without_absent(load_from_disk(str(folder))))
     except Exception as error:  # whatever the library raises, the user needs the folder's name
         raise ValueError(f"{folder}: cannot be read as a saved dataset ({one_line(error)})") from error
+
+
+def without_absent(rows: Iterable[Any]) -> Iterator[Any]:
+    """Rows of an Arrow table as they were: it gives each object the keys of all others, null where there was none."""
+
+    def strip(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: strip(inner) for key, inner in value.items() if inner is not None}
+        return [strip(inner) for inner in value] if isinstance(value, list) else value
+
+    return ({name: strip(value) for name, value in row.items()} for row in rows)
 
 
 def hash_files(parts: list[Path]) -> str:

@@ -26,19 +26,28 @@ _CUTS = {"prompt_left": "prompt, from the left", "chosen_right": "chosen, end", 
 
 
 class Dropped(NamedTuple):
-    """One row that is not trained on."""
+    """One row that is not trained on, or of which there is something to say, and why."""
 
     row_id: str
     reason: str
     detail: str
 
 
+def _count(entries: dict[str, dict[str, Any]], rows: Iterable[Dropped]) -> None:
+    for row in rows:
+        entry = entries.setdefault(row.reason, {"count": 0, "examples": []})
+        entry["count"] += 1
+        if len(entry["examples"]) < EXAMPLES_PER_REASON:
+            entry["examples"].append({"row_id": row.row_id, "detail": row.detail})
+
+
 class SplitLedger(BaseModel):
     """The account of one split.
 
-    `input` == `kept` + all `dropped` counts, always. `dropped` maps a reason to its count and some example rows;
-    `cut` maps a place to the pairs cut there and the tokens removed. `duplicates` counts rows equal to an earlier one
-    in prompt, chosen and rejected, dropped or not; `same_prompt` counts kept rows whose prompt an earlier one has.
+    `input` == `kept` + all `dropped` counts, always. `dropped` maps a reason to its count and some example rows, and
+    `noticed` what was done to rows that are kept; `cut` maps a place to the pairs cut there and the tokens removed.
+    `duplicates` counts rows equal to an earlier one in prompt, chosen and rejected, dropped or not; `same_prompt`
+    counts kept rows whose prompt an earlier one has.
     `lengths` are in tokens: prompt, and trained tokens of chosen and rejected. `shared_prefix_share` is the share of
     all tokens (both sides) that lie in the common prefix of their pair.
     """
@@ -47,6 +56,7 @@ class SplitLedger(BaseModel):
     kept: int = 0
     dropped: dict[str, dict[str, Any]] = {}
     cut: dict[str, dict[str, int]] = {}
+    noticed: dict[str, dict[str, Any]] = {}
     duplicates: int = 0
     same_prompt: int = 0
     seam_shifted: int = 0
@@ -68,11 +78,19 @@ class SplitLedger(BaseModel):
 
     def add_dropped(self, rows: Iterable[Dropped]) -> None:
         """Count rows as dropped, keeping the first few of each reason as examples."""
-        for row in rows:
-            entry = self.dropped.setdefault(row.reason, {"count": 0, "examples": []})
-            entry["count"] += 1
-            if len(entry["examples"]) < EXAMPLES_PER_REASON:
-                entry["examples"].append({"row_id": row.row_id, "detail": row.detail})
+        _count(self.dropped, rows)
+
+    def add_noticed(self, rows: Iterable[Dropped]) -> None:
+        """Count what was done to kept rows in the same way."""
+        _count(self.noticed, rows)
+
+    @property
+    def notices(self) -> list[str]:
+        """What was done to kept rows, as lines with an example."""
+        return [
+            f"{entry['count']} rows: {what} ({entry['examples'][0]['row_id']}: {entry['examples'][0]['detail']})"
+            for what, entry in self.noticed.items()
+        ]
 
     def check(self) -> None:
         """Raise if a row is unaccounted for: a bug here, never the user's fault."""
@@ -98,6 +116,11 @@ class Ledger(BaseModel):
     notes: list[str] = []
     fingerprint: str = ""
 
+    @property
+    def notices(self) -> list[str]:
+        """What was done to kept rows of any split, as lines."""
+        return [f"{name}: {line}" for name, split in self.splits.items() for line in split.notices]
+
     def save(self, path: str | Path) -> None:
         """Write as JSON, whole or not at all."""
         write_whole(path, self.model_dump_json(indent=1))
@@ -113,7 +136,7 @@ class Ledger(BaseModel):
         for name, split in self.splits.items():
             if split.lengths:
                 console.print(_histogram_table(name, split.lengths))
-        lines = list(self.notes)
+        lines = [*self.notes, *self.notices]
         if self.eval_prompts_in_train:
             lines.append(f"{self.eval_prompts_in_train} eval pairs have a prompt that is also trained on")
         lines += [

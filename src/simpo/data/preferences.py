@@ -3,10 +3,10 @@
 Pure Python: no tokenizer, no files, no torch. Every row that JSON can express gives a pair or a `RowError`;
 no other exception leaves `pair_from_row`.
 
-Shapes accepted: prompt/chosen/rejected as strings or message lists; whole dialogues in chosen and rejected
-(implicit prompt); `messages` or ShareGPT `conversations` with chosen/rejected; Anthropic "\\n\\nHuman:" transcripts;
-Alpaca pairs (`output: [chosen, rejected]`); scored lists (`all_generated_responses`, `all_rm_scores`); and the column
-aliases of `columns`.
+Shapes accepted: prompt/chosen/rejected as strings or message lists; whole dialogues in chosen and rejected, or texts
+that begin alike (implicit prompt); `messages` or ShareGPT `conversations` with chosen/rejected; Anthropic
+"\\n\\nHuman:" transcripts; Alpaca pairs (`output: [chosen, rejected]`); scored lists (`all_generated_responses`,
+`all_rm_scores`); and the column aliases of `columns`. Messages are read in `messages`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from simpo.core.packing import SIDES, common_prefix_length
 from simpo.data.columns import (
     MESSAGE_COLUMNS,
     PROMPT_COLUMNS,
@@ -31,49 +32,58 @@ from simpo.data.columns import (
     our_columns,
     raw_answers,
 )
+from simpo.data.messages import (
+    Message,
+    Notes,
+    as_text,
+    is_transcript,
+    looks_like_message,
+    read_message,
+    read_tools,
+    read_transcript,
+    says_something,
+    turn,
+)
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "prompter": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "chatbot": "assistant",
-    "model": "assistant",
-}
-
-_SIDES = ("chosen", "rejected")
-_TURN = re.compile(r"\n\n(Human|Assistant):")
+Answer = str | list[Message]
+"""The text of one assistant turn, or turns of which the first and the last are an assistant's."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pair:
     """One prompt with a preferred and a less preferred response.
 
-    `prompt` is a plain string, or messages that end with a user turn (a system turn may come first).
-    `chosen` and `rejected` are the text of one assistant turn each, never blank, never equal.
+    `prompt` is a plain string, or messages that end with a user's or a tool's turn (a system turn may come first).
+    `chosen` and `rejected` are never blank and never equal; `tools` are definitions of what an assistant may call.
+    `notes` say what was done to the row, for the ledger.
     """
 
     row_id: str
     prompt: str | list[Message]
-    chosen: str
-    rejected: str
+    chosen: Answer
+    rejected: Answer
+    tools: Sequence[dict[str, Any]] = ()
+    notes: Notes = dataclasses.field(default_factory=dict, compare=False)
 
     @property
     def turns(self) -> list[Message]:
         """The prompt as messages: a string is one user turn."""
         return _as_turns(self.prompt)
 
-    def key(self, *texts: str) -> int:
-        """A 64-bit hash of the prompt's turns, and of further texts."""
+    @property
+    def answers(self) -> tuple[list[Message], list[Message]]:
+        """Chosen and rejected as messages."""
+        chosen, rejected = (
+            [turn("assistant", each)] if isinstance(each, str) else each for each in (self.chosen, self.rejected)
+        )
+        return chosen, rejected
+
+    def key(self, *answers: Answer) -> int:
+        """A 64-bit hash of the prompt's turns and tools, and of answers."""
         digest = hashlib.blake2b(digest_size=8)
-        for text in (*(part for turn in self.turns for part in turn.values()), *texts):
-            content = text.encode()
+        asked = [part for message in self.turns for part in message.values()]
+        for part in (*asked, *([self.tools] if self.tools else []), *answers):
+            content = as_text(part).encode()
             digest.update(b"%d " % len(content))
             digest.update(content)
         return int.from_bytes(digest.digest(), "little", signed=True)
@@ -121,36 +131,37 @@ def pair_from_row(
     if not (chosen_column or rejected_column):
         row = our_columns(row)
     drop_ties(row)
+    notes: Notes = {}
     prompt_names = (prompt_column,) if prompt_column else PROMPT_COLUMNS
-    sides = [_decoded(value, what) for value, what in zip(raw_answers(row, chosen_column, rejected_column), _SIDES)]
+    raw = raw_answers(row, chosen_column, rejected_column)
+    dialogues = all(map(is_transcript, raw))
+    sides = [_decoded(value, what, notes, transcript=dialogues) for value, what in zip(raw, SIDES)]
     if any(row.get(name) is not None for name in prompt_names):
-        context = _prompt(row, prompt_names)
-    elif any(isinstance(side, str) or len(side) < 2 for side in sides):
+        context = _prompt(row, prompt_names, notes)
+    elif all(isinstance(side, list) and len(side) > 1 for side in sides):
+        context = []
+    elif prompt_column or not all(isinstance(side, str) for side in sides):
         raise missing_column(row, prompt_names, "prompt")  # and no dialogue that holds one
     else:
-        context = None
-    (before_chosen, chosen_text), (before_rejected, rejected_text) = map(_last_turn, sides, _SIDES)
-    if context is None:
-        if before_chosen != before_rejected:
-            raise RowError("malformed", "chosen and rejected differ before their last turn, so they share no prompt")
-        context = before_chosen
-    for before, what in zip((before_chosen, before_rejected), _SIDES):
-        context = _same_prompt(context, before, what)
+        context, *sides = _common_beginning(row, *sides, notes)
+    context, chosen, rejected = _split(context, sides)
     context = _with_system(context, row, system_prompt, empty_system)
+    tools = read_tools(row.get("tools"))
     _check_prompt(context)
-    _check_texts(context, chosen_text, rejected_text)
-    return Pair(row_id, context, chosen_text, rejected_text)
+    pair = Pair(row_id, context, _simplest(chosen), _simplest(rejected), tools, notes)
+    _check_answers(pair)
+    return pair
 
 
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
-def _prompt(row: Mapping, names: Sequence[str]) -> str | list[Message]:
+def _prompt(row: Mapping, names: Sequence[str], notes: Notes) -> str | list[Message]:
     value = find_column(row, names, "prompt")
     if any(value is row.get(name) for name in MESSAGE_COLUMNS):
         value = decode_list(value)
-    value = _decoded(value, "prompt")
-    if isinstance(value, list) and value and value[-1]["role"] == "assistant" and not value[-1]["content"].strip():
+    value = _decoded(value, "prompt", notes, transcript=is_transcript(value))
+    if isinstance(value, list) and value[-1]["role"] == "assistant" and not says_something(value[-1]):
         value = value[:-1]  # a transcript that stops at "Assistant:"
     if isinstance(value, str) and any(value is row.get(name) for name in ("instruction", "query")):
         value = _alpaca_prompt(value, row)
@@ -174,96 +185,88 @@ def _alpaca_prompt(instruction: str, row: Mapping) -> str | list[Message]:
     return [*messages, turn("user", text)]
 
 
+def _common_beginning(row: Mapping, chosen: str, rejected: str, notes: Notes) -> tuple[str, str, str]:
+    """Prompt and answers of two texts without a prompt: they part behind the last blank of what they begin with."""
+    missing = missing_column(row, PROMPT_COLUMNS, "prompt")
+    others = [name for name, value in row.items() if isinstance(value, str) and value not in (chosen, rejected)]
+    if others:  # one of them may be the prompt
+        raise RowError(missing.reason, f"{missing.detail}; name the prompt's with prompt_column")
+    if chosen.strip() == rejected.strip():
+        raise RowError("identical", "chosen and rejected are the same text")
+    common = chosen[: common_prefix_length(chosen, rejected)]
+    if len(common) == min(len(chosen), len(rejected)):
+        common = common.rstrip()  # one text begins the other: its last word is its answer
+    at = max((match.end() for match in re.finditer(r"\s", common)), default=0)
+    if not common[:at].strip():
+        raise RowError(missing.reason, f"{missing.detail}; chosen and rejected do not begin with the same words")
+    notes["prompt taken from the common beginning of chosen and rejected"] = repr(common[:at][-60:])
+    return chosen[:at], chosen[at:], rejected[at:]
+
+
 # --- values ----------------------------------------------------------------------------------------------------------
-
-
-def turn(role: str, content: str) -> Message:
-    return {"role": role, "content": content}
 
 
 def _as_turns(prompt: str | list[Message]) -> list[Message]:
     return [turn("user", prompt)] if isinstance(prompt, str) else prompt
 
 
-def _decoded(value: Any, what: str) -> str | list[Message]:
+def _decoded(value: Any, what: str, notes: Notes, *, transcript: bool) -> str | list[Message]:
     """A value as plain text or as messages."""
     if isinstance(value, str):
-        return _transcript(value) or value
-    if _looks_like_message(value):
-        return [_read_message(value, what)]
+        return read_transcript(value) if transcript else value
+    if looks_like_message(value):
+        return [read_message(value, what, notes)]
     if isinstance(value, list):
         if not value:
             raise RowError("empty", f"{what} is an empty list")
-        return [_read_message(item, what) for item in value]
+        return [read_message(item, what, notes) for item in value]
     raise RowError("malformed", f"{what} is {kind_of(value)}, expected text or messages")
-
-
-def _looks_like_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and (
-        ("role" in value and "content" in value) or ("from" in value and "value" in value)
-    )
-
-
-def _read_message(value: Any, what: str) -> Message:
-    if not _looks_like_message(value):
-        raise RowError("malformed", f"{what} holds {kind_of(value)} where a message (role and content) should be")
-    role, content = (
-        (value["role"], value["content"]) if "role" in value and "content" in value else (value["from"], value["value"])
-    )
-    known = ROLES.get(role.lower()) if isinstance(role, str) else None
-    if known is None:
-        raise RowError("malformed", f"{what} has a message with unknown role {str(role)[:40]!r}")
-    return turn(known, _content(content, what))
-
-
-def _content(content: Any, what: str) -> str:
-    """Message content: text, or a list of text parts."""
-    if isinstance(content, str):
-        return content
-    if isinstance(content, list) and all(
-        isinstance(part, Mapping) and part.get("type", "text") == "text" and isinstance(part.get("text"), str)
-        for part in content
-    ):
-        return "".join(part["text"] for part in content)
-    raise RowError("malformed", f"{what} has a message whose content is {kind_of(content)}, expected text")
-
-
-def _transcript(text: str) -> list[Message] | None:
-    """Messages of a "\\n\\nHuman: ...\\n\\nAssistant: ..." transcript, or None if it is not one."""
-    text = "\n\n" + text.lstrip()
-    if not text.startswith("\n\nHuman:") or "\n\nAssistant:" not in text:
-        return None
-    parts = _TURN.split(text)[1:]  # role, text, role, text, ...
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [turn(roles[role], content.strip()) for role, content in zip(parts[::2], parts[1::2])]
 
 
 # --- prompt and responses --------------------------------------------------------------------------------------------
 
 
-def _last_turn(value: str | list[Message], what: str) -> tuple[list[Message], str]:
-    """The turns before the response, if there are any, and the text of the response."""
-    if isinstance(value, str):
-        return [], value
-    if value[-1]["role"] != "assistant":
-        raise RowError("malformed", f"{what} ends with a {value[-1]['role']} turn, expected an assistant turn")
-    return value[:-1], value[-1]["content"]
+def _split(
+    prompt: str | list[Message], sides: Sequence[Answer]
+) -> tuple[str | list[Message], *tuple[list[Message], ...]]:
+    """The prompt and the turns of both answers; what dialogues have in common goes to the prompt."""
+    answers = []
+    for side, what in zip(sides, SIDES):
+        if isinstance(side, str):
+            answers.append([turn("assistant", side)])
+            continue
+        if side[-1]["role"] != "assistant":
+            raise RowError("malformed", f"{what} ends with a {side[-1]['role']} turn, expected an assistant turn")
+        system = side[:1] if prompt and _has_system(side) else []
+        turns, own = side[len(system) :], _as_turns(prompt)
+        asked = own[1:] if _has_system(own) else own
+        if system and _has_system(own) and own[:1] != system:
+            raise RowError("malformed", f"{what} has another system turn than the prompt")
+        if turns[: len(asked)] == asked:
+            turns = turns[len(asked) :]
+            prompt = prompt if not system or _has_system(own) else [*system, *own]
+        elif system or turns[0]["role"] != "assistant":
+            raise RowError("malformed", f"{what} has {len(side)} turns that do not begin with the prompt")
+        answers.append(turns)
+    chosen, rejected = answers
+    same = common_prefix_length(chosen, rejected)
+    parts = [
+        at for at in range(same + 1) if all(at < len(each) and each[at]["role"] == "assistant" for each in answers)
+    ]
+    if not parts or not (prompt or parts[-1]):
+        raise RowError("malformed", "chosen and rejected share no prompt before an assistant turn")
+    if at := parts[-1]:
+        prompt = [*_as_turns(prompt), *chosen[:at]]
+    return prompt, chosen[at:], rejected[at:]
 
 
-def _same_prompt(prompt: str | list[Message], before: list[Message], what: str) -> str | list[Message]:
-    """The prompt: its own turns, or those before the response where they are the same and bring a system turn."""
-    asked = _as_turns(prompt)
-    if before and _without_system(before) != _without_system(asked):
-        raise RowError("malformed", f"{what} has {len(before) + 1} turns that do not begin with the prompt")
-    return before if _has_system(before) and not _has_system(asked) else prompt
+def _simplest(answer: list[Message]) -> Answer:
+    """The text alone, where there is nothing else."""
+    return answer[0]["content"] if len(answer) == 1 and answer[0].keys() == {"role", "content"} else answer
 
 
 def _has_system(messages: list[Message]) -> bool:
     return bool(messages) and messages[0]["role"] == "system"
-
-
-def _without_system(messages: list[Message]) -> list[Message]:
-    return [message for message in messages if message["role"] != "system"]
 
 
 def _with_system(
@@ -290,22 +293,28 @@ def _check_prompt(prompt: str | list[Message]) -> None:
         raise RowError("empty", "the prompt has no turns")
     if any(message["role"] == "system" for message in prompt[1:]):
         raise RowError("malformed", "the prompt has a system turn that is not the first")
+    if not any(message["role"] == "user" for message in prompt):
+        raise RowError("malformed", f"the prompt has no user turn (its last is a {prompt[-1]['role']} turn)")
     last = prompt[-1]
-    if last["role"] != "user":
+    if last["role"] not in ("user", "tool"):
         article = "an" if last["role"] == "assistant" else "a"
         raise RowError("malformed", f"the prompt ends with {article} {last['role']} turn, expected a user turn")
-    if not last["content"].strip():
+    if last["role"] == "user" and not last["content"].strip():
         raise RowError("empty", "the prompt's last turn is blank")
 
 
-def _check_texts(prompt: str | list[Message], chosen: str, rejected: str) -> None:
-    for text, what in ((chosen, "chosen"), (rejected, "rejected")):
-        if not text.strip():
+def _check_answers(pair: Pair) -> None:
+    for messages, what in zip(pair.answers, SIDES):
+        if any(message["role"] == "assistant" and not says_something(message) for message in messages):
             raise RowError("empty", f"{what} is blank")
-    if chosen.strip() == rejected.strip():
+    chosen, rejected = (
+        [{**message, "content": message["content"].strip()} for message in each] for each in pair.answers
+    )
+    if chosen == rejected:
         raise RowError("identical", "chosen and rejected are the same text")
     try:
-        for text in (chosen, rejected, *(message["content"] for message in _as_turns(prompt))):
-            text.encode("utf-8")
+        pair.key(pair.chosen, pair.rejected)
     except UnicodeEncodeError as error:
         raise RowError("malformed", f"not valid Unicode: {error.reason} ({error.object[error.start]!a})") from None
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RowError("malformed", f"tools or tool calls hold what JSON cannot ({error})") from None

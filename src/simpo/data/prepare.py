@@ -89,7 +89,7 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
     if prepared is None:
         with_empty = recipe.auto_insert_empty_system_msg and template_takes_system(tokenizer, template)
         read_pair = pair_reader(recipe, empty_system=with_empty)
-        limits = {name: getattr(recipe, name) for name in ("max_length", "max_prompt_length", "overlong")}
+        limits = {name: getattr(recipe, name) for name in ("max_length", "max_prompt_length", "overlong", "train_on")}
         build = functools.partial(RowTokenizer, tokenizer, read_pair, **limits, chat_template=template)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
@@ -103,6 +103,8 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
             ledger.eval_prompts_in_train = int(np.isin(prompts["eval"], prompts["train"]).sum())
         tables = {name: table.select(list(PAIR_COLUMNS)) for name, table in tables.items()}
         prepared = save_cached(folder, tables, ledger, console)
+    for line in prepared.ledger.notices:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
     _check_dropped(prepared.ledger, recipe.max_dropped_fraction)
     return prepared
 
@@ -112,10 +114,11 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
 
 @dataclass
 class Chunk:
-    """What some rows gave: a table of kept pairs, in order, and the rows dropped."""
+    """What some rows gave: a table of kept pairs, in order, the rows dropped, and what was done to those kept."""
 
     table: pa.Table
     dropped: list[Dropped]
+    noticed: list[Dropped]
 
 
 class RowTokenizer:
@@ -134,6 +137,7 @@ class RowTokenizer:
         """Every row ends up in the table or among the dropped."""
         pairs: list[Pair] = []
         dropped: list[Dropped] = []
+        noticed: list[Dropped] = []
         kept: list[dict[str, Any]] = []
         for row in rows:
             try:
@@ -145,7 +149,8 @@ class RowTokenizer:
                 dropped.append(Dropped(pair.row_id, result.reason, result.detail))
             else:
                 kept.append(_columns(pair, result))
-        return Chunk(pa.Table.from_pylist(kept, _SCHEMA), dropped)
+                noticed += [Dropped(pair.row_id, what, detail) for what, detail in result.notes.items()]
+        return Chunk(pa.Table.from_pylist(kept, _SCHEMA), dropped, noticed)
 
 
 def _columns(pair: Pair, tokens: TokenizedPair) -> dict[str, Any]:
@@ -201,6 +206,7 @@ def _account(num_rows: int, chunks: list[Chunk], drop_duplicates: bool, tokenize
     table = pa.concat_tables([_SCHEMA.empty_table(), *(chunk.table for chunk in chunks)])
     account = SplitLedger(input=num_rows)
     account.add_dropped(row for chunk in chunks for row in chunk.dropped)
+    account.add_noticed(row for chunk in chunks for row in chunk.noticed)
     table = _count_duplicates(table, account, drop_duplicates)
     _describe(table, account)
     account.examples = [_example(row, tokenizer) for row in table.slice(0, NUM_EXAMPLES).to_pylist()]

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from simpo.data.columns import PROMPT_COLUMNS, SYSTEM_COLUMNS, RowError, scored_answer
+from simpo.data.columns import PROMPT_COLUMNS, SYSTEM_COLUMNS, RowError, messages_as_text, scored_answer
 from simpo.data.files import (
     FORMATS,
     file_format,
@@ -31,6 +31,7 @@ from simpo.data.files import (
     json_rows,
     load_json,
     read_file,
+    without_absent,
 )
 from simpo.data.preferences import Pair, pair_reader
 from simpo.errors import one_line
@@ -99,7 +100,8 @@ def find_sources(recipe: Any) -> list[Source]:
 
 def rows_in_memory(train: Iterable[Any], evaluation: Iterable[Any] | None = None) -> Source:
     """Rows that a program holds already (lists, `datasets.Dataset`), as a source with the splits train and test."""
-    splits = {"train": list(train)} | ({} if evaluation is None else {"test": list(evaluation)})
+    given = {"train": train} | ({} if evaluation is None else {"test": evaluation})
+    splits = {name: list(without_absent(rows) if hasattr(rows, "features") else rows) for name, rows in given.items()}
 
     def content() -> str:
         digest = hashlib.sha256()
@@ -151,7 +153,8 @@ def load_splits(
     eval_rows: list[RawRow] = []
     for source in sources:
         trained, evaluated = _chosen_splits(source, recipe)
-        read = {name: _group_answers(_read(source, name), recipe, notes) for name in {*trained, *evaluated}}
+        names = dict.fromkeys((*trained, *evaluated))
+        read = {name: _group_answers(_read(source, name, notes), recipe, notes) for name in names}
         base.append([row for name in trained for row in read[name]])
         eval_rows += [row for name in evaluated for row in read[name]]
         if unread := sorted(source.splits.keys() - {*trained, *evaluated}):
@@ -291,12 +294,15 @@ def _match(source: Source, wanted: str, usual: tuple[str, ...]) -> list[str]:
     return found[:1]
 
 
-def _read(source: Source, split: str) -> list[RawRow]:
+def _read(source: Source, split: str, notes: list[str]) -> list[RawRow]:
     rows = source.splits[split]()
     if not rows:
         raise ValueError(f"dataset_mixer: {source.name!r} has no rows in its split {split!r}")
     if source.columns is not None:
         rows = _select(rows, source.columns, source.name)
+    if columns := messages_as_text(rows):
+        which = f"{source.label}/{split}: {', '.join(columns)}"
+        notes.append(f"{which}: messages written as text are trained as text; store lists to have them read")
     return [RawRow(f"{source.label}/{split}#{index}", row) for index, row in enumerate(rows)]
 
 
@@ -458,7 +464,7 @@ def _find_on_hub(name: str, config: str | None, data_files: Any) -> Source:
             f"dataset_mixer: {name!r} is not a local file or folder, and could not be loaded from the hub "
             f"({one_line(error)}); check the name, dataset_configs and the connection, or give a local path"
         ) from error
-    readers = {str(split): (lambda rows=rows: list(rows)) for split, rows in loaded.items()}
+    readers = {str(split): (lambda rows=rows: list(without_absent(rows))) for split, rows in loaded.items()}
     prints = json.dumps({str(split): rows._fingerprint for split, rows in loaded.items()}, sort_keys=True)
     return Source(readers, lambda: prints)
 

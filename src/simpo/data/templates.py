@@ -6,12 +6,16 @@ where training ends.
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from simpo.core.packing import common_prefix_length
-from simpo.data.preferences import Message, Pair, RowError, turn
+from simpo.core.packing import SIDES, common_prefix_length
+from simpo.data.columns import RowError
+from simpo.data.messages import REASONING, Message, Notes, turn
+from simpo.data.preferences import Pair
 from simpo.errors import one_line
 
 PROBE_USER = "Qx7 probe"
@@ -53,21 +57,47 @@ def template_takes_system(tokenizer: Any, template: str | None) -> bool:
 # --- rendering -------------------------------------------------------------------------------------------------------
 
 
+Span = tuple[int, int]
+"""Begin and end of a stretch of characters."""
+
+
 class PairTexts(NamedTuple):
-    """One pair as text: `prompt` begins both full texts, which end where training ends."""
+    """One pair as text: `prompt` begins both full texts, which end where training ends.
+
+    Of each the stretches that are trained, ascending, the last of them at its end.
+    """
 
     prompt: str
     chosen: str
     rejected: str
+    chosen_spans: list[Span]
+    rejected_spans: list[Span]
+    notes: Notes
 
 
-def _render(tokenizer: Any, template: str, dialogue: list[Message], *, header: bool = False) -> str:
+def _render(
+    tokenizer: Any, template: str, dialogue: list[Message], *, tools: Sequence[Any] = (), header: bool = False
+) -> str:
+    options = {"tools": list(tools)} if tools else {}
     try:
         return tokenizer.apply_chat_template(
-            dialogue, chat_template=template, tokenize=False, add_generation_prompt=header
+            dialogue, chat_template=template, tokenize=False, add_generation_prompt=header, **options
         )
     except Exception as error:  # a template may raise anything
         raise RowError("template", f"the chat template refuses this dialogue: {one_line(error)}") from error
+
+
+REWRITTEN = "rewritten by the template"
+_THOUGHT = re.compile(r"\s*(?:<think>)?\n*(.*?)\n*</think>\n*", re.DOTALL)
+_TAGS = re.compile(r"(</?think>)")
+
+
+class _Way(NamedTuple):
+    """How messages are given to the template; `splice` puts an answer's text where the template writes a stand-in."""
+
+    note: str = ""
+    spell: Callable[[Message], Message] = dict
+    splice: bool = False
 
 
 class TemplateRenderer:
@@ -76,22 +106,30 @@ class TemplateRenderer:
     The prompt's text is the rendering with the generation header. Where the template writes more in front of every
     finished answer (an empty thinking block, a channel name), that belongs to the prompt too: it is not the response.
 
+    What the data says must stand in the rendering: the prompt's turns and tools anywhere before the answer, an answer's
+    reasoning, text and calls in what is trained of its turn. Where they do not, other ways to give the template the
+    same answer are tried (`_ways`) before the row is given up.
+
+    Args:
+        train_on: "answer" trains the assistant's turns after the prompt, "all_assistant_turns" those in it too.
     Raises:
         ValueError: the template cannot render a user turn and an answer.
     """
 
-    def __init__(self, tokenizer: Any, template: str, end_markers: Sequence[str]):
+    def __init__(self, tokenizer: Any, template: str, end_markers: Sequence[str], *, train_on: str = "answer"):
         self.tokenizer, self.template = tokenizer, template
+        self.end_markers, self.trains_all = end_markers, train_on == "all_assistant_turns"
+        self.reasoning = next((name for name in REASONING if re.search(rf"\b{name}\b", template)), REASONING[0])
         prompt = [turn("user", PROBE_USER)]
         try:
             self.sample = self._render(prompt, header=True)
-            first, second = self._probe_answers(prompt)
+            first, second = self._probe_answers(prompt, 1)
         except RowError as error:
             raise ValueError(
                 f"chat_template: it cannot render a user turn and an answer ({one_line(error.__cause__ or error)}); "
                 "set chat_template in the recipe to one that can"
             ) from error
-        self.suffix = first[len(first) - common_prefix_length(first[::-1], second[::-1]) :]
+        self.suffix = _common_end(first, second)
         before = first.removesuffix(PROBE_ANSWERS[0] + self.suffix)
         if before == first:
             raise ValueError("chat_template: it does not write an assistant turn's text as it is; set another one")
@@ -107,38 +145,261 @@ class TemplateRenderer:
         """The texts of a pair.
 
         Raises:
-            RowError: the template refuses the dialogue, or what it writes is not the prompt and an answer.
+            RowError: the template refuses the dialogue, writes it otherwise than it stands in the data, or ends an
+                answer unlike others.
         """
-        prompt = pair.turns
-        header = self._render(prompt, header=True)
-        chosen, rejected = (self._render([*prompt, turn("assistant", text)]) for text in (pair.chosen, pair.rejected))
-        for begin in self._beginnings(prompt, header):
-            if chosen.startswith(begin) and rejected.startswith(begin):
-                return PairTexts(begin, self._trim(chosen, begin, "chosen"), self._trim(rejected, begin, "rejected"))
-        raise RowError("template", "the chat template rewrites the prompt when the answer is there")
+        first: RowError | None = None
+        for way in self._ways(pair):
+            try:
+                texts = self._texts(pair, way)
+            except RowError as error:
+                first = first or error
+            else:
+                return texts._replace(notes={**texts.notes, way.note: f"{pair.row_id}"}) if way.note else texts
+        assert first is not None
+        raise first
 
-    def _render(self, dialogue: list[Message], *, header: bool = False) -> str:
-        return _render(self.tokenizer, self.template, dialogue, header=header)
+    def _ways(self, pair: Pair) -> Iterator[_Way]:
+        """As the data has the messages; then what templates need that want a thought or arguments in another form."""
+        yield _Way()
+        answers = [message for answer in pair.answers for message in answer]
+        if any("</think>" in message["content"] for message in answers):
+            yield _Way("thoughts given to the template as reasoning", _with_thought_apart)
+            yield _Way("answers with thoughts put in the place of a plain answer", splice=True)
+        if any("tool_calls" in message for message in (*pair.turns, *answers)):
+            yield _Way("arguments of tool calls given to the template as JSON text", _with_arguments_as_text)
 
-    def _probe_answers(self, prompt: list[Message]) -> list[str]:
-        return [self._render([*prompt, turn("assistant", answer)]) for answer in PROBE_ANSWERS]
+    def _texts(self, pair: Pair, way: _Way) -> PairTexts:
+        prompt = [self._spelled(message) for message in pair.turns]
+        if way.spell is _with_arguments_as_text:
+            prompt = [way.spell(message) for message in prompt]
+        header = self._render(prompt, tools=pair.tools, header=True)
+        rendered = [
+            _Rendered(self, prompt, answer, pair.tools, header, way, side) for answer, side in zip(pair.answers, SIDES)
+        ]
+        begin, other = sorted((each.full[: each.begin] for each in rendered), key=len)
+        if not all(each.full.startswith(begin) for each in rendered) or not other.startswith(begin):
+            raise RowError("template", "the chat template rewrites the prompt when the answer is there")
+        notes = _check_prompt(pair, begin)
+        chosen, rejected = rendered
+        return PairTexts(begin, chosen.full, rejected.full, chosen.spans, rejected.spans, notes)
 
-    def _beginnings(self, prompt: list[Message], header: str) -> Iterator[str]:
+    def _spelled(self, message: Message) -> Message:
+        """The message with its reasoning under the name that the template reads."""
+        if "reasoning_content" not in message or self.reasoning == "reasoning_content":
+            return message
+        return {self.reasoning if name == "reasoning_content" else name: held for name, held in message.items()}
+
+    def _render(self, dialogue: list[Message], *, tools: Sequence[Any] = (), header: bool = False) -> str:
+        return _render(self.tokenizer, self.template, dialogue, tools=tools, header=header)
+
+    def _probe_answers(self, dialogue: list[Message], at: int, tools: Sequence[Any] = ()) -> list[str]:
+        """The dialogue with a stand-in as its turn `at`, twice."""
+        return [
+            self._render([*dialogue[:at], turn("assistant", answer), *dialogue[at + 1 :]], tools=tools)
+            for answer in PROBE_ANSWERS
+        ]
+
+
+class _Rendered:
+    """One side of a pair as text: `full` ends where training ends, `begin` is where its answer begins.
+
+    Raises:
+        RowError: see `TemplateRenderer`.
+    """
+
+    def __init__(
+        self,
+        renderer: TemplateRenderer,
+        prompt: list[Message],
+        answer: list[Message],
+        tools: Sequence[Any],
+        header: str,
+        way: _Way,
+        side: str,
+    ):
+        self.renderer, self.tools, self.side = renderer, tools, side
+        self.texts: dict[str, str] = {}  # stand-ins, and what is put in their place
+        answer = [self._cleaned(message) for message in answer]
+        self.turns = [*prompt, *(self._given(message, way) for message in answer)]
+        self.full = self._render(self.turns)
+        self.spans, self.begin = [], 0
+        for at in range(0 if renderer.trains_all else len(prompt), len(self.turns)):
+            if self.turns[at]["role"] == "assistant":
+                begin, end = self._span(at, header if at == len(prompt) else None)
+                if at >= len(prompt):
+                    said = answer[at - len(prompt)]
+                    _check_answer(
+                        said, self.full[:begin], self.full[begin:end], side, is_apart=way.spell is _with_thought_apart
+                    )
+                if at == len(prompt):
+                    self.begin = begin
+                self.spans.append((begin, end))
+        self.full = self.full[: self.spans[-1][1]]
+
+    def _cleaned(self, message: Message) -> Message:
+        """An assistant's message without an end of turn that the data itself brought along."""
+        end = self.renderer.end_text
+        if message["role"] != "assistant" or not end:
+            return message
+        if end in message.get("reasoning_content", ""):
+            raise RowError("malformed", f"the end-of-turn token {end!r} stands inside the reasoning of {self.side}")
+        content = message["content"]
+        return {**message, "content": _one_ending(content, end, self.side)} if end in content else message
+
+    def _given(self, message: Message, way: _Way) -> Message:
+        """The message as the template gets it."""
+        if not way.splice or "</think>" not in message["content"]:
+            return self.renderer._spelled(way.spell(message))
+        text, asked = message["content"], self.renderer.sample
+        if "<think>" not in text and "<think>" in asked:  # opened by the generation header
+            text = asked[asked.rfind("<think>") :] + text
+        stand_in = f"{PROBE_ANSWERS[0]} {len(self.texts)}"
+        self.texts[stand_in] = text
+        return {**message, "content": stand_in}
+
+    def _render(self, turns: list[Message], *, header: bool = False) -> str:
+        return self._filled(self.renderer._render(turns, tools=self.tools, header=header))
+
+    def _filled(self, text: str) -> str:
+        for stand_in, wanted in self.texts.items():
+            text = text.replace(stand_in, wanted)
+        return text
+
+    def _span(self, at: int, header: str | None) -> Span:
+        """Where the answer of turn `at` stands in the full text, with its one end of turn."""
+        renderer, full = self.renderer, self.full
+        header = self._render(self.turns[:at], header=True) if header is None else header
+        after, probes = renderer.suffix, []
+        if at + 1 < len(self.turns):
+            probes = [self._filled(text) for text in renderer._probe_answers(self.turns, at, self.tools)]
+            after = _common_end(*probes)
+        for begin in self._beginnings(at, header, probes):
+            if full.startswith(begin):
+                break
+        else:
+            raise RowError("template", "the chat template rewrites the prompt when the answer is there")
+        after = after.removeprefix(renderer.kept_suffix)
+        end = len(full) - len(after)
+        trained = full[len(begin) : end]
+        ends = renderer.end_markers if renderer.adds_end else [renderer.kept_suffix]
+        if (
+            not full.endswith(after)
+            or not trained.endswith(tuple(ends))
+            or (self.spans and len(begin) < self.spans[-1][1])
+        ):
+            raise RowError("template", f"the chat template ends {self.side} unlike other answers")
+        return len(begin), end
+
+    def _beginnings(self, at: int, header: str, probes: Sequence[str]) -> Iterator[str]:
         """What may stand before the text of an answer, the likeliest first."""
-        yield header + self.answer_opening
+        yield header + self.renderer.answer_opening
         yield header
         # Some templates ask for an answer with another header than they write before a finished one.
-        first, second = self._probe_answers(prompt)
+        first, second = probes or map(self._filled, self.renderer._probe_answers(self.turns, at, self.tools))
         length = common_prefix_length(first, second)
         if first[length:].startswith(PROBE_ANSWERS[0]):
             yield first[:length]
 
-    def _trim(self, full: str, header: str, what: str) -> str:
-        """The full text up to its one end of turn."""
-        if not full.endswith(self.suffix) or len(full) - len(self.suffix) < len(header):
-            raise RowError("template", f"the chat template ends {what} unlike other answers")
-        body = full[len(header) : len(full) - len(self.suffix)]
-        return header + _one_ending(body, self.end_text, what) + self.kept_suffix
+
+def _common_end(first: str, second: str) -> str:
+    return first[len(first) - common_prefix_length(first[::-1], second[::-1]) :]
+
+
+def _with_thought_apart(message: Message) -> Message:
+    """A thought that stands in an answer's text as its reasoning."""
+    found = _THOUGHT.match(message["content"])
+    if found is None or message["role"] != "assistant" or "reasoning_content" in message:
+        return message
+    return {**message, "reasoning_content": found[1], "content": message["content"][found.end() :]}
+
+
+def _with_arguments_as_text(message: Message) -> Message:
+    """The arguments of tool calls as JSON text, which some templates write as it is."""
+    if "tool_calls" not in message:
+        return message
+    calls = []
+    for call in message["tool_calls"]:
+        function = call["function"]
+        text = json.dumps(function["arguments"], ensure_ascii=False)
+        calls.append({**call, "function": {**function, "arguments": text}})
+    return {**message, "tool_calls": calls}
+
+
+# --- the check -------------------------------------------------------------------------------------------------------
+
+
+def _check_answer(message: Message, before: str, trained: str, side: str, *, is_apart: bool) -> None:
+    """Raise unless reasoning, text and calls of an answer stand in this order in what is trained of it."""
+    parts = [message.get("reasoning_content", ""), *_TAGS.split(message["content"])]
+    parts = [part.strip() for part in parts if part.strip()]
+    if is_apart:  # the template has its own marks around a thought
+        parts = [part for part in parts if not _TAGS.fullmatch(part)]
+    elif parts and parts[0] == "<think>" and before.rstrip().endswith("<think>"):
+        del parts[0]
+    at = 0
+    for part in parts:
+        found = trained.find(part, at)
+        if found < 0:
+            _missing(part, f"trained text of {side}", "keeps an answer and its reasoning as they are")
+        at = found + len(part)
+    for part in _called(message):
+        if not _stands_in(part, trained):
+            _missing(part, f"trained text of {side}", "renders tool_calls")
+
+
+def _check_prompt(pair: Pair, prompt: str) -> Notes:
+    """Raise unless each turn and tool stands in the prompt's text. Thoughts of earlier turns may be left out: noted."""
+    notes: Notes = {}
+    for tool in pair.tools:
+        if not _stands_in(tool["function"]["name"], prompt):
+            _missing(tool["function"]["name"], "prompt", "renders tools")
+    for message in pair.turns:
+        thought, _, content = message["content"].rpartition("</think>" if message["role"] == "assistant" else "\0")
+        if not _stands_in(content.strip(), prompt):
+            _missing(content.strip(), "prompt", f"renders {message['role']} turns")
+        for part in _called(message):
+            if not _stands_in(part, prompt):
+                _missing(part, "prompt", "renders tool_calls")
+        thought = message.get("reasoning_content", thought).replace("<think>", "").strip()
+        if thought and thought not in prompt:
+            notes["thoughts of turns before the answer left out by the template"] = repr(thought[:60])
+    return notes
+
+
+def _called(message: Message) -> Iterator[str]:
+    """What a message's tool calls must show: names, and whatever their arguments hold."""
+    for call in message.get("tool_calls", ()):
+        yield call["function"]["name"]
+        yield from _leaves(call["function"]["arguments"])
+
+
+def _leaves(value: Any) -> Iterator[str]:
+    if isinstance(value, Mapping):
+        for name, held in value.items():
+            yield name
+            yield from _leaves(held)
+    elif isinstance(value, list):
+        for held in value:
+            yield from _leaves(held)
+    elif isinstance(value, str):
+        yield value
+    elif isinstance(value, int) and not isinstance(value, bool):  # how a template writes other values is its own
+        yield str(value)
+
+
+def _stands_in(part: str, text: str) -> bool:
+    """Whether a text holds a part as it is, or as JSON writes it."""
+    if part in text:
+        return True
+    return any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+
+
+def _missing(part: str, where: str, wanted: str) -> None:
+    raise RowError(REWRITTEN, f"not in the {where}: {part[:60]!r}; set chat_template to one that {wanted}")
+
+
+# --- without a template ----------------------------------------------------------------------------------------------
 
 
 class PlainRenderer:
@@ -152,14 +413,20 @@ class PlainRenderer:
 
     def __call__(self, pair: Pair) -> PairTexts:
         """The texts of a pair. Raises ValueError for messages, RowError for a response that ends twice."""
-        prompt = pair.prompt
-        if not isinstance(prompt, str):
+        prompt, answers = pair.prompt, (pair.chosen, pair.rejected)
+        if not isinstance(prompt, str) or not all(isinstance(answer, str) for answer in answers):
             raise ValueError(
-                f"row {pair.row_id}: the prompt is a list of messages but the tokenizer has no chat template; "
+                f"row {pair.row_id}: it is a list of messages but the tokenizer has no chat template; "
                 "set chat_template in the recipe (Jinja text or a file), or use an instruct model's tokenizer"
             )
-        chosen = _one_ending(pair.chosen, self.end_text, "chosen")
-        return PairTexts(prompt, prompt + chosen, prompt + _one_ending(pair.rejected, self.end_text, "rejected"))
+        return _glued(prompt, *(_one_ending(str(text), self.end_text, side) for text, side in zip(answers, SIDES)))
+
+
+def _glued(prompt: str, chosen: str, rejected: str) -> PairTexts:
+    """Prompt and answers end to end."""
+    full = prompt + chosen, prompt + rejected
+    spans = ([(len(prompt), len(text))] for text in full)
+    return PairTexts(prompt, *full, *spans, {})
 
 
 def _split_suffix(suffix: str, end_markers: Sequence[str]) -> tuple[int, str | None]:

@@ -20,15 +20,19 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from simpo.core.packing import common_prefix_length
-from simpo.data.preferences import Pair, RowError
+from simpo.core.packing import SIDES, common_prefix_length, prompt_length, trained_ranges
+from simpo.data.columns import RowError
+from simpo.data.messages import Notes, as_text
+from simpo.data.preferences import Pair
 from simpo.data.templates import (
     PROBE_ANSWERS,
     PROBE_USER,
     PairTexts,
     PlainRenderer,
+    Span,
     TemplateRenderer,
     load_chat_template,
 )
@@ -39,9 +43,10 @@ Overlong = Literal["truncate", "drop", "error"]
 
 @dataclass
 class TokenizedPair:
-    """The tokens of one pair, and how they came about; everything from `chosen_start` (`rejected_start`) on is trained.
+    """The tokens of one pair, and how they came about.
 
-    The `_cut` counts are tokens removed: from the left of the prompt, from the right of each response.
+    From `chosen_start` (`rejected_start`) on all is trained but the gaps, see `TokenPair`. The `_cut` counts are tokens
+    removed: from the left of the prompt, from the right of each response.
     """
 
     row_id: str
@@ -58,11 +63,13 @@ class TokenizedPair:
     chosen_cut: int = 0
     rejected_cut: int = 0
     seam_shifted: bool = False
+    notes: Notes = field(default_factory=dict)
 
     @property
     def num_shared(self) -> int:
-        """Tokens at the front that are equal on both sides and not trained."""
-        limit = min(self.chosen_start, self.rejected_start)
+        """Tokens at the front that are equal on both sides and no part of the answer."""
+        has_gaps = self.chosen_gaps or self.rejected_gaps
+        limit = prompt_length(self) if has_gaps else min(self.chosen_start, self.rejected_start)
         return common_prefix_length(self.chosen_ids[:limit], self.rejected_ids[:limit])
 
 
@@ -105,6 +112,7 @@ class PairTokenizer:
         max_prompt_length: how far the prompt may be cut when a pair is too long; see `plan_cut`.
         overlong: "truncate" cuts, "drop" gives a RowError, "error" raises.
         chat_template: Jinja text, or a file that holds it; None takes the tokenizer's own.
+        train_on: see `TemplateRenderer`; without a template there are no turns in a prompt.
     Raises:
         ValueError: the template cannot be used, messages without any template, or an overlong pair with "error".
     """
@@ -117,6 +125,7 @@ class PairTokenizer:
         max_prompt_length: int | None = None,
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
+        train_on: str = "answer",
     ):
         self.max_length, self.max_prompt_length, self.overlong = max_length, max_prompt_length, overlong
         template = load_chat_template(tokenizer, chat_template)
@@ -124,7 +133,7 @@ class PairTokenizer:
         if template is None:
             self.render = PlainRenderer(eos)
         else:
-            self.render = TemplateRenderer(tokenizer, template, _end_markers(tokenizer))
+            self.render = TemplateRenderer(tokenizer, template, _end_markers(tokenizer), train_on=train_on)
         self.end_ids = [] if self.render.adds_end or eos_id is None else [eos_id]
         self.bos_ids = _added_front(tokenizer) if template is None else []
         self.bos_text = tokenizer.bos_token if self.bos_ids else None
@@ -146,9 +155,10 @@ class PairTokenizer:
         front = [] if self.bos_text and pair.prompt_text.startswith(self.bos_text) else self.bos_ids
         pair.chosen_ids = front + pair.chosen_ids + self.end_ids
         pair.rejected_ids = front + pair.rejected_ids + self.end_ids
-        pair.chosen_start += len(front)
-        pair.rejected_start += len(front)
-        if pair.num_shared < 1:
+        for side in SIDES:
+            setattr(pair, f"{side}_start", getattr(pair, f"{side}_start") + len(front))
+            setattr(pair, f"{side}_gaps", [edge + len(front) for edge in getattr(pair, f"{side}_gaps")])
+        if pair.num_shared < 1 or min(pair.chosen_start, pair.rejected_start) < 1:
             raise RowError("no prompt", "the prompt has no token of its own to predict the response from")
         if pair.chosen_ids == pair.rejected_ids:
             raise RowError("identical", "chosen and rejected give the same tokens")
@@ -171,11 +181,18 @@ class PairTokenizer:
         if start + cut.prompt >= shared and cut.prompt:
             raise RowError("overlong", f"no prompt token would be left: {lengths}")
         for side, count in (("chosen", cut.chosen), ("rejected", cut.rejected)):
-            ids, first = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_start")
-            if len(ids) - count <= first:
+            ids = getattr(pair, f"{side}_ids")
+            trained = trained_ranges(getattr(pair, f"{side}_start"), getattr(pair, f"{side}_gaps"), len(ids))
+            first, end = start + cut.prompt, len(ids) - count
+            first += not start  # nothing predicts the first token of all
+            kept = [(max(each.start, first), min(each.stop, end)) for each in trained]
+            edges = [edge - cut.prompt for stretch in kept if stretch[0] < stretch[1] for edge in stretch]
+            if not edges or edges[-1] <= shared - cut.prompt:
                 raise RowError("overlong", f"no token of {side} would be left: {lengths}")
-            setattr(pair, f"{side}_ids", ids[:start] + ids[start + cut.prompt : len(ids) - count])
-            setattr(pair, f"{side}_start", first - cut.prompt)
+            ids = ids[:start] + ids[start + cut.prompt :]
+            setattr(pair, f"{side}_ids", ids[: edges[-1]])  # what stands behind the last trained token trains nothing
+            setattr(pair, f"{side}_start", edges[0])
+            setattr(pair, f"{side}_gaps", edges[1:-1])
         if pair.chosen_ids == pair.rejected_ids:
             raise RowError("identical after truncation", lengths)
         pair.prompt_cut, pair.chosen_cut, pair.rejected_cut = cut
@@ -241,27 +258,56 @@ class _Encoder:
     def __call__(self, rendered: Sequence[tuple[Pair, PairTexts]]) -> list[TokenizedPair]:
         parts = []
         for _, texts in rendered:
-            at = self._anchor(texts.prompt)
-            parts.append((texts.prompt[:at], texts.prompt[at:], texts.chosen[at:], texts.rejected[at:]))
+            (chosen_begin, _), (rejected_begin, _) = texts.chosen_spans[0], texts.rejected_spans[0]
+            at = self._anchor(texts.prompt[: min(chosen_begin, rejected_begin)])
+            sides = (texts.chosen[at:chosen_begin], texts.chosen[at:], texts.rejected[at:rejected_begin])
+            parts.append((texts.prompt[:at], *sides, texts.rejected[at:]))
         tokens = zip(*(self._encode_many(texts) for texts in zip(*parts)))
         return [self._join(*both, *each) for both, *each in zip(rendered, parts, tokens)]
 
     def _join(self, pair: Pair, texts: PairTexts, parts: Sequence[str], tokens: Sequence[list[int]]) -> TokenizedPair:
-        _, end, chosen_text, rejected_text = parts
-        head, tail, chosen, rejected = tokens
-        chosen_start, chosen_shifted = self._seam(chosen_text, len(end), tail, chosen)
-        rejected_start, rejected_shifted = self._seam(rejected_text, len(end), tail, rejected)
+        head, chosen_before, chosen, rejected_before, rejected = tokens
+        at = len(parts[0])
+        chosen_edges, chosen_shifted = self._edges(parts[2], texts.chosen_spans, at, chosen_before, chosen)
+        rejected_edges, rejected_shifted = self._edges(parts[4], texts.rejected_spans, at, rejected_before, rejected)
         return TokenizedPair(
             row_id=pair.row_id,
             chosen_ids=head + chosen,
-            chosen_start=len(head) + chosen_start,
+            chosen_start=len(head) + chosen_edges[0],
             rejected_ids=head + rejected,
-            rejected_start=len(head) + rejected_start,
+            rejected_start=len(head) + rejected_edges[0],
             prompt_text=texts.prompt,
-            chosen_text=pair.chosen,
-            rejected_text=pair.rejected,
+            chosen_text=as_text(pair.chosen),
+            rejected_text=as_text(pair.rejected),
+            chosen_gaps=[len(head) + edge for edge in chosen_edges[1:]],
+            rejected_gaps=[len(head) + edge for edge in rejected_edges[1:]],
             seam_shifted=chosen_shifted or rejected_shifted,
+            notes={**pair.notes, **texts.notes},
         )
+
+    def _edges(
+        self, text: str, spans: Sequence[Span], skipped: int, prompt: list[int], full: list[int]
+    ) -> tuple[list[int], bool]:
+        """The first trained token of `full`, then begins and ends of gaps; whether the seam is shifted.
+
+        `spans` count from `skipped` characters before `text`. Trained is a token that reaches into a span.
+        """
+        start, shifted = self._seam(text, spans[0][0] - skipped, prompt, full)
+        edges = [start]
+        for (_, gap_begin), (gap_end, _) in pairwise(spans):
+            begin = self._first_token(text, gap_begin - skipped, full, behind=False)
+            end = self._first_token(text, gap_end - skipped, full, behind=True)
+            if edges[-1] < begin < end < len(full):
+                edges += [begin, end]
+        return edges, shifted
+
+    def _first_token(self, text: str, seam: int, full: list[int], *, behind: bool) -> int:
+        """Index of the first token that starts (`behind`: ends) behind a place in the text."""
+        if self.backend is None:
+            (before,) = self._encode_many([text[:seam]])
+            return common_prefix_length(before, full)
+        reached = (end > seam if behind else begin >= seam for begin, end in self._offsets(text))
+        return next((index for index, is_there in enumerate(reached) if is_there), len(full))
 
     def _anchor(self, prompt: str) -> int:
         """Where the prompt may be cut without changing a token; 0 where nowhere."""
@@ -273,8 +319,7 @@ class _Encoder:
             return len(prompt), False
         if self.backend is None:
             return common_prefix_length(prompt, full), True
-        offsets = self._offsets(text)
-        return next((index for index, (_, end) in enumerate(offsets) if end > seam), len(full)), True
+        return self._first_token(text, seam, full, behind=True), True
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         """Character spans of the tokens. Post-processors trim blanks off them, so a copy without one is asked."""

@@ -9,7 +9,15 @@ from typing import Any
 from rich.console import Console
 
 from simpo.evaluation.results import Evaluation, compare, save_json
-from simpo.evaluation.run import EvalPairs, evaluate_pairs, find_tokenizer, is_recipe_file, load_pairs, model_folder
+from simpo.evaluation.run import (
+    READ_KEYS,
+    EvalPairs,
+    evaluate_pairs,
+    find_tokenizer,
+    is_recipe_file,
+    load_pairs,
+    model_folder,
+)
 from simpo.recipe import load_recipe
 from simpo.run.optim import set_threads
 
@@ -38,7 +46,7 @@ def run_eval_command(
     if data is not None and model is None:
         raise ValueError(f"{recipe_or_data} is not a recipe (.yaml): say with --model which model to evaluate")
     words = [*overrides, *([] if model is None else ["--model_name_or_path", model])]
-    settings = load_recipe(recipe_or_data if data is None else {}, words)
+    settings = load_recipe(recipe_or_data if data is None else {}, words, only=READ_KEYS)
     settings = load_recipe(settings, {"model_name_or_path": model_folder(settings.model_name_or_path)})
     for notice in settings.notices if data is None else ():
         console.print(f"notice: {notice}", markup=False, soft_wrap=True)

@@ -41,8 +41,15 @@ from simpo.model.load import load_model, load_tokenizer, pick_device, set_precis
 from simpo.model.probe import check_forward
 from simpo.model.settle import why_not_packed
 from simpo.parallel.mesh import Mesh, MeshSizes
-from simpo.recipe import Recipe, load_recipe
+from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.reference import pair_sums
+
+READ_KEYS = frozenset(
+    {name for name, key in KEYS.items() if key.section in ("model", "data") and name != "ref_model_name_or_path"}
+    | {"pack", "share_prompt", "logits_chunk_size", "per_device_eval_batch_size", "eval_generation_max_new_tokens"}
+    | {"seed", "device", "num_threads"}
+)
+"""The keys of a recipe that an evaluation reads. What only training needs cannot stand in its way."""
 
 HELD_OUT = "test"  # the name that stands for "the held-out pairs", whatever the data calls them
 
@@ -100,7 +107,7 @@ def evaluate(
         raise ValueError("no pairs to evaluate on: give data (a file, a folder, a dataset) or a recipe")
     wanted = {"model_name_or_path": _name_of(model), "bf16": bf16, "device": device}
     wanted = {key: value for key, value in wanted.items() if value is not None}
-    settings = load_recipe({} if recipe is None else recipe, wanted)
+    settings = load_recipe({} if recipe is None else recipe, wanted, only=READ_KEYS)
     if tokenizer is None and (num_generations or not _is_tokenised(data)):
         tokenizer = find_tokenizer(settings, settings.model_name_or_path)
     return evaluate_pairs(
@@ -222,6 +229,7 @@ def _read_folder(data: str, settings: Recipe, tokenizer: Any, *, split: str, pro
     if not data.strip():
         raise ValueError("data: the name of a file or folder of pairs is empty")
     changes: dict[str, Any] = {"dataset_mixer": {data: 1.0}, "validation_fraction": 0.0, "max_train_samples": None}
+    changes["dataset_configs"] = None  # those of the recipe's own datasets
     settings = load_recipe(settings, changes)
     (source,) = find_sources(settings)
     found: str | None = None
@@ -324,7 +332,7 @@ def _ready_model(model: str | Path | nn.Module, settings: Recipe) -> Iterator[tu
         name = model_folder(str(model))
         if (Path(name) / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is None:
             raise ValueError(f"{name} is a LoRA adapter, which needs peft: pip install 'simpo[peft]'")
-        plain = load_recipe(settings, {"pack": False, "share_prompt": False})
+        plain = load_recipe(settings, {"pack": False, "share_prompt": False, "attention_kernel": "auto"})
         device = pick_device(settings.device)
         set_precision(settings, device)
         model = load_model(plain, device=device, name=name, trainable=False, check=False)

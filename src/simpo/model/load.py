@@ -109,6 +109,7 @@ def load_model(
         model = add_adapters(model, lora_config(recipe), seed=recipe.seed)
         if mesh.sizes.tp > 1:
             rebuild_adapters(model, seed=recipe.seed)
+        check_tied_adapters(model)
     install_head(model)
     if recipe.use_liger_kernel and why_no_liger(unwrap(model), device) is None:
         install_liger_kernels(unwrap(model))
@@ -231,6 +232,8 @@ def lora_config(recipe: Recipe) -> Any:
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,
+        use_rslora=recipe.use_rslora,
+        use_dora=recipe.use_dora,
         target_modules=targets if isinstance(targets, str) else list(targets),
         modules_to_save=list(recipe.lora_modules_to_save) if recipe.lora_modules_to_save else None,
     )
@@ -251,4 +254,21 @@ def add_adapters(model: PreTrainedModel, config: Any, *, seed: int, **options: A
     with warnings.catch_warnings():
         # peft 0.21 reads an attribute that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings|.*ensure_weight_tying", category=UserWarning)
         return get_peft_model(model, config, **options)
+
+
+def check_tied_adapters(model: nn.Module) -> None:
+    """Raise ValueError for adapters, or a trained copy, on an embedding whose weight is the output head's as well.
+
+    The head would compute without them, and a merged model, in which there is one weight for both, would be another.
+    """
+    base = unwrap(model)
+    embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+    adapted = getattr(embedding, "base_layer", getattr(embedding, "original_module", None))
+    if adapted is not None and head is not None and getattr(head, "weight", None) is adapted.weight:
+        name = next((name for name, module in base.named_modules() if module is embedding), "the embedding")
+        raise ValueError(
+            f"{name.rpartition('.')[2]} shares its weight with the output head (tie_word_embeddings), which its "
+            "adapter would not reach; leave it out of lora_target_modules and lora_modules_to_save"
+        )

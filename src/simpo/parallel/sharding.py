@@ -51,8 +51,9 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
         raise ValueError(
             "use_liger_kernel: Liger's kernels do not support tensor-parallel weights; set it to false, or tp: 1"
         )
-    if recipe.use_peft and recipe.lora_modules_to_save:
-        raise ValueError("lora_modules_to_save: not supported with sharded weights; leave it out, or set dp_shard: 1")
+    for key in ("lora_modules_to_save", "use_dora") if recipe.use_peft else ():
+        if getattr(recipe, key):
+            raise ValueError(f"{key}: not supported with sharded weights; leave it out, or set dp_shard: 1")
     if sizes.cp > 1 and not (recipe.pack or recipe.share_prompt):
         raise ValueError(f"cp = {sizes.cp}: padded rows cannot be split; set pack: true, or cp: 1")
     if recipe.fsdp_cpu_offload and mesh.device.type == "cpu":

@@ -128,7 +128,7 @@ def describe_model(config: Any, recipe: Recipe, *, name: str = "") -> ModelSizes
 
 _DECIDES = (
     *("master_dtype", "bf16", "fsdp_param_dtype", "load_in_4bit", "bnb_4bit_use_double_quant", "logits_chunk_size"),
-    *("use_peft", "lora_r", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
+    *("use_peft", "lora_r", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_dora"),
     *("gradient_checkpointing", "disable_dropout", "device"),
 )
 

@@ -82,6 +82,15 @@ def _mixture(value: Any) -> Any:
     return mixer
 
 
+def _held_out_share(value: Any) -> Any:
+    """Megatron's split, "95,5,0": the shares of training, validation and test."""
+    try:
+        parts = [float(part) for part in str(value).strip("[]").split(",")]
+        return round(1 - parts[0] / sum(parts), 6)
+    except (ValueError, ZeroDivisionError, OverflowError):
+        raise ValueError("must be shares such as 95,5,0; see validation_fraction and dataset_splits") from None
+
+
 BF16_MASTERS_NOTICE = (
     "fp32 master weights are kept: at small learning rates bf16 weights do not move; "
     "set master_dtype: bfloat16 to insist (with optim: adamw_bf16 they do move)"
@@ -97,6 +106,8 @@ ALIASES: dict[str, Alias] = {
     "activation_checkpointing_kwargs": Alias("gradient_checkpointing_kwargs"),
     "activation_offloading": Alias("activation_offload"),
     "use_liger": Alias("use_liger_kernel"),
+    "push_to_hub_model_id": Alias("hub_model_id"),
+    "push_to_hub_token": Alias("hub_token"),
     "no_cuda": _switch("device", "cpu"),
     "use_cpu": _switch("device", "cpu"),
     # TRL and the alignment-handbook
@@ -130,6 +141,7 @@ ALIASES: dict[str, Alias] = {
     "log_interval": Alias("logging_steps"),
     "tensorboard_dir": Alias("logging_dir"),
     "eval_iters": Alias("eval_strategy", _no_evaluation, yields=True),
+    "split": Alias("validation_fraction", _held_out_share, yields=True),
     "load": Alias("model_name_or_path", yields=True, notice="{value} must be in Hugging Face format"),
     "save": Alias("output_dir", yields=True),
     "data_path": Alias(
@@ -150,6 +162,11 @@ INPUT_KEYS: dict[str, tuple[str, str]] = {
         "Pairs in one optimizer step over all processes; becomes gradient_accumulation_steps = "
         "global_batch_size / (per_device_train_batch_size x processes), which must be whole.",
     ),
+    "lr_scheduler_kwargs": (
+        "min_lr",
+        "Of lr_scheduler_type: cosine_with_min_lr (transformers), which is cosine with min_lr: min_lr, or "
+        "min_lr_rate, a share of learning_rate.",
+    ),
     "dataset_name": ("dataset_mixer", "One dataset, all of it; the same as dataset_mixer: {NAME: 1.0}."),
     "dataset_config": ("dataset_configs", "Configuration name of the one dataset."),
     "dataset_train_split": ("dataset_splits", "Name of the training split (TRL)."),
@@ -158,32 +175,15 @@ INPUT_KEYS: dict[str, tuple[str, str]] = {
 """Keys accepted on input and resolved into another: key -> (the key it becomes, meaning). Never both of a pair."""
 
 
-REFUSED: dict[str, str] = {
-    "push_to_hub": "nothing is uploaded from here; upload the folder `model/` of the run yourself",
-    "fp16": "float16 is not supported; use bf16: true, or bf16: false for float32",
-    "load_in_8bit": "8-bit bases are not supported; use load_in_4bit: true with use_peft: true",
-    "qlora": "write use_peft: true and load_in_4bit: true",
-    "is_encoder_decoder": "encoder-decoder models are not supported",
-    "stage": "only simpo; for other losses set loss_type",
-    "label_smoothing_factor": "that smooths token labels; for noisy preferences use label_smoothing",
-}
-"""Known elsewhere, yet refused, since they change what is trained, with a value that is not in `ASKS_NOTHING`: key ->
-what to do instead."""
-
-ASKS_NOTHING = (None, False, 0, "", "null", "none", "simpo")  # the last is a `stage`
-
 _MEANINGLESS: Mapping[str, str] = {
-    "nothing is uploaded": (
-        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_always_push hub_revision "
-        "push_to_hub_model_id push_to_hub_organization push_to_hub_token hub_model_revision"
-    ),
+    "the model is uploaded once, when it is complete": "hub_strategy hub_always_push",
     "batches are planned ahead": (
-        "dataloader_drop_last dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers "
-        "dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order group_by_length "
-        "length_column_name train_sampling_strategy remove_unused_columns label_names auto_find_batch_size "
-        "accelerator_config split_batches dispatch_batches even_batches num_workers dataloader_type data_cache_path "
-        "data_impl mmap_bin_files no_shuffle variable_seq_lengths pad_to_multiple_of reset_position_ids "
-        "reset_attention_mask no_create_attention_mask_in_dataloader create_attention_mask_in_dataloader eod_mask_loss"
+        "dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor "
+        "dataloader_multiprocessing_context dataloader_in_order group_by_length length_column_name "
+        "remove_unused_columns label_names auto_find_batch_size accelerator_config split_batches dispatch_batches "
+        "even_batches num_workers dataloader_type data_cache_path data_impl mmap_bin_files variable_seq_lengths "
+        "pad_to_multiple_of reset_position_ids reset_attention_mask no_create_attention_mask_in_dataloader "
+        "create_attention_mask_in_dataloader"
     ),
     "the layout is dp_replicate, dp_shard, cp and tp": (
         "fsdp fsdp_config fsdp_min_num_params fsdp_transformer_layer_cls_to_wrap deepspeed parallelism_config "
@@ -205,13 +205,12 @@ _MEANINGLESS: Mapping[str, str] = {
         "low_freq_factor high_freq_factor original_max_position_embeddings tokenizer_type tokenizer_model "
         "tokenizer_not_use_fast tokenizer_padding_side tokenizer_kwargs vocab_file merge_file use_mcore_models spec "
         "transformer_impl num_experts moe_router_topk window_size sliding_window apply_query_key_layer_scaling "
-        "hidden_dropout attention_dropout base_model_attribute_name"
+        "base_model_attribute_name"
     ),
     "precision is set by bf16 and master_dtype": (
-        "fp16 fp16_full_eval bf16_full_eval fp16_opt_level half_precision_backend fp16_backend "
-        "attention_softmax_in_fp32 accumulate_allreduce_grads_in_fp32 reuse_fp32_param loss_scale "
-        "fp32_residual_connection main_grads_dtype main_params_dtype load_in_8bit fp8_format bnb_4bit_quant_storage "
-        "bnb_4bit_compute_dtype"
+        "fp16_full_eval bf16_full_eval fp16_opt_level half_precision_backend fp16_backend attention_softmax_in_fp32 "
+        "accumulate_allreduce_grads_in_fp32 reuse_fp32_param loss_scale fp32_residual_connection main_grads_dtype "
+        "main_params_dtype bnb_4bit_quant_storage bnb_4bit_compute_dtype"
     ),
     "kernels are chosen here": (
         "torch_compile_backend torch_compile_mode liger_kernel_config jit_mode_eval use_ipex use_flash_attn "
@@ -219,7 +218,7 @@ _MEANINGLESS: Mapping[str, str] = {
         "use_fused_swiglu use_fused_rotary_pos_emb use_fused_mlp gradient_accumulation_fusion "
         "no_gradient_accumulation_fusion use_mc2 attention_backend swap_attention padding_free use_unsloth unsloth "
         "use_reentrant_gc torch_empty_cache_steps manual_gc manual_gc_interval cross_entropy_loss_fusion "
-        "transformer_engine enable_recompute_layers_per_pp_rank"
+        "transformer_engine enable_recompute_layers_per_pp_rank lora_fusion"
     ),
     "see logging_steps and report_to": (
         "logging_strategy logging_first_step log_level log_level_replica log_on_each_node disable_tqdm "
@@ -230,67 +229,41 @@ _MEANINGLESS: Mapping[str, str] = {
         "wandb_log_unique_prompts use_wandb wandb_exp_name wandb_save_dir profile log_completions"
     ),
     "no other way here": (
-        "ignore_data_skip restore_callback_states_from_checkpoint data_seed past_index mp_parameters ray_scope "
+        "ignore_data_skip restore_callback_states_from_checkpoint past_index mp_parameters ray_scope "
         "use_cache eval_do_concat_batches eval_use_gather_object eval_accumulation_steps batch_eval_metrics "
         "prediction_loss_only eval_delay save_on_each_node save_only_model save_safetensors enable_jit_checkpoint "
-        "average_tokens_across_devices neftune_noise_alpha use_legacy_prediction_loop overwrite_output_dir "
+        "average_tokens_across_devices use_legacy_prediction_loop "
         "use_mps_device tpu_num_cores no_load_optim no_load_rng no_save_optim no_save_rng finetune use_checkpoint_args "
-        "exit_on_missing_checkpoint ckpt_format override_opt_param_scheduler use_tpu model_init_kwargs "
-        "ref_model_init_kwargs base_model_revision model_code_revision use_auth_token token lora_task_type "
-        "lora_target_parameters lora_fusion lora_load lora_modules_scaling layers_to_transform initial_eval "
-        "eval_packing assistant_only_loss"
+        "exit_on_missing_checkpoint ckpt_format override_opt_param_scheduler use_tpu lora_modules_scaling eval_packing"
     ),
+    "log in with `hf auth login`, or set HF_TOKEN": "use_auth_token token",
     "the command says what is done": "do_train do_predict",
+    "no run is overwritten: resume it, or choose another output_dir": "overwrite_output_dir",
     "set eval_strategy or eval_steps": "do_eval",
-    "see adam_beta1, adam_beta2 and adam_epsilon": "optim_args",
-    "every trainable weight is optimised": "optim_target_modules",
-    "the schedules here have no further settings": "lr_scheduler_kwargs",
-    "linear and cosine decay to 0": "min_lr",
-    "the decay ends with the last step": "lr_decay_iters",
-    "the warm-up starts at 0": "lr_warmup_init",
-    "see warmup_ratio and warmup_steps": "lr_warmup_samples",
-    "see num_train_epochs and max_steps": "epochs train_samples",
-    "see optim": "optimizer",
+    "see eval_on_start": "initial_eval",
     "set num_eval_generations to the number of answers to sample": "generate_during_eval",
-    "this is SimPO": "stage",
-    "decoder-only models": "is_encoder_decoder",
-    "see label_smoothing": "label_smoothing_factor dpo_label_smoothing",
     "responses have no limit of their own; see max_length": "max_completion_length max_target_length",
     "prompts are cut left, responses right; see overlong": "truncation_mode truncation_side cut_max_seqlen",
     "nothing is padded": (
         "label_pad_token_id padding_value pad_token padding_side pad_to_max_length no_pad_to_seq_lengths"
     ),
-    "the chat template ends a turn": "eos_token",
     "one adapter": "model_adapter_name",
-    "the reference is a model of its own": "ref_adapter_name",
     "always done, once, for the losses that need it": "precompute_ref_log_probs",
     "see per_device_eval_batch_size": "precompute_ref_batch_size",
-    "see loss_type": "reference_free force_use_ref_model dpo_loss_type",
-    "the reference stays fixed": "sync_ref_model ref_model_mixup_alpha ref_model_sync_steps refer_model_iter",
-    "the same idea here is sft_weight": "rpo_alpha dpo_ftx",
-    "not implemented": "ld_alpha discopop_tau f_divergence_type f_alpha_divergence_coef use_weighting",
-    "one loss at a time": "loss_weights",
-    "AlphaPO is loss_type: alphapo with alphapo_alpha": "alpha",
+    "only other losses read it": "discopop_tau f_alpha_divergence_coef ref_model_mixup_alpha ref_model_sync_steps",
+    "see loss_type": "force_use_ref_model",
     "always so: only response tokens reach the vocabulary projection": "use_logits_to_keep use_num_logits_to_keep",
-    "not implemented: lora_alpha / lora_r scales the adapters": "use_rslora",
-    "not implemented: plain LoRA": "use_dora use_dora_quant",
-    "see use_peft and load_in_4bit": "qlora qlora_save_dequantize",
-    "see prompt_column, chosen_column and rejected_column": "text_column",
+    "see use_peft and load_in_4bit": "qlora_save_dequantize",
     "data is read whole, so that its audit is complete": "dataset_streaming",
-    "see max_train_samples": "max_samples",
-    "see dataset_splits and validation_fraction": "split",
-    "name the pairs in dataset_name or dataset_mixer": "train_data_path valid_data_path",
     "data is always pairs": "is_pairwise_dataset is_instruction_dataset",
     "the tokenizer's chat template is used; see chat_template": "prompt_type prompt_type_path",
     "see cache_dir": "tokenized_path",
     "see max_length": "decoder_seq_length encoder_seq_length",
     "see pack": "pack_samples packing",
-    "the batch size is constant": "rampup_batch_size",
     "see gradient_checkpointing": (
         "recompute_granularity recompute_method recompute_num_layers recompute_activations recompute_norm "
         "recompute_activation_function"
     ),
-    "see beta": "dpo_beta",
 }
 
 _LOSSES_OF_TRL = {name: "'cpo' for TRL's sigmoid" for name in (None, "sigmoid")}
@@ -312,5 +285,136 @@ def check_loss_of_trl(loss: Any, name: str, *, ratio: Any) -> None:
         )
 
 
-KNOWN_ELSEWHERE: dict[str, str] = {name: hint for hint, names in _MEANINGLESS.items() for name in names.split()}
-"""Name -> why it means nothing here, or which key to use."""
+_REFUSED: Mapping[str, str] = {
+    "float16 is not supported; use bf16: true, or bf16: false for float32": "fp16",
+    "8-bit numbers are not supported; bf16: true computes in bfloat16": "fp8_format",
+    "8-bit bases are not supported; use load_in_4bit: true with use_peft: true": "load_in_8bit",
+    "write use_peft: true and load_in_4bit: true": "qlora",
+    "encoder-decoder models are not supported": "is_encoder_decoder",
+    "only simpo; for other losses set loss_type": "stage",
+    "that smooths token labels; for noisy preferences use label_smoothing": "label_smoothing_factor",
+    "set label_smoothing": "dpo_label_smoothing",
+    "set beta, with loss_type: dpo": "dpo_beta",
+    "set loss_type": "dpo_loss_type",
+    "its noise is scaled by the length of a padded row, so that the update would depend on how pairs are batched; "
+    "remove it": "neftune_noise_alpha",
+    "write it as sft_weight, with sft_reduction: tokens for TRL's mean over a batch's tokens": "rpo_alpha",
+    "write sft_weight": "dpo_ftx",
+    "write loss_type: alphapo with alphapo_alpha": "alpha",
+    "the loss is without it; `simpo losses` lists what there is": (
+        "ld_alpha f_divergence_type use_weighting reference_free loss_weights"
+    ),
+    "the reference stays as it was before training": "sync_ref_model refer_model_iter ref_adapter_name",
+    "set adam_beta1, adam_beta2 and adam_epsilon": "optim_args",
+    "every trainable weight is optimised alike": "optim_target_modules",
+    "the optimizer is AdamW; see optim": "optimizer",
+    "the decay ends with the last step, max_steps": "lr_decay_iters",
+    "the warm-up starts at 0": "lr_warmup_init",
+    "set warmup_ratio or warmup_steps": "lr_warmup_samples",
+    "set num_train_epochs or max_steps": "epochs train_samples",
+    "the batch size is constant": "rampup_batch_size",
+    "every pair is trained on, the last ones in a smaller step": "dataloader_drop_last",
+    "one seed decides the order of the pairs too: set seed": "data_seed",
+    "pairs are shuffled by seed": "no_shuffle train_sampling_strategy",
+    "the end of a turn is trained as part of its answer": "eod_mask_loss",
+    "the chat template ends a turn; see chat_template": "eos_token",
+    "only answers are trained on": "assistant_only_loss",
+    "only adapters have dropout here, lora_dropout; see disable_dropout for the model's own": (
+        "hidden_dropout attention_dropout"
+    ),
+    "write its entries as keys: model_revision, trust_remote_code, attn_implementation, master_dtype": (
+        "model_init_kwargs ref_model_init_kwargs"
+    ),
+    "set model_revision": "base_model_revision model_code_revision",
+    "the model is uploaded to the branch main": "hub_revision hub_model_revision",
+    "write hub_model_id: ORGANIZATION/NAME": "push_to_hub_organization",
+    "only causal language models are trained": "lora_task_type",
+    "name the wanted modules in lora_target_modules: `layers.3.self_attn.q_proj` is one of layer 3": (
+        "layers_to_transform layers_pattern exclude_modules"
+    ),
+    "adapters are of whole linear layers; see lora_target_modules": "lora_target_parameters",
+    "every adapter has lora_r, lora_alpha and no bias": "rank_pattern alpha_pattern lora_bias",
+    "adapters begin as peft draws them, and the base as it is": "init_lora_weights loftq_config pissa_init",
+    "merge the adapter into its base first, and train from that": "lora_load adapter_name_or_path",
+    "the magnitudes are not quantised; see use_dora": "use_dora_quant",
+    "set prompt_column, chosen_column and rejected_column": "text_column",
+    "set max_train_samples": "max_samples",
+    "name the pairs in dataset_name or dataset_mixer": "train_data_path valid_data_path",
+}
+
+_ASKS_NOTHING = (None, False, 0, "", "null", "none", [], {})
+_IS_DONE_HERE: Mapping[str, tuple[Any, ...]] = {
+    "stage": ("simpo",),
+    "optimizer": ("adam", "adamw"),
+    "lora_task_type": ("CAUSAL_LM",),
+    "init_lora_weights": (True,),
+    "f_divergence_type": ("reverse_kl",),
+    "loss_weights": (1, [1]),
+    "refer_model_iter": (1,),
+    "train_sampling_strategy": ("random", "group_by_length"),
+    "text_column": ("text",),
+    **dict.fromkeys(("model_code_revision", "base_model_revision", "hub_revision", "hub_model_revision"), ("main",)),
+}
+
+
+def _by_name(table: Mapping[str, str]) -> dict[str, str]:
+    return {name: hint for hint, names in table.items() for name in names.split()}
+
+
+REFUSED: dict[str, str] = _by_name(_REFUSED)
+"""Names of settings that change what is trained or where it goes, and are not supported -> what to do instead."""
+
+KNOWN_ELSEWHERE: dict[str, str] = _by_name(_MEANINGLESS) | REFUSED
+"""Names that are known and are not ours -> why they mean nothing here, or what to do instead."""
+
+
+def refusal(name: str, value: Any) -> str | None:
+    """Why this value of a setting cannot be honoured; None where it asks for nothing, or for what is done anyway."""
+    return None if name not in REFUSED or _asks_nothing(name, value) else REFUSED[name]
+
+
+def _asks_nothing(name: str, value: Any) -> bool:
+    return value in _ASKS_NOTHING or value in _IS_DONE_HERE.get(name, ())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Recipes for something else
+# ---------------------------------------------------------------------------------------------------------------------
+
+_SIGNS: Mapping[str, tuple[str, str]] = {
+    "an SFT": (
+        "max_seq_length packing dataset_text_field completion_only_loss assistant_only_loss text_column "
+        "packing_strategy eval_packing train_on_prompt",
+        "sft pt",
+    ),
+    "a reward model's": ("center_rewards_coefficient", "rm"),
+    "a GRPO": (
+        "num_generations reward_funcs reward_weights use_vllm num_iterations epsilon_high scale_rewards "
+        "generation_batch_size steps_per_generation mask_truncated_completions",
+        "grpo ppo",
+    ),
+    "a KTO": ("desirable_weight undesirable_weight", "kto"),
+    "a DPO": (
+        "precompute_ref_log_probs precompute_ref_batch_size reference_free sync_ref_model f_divergence_type rpo_alpha "
+        "ld_alpha dpo_beta dpo_loss_type dpo_ftx use_weighting discopop_tau force_use_ref_model",
+        "dpo",
+    ),
+}
+
+
+def recognise(given: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Which other training a recipe looks like, "an SFT" say, and by which of its keys; ("", []) where it does not.
+
+    Args:
+        given: names as they were written, with underscores, and values.
+    """
+    asked = [name for name, value in given.items() if not _asks_nothing(name, value)]
+    for kind, (names, stages) in _SIGNS.items():
+        signs = [name for name in asked if name in names.split()]
+        signs += ["stage"] if str(given.get("stage", "")).lower() in stages.split() else []
+        splits = given.get("dataset_splits")
+        if kind == "an SFT" and isinstance(splits, list):
+            signs += [f"dataset_splits {name}" for name in splits if str(name).endswith("_sft")][:1]
+        if signs:
+            return kind, signs
+    return "", []

@@ -5,6 +5,7 @@ Each step takes the typed recipe and the list of notices, and returns values to 
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from simpo.core.losses import GENERAL_KEYS, LOSSES, loss_keys, losses_reading
@@ -25,6 +26,34 @@ METRICS: dict[str, bool] = {
     "eval_logps/rejected": False,
 }
 """Evaluation metrics that can choose the best checkpoint -> whether greater is better."""
+
+
+PAPER = "arXiv:2405.14734 and princeton-nlp/SimPO"
+
+
+def far_from_published(recipe: Recipe, pairs_per_step: int) -> list[str]:
+    """A line for each setting of SimPO that is far from those it was published with, and their range.
+
+    The published ones are for models of 7 to 9B whose weights are all trained. What is called far is chosen here: about
+    three times beyond the range, or beyond what the authors advise.
+    """
+    if recipe.loss_type != "sigmoid":
+        return []
+    rates = "published 3e-7 to 1e-6 for 7-9B models, where 1e-5 degenerates into repetition; small models need more"
+    found = [
+        ("learning_rate", recipe.learning_rate, (5e-8, 1e-4 if recipe.use_peft else 3e-6), rates),
+        ("beta", recipe.beta, (1.0, 20.0), "published 2 to 10; DPO's is around 0.1, on another scale"),
+        ("gamma_beta_ratio", recipe.gamma_beta_ratio, (0.0, 1.2), "published 0.1 to 0.8, advised 0 to 1"),
+        ("pairs in an optimizer step", pairs_per_step, (32, 512), "published 128"),
+        ("num_train_epochs", recipe.num_train_epochs, (0.0, 3.0), "published 1"),
+    ]
+    if recipe.max_steps > 0:
+        found.pop()  # they say how long it trains
+    return [
+        f"{name} = {value:g}: far from what SimPO was published with ({range_}; {PAPER})"
+        for name, value, (least, most), range_ in found
+        if not least <= value <= most
+    ]
 
 
 def resolve(recipe: Recipe) -> list[str]:
@@ -135,6 +164,10 @@ def _resolve_lengths(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
             f"dataset_configs: {len(recipe.dataset_configs)} names for {len(recipe.dataset_mixer)} datasets of "
             "dataset_mixer; give one for each, in the same order"
         )
+    if recipe.min_lr and recipe.lr_scheduler_type not in ("cosine", "linear"):
+        raise ValueError(f"min_lr = {recipe.min_lr}: with lr_scheduler_type {recipe.lr_scheduler_type} nothing decays")
+    if recipe.min_lr and recipe.min_lr >= recipe.learning_rate:
+        raise ValueError(f"min_lr = {recipe.min_lr}: must be less than learning_rate = {recipe.learning_rate}")
     if recipe.max_steps == 0:
         raise ValueError("max_steps = 0: must be >= 1, or -1 to train for num_train_epochs")
     if recipe.max_tokens_per_micro_batch is not None and not recipe.pack:
@@ -142,7 +175,27 @@ def _resolve_lengths(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
             "max_tokens_per_micro_batch counts packed tokens, and pack is false; set pack: true, or leave it out and "
             "choose per_device_train_batch_size"
         )
+    if recipe.max_steps > 0 and (line := describe_long_warmup(recipe.max_steps, recipe)):
+        notices.append(line)
     return {"max_prompt_length": prompt}
+
+
+def warmup_steps(total_steps: int, recipe: Recipe) -> int:
+    """Steps of warm-up: `warmup_steps` where given, else `warmup_ratio` of the run, rounded up."""
+    return recipe.warmup_steps if recipe.warmup_steps > 0 else math.ceil(recipe.warmup_ratio * total_steps)
+
+
+def describe_long_warmup(total_steps: int, recipe: Recipe) -> str | None:
+    """A line where the warm-up leaves no step of a run at the full learning rate; None elsewhere."""
+    warmup = warmup_steps(total_steps, recipe)
+    if recipe.lr_scheduler_type == "constant" or warmup < total_steps:
+        return None
+    highest = recipe.learning_rate * (total_steps - 1) / warmup
+    trained = f"the highest is {highest:.3g}" if highest else "it is 0, so that nothing is trained"
+    return (
+        f"warm-up over {warmup} step{'s' * (warmup > 1)} leaves none of {total_steps} at learning_rate = "
+        f"{recipe.learning_rate:g} ({trained}); lower warmup_steps or warmup_ratio, or train more steps"
+    )
 
 
 def _resolve_evaluation(recipe: Recipe, notices: list[str]) -> dict[str, Any]:

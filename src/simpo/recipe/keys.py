@@ -92,10 +92,12 @@ def _in(section: str, **of_section: Any):
     """A maker of documented fields of one section; `of_section`: flags that its keys have unless they say otherwise."""
 
     def key(default: Any, meaning: str, allowed: str = "", **rest: Any) -> Any:
-        """`rest`: null, only, derived (parts of `allowed` and `default` in words), bounds, and flags of `Key`."""
+        """`rest`: null, only, derived (parts of `allowed` and `default` in words), bounds, and flags of `Key`; `secret`
+        ones are never shown or written down."""
+        hidden = {"exclude": True, "repr": False} if rest.pop("secret", False) else {}
         bounds = {name: rest.pop(name) for name in ("ge", "gt", "le", "lt", "min_length") if name in rest}
         declared = {"section": section, "allowed": allowed, "bounds": bounds, **of_section, **rest}
-        return Field(default, description=meaning, json_schema_extra=declared, **bounds)
+        return Field(default, description=meaning, json_schema_extra=declared, **bounds, **hidden)
 
     return key
 
@@ -205,6 +207,9 @@ class Recipe(_LossKeys):
     chat_template: Text | None = _data(
         None, "Jinja chat template that replaces the tokenizer's.", "template", null="the tokenizer's",
         decides_tokens=False)  # the template that is used does, whichever it is
+    train_on: Literal["answer", "all_assistant_turns"] = _data(
+        "answer", "What is trained: the assistant's turns after the prompt, or those in it too (on both sides). Users' "
+        "turns and tools' results never are.")
     system_prompt: Text | None = _data(
         None, "System message for pairs that have none.", "text", null="none is added")
     auto_insert_empty_system_msg: bool = _data(
@@ -288,7 +293,10 @@ class Recipe(_LossKeys):
         1e-6, "Peak learning rate. The critical setting: try 3e-7, 5e-7, 8e-7, 1e-6 for 7-8B models.",
         hf="shared", shown=True, ge=0)
     lr_scheduler_type: Literal["cosine", "linear", "constant", "constant_with_warmup"] = _optimisation(
-        "cosine", "Shape of the learning rate after warm-up; cosine and linear end at 0.", hf="argument", shown=True)
+        "cosine", "Shape of the learning rate after warm-up; cosine and linear end at min_lr. transformers' "
+        "cosine_with_min_lr is cosine.", hf="argument", shown=True)
+    min_lr: Number = _optimisation(
+        0.0, "Learning rate at the end of the decay.", "0 <= x < learning_rate", hf="run", ge=0)
     warmup_ratio: Number = _optimisation(
         0.1, "Share of the steps over which the learning rate rises from 0.", hf="run", ge=0, le=1)
     warmup_steps: Whole = _optimisation(
@@ -345,6 +353,10 @@ class Recipe(_LossKeys):
         0.05, "Dropout before the adapters; applied also with disable_dropout.", ge=0, lt=1)
     lora_target_modules: Annotated[list[str] | str, BeforeValidator(as_lora_targets)] = _lora(
         "all-linear", "Modules that get adapters.", "list of module names, or all-linear (all but the output head)")
+    use_rslora: bool = _lora(
+        False, "Scale the adapters by alpha / sqrt(r) instead of alpha / r.")
+    use_dora: bool = _lora(
+        False, "DoRA: train the magnitudes of the adapted weights besides; not with sharded weights.")
     lora_modules_to_save: Annotated[list[str] | None, BeforeValidator(as_words_or_null)] = _lora(
         None, "Modules trained whole besides the adapters.", "list of module names, or null")
     load_in_4bit: bool = _lora(
@@ -415,6 +427,18 @@ class Recipe(_LossKeys):
     resume_from_checkpoint: Annotated[bool | str | None, BeforeValidator(as_resume)] = _saving(
         None, "Continue a run: true for the newest checkpoint of output_dir, or a checkpoint's folder.",
         "true, path or null", hf="run", may_change=True)
+    push_to_hub: bool = _saving(
+        False, "Upload the final model to the hub once it is complete; the repository is created at start.",
+        hf="run", may_change=True)
+    hub_model_id: Text | None = _saving(
+        None, "Repository that push_to_hub uploads to.", "NAME or ORGANIZATION/NAME", null="the folder's name",
+        hf="run", may_change=True)
+    hub_private_repo: bool | None = _saving(
+        None, "Whether a repository that is created is private.", null="as the account's settings say", hf="run",
+        may_change=True)
+    hub_token: Text | None = _saving(
+        None, "Access token for push_to_hub; never written down.", "text", null="of `hf auth login`, or HF_TOKEN",
+        hf="run", may_change=True, secret=True)
     # -- run
     logging_steps: Whole = _run(
         1, "Optimizer steps from one line of metrics to the next; each line holds means over them.",
@@ -505,9 +529,9 @@ class Recipe(_LossKeys):
             raise ValueError(f"{' and '.join(missing)} must be set in the recipe, or given as --{missing[0]} VALUE")
 
     def to_dict(self) -> dict[str, Any]:
-        """Every key and its resolved value, in the order of the documentation; plain Python values."""
+        """Every key and its resolved value, in the order of the documentation; plain Python values, and no secret."""
         values = self.model_dump()
-        return {name: values[name] for name in KEYS}
+        return {name: values[name] for name in KEYS if name in values}
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML with sections; reads back equal. Keys the loss does not read are left out."""

@@ -13,27 +13,28 @@ import difflib
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from simpo.core.losses import LOSSES
 from simpo.errors import short
 from simpo.recipe.aliases import (
     ALIASES,
-    ASKS_NOTHING,
     BF16_MASTERS_NOTICE,
     INPUT_KEYS,
     KNOWN_ELSEWHERE,
-    REFUSED,
     UNSET,
     Alias,
     check_loss_of_trl,
+    recognise,
+    refusal,
 )
 from simpo.recipe.keys import KEYS, Recipe
-from simpo.recipe.values import as_number, as_text, as_whole
+from simpo.recipe.values import as_number, as_settings, as_text, as_whole
 from simpo.recipe.yaml import FALSE, NULL, TRUE, parse_yaml, read_recipe_file
 
 
@@ -42,6 +43,7 @@ def load_recipe(
     overrides: Mapping[str, Any] | Sequence[str] | None = None,
     *,
     processes: int | None = None,
+    only: Container[str] | None = None,
 ) -> Recipe:
     """The resolved recipe of a YAML file, a mapping or a recipe, with overrides on top.
 
@@ -51,14 +53,16 @@ def load_recipe(
             over the source whatever name either uses; `gamma` replaces `gamma_beta_ratio` of the source and the
             reverse, and likewise global_batch_size / gradient_accumulation_steps, dataset_name / dataset_mixer.
         processes: data-parallel processes that share `global_batch_size`; None = those torchrun started (WORLD_SIZE).
+        only: the keys to read; others keep their defaults, whatever is given. None = all.
     Returns:
         The recipe; `notices` has one line for each accepted key without effect here.
     Raises:
-        ValueError: a file that is not a recipe, an unknown key (the nearest known one is named), two names of one key,
-            a value out of range, or keys that contradict each other.
+        ValueError: a file that is not a recipe; unknown keys, all of them, each with the nearest known one, and
+            settings that are not supported; two names of one key, a value out of range, or keys that contradict each
+            other.
     """
     if isinstance(source, Recipe):
-        if not overrides:
+        if not overrides and only is None:
             return source
         given = source.model_fields_set - source.unread_keys
         base = _Layer({name: getattr(source, name) for name in given}, list(source.notices))
@@ -75,7 +79,11 @@ def load_recipe(
         overrides = _parse_overrides(overrides)
     started = os.environ.get("WORLD_SIZE", "1")
     processes = processes or (int(started) if started.isdecimal() else 1) or 1
-    return _build(_merge(base, _read_layer(overrides or {})), processes)
+    layer = _merge(base, _read_layer(overrides or {}))
+    if only is not None:
+        layer.values = {key: value for key, value in layer.values.items() if INPUT_KEYS.get(key, (key,))[0] in only}
+        layer.entries = {entry: value for entry, value in layer.entries.items() if entry[0] in only}
+    return _build(layer, processes)
 
 
 @dataclass
@@ -102,6 +110,7 @@ def _read_layer(mapping: Mapping[str, Any]) -> _Layer:
     """Values of one source under our names, with every name accounted for."""
     layer = _Layer()
     later: list[tuple[str, str, Any]] = []  # aliases that give way to our key, wherever it stands
+    wrong: list[str] = []
     for written, value in mapping.items():
         if not isinstance(written, str):
             raise ValueError(f"key {short(written)}: must be text")
@@ -116,18 +125,36 @@ def _read_layer(mapping: Mapping[str, Any]) -> _Layer:
             later.append((written, name, value))
             if name == "dataset_mixture" and isinstance(value, Mapping):
                 later.append((f"{written}.test_split_size", "test_split_size", value.get("test_split_size")))
-        elif name in REFUSED and value not in ASKS_NOTHING:
-            raise ValueError(f"{written} = {short(value)}: {REFUSED[name]}")
+        elif (reason := refusal(name, value)) is not None:
+            wrong.append(f"{written} = {short(value)}: {reason}")
         elif name in KNOWN_ELSEWHERE:
             layer.notices.append(f"{written}: not used here ({KNOWN_ELSEWHERE[name]})")
         else:
-            raise unknown_key(written)
+            wrong.append(describe_unknown(written))
+    _say_what_it_is_for(layer, mapping, wrong)
     for written, name, value in later:
         _put_alias(layer, written, ALIASES[name], value)
     for key, (target, _) in INPUT_KEYS.items():
         if key in layer.values and target in layer.values:
             raise ValueError(f"{layer.spelled[key]} and {layer.spelled[target]}: both set {target}; keep one")
     return layer
+
+
+_IS_SIMPO = "is SimPO's here; DPO is loss_type: dpo"
+
+
+def _say_what_it_is_for(layer: _Layer, mapping: Mapping[str, Any], wrong: Sequence[str]) -> None:
+    """Raise ValueError with all that is wrong; a recipe for another kind of training is named as one."""
+    kind, signs = recognise({_plain_name(name): value for name, value in mapping.items()})
+    looks = f"this looks like {kind} recipe ({', '.join(signs)})" if kind else ""
+    if wrong:
+        means = ", and simpo trains on pairs of a chosen and a rejected answer: " if kind else ""
+        hint = "; `simpo keys` lists all keys" * any("nearest known key" in line for line in wrong)
+        raise ValueError(f"{looks}{means}{'; '.join(wrong[:20])}{'; ...' * (len(wrong) > 20)}{hint}")
+    if kind == "a DPO" and mapping.get("loss_type") in (None, "sigmoid", "hinge", "ipo"):
+        layer.notices.append(f"{looks}: loss_type {mapping.get('loss_type') or 'sigmoid'} {_IS_SIMPO}")
+    elif kind and kind != "a DPO" and (len(signs) > 1 or signs[0] not in KNOWN_ELSEWHERE):
+        layer.notices.append(f"{looks}: simpo trains on pairs of a chosen and a rejected answer")
 
 
 def _is_derived(name: str) -> bool:
@@ -139,16 +166,16 @@ def nearest_key(name: str) -> str:
     """The known key, of ours or of others, whose spelling is closest to `name`."""
     name = name[:60].lower().replace("-", "_")
     ours = [*KEYS, *INPUT_KEYS, *ALIASES]
-    close = difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.8)
+    close = close or difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
     close = close or difflib.get_close_matches(name, KNOWN_ELSEWHERE, n=1, cutoff=0.6)
     close = close or difflib.get_close_matches(name, ours, n=1, cutoff=0.0)
     return close[0]
 
 
-def unknown_key(written: str) -> ValueError:
-    """The error for a key that is neither ours nor another program's."""
-    near = nearest_key(written.removeprefix("--"))
-    return ValueError(f"unknown key {short(written)}: the nearest known key is {near!r}; `simpo keys` lists them all")
+def describe_unknown(written: str) -> str:
+    """What is said of a key that is neither ours nor another program's."""
+    return f"unknown key {short(written)}: the nearest known key is {nearest_key(written)!r}"
 
 
 def _plain_name(written: str) -> str:
@@ -205,12 +232,15 @@ def _build(layer: _Layer, processes: int) -> Recipe:
         (loss,) = loss if isinstance(loss := layer.values["loss_type"], list) and len(loss) == 1 else [loss]
         check_loss_of_trl(loss, "cpo_alpha", ratio=layer.values.get("gamma_beta_ratio"))
     _resolve_datasets(layer)
+    _resolve_schedule(layer)
     _resolve_global_batch(layer, processes)
     steps = layer.values.get("warmup_steps")
     if isinstance(steps, float) and 0 < steps < 1:  # as transformers 5 has it
         layer.values["warmup_ratio"] = layer.values.pop("warmup_steps")
         layer.notices.append(f"warmup_steps: {steps} is a share of all steps, read as warmup_ratio")
     recipe = _with_gamma(layer) if "gamma" in layer.values else _typed(layer)
+    if recipe.loss_type in LOSSES and recipe.loss.needs_reference:
+        layer.notices = [notice for notice in layer.notices if _IS_SIMPO not in notice]
     recipe._notices = tuple(dict.fromkeys(layer.notices + list(recipe._notices)))
     return recipe
 
@@ -252,6 +282,26 @@ def _resolve_datasets(layer: _Layer) -> None:
         if not isinstance(current, Mapping):
             raise ValueError(f"{key}: must be a mapping before {key}.{entry} can be set, not {short(current)}")
         values[key] = {**current, entry: value}
+
+
+def _resolve_schedule(layer: _Layer) -> None:
+    """cosine_with_min_lr and lr_scheduler_kwargs, as transformers has them -> cosine and min_lr."""
+    values = layer.values
+    if "lr_scheduler_kwargs" in values:
+        name, given = layer.spelled["lr_scheduler_kwargs"], _take(layer, "lr_scheduler_kwargs", as_settings)
+        if not set(given) <= {"min_lr", "min_lr_rate"} or len(given) > 1:
+            raise ValueError(f"{name} = {short(given)}: only min_lr or min_lr_rate, one of them, can be set")
+        if "min_lr" in given:
+            values["min_lr"] = given["min_lr"]
+        if "min_lr_rate" in given:
+            peak = values.get("learning_rate", Recipe.model_fields["learning_rate"].default)
+            peak = _checked(layer, "learning_rate", as_number, peak)
+            layer.spelled.setdefault("min_lr_rate", name)
+            values["min_lr"] = _checked(layer, "min_lr_rate", as_number, given["min_lr_rate"]) * peak
+    if values.get("lr_scheduler_type") == "cosine_with_min_lr":
+        values["lr_scheduler_type"] = "cosine"
+        if "min_lr" not in values:
+            raise ValueError("lr_scheduler_type = 'cosine_with_min_lr': min_lr is missing, the rate it ends at")
 
 
 def _resolve_global_batch(layer: _Layer, processes: int) -> None:
@@ -367,9 +417,7 @@ def _types_of(name: str) -> frozenset[type]:
         return frozenset({bool} if alias.is_switch else ())
     if "." in name or target in INPUT_KEYS:
         return frozenset({str} if target.startswith("dataset_") and "." not in name else ())
-    if target not in KEYS:
-        raise unknown_key(f"--{name}")
-    return KEYS[target].types
+    return KEYS[target].types if target in KEYS else frozenset({bool, list})  # an unknown key is named later
 
 
 def _following(rest: Sequence[str], types: frozenset[type]) -> list[str]:

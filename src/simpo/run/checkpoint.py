@@ -43,15 +43,15 @@ from simpo.errors import first_line
 from simpo.parallel.mesh import Mesh
 from simpo.parallel.sharding import local_part
 from simpo.run.cpu_memory import empty_on_cpu
-from simpo.run.digest import digest_tensors
-from simpo.run.optim import rng_state, set_rng_state
+from simpo.run.digest import check_files, digest_tensors, record_files
+from simpo.run.optim import pack_rng, rng_state, set_rng_state
+from simpo.run.plain import NotData, only_data
 
-FORMAT = 1
+FORMAT = 2
 """0: no number is written; sums of metrics in a list; the data is known by a hash of source files. 1: sums by name; the
-data is known by its tokens."""
+data is known by its tokens. 2: random-number states in JSON, not pickled; digests of all files."""
 STATE_FILE = "trainer_state.json"
-RNG_FILE = "rng-{rank}.pt"
-_NAME = re.compile(r"step-(\d+)")
+RNG_FILE = "rng-{rank}.json"
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,33 @@ class Checkpoint:
     step: int
 
 
-def list_checkpoints(folder: Path) -> list[Checkpoint]:
-    """Complete checkpoints below a run's `checkpoints/`, oldest first."""
+@dataclass(frozen=True)
+class CheckpointKind:
+    """How a host's checkpoints are known.
+
+    Attributes:
+        command: that writes and resumes them.
+        prefix: of their folders' names, which the number of steps follows.
+        state_file: where `stamp` and the run's identity are.
+        marker: a file that only whole ones have; "" where the folder's name says so.
+    """
+
+    command: str
+    prefix: str
+    state_file: str
+    marker: str = ""
+
+
+NATIVE = CheckpointKind("simpo train or torchrun -m simpo train", "step", STATE_FILE)
+TRAINERS = CheckpointKind("accelerate launch", "checkpoint", "simpo.json", "simpo.json")
+
+
+def list_checkpoints(folder: Path, kind: CheckpointKind = NATIVE) -> list[Checkpoint]:
+    """Complete checkpoints of a kind below a run's `checkpoints/`, oldest first."""
     if not folder.is_dir():
         return []
-    matches = [(path, _NAME.fullmatch(path.name)) for path in folder.iterdir() if path.is_dir()]
-    found = [Checkpoint(path, int(match.group(1))) for path, match in matches if match]
+    names = [(path, re.fullmatch(rf"{kind.prefix}-(\d+)", path.name)) for path in folder.iterdir() if path.is_dir()]
+    found = [Checkpoint(path, int(name[1])) for path, name in names if name and (path / kind.marker).exists()]
     return sorted(found, key=lambda checkpoint: checkpoint.step)
 
 
@@ -138,7 +159,7 @@ class CheckpointSaver:
         self._mesh.on_main(make_folder)
         error = None
         try:
-            torch.save(rng_state(), aside / RNG_FILE.format(rank=self._mesh.rank))
+            (aside / RNG_FILE.format(rank=self._mesh.rank)).write_text(json.dumps(rng_state()), encoding="utf-8")
             if self._mesh.is_main:
                 (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         except Exception as cause:
@@ -186,6 +207,7 @@ class CheckpointSaver:
         self._mesh.raise_together(error)
 
         def give_name() -> None:
+            record_files(aside)
             sync_tree(aside)
             replace_folder(aside, checkpoint.folder)
 
@@ -240,9 +262,12 @@ def load_checkpoint(
     rng, error = None, None
     _ignore_single_process_warning()
     try:
-        dcp.load(tensors, checkpoint_id=checkpoint.folder / "tensors")
-        if optimizer is not None and state["mesh"] == str(mesh.sizes):
-            rng = torch.load(checkpoint.folder / RNG_FILE.format(rank=mesh.rank), weights_only=False)
+        with only_data(checkpoint.folder):
+            dcp.load(tensors, checkpoint_id=checkpoint.folder / "tensors")
+            if optimizer is not None and state["mesh"] == str(mesh.sizes):
+                rng = _read_rng(checkpoint.folder / RNG_FILE.format(rank=mesh.rank), state["format"])
+    except NotData as cause:
+        error = cause
     except (Exception, CheckpointException) as cause:
         error = ValueError(
             f"checkpoint {checkpoint.folder} cannot be loaded into this model: {_reason(cause)}; "
@@ -264,9 +289,28 @@ def load_checkpoint(
     return state
 
 
+def _read_rng(path: Path, written_in: int) -> dict[str, Any]:
+    if written_in < 2:
+        return pack_rng(**torch.load(path.with_suffix(".pt"), weights_only=True))
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The trainer state of a checkpoint; as `load_state`."""
-    return load_state(checkpoint.folder / STATE_FILE)
+    """The trainer state of a checkpoint; as `load_state`.
+
+    Raises:
+        ValueError: also for another file that is missing or not as it was saved.
+    """
+    state = load_state(checkpoint.folder / STATE_FILE)
+    if state["format"] >= 2:
+        try:
+            check_files(checkpoint.folder)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(
+                f"checkpoint {checkpoint.folder} is damaged: {_reason(error)}; "
+                "resume from an earlier one with resume_from_checkpoint: PATH"
+            ) from error
+    return state
 
 
 def stamp() -> dict[str, Any]:
@@ -324,16 +368,6 @@ def prune_checkpoints(folder: Path, *, keep: int, protect: int | None) -> None:
             checkpoint.folder.rename(doomed)  # a folder with its final name is always whole, also while it goes
             shutil.rmtree(doomed)
             surplus -= 1
-
-
-def forget_after(folder: Path, checkpoint: Checkpoint) -> None:
-    """Set later checkpoints aside (`step-N.superseded`) when a run goes on from an earlier one on purpose; tidy up."""
-    clear_leftovers(folder)
-    for later in list_checkpoints(folder):
-        if later.step > checkpoint.step:
-            aside = later.folder.with_name(f"{later.folder.name}.superseded")
-            shutil.rmtree(aside, ignore_errors=True)
-            later.folder.rename(aside)
 
 
 _OPTIMIZER_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)

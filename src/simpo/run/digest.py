@@ -1,8 +1,10 @@
-"""A checksum of the tensors of a checkpoint: of elements, not of files; the same on every mesh."""
+"""Checksums of a checkpoint: of its tensors by their elements, the same on every mesh, and of every other file."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,28 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from simpo.parallel.mesh import Mesh
 
 _DIGEST_CHUNK = {"cpu": 2**20, "cuda": 2**24}  # elements at a time: 16 bytes each, and a few kernels a chunk
+FILES_FILE = "files.json"
 _WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def digest_files(folder: Path) -> dict[str, str]:
+    """Of each file below a checkpoint's folder but those of the tensors' elements and the record of these digests."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file() and path.suffix != ".distcp")
+    named = {path.relative_to(folder).as_posix(): path for path in found if path.name != FILES_FILE}
+    return {name: hashlib.blake2b(path.read_bytes(), digest_size=16).hexdigest() for name, path in named.items()}
+
+
+def record_files(folder: Path) -> None:
+    """Write down the digests of a checkpoint whose files are all there."""
+    (folder / FILES_FILE).write_text(json.dumps(digest_files(folder), indent=1), encoding="utf-8")
+
+
+def check_files(folder: Path) -> None:
+    """Raise ValueError for a file that is missing or not as `record_files` found it."""
+    saved, found = json.loads((folder / FILES_FILE).read_text(encoding="utf-8")), digest_files(folder)
+    for name, digest in saved.items():
+        if found.get(name) != digest:
+            raise ValueError(f"{name} is {'not as it was saved' if name in found else 'missing'}")
 
 
 def digest_tensors(tensors: dict[str, Any], mesh: Mesh) -> dict[str, str]:

@@ -10,13 +10,16 @@ import contextlib
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from simpo.errors import first_line
 from simpo.model.attention import plain_attention, unwrap
 from simpo.model.load import source_dtype
 from simpo.model.settle import as_configured
@@ -195,6 +198,42 @@ def publish_model(
     return found
 
 
+def create_repository(recipe: Recipe) -> str | None:
+    """The hub's name of the repository that the model will be uploaded to, made if it is not there; None without one.
+
+    Raises:
+        ValueError: it cannot be made: found before training, rather than after it.
+    """
+    if not recipe.push_to_hub:
+        return None
+    name = recipe.hub_model_id or Path(recipe.output_dir or "model").resolve().name
+    try:
+        hub = HfApi(token=recipe.hub_token)
+        return hub.create_repo(name, private=recipe.hub_private_repo, exist_ok=True).repo_id
+    except Exception as error:  # of the network, the hub, its login or the name: they have no class in common
+        raise ValueError(f"push_to_hub: the repository {name!r} cannot be created: {first_line(error)}") from error
+
+
+def upload_model(folder: Path, repository: str | None, recipe: Recipe, display: Display) -> None:
+    """Upload a complete model's folder, if there is a repository for it. One process calls it.
+
+    Raises:
+        OSError: it failed; says where the model is, and how to upload it.
+    """
+    if repository is None:
+        return
+    hub = HfApi(token=recipe.hub_token)
+    try:
+        message = f"Trained with simpo {version('simpo')}"
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+    except Exception as error:
+        raise OSError(
+            f"push_to_hub: the run is complete and its model is in {folder}, but uploading it to {repository} failed: "
+            f"{first_line(error)}. To try again: hf upload {repository} {folder}"
+        ) from error
+    display.say(f"uploaded to {hub.endpoint}/{repository}")
+
+
 def tie(state: dict[str, Tensor], model: nn.Module) -> None:
     """Give all names of a tied weight the tensor that its first name has: it is written once."""
     first: dict[int, str] = {}
@@ -250,6 +289,8 @@ def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mappin
     """Markdown with the metadata block that model hubs read: what was trained, on what, how, and what came out."""
     base = recipe.model_name_or_path
     header = ["---", f"base_model: {base}", "library_name: transformers", "pipeline_tag: text-generation"]
+    if Path(base).is_dir():
+        del header[1]  # the hub refuses a card whose base_model is a folder
     header += ["tags: [simpo, preference-optimization]", "---"]
     name = recipe.run_name or Path(recipe.output_dir or "model").name
     lines = [

@@ -16,6 +16,7 @@ from torch import nn
 
 from simpo.errors import first_line
 from simpo.parallel.sharding import local_part, total_norm
+from simpo.recipe.checks import warmup_steps
 from simpo.run.adamw import AdamWBf16, load_state_as_saved
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def _adamw_8bit(device: torch.device) -> type[torch.optim.Optimizer]:
 
 
 def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
-    """Learning rate of 0-based optimizer step `step`: linear warm-up from 0, then the schedule.
+    """Learning rate of 0-based optimizer step `step`: linear warm-up from 0, then the schedule, down to `min_lr`.
 
     The same values as transformers' schedulers, so that published settings mean the same here; as there, the very
     first step of a warm-up has rate 0.
@@ -95,14 +96,10 @@ def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
     if recipe.lr_scheduler_type == "constant_with_warmup":
         return recipe.learning_rate
     done = (step - warmup) / max(1, total_steps - warmup)
+    falls = recipe.learning_rate - recipe.min_lr
     if recipe.lr_scheduler_type == "linear":
-        return recipe.learning_rate * max(0.0, 1.0 - done)
-    return recipe.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
-
-
-def warmup_steps(total_steps: int, recipe: Recipe) -> int:
-    """Steps of warm-up: `warmup_steps` where given, else `warmup_ratio` of the run, rounded up."""
-    return recipe.warmup_steps if recipe.warmup_steps > 0 else math.ceil(recipe.warmup_ratio * total_steps)
+        return recipe.min_lr + falls * max(0.0, 1.0 - done)
+    return recipe.min_lr + falls * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
 
 
 def gradient_norm(model: nn.Module) -> torch.Tensor:
@@ -136,22 +133,35 @@ def seed_everything(seed: int) -> None:
 
 
 def rng_state() -> dict[str, Any]:
-    """Where the random numbers of this process stand: Python's, NumPy's and torch's."""
+    """Where the random numbers of this process stand: Python's, NumPy's and torch's, in JSON values."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return pack_rng(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
+
+
+def pack_rng(python: Any, numpy: Any, torch: Any, cuda: Any) -> dict[str, Any]:
+    """In JSON values what the libraries give."""
+    kind, keys, *rest = numpy
     return {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "python": python,
+        "numpy": [kind, keys.tolist(), *rest],
+        "torch": torch.numpy().tobytes().hex(),
+        "cuda": [state.numpy().tobytes().hex() for state in cuda],
     }
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Go back to where they stood."""
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
+    torch.set_rng_state(_bytes_tensor(state["torch"]))
     if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(state["cuda"])
+        torch.cuda.set_rng_state_all([_bytes_tensor(text) for text in state["cuda"]])
+
+
+def _bytes_tensor(text: str) -> torch.Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def make_deterministic() -> None:

@@ -5,17 +5,27 @@ Owns the rules; reading and writing checkpoints is `run.checkpoint`'s.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simpo.parallel.mesh import restart_count
 from simpo.recipe import KEYS, load_recipe
 from simpo.recipe.yaml import parse_yaml
-from simpo.run import checkpoint as checkpoints
-from simpo.run.checkpoint import Checkpoint
+from simpo.run.checkpoint import (
+    NATIVE,
+    TRAINERS,
+    Checkpoint,
+    CheckpointKind,
+    checkpoint_at,
+    list_checkpoints,
+    load_state,
+)
 
 if TYPE_CHECKING:
     from simpo.data.cache import PreparedData
@@ -48,43 +58,110 @@ def _launch() -> str | None:
     return f"process {os.getppid()}" if run in ("", "none") else run
 
 
-def find_checkpoint(recipe: Recipe) -> Checkpoint | None:
+def find_checkpoint(recipe: Recipe, kind: CheckpointKind = NATIVE) -> Checkpoint | None:
     """The checkpoint that `resume_from_checkpoint` means; None to start afresh.
 
     After a process was lost and torchrun started the same command again: the newest of this launch, whatever the key
-    says.
+    says. What a finished run has done is done again only from a checkpoint that is named.
 
+    Args:
+        kind: of this host's checkpoints.
     Raises:
-        ValueError: the checkpoint does not exist, or the run directory already holds a run that would be overwritten.
+        ValueError: the checkpoint does not exist, or the run directory holds a run that would be overwritten.
     """
-    folder, wanted = Path(recipe.output_dir) / "checkpoints", recipe.resume_from_checkpoint
-    existing = checkpoints.list_checkpoints(folder)
-    named = _named_checkpoint(wanted) if isinstance(wanted, str) else None
-    if is_begun_by_this_launch(folder.parent):
-        if named is not None and not (existing and existing[-1].step > named.step):
+    output_dir, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    own = output_dir / "checkpoints"
+    existing = list_checkpoints(own, kind)
+    newest = existing[-1] if existing else None
+    named = _named_checkpoint(Path(wanted), kind) if isinstance(wanted, str) else None
+    if is_begun_by_this_launch(output_dir):
+        if named is not None and (newest is None or newest.step <= named.step):
             return named  # lost before the first checkpoint of its own
-        return existing[-1] if existing else None
-    if not wanted:
-        if existing or any((folder.parent / name).exists() for name in ("model", "metrics.jsonl")):
-            at = f"checkpoint at step {existing[-1].step}" if existing else "no checkpoint"
-            raise ValueError(
-                f"output_dir: {recipe.output_dir} already holds a run ({at}); add --resume_from_checkpoint true to "
-                "resume it, or choose another output_dir"
-            )
-        return None
-    if wanted is True:
-        return existing[-1] if existing else None  # a run killed before its first checkpoint starts over
-    if named is None:
+        return newest
+    if not restart_count():  # an earlier launch of the same name is not this one
+        (output_dir / LAUNCH_FILE).unlink(missing_ok=True)
+    if isinstance(wanted, str) and named is None:
         names = ", ".join(c.folder.name for c in existing) or "none"
         raise ValueError(
-            f"resume_from_checkpoint: no complete checkpoint at {Path(wanted)}; in {folder} there is: {names}"
+            f"resume_from_checkpoint: no complete checkpoint at {Path(wanted)}; in {own} there is: {names}"
         )
-    return named
+    if named is not None and named.folder.resolve().parent == own.resolve():
+        return named
+    _refuse_to_overwrite(recipe, newest, kind)
+    return newest if wanted is True else named  # a run killed before its first checkpoint starts over
 
 
-def _named_checkpoint(wanted: str) -> Checkpoint | None:
-    path = Path(wanted)
-    return next((c for c in checkpoints.list_checkpoints(path.parent) if c.folder.name == path.name), None)
+def _refuse_to_overwrite(recipe: Recipe, newest: Checkpoint | None, kind: CheckpointKind) -> None:
+    """Unless it resumes the newest checkpoint of its own directory, or that holds no more than a log."""
+    output_dir, resumes = Path(recipe.output_dir), recipe.resume_from_checkpoint is True
+    own, is_finished = output_dir / "checkpoints", (output_dir / "model").exists()
+    for other in (NATIVE, TRAINERS):
+        if other != kind and list_checkpoints(own, other):
+            raise ValueError(
+                f"output_dir: the checkpoints in {own} are another host's; resume them with {other.command}, or choose "
+                "another output_dir"
+            )
+    if newest is not None and resumes:
+        steps = load_state(newest.folder / kind.state_file).get("total_steps", newest.step) if is_finished else 0
+        if newest.step >= steps:
+            return
+        advice = f"--resume_from_checkpoint {newest.folder} does the steps after it again; or"
+    elif newest is None and is_finished:
+        advice = "there is nothing to resume:"
+    elif newest is None and (recipe.resume_from_checkpoint or not (output_dir / "metrics.jsonl").exists()):
+        return
+    else:
+        advice = "add --resume_from_checkpoint true to resume it, or"
+    what, at = (
+        "a finished run" if is_finished else "a run",
+        f"checkpoint at step {newest.step}" if newest else "no checkpoint",
+    )
+    raise ValueError(f"output_dir: {output_dir} already holds {what} ({at}); {advice} choose another output_dir")
+
+
+def _named_checkpoint(path: Path, kind: CheckpointKind) -> Checkpoint | None:
+    return next((c for c in list_checkpoints(path.parent, kind) if c.folder.name == path.name), None)
+
+
+def put_aside(recipe: Recipe, resumed: Checkpoint | None, kind: CheckpointKind = NATIVE) -> Path | None:
+    """Move what this start would replace, though nobody asked it to, into a folder `_superseded-N`; None if nothing is.
+
+    A run that starts over leaves its logs. One that is resumed from a checkpoint that was named leaves its model, what
+    its logs hold so far, and later checkpoints. Call it once nothing can be refused any more.
+    """
+    output_dir, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
+    logs = [output_dir / "metrics.jsonl", output_dir / "generations.jsonl"]
+    if resumed is None or resumed.folder.resolve().parent != (output_dir / "checkpoints").resolve():
+        old = output_dir / "recipe.yaml"
+        is_other = old.is_file() and old.read_text(encoding="utf-8", errors="replace") != recipe.to_yaml()
+        return supersede(output_dir, [*logs, *[old] * is_other])
+    if not isinstance(wanted, str) or Path(wanted).resolve() != resumed.folder.resolve():
+        return None
+    aside = supersede(output_dir, [output_dir / "model", *logs])
+    for log in logs:
+        if aside is not None and (aside / log.name).exists():
+            shutil.copy(aside / log.name, log)
+    supersede_checkpoints(output_dir / "checkpoints", resumed.step, kind)
+    return aside
+
+
+def supersede_checkpoints(folder: Path, step: int, kind: CheckpointKind) -> Path | None:
+    """Move the checkpoints after a step aside, whole or not."""
+    every = list_checkpoints(folder, replace(kind, marker=""))
+    return supersede(folder, [c.folder for c in every if c.step > step])
+
+
+def supersede(folder: Path, paths: Iterable[Path]) -> Path | None:
+    """Move what there is of these into a new folder next to them, and return that."""
+    there = [path for path in paths if path.exists()]
+    if not there:
+        return None
+    # transformers' Trainer neither deletes nor uploads what begins with "_".
+    aside = next(path for n in itertools.count(1) if not (path := folder / f"_superseded-{n}").exists())
+    aside.mkdir()
+    for path in there:
+        path.rename(aside / path.name)
+    return aside
 
 
 def best_checkpoint(step: int, folder: str | Path) -> Checkpoint:
@@ -93,7 +170,7 @@ def best_checkpoint(step: int, folder: str | Path) -> Checkpoint:
     Raises:
         ValueError: the folder does not hold it.
     """
-    found = checkpoints.checkpoint_at(Path(folder), step)
+    found = checkpoint_at(Path(folder), step)
     if found is None:
         raise ValueError(
             f"load_best_model_at_end: the checkpoint of the best evaluation, step {step}, is not in {folder} any more; "

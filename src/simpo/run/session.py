@@ -22,9 +22,11 @@ from simpo.model.attention import unwrap
 from simpo.model.costs import cost_weights
 from simpo.model.kernels import describe_attention
 from simpo.model.load import load_pretrained, set_precision
+from simpo.recipe.checks import describe_long_warmup
+from simpo.run.checkpoint import NATIVE, CheckpointKind
 from simpo.run.cpu_memory import keep_freed_memory
 from simpo.run.optim import set_threads
-from simpo.run.resume import best_checkpoint, record_launch
+from simpo.run.resume import best_checkpoint, put_aside, record_launch
 
 if TYPE_CHECKING:
     from simpo.data.prepare import PreparedData
@@ -197,6 +199,7 @@ def describe_run(
         where: the rows that say what it runs on.
         micro_batches: how a step is cut.
     """
+    long_warmup = None if recipe.max_steps > 0 else describe_long_warmup(total_steps, recipe)  # or a notice says it
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     return {
         "model": f"{recipe.model_name_or_path} ({trainable / 1e6:,.1f} M trainable parameters)",
@@ -204,19 +207,27 @@ def describe_run(
         "pairs": f"{len(data.train)} to train, {len(data.eval or ())} held out",
         "rows": f"{'packed' if recipe.pack else 'padded'}, prompt {'shared' if recipe.share_prompt else 'repeated'}",
         "attention": describe_attention(model, half=bool(recipe.bf16)),
-        "steps": f"{total_steps} of {loader.pairs_per_step} pairs",
+        "steps": f"{total_steps} of {loader.pairs_per_step} pairs" + (f"; {long_warmup}" if long_warmup else ""),
         "micro-batches": micro_batches,
         "loss": recipe.describe_loss(),
     }
 
 
-def open_output_dir(recipe: Recipe, data: PreparedData) -> None:
-    """Write down what is about to run. One process calls it."""
+def open_output_dir(
+    recipe: Recipe, data: PreparedData, resumed: Checkpoint | None, kind: CheckpointKind = NATIVE
+) -> str | None:
+    """Write down what is about to run, once nothing can be refused any more. One process calls it; a line to show.
+
+    Args:
+        resumed: the checkpoint, of this kind, that the run goes on from.
+    """
     folder = Path(recipe.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
+    aside = put_aside(recipe, resumed, kind)
     record_launch(folder)
     recipe.save(folder / "recipe.yaml")
     data.ledger.save(folder / "audit.json")
+    return aside and f"what was in {folder} and would be replaced is kept in {aside}"
 
 
 def card_of_data(data: PreparedData, *, step: int, total_steps: int) -> dict[str, Any]:

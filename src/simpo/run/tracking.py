@@ -26,7 +26,7 @@ class MetricsLog:
     Every line has "step"; lines of evaluations have keys that begin with "eval_".
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, resume_step: int | None = None) -> None:
+    def __init__(self, path: Path, recipe: Recipe, *, resume_step: int = 0) -> None:
         self.path = path
         forget_lines_after(path, resume_step)
         self._trackers = [_TRACKERS[name](recipe, path.parent) for name in recipe.report_to]
@@ -61,34 +61,33 @@ def open_log(folder: Path, recipe: Recipe, *, done: int, mesh: Mesh) -> Iterator
     if not mesh.is_main:
         yield None
         return
-    forget_lines_after(folder / "generations.jsonl", done or None)
-    with contextlib.closing(MetricsLog(folder / "metrics.jsonl", recipe, resume_step=done or None)) as log:
+    forget_lines_after(folder / "generations.jsonl", done)
+    with contextlib.closing(MetricsLog(folder / "metrics.jsonl", recipe, resume_step=done)) as log:
         yield log
 
 
-def forget_lines_after(path: Path, step: int | None) -> None:
+def forget_lines_after(path: Path, step: int) -> None:
     """Drop lines of steps that a resumed run will do again, and a last line that a kill cut short.
 
     Args:
-        path: a file of JSON lines that have "step"; may be missing.
-        step: the last step that is kept; None starts over.
+        path: a file of JSON lines; may be missing.
+        step: the last step that is kept.
     """
     if not path.exists():
         return
-    if step is None:
-        path.unlink()
-        return
-    kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if record["step"] <= step and "eval_saved_loss" not in record:  # the end of a run is evaluated anew
-            kept.append(line + "\n")
+    *lines, _ = path.read_text(encoding="utf-8").split("\n")
+    kept = [line + "\n" for line in lines if not _is_done_again(line, step)]
     aside = path.with_suffix(".jsonl.tmp")
     aside.write_text("".join(kept), encoding="utf-8")
     os.replace(aside, path)
+
+
+def _is_done_again(line: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+        return record["step"] > step or "eval_saved_loss" in record  # the end of a run is evaluated anew
+    except (ValueError, TypeError, LookupError):
+        return False  # no line of ours
 
 
 def check_trackers(names: Sequence[str]) -> None:

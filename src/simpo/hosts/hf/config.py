@@ -14,7 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from simpo.recipe import KEYS, Recipe, load_recipe
-from simpo.recipe.aliases import check_loss_of_trl
+from simpo.recipe.aliases import check_loss_of_trl, refusal
 from simpo.recipe.yaml import parse_yaml
 
 # Recipe keys that are fields here and not TrainingArguments' own. None in a field is the recipe's default.
@@ -37,6 +37,12 @@ _OTHER_NAMES = ("gamma", "simpo_gamma", "cpo_alpha", "dataset_num_proc")  # of r
 _NUMBERS = (*_OTHER_NAMES, "alpha", "warmup_ratio")
 # Options of from_pretrained that the recipe has a say in.
 _OF_MODEL = ("dtype", "torch_dtype", "attn_implementation", "use_flash_attention_2", "trust_remote_code")
+
+# TrainingArguments' own that the recipe's rules refuse. (Schedules and optimizers are the Trainer's here.)
+_NOT_HONOURED = (
+    *("fp16", "label_smoothing_factor", "neftune_noise_alpha"),
+    *("data_seed", "dataloader_drop_last", "train_sampling_strategy"),
+)
 
 _MEANS_HERE = {
     "max_tokens_per_micro_batch": "Tokens after which a micro-batch is split; the update stays the same. null = no "
@@ -147,6 +153,11 @@ class SimPOConfig(_Arguments):
                 setattr(self, name, getattr(recipe, name))
         for name in _OTHER_NAMES:  # the recipe's own names hold them now
             setattr(self, name, None)
+        if self.bf16_full_eval or self.fp16_full_eval:
+            raise ValueError(
+                "bf16_full_eval, fp16_full_eval: they would round the weights that train; evaluation computes as "
+                "training does (bf16)"
+            )
         if self.torch_compile:
             raise ValueError("torch_compile: not with this trainer; the native one (simpo train) compiles its blocks")
         if self.use_liger_kernel:  # transformers would put Liger's own head in place after the start-up check
@@ -221,7 +232,8 @@ class SimPOConfig(_Arguments):
                 values[name] = str(options[name]) if isinstance(options[name], torch.dtype) else options[name]
         if options.get("revision") is not None and self.model_revision is None:
             values["model_revision"] = options["revision"]
-        values |= {"fp16": self.fp16 or None, "label_smoothing_factor": self.label_smoothing_factor or None}
+        asked = {name: getattr(self, name, None) for name in _NOT_HONOURED}
+        values |= {name: value for name, value in asked.items() if refusal(name, value) is not None}
         values |= {"output_dir": self.output_dir, "gradient_checkpointing": bool(getattr(self, _CHECKPOINTING))}
         return load_recipe({name: value for name, value in values.items() if value is not None}, processes=1)
 

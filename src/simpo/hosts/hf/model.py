@@ -18,7 +18,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from simpo.hosts.hf.masters import narrow_partitions, reading_in_fp32
 from simpo.model.attention import is_packed, plain_implementation, unwrap
 from simpo.model.head import install_head, install_router_loss
-from simpo.model.load import add_adapters, keep_quantized_trainable, load_pretrained
+from simpo.model.load import add_adapters, check_tied_adapters, keep_quantized_trainable, load_pretrained
 from simpo.model.low_memory import install_low_memory_blocks
 from simpo.model.settle import attend_packed, disable_dropout, fix_rotary_factors
 
@@ -70,6 +70,7 @@ def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> lis
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: a transformers model, or the name of one, is needed, not {type(base).__name__}")
+    check_tied_adapters(model)
     if recipe.disable_dropout:
         disable_dropout(base)
     fix_rotary_factors(model, recipe.max_length)

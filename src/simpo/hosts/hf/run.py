@@ -9,13 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from simpo.core.optimizers import OPTIMIZERS
 from simpo.data.prepare import prepare_pairs
@@ -28,10 +27,11 @@ from simpo.model.load import load_tokenizer, lora_config, pick_device, quantizat
 from simpo.model.settle import as_it_trains
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
-from simpo.run.checkpoint import list_checkpoints
-from simpo.run.export import WeightSample, export_dtype, publish_model
+from simpo.run.checkpoint import TRAINERS, Checkpoint
+from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.leftovers import Leftovers, find_leftovers
-from simpo.run.resume import find_checkpoint, is_begun_by_this_launch
+from simpo.run.lock import OutputLock
+from simpo.run.resume import find_checkpoint
 from simpo.run.session import (
     card_of_data,
     check_token_ids,
@@ -56,23 +56,30 @@ def run_recipe(recipe: Recipe) -> None:
     """
     check_keys(recipe)
     check_trackers(recipe.report_to)
-    resume = find_resume(recipe)
     device = pick_device(recipe.device)
     set_up_process(recipe, device)
     # DeepSpeed 0.19 calls collectives by the names that they had before torch 2.13, at every step.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     args = build_config(recipe, device)
     mesh = join_launched_world(args)
-    display = Display(quiet=not mesh.is_main)
-    for notice in recipe.notices:
-        display.say(notice)
+    with OutputLock(Path(recipe.output_dir)) as lock:
+        no_lock = mesh.on_main(lock.acquire)
+        resume = mesh.on_main(lambda: find_checkpoint(recipe, TRAINERS))
+        display = Display(quiet=not mesh.is_main)
+        for notice in [*recipe.notices, *filter(None, [no_lock])]:
+            display.say(notice)
+        _train(recipe, args, resume, mesh, display)
+
+
+def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: Mesh, display: Display) -> None:
     tokenizer = load_tokenizer(recipe)
     data = mesh.main_first(lambda: prepare_pairs(recipe, tokenizer, progress=mesh.is_main))
     if data.eval is None:
         args.eval_strategy = "no"
     check_token_ids(data, recipe)
     dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
-    directory = RunDirectory(recipe, display, mesh)
+    repository = mesh.on_main(lambda: create_repository(recipe))
+    directory = RunDirectory(recipe, display, mesh, lambda: open_output_dir(recipe, data, resume, TRAINERS))
     trainer = SimPOTrainer(
         recipe.model_name_or_path,
         args,
@@ -88,14 +95,14 @@ def run_recipe(recipe: Recipe) -> None:
     leftovers = find_leftovers(trainer.model, recipe.model_name_or_path, revision=recipe.model_revision)
     if leftovers is not None:
         display.say(str(leftovers))
-    mesh.on_main(lambda: open_output_dir(recipe, data))
     display.table("training", describe(trainer))
     model_dir = Path(recipe.output_dir) / "model"
     with directory.resources:
-        trainer.train(resume_from_checkpoint=resume)
+        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
         save_final_model(trainer, model_dir, dtype, directory.untrained, leftovers)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
+    mesh.on_main(lambda: upload_model(model_dir, repository, recipe, display))
 
 
 def check_keys(recipe: Recipe) -> None:
@@ -116,34 +123,6 @@ def check_keys(recipe: Recipe) -> None:
         )
 
 
-def find_resume(recipe: Recipe) -> str | None:
-    """The Trainer's checkpoint to resume; None to start afresh.
-
-    Raises:
-        ValueError: there is none where one was named, it is the native trainer's, or a run would be overwritten.
-    """
-    folder, wanted = Path(recipe.output_dir) / "checkpoints", recipe.resume_from_checkpoint
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    if not wanted and not is_begun_by_this_launch(Path(recipe.output_dir)):
-        if last is not None:
-            raise ValueError(
-                f"output_dir: {recipe.output_dir} already holds a run ({Path(last).name}); add "
-                "--resume_from_checkpoint true to resume it, or choose another output_dir"
-            )
-        find_checkpoint(recipe)  # refuses what a native run has left
-        return None
-    if isinstance(wanted, str):
-        if not (Path(wanted) / "trainer_state.json").is_file() or not Path(wanted).name.startswith("checkpoint-"):
-            raise ValueError(f"resume_from_checkpoint: {wanted} is not a checkpoint-N of transformers' Trainer")
-        return wanted
-    if last is None and list_checkpoints(folder):
-        raise ValueError(
-            f"resume_from_checkpoint: the checkpoints in {folder} are the native trainer's; resume them with "
-            "simpo train or torchrun -m simpo train"
-        )
-    return last
-
-
 def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
     """The recipe as the Trainer's arguments; what it saves goes to `checkpoints/` of the run directory."""
     values: dict[str, Any] = {name: getattr(recipe, name) for name in RECIPE_FIELDS if name not in recipe.unread_keys}
@@ -154,6 +133,10 @@ def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
         values["warmup_steps"] = recipe.warmup_steps
     else:
         values["warmup_steps"], values["warmup_ratio"] = 0, recipe.warmup_ratio
+    if recipe.min_lr:  # transformers' schedules that end above 0
+        names = {"cosine": ("cosine_with_min_lr", {"min_lr": recipe.min_lr})}
+        names["linear"] = ("polynomial", {"lr_end": recipe.min_lr, "power": 1.0})
+        values["lr_scheduler_type"], values["lr_scheduler_kwargs"] = names[recipe.lr_scheduler_type]
     if recipe.load_in_4bit:
         values["model_init_kwargs"] = quantization_options(recipe, device)
     return SimPOConfig(
@@ -230,10 +213,11 @@ class RunDirectory(TrainerCallback):
         recipe: says where it is, and which trackers to write to.
         display: of this process; quiet on all but the first.
         mesh: the run's processes; the first one writes.
+        begin: called by the first process once nothing can be refused any more; gives a line to show, or None.
     """
 
-    def __init__(self, recipe: Recipe, display: Display, mesh: Mesh) -> None:
-        self.recipe, self.display, self.mesh = recipe, display, mesh
+    def __init__(self, recipe: Recipe, display: Display, mesh: Mesh, begin: Callable[[], str | None]) -> None:
+        self.recipe, self.display, self.mesh, self.begin = recipe, display, mesh, begin
         self.resources = contextlib.ExitStack()  # to be closed after training: the log and its trackers
         self.log: MetricsLog | None = None
         self.untrained: WeightSample | None = None
@@ -241,6 +225,9 @@ class RunDirectory(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **others: Any) -> None:
         if not self.recipe.use_peft and not state.global_step:  # a resumed run no longer has the untrained weights
             self.untrained = WeightSample(functools.partial(local_masters, model))
+        line = self.mesh.on_main(self.begin)
+        if line is not None:
+            self.display.say(line)
         log = open_log(Path(self.recipe.output_dir), self.recipe, done=state.global_step, mesh=self.mesh)
         self.log = self.resources.enter_context(log)
 

@@ -40,16 +40,18 @@ from simpo.model.head import compute_pair_logps
 from simpo.model.load import load_tokenizer
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.checkpoint import load_state, stamp
+from simpo.run.checkpoint import TRAINERS, load_state, stamp
 from simpo.run.export import overflows, record_dtype, tie
+from simpo.run.lock import OutputLock
 from simpo.run.metrics import StepTotals, peak_memory_gib
 from simpo.run.objective import micro_batch_losses
+from simpo.run.plain import only_data
 from simpo.run.reference import ReferenceLogps
-from simpo.run.resume import check_same_run, run_identity
+from simpo.run.resume import check_same_run, run_identity, supersede_checkpoints
 from simpo.run.session import build_loader, check_agreement
 from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
 
-IDENTITY_FILE = "simpo.json"  # in each checkpoint: what must be equal to resume it
+IDENTITY_FILE = TRAINERS.state_file  # in each checkpoint: what must be equal to resume it
 
 
 class SimPOTrainer(Trainer):
@@ -134,6 +136,18 @@ class SimPOTrainer(Trainer):
         self._step_losses: StepLosses = []
         self._logged = (0, time.perf_counter())
 
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As in transformers. No other process may train into `output_dir` meanwhile, and no checkpoint in it is lost.
+
+        Raises:
+            ValueError: another process does, or the checkpoint is another run's.
+        """
+        with OutputLock(Path(self.args.output_dir)) as lock:
+            no_lock = self.mesh.on_main(lock.acquire)
+            if no_lock is not None:
+                self.display.say(no_lock)
+            return super().train(resume_from_checkpoint, **options)
+
     # --- what is trained ---------------------------------------------------------------------------------------------
 
     def compute_loss(
@@ -215,6 +229,11 @@ class SimPOTrainer(Trainer):
         bad = torch.stack([(~torch.isfinite(losses)).sum() for _, losses in self._step_losses]).sum().double()
         if self.mesh.sum_over_all(bad).item():
             raise not_finite(self.state.global_step, self._step_losses, self.mesh, grad_norm=None)
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Weight decay spares vectors, as in the native trainer: norms and biases, and DoRA's magnitudes."""
+        shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}  # ZeRO-3's are flat
+        return [name for name, shape in shapes.items() if len(shape) >= 2]
 
     # --- batches -----------------------------------------------------------------------------------------------------
 
@@ -312,7 +331,8 @@ class SimPOTrainer(Trainer):
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Hand everything to the engine, then check what only the engine's model can show."""
         masters = take_masters(self.model) if self.is_deepspeed_enabled else {}
-        model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        with only_data(resume_from_checkpoint):
+            model, dataloader = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         if resume_from_checkpoint is None:
             give_masters(masters)
         del masters
@@ -323,6 +343,10 @@ class SimPOTrainer(Trainer):
         if self.recipe.loss.needs_reference:
             self._prepare_references(model, resume_from_checkpoint)
         self._logged = (self.state.global_step, time.perf_counter())
+        folder, step = Path(self.args.output_dir), self.state.global_step
+        aside = self.mesh.on_main(lambda: supersede_checkpoints(folder, step, TRAINERS))
+        if aside is not None:
+            self.display.say(f"later checkpoints of {folder} are kept in {aside}")
         return model, dataloader
 
     def _prepare_references(self, model: nn.Module, resume_from_checkpoint: Any) -> None:
@@ -447,9 +471,10 @@ class SimPOTrainer(Trainer):
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
-            (folder / IDENTITY_FILE).write_text(json.dumps({**stamp(), **self._identity()}), encoding="utf-8")
             if self.references:
                 save_references(folder, self.references)
+            # Last, for a checkpoint that has it is whole.
+            (folder / IDENTITY_FILE).write_text(json.dumps({**stamp(), **self._identity()}), encoding="utf-8")
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
         """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
@@ -466,6 +491,14 @@ class SimPOTrainer(Trainer):
             for line in check_same_run(saved, self._identity(), folder, recipe=self.recipe, pairs_fit=fits):
                 self.display.say(line)
         return super()._init_training_state(max_steps, *others)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with only_data(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        with only_data(self.state.best_model_checkpoint):
+            super()._load_best_model()
 
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.recipe, self.data, self.loader, total_steps=self._total_steps)

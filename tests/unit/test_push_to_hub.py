@@ -1,0 +1,213 @@
+"""`push_to_hub`: the final model reaches a stand-in of the hub's API whole, and a failed upload loses nothing."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub.constants as hub_constants
+import pytest
+import yaml
+from huggingface_hub import HfApi
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from simpo.cli import app
+from simpo.hosts.hf import SimPOConfig, SimPOTrainer
+from simpo.hosts.hf.run import run_recipe
+from simpo.recipe import load_recipe
+from simpo.trainer import Trainer
+
+# huggingface_hub 2.4 hands files to httpx in a way that it deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=<...>' to upload raw bytes:DeprecationWarning")
+TOKEN = "hf_" + "secret" * 5
+
+
+class Hub:
+    """Repositories with their files, as far as an upload of a folder asks for them.
+
+    Attributes:
+        created: the payloads that made repositories.
+        files: repository -> path -> content, of what was committed.
+        refuses: part of a path whose requests are answered with 403.
+        tokens: what clients gave as their authorization.
+    """
+
+    def __init__(self) -> None:
+        self.created: list[dict[str, Any]] = []
+        self.files: dict[str, dict[str, bytes]] = {}
+        self.objects: dict[str, bytes] = {}
+        self.refuses = "nothing"
+        self.tokens: set[str | None] = set()
+
+    def answer(self, path: str, body: bytes, url: str) -> dict[str, Any]:
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            self.created.append(asked)
+            name = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            self.files.setdefault(name, {})
+            return {"url": f"{url}/{name}", "id": name}
+        if path == "/api/validate-yaml":
+            return {"warnings": [], "errors": []}
+        if "/preupload/" in path:
+            files = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                    "oid": None,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return {"files": files}
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(body)["objects"]
+            actions = [{**o, "actions": {"upload": {"href": f"{url}/lfs/{o['oid']}", "header": {}}}} for o in objects]
+            return {"transfer": "basic", "objects": actions}
+        if "/commit/" in path:
+            name = path.removeprefix("/api/models/").partition("/commit/")[0]
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.files[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                elif line["key"] == "lfsFile":
+                    self.files[name][line["value"]["path"]] = self.objects[line["value"]["oid"]]
+            return {"commitUrl": f"{url}/{name}/commit/0", "commitOid": "0" * 40, "success": True}
+        raise AssertionError(path)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    stand_in = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def reply(self, status: int, content: dict[str, Any]) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def body(self) -> bytes:
+            if "chunked" not in self.headers.get("Transfer-Encoding", ""):
+                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            parts = []
+            while size := int(self.rfile.readline(), 16):
+                parts.append(self.rfile.read(size))
+                self.rfile.readline()
+            self.rfile.readline()
+            return b"".join(parts)
+
+        def do_POST(self) -> None:
+            body, path = self.body(), self.path.partition("?")[0]
+            stand_in.tokens.add(self.headers.get("Authorization"))
+            if stand_in.refuses in path:
+                self.reply(403, {"error": "not yours"})
+            else:
+                self.reply(200, stand_in.answer(path, body, url))
+
+        def do_PUT(self) -> None:
+            stand_in.objects[self.path.rpartition("/")[2]] = self.body()
+            self.reply(200, {})
+
+        def log_message(self, *parts: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    url = f"http://127.0.0.1:{server.server_port}"
+    for name, value in (("ENDPOINT", url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(hub_constants, name, value)
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield stand_in
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def recipe_file(folder: Path, tiny_recipe: dict[str, Any], **keys: Any) -> Path:
+    path = folder / "recipe.yaml"
+    short = {"max_steps": 2, "save_strategy": "no", "eval_steps": 2, "push_to_hub": True, "hub_model_id": "team/small"}
+    path.write_text(yaml.safe_dump({**tiny_recipe, **short, **keys}))
+    return path
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_final_model_is_uploaded_whole_and_the_token_is_written_nowhere(
+    hub: Hub, tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    path = recipe_file(tmp_path, tiny_recipe, hub_private_repo=True, hub_token=TOKEN)
+    result = CliRunner().invoke(app, ["train", str(path)])
+    assert result.exit_code == 0, result.output
+    run = Path(tiny_recipe["output_dir"])
+    assert hub.files["team/small"] == files_under(run / "model")
+    assert (hub.created[0]["organization"], hub.created[0]["name"]) == ("team", "small")
+    assert hub.created[0].get("visibility") == "private" or hub.created[0].get("private") is True
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert "/team/small" in result.output
+    assert not any(TOKEN.encode() in content for content in files_under(run).values())
+    assert TOKEN not in result.output + repr(load_recipe(path)) + CliRunner().invoke(app, ["check", str(path)]).output
+
+
+def test_the_trainer_under_accelerate_uploads_the_same(hub: Hub, tiny_recipe: dict[str, Any], tmp_path: Path):
+    run_recipe(load_recipe(recipe_file(tmp_path, tiny_recipe, device="cpu", hub_model_id=None)))
+    assert hub.files == {"me/run": files_under(Path(tiny_recipe["output_dir"]) / "model")}
+
+
+def test_a_repository_that_cannot_be_made_is_said_before_the_model_is_loaded(
+    hub: Hub, tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    hub.refuses = "/api/repos/create"
+    result = CliRunner().invoke(app, ["train", str(recipe_file(tmp_path, tiny_recipe))])
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: push_to_hub: the repository 'team/small' cannot be created: ")
+    assert len(result.stderr.splitlines()) == 1
+    assert not (Path(tiny_recipe["output_dir"]) / "recipe.yaml").exists()
+
+
+@pytest.mark.parametrize("refuses", ["/commit/", "/info/lfs/"])
+def test_a_failed_upload_leaves_the_model_and_says_how_to_try_again(
+    refuses: str, hub: Hub, tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    hub.refuses = refuses
+    result = CliRunner().invoke(app, ["train", str(recipe_file(tmp_path, tiny_recipe))])
+    folder = Path(tiny_recipe["output_dir"]) / "model"
+    assert result.exit_code == 2
+    assert f"its model is in {folder}, but uploading it to team/small failed: " in result.stderr
+    assert f"hf upload team/small {folder}" in result.stderr
+    AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_without_a_network_it_is_said_at_start(tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ValueError, match="push_to_hub: the repository 'run' cannot be created"):
+        Trainer(load_recipe({**tiny_recipe, "push_to_hub": True}))
+
+
+def test_simpo_trainer_uploads_as_transformers_trainer_does(hub: Hub, tiny_model: Path, tmp_path: Path):
+    args = SimPOConfig(
+        output_dir=str(tmp_path / "out"),
+        push_to_hub=True,
+        hub_model_id="team/small",
+        hub_token=TOKEN,
+        report_to=[],
+        bf16=False,
+        max_steps=1,
+        save_strategy="no",
+    )
+    rows = [{"prompt": f"{word}?", "chosen": "water", "rejected": "stone"} for word in ("one", "two", "light", "river")]
+    trainer = SimPOTrainer(str(tiny_model), args, train_dataset=rows)
+    trainer.train()
+    trainer.push_to_hub()
+    assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(hub.files["team/small"])
+    assert HfApi().endpoint.startswith("http://127.0.0.1")
