@@ -281,7 +281,7 @@ def test_tensorboard_gets_the_metrics(tiny_recipe: Settings) -> None:
 
 def test_run_directory_that_holds_a_run_is_not_overwritten(tiny_recipe: Settings) -> None:
     run(tiny_recipe, max_steps=4)
-    with pytest.raises(ValueError, match=r"already holds a run.*resume_from_checkpoint"):
+    with pytest.raises(ValueError, match=r"already holds a finished run.*resume_from_checkpoint"):
         build(tiny_recipe, max_steps=4)
 
 

@@ -83,6 +83,8 @@ def test_a_checkpoint_of_an_earlier_version_goes_on_with_the_losses_it_had(
     if run.parent.name == "format-0" and folder.name != "hf-2":  # whose ranks print where nothing listens
         assert "comes from an older simpo, which did not record the tokens of its data" in said.replace("\n", " ")
     after = lines_of(folder / "run" / "metrics.jsonl")
+    if not any("eval_loss" in line for line in before):  # held-out pairs were not evaluated then
+        after = [line for line in after if not any(name.startswith("eval_") for name in line)]
     assert len(after) == len(before)
     for ours, theirs in zip(after, before, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-6, abs=2e-6)

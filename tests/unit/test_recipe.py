@@ -389,7 +389,7 @@ def test_prompt_limit_follows_a_short_max_length_but_must_fit_if_given():
 
 
 def test_evaluation_strategy_is_derived():
-    assert recipe().eval_strategy == "no"
+    assert recipe().eval_strategy is None  # once at the end
     assert recipe(eval_steps=0.25).eval_strategy == "steps"
     by_logging = recipe(eval_strategy="steps", logging_steps=7)
     assert by_logging.eval_steps == 7

@@ -200,8 +200,8 @@ def describe_long_warmup(total_steps: int, recipe: Recipe) -> str | None:
 
 def _resolve_evaluation(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     strategy, steps = recipe.eval_strategy, recipe.eval_steps
-    if strategy is None:
-        strategy = "no" if steps is None else "steps"
+    if strategy is None and steps is not None:
+        strategy = "steps"
     if strategy == "steps" and steps is None:
         steps = recipe.logging_steps
         notices.append(f"eval_steps: not given, so evaluation runs every logging_steps = {steps} steps")
@@ -230,8 +230,8 @@ def _check_best_model(recipe: Recipe) -> None:
     saves, evaluates = recipe.save_strategy, recipe.eval_strategy
     if evaluates == "no" or saves != evaluates:
         raise ValueError(
-            f"load_best_model_at_end: eval_strategy ({evaluates}) and save_strategy ({saves}) must be the same, "
-            "steps or epoch, so that every checkpoint has its metric"
+            f"load_best_model_at_end: eval_strategy ({evaluates or 'once at the end'}) and save_strategy ({saves}) "
+            "must be the same, steps or epoch, so that every checkpoint has its metric"
         )
     steps = recipe.eval_steps or 0  # set where eval_strategy is steps
     if saves == "steps" and (steps < 1 or recipe.save_steps % steps):

@@ -142,7 +142,7 @@ class Recipe(_LossKeys):
     """A complete, resolved, read-only recipe; `simpo.recipe.load_recipe` makes one from any accepted spelling.
 
     After construction every derived default is filled in: `beta`, `gamma_beta_ratio` and `sft_weight` by the loss,
-    `bf16`, `eval_strategy`, `greater_is_better`, `max_prompt_length`. Two recipes are equal when their resolved values
+    `bf16`, `greater_is_better`, `max_prompt_length`. Two recipes are equal when their resolved values
     are. A loss that does not read `beta` or `gamma_beta_ratio` has them at 1 and 0.
     """
 
@@ -388,8 +388,8 @@ class Recipe(_LossKeys):
         1800, "Seconds after which a process that waits for another one gives up.",
         hf="argument", may_change=True, ge=1)
     # -- evaluation
-    eval_strategy: Strategy = _evaluation(
-        None, "When to evaluate on the evaluation split.", derived="steps if eval_steps is given",
+    eval_strategy: Strategy | None = _evaluation(
+        None, "When to evaluate on the evaluation split.", null="steps if eval_steps is given, else once at the end",
         hf="argument", may_change=True)
     eval_steps: Steps | None = _evaluation(
         None, "Optimizer steps from one evaluation to the next; between 0 and 1, a share of all steps.",

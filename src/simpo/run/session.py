@@ -138,15 +138,15 @@ def count_steps(recipe: Recipe, steps_per_epoch: int) -> int:
     return recipe.max_steps if recipe.max_steps > 0 else math.ceil(recipe.num_train_epochs * steps_per_epoch)
 
 
-def is_due(strategy: str, every: float | None, *, step: int, steps_per_epoch: int, total_steps: int) -> bool:
-    """Whether evaluating or saving is due after a step; it always is after the last one.
+def is_due(strategy: str | None, every: float | None, *, step: int, steps_per_epoch: int, total_steps: int) -> bool:
+    """Whether evaluating or saving is due after a step; it always is after the last one, unless the strategy is no.
 
     Args:
-        strategy: "no", "epoch" or "steps".
+        strategy: "no", "epoch" or "steps"; None = at the end alone.
         every: steps between two times; below 1 a share of the run, as in transformers; None = at the end alone.
     """
-    if strategy == "no" or step == total_steps:
-        return strategy != "no"
+    if strategy in ("no", None) or step == total_steps:
+        return strategy != "no" and step == total_steps
     if strategy == "epoch":
         return step % steps_per_epoch == 0
     every = max(1, math.ceil(every * total_steps)) if every is not None and every < 1 else every

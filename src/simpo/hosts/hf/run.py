@@ -74,12 +74,13 @@ def run_recipe(recipe: Recipe) -> None:
 def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: Mesh, display: Display) -> None:
     tokenizer = load_tokenizer(recipe)
     data = mesh.main_first(lambda: prepare_pairs(recipe, tokenizer, progress=mesh.is_main))
-    if data.eval is None:
+    if data.eval is None or recipe.eval_strategy is None:
         args.eval_strategy = "no"
     check_token_ids(data, recipe)
     dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
     repository = mesh.on_main(lambda: create_repository(recipe))
     directory = RunDirectory(recipe, display, mesh, lambda: open_output_dir(recipe, data, resume, TRAINERS))
+    directory.evaluates = data.eval is not None and recipe.eval_strategy != "no"
     trainer = SimPOTrainer(
         recipe.model_name_or_path,
         args,
@@ -139,6 +140,7 @@ def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
         values["lr_scheduler_type"], values["lr_scheduler_kwargs"] = names[recipe.lr_scheduler_type]
     if recipe.load_in_4bit:
         values["model_init_kwargs"] = quantization_options(recipe, device)
+    values["eval_strategy"] = recipe.eval_strategy or "no"  # the run directory asks for the evaluation at the end
     return SimPOConfig(
         output_dir=str(Path(recipe.output_dir) / "checkpoints"),
         use_cpu=device.type == "cpu",
@@ -221,6 +223,7 @@ class RunDirectory(TrainerCallback):
         self.resources = contextlib.ExitStack()  # to be closed after training: the log and its trackers
         self.log: MetricsLog | None = None
         self.untrained: WeightSample | None = None
+        self.evaluates = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, **others: Any) -> None:
         if not self.recipe.use_peft and not state.global_step:  # a resumed run no longer has the untrained weights
@@ -252,5 +255,5 @@ class RunDirectory(TrainerCallback):
         """After the last step: log, evaluate and save, whatever the intervals."""
         if state.global_step >= state.max_steps:
             control.should_log = True
-            control.should_evaluate |= args.eval_strategy != "no"
+            control.should_evaluate |= self.evaluates
             control.should_save |= args.save_strategy != "no"
