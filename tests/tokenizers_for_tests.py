@@ -143,6 +143,7 @@ _TEXT = (
 
 def tokenize_pairs(pairs: Sequence[Pair], tokenizer: Any, **limits: Any) -> list[TokenizedPair | RowError]:
     """What the data layer makes of pairs; `limits` are `PairTokenizer`'s."""
+    limits.setdefault("chat_template", None if tokenizer.chat_template else "none")
     return PairTokenizer(tokenizer, **limits)(pairs)
 
 

@@ -30,6 +30,7 @@ from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps
 from simpo.data.loader import MicroBatch, StepPlan
 from simpo.data.prepare import PreparedData, prepare_pairs
+from simpo.data.templates import install_chat_template
 from simpo.display import Display
 from simpo.evaluation.generate import save_samples
 from simpo.model.attention import unwrap
@@ -147,6 +148,7 @@ class Trainer:
         set_up_process(recipe, self.device, sharded=self.mesh.sizes.is_sharded)
         seed_everything(recipe.seed)
         self.tokenizer = load_tokenizer(recipe)
+        install_chat_template(self.tokenizer, recipe.chat_template)
         self.data = data or self.mesh.main_first(
             lambda: prepare_pairs(recipe, self.tokenizer, progress=self.mesh.is_main)
         )

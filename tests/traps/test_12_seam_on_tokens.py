@@ -70,7 +70,7 @@ def test_straddling_token_is_trained_and_counted(tmp_path, build_tokenizer, data
     rows = [{"prompt": "The ans", "chosen": "wer is slow", "rejected": "one"}]
     rows += [{"prompt": f"The river {i}\n", "chosen": "runs.", "rejected": "is."} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = data_recipe(tmp_path / "p.jsonl", validation_fraction=0)
+    recipe = data_recipe(tmp_path / "p.jsonl", validation_fraction=0, chat_template="none")
     ledger = prepare_pairs(recipe, tokenizer, progress=False).ledger
     assert ledger.splits["train"].seam_shifted == 1
     assert ledger.splits["train"].seam_shifted_share == 0.25

@@ -67,7 +67,9 @@ def test_template_from_text_file_or_name(tmp_path, build_tokenizer):
     tokenizer = build_tokenizer("plain")
     chatml = build_tokenizer("words").chat_template
     (tmp_path / "t.jinja").write_text(chatml)
-    assert load_chat_template(tokenizer) is None
+    with pytest.raises(ValueError, match=r"chat_template: the tokenizer has none"):
+        load_chat_template(tokenizer)
+    assert load_chat_template(tokenizer, "none") is None
     assert load_chat_template(tokenizer, chatml) == chatml
     assert load_chat_template(tokenizer, str(tmp_path / "t.jinja")) == chatml
     with pytest.raises(ValueError, match=r"chat_template: 'nowhere\.jinja' is neither"):

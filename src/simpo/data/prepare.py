@@ -32,7 +32,7 @@ from simpo.data.cache import (
 from simpo.data.ledger import MARKS, Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.preferences import Pair, RowError, pair_reader
 from simpo.data.sources import RawRow, Source
-from simpo.data.templates import load_chat_template, template_takes_system
+from simpo.data.templates import CHATML, NO_TEMPLATE, load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
 from simpo.display import progress_bar
@@ -82,15 +82,21 @@ def prepare_rows(
 
 def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool) -> PreparedData:
     console = Console(stderr=True)
-    template = load_chat_template(tokenizer, recipe.chat_template)
+    asked = recipe.chat_template
+    if asked is None and recipe.rendered_text == "keep" and tokenizer.chat_template is None:
+        asked = NO_TEMPLATE
+    template = load_chat_template(tokenizer, asked)
     key = fingerprint_data(recipe, tokenizer, sources, template)
     folder = cache_folder(recipe) / key
     prepared = load_cached(folder, key, console)
     if prepared is None:
         with_empty = recipe.auto_insert_empty_system_msg and template_takes_system(tokenizer, template)
         read_pair = pair_reader(recipe, empty_system=with_empty)
-        limits = {name: getattr(recipe, name) for name in ("max_length", "max_prompt_length", "overlong", "train_on")}
-        build = functools.partial(RowTokenizer, tokenizer, read_pair, **limits, chat_template=template)
+        limits = {
+            name: getattr(recipe, name)
+            for name in ("max_length", "max_prompt_length", "overlong", "train_on", "rendered_text")
+        }
+        build = functools.partial(RowTokenizer, tokenizer, read_pair, **limits, chat_template=template or NO_TEMPLATE)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
         ledger, tables = Ledger(notes=splits.notes, fingerprint=key), {}
@@ -98,6 +104,8 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
             if rows or name == "train":
                 chunks = _tokenize_all(rows, build, recipe.preprocessing_num_workers, bars, name)
                 ledger.splits[name], tables[name] = _account(len(rows), chunks, recipe.drop_duplicates, tokenizer)
+        if template == CHATML and len(tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) > 1:
+            ledger.notes.append("chat_template: this tokenizer writes each of chatml's marks as several tokens")
         if "eval" in tables:
             prompts = {name: table["prompt_key"].to_numpy() for name, table in tables.items()}
             ledger.eval_prompts_in_train = int(np.isin(prompts["eval"], prompts["train"]).sum())

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from simpo.core.packing import SIDES, common_prefix_length
 from simpo.data.columns import RowError
+from simpo.data.comparison import check_answer, check_prompt
 from simpo.data.messages import REASONING, Message, Notes, turn
 from simpo.data.preferences import Pair
 from simpo.errors import one_line
@@ -23,11 +24,23 @@ PROBE_ANSWERS = ("Zk3 one", "Wv8 two")
 """Stand-ins whose place in a rendering is looked for: nothing in common at either end."""
 
 
+NO_TEMPLATE = "none"
+CHATML = (
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+BUILT_IN = {"chatml": CHATML}
+"""Templates to choose for a tokenizer without one."""
+_CHOICES = "chatml (built in), Jinja text or a file that holds it, or none (text rows train glued together)"
+
+
 def load_chat_template(tokenizer: Any, chat_template: str | None = None) -> str | None:
-    """The Jinja text to use: `chat_template` (text, a file, or a name the tokenizer knows), else the tokenizer's own.
+    """The Jinja text to use: `chat_template` (text, a file, or a name that the tokenizer or `BUILT_IN` knows), else the
+    tokenizer's own; None where "none" is asked for.
 
     Raises:
-        ValueError: `chat_template` is none of these, or the tokenizer has several templates and no default.
+        ValueError: `chat_template` is none of these, the tokenizer has several templates and no default, or it has none
+            and none is asked for.
     """
     own: str | dict[str, str] | None = getattr(tokenizer, "chat_template", None)
     if isinstance(own, dict):
@@ -36,13 +49,28 @@ def load_chat_template(tokenizer: Any, chat_template: str | None = None) -> str 
         if chat_template is None:
             raise ValueError(f"chat_template: the tokenizer has several, none named default; name one of {sorted(own)}")
     elif chat_template is None:
+        if own is None:
+            raise ValueError(
+                "chat_template: the tokenizer has none (it is a base model's), so nothing would separate a prompt from "
+                f"its answer; set it to {_CHOICES}"
+            )
         return own
-    if "{" in chat_template:
-        return chat_template
+    if chat_template == NO_TEMPLATE:
+        return None
+    if "{" in chat_template or chat_template in BUILT_IN:
+        return BUILT_IN.get(chat_template, chat_template)
     if os.path.isfile(chat_template):
         with open(chat_template, encoding="utf-8") as file:
             return file.read()
-    raise ValueError(f"chat_template: {chat_template!r} is neither Jinja text nor a file; give one or the other")
+    raise ValueError(f"chat_template: {chat_template!r} is neither Jinja text nor a file; set it to {_CHOICES}")
+
+
+def install_chat_template(tokenizer: Any, chat_template: str | None) -> None:
+    """Make the template that a recipe asks for the tokenizer's own, which is saved with the model."""
+    template = load_chat_template(tokenizer, chat_template) if chat_template else None
+    if template is not None:
+        own = getattr(tokenizer, "chat_template", None)
+        tokenizer.chat_template = {**own, "default": template} if isinstance(own, dict) else template
 
 
 def template_takes_system(tokenizer: Any, template: str | None) -> bool:
@@ -87,9 +115,7 @@ def _render(
         raise RowError("template", f"the chat template refuses this dialogue: {one_line(error)}") from error
 
 
-REWRITTEN = "rewritten by the template"
 _THOUGHT = re.compile(r"\s*(?:<think>)?\n*(.*?)\n*</think>\n*", re.DOTALL)
-_TAGS = re.compile(r"(</?think>)")
 
 
 class _Way(NamedTuple):
@@ -112,12 +138,24 @@ class TemplateRenderer:
 
     Args:
         train_on: "answer" trains the assistant's turns after the prompt, "all_assistant_turns" those in it too.
+        rendered_text: text that was rendered already; "auto" recognises it row by row and keeps it, "keep" keeps every
+            text as it is, "render" none.
+        adds_bos: whether the tokenizer puts its BOS before a text.
     Raises:
         ValueError: the template cannot render a user turn and an answer.
     """
 
-    def __init__(self, tokenizer: Any, template: str, end_markers: Sequence[str], *, train_on: str = "answer"):
-        self.tokenizer, self.template = tokenizer, template
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str,
+        end_markers: Sequence[str],
+        *,
+        train_on: str = "answer",
+        rendered_text: str = "auto",
+        adds_bos: bool = False,
+    ):
+        self.tokenizer, self.template, self.rendered_text = tokenizer, template, rendered_text
         self.end_markers, self.trains_all = end_markers, train_on == "all_assistant_turns"
         self.reasoning = next((name for name in REASONING if re.search(rf"\b{name}\b", template)), REASONING[0])
         prompt = [turn("user", PROBE_USER)]
@@ -140,6 +178,12 @@ class TemplateRenderer:
         # Blanks alone in front of an answer stay with it: they are part of its first token.
         extra = before[len(self.sample) :] if before.startswith(self.sample) else ""
         self.answer_opening = extra if extra.strip() else ""
+        bos, count = tokenizer.bos_token or "", self.sample.count(tokenizer.bos_token or "\0")
+        self.bos = bos if (count == 0 and adds_bos) or (count == 1 and self.sample.startswith(bos)) else ""
+        # What a rendered prompt begins with, and what stands between its last question and the answer.
+        opening, self.closing = self.sample.removeprefix(self.bos).split(PROBE_USER, 1)
+        found = [(opening.find(marker), marker) for marker in end_markers if marker in opening]
+        self.opening = min(found)[1] if found else opening.strip()
 
     def __call__(self, pair: Pair) -> PairTexts:
         """The texts of a pair.
@@ -148,6 +192,8 @@ class TemplateRenderer:
             RowError: the template refuses the dialogue, writes it otherwise than it stands in the data, or ends an
                 answer unlike others.
         """
+        if (kept := self._kept(pair)) is not None:
+            return kept
         first: RowError | None = None
         for way in self._ways(pair):
             try:
@@ -158,6 +204,31 @@ class TemplateRenderer:
                 return texts._replace(notes={**texts.notes, way.note: f"{pair.row_id}"}) if way.note else texts
         assert first is not None
         raise first
+
+    def _kept(self, pair: Pair) -> PairTexts | None:
+        """The texts of a pair that is rendered already, as they are but for one BOS and one end of turn; else None."""
+        *before, asked = pair.turns
+        if self.rendered_text == "render" or len(before) > 1 or any(m["role"] != "system" for m in before):
+            return None
+        answers, prompt = [pair.chosen, pair.rejected], asked["content"]
+        texts = [each.rstrip() for each in answers if isinstance(each, str)]
+        if len(texts) < 2 or asked.keys() != {"role", "content"} or pair.tools:
+            return None
+        text, closing = prompt.lstrip().removeprefix(self.bos), self.closing.rstrip()
+        has_end = self.adds_end and any(each.endswith(self.end_text) for each in texts)
+        is_rendered = self.opening and text.startswith(self.opening) and (has_end or text.rstrip().endswith(closing))
+        if not is_rendered and (self.rendered_text == "auto" or not isinstance(pair.prompt, str)):
+            return None
+        if is_rendered and self.closing in prompt and not text.rstrip().endswith(closing):
+            at = prompt.rfind(self.closing) + len(self.closing)  # of two texts without a prompt that begin alike
+            prompt, answers = prompt[:at], [prompt[at:] + str(each) for each in answers]
+        end = self.end_text if is_rendered or has_end else self.tokenizer.eos_token
+        put = end if end and self.adds_end else ""  # else a token is added later
+        full = [_one_ending(str(each), end, side) + put for each, side in zip(answers, SIDES)]
+        prompt = prompt if not self.bos or prompt.startswith(self.bos) else self.bos + prompt
+        what = "text that was rendered already" if is_rendered else "text"
+        dropped = " (without the system prompt)" if before else ""
+        return _glued(prompt, *full, {f"{what} kept as it is{dropped}; see rendered_text": repr(prompt[:60])})
 
     def _ways(self, pair: Pair) -> Iterator[_Way]:
         """As the data has the messages; then what templates need that want a thought or arguments in another form."""
@@ -180,7 +251,7 @@ class TemplateRenderer:
         begin, other = sorted((each.full[: each.begin] for each in rendered), key=len)
         if not all(each.full.startswith(begin) for each in rendered) or not other.startswith(begin):
             raise RowError("template", "the chat template rewrites the prompt when the answer is there")
-        notes = _check_prompt(pair, begin)
+        notes = check_prompt(pair, begin)
         chosen, rejected = rendered
         return PairTexts(begin, chosen.full, rejected.full, chosen.spans, rejected.spans, notes)
 
@@ -229,7 +300,7 @@ class _Rendered:
                 begin, end = self._span(at, header if at == len(prompt) else None)
                 if at >= len(prompt):
                     said = answer[at - len(prompt)]
-                    _check_answer(
+                    check_answer(
                         said, self.full[:begin], self.full[begin:end], side, is_apart=way.spell is _with_thought_apart
                     )
                 if at == len(prompt):
@@ -326,79 +397,6 @@ def _with_arguments_as_text(message: Message) -> Message:
     return {**message, "tool_calls": calls}
 
 
-# --- the check -------------------------------------------------------------------------------------------------------
-
-
-def _check_answer(message: Message, before: str, trained: str, side: str, *, is_apart: bool) -> None:
-    """Raise unless reasoning, text and calls of an answer stand in this order in what is trained of it."""
-    parts = [message.get("reasoning_content", ""), *_TAGS.split(message["content"])]
-    parts = [part.strip() for part in parts if part.strip()]
-    if is_apart:  # the template has its own marks around a thought
-        parts = [part for part in parts if not _TAGS.fullmatch(part)]
-    elif parts and parts[0] == "<think>" and before.rstrip().endswith("<think>"):
-        del parts[0]
-    at = 0
-    for part in parts:
-        found = trained.find(part, at)
-        if found < 0:
-            _missing(part, f"trained text of {side}", "keeps an answer and its reasoning as they are")
-        at = found + len(part)
-    for part in _called(message):
-        if not _stands_in(part, trained):
-            _missing(part, f"trained text of {side}", "renders tool_calls")
-
-
-def _check_prompt(pair: Pair, prompt: str) -> Notes:
-    """Raise unless each turn and tool stands in the prompt's text. Thoughts of earlier turns may be left out: noted."""
-    notes: Notes = {}
-    for tool in pair.tools:
-        if not _stands_in(tool["function"]["name"], prompt):
-            _missing(tool["function"]["name"], "prompt", "renders tools")
-    for message in pair.turns:
-        thought, _, content = message["content"].rpartition("</think>" if message["role"] == "assistant" else "\0")
-        if not _stands_in(content.strip(), prompt):
-            _missing(content.strip(), "prompt", f"renders {message['role']} turns")
-        for part in _called(message):
-            if not _stands_in(part, prompt):
-                _missing(part, "prompt", "renders tool_calls")
-        thought = message.get("reasoning_content", thought).replace("<think>", "").strip()
-        if thought and thought not in prompt:
-            notes["thoughts of turns before the answer left out by the template"] = repr(thought[:60])
-    return notes
-
-
-def _called(message: Message) -> Iterator[str]:
-    """What a message's tool calls must show: names, and whatever their arguments hold."""
-    for call in message.get("tool_calls", ()):
-        yield call["function"]["name"]
-        yield from _leaves(call["function"]["arguments"])
-
-
-def _leaves(value: Any) -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for name, held in value.items():
-            yield name
-            yield from _leaves(held)
-    elif isinstance(value, list):
-        for held in value:
-            yield from _leaves(held)
-    elif isinstance(value, str):
-        yield value
-    elif isinstance(value, int) and not isinstance(value, bool):  # how a template writes other values is its own
-        yield str(value)
-
-
-def _stands_in(part: str, text: str) -> bool:
-    """Whether a text holds a part as it is, or as JSON writes it."""
-    if part in text:
-        return True
-    return any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
-
-
-def _missing(part: str, where: str, wanted: str) -> None:
-    raise RowError(REWRITTEN, f"not in the {where}: {part[:60]!r}; set chat_template to one that {wanted}")
-
-
 # --- without a template ----------------------------------------------------------------------------------------------
 
 
@@ -416,17 +414,19 @@ class PlainRenderer:
         prompt, answers = pair.prompt, (pair.chosen, pair.rejected)
         if not isinstance(prompt, str) or not all(isinstance(answer, str) for answer in answers):
             raise ValueError(
-                f"row {pair.row_id}: it is a list of messages but the tokenizer has no chat template; "
-                "set chat_template in the recipe (Jinja text or a file), or use an instruct model's tokenizer"
+                f"row {pair.row_id}: it is a list of messages, which needs a chat template; set chat_template in the "
+                "recipe to chatml (built in), Jinja text or a file, or use an instruct model's tokenizer"
             )
-        return _glued(prompt, *(_one_ending(str(text), self.end_text, side) for text, side in zip(answers, SIDES)))
+        seam = f"{prompt[-20:]}{str(answers[0])[:20]}"
+        chosen, rejected = (_one_ending(str(text), self.end_text, side) for text, side in zip(answers, SIDES))
+        return _glued(prompt, chosen, rejected, {"prompt and answer glued together, without a template": repr(seam)})
 
 
-def _glued(prompt: str, chosen: str, rejected: str) -> PairTexts:
+def _glued(prompt: str, chosen: str, rejected: str, notes: Notes) -> PairTexts:
     """Prompt and answers end to end."""
     full = prompt + chosen, prompt + rejected
     spans = ([(len(prompt), len(text))] for text in full)
-    return PairTexts(prompt, *full, *spans, {})
+    return PairTexts(prompt, *full, *spans, notes)
 
 
 def _split_suffix(suffix: str, end_markers: Sequence[str]) -> tuple[int, str | None]:

@@ -111,8 +111,8 @@ class PairTokenizer:
         max_length: tokens of prompt + response at most, for each side.
         max_prompt_length: how far the prompt may be cut when a pair is too long; see `plan_cut`.
         overlong: "truncate" cuts, "drop" gives a RowError, "error" raises.
-        chat_template: Jinja text, or a file that holds it; None takes the tokenizer's own.
-        train_on: see `TemplateRenderer`; without a template there are no turns in a prompt.
+        chat_template: see `load_chat_template`.
+        train_on, rendered_text: see `TemplateRenderer`; without a template all text is taken as it is.
     Raises:
         ValueError: the template cannot be used, messages without any template, or an overlong pair with "error".
     """
@@ -126,6 +126,7 @@ class PairTokenizer:
         overlong: Overlong = "truncate",
         chat_template: str | None = None,
         train_on: str = "answer",
+        rendered_text: str = "auto",
     ):
         self.max_length, self.max_prompt_length, self.overlong = max_length, max_prompt_length, overlong
         template = load_chat_template(tokenizer, chat_template)
@@ -133,7 +134,8 @@ class PairTokenizer:
         if template is None:
             self.render = PlainRenderer(eos)
         else:
-            self.render = TemplateRenderer(tokenizer, template, _end_markers(tokenizer), train_on=train_on)
+            options = {"train_on": train_on, "rendered_text": rendered_text, "adds_bos": bool(_added_front(tokenizer))}
+            self.render = TemplateRenderer(tokenizer, template, _end_markers(tokenizer), **options)
         self.end_ids = [] if self.render.adds_end or eos_id is None else [eos_id]
         self.bos_ids = _added_front(tokenizer) if template is None else []
         self.bos_text = tokenizer.bos_token if self.bos_ids else None

@@ -66,11 +66,9 @@ def set_precision(recipe: Recipe, device: torch.device) -> None:
 
 
 def load_tokenizer(recipe: Recipe) -> Any:
-    """The recipe's tokenizer, with the recipe's chat template and a padding token."""
+    """The recipe's tokenizer, with a padding token."""
     name = recipe.tokenizer_name_or_path or recipe.model_name_or_path
     tokenizer = load_pretrained(AutoTokenizer, name, recipe, what="tokenizer")
-    if recipe.chat_template is not None:
-        tokenizer.chat_template = recipe.chat_template
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer

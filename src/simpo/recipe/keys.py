@@ -205,8 +205,14 @@ class Recipe(_LossKeys):
         None, "Column of the score in rows of one answer each; of a prompt's answers the best is chosen, the worst "
         "rejected.", "column name", null="helpfulness or score")
     chat_template: Text | None = _data(
-        None, "Jinja chat template that replaces the tokenizer's.", "template", null="the tokenizer's",
+        None, "Chat template that replaces the tokenizer's and is saved with the model: Jinja text, a file of it, a "
+        "name that the tokenizer knows, or chatml (built in). none trains text rows without any, prompt and answer "
+        "glued together.", "template", null="the tokenizer's; without one the run is refused",
         decides_tokens=False)  # the template that is used does, whichever it is
+    rendered_text: Literal["auto", "keep", "render"] = _data(
+        "auto", "Text rows that a chat template has rendered already: auto recognises them one by one (they begin as "
+        "the template's prompts do, and end as its prompts or answers do) and keeps them; keep takes every text as it "
+        "is; render puts every text into the template.")
     train_on: Literal["answer", "all_assistant_turns"] = _data(
         "answer", "What is trained: the assistant's turns after the prompt, or those in it too (on both sides). Users' "
         "turns and tools' results never are.")

@@ -5,8 +5,7 @@ What a process computes in optimizer step k is a function of k, so a resumed run
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import Any
@@ -18,10 +17,7 @@ from simpo.core.packing import PAIR_FIELDS
 from simpo.data.ledger import Ledger
 from simpo.data.loader import StepLoader, StepPlan
 from simpo.data.prepare import PreparedData, prepare_rows
-from simpo.data.templates import load_chat_template
 from simpo.recipe import Recipe, load_recipe
-
-_LOOKED_AT = 100  # rows in which a template's markers are searched
 
 
 @dataclass(frozen=True)
@@ -132,29 +128,6 @@ def prepare_datasets(
                 "eval_dataset: train_dataset is tokenised and this is not; give both as rows or both tokenised"
             )
         return PreparedData(train, evaluation, Ledger())
-    if text_as_is is None:
-        first = [train[index] for index in range(min(len(train), _LOOKED_AT))]
-        text_as_is = any(holds_markers(row, tokenizer, recipe) for row in first)
-    if text_as_is:
-        tokenizer = copy.deepcopy(tokenizer)
-        tokenizer.chat_template = None
-        recipe = load_recipe(recipe, {"chat_template": None}) if recipe.chat_template else recipe
+    if text_as_is is not None:
+        recipe = load_recipe(recipe, {"rendered_text": "keep" if text_as_is else "render"})
     return prepare_rows(recipe, tokenizer, train, evaluation, progress=progress)
-
-
-def holds_markers(row: Any, tokenizer: Any, recipe: Recipe) -> bool:
-    """Whether a row of plain text holds the chat template's own markers: it was rendered before it came here."""
-    template = load_chat_template(tokenizer, recipe.chat_template)
-    names = (recipe.prompt_column or "prompt", recipe.chosen_column or "chosen")
-    texts = [row.get(name) for name in names] if isinstance(row, dict) else []
-    texts = [text for text in texts if isinstance(text, str)]
-    return template is not None and any(marker in text for text in texts for marker in _markers(tokenizer, template))
-
-
-def _markers(tokenizer: Any, template: str) -> Sequence[str]:
-    """What the template writes around a message: its special tokens, or where it has none all of what it writes."""
-    probe = [{"role": "user", "content": "\x00"}]
-    text = tokenizer.apply_chat_template(probe, chat_template=template, tokenize=False, add_generation_prompt=True)
-    special = [token for token in {*tokenizer.all_special_tokens, *tokenizer.get_added_vocab()} if token in text]
-    around = [part.strip() for part in text.split("\x00") if part.strip()]
-    return special or around

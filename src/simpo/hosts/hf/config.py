@@ -121,10 +121,7 @@ class SimPOConfig(_Arguments):
     # --- this host's own
     text_as_is: bool | None = field(
         default=None,
-        metadata={
-            "help": "Take plain-text rows as they are instead of putting them into the chat template; "
-            "null = where they hold the template's own markers already."
-        },
+        metadata={"help": "Another name of rendered_text: true = keep, false = render."},
     )
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of from_pretrained, for a model given by name."}

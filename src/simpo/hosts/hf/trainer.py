@@ -28,6 +28,7 @@ from simpo.core.losses import PairLogps
 from simpo.data.cache import PreparedData, fingerprint_tokens
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
+from simpo.data.templates import install_chat_template
 from simpo.display import Display
 from simpo.hosts.hf.batches import TrainingOrder, build_dataloader, evaluation_order, is_tokenised, prepare_datasets
 from simpo.hosts.hf.config import SimPOConfig
@@ -106,6 +107,7 @@ class SimPOTrainer(Trainer):
         tokenizer = processing_class or tokenizer or _tokenizer_of(model, self.recipe)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
+        install_chat_template(tokenizer, self.recipe.chat_template)
         self._peft_config, self._tokenizer, self._text_as_is = peft_config, tokenizer, args.text_as_is
         self._is_checked = False  # the model's forward pass, where it trains
         self.loader: StepLoader | None = None  # of the training pairs; made when training begins
