@@ -267,6 +267,7 @@ def run_case(model: Path, folder: Path, shape: str, *, lora: bool = False, **key
     [
         ({"loss_type": "cpo", "cpo_alpha": 1.0}, "text"),
         ({"loss_type": "cpo_hinge", "cpo_alpha": 1.0}, "conversational"),
+        ({"loss_type": "cpo_hinge", "cpo_alpha": 1.0}, "text implicit"),
         ({"loss_type": "ipo", "gamma_beta_ratio": 0.0, "cpo_alpha": 1.0}, "conversational"),
         ({"loss_type": "simpo", "cpo_alpha": 1.0}, "text"),
         ({"loss_type": "alphapo", "alpha": 0.5, "simpo_gamma": 0.5}, "text"),
@@ -278,7 +279,7 @@ def test_trls_cases_train(tiny_model: Path, tmp_path: Path, keys: dict[str, Any]
     assert "org/pairs" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize("shape", ["text", "conversational", "conversational implicit"])
+@pytest.mark.parametrize("shape", ["text", "text implicit", "conversational", "conversational implicit"])
 def test_trls_cases_train_adapters(tiny_model: Path, tmp_path: Path, shape: str) -> None:
     run_case(tiny_model, tmp_path / "run", shape, lora=True, gradient_accumulation_steps=4, loss_type="cpo")
 
