@@ -131,6 +131,11 @@ REFUSED = {
     "no prompt": ({"chosen": "Yes.", "rejected": "No."}, "missing column", "no prompt column"),
     "no rejected": ({"prompt": "Why?", "chosen": "Yes."}, "missing column", "no rejected column"),
     "null prompt": ({"prompt": None, "chosen": "Yes.", "rejected": "No."}, "empty", "prompt"),
+    "null prompt, a common beginning": (
+        {"prompt": None, "chosen": "The sea is blue.", "rejected": "The sea is red."},
+        "empty",
+        "prompt",
+    ),
     "null chosen": ({"prompt": "Why?", "chosen": None, "rejected": "No."}, "empty", "chosen"),
     "blank prompt": ({"prompt": " ", "chosen": "Yes.", "rejected": "No."}, "empty", "prompt"),
     "no turns": ({"prompt": [], "chosen": "Yes.", "rejected": "No."}, "empty", "prompt"),

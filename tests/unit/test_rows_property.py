@@ -11,7 +11,7 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from simpo.data import columns
@@ -118,7 +118,13 @@ def test_rows_are_kept_or_dropped_and_kept_ones_are_sound(kind, build_tokenizer)
     limits = {"max_length": 24, "max_prompt_length": 12, "overlong": "truncate"}
     prepare = RowTokenizer(tokenizer, pair_from_row, **limits, chat_template=tokenizer.chat_template)
 
-    @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=6,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(st.lists(ROWS, max_size=8))
     def check(content):
         chunk = prepare([RawRow(f"x#{i}", row) for i, row in enumerate(content)])
@@ -161,12 +167,24 @@ SAYABLE = ANSWERS.filter(lambda text: text and "\ud800" not in text and "\x00" n
 SCORES = st.sampled_from([1, 2.5, -3, 4])
 ASKED = st.builds(lambda text: [{"role": "user", "content": text}], SAYABLE)
 SAID = st.builds(lambda text: [{"role": "assistant", "content": text}], SAYABLE)
+CALLS = st.builds(
+    lambda name, key, text: [
+        {"role": "assistant", "tool_calls": [{"function": {"name": name, "arguments": {key: text}}}]},
+        {"role": "tool", "name": name, "content": text},
+        {"role": "assistant", "content": "so"},
+    ],
+    *(st.sampled_from(["add", "look"]), st.sampled_from(["a", "b"]), SAYABLE),
+)
+TOOLS = st.none() | st.builds(
+    lambda key: [{"name": "add", "parameters": {key: {"type": "string"}}}], st.sampled_from(["a", "b"])
+)
 TABLES = {
     "texts": {"prompt": SAYABLE, "chosen": SAYABLE, "rejected": SAYABLE},
     "texts with scores": {
         **{"prompt": SAYABLE, "chosen": SAYABLE, "rejected": SAYABLE},
         **{"score_chosen": SCORES | st.none(), "score_rejected": SCORES | st.none()},
     },
+    "calls": {"prompt": ASKED, "chosen": CALLS, "rejected": SAID, "tools": TOOLS},
     "messages": {"prompt": ASKED, "chosen": SAID, "rejected": SAID},
     "scored lists": {
         "prompt": SAYABLE,
@@ -205,15 +223,26 @@ def write_table(path, content):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_same_rows_give_the_same_tokens_and_drops_in_every_format(table, tmp_path, build_tokenizer, data_recipe):
-    tokenizer = build_tokenizer("chatml")
-    keys = {"validation_fraction": 0, "max_dropped_fraction": 1.0, "max_length": 40, "max_prompt_length": 20}
+    tokenizer = build_tokenizer("agent" if table == "calls" else "chatml")
+    keys = {"validation_fraction": 0, "max_dropped_fraction": 1.0, "max_length": 200, "max_prompt_length": 20}
     user, say = ([{"role": role, "content": text}] for role, text in (("user", "sound"), ("assistant", "yes")))
     messages = {"messages": user + say, "context": user}
-    sound = {**SOUND, **messages, **({"prompt": user, "chosen": say, "rejected": [{**say[0], "content": "no"}]})}
-    sound = {name: (sound if table == "messages" else {**SOUND, **messages})[name] for name in TABLES[table]}
+    sound = {
+        **SOUND,
+        **messages,
+        "tools": None,
+        **({"prompt": user, "chosen": say, "rejected": [{**say[0], "content": "no"}]}),
+    }
+    sound = {name: (sound if table in ("messages", "calls") else {**SOUND, **messages})[name] for name in TABLES[table]}
     more = [{**sound, "response": "no", "helpfulness": 0}] if "response" in sound else []
 
-    @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @settings(
+        max_examples=6,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )
     @given(content=st.lists(st.fixed_dictionaries(TABLES[table]), max_size=8))
     def check(content):
         content = [*content, sound, *more]

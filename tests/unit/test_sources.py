@@ -10,7 +10,7 @@ import pytest
 
 from simpo.data.files import read_file
 from simpo.data.preferences import Pair, RowError, pair_from_row
-from simpo.data.sources import find_sources, fingerprint_sources, load_splits, rows_in_memory
+from simpo.data.sources import find_sources, fingerprint_sources, load_splits
 
 
 def rows(count, start=0):
@@ -399,18 +399,3 @@ def test_messages_written_as_text_are_said_to_be_text(tmp_path, data_recipe):
     assert note.startswith("a.jsonl/train: chosen, rejected: messages written as text are trained as text")
     write_jsonl(tmp_path / "a.jsonl", [*content, {**content[0], "rejected": "no"}])
     assert load_splits(recipe).notes == []
-
-
-def test_arrow_adds_no_keys_to_objects(tmp_path, data_recipe):
-    """Arrow's objects all have the same keys: without care a call would get the arguments of another, null."""
-    import datasets
-
-    call = {"name": "weather", "arguments": {"city": "Oslo"}}
-    content = [
-        {"chosen": [{"role": "assistant", "content": "5", "tool_calls": [call]}]},
-        {"chosen": [{"role": "assistant", "content": "x", "tool_calls": [{"name": "add", "arguments": {"a": 2}}]}]},
-        {"chosen": [{"role": "assistant", "content": "y"}]},
-    ]
-    assert read_file(write_any(tmp_path / "a.parquet", content)) == content
-    source = rows_in_memory(datasets.Dataset.from_list(content))
-    assert source.splits["train"]() == content

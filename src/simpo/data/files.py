@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +157,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
     try:
         with open(path, "rb") as stream:
-            yield from without_absent(pyarrow.parquet.read_table(stream).to_pylist())
+            yield from pyarrow.parquet.read_table(stream).to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
 
@@ -171,20 +171,9 @@ def _read_saved(folder: Path) -> list[Any]:
     from datasets import load_from_disk
 
     try:
-        return list(without_absent(load_from_disk(str(folder))))
+        return list(load_from_disk(str(folder)))
     except Exception as error:  # whatever the library raises, the user needs the folder's name
         raise ValueError(f"{folder}: cannot be read as a saved dataset ({one_line(error)})") from error
-
-
-def without_absent(rows: Iterable[Any]) -> Iterator[Any]:
-    """Rows of an Arrow table as they were: it gives each object the keys of all others, null where there was none."""
-
-    def strip(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: strip(inner) for key, inner in value.items() if inner is not None}
-        return [strip(inner) for inner in value] if isinstance(value, list) else value
-
-    return ({name: strip(value) for name, value in row.items()} for row in rows)
 
 
 def hash_files(parts: list[Path]) -> str:

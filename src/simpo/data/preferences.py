@@ -188,6 +188,8 @@ def _alpaca_prompt(instruction: str, row: Mapping) -> str | list[Message]:
 def _common_beginning(row: Mapping, chosen: str, rejected: str, notes: Notes) -> tuple[str, str, str]:
     """Prompt and answers of two texts without a prompt: they part behind the last blank of what they begin with."""
     missing = missing_column(row, PROMPT_COLUMNS, "prompt")
+    if missing.reason == "empty":  # other rows have prompts, and this one's was left out
+        raise missing
     others = [name for name, value in row.items() if isinstance(value, str) and value not in (chosen, rejected)]
     if others:  # one of them may be the prompt
         raise RowError(missing.reason, f"{missing.detail}; name the prompt's with prompt_column")

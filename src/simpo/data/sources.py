@@ -31,7 +31,6 @@ from simpo.data.files import (
     json_rows,
     load_json,
     read_file,
-    without_absent,
 )
 from simpo.data.preferences import Pair, pair_reader
 from simpo.errors import one_line
@@ -100,8 +99,7 @@ def find_sources(recipe: Any) -> list[Source]:
 
 def rows_in_memory(train: Iterable[Any], evaluation: Iterable[Any] | None = None) -> Source:
     """Rows that a program holds already (lists, `datasets.Dataset`), as a source with the splits train and test."""
-    given = {"train": train} | ({} if evaluation is None else {"test": evaluation})
-    splits = {name: list(without_absent(rows) if hasattr(rows, "features") else rows) for name, rows in given.items()}
+    splits = {"train": list(train)} | ({} if evaluation is None else {"test": list(evaluation)})
 
     def content() -> str:
         digest = hashlib.sha256()
@@ -464,7 +462,7 @@ def _find_on_hub(name: str, config: str | None, data_files: Any) -> Source:
             f"dataset_mixer: {name!r} is not a local file or folder, and could not be loaded from the hub "
             f"({one_line(error)}); check the name, dataset_configs and the connection, or give a local path"
         ) from error
-    readers = {str(split): (lambda rows=rows: list(without_absent(rows))) for split, rows in loaded.items()}
+    readers = {str(split): (lambda rows=rows: list(rows)) for split, rows in loaded.items()}
     prints = json.dumps({str(split): rows._fingerprint for split, rows in loaded.items()}, sort_keys=True)
     return Source(readers, lambda: prints)
 
