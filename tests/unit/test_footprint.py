@@ -314,10 +314,45 @@ def test_what_is_no_configuration_is_refused_in_one_line(name, text, said, tmp_p
     assert "\n" not in str(error.value)
 
 
-def test_experts_are_refused():
-    config = AutoConfig.for_model("mixtral", hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
-    with pytest.raises(ValueError, match="mixtral: what its experts need"):
-        describe_model(config, PLAIN)
+MIXTRAL = {
+    **{"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4},
+    **{"num_key_value_heads": 2, "vocab_size": 512, "num_local_experts": 8, "num_experts_per_tok": 2},
+}
+
+
+def test_experts_are_planned_whole_and_multiplied_in_part():
+    config = AutoConfig.for_model("mixtral", **MIXTRAL)
+    model = describe_model(config, PLAIN)
+    experts = [weight for weight in model.weights if weight.kind == "experts"]
+    assert len(experts) == 2 * 4
+    assert {weight.split_dim for weight in experts} == {1, 2}
+    all_of_them = sum(weight.local_numel() for weight in experts)
+    assert all_of_them == 4 * 8 * 3 * 64 * 96
+    others = sum(weight.local_numel() for weight in model.weights if weight.kind == "linear")
+    assert model.linear_numel == others + all_of_them // 4
+
+
+def test_what_experts_keep_grows_with_those_that_a_token_is_sent_to():
+    def kept(**changes):
+        model = describe_model(AutoConfig.for_model("mixtral", **{**MIXTRAL, **changes}), PLAIN)
+        return traced_passes(model, PLAIN, tokens=2000, labels=1000)["forward"]["activations"]
+
+    two, four = kept(), kept(num_experts_per_tok=4)
+    assert 1.4 * two < four < 2 * two
+    assert kept(num_local_experts=16) == pytest.approx(two, rel=0.05)
+
+
+def test_dense_blocks_before_the_experts_do_not_stand_for_them():
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 96, "n_routed_experts": 8}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4, "num_hidden_layers": 6, "n_group": 1, "topk_group": 1}
+    sizes |= {"kv_lora_rank": 16, "q_lora_rank": 24, "qk_rope_head_dim": 8, "qk_nope_head_dim": 16, "v_head_dim": 16}
+    sizes |= {"vocab_size": 512, "num_experts_per_tok": 4}
+
+    def kept(dense):
+        model = describe_model(AutoConfig.for_model("deepseek_v3", **sizes, first_k_dense_replace=dense), PLAIN)
+        return traced_passes(model, PLAIN, tokens=2000, labels=1000)["forward"]["activations"]
+
+    assert kept(3) == kept(0)
 
 
 def test_sizes_describe_the_model():

@@ -17,9 +17,10 @@ def describe_plan(plan: Plan, recipe: Recipe, *, recipe_name: str = "RECIPE") ->
     model, machines, found = plan.model, plan.machines, plan.footprint
     layout = "" if machines.gpus == 1 else f", {machines.nodes} node{'s' * (machines.nodes > 1)}"
     notes = {"save": "gradients are gone"}
+    experts = f", a token multiplied with {model.linear_numel / 1e9:.2f} billion" * (model.share_of_experts < 1)
     lines = [
-        f"{model.name}: {model.num_parameters / 1e9:.2f} billion parameters, {model.num_layers} blocks of width "
-        f"{model.hidden_size}, vocabulary {model.vocab_size:,}",
+        f"{model.name}: {model.num_parameters / 1e9:.2f} billion parameters{experts}, {model.num_layers} blocks of "
+        f"width {model.hidden_size}, vocabulary {model.vocab_size:,}",
         f"{machines.gpus} GPU{'s' * (machines.gpus > 1)} of {machines.gpu_gib:g} GiB{layout}; {plan.mesh}",
         "",
         *_aligned([(key, _plain(value), reason) for key, (value, reason) in plan.choices.items()]),

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from simpo.errors import first_line
 from simpo.model.attention import PACKED, unwrap
-from simpo.model.costs import decoder_sizes
+from simpo.model.costs import decoder_sizes, experts_per_token
 from simpo.model.load import add_adapters, lora_config
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ class Weight:
     split_dim: int | None
     num_bytes: float
     is_trained: bool
-    kind: Literal["linear", "embedding", "head", "adapter", "other"]
+    kind: Literal["linear", "experts", "embedding", "head", "adapter", "other"]
 
     def local_shape(self, *, shard: int = 1, tp: int = 1) -> tuple[int, ...]:
         """Of the largest piece: tensor parallelism cuts first, then FSDP2 cuts what is left by rows."""
@@ -68,12 +68,14 @@ class ModelSizes:
         config: transformers'.
         weights: every parameter once; a tied head is the embedding.
         head_tied: whether the head is the embedding.
+        share_of_experts: how many of a block's experts a token is sent to, of all; 1 without experts.
     """
 
     name: str
     config: Any
     weights: tuple[Weight, ...]
     head_tied: bool
+    share_of_experts: float
     num_layers: int
     hidden_size: int
     intermediate_size: int
@@ -89,8 +91,10 @@ class ModelSizes:
 
     @property
     def linear_numel(self) -> int:
-        """Weights in the blocks' linear layers."""
-        return sum(weight.local_numel() for weight in self.weights if weight.kind == "linear")
+        """Weights in the blocks' linear layers that a token is multiplied with: of experts those that it is sent to."""
+        of_experts = sum(weight.local_numel() for weight in self.weights if weight.kind == "experts")
+        linear = sum(weight.local_numel() for weight in self.weights if weight.kind == "linear")
+        return linear + round(of_experts * self.share_of_experts)
 
     @property
     def head_numel(self) -> int:
@@ -104,14 +108,9 @@ def describe_model(config: Any, recipe: Recipe, *, name: str = "") -> ModelSizes
     """The model of a configuration as a recipe trains it, adapters and 4-bit weights included.
 
     Raises:
-        ValueError: transformers has no causal language model for it, or it has experts, whose work depends on routing.
+        ValueError: transformers has no causal language model for it.
     """
     text = config.get_text_config()
-    for key in ("num_local_experts", "num_experts", "n_routed_experts"):
-        if getattr(text, key, None):
-            raise ValueError(
-                f"{text.model_type}: what its experts need depends on their routing; plans are for dense models"
-            )
     key = (name, *identity(config, recipe))
     if key not in _described:
         model = build_on_meta(config, recipe)
@@ -120,6 +119,7 @@ def describe_model(config: Any, recipe: Recipe, *, name: str = "") -> ModelSizes
             name=name or text.model_type,
             config=config,
             weights=tuple(weight for weight, _ in describe_weights(model, recipe)),
+            share_of_experts=_share_of_experts(text),
             head_tied=base.get_output_embeddings().weight is base.get_input_embeddings().weight,
             **decoder_sizes(config),
         )
@@ -149,7 +149,11 @@ def build_on_meta(config: Any, recipe: Recipe, *, num_layers: int | None = None)
     if num_layers is not None:
         for key, value in vars(text).items():
             if isinstance(value, list) and len(value) == text.num_hidden_layers:
-                setattr(text, key, value[:num_layers])
+                # The first blocks may have no experts, as nearly all that they stand for have.
+                setattr(text, key, value[-num_layers:] if key == "mlp_layer_types" else value[:num_layers])
+        for key in ("first_k_dense_replace", "num_dense_layers", "moe_layer_start_index"):
+            if getattr(text, key, None):
+                setattr(text, key, 0)
         text.num_hidden_layers = num_layers
     # Soft-capped scores go through FlexAttention, which cannot run here; flash attention keeps the same tensors.
     if getattr(text, "attn_logit_softcapping", None) is not None:
@@ -216,9 +220,17 @@ def describe_weights(model: nn.Module, recipe: Recipe) -> Iterator[tuple[Weight,
             kind, unit = "adapter", ""
         elif id(parameter) in linear and unit.startswith("block "):
             kind, num_bytes = "linear", four_bits if recipe.load_in_4bit else num_bytes
+        elif parameter.ndim == 3 and unit.startswith("block "):  # bitsandbytes leaves them as they are
+            kind = "experts"
         split = _split_dim(name, parameter, base.tp_plan)
         shape = tuple(parameter.shape)
         yield Weight(name, shape, unit, split, num_bytes, parameter.requires_grad, kind), parameter
+
+
+def _share_of_experts(text: Any) -> float:
+    names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+    experts = next((count for name in names if (count := getattr(text, name, None))), None)
+    return 1.0 if experts is None else min(1.0, (experts_per_token(text) or experts) / experts)
 
 
 def _linear_layers(model: nn.Module) -> Iterator[nn.Linear]:
@@ -249,9 +261,14 @@ def _split_dim(path: str, parameter: Tensor, tp_plan: dict[str, str]) -> int | N
     """Of an adapter: the dim that faces its layer's split one (`parallel.sharding.rebuild_adapters`)."""
     layer, _, lora = path.partition(".lora_")
     module, _, kind = path.rpartition(".")
-    style = tp_plan.get(
-        ".".join("*" if part.isdecimal() else part for part in (layer if lora else module).split(".")), ""
-    )
+
+    def style_of(name: str) -> str:
+        return tp_plan.get(".".join("*" if part.isdecimal() else part for part in name.split(".")), "")
+
+    if parameter.ndim == 3:  # experts, each [out, in]
+        style = style_of(path)
+        return 1 if "colwise" in style else 2 if "rowwise" in style else None
+    style = style_of(layer if lora else module)
     if lora:
         return 0 if lora[0] == "B" and "colwise" in style else 1 if lora[0] == "A" and "rowwise" in style else None
     if "colwise" in style or style == "embedding_rowwise":
