@@ -94,7 +94,7 @@ def _in(section: str, **of_section: Any):
     def key(default: Any, meaning: str, allowed: str = "", **rest: Any) -> Any:
         """`rest`: null, only, derived (parts of `allowed` and `default` in words), bounds, and flags of `Key`; `secret`
         ones are never shown or written down."""
-        hidden = {"exclude": True, "repr": False} if rest.pop("secret", False) else {}
+        hidden: dict[str, Any] = {"exclude": True, "repr": False} if rest.pop("secret", False) else {}
         bounds = {name: rest.pop(name) for name in ("ge", "gt", "le", "lt", "min_length") if name in rest}
         declared = {"section": section, "allowed": allowed, "bounds": bounds, **of_section, **rest}
         return Field(default, description=meaning, json_schema_extra=declared, **bounds, **hidden)
