@@ -117,6 +117,9 @@ def test_precision_of_launcher_and_settings_must_agree(monkeypatch: pytest.Monke
     assert launched_by_accelerate()
     with pytest.raises(ValueError, match="launched with mixed_precision bf16"):
         config(bf16=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(ValueError, match="bf16: true, but accelerate was launched with mixed_precision fp16"):
+        config()
     monkeypatch.delenv("ACCELERATE_MIXED_PRECISION")
     assert not launched_by_accelerate()
 

@@ -318,7 +318,7 @@ _REFUSED: Mapping[str, str] = {
     "pairs are shuffled by seed": "no_shuffle train_sampling_strategy",
     "the end of a turn is trained as part of its answer": "eod_mask_loss",
     "the chat template ends a turn; see chat_template": "eos_token",
-    "only answers are trained on": "assistant_only_loss",
+    "only answers are trained on; see train_on": "assistant_only_loss",
     "only adapters have dropout here, lora_dropout; see disable_dropout for the model's own": (
         "hidden_dropout attention_dropout"
     ),

@@ -204,10 +204,10 @@ class SimPOConfig(_Arguments):
     def _settle_device(self) -> None:
         """Without an accelerator: the CPU, and gloo between processes, without which DeepSpeed makes worlds of one."""
         launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        if launched != "no" and not (self.bf16 or self.fp16):
+        if launched not in ("no", "bf16" if self.bf16 else "fp16" if self.fp16 else "no"):
             raise ValueError(
-                f"bf16: false, but accelerate was launched with mixed_precision {launched}; set bf16: true, or "
-                "mixed_precision: 'no' in its configuration file"
+                f"bf16: {str(bool(self.bf16)).lower()}, but accelerate was launched with mixed_precision {launched}; "
+                "set mixed_precision: 'no' in its configuration file, so that bf16 decides"
             )
         if not torch.accelerator.is_available():
             self.use_cpu = True
