@@ -13,11 +13,13 @@ import pyarrow.parquet
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tokenizers_for_tests import trained_texts
 
 from simpo.data import columns
 from simpo.data.preferences import RowError, pair_from_row
 from simpo.data.prepare import RowTokenizer, prepare_pairs
 from simpo.data.sources import RawRow
+from simpo.data.tokenize import PairTokenizer
 
 COLUMNS = sorted(
     {
@@ -85,9 +87,45 @@ def spoiled(draw):
     return {key: value for key, value in row.items() if key != name}
 
 
-ROWS = SHAPES | spoiled() | ANYTHING
-REASONS = {"missing column", "empty", "identical", "malformed", "tie", "unpaired"}
-LATER_REASONS = {*REASONS, "template", "overlong", "no prompt", "identical after truncation"}
+WORDS = st.sampled_from(
+    ["Oslo", "-3 C", "It snows.", 'a "b"\n\\c', "<think>\nhm\n</think>\n\nYes.", "hm</think>No.", "é😀"]
+)
+PARTS = st.lists(st.builds(lambda text: {"type": "text", "text": text}, WORDS), min_size=1, max_size=2)
+CALLS = st.lists(
+    st.builds(
+        lambda name, value: {"name": name, "arguments": {"place": value}}, st.sampled_from(["look", "ask"]), WORDS
+    ),
+    min_size=1,
+    max_size=2,
+)
+ACTS = st.fixed_dictionaries(
+    {"role": st.just("assistant"), "content": WORDS | PARTS},
+    optional={"reasoning_content": WORDS, "tool_calls": CALLS, "weight": st.just(1)},
+)
+REPLIES = st.fixed_dictionaries({"role": st.sampled_from(["tool", "user"]), "content": WORDS | PARTS})
+
+
+@st.composite
+def trajectories(draw):
+    """A question, with tools or without, and two answers of one turn or more."""
+    turns = [[draw(ACTS)] for _ in range(2)]
+    for answer in turns:
+        for _ in range(draw(st.integers(0, 2))):
+            answer += [draw(REPLIES), draw(ACTS)]
+    row = {"prompt": [{"role": "user", "content": draw(WORDS)}], "chosen": turns[0], "rejected": turns[1]}
+    return {**row, "tools": [{"name": "look", "parameters": {}}]} if draw(st.booleans()) else row
+
+
+ROWS = SHAPES | spoiled() | trajectories() | ANYTHING
+REASONS = {"missing column", "empty", "identical", "malformed", "tie", "unpaired", "not text"}
+LATER_REASONS = {
+    *REASONS,
+    "template",
+    "rewritten by the template",
+    "overlong",
+    "no prompt",
+    "identical after truncation",
+}
 
 
 def pair_or_error(row):
@@ -106,10 +144,13 @@ def test_row_gives_a_sound_pair_or_a_reason(row):
         assert pair.reason in REASONS
         assert pair.detail
         return
-    assert pair.chosen.strip() != pair.rejected.strip()
-    assert pair.chosen.strip()
-    assert pair.rejected.strip()
-    assert pair.prompt[-1]["role"] == "user" if isinstance(pair.prompt, list) else pair.prompt.strip()
+    chosen, rejected = pair.answers
+    assert chosen != rejected
+    for answer in (chosen, rejected):
+        assert answer[0]["role"] == answer[-1]["role"] == "assistant"
+        assert all(turn["content"].strip() or "tool_calls" in turn for turn in answer if turn["role"] == "assistant")
+    assert pair.turns[-1]["role"] in ("user", "tool")
+    assert pair.turns[-1]["role"] == "tool" or pair.turns[-1]["content"].strip()
 
 
 @pytest.mark.parametrize("kind", ["chatml", "gemma", "empty_thinking"])
@@ -137,6 +178,35 @@ def test_rows_are_kept_or_dropped_and_kept_ones_are_sound(kind, build_tokenizer)
             for side in ("chosen", "rejected"):
                 assert 1 <= row[f"{side}_start"] < len(row[f"{side}_ids"]) <= 24
             assert row["chosen_ids"] != row["rejected_ids"]
+
+    check()
+
+
+@pytest.mark.parametrize("kind", ["agent", "chatml", "cuts", "channels", "empty_thinking", "llama3", "gemma", "words"])
+def test_what_a_kept_row_says_is_what_is_trained_and_nothing_else(kind, build_tokenizer):
+    tokenizer = build_tokenizer(kind)
+    tokenize = PairTokenizer(tokenizer, max_length=4000)
+
+    @settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(trajectories())
+    def check(row):
+        pair = pair_or_error(row)
+        if isinstance(pair, RowError):
+            return
+        (tokens,) = tokenize([pair])
+        if isinstance(tokens, RowError):
+            assert tokens.reason in LATER_REASONS
+            return
+        for answer, trained in zip(pair.answers, trained_texts(tokens, tokenizer), strict=True):
+            said = [turn for turn in answer if turn["role"] == "assistant"]
+            assert len(trained) == len(said)
+            for turn, text in zip(said, trained, strict=True):
+                thought = turn.get("reasoning_content", "").removeprefix("<think>\n")
+                words = [thought, *turn["content"].replace("<think>", "</think>").split("</think>")]
+                words += [call["function"]["name"] for call in turn.get("tool_calls", ())]
+                assert all(word.strip() in text for word in words)
+                end = "<end_of_turn>" if kind == "gemma" else tokenizer.eos_token
+                assert text.count(end) == (kind != "words" or turn is said[-1])
 
     check()
 

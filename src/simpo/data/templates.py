@@ -199,7 +199,7 @@ class TemplateRenderer:
             try:
                 texts = self._texts(pair, way)
             except RowError as error:
-                first = first or error
+                first = error if first is None or first.reason == "template" else first  # a comparison says more
             else:
                 return texts._replace(notes={**texts.notes, way.note: f"{pair.row_id}"}) if way.note else texts
         assert first is not None
