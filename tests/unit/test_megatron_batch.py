@@ -128,6 +128,14 @@ def test_chosen_and_rejected_stand_side_by_side_and_labels_are_shifted_once() ->
     assert batch.mean_pairs is None
 
 
+def test_gaps_have_no_labels() -> None:
+    pair = TokenPair("a", [5, 1, 2, 3, 4], 2, [5, 1, 6], 2, chosen_gaps=[3, 4])
+    labels = collate([pair], settings_of()).labels
+    assert labels is not None
+    assert labels[0, :5].tolist() == [IGNORED, 2, IGNORED, 4, IGNORED]
+    assert labels[1, :3].tolist() == [IGNORED, 6, IGNORED]
+
+
 def test_pipeline_stages_get_rows_of_one_shape() -> None:
     settings = settings_of(pipeline_model_parallel_size=2)
     for count in (0, 1, 2):

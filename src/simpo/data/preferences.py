@@ -140,10 +140,11 @@ def pair_from_row(
         context = _prompt(row, prompt_names, notes)
     elif all(isinstance(side, list) and len(side) > 1 for side in sides):
         context = []
-    elif prompt_column or not all(isinstance(side, str) for side in sides):
-        raise missing_column(row, prompt_names, "prompt")  # and no dialogue that holds one
     else:
-        context, *sides = _common_beginning(row, *sides, notes)
+        chosen, rejected = sides
+        if prompt_column or not isinstance(chosen, str) or not isinstance(rejected, str):
+            raise missing_column(row, prompt_names, "prompt")  # and no dialogue that holds one
+        context, *sides = _common_beginning(row, chosen, rejected, notes)
     context, chosen, rejected = _split(context, sides)
     context = _with_system(context, row, system_prompt, empty_system)
     tools = read_tools(row.get("tools"))

@@ -224,11 +224,12 @@ class TemplateRenderer:
             prompt, answers = prompt[:at], [prompt[at:] + str(each) for each in answers]
         end = self.end_text if is_rendered or has_end else self.tokenizer.eos_token
         put = end if end and self.adds_end else ""  # else a token is added later
-        full = [_one_ending(str(each), end, side) + put for each, side in zip(answers, SIDES)]
+        chosen, rejected = (_one_ending(str(each), end, side) + put for each, side in zip(answers, SIDES))
         prompt = prompt if not self.bos or prompt.startswith(self.bos) else self.bos + prompt
         what = "text that was rendered already" if is_rendered else "text"
         dropped = " (without the system prompt)" if before else ""
-        return _glued(prompt, *full, {f"{what} kept as it is{dropped}; see rendered_text": repr(prompt[:60])})
+        notes = {f"{what} kept as it is{dropped}; see rendered_text": repr(prompt[:60])}
+        return _glued(prompt, chosen, rejected, notes)
 
     def _ways(self, pair: Pair) -> Iterator[_Way]:
         """As the data has the messages; then what templates need that want a thought or arguments in another form."""
@@ -424,9 +425,8 @@ class PlainRenderer:
 
 def _glued(prompt: str, chosen: str, rejected: str, notes: Notes) -> PairTexts:
     """Prompt and answers end to end."""
-    full = prompt + chosen, prompt + rejected
-    spans = ([(len(prompt), len(text))] for text in full)
-    return PairTexts(prompt, *full, *spans, notes)
+    chosen, rejected = prompt + chosen, prompt + rejected
+    return PairTexts(prompt, chosen, rejected, [(len(prompt), len(chosen))], [(len(prompt), len(rejected))], notes)
 
 
 def _split_suffix(suffix: str, end_markers: Sequence[str]) -> tuple[int, str | None]:
