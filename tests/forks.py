@@ -24,6 +24,7 @@ from typing import Any
 
 PRELOADED = ["simpo.cli", "simpo.trainer", "transformers.trainer", "torch.distributed.launcher.api"]
 TIMEOUT_S = 600
+ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 def process(function: Callable[..., None], *args: Any) -> multiprocessing.process.BaseProcess:
@@ -56,7 +57,11 @@ class Program:
         self._process = process(
             _become, [str(word) for word in args], dict(os.environ if env is None else env), cwd, streams
         )
-        self._process.start()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)  # a fork has its launcher's handlers at first
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
         self.pid = self._process.pid
 
     @property
@@ -119,8 +124,9 @@ def _become(words: list[str], env: dict[str, str], cwd: Any, streams: list[_Stre
     from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
     os.setsid()
-    for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+    for number in ENDING:
         signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     os.environ.clear()
     os.environ.update(env)

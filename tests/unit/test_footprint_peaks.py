@@ -104,7 +104,7 @@ def measure(keys: dict[str, Any], world: int = 2, *, enough: float = 0) -> dict[
     gc.collect()  # peaks differ with what garbage is still there
     peaks: list[float] = []
     while len(peaks) < 4 and min(peaks, default=enough + 1) > enough:
-        peaks.append(mesh.largest(peak_bytes(step)))
+        peaks.append(max(mesh.gather(peak_bytes(step))))
     held["peak"] = min(peaks)
     return held
 
