@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
+from mesh_runs import MESHES, data_ranks
 from torch import Tensor
 
 from simpo.core.batch import build_batch
@@ -115,7 +117,22 @@ def test_a_model_without_routers_is_refused(tiny_model: Any) -> None:
 
 def first_step(recipe: dict[str, Any], **changes: Any) -> dict[str, float]:
     trainer = Trainer(load_recipe({**recipe, "max_steps": 1, **changes}), display=Display(quiet=True))
-    return trainer.train_step(next(trainer.loader.plans(0, 1)))
+    values = trainer.train_step(next(trainer.loader.plans(0, 1)))
+    return {name: values[name] for name in ("loss", "grad_norm")}
+
+
+@pytest.mark.parametrize("mesh", ["dp2", "fsdp2", "cp2"])
+def test_a_step_does_not_depend_on_the_mesh(
+    mesh: str, on_mesh: Any, step_recipe: Any, saved_model: Any, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    folder = saved_model(transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**SIZES)))
+    keys = {"eval_strategy": "no", "eval_steps": None, "router_aux_loss_coef": 0.3}
+    alone = step_recipe(folder, 1, **keys)
+    (whole,) = on_mesh("1 process", first_step, alone)
+    spread = step_recipe(folder, data_ranks(mesh), **keys, **MESHES[mesh], output_dir=str(tmp_path / mesh))
+    for found in on_mesh(mesh, first_step, spread):
+        assert found == pytest.approx(whole, rel=1e-4)
 
 
 def test_a_step_does_not_depend_on_its_layout_or_cut(tiny_recipe: dict[str, Any], saved_model: Any) -> None:
