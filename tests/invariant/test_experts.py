@@ -121,7 +121,7 @@ def first_step(recipe: dict[str, Any], **changes: Any) -> dict[str, float]:
     return {name: values[name] for name in ("loss", "grad_norm")}
 
 
-@pytest.mark.parametrize("mesh", ["dp2", "fsdp2", "cp2"])
+@pytest.mark.parametrize("mesh", ["dp2", "fsdp2", "cp2", "tp2"])
 def test_a_step_does_not_depend_on_the_mesh(
     mesh: str, on_mesh: Any, step_recipe: Any, saved_model: Any, tmp_path: Path
 ) -> None:
