@@ -487,6 +487,7 @@ def test_dataset_configs_match_the_mixer():
         ("save_strategy", "best"),
         ("device", "tpu"),
         ("lora_target_modules", []),
+        ("lora_target_modules", ["q_proj", None]),
         ("resume_from_checkpoint", 3),
         ("gradient_checkpointing_kwargs", [1]),
     ],

@@ -163,7 +163,10 @@ def _entry(value: Mapping[Any, Any]) -> dict[str, Any]:
 def as_lora_targets(value: Any) -> Any:
     if value is None or value == "all-linear" or value == ["all-linear"]:
         return "all-linear"
-    words = [part for word in _words(value) for part in word.replace(",", " ").split()]
+    given = _words(value)
+    if None in given:
+        raise ValueError("null is not a module; name modules, or write all-linear")
+    words = [part for word in given for part in word.replace(",", " ").split()]
     if not words:
         raise ValueError("is empty; name modules, or write all-linear")
     return words
