@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import shutil
 
 import pytest
 from tokenizers_for_tests import trained_texts
@@ -85,3 +86,22 @@ def test_chatml_ends_a_turn_once_where_its_marks_are_tokens(build_tokenizer):
     tokenizer = build_tokenizer("chatml")
     tokens = tokenize_pair(Pair("r", "Why?", "Yes.", "No."), tokenizer, max_length=99, chat_template="chatml")
     assert trained_texts(tokens, tokenizer) == [["Yes.<|im_end|>"], ["No.<|im_end|>"]]
+
+
+def test_the_template_that_a_run_was_given_by_name_is_in_its_model(tiny_recipe, tiny_model, tmp_path):
+    from transformers import AutoTokenizer
+
+    from simpo.display import Display
+    from simpo.recipe import load_recipe
+    from simpo.trainer import Trainer
+
+    folder = shutil.copytree(tiny_model, tmp_path / "base")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = None
+    (folder / "chat_template.jinja").unlink()
+    tokenizer.save_pretrained(folder)
+    settings = {**tiny_recipe, "model_name_or_path": str(folder), "max_steps": 1}
+    with pytest.raises(ValueError, match="chat_template: the tokenizer has none"):
+        Trainer(load_recipe(settings), display=Display(quiet=True))
+    Trainer(load_recipe({**settings, "chat_template": "chatml"}), display=Display(quiet=True)).run()
+    assert AutoTokenizer.from_pretrained(f"{settings['output_dir']}/model").chat_template == CHATML
