@@ -383,6 +383,7 @@ def test_a_reference_model_is_spread_like_the_policy(case, two_ranks: Ranks, mod
     settings["ref_model_name_or_path"] = model_folder(**SHAPES[shape], initializer_range=0.05)
     found = two_ranks.run(run_steps, settings)[0]["values"]
     whole = {"dp_replicate": 1, "dp_shard": None, "cp": 1, "tp": 1, "cache_dir": str(tmp_path / "other cache")}
+    whole["output_dir"] = str(tmp_path / "alone")  # the ranks, which live on, hold the lock of theirs
     whole["per_device_train_batch_size"] = settings["per_device_train_batch_size"] * data
     alone = run_steps({**settings, **whole})["values"]
     for ours, theirs in zip(found, alone, strict=True):
