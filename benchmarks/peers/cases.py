@@ -200,7 +200,9 @@ def save_pairs(pairs: Sequence[TokenPair], path: Path) -> None:
 
 def load_pairs(path: Path) -> list[TokenPair]:
     """Read what `save_pairs` wrote."""
-    return [TokenPair(**row) for row in json.loads(path.read_text(encoding="utf-8"))]
+    rows = json.loads(path.read_text(encoding="utf-8"))
+    gaps = ("chosen_gaps", "rejected_gaps")
+    return [TokenPair(**{key: tuple(value) if key in gaps else value for key, value in row.items()}) for row in rows]
 
 
 def describe_pairs(pairs: Sequence[TokenPair]) -> dict[str, float]:

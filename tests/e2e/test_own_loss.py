@@ -48,8 +48,8 @@ def test_a_loss_by_import_path_trains_like_the_same_loss_in_the_package_and_resu
     own = {"loss_type": "losses_that_train:simpo"}
     ours = run("ours")
     assert run("own", **own) == ours
-    resume = {"resume_from_checkpoint": str(tmp_path / "own" / "checkpoints" / "step-2")}
     shutil.copytree(tmp_path / "own", tmp_path / "again")
+    resume = {"resume_from_checkpoint": str(tmp_path / "again" / "checkpoints" / "step-2")}
     assert run("again", **own, **resume) == ours
     with pytest.raises(ValueError, match=r"loss_kwargs \(was {'scale': 1.0}, is {'scale': 2}\)"):
         run("again", **own, **resume, loss_kwargs={"scale": 2})

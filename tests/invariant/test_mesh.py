@@ -364,11 +364,15 @@ def test_ragged_shares_weigh_each_pair_the_same(mesh, two_ranks: Ranks, model_fo
     check(two_ranks, settings, steps=1)
 
 
-def test_blocks_gathered_in_bf16_compute_what_autocast_does_on_one_process(two_ranks: Ranks, model_folder, step_recipe):
+def test_blocks_gathered_in_bf16_compute_what_autocast_does_on_one_process(
+    two_ranks: Ranks, model_folder, step_recipe, tmp_path
+):
     settings = step_recipe(model_folder(tie_word_embeddings=True), 2, bf16=True, **FSDP)
     ours = two_ranks.run(run_steps, settings, 1)[0]
     exact = two_ranks.run(run_steps, {**settings, "fsdp_param_dtype": "float32"}, 1)[0]
-    alone = run_steps({**settings, "dp_shard": 1, "gradient_accumulation_steps": 2}, 1)
+    alone = run_steps(
+        {**settings, "dp_shard": 1, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "alone")}, 1
+    )
     for other in (exact, alone):
         assert ours["values"][0]["loss"] == pytest.approx(other["values"][0]["loss"], rel=1e-5)
         for name, gradient in other["gradients"][0].items():
@@ -513,9 +517,9 @@ def measure(settings: Settings) -> dict[str, float]:
     return dataclasses.asdict(found) | {"state": state, "budget": trainer.loader.max_tokens}
 
 
-def test_sharding_halves_the_state_and_leaves_activations(two_ranks: Ranks, model_folder, step_recipe):
+def test_sharding_halves_the_state_and_leaves_activations(two_ranks: Ranks, model_folder, step_recipe, tmp_path):
     settings = step_recipe(model_folder(), 2, **FSDP)
-    alone = measure({**settings, "dp_shard": 1})
+    alone = measure({**settings, "dp_shard": 1, "output_dir": str(tmp_path / "alone")})
     sharded, other = two_ranks.run(measure, settings)
     assert sharded["budget"] == other["budget"]  # equal plans, whatever each process found free
     for name in ("per_pair", "per_token", "per_label", "per_score"):

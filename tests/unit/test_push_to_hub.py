@@ -13,7 +13,7 @@ from typing import Any
 import huggingface_hub.constants as hub_constants
 import pytest
 import yaml
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, hf_api
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
@@ -124,6 +124,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     url = f"http://127.0.0.1:{server.server_port}"
     for name, value in (("ENDPOINT", url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
         monkeypatch.setattr(hub_constants, name, value)
+    monkeypatch.setattr(hf_api.api, "endpoint", url)  # of the functions that transformers imports
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield stand_in
