@@ -15,7 +15,6 @@ from simpo.errors import first_line, one_line
 from simpo.model.attention import PACKED, OrdinaryRows, is_packed, plain_implementation, unwrap
 from simpo.model.kernels import choose_kernel
 from simpo.model.probe import check_forward, find_chance, probe_layout
-from simpo.recipe import load_recipe
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import Mesh
@@ -207,4 +206,6 @@ def as_it_trains(recipe: Recipe, model: nn.Module) -> Recipe:
     packs = recipe.pack or recipe.share_prompt
     if not packs or is_packed(unwrap(model).config._attn_implementation):
         return recipe
+    from simpo.recipe import load_recipe  # here: benchmarks/gpu.py runs where there is no pydantic
+
     return load_recipe(recipe, {"pack": False, "share_prompt": False, "attention_kernel": "auto"})

@@ -16,7 +16,6 @@ from torch import nn
 
 from simpo.errors import first_line
 from simpo.parallel.sharding import local_part, total_norm
-from simpo.recipe.checks import warmup_steps
 from simpo.run.adamw import AdamWBf16, load_state_as_saved
 
 if TYPE_CHECKING:
@@ -88,6 +87,8 @@ def learning_rate_at(step: int, total_steps: int, recipe: Recipe) -> float:
     The same values as transformers' schedulers, so that published settings mean the same here; as there, the very
     first step of a warm-up has rate 0.
     """
+    from simpo.recipe.checks import warmup_steps  # here: benchmarks/gpu.py runs where there is no pydantic
+
     warmup = warmup_steps(total_steps, recipe)
     if recipe.lr_scheduler_type == "constant":
         return recipe.learning_rate
