@@ -16,8 +16,9 @@ from transformers import get_scheduler
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
+from simpo.recipe.checks import warmup_steps
 from simpo.run.adamw import AdamWBf16
-from simpo.run.optim import build_optimizer, clip_gradients, learning_rate_at, make_deterministic, warmup_steps
+from simpo.run.optim import build_optimizer, clip_gradients, learning_rate_at, make_deterministic
 from simpo.trainer import Trainer
 
 
