@@ -38,14 +38,13 @@ def megatron_options() -> list[str]:
 # --- import ----------------------------------------------------------------------------------------------------------
 
 
-def test_importing_the_recipe_is_fast_and_loads_no_framework():
+def test_importing_the_recipe_loads_no_framework():
     code = (
-        "import sys, time; import simpo; start = time.process_time(); import simpo.recipe; "
-        "print(time.process_time() - start, *[m for m in ('torch', 'transformers', 'datasets') if m in sys.modules])"
+        "import sys; import simpo.recipe; "
+        "print(*[m for m in ('torch', 'transformers', 'datasets', 'numpy') if m in sys.modules])"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
-    assert all(len(run.stdout.split()) == 1 for run in runs), runs[0].stdout
-    assert min(float(run.stdout) for run in runs) < 0.3
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
 
 
 # --- documentation ---------------------------------------------------------------------------------------------------
