@@ -21,6 +21,14 @@ from simpo.data.prepare import RowTokenizer, prepare_pairs
 from simpo.data.sources import RawRow
 from simpo.data.tokenize import PairTokenizer
 
+few = settings(  # where each example tokenises or writes files
+    max_examples=6,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+)
+
 COLUMNS = sorted(
     {
         *columns.PROMPT_COLUMNS,
@@ -159,13 +167,7 @@ def test_rows_are_kept_or_dropped_and_kept_ones_are_sound(kind, build_tokenizer)
     limits = {"max_length": 24, "max_prompt_length": 12, "overlong": "truncate"}
     prepare = RowTokenizer(tokenizer, pair_from_row, **limits, chat_template=tokenizer.chat_template)
 
-    @settings(
-        max_examples=6,
-        deadline=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @few
     @given(st.lists(ROWS, max_size=8))
     def check(content):
         chunk = prepare([RawRow(f"x#{i}", row) for i, row in enumerate(content)])
@@ -306,13 +308,7 @@ def test_same_rows_give_the_same_tokens_and_drops_in_every_format(table, tmp_pat
     sound = {name: (sound if table in ("messages", "calls") else {**SOUND, **messages})[name] for name in TABLES[table]}
     more = [{**sound, "response": "no", "helpfulness": 0}] if "response" in sound else []
 
-    @settings(
-        max_examples=6,
-        deadline=None,
-        derandomize=True,
-        phases=[Phase.generate],
-        suppress_health_check=list(HealthCheck),
-    )
+    @few
     @given(content=st.lists(st.fixed_dictionaries(TABLES[table]), max_size=8))
     def check(content):
         content = [*content, sound, *more]
