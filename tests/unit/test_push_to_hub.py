@@ -125,6 +125,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     for name, value in (("ENDPOINT", url), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
         monkeypatch.setattr(hub_constants, name, value)
     monkeypatch.setattr(hf_api.api, "endpoint", url)  # of the functions that transformers imports
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)  # its own, kept from an earlier test
     thread = threading.Thread(target=server.serve_forever, daemon=True)
     thread.start()
     yield stand_in
