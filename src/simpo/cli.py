@@ -209,16 +209,18 @@ def evaluate(
 
 @app.command(context_settings={"ignore_unknown_options": True})
 def keys(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="One key, by any of its names.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="One key, by any of its names; or a command's, as generate.")
+    ] = None,
 ) -> None:
     """Explain the keys of a recipe: meaning, allowed values, default."""
-    from simpo.recipe import KEYS
+    from simpo.recipe import KEYS, STAGE_KEYS
 
     if name is not None:
         typer.echo(_explain_key(name.removeprefix("--").replace("-", "_")))
         return
     section = None
-    for doc in KEYS.values():
+    for doc in (*KEYS.values(), *STAGE_KEYS.values()):
         if doc.section != section:
             typer.echo(f"\n{doc.section.upper()}")
             section = doc.section
@@ -241,11 +243,19 @@ def losses() -> None:
     )
 
 
-def _load(recipe: str, overrides: list[str], *, processes: int | None = None) -> Recipe:
-    from simpo.recipe import load_recipe
+def _load(recipe: str, overrides: list[str], *, processes: int | None = None, stage: str = "") -> Recipe:
+    """The recipe with its overrides; keys of `stage` may be given without its name in front."""
+    from simpo.recipe import KEYS, STAGE_KEYS, load_recipe
 
     if recipe.startswith("-"):
         raise ValueError(f"the recipe comes before its overrides: simpo COMMAND RECIPE {recipe} ...")
+    if stage:
+        own = {f"--{key.partition('.')[2]}" for key in STAGE_KEYS if key.startswith(f"{stage}.")}
+        own -= {f"--{key}" for key in KEYS}
+        overrides = [
+            f"--{stage}.{word[2:]}" if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in own else word
+            for word in overrides
+        ]
     return load_recipe(recipe, overrides, processes=processes)
 
 
@@ -322,9 +332,14 @@ def _key_text(doc: Key) -> str:
 
 
 def _explain_key(name: str) -> str:
-    from simpo.recipe import KEYS
+    from simpo.recipe import KEYS, STAGE_KEYS, STAGES
     from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
     from simpo.recipe.load import describe_unknown
+
+    if name in STAGES:
+        return "\n".join(_key_text(key) for key in STAGE_KEYS.values() if key.section == name)
+    if name in STAGE_KEYS:
+        return _key_text(STAGE_KEYS[name])
 
     if name in ALIASES:
         target = ALIASES[name].target

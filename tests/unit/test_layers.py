@@ -29,6 +29,7 @@ LAYERS = {
     "plan": 6,
     "trainer": 6,
     "hosts": 7,
+    "onpolicy": 7,
     "cli": 8,
     "__main__": 9,
 }

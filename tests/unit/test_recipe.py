@@ -12,6 +12,7 @@ import pytest
 from simpo.core.losses import LOSSES, PairLogps
 from simpo.recipe import KEYS, Recipe, keys, load_recipe, nearest_key
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
+from simpo.recipe.declare import declared_key, in_section
 
 REPO = Path(__file__).resolve().parents[2]
 WILD = Path(__file__).parent / "recipes_in_the_wild"
@@ -59,7 +60,7 @@ def test_every_key_says_what_it_means_what_is_allowed_and_its_default():
 
 def test_a_key_is_declared_once_and_careful_where_no_flag_is_given():
     """One line adds a key: it is checked, explained, part of a run's identity, and refused where no host takes it."""
-    field = keys._in("optimisation")(3, "A new key.", ge=1)
+    field = in_section("optimisation")(3, "A new key.", ge=1)
 
     class Longer(Recipe):
         new_key: keys.Whole = field
@@ -67,10 +68,10 @@ def test_a_key_is_declared_once_and_careful_where_no_flag_is_given():
     assert Longer(model_name_or_path="m").new_key == 3
     with pytest.raises(ValueError, match="new_key"):
         Longer(model_name_or_path="m", new_key=0)
-    key = keys._declared("new_key", Longer.model_fields["new_key"])
+    key = declared_key("new_key", Longer.model_fields["new_key"])
     assert (key.section, key.meaning, key.allowed, key.default) == ("optimisation", "A new key.", "whole, >= 1", "3")
     assert (key.may_change, key.decides_tokens, key.hf, key.megatron, key.shown) == (False, False, "refused", "", False)
-    assert keys._declared("new_key", keys._data(3, "A new key.")).decides_tokens
+    assert declared_key("new_key", keys._data(3, "A new key.")).decides_tokens
 
 
 def test_a_run_may_be_resumed_with_other_keys_where_the_results_are_the_same():
@@ -743,3 +744,31 @@ def test_dataset_mixture_of_the_alignment_handbook(tmp_path):
 def test_entries_of_the_mixer_that_say_what_is_not_known(keys, message):
     with pytest.raises(ValueError, match=message):
         load_recipe({"model_name_or_path": "m", **keys})
+
+
+def test_keys_of_a_command_are_checked_and_kept_with_the_recipe(tmp_path: Path):
+    given = {"model_name_or_path": "x", "generate": {"temperature": 0.5, "prompts": {"p.jsonl": 1.0}}}
+    recipe = load_recipe(given, ["--generate.top-p", "0.9", "--generate.stop", "a,b"])
+    assert (recipe.generate.temperature, recipe.generate.top_p, recipe.generate.stop) == (0.5, 0.9, ["a", "b"])
+    assert load_recipe(recipe, {"beta": 3.0}).generate == recipe.generate
+    recipe.save(tmp_path / "recipe.yaml")
+    assert load_recipe(tmp_path / "recipe.yaml") == recipe
+    assert "\nscore:" not in (tmp_path / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"temperature": -1}, r"generate\.temperature = -1\.0: .*allowed: x >= 0"),
+        ({"temprature": 1}, r"unknown key 'generate\.temprature': the nearest known key is 'generate\.temperature'"),
+        ({"num_samples": "3"}, r"generate\.num_samples = '3': a number is needed, without quotes"),
+        (3, r"generate = 3: a mapping is needed"),
+        (
+            {"backend": "tgi"},
+            r"generate\.backend = 'tgi': not one of its values \(allowed: local, vllm, openai or ray\)",
+        ),
+    ],
+)
+def test_a_wrong_key_of_a_command_is_named_whole(section: object, message: str):
+    with pytest.raises(ValueError, match=message):
+        load_recipe({"model_name_or_path": "x", "generate": section})

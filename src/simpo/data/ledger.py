@@ -33,7 +33,8 @@ class Dropped(NamedTuple):
     detail: str
 
 
-def _count(entries: dict[str, dict[str, Any]], rows: Iterable[Dropped]) -> None:
+def count_rows(entries: dict[str, dict[str, Any]], rows: Iterable[Dropped]) -> None:
+    """Add rows to reason -> their count and the first few as examples."""
     for row in rows:
         entry = entries.setdefault(row.reason, {"count": 0, "examples": []})
         entry["count"] += 1
@@ -78,11 +79,11 @@ class SplitLedger(BaseModel):
 
     def add_dropped(self, rows: Iterable[Dropped]) -> None:
         """Count rows as dropped, keeping the first few of each reason as examples."""
-        _count(self.dropped, rows)
+        count_rows(self.dropped, rows)
 
     def add_noticed(self, rows: Iterable[Dropped]) -> None:
         """Count what was done to kept rows in the same way."""
-        _count(self.noticed, rows)
+        count_rows(self.noticed, rows)
 
     @property
     def notices(self) -> list[str]:

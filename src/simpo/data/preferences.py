@@ -154,6 +154,43 @@ def pair_from_row(
     return pair
 
 
+def prompt_from_row(
+    row: Any,
+    *,
+    row_id: str = "",
+    prompt_column: str | None = None,
+    system_prompt: str | None = None,
+    empty_system: bool = False,
+) -> Pair:
+    """Read the prompt of a row that has answers or none: a `Pair` whose answers are empty texts.
+
+    A dialogue without a prompt of its own is the prompt up to its last answer.
+
+    Args and errors: as `pair_from_row`.
+    """
+    if isinstance(row, RowError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise RowError("malformed", f"the row is {kind_of(row)}, expected an object with columns")
+    names, notes = (prompt_column,) if prompt_column else PROMPT_COLUMNS, {}
+    if any(row.get(name) is not None for name in names):
+        context = _prompt(row, names, notes)
+        while isinstance(context, list) and context and context[-1]["role"] == "assistant":
+            context = context[:-1]
+        tools = read_tools(row.get("tools"))
+    else:
+        try:
+            pair = pair_from_row(row, prompt_column=prompt_column)
+        except RowError:
+            raise missing_column(row, names, "prompt") from None
+        context, tools = pair.prompt, pair.tools
+    context = _with_system(context, row, system_prompt, empty_system)
+    _check_prompt(context)
+    pair = Pair(row_id, context, "", "", tools, notes)
+    _check_text(pair)
+    return pair
+
+
 # --- columns ---------------------------------------------------------------------------------------------------------
 
 
@@ -315,6 +352,10 @@ def _check_answers(pair: Pair) -> None:
     )
     if chosen == rejected:
         raise RowError("identical", "chosen and rejected are the same text")
+    _check_text(pair)
+
+
+def _check_text(pair: Pair) -> None:
     try:
         pair.key(pair.chosen, pair.rejected)
     except UnicodeEncodeError as error:

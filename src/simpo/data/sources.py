@@ -129,7 +129,11 @@ def uses_seed(recipe: Any, sources: list[Source]) -> bool:
 
 
 def load_splits(
-    recipe: Any, sources: list[Source] | None = None, read_pair: Callable[..., Pair] | None = None
+    recipe: Any,
+    sources: list[Source] | None = None,
+    read_pair: Callable[..., Pair] | None = None,
+    *,
+    group_answers: bool = True,
 ) -> Splits:
     """Read and mix all sources.
 
@@ -142,6 +146,7 @@ def load_splits(
             max_eval_samples, seed, score_column and the column keys.
         sources: what `find_sources` gave, if it was called before.
         read_pair: how rows become pairs, for the hold-out; None = `pair_reader(recipe)`.
+        group_answers: bring rows of one scored answer together by their prompts.
     Raises:
         ValueError: as `find_sources`; also a file that cannot be read, an empty one, or a split that is not there.
     """
@@ -152,7 +157,9 @@ def load_splits(
     for source in sources:
         trained, evaluated = _chosen_splits(source, recipe)
         names = dict.fromkeys((*trained, *evaluated))
-        read = {name: _group_answers(_read(source, name, notes), recipe, notes) for name in names}
+        read = {name: _read(source, name, notes) for name in names}
+        if group_answers:
+            read = {name: _group_answers(rows, recipe, notes) for name, rows in read.items()}
         base.append([row for name in trained for row in read[name]])
         eval_rows += [row for name in evaluated for row in read[name]]
         if unread := sorted(source.splits.keys() - {*trained, *evaluated}):

@@ -10,20 +10,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import starmap
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, create_model, model_validator
-from pydantic.fields import FieldInfo
 
 from simpo.core.losses import LOSSES, Loss, loss_keys, losses_reading
 from simpo.core.optimizers import OPTIMIZERS
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS
 from simpo.recipe.checks import METRICS, resolve
+from simpo.recipe.declare import Key, declared_key, in_section
+from simpo.recipe.stages import STAGES, Generate, Pair, Rounds, Score
 from simpo.recipe.values import (
     Number,
     Steps,
@@ -46,67 +44,26 @@ from simpo.recipe.yaml import dump_yaml
 # The keys
 # ---------------------------------------------------------------------------------------------------------------------
 
-SECTIONS = ("model", "data", "loss", "packing", "optimisation", "lora", "parallel", "evaluation", "saving", "run")
-
-Hosted = Literal["field", "argument", "shared", "run", "launcher", "refused"]
-"""How the Hugging Face host takes a key: `field` of SimPOConfig under the recipe's rules; `argument` of
-TrainingArguments, same name and meaning; `shared`, an argument that SimPOConfig also hands to the recipe; `run`, read
-where a recipe is run; at its default only, since the `launcher` decides it or, `refused`, the native trainer alone
-does it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Key:
-    """One key of a recipe, as it was declared. A flag that is not given there is the careful one.
-
-    Attributes:
-        allowed: its values in words, from the type and range where they say it all.
-        default: as YAML, or a sentence where it depends on other keys; "required" where there is none.
-        aliases: other accepted names.
-        types: the plain types of its values; null left out.
-        nullable: whether null is one of them.
-        may_change: whether a resumed run may have another value: it changes what is written and shown, or at most the
-            order of sums, never what is computed.
-        decides_tokens: whether prepared data is stored by its value.
-        hf: how the Hugging Face host takes it.
-        megatron: the name of the Megatron host's argument; "" for none.
-        shown: whether `simpo check` shows it at its default too.
-    """
-
-    name: str
-    section: str
-    meaning: str
-    allowed: str
-    default: str
-    aliases: tuple[str, ...]
-    types: frozenset[type]
-    nullable: bool
-    may_change: bool = False
-    decides_tokens: bool = False
-    hf: Hosted = "refused"
-    megatron: str = ""
-    shown: bool = False
-
-
-def _in(section: str, **of_section: Any):
-    """A maker of documented fields of one section; `of_section`: flags that its keys have unless they say otherwise."""
-
-    def key(default: Any, meaning: str, allowed: str = "", **rest: Any) -> Any:
-        """`rest`: null, only, derived (parts of `allowed` and `default` in words), bounds, and flags of `Key`; `secret`
-        ones are never shown or written down."""
-        hidden: dict[str, Any] = {"exclude": True, "repr": False} if rest.pop("secret", False) else {}
-        bounds = {name: rest.pop(name) for name in ("ge", "gt", "le", "lt", "min_length") if name in rest}
-        declared = {"section": section, "allowed": allowed, "bounds": bounds, **of_section, **rest}
-        return Field(default, description=meaning, json_schema_extra=declared, **bounds, **hidden)
-
-    return key
-
+SECTIONS = (
+    "model",
+    "data",
+    "loss",
+    "packing",
+    "optimisation",
+    "lora",
+    "parallel",
+    "evaluation",
+    "saving",
+    "run",
+    "stages",
+)
 
 _model, _optimisation, _parallel, _evaluation, _saving, _run = map(
-    _in, ("model", "optimisation", "parallel", "evaluation", "saving", "run")
+    in_section, ("model", "optimisation", "parallel", "evaluation", "saving", "run")
 )
-_data = _in("data", decides_tokens=True, hf="field")  # prepared alike for every host
-_loss, _packing, _lora = _in("loss", hf="field"), _in("packing", hf="field"), _in("lora", hf="run")
+_data = in_section("data", decides_tokens=True, hf="field")  # prepared alike for every host
+_loss, _packing, _lora = in_section("loss", hf="field"), in_section("packing", hf="field"), in_section("lora", hf="run")
+_stage = in_section("stages", hf="run", may_change=True, derived="each of its keys has one")
 
 
 def _by_loss(values: Mapping[str, float]) -> str:
@@ -460,6 +417,15 @@ class Recipe(_LossKeys):
         "auto", "Where to compute; auto is CUDA if there is one.", hf="run")
     num_threads: Whole | None = _run(
         None, "CPU threads of one process.", null="as torch is set", hf="run", may_change=True, ge=1)
+    # -- stages
+    generate: Annotated[Generate, Field(strict=False)] = _stage(
+        Generate(), "How `simpo generate` samples responses.", "mapping; see `simpo keys generate`")
+    score: Annotated[Score, Field(strict=False)] = _stage(
+        Score(), "How `simpo score` rates responses.", "mapping; see `simpo keys score`")
+    pair: Annotated[Pair, Field(strict=False)] = _stage(
+        Pair(), "How `simpo pair` makes pairs of them.", "mapping; see `simpo keys pair`")
+    rounds: Annotated[Rounds, Field(strict=False)] = _stage(
+        Rounds(), "How often `simpo rounds` goes from prompts to a model.", "mapping; see `simpo keys rounds`")
     # fmt: on
 
     _notices: tuple[str, ...] = PrivateAttr(())
@@ -537,16 +503,20 @@ class Recipe(_LossKeys):
     def to_dict(self) -> dict[str, Any]:
         """Every key and its resolved value, in the order of the documentation; plain Python values, and no secret."""
         values = self.model_dump()
+        values |= {name: getattr(self, name).model_dump(exclude_unset=True) for name in STAGES}
         return {name: values[name] for name in KEYS if name in values}
 
     def to_yaml(self) -> str:
         """The resolved recipe as YAML with sections; reads back equal. Keys the loss does not read are left out."""
         lines = [f"# Resolved recipe, written by simpo {version('simpo')}. `simpo keys` explains every key.\n"]
         values = {name: value for name, value in self.to_dict().items() if name not in self.unread_keys}
-        if not self.dataset_mixer:
-            del values["dataset_mixer"]
+        for name in ("dataset_mixer", *STAGES):
+            if not values[name]:
+                del values[name]
         for section in SECTIONS:
             part = {name: value for name, value in values.items() if KEYS[name].section == section}
+            if not part:
+                continue
             lines.append(f"\n# {section}\n{dump_yaml(part)}")
         return "".join(lines)
 
@@ -560,62 +530,15 @@ class Recipe(_LossKeys):
     __hash__ = None  # type: ignore[assignment]  values are lists and mappings
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What each key declares, by name
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def _plain_types(annotation: Any) -> frozenset[Any]:
-    """The types an annotation allows: str, bool, list, NoneType, ..."""
-    origin = get_origin(annotation)
-    if origin is Annotated:
-        return _plain_types(get_args(annotation)[0])
-    if origin in (Union, UnionType):
-        return frozenset().union(*map(_plain_types, get_args(annotation)))
-    if origin is Literal:
-        return frozenset({str})
-    return frozenset({origin or annotation})
-
-
-def _allowed(annotation: Any, types: frozenset[Any], bounds: Mapping[str, Any]) -> str:
-    """The values that a type and its bounds allow, in words."""
-    parts = [annotation, *get_args(annotation)]
-    names = next((get_args(part) for part in parts if get_origin(part) is Literal), ())
-    if names:
-        return f"{', '.join(names[:-1])} or {names[-1]}"
-    if types == {bool}:
-        return "true or false"
-    signs = {"ge": ">=", "gt": ">", "le": "<=", "lt": "<"}
-    ranges = [f"{sign} {bounds[name]}" for name, sign in signs.items() if name in bounds]
-    if types == {int}:
-        return ", ".join(["whole", *ranges])
-    return ", ".join(f"x {each}" for each in ranges) or "any finite number"
-
-
-def _declared(name: str, info: FieldInfo) -> Key:
-    declared: dict[str, Any] = dict(info.json_schema_extra)  # type: ignore[arg-type]  what `_in` put there
-    bounds, null, only, derived = (declared.pop(part, "") for part in ("bounds", "null", "only", "derived"))
-    types = _plain_types(info.annotation)
-    allowed = declared.pop("allowed") or _allowed(info.annotation, types - {NoneType}, bounds)
-    allowed += f"; null = {null}" * bool(null) + f"; only {only}" * bool(only)
+def _aliases(name: str) -> tuple[str, ...]:
     aliases = [alias for alias, target in ALIASES.items() if target.target == name]
-    aliases += [key for key, (target, _) in INPUT_KEYS.items() if target == name]
-    return Key(
-        name,
-        meaning=info.description or "",
-        allowed=allowed,
-        default="required" if info.is_required() else derived or json.dumps(info.default),
-        aliases=tuple(aliases),
-        types=types - {NoneType},
-        nullable=NoneType in types,
-        **declared,
-    )
+    return (*aliases, *(key for key, (target, _) in INPUT_KEYS.items() if target == name))
 
 
 KEYS: dict[str, Key] = {
     key.name: key
     for key in sorted(
-        starmap(_declared, Recipe.model_fields.items()),
+        (declared_key(name, info, aliases=_aliases(name)) for name, info in Recipe.model_fields.items()),
         key=lambda key: (SECTIONS.index(key.section), key.name in _LossKeys.model_fields),
     )
 }

@@ -34,6 +34,7 @@ from simpo.recipe.aliases import (
     refusal,
 )
 from simpo.recipe.keys import KEYS, Recipe
+from simpo.recipe.stages import STAGE_KEYS, STAGES
 from simpo.recipe.values import as_number, as_settings, as_text, as_whole
 from simpo.recipe.yaml import FALSE, NULL, TRUE, parse_yaml, read_recipe_file
 
@@ -65,7 +66,9 @@ def load_recipe(
         if not overrides and only is None:
             return source
         given = source.model_fields_set - source.unread_keys
-        base = _Layer({name: getattr(source, name) for name in given}, list(source.notices))
+        values = {name: getattr(source, name) for name in given}
+        values |= {name: values[name].model_dump(exclude_unset=True) for name in STAGES.keys() & given}
+        base = _Layer(values, list(source.notices))
     elif isinstance(source, Mapping):
         base = _read_layer(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -180,7 +183,8 @@ def describe_unknown(written: str) -> str:
 
 def _plain_name(written: str) -> str:
     head, dot, entry = written.partition(".")
-    return head.replace("-", "_") + dot + entry
+    head = head.replace("-", "_")
+    return head + dot + (entry.replace("-", "_") if head in STAGES else entry)
 
 
 def _put(layer: _Layer, written: str, target: str, value: Any) -> None:
@@ -344,7 +348,8 @@ def _explain(error: ValidationError, spelled: Mapping[str, str]) -> str:
     lines = []
     seen = set()
     for found in error.errors(include_url=False):
-        key = str(found["loc"][0]) if found["loc"] else ""
+        parts = found["loc"][: 2 if found["loc"][:1] and found["loc"][0] in STAGES else 1]
+        key = ".".join(map(str, parts))
         if key in seen:
             continue  # a union reports one finding for each of its types
         seen.add(key)
@@ -361,16 +366,23 @@ def _also_written(message: str, spelled: Mapping[str, str]) -> str:
 
 
 def _explain_one(key: str, found: Any, message: str, spelled: Mapping[str, str]) -> str:
+    declared = (KEYS | STAGE_KEYS).get(key)
+    if declared is None:
+        stage, _, wrong = key.partition(".")
+        near = difflib.get_close_matches(wrong, STAGES[stage].model_fields, n=1, cutoff=0.0)[0]
+        return f"unknown key {short(key)}: the nearest known key is '{stage}.{near}'; `simpo keys {stage}` lists them"
     name = spelled.get(key, key)
     name = key if _plain_name(name) == key else f"{name} ({key})"
     if found["type"] == "missing":
-        return f"{name} is missing: {KEYS[key].meaning} Write `{key}: ...` or give --{key} VALUE"
+        return f"{name} is missing: {declared.meaning} Write `{key}: ...` or give --{key} VALUE"
     value = found["input"]
     if value is None:
-        return f"{name}: null is not a value; remove the line to get the default ({KEYS[key].default})"
+        return f"{name}: null is not a value; remove the line to get the default ({declared.default})"
     if found["type"] == "literal_error":
         message = "not one of its values"
-    return f"{name} = {short(value)}: {message[0].lower() + message[1:]} (allowed: {KEYS[key].allowed})"
+    elif found["type"] == "model_type":
+        message = "a mapping is needed"
+    return f"{name} = {short(value)}: {message[0].lower() + message[1:]} (allowed: {declared.allowed})"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -415,6 +427,8 @@ def _types_of(name: str) -> frozenset[type]:
         return frozenset({bool, list})  # whatever follows, or nothing
     if alias and alias.convert:
         return frozenset({bool} if alias.is_switch else ())
+    if name in STAGE_KEYS:
+        return STAGE_KEYS[name].types
     if "." in name or target in INPUT_KEYS:
         return frozenset({str} if target.startswith("dataset_") and "." not in name else ())
     return KEYS[target].types if target in KEYS else frozenset({bool, list})  # an unknown key is named later

@@ -147,6 +147,10 @@ def as_mixture(value: Any) -> Any:
     return mixer
 
 
+def as_mixture_or_null(value: Any) -> Any:
+    return None if value is None else as_mixture(value)
+
+
 def _entry(value: Mapping[Any, Any]) -> dict[str, Any]:
     checked = {}
     for key, given in value.items():

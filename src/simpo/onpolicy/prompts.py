@@ -1,0 +1,89 @@
+"""Owns the prompts that responses are sampled for: read from any source, each once, known by an id that never moves."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from simpo.data.columns import RowError
+from simpo.data.ledger import Dropped, count_rows
+from simpo.data.messages import Message
+from simpo.data.preferences import prompt_from_row
+from simpo.data.sources import find_sources, load_splits
+from simpo.recipe import Recipe, load_recipe
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt.
+
+    Attributes:
+        id: hash of its turns and tools (16 hexadecimal digits), wherever it stands.
+        row_id: the row that it came from first.
+        turns: messages; the last is a user's or a tool's.
+        columns: what goes along with it for scorers (`generate.keep_columns`).
+    """
+
+    id: str
+    row_id: str
+    turns: list[Message]
+    tools: Sequence[dict[str, Any]] = ()
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Prompts:
+    """The prompts to answer, in the order of their rows, and the account of the rows.
+
+    `rows` = prompts + `repeated` (rows with the prompt of an earlier one) + left out, less what max_prompts leaves.
+    """
+
+    prompts: list[Prompt]
+    rows: int
+    repeated: int
+    left_out: dict[str, dict[str, Any]]
+    notes: list[str]
+
+
+def read_prompts(recipe: Recipe) -> Prompts:
+    """The prompts that `recipe.generate` names, or those of its training rows.
+
+    Raises:
+        ValueError: as `find_sources`; no row has a prompt; a column to keep is in no row.
+    """
+    wanted = recipe.generate
+    changes: dict[str, Any] = {"validation_fraction": 0.0, "max_train_samples": None}
+    if wanted.prompts is not None:
+        changes["dataset_mixer"] = wanted.prompts
+    if not (wanted.prompts or recipe.dataset_mixer):
+        raise ValueError("generate.prompts: no prompts; name a dataset there, or in dataset_mixer")
+    recipe = load_recipe(recipe, changes)
+    splits = load_splits(recipe, find_sources(recipe), group_answers=False)
+    found: dict[str, Prompt] = {}
+    repeated = 0
+    left_out: dict[str, dict[str, Any]] = {}
+    for row_id, row in splits.train:
+        try:
+            pair = prompt_from_row(
+                row, row_id=row_id, prompt_column=recipe.prompt_column, system_prompt=recipe.system_prompt
+            )
+            prompt_id = f"{pair.key() % 2**64:016x}"
+            columns = {name: row[name] for name in wanted.keep_columns or () if row.get(name) is not None}
+            first = found.setdefault(prompt_id, Prompt(prompt_id, row_id, pair.turns, pair.tools, columns))
+            repeated += first.row_id != row_id
+        except RowError as error:
+            count_rows(left_out, [Dropped(row_id, error.reason, error.detail)])
+    prompts = list(found.values())
+    for name in wanted.keep_columns or ():
+        if prompts and not any(name in prompt.columns for prompt in prompts):
+            raise ValueError(f"generate.keep_columns: no row has a column {name!r}")
+    if not prompts:
+        lines = [f"{entry['count']} {reason}: {entry['examples'][0]['detail']}" for reason, entry in left_out.items()]
+        raise ValueError(f"none of {len(splits.train)} rows has a prompt ({'; '.join(lines)})")
+    if wanted.max_prompts is not None and wanted.max_prompts < len(prompts):
+        chosen = random.Random(f"{recipe.seed} prompts").sample(range(len(prompts)), wanted.max_prompts)
+        splits.notes.append(f"generate.max_prompts: {wanted.max_prompts} of {len(prompts)} prompts")
+        prompts = [prompts[index] for index in sorted(chosen)]
+    return Prompts(prompts, len(splits.train), repeated, left_out, splits.notes)

@@ -1,0 +1,97 @@
+"""The keys of the commands around training: what a recipe says under `generate`, `score`, `pair` and `rounds`.
+
+Declared as the recipe's own keys are, and checked with it: one file describes the whole loop, and each command reads
+its part. Written as a mapping in YAML, or one by one: `--generate.temperature 0.8`.
+Must not import torch, transformers or datasets.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict
+
+from simpo.recipe.declare import Key, declared_key, in_section
+from simpo.recipe.values import Number, Text, Whole, Words, as_mixture_or_null, as_words_or_null
+
+
+class Stage(BaseModel):
+    """What a recipe says about one command; every key has a default."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+
+
+_generate = in_section("generate")
+
+
+# fmt: off
+class Generate(Stage):
+    """`simpo generate`: responses to prompts."""
+
+    prompts: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture_or_null)] = _generate(
+        None, "Where the prompts are: datasets, as dataset_mixer names them, whose rows may have responses or not.",
+        "mapping of name to fraction > 0 or to settings", null="the train splits of dataset_mixer")
+    keep_columns: Annotated[list[str] | None, BeforeValidator(as_words_or_null)] = _generate(
+        None, "Columns that go along with each prompt, for scorers: a reference answer, tests.",
+        "list of column names", null="none")
+    max_prompts: Whole | None = _generate(
+        None, "At most this many prompts, a seeded choice.", null="all", ge=1)
+    backend: Literal["local", "vllm", "openai", "ray"] = _generate(
+        "local", "What samples. local: this package, on the CPU or its GPUs; vllm: vLLM's engine, where it is "
+        "installed; openai: a server that speaks OpenAI's protocol; ray: local or vllm over a Ray cluster.")
+    num_samples: Whole = _generate(
+        5, "Responses to each prompt.", ge=1)
+    temperature: Number = _generate(
+        0.8, "Divides the logits; 0 takes the most likely token each time, and one sample is all there is.", ge=0)
+    top_p: Number = _generate(
+        0.95, "Tokens are drawn from the smallest set with this share of the probability.", gt=0, le=1)
+    top_k: Whole | None = _generate(
+        None, "Tokens are drawn from the k most likely ones.", null="no limit", ge=1)
+    min_p: Number = _generate(
+        0.0, "Tokens less likely than this share of the most likely one are not drawn.", ge=0, lt=1)
+    max_new_tokens: Whole = _generate(
+        1024, "Longest response, in tokens; what is cut there counts as unfinished.", ge=1)
+    stop: Words = _generate(
+        [], "Texts that end a response besides the end of turn; they are left out of it.", "list of texts")
+    seed: Whole | None = _generate(
+        None, "Seed of sampling.", "whole, 0 <= x < 2^32", null="the recipe's seed", ge=0, lt=2**32)
+    batch_size: Whole = _generate(
+        128, "Responses computed together (local); memory for their keys and values is the limit.", ge=1)
+    processes: Whole | None = _generate(
+        None, "Processes that sample side by side (local, vllm, ray).", null="one a GPU; one a core on a CPU", ge=1)
+
+
+_score, _pair, _rounds = map(in_section, ("score", "pair", "rounds"))
+
+
+class Score(Stage):
+    """`simpo score`: numbers for responses."""
+
+    input: Text | None = _score(
+        None, "File of responses.", "path", null="responses.jsonl in output_dir")
+
+
+class Pair(Stage):
+    """`simpo pair`: pairs from scored responses."""
+
+    input: Text | None = _pair(
+        None, "File of scored responses.", "path", null="scored.jsonl in output_dir")
+
+
+class Rounds(Stage):
+    """`simpo rounds`: generate, score, pair, train and evaluate, several times."""
+
+    rounds: Whole = _rounds(
+        2, "How many times; each round begins with the last one's model.", ge=1)
+# fmt: on
+
+
+STAGES: dict[str, type[Stage]] = {"generate": Generate, "score": Score, "pair": Pair, "rounds": Rounds}
+"""Key of a recipe -> what it may hold."""
+
+STAGE_KEYS: dict[str, Key] = {
+    f"{stage}.{name}": declared_key(f"{stage}.{name}", info)
+    for stage, model in STAGES.items()
+    for name, info in model.model_fields.items()
+}
+"""Every key of every stage, by its whole name such as "generate.temperature"."""
