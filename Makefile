@@ -1,5 +1,5 @@
 # make demo   set everything up and align a small model, start to finish
-# make test   run the tests (with DeepSpeed, Megatron-Core, Ray and bitsandbytes, which it installs as well)
+# make test   run the tests (with DeepSpeed, Megatron-Core, Ray and other engines, which it installs as well)
 # make bench  this trainer and TRL's on the same pairs (about 20 minutes on two cores)
 # make docs   build the documentation into build/docs; a broken link is an error
 # make help   the rest
@@ -60,8 +60,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 engines: $(VENV)/.engines
 
 $(VENV)/.engines: $(VENV)/.installed
-	@echo "installing DeepSpeed, Megatron-Core, Ray and bitsandbytes into $(VENV) (once; for the tests)"
-	$(PIP) install --constraint constraints.txt --editable '.[ray,8bit]'
+	@echo "installing DeepSpeed, Megatron-Core, Ray, bitsandbytes and a server into $(VENV) (once; for the tests)"
+	$(PIP) install --constraint constraints.txt --editable '.[ray,8bit,openai,serving]'
 	$(PIP) install --constraint constraints.txt --no-deps 'megatron-core~=0.16.0'
 	$(PIP) install --upgrade setuptools wheel ninja
 	DS_BUILD_OPS=0 $(PIP) install --constraint constraints.txt --no-build-isolation 'deepspeed~=0.19.0'
