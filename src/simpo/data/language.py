@@ -1,0 +1,44 @@
+"""Owns one thing: which language a text is in, by py3langid's packaged model (97 languages, no download).
+
+Shared by the filter `clean.languages` and by scorers. Imports the package where it is used: simpo[clean].
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+MIN_LETTERS = 20
+"""Below this a text says too little: names, numbers and loan words look like any language."""
+MIN_CONFIDENCE = 0.9
+
+_CODE = re.compile(r"```.*?(?:```|\Z)|`[^`\n]*`|https?://\S+", re.DOTALL)
+_NOT_LETTERS = re.compile(r"[\W\d_]+")
+
+
+def identify_language(text: str) -> tuple[str, float] | None:
+    """The language of a text and how sure that is, code and addresses aside.
+
+    Returns:
+        Its ISO 639-1 code and a probability; None where fewer than `MIN_LETTERS` letters are left to go by (a third of
+        that in scripts whose letters are syllables or words).
+    Raises:
+        ValueError: simpo[clean] is not installed.
+    """
+    identify = _identifier().classify
+    plain = _CODE.sub(" ", text)
+    letters = _NOT_LETTERS.sub("", plain)
+    if len(letters) + 2 * sum(letter >= "\u2e80" for letter in letters) < MIN_LETTERS:
+        return None
+    language, confidence = identify(plain)
+    return language, confidence
+
+
+@functools.cache
+def _identifier() -> Any:
+    try:
+        from py3langid.langid import MODEL_FILE, LanguageIdentifier
+    except ImportError as error:
+        raise ValueError("telling languages apart needs py3langid: pip install 'simpo[clean]'") from error
+    return LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
