@@ -2,7 +2,7 @@
 
 What the user can put right (a ValueError, a file that cannot be read or written) is printed in one line, without a
 traceback (SIMPO_TRACEBACK=1 shows it), and the command exits with 2. An interrupted run exits with 130; one whose loss
-is not finite, or that runs out of memory, with 1.
+is not finite, or that runs out of memory, with 1; a command that had to leave something out, with 3.
 """
 
 from __future__ import annotations
@@ -207,6 +207,19 @@ def evaluate(
     )
 
 
+@app.command(context_settings=_TAKES_OVERRIDES)
+def pair(
+    context: typer.Context,
+    recipe: RecipeFile,
+    output: Annotated[str | None, typer.Option("--output", help="Folder. [default: pairs in output_dir]")] = None,
+) -> None:
+    """Make preference pairs of scored responses. Any key can follow: --method best_sigma --min_gap 0.3"""
+    resolved = _load(recipe, context.args, stage="pair")
+    from simpo.onpolicy.pair import account_of, run_pair
+
+    _exit_by_account(account_of(run_pair(resolved, output=output)))
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
 def keys(
     name: Annotated[
@@ -257,6 +270,17 @@ def _load(recipe: str, overrides: list[str], *, processes: int | None = None, st
             for word in overrides
         ]
     return load_recipe(recipe, overrides, processes=processes)
+
+
+def _exit_by_account(account: Path) -> None:
+    """Exit 3 where the account of a finished command says that something was left out."""
+    from simpo.onpolicy.journal import read_about
+
+    left_out = read_about(account).get("left_out", {})
+    if left_out:
+        counts = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out.items())
+        typer.secho(f"left out: {counts}; which and why is in {account}", fg="yellow", err=True)
+        raise typer.Exit(3)
 
 
 _FOR_THE_FIRST_S = 10.0

@@ -76,6 +76,32 @@ class Pair(Stage):
 
     input: Text | None = _pair(
         None, "File of scored responses.", "path", null="scored.jsonl in output_dir")
+    method: Literal["best_worst", "best_sigma", "best_random", "all", "top_bottom"] = _pair(
+        "best_worst", "Which of a prompt's responses make pairs. best_worst: the highest score against the lowest; "
+        "best_sigma: against the response nearest to mean - sigmas x deviation of the prompt's scores, which stays "
+        "as good when many are sampled; best_random: against one drawn from those below; all: every two that differ by "
+        "min_gap; top_bottom: each of the top_k best against each of the top_k worst.")
+    sigmas: Number = _pair(
+        2.0, "Standard deviations below the mean at which best_sigma looks for the rejected response.", ge=0)
+    top_k: Whole = _pair(
+        2, "Responses on each side of top_bottom; at most half of the prompt's.", ge=1)
+    min_gap: Number = _pair(
+        0.0, "Least difference of the two scores; equal scores never make a pair.", ge=0)
+    min_score: Number | None = _pair(
+        None, "Least score of a chosen response.", "any finite number", null="none")
+    finished_only: bool = _pair(
+        True, "Only a response that came to its end can be chosen.")
+    max_pairs: Whole | None = _pair(
+        None, "At most this many pairs a prompt, those with the largest gaps.", null="all", ge=1)
+    length_control: Literal["none", "balance", "drop"] = _pair(
+        "none", "Against learning length instead of what is scored. balance: keep as many pairs with the longer "
+        "response chosen as with the shorter one, a seeded choice; drop: leave out pairs whose order length alone "
+        "explains (gap <= slope x difference of lengths, the slope by least squares within all prompts).")
+    test_fraction: Number = _pair(
+        0.05, "Share of the prompts whose pairs are held out in test.jsonl, decided by a hash of the prompt: it stays "
+        "on its side in every round and rerun.", ge=0, lt=1)
+    lists: bool = _pair(
+        False, "Also write all scored responses of each prompt that gives pairs, as lists, to the folder lists.")
 
 
 class Rounds(Stage):
