@@ -95,8 +95,8 @@ def fingerprint_tokens(dataset: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def fingerprint_data(recipe: Any, tokenizer: Any, sources: list[Source], template: str | None) -> str:
-    """32 hex digits of everything that decides the prepared tokens."""
+def fingerprint_data(recipe: Any, tokenizer: Any, sources: list[Source], template: Any) -> str:
+    """32 hex digits of everything that decides the prepared tokens; `template` with those of single sources, if any."""
     import tokenizers
     import transformers
 

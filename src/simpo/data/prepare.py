@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -82,21 +82,16 @@ def prepare_rows(
 
 def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool) -> PreparedData:
     console = Console(stderr=True)
-    asked = recipe.chat_template
-    if asked is None and recipe.rendered_text == "keep" and tokenizer.chat_template is None:
-        asked = NO_TEMPLATE
-    template = load_chat_template(tokenizer, asked)
-    key = fingerprint_data(recipe, tokenizer, sources, template)
+    limits = _limits(recipe, tokenizer)
+    own = {source.label: _own_limits(source, recipe, tokenizer) for source in sources if source.own}
+    templates = {label: each["chat_template"] for label, each in own.items()}
+    template = None if limits["chat_template"] == NO_TEMPLATE else limits["chat_template"]
+    key = fingerprint_data(recipe, tokenizer, sources, [template, templates] if templates else template)
     folder = cache_folder(recipe) / key
     prepared = load_cached(folder, key, console)
     if prepared is None:
-        with_empty = recipe.auto_insert_empty_system_msg and template_takes_system(tokenizer, template)
-        read_pair = pair_reader(recipe, empty_system=with_empty)
-        limits = {
-            name: getattr(recipe, name)
-            for name in ("max_length", "max_prompt_length", "overlong", "train_on", "rendered_text")
-        }
-        build = functools.partial(RowTokenizer, tokenizer, read_pair, **limits, chat_template=template or NO_TEMPLATE)
+        read_pair = source_files.reader_of(recipe, sources, functools.partial(_reader, tokenizer))
+        build = functools.partial(RowTokenizer, tokenizer, read_pair, own, **limits)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
         ledger, tables = Ledger(notes=splits.notes, fingerprint=key), {}
@@ -117,6 +112,31 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
     return prepared
 
 
+def _limits(recipe: Any, tokenizer: Any) -> dict[str, Any]:
+    """What `PairTokenizer` is told by a recipe; the template as Jinja text, or none."""
+    asked = recipe.chat_template
+    if asked is None and recipe.rendered_text == "keep" and tokenizer.chat_template is None:
+        asked = NO_TEMPLATE
+    names = ("max_length", "max_prompt_length", "overlong", "train_on", "rendered_text")
+    template = load_chat_template(tokenizer, asked) or NO_TEMPLATE
+    return {name: getattr(recipe, name) for name in names} | {"chat_template": template}
+
+
+def _own_limits(source: Source, recipe: Any, tokenizer: Any) -> dict[str, Any]:
+    try:
+        return _limits(source.settings(recipe), tokenizer)
+    except ValueError as error:
+        raise ValueError(f"dataset_mixer: {source.name}: {error}") from None
+
+
+def _reader(tokenizer: Any, recipe: Any) -> Callable[..., Pair]:
+    with_empty = recipe.auto_insert_empty_system_msg
+    if with_empty:
+        template = load_chat_template(tokenizer, _limits(recipe, tokenizer)["chat_template"])
+        with_empty = template_takes_system(tokenizer, template)
+    return pair_reader(recipe, empty_system=with_empty)
+
+
 # --- rows to tokens --------------------------------------------------------------------------------------------------
 
 
@@ -133,13 +153,22 @@ class RowTokenizer:
     """Rows to a `Chunk`. Built once in each process.
 
     Args:
-        read_pair: rows to pairs, see `preferences.pair_reader`.
+        read_pair: rows to pairs, see `sources.reader_of`.
+        own: those of the sources that have arguments of their own, by label.
         limits: further arguments of `PairTokenizer`.
     """
 
-    def __init__(self, tokenizer: Any, read_pair: Callable[..., Pair], **limits: Any):
+    def __init__(
+        self,
+        tokenizer: Any,
+        read_pair: Callable[..., Pair],
+        own: Mapping[str, Mapping[str, Any]] | None = None,
+        **limits: Any,
+    ):
         self.read_pair = read_pair
         self.tokenize = PairTokenizer(tokenizer, **limits)
+        own = {label: each for label, each in (own or {}).items() if each != limits}
+        self.own = {label: PairTokenizer(tokenizer, **each) for label, each in own.items()}
 
     def __call__(self, rows: list[RawRow]) -> Chunk:
         """Every row ends up in the table or among the dropped."""
@@ -152,13 +181,20 @@ class RowTokenizer:
                 pairs.append(self.read_pair(row.row, row_id=row.row_id))
             except RowError as error:
                 dropped.append(Dropped(row.row_id, error.reason, error.detail))
-        for pair, result in zip(pairs, self.tokenize(pairs)):
+        for pair, result in zip(pairs, self._tokenized(pairs)):
             if isinstance(result, RowError):
                 dropped.append(Dropped(pair.row_id, result.reason, result.detail))
             else:
                 kept.append(_columns(pair, result))
                 noticed += [Dropped(pair.row_id, what, detail) for what, detail in result.notes.items()]
         return Chunk(pa.Table.from_pylist(kept, _SCHEMA), dropped, noticed)
+
+    def _tokenized(self, pairs: list[Pair]) -> Iterable[TokenizedPair | RowError]:
+        """Of each pair, as its source wants it."""
+        if not self.own:
+            return self.tokenize(pairs)
+        sources = groupby(pairs, lambda pair: source_files.source_of(pair.row_id))
+        return chain.from_iterable(self.own.get(label, self.tokenize)(list(some)) for label, some in sources)
 
 
 def _columns(pair: Pair, tokens: TokenizedPair) -> dict[str, Any]:

@@ -10,6 +10,7 @@ Choosing is seeded and by row: the rows kept stay in the order of their files; t
 from __future__ import annotations
 
 import difflib
+import functools
 import glob
 import hashlib
 import json
@@ -34,6 +35,7 @@ from simpo.data.files import (
 )
 from simpo.data.preferences import Pair, pair_reader
 from simpo.errors import one_line
+from simpo.recipe.values import OWN_KEYS
 
 TRAIN_NAMES = ("train", "train_prefs", "training")
 EVAL_NAMES = ("test", "test_prefs", "validation", "eval", "valid", "val", "dev", "evaluation", "eval_prefs")
@@ -42,6 +44,7 @@ BUILDERS = {"json": ".json", "csv": ".csv", "parquet": ".parquet"}
 """How `datasets` calls formats of files -> the ending of a file whose own says nothing."""
 
 _EVAL_WORD = re.compile(r"(?:^|[-_.])(?:test|valid\w*|eval\w*|val|dev)(?:$|[-_.\d])")
+_ROW_ID = re.compile(r"(.*)/[^/]*#\d+(?:~\d+)?", re.DOTALL)  # LABEL/SPLIT#ROW~PASS
 _SHARD = re.compile(r"[-_.]?\d+-of-\d+$")
 
 
@@ -66,7 +69,8 @@ class Source:
     """One entry of the mixer, found but not read.
 
     `splits` maps each split to a function that reads its rows; `content` reads as little as it can to tell whether the
-    rows have changed. `wanted` names the splits to read, in place of dataset_splits; `columns` are those to keep.
+    rows have changed. `wanted` names the splits to read, in place of dataset_splits; `columns` are those to keep; `own`
+    are keys of the recipe that the entry gives for itself.
     """
 
     splits: Mapping[str, Callable[[], list[Any]]]
@@ -77,6 +81,17 @@ class Source:
     fraction: float = 1.0
     wanted: list[str] | None = None
     columns: list[str] | None = None
+    own: Mapping[str, Any] = field(default_factory=dict)
+
+    def settings(self, recipe: Any) -> Any:
+        """The recipe as this source is read by."""
+        return recipe.model_copy(update=dict(self.own)) if self.own else recipe
+
+
+def source_of(row_id: str) -> str:
+    """The label of the source that a row comes from; "" for an id of another make."""
+    found = _ROW_ID.fullmatch(row_id)
+    return found[1] if found else ""
 
 
 def find_sources(recipe: Any) -> list[Source]:
@@ -117,6 +132,7 @@ def fingerprint_sources(sources: list[Source]) -> str:
     digest = hashlib.sha256()
     for source in sources:
         parts = [source.label, source.fraction, source.wanted, source.columns, source.content()]
+        parts += [dict(source.own)] if source.own else []
         digest.update(json.dumps(parts).encode())
     return digest.hexdigest()
 
@@ -125,6 +141,7 @@ def uses_seed(recipe: Any, sources: list[Source]) -> bool:
     """Whether the seed decides which rows are taken: a part of a dataset, a limit, or a hold-out."""
     parts = any(source.fraction != int(source.fraction) for source in sources)
     limits = recipe.max_train_samples is not None or recipe.max_eval_samples is not None
+    limits |= any("max_train_samples" in source.own for source in sources)
     return parts or limits or not any(_chosen_splits(source, recipe)[1] for source in sources)
 
 
@@ -145,7 +162,7 @@ def load_splits(
         recipe: reads dataset_mixer, dataset_splits, dataset_configs, validation_fraction, max_train_samples,
             max_eval_samples, seed, score_column and the column keys.
         sources: what `find_sources` gave, if it was called before.
-        read_pair: how rows become pairs, for the hold-out; None = `pair_reader(recipe)`.
+        read_pair: how rows become pairs, for the hold-out; None = `reader_of(recipe, sources)`.
         group_answers: bring rows of one scored answer together by their prompts.
     Raises:
         ValueError: as `find_sources`; also a file that cannot be read, an empty one, or a split that is not there.
@@ -159,13 +176,13 @@ def load_splits(
         names = dict.fromkeys((*trained, *evaluated))
         read = {name: _read(source, name, notes) for name in names}
         if group_answers:
-            read = {name: _group_answers(rows, recipe, notes) for name, rows in read.items()}
+            read = {name: _group_answers(rows, source.settings(recipe), notes) for name, rows in read.items()}
         base.append([row for name in trained for row in read[name]])
         eval_rows += [row for name in evaluated for row in read[name]]
         if unread := sorted(source.splits.keys() - {*trained, *evaluated}):
             notes.append(f"{source.name}: not read, since dataset_splits does not name it: {', '.join(unread)}")
     if not eval_rows and recipe.validation_fraction > 0:
-        base, eval_rows = _hold_out(base, recipe, read_pair or pair_reader(recipe))
+        base, eval_rows = _hold_out(base, recipe, read_pair or reader_of(recipe, sources))
         if eval_rows:
             share = f"{recipe.validation_fraction:g} of the train rows ({len(eval_rows)})"
             notes.append(f"no eval split: {share} held out by prompt (validation_fraction)")
@@ -174,10 +191,29 @@ def load_splits(
         taken = take_fraction(rows, source.fraction, random.Random(f"{recipe.seed} {source.label}"))
         if rows and not taken:
             notes.append(f"dataset_mixer: {source.name}: {source.fraction:g} of its {len(rows)} rows rounds to none")
-        train_rows.extend(taken)
+        capped = _limit(taken, source.own.get("max_train_samples"), f"{recipe.seed} {source.label}")
+        if len(capped) < len(taken):
+            notes.append(f"dataset_mixer: {source.name}: {len(capped)} of {len(taken)} rows (max_train_samples)")
+        train_rows.extend(capped)
     train_rows = _limit(train_rows, recipe.max_train_samples, recipe.seed)
     eval_rows = _limit(eval_rows, recipe.max_eval_samples, recipe.seed)
     return Splits(train_rows, eval_rows, notes)
+
+
+def reader_of(
+    recipe: Any, sources: list[Source], build: Callable[[Any], Callable[..., Pair]] = pair_reader
+) -> Callable[..., Pair]:
+    """How rows become pairs, by their row id: as the recipe says, or as their source's entry does in its place.
+
+    Args:
+        build: the reader of a recipe; both can be sent to other processes.
+    """
+    readers = {"": build(recipe)} | {source.label: build(source.settings(recipe)) for source in sources if source.own}
+    return functools.partial(_read_by_source, readers) if len(readers) > 1 else readers[""]
+
+
+def _read_by_source(readers: Mapping[str, Callable[..., Pair]], row: Any, *, row_id: str) -> Pair:
+    return readers.get(source_of(row_id), readers[""])(row, row_id=row_id)
 
 
 def take_fraction(rows: list[RawRow], fraction: float, rng: random.Random) -> list[RawRow]:
@@ -219,7 +255,7 @@ def _scored_list(group: list[RawRow], score_column: str | None) -> RawRow:
     return RawRow(row_id, {**row, answer: None, "responses": answers, "scores": scores})
 
 
-def _limit(rows: list[RawRow], limit: int | None, seed: int) -> list[RawRow]:
+def _limit(rows: list[RawRow], limit: int | None, seed: int | str) -> list[RawRow]:
     """A seeded choice of at most `limit` rows, in their order."""
     if limit is None or limit >= len(rows):
         return rows
@@ -308,7 +344,8 @@ def _read(source: Source, split: str, notes: list[str]) -> list[RawRow]:
     if columns := messages_as_text(rows):
         which = f"{source.label}/{split}: {', '.join(columns)}"
         notes.append(f"{which}: messages written as text are trained as text; store lists to have them read")
-    return [RawRow(f"{source.label}/{split}#{index}", row) for index, row in enumerate(rows)]
+    place = f"{source.label}/{split.replace('/', '|')}"  # the last slash ends the source
+    return [RawRow(f"{place}#{index}", row) for index, row in enumerate(rows)]
 
 
 def _select(rows: list[Any], columns: list[str], name: str) -> list[Any]:
@@ -329,8 +366,9 @@ def _find_entry(name: str, label: str, entry: Mapping[str, Any], config: str | N
     if entry.get("config") and Path(place).expanduser().exists():
         raise ValueError(f"dataset_mixer: {name}: config: {place} is local and has no configurations; name its folder")
     found = _find(place, entry.get("config", config), entry.get("data_files"))
-    own = {"fraction": entry.get("fraction", 1.0), "wanted": entry.get("split"), "columns": entry.get("columns")}
-    return replace(found, name=name, label=label, **own)
+    own = {key: entry[key] for key in OWN_KEYS if key in entry}
+    how = {"fraction": entry.get("fraction", 1.0), "wanted": entry.get("split"), "columns": entry.get("columns")}
+    return replace(found, name=name, label=label, own=own, **how)
 
 
 def _find(name: str, config: str | None, data_files: Any) -> Source:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from simpo.data.columns import RowError
 from simpo.data.ledger import Dropped, count_rows
 from simpo.data.messages import Message
-from simpo.data.preferences import prompt_from_row
-from simpo.data.sources import find_sources, load_splits
+from simpo.data.preferences import Pair, prompt_from_row
+from simpo.data.sources import find_sources, load_splits, reader_of
 from simpo.recipe import Recipe, load_recipe
 
 
@@ -60,15 +61,15 @@ def read_prompts(recipe: Recipe) -> Prompts:
     if not (wanted.prompts or recipe.dataset_mixer):
         raise ValueError("generate.prompts: no prompts; name a dataset there, or in dataset_mixer")
     recipe = load_recipe(recipe, changes)
-    splits = load_splits(recipe, find_sources(recipe), group_answers=False)
+    sources = find_sources(recipe)
+    splits = load_splits(recipe, sources, group_answers=False)
+    read = reader_of(recipe, sources, _reader)
     found: dict[str, Prompt] = {}
     repeated = 0
     left_out: dict[str, dict[str, Any]] = {}
     for row_id, row in splits.train:
         try:
-            pair = prompt_from_row(
-                row, row_id=row_id, prompt_column=recipe.prompt_column, system_prompt=recipe.system_prompt
-            )
+            pair = read(row, row_id=row_id)
             prompt_id = f"{pair.key() % 2**64:016x}"
             columns = {name: row[name] for name in wanted.keep_columns or () if row.get(name) is not None}
             first = found.setdefault(prompt_id, Prompt(prompt_id, row_id, pair.turns, pair.tools, columns))
@@ -87,3 +88,8 @@ def read_prompts(recipe: Recipe) -> Prompts:
         splits.notes.append(f"generate.max_prompts: {wanted.max_prompts} of {len(prompts)} prompts")
         prompts = [prompts[index] for index in sorted(chosen)]
     return Prompts(prompts, len(splits.train), repeated, left_out, splits.notes)
+
+
+def _reader(recipe: Recipe) -> Callable[..., Pair]:
+    columns = {"prompt_column": recipe.prompt_column, "system_prompt": recipe.system_prompt}
+    return functools.partial(prompt_from_row, **columns)

@@ -82,6 +82,14 @@ def _mixture(value: Any) -> Any:
     return mixer
 
 
+def _datasets(value: Any) -> Any:
+    """TRL's list of datasets, whose name is a configuration's."""
+    if not isinstance(value, list) or not all(isinstance(each, Mapping) and each.get("path") for each in value):
+        raise ValueError("a list of {path: NAME, ...} is needed")
+    names = {"path": "id", "name": "config"}
+    return _mixture({"datasets": [{names.get(str(key), key): given for key, given in each.items()} for each in value]})
+
+
 def _held_out_share(value: Any) -> Any:
     """Megatron's split, "95,5,0": the shares of training, validation and test."""
     try:
@@ -116,6 +124,7 @@ ALIASES: dict[str, Alias] = {
     "use_bnb_nested_quant": Alias("bnb_4bit_use_double_quant"),
     "dataset_mixture": Alias("dataset_mixer", _mixture, notice="seed chooses the rows, as for every recipe"),
     "test_split_size": Alias("validation_fraction", yields=True),
+    "datasets": Alias("dataset_mixer", _datasets),
     "cpo_alpha": Alias("sft_weight"),
     "simpo_gamma": Alias("gamma"),
     "ref_model": Alias("ref_model_name_or_path"),

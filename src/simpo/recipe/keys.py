@@ -23,10 +23,13 @@ from simpo.recipe.checks import METRICS, resolve
 from simpo.recipe.declare import Key, declared_key, in_section
 from simpo.recipe.stages import STAGES, Generate, Pair, Rounds, Score
 from simpo.recipe.values import (
+    OWN_KEYS,
     Number,
+    RenderedText,
     Steps,
     Strategy,
     Text,
+    TrainOn,
     Whole,
     Words,
     as_lora_targets,
@@ -140,7 +143,8 @@ class Recipe(_LossKeys):
         {}, "Datasets and the fraction of each: local files, folders or hub names. A fraction is taken after a seeded "
         "shuffle; over 1 repeats rows. In place of a fraction {fraction, config, split, columns, data_files, path}: a "
         "configuration, splits of its own (as dataset_splits), the columns to keep, files of a folder, a hub dataset, "
-        "json, csv or parquet, and the dataset itself where the name is only a name.",
+        "json, csv or parquet, and the dataset itself where the name is only a name. It may also say for itself, in "
+        f"place of the recipe: {', '.join(OWN_KEYS)} (at most this many of its rows, a seeded choice after fraction).",
         "mapping of name to fraction > 0 or to settings",
         decides_tokens=False, hf="run", shown=True)  # the files themselves are, and their fractions
     dataset_splits: Words = _data(
@@ -166,11 +170,11 @@ class Recipe(_LossKeys):
         "name that the tokenizer knows, or chatml (built in). none trains text rows without any, prompt and answer "
         "glued together.", "template", null="the tokenizer's; without one the run is refused",
         decides_tokens=False)  # the template that is used does, whichever it is
-    rendered_text: Literal["auto", "keep", "render"] = _data(
+    rendered_text: RenderedText = _data(
         "auto", "Text rows that a chat template has rendered already: auto recognises them one by one (they begin as "
         "the template's prompts do, and end as its prompts or answers do) and keeps them; keep takes every text as it "
         "is; render puts every text into the template.")
-    train_on: Literal["answer", "all_assistant_turns"] = _data(
+    train_on: TrainOn = _data(
         "answer", "What is trained: the assistant's turns after the prompt, or those in it too (on both sides). Users' "
         "turns and tools' results never are.")
     system_prompt: Text | None = _data(

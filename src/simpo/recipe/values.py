@@ -10,8 +10,8 @@ import math
 import numbers
 import os
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator
 
@@ -121,6 +121,37 @@ def _files(value: Any) -> Any:
     )
 
 
+def _at_least_one(value: Any) -> Any:
+    number = as_whole(value)
+    if number is not None and number < 1:
+        raise ValueError("must be at least 1")
+    return number
+
+
+def _one_of(choice: Any) -> Callable[[Any], Any]:
+    """A check for one of the values of a Literal."""
+
+    def check(value: Any) -> Any:
+        if value is not None and value not in get_args(choice):
+            raise ValueError(f"must be one of {', '.join(get_args(choice))}")
+        return value
+
+    return check
+
+
+TrainOn = Literal["answer", "all_assistant_turns"]
+RenderedText = Literal["auto", "keep", "render"]
+
+OWN_KEYS = {
+    **dict.fromkeys(("prompt_column", "chosen_column", "rejected_column", "score_column"), as_text),
+    "system_prompt": as_text,
+    "chat_template": as_text,
+    "rendered_text": _one_of(RenderedText),
+    "train_on": _one_of(TrainOn),
+    "max_train_samples": _at_least_one,
+}
+"""Keys of the recipe that an entry of the mixer may give for itself -> their check."""
+
 _ENTRY = {
     "fraction": _fraction,
     "path": as_text,
@@ -128,6 +159,7 @@ _ENTRY = {
     "split": _words,
     "columns": _words,
     "data_files": _files,
+    **OWN_KEYS,
 }
 """What an entry of the mixer may say -> its check."""
 
