@@ -94,7 +94,7 @@ def test_n_answers_by_one_request_where_the_server_takes_n():
         choices = client.chat(Request(ASK, {}, seeds=(7, 8, 9)))
     assert [choice.text for choice in choices] == ["a", "b", "c"]
     assert all((choice.logprob, choice.num_tokens, choice.finished) == (-0.5, 1, True) for choice in choices)
-    assert len(server.asked) == 2
+    assert [body["n"] for body in server.asked] == [2, 3]
     assert {"model": "small", "n": 3, "seed": 7, "logprobs": True}.items() <= server.asked[1].items()
 
 
@@ -190,3 +190,11 @@ def test_tool_calls_go_as_the_protocol_has_them():
     assert json.loads(sent[1]["tool_calls"][0]["function"]["arguments"]) == {"a": 1, "b": "ü"}
     assert [turn["tool_call_id"] for turn in sent[2:]] == [call["id"] for call in sent[1]["tool_calls"]]
     assert "id" not in call
+
+
+def test_a_server_that_does_not_sample_is_refused():
+    with ChatServer(lambda _: completion("the likeliest")) as server, Client(server.url, "small") as client:
+        with pytest.raises(ValueError, match=r"the most likely token at temperature 0\.8 too"):
+            client.try_out({"temperature": 0.8}, num_choices=2)
+        client.try_out({"temperature": 0}, num_choices=1)
+        client.try_out({"temperature": 0.1}, num_choices=2)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice, product
 from typing import Any
 from urllib.parse import urlsplit
@@ -24,6 +25,9 @@ from simpo.errors import first_line, one_line, short
 
 RETRIES = 4
 """Of one request, after 0.5 s, 1 s, 2 s and 4 s, or when the server says."""
+
+TRIAL = [{"role": "user", "content": "Write ten random digits and three invented names."}]
+"""A first question, whose answers differ where they are sampled."""
 
 _UNREACHED = ("no connection", "timeout", "server error")
 """Reasons that are the server's alone; when they come one after another it is gone."""
@@ -52,7 +56,7 @@ class Request:
 
 
 class Client:
-    """One model of one server; a context, which holds the connections.
+    """One model of one server; a context, which holds the connections and can be entered again.
 
     Args:
         url: of the server, as http://localhost:8000/v1; without a path /v1 is meant.
@@ -78,10 +82,8 @@ class Client:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ValueError(f"{short(url)} is not the URL of a server, such as http://localhost:8000/v1")
-        try:
-            import openai
-        except ImportError:
-            raise ValueError("a server's model needs the openai package: pip install 'simpo[openai]'") from None
+        if find_spec("openai") is None:
+            raise ValueError("a server's model needs the openai package: pip install 'simpo[openai]'")
         # A key that is not given here would be read from OPENAI_API_KEY and sent to whatever server this is.
         self._key = os.environ.get(key_variable, "") if key_variable else "none"
         if not self._key:
@@ -89,14 +91,15 @@ class Client:
         self.url = url if parts.path.strip("/") else f"{url.rstrip('/')}/v1"
         self.model, self.timeout_s, self.concurrency = model, timeout_s, concurrency
         self.takes_n, self.gives_logprobs, self._limit_field = True, False, "max_tokens"
-        timeout = openai.Timeout(timeout_s, connect=min(timeout_s, 10.0))
-        self._api = openai.AsyncOpenAI(base_url=self.url, api_key=self._key, timeout=timeout, max_retries=RETRIES)
-        self._slots = asyncio.Semaphore(concurrency)
-        self._lost = 0  # requests in a row that did not reach the server
 
     def __enter__(self) -> Client:
+        import openai
         from anyio.from_thread import start_blocking_portal
 
+        timeout = openai.Timeout(self.timeout_s, connect=min(self.timeout_s, 10.0))
+        self._api = openai.AsyncOpenAI(base_url=self.url, api_key=self._key, timeout=timeout, max_retries=RETRIES)
+        self._slots = asyncio.Semaphore(self.concurrency)
+        self._lost = 0  # requests in a row that went without an answer
         with ExitStack() as stack:
             self._portal = stack.enter_context(start_blocking_portal())
             stack.callback(self._portal.call, self._api.close)
@@ -107,10 +110,10 @@ class Client:
         self._stack.__exit__(*error)
 
     def try_out(self, sampling: Mapping[str, Any], *, num_choices: int = 1, logprobs: bool = False) -> None:
-        """Find the model and ask it for one token with these settings, to learn which optional ones the server takes.
+        """Find the model and ask it for a few words with these settings, to learn which optional ones the server takes.
 
         Raises:
-            ValueError: no server, no such model, or it refuses the key or a setting.
+            ValueError: no server, no such model; it refuses the key or a setting, or answers as if at temperature 0.
         """
         self._portal.call(self._try_out, sampling, num_choices, logprobs)
 
@@ -180,12 +183,10 @@ class Client:
             raise RowError("no connection", one_line(error.__cause__ or error)) from None
         except openai.APIStatusError as error:
             is_servers = error.status_code >= 500 or error.status_code in (408, 409, 429)
-            raise RowError("server error" if is_servers else "refused", self._said(error)) from error
+            said = " ".join(f"{error.status_code} {error.response.text}".split()).replace(self._key, "***")[:300]
+            raise RowError("server error" if is_servers else "refused", said) from None
         except ValueError as error:
             raise RowError("not an answer", f"not JSON: {first_line(error)}") from None
-
-    def _said(self, error: Exception) -> str:
-        return one_line(error).replace(self._key, "***") if self._key != "none" else one_line(error)
 
     async def _try_out(self, sampling: Mapping[str, Any], num_choices: int, logprobs: bool) -> None:
         names = await self._list_models()
@@ -194,21 +195,37 @@ class Client:
             if len(names) != 1:
                 raise ValueError(f"{self.url}: name the model to ask{listed}")
             self.model = names[0]
-        body = {**sampling, "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1, "seed": 0}
-        refused = None
-        for many, with_logprobs in dict.fromkeys(product((num_choices > 1, False), (logprobs, False))):
-            optional = {"n": num_choices if many else None, "logprobs": with_logprobs or None}
+        body = {**sampling, "messages": TRIAL, "max_tokens": 32, "seed": 0}
+        count = min(num_choices, 2)
+        try:
+            choices = await self._find_ways(body, count, logprobs)
+            if len(choices) < count:
+                choices += read_choices(await self._post(body | {"seed": 1}))
+        except RowError as error:
+            raise ValueError(f"{self.url}: model {self.model!r} gives no answer ({error}){listed}") from None
+        if count > 1 and sampling.get("temperature", 1) >= 0.5 and choices[0].text == choices[1].text:
+            raise ValueError(
+                f"{self.url}: model {self.model!r} answers {short(TRIAL[0]['content'])} twice with "
+                f"{short(choices[0].text)}: the server takes the most likely token at temperature "
+                f"{sampling.get('temperature', 1):g} too. transformers serve does so unless the model's "
+                'generation_config.json says "do_sample": true'
+            )
+
+    async def _find_ways(self, body: Mapping[str, Any], count: int, logprobs: bool) -> list[Choice]:
+        """The answers to a first request, with as many of the optional fields as the server takes."""
+        ways = list(dict.fromkeys(product((count, 1), (logprobs, False))))
+        for n, with_logprobs in ways:
+            optional = {"n": n if n > 1 else None, "logprobs": with_logprobs or None}
             try:
-                choices = read_choices(await self._try(body | optional))
+                choices = read_choices(await self._try({**body, **optional}))
             except RowError as error:
-                refused = error
-                if error.reason != "refused":
-                    break
+                if error.reason != "refused" or (n, with_logprobs) == ways[-1]:
+                    raise
             else:
-                self.takes_n = many and len(choices) >= num_choices
+                self.takes_n = n > 1 and len(choices) >= n
                 self.gives_logprobs = with_logprobs and choices[0].logprob is not None
-                return
-        raise ValueError(f"{self.url}: model {self.model!r} gives no answer ({refused}){listed}")
+                return choices
+        raise AssertionError("the last way returns or raises")
 
     async def _try(self, body: Mapping[str, Any]) -> Any:
         try:
