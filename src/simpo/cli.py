@@ -34,7 +34,10 @@ class _OneLineErrors(TyperGroup):
             _say_once(f"error: {error}", color="red")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.secho("interrupted", fg="yellow", err=True)
+            from simpo.recipe import STAGES
+
+            how = "; the same command goes on from here" if ctx.invoked_subcommand in STAGES else ""
+            typer.secho(f"interrupted{how}", fg="yellow", err=True)
             raise typer.Exit(130) from None
 
 
@@ -220,6 +223,22 @@ def pair(
     _exit_by_account(account_of(run_pair(resolved, output=output)))
 
 
+@app.command(context_settings=_TAKES_OVERRIDES)
+def score(
+    context: typer.Context,
+    recipe: RecipeFile,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help="[default: scored.jsonl in output_dir]")
+    ] = None,
+) -> None:
+    """Rate responses by rules, functions, models, a judge. Any key can follow: --input FILE --standardize true"""
+    from simpo.onpolicy.score import run_score
+
+    path = run_score(_load(recipe, context.args, stage="score"), output=output)
+    typer.echo(f"scored: {path}")
+    _exit_by_account(path)
+
+
 @app.command(context_settings={"ignore_unknown_options": True})
 def keys(
     name: Annotated[
@@ -279,7 +298,10 @@ def _exit_by_account(account: Path) -> None:
     left_out = read_about(account).get("left_out", {})
     if left_out:
         counts = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out.items())
-        typer.secho(f"left out: {counts}; which and why is in {account}", fg="yellow", err=True)
+        for reason, entry in left_out.items():
+            example = entry["examples"][0]
+            typer.secho(f"{reason}, as {example['row_id']}: {example['detail']}", fg="yellow", err=True)
+        typer.secho(f"left out: {counts}; which and why is in {account.with_suffix('.json')}", fg="yellow", err=True)
         raise typer.Exit(3)
 
 
@@ -359,9 +381,13 @@ def _explain_key(name: str) -> str:
     from simpo.recipe import KEYS, STAGE_KEYS, STAGES
     from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
     from simpo.recipe.load import describe_unknown
+    from simpo.recipe.scorers import SCORERS
 
     if name in STAGES:
-        return "\n".join(_key_text(key) for key in STAGE_KEYS.values() if key.section == name)
+        own = [_key_text(key) for key in STAGE_KEYS.values() if key.section == name]
+        return "\n".join([*own, *(_scorer_text(kind) for kind in SCORERS if name == "score")])
+    if name.partition(".")[0] == "score" and name.rpartition(".")[2] in SCORERS:
+        return _scorer_text(name.rpartition(".")[2])
     if name in STAGE_KEYS:
         return _key_text(STAGE_KEYS[name])
 
@@ -377,3 +403,10 @@ def _explain_key(name: str) -> str:
     if name not in KEYS:
         raise ValueError(f"{describe_unknown(name)}; `simpo keys` lists all keys")
     return _key_text(KEYS[name])
+
+
+def _scorer_text(kind: str) -> str:
+    from simpo.recipe.scorers import SCORER_KEYS, SCORERS
+
+    lines = [f"\n  a scorer of kind {kind}\n      {SCORERS[kind].__doc__}", *map(_key_text, SCORER_KEYS[kind])]
+    return "\n".join(lines)

@@ -37,7 +37,7 @@ def load_own_loss(path: str, options_json: str) -> Loss:
         ValueError: module or function not found, an option that it does not take or that is missing, or losses that
             have the wrong shape, are not finite or do not depend on the log-probs.
     """
-    function, options = _find(path), json.loads(options_json)
+    function, options = find_function(path, "loss_type"), json.loads(options_json)
     taken = keyword_defaults(function)
     own = [name for name in taken if name not in GENERAL_KEYS]
     for name in options:
@@ -70,7 +70,12 @@ def load_own_loss(path: str, options_json: str) -> Loss:
     return loss
 
 
-def _find(path: str) -> Callable[..., Any]:
+def find_function(path: str, key: str) -> Callable[..., Any]:
+    """The function that "module:function" names, the module in the working directory or installed.
+
+    Raises:
+        ValueError: there is none; `key` says where in the recipe it was named.
+    """
     module_name, _, name = path.partition(":")
     folder = os.getcwd()
     sys.path.insert(0, folder)
@@ -79,14 +84,14 @@ def _find(path: str) -> Callable[..., Any]:
     except Exception as error:  # a user's module may raise anything when it is imported
         if isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}."):
             where = f"neither in {folder} nor installed"
-            raise ValueError(f"loss_type = {path!r}: there is no module {error.name!r}, {where}") from None
-        raise ValueError(f"loss_type = {path!r}: {module_name} cannot be imported: {one_line(error)}") from error
+            raise ValueError(f"{key} = {path!r}: there is no module {error.name!r}, {where}") from None
+        raise ValueError(f"{key} = {path!r}: {module_name} cannot be imported: {one_line(error)}") from error
     finally:
         sys.path.remove(folder)
     function = getattr(module, name, None)
     if not callable(function):
         what = "no function" if function is None else f"a {type(function).__name__}, not a function,"
-        raise ValueError(f"loss_type = {path!r}: {what} {name!r} in {getattr(module, '__file__', module_name)}")
+        raise ValueError(f"{key} = {path!r}: {what} {name!r} in {getattr(module, '__file__', module_name)}")
     return function
 
 

@@ -35,6 +35,11 @@ def identify_language(text: str) -> tuple[str, float] | None:
     return language, confidence
 
 
+def known_languages() -> list[str]:
+    """The codes that `identify_language` can give. Raises as it does."""
+    return sorted(_identifier().nb_classes)
+
+
 @functools.cache
 def _identifier() -> Any:
     try:

@@ -113,7 +113,7 @@ class Journal:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that are there, in the order of the file."""
-        return read_rows(self.path)
+        return _rows_of(self.path)
 
     def _rewrite(self, ordered: Sequence[str]) -> None:
         aside, begins = self.path.with_name(f".{self.path.name}.sorting"), {}
@@ -208,6 +208,10 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: no such file")
     if read_about(path).get("complete") is False:
         raise ValueError(f"{path}: not complete yet; the command that writes it goes on when it is given again")
+    yield from _rows_of(path)
+
+
+def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 from simpo.recipe.declare import Key, declared_key, in_section
+from simpo.recipe.scorers import as_scorers_or_null
 from simpo.recipe.values import Number, Text, Whole, Words, as_mixture_or_null, as_words_or_null
 
 
@@ -69,6 +70,13 @@ class Score(Stage):
 
     input: Text | None = _score(
         None, "File of responses.", "path", null="responses.jsonl in output_dir")
+    scorers: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(as_scorers_or_null)] = _score(
+        None, "What rates the responses: a name for each scorer, with its kind, its weight and its kind's options. A "
+        "response's score is the weighted sum; `simpo keys score` lists the kinds.",
+        "mapping of name to {kind, weight, options}", null="none, which only `simpo score` minds")
+    standardize: bool = _score(
+        False, "Bring each scorer's numbers to mean 0 and standard deviation 1 over the whole file before they are "
+        "weighted, for scorers of different scales.")
 
 
 class Pair(Stage):

@@ -1,0 +1,239 @@
+"""`simpo score`: a number for each response, from one scorer or several.
+
+Each scorer goes through the whole file on its own and keeps its numbers in `scores/` beside the output, under a name
+that follows from the input, its options and its source or model: what was rated by another version is another file. The
+output is put together from these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+import statistics
+from array import array
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from simpo.data.columns import RowError
+from simpo.data.files import hash_files
+from simpo.display import progress_bar
+from simpo.onpolicy.journal import Journal, read_about, read_rows
+from simpo.onpolicy.scorers import build_rater
+from simpo.onpolicy.scorers.rating import Rater, Row, Scores
+from simpo.recipe import Recipe
+from simpo.recipe.scorers import SCORER_KEYS, Scorer, read_scorer
+from simpo.run.lock import OutputLock
+
+
+def run_score(recipe: Recipe, *, input: str | Path | None = None, output: str | Path | None = None) -> Path:
+    """Rate the responses of a file with the recipe's scorers; goes on where an earlier call stopped.
+
+    Args:
+        recipe: `score` says what rates.
+        input: file of responses; None = the recipe's `score.input`, else responses.jsonl in output_dir.
+        output: None = scored.jsonl in output_dir.
+    Returns:
+        The output. Its account, in FILE.json, has the rows that were left out, by reason, and each scorer's range.
+    Raises:
+        ValueError: no responses, no scorers, one that cannot work here, or no row that all of them could rate.
+    """
+    settings = recipe.score
+    if not settings.scorers:
+        raise ValueError("score.scorers: nothing to rate with; name a scorer there (`simpo keys score` has the kinds)")
+    source = _path(recipe, input or settings.input, "responses.jsonl", "score.input")
+    target = _path(recipe, output, "scored.jsonl", "--output")
+    order, faults = _read_order(source)
+    digest = hash_files([source])
+    scorers = {name: _Part(name, spec, digest, recipe, target) for name, spec in settings.scorers.items()}
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    with OutputLock(target.parent):
+        for part in scorers.values():
+            faults |= part.work(source, order, faults, console)
+        return _combine(source, target, order, scorers, faults, standardize=settings.standardize, digest=digest)
+
+
+def _path(recipe: Recipe, given: str | Path | None, name: str, key: str) -> Path:
+    if given is None and recipe.output_dir is None:
+        raise ValueError(f"output_dir: give it, or the file itself ({key})")
+    return Path(given) if given is not None else Path(str(recipe.output_dir), name)
+
+
+def _read_order(source: Path) -> tuple[list[str], dict[str, RowError]]:
+    """The ids of all rows, and what is wrong with those that cannot be rated.
+
+    Raises:
+        ValueError: as `read_rows`; no rows, or two with one id.
+    """
+    order: dict[str, None] = {}
+    faults = {}
+    for row in read_rows(source):
+        if row["id"] in order:
+            raise ValueError(f"{source}: two rows have the id {row['id']!r}")
+        order[row["id"]] = None
+        responses, prompt = row.get("responses"), row.get("prompt")
+        if not isinstance(responses, list) or not all(
+            isinstance(each, dict) and isinstance(each.get("text"), str) for each in responses
+        ):
+            faults[row["id"]] = RowError("malformed", "responses is not a list of objects with a text")
+        elif not responses:
+            faults[row["id"]] = RowError("no responses", "its list of responses is empty")
+        elif not isinstance(prompt, list) or not all(
+            isinstance(each, dict) and isinstance(each.get("content"), str) for each in prompt
+        ):
+            faults[row["id"]] = RowError("malformed", "prompt is not a list of messages")
+    if not order:
+        raise ValueError(f"{source}: no rows")
+    return list(order), faults
+
+
+class _Part:
+    """One scorer and the journal of its numbers."""
+
+    def __init__(self, name: str, spec: Mapping[str, Any], digest: str, recipe: Recipe, target: Path) -> None:
+        try:
+            kind, options = read_scorer(spec)
+            self.rater: Rater = build_rater(kind, options, recipe)
+        except ValueError as error:
+            raise ValueError(f"score.scorers.{name}: {error}") from error
+        self.name, self.options = name, options
+        self.settings = {"kind": kind, **_deciding(kind, options), **self.rater.identity}
+        text = json.dumps([digest, self.settings], sort_keys=True)
+        key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+        self.path = target.parent / "scores" / f"{name}-{key}.jsonl"
+        self.digest = digest
+
+    def work(
+        self, source: Path, order: list[str], faults: dict[str, RowError], console: Console
+    ) -> dict[str, RowError]:
+        """Rate what is not rated yet; gives the rows that this failed for, and why."""
+        failed: dict[str, RowError] = {}
+        with Journal(self.path, {"input": self.digest, **self.settings}) as journal:
+            left = [row_id for row_id in order if row_id not in journal and row_id not in faults]
+            if left:
+                wanted = set(left)
+                rows = (row for row in read_rows(source) if row["id"] in wanted)
+                with progress_bar(console, f"scoring: {self.name}", len(left)) as advance:
+                    for row, scores in self.rater.rate(rows):
+                        checked = _checked(scores)
+                        if isinstance(checked, RowError):
+                            failed[row["id"]] = RowError(f"{self.name}: {checked.reason}", checked.detail)
+                            journal.leave_out(row["id"], checked)
+                        else:
+                            journal.add({"id": row["id"], "scores": checked})
+                        advance(1)
+            journal.finish(order, _spread(journal.rows()))
+        return failed
+
+
+def _deciding(kind: str, options: Scorer) -> dict[str, Any]:
+    """The options that decide a scorer's numbers."""
+    names = (key.name.rpartition(".")[2] for key in SCORER_KEYS[kind] if not key.may_change)
+    return {name: getattr(options, name) for name in names}
+
+
+def _checked(scores: Scores) -> list[float] | RowError:
+    """Finite numbers, or what is wrong with them."""
+    if isinstance(scores, RowError):
+        return scores
+    found = []
+    for place, score in enumerate(scores, start=1):
+        score = score.item() if getattr(score, "ndim", None) == 0 else score  # of torch or NumPy
+        if not isinstance(score, numbers.Real) or not math.isfinite(score):
+            return RowError("no finite number", f"response {place} of {len(scores)} got {str(score)[:60]!r}")
+        found.append(float(score))
+    return found
+
+
+def _spread(rows: Iterator[Row]) -> dict[str, Any]:
+    """Mean, standard deviation, lowest and highest of all numbers of a journal."""
+    values = array("d", (score for row in rows for score in row["scores"]))
+    if not values:
+        return {"responses": 0}
+    mean = math.fsum(values) / len(values)
+    return {
+        "responses": len(values),
+        "mean": mean,
+        "sd": statistics.pstdev(values, mean),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def _combine(
+    source: Path,
+    target: Path,
+    order: list[str],
+    parts: Mapping[str, _Part],
+    faults: Mapping[str, RowError],
+    *,
+    standardize: bool,
+    digest: str,
+) -> Path:
+    """Write the output from the scorers' numbers, all of which are there."""
+    spreads = {
+        name: {key: read_about(part.path)[key] for key in ("mean", "sd", "min", "max")}
+        for name, part in parts.items()
+        if read_about(part.path)["responses"]
+    }
+    settings = {
+        "input": digest,
+        "standardize": standardize,
+        "scorers": {name: {"weight": part.options.weight, **part.settings} for name, part in parts.items()},
+    }
+    about = read_about(target)
+    if standardize and about.get("settings") == json.loads(json.dumps(settings)) and about.get("scores") != spreads:
+        target.unlink(missing_ok=True)  # every score depends on the rows that have come in since
+        target.with_suffix(".json").unlink()
+    with Journal(target, settings) as journal:
+        rated = {name: _Follower(read_rows(part.path)) for name, part in parts.items()}
+        for row in read_rows(source):
+            found = {name: each.scores(row["id"]) for name, each in rated.items()}
+            if row["id"] in faults or None in found.values():
+                journal.leave_out(row["id"], faults.get(row["id"], RowError("not rated", "by an earlier call")))
+            elif row["id"] not in journal:
+                journal.add(_scored(row, found, parts, spreads if standardize else None))  # type: ignore[arg-type]
+        journal.finish(order, {"prompts": len(order), "scores": spreads})
+        if not journal.done:
+            lines = [
+                f"{each['count']} {reason}: {each['examples'][0]['detail']}"
+                for reason, each in journal.left_out.items()
+            ]
+            raise ValueError(f"{source}: none of {len(order)} rows could be scored ({'; '.join(lines)})")
+    return target
+
+
+def _scored(
+    row: Mapping[str, Any],
+    found: Mapping[str, list[float]],
+    parts: Mapping[str, _Part],
+    spreads: Mapping[str, Mapping[str, float]] | None,
+) -> dict[str, Any]:
+    """The row with its responses' numbers and their weighted sum."""
+    responses = []
+    for place, response in enumerate(row["responses"]):
+        scores = {name: values[place] for name, values in found.items()}
+        weighed = scores
+        if spreads is not None:
+            weighed = {name: (x - spreads[name]["mean"]) / (spreads[name]["sd"] or 1.0) for name, x in scores.items()}
+        total = math.fsum(parts[name].options.weight * x for name, x in weighed.items())
+        responses.append({**response, "scores": scores, "score": total})
+    return {**row, "responses": responses}
+
+
+class _Follower:
+    """The rows of a scorer's journal, some of the input's in its order, looked up while the input is read."""
+
+    def __init__(self, rows: Iterator[dict[str, Any]]) -> None:
+        self._rows = rows
+        self._next = next(rows, None)
+
+    def scores(self, row_id: str) -> list[float] | None:
+        if self._next is None or self._next["id"] != row_id:
+            return None
+        found, self._next = self._next["scores"], next(self._rows, None)
+        return found

@@ -1,0 +1,23 @@
+"""What rates responses, a module for each way to: rules and functions, code, reward models, log-probs.
+
+Their kinds and options are declared in `simpo.recipe.scorers`; a new one is a declaration there and an entry here.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simpo.onpolicy.scorers.rating import Rater
+    from simpo.recipe import Recipe
+
+
+def build_rater(kind: str, options: Any, recipe: Recipe) -> Rater:
+    """The scorer of a kind, with its options as `read_scorer` gives them; nothing large is loaded before it works.
+
+    Raises:
+        ValueError: a function, model or package that is not there.
+    """
+    from simpo.onpolicy.scorers.rules import build
+
+    return build(kind, options)

@@ -1,0 +1,55 @@
+"""What a scorer is: from rows as `simpo generate` writes them to a number for each response, or why there is none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from simpo.data.columns import RowError
+from simpo.errors import one_line
+
+Row = Mapping[str, Any]
+Scores = list[Any] | RowError
+"""A number for each response of a row, or why there is none."""
+
+
+@dataclass(frozen=True)
+class Rater:
+    """One scorer, ready to work.
+
+    Attributes:
+        rate: from rows to (row, scores), in any order.
+        identity: what decides its numbers besides its options: digests of source, weights, versions.
+    """
+
+    rate: Callable[[Iterable[Row]], Iterator[tuple[Row, Scores]]]
+    identity: Mapping[str, Any] = field(default_factory=dict)
+
+
+def rate_each(rate: Callable[[Row, Mapping[str, Any]], Any]) -> Callable[[Iterable[Row]], Iterator[tuple[Row, Scores]]]:
+    """A scorer of rows from a function of a row and one of its responses."""
+
+    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[Row, Scores]]:
+        for row in rows:
+            yield row, guarded(lambda row=row: [rate(row, response) for response in row["responses"]])
+
+    return rate_rows
+
+
+def guarded(rate: Callable[[], list[Any]]) -> Scores:
+    """What `rate` returns, or what it raised as the reason of a row."""
+    try:
+        return rate()
+    except RowError as error:
+        return error
+    except (Exception, SystemExit) as error:  # a user's function may raise anything; none ends the others' scoring
+        return RowError("raised", one_line(error))
+
+
+def column(row: Row, name: str) -> Any:
+    """What a prompt brought along for scorers; a RowError where it is not there."""
+    value = row.get("columns", {}).get(name)
+    if value is None:
+        raise RowError("missing column", f"no {name!r} among its columns; name it in generate.keep_columns")
+    return value
