@@ -72,7 +72,7 @@ def test_same_rows_give_the_same_pairs_and_drops_in_every_format(rows, tmp_path)
 def test_one_answer_that_looks_like_messages_leaves_its_column_text(tmp_path):
     rows = [{"prompt": "q", "chosen": json.dumps(say("yes")), "rejected": "no"}]
     rows += [{"prompt": "q", "chosen": "plain", "rejected": json.dumps(say("no"))}]
-    read = read_file(write(tmp_path / "a.csv", rows, json.dumps))
+    read = list(read_file(write(tmp_path / "a.csv", rows, json.dumps)))
     assert read == rows
 
 
@@ -91,4 +91,4 @@ def test_scores_are_numbers_however_a_table_holds_them():
 def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected,chosen\nq,a,b,c\n")
     with pytest.raises(ValueError, match=r"a\.csv: several columns are called 'chosen'; rename or remove them"):
-        read_file(tmp_path / "a.csv")
+        list(read_file(tmp_path / "a.csv"))

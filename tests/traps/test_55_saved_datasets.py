@@ -66,4 +66,4 @@ def test_damaged_folder_is_named(tmp_path, save):
     for file in (tmp_path / "one").glob("*.arrow"):
         file.write_bytes(b"nothing")
     with pytest.raises(ValueError, match=r"one: cannot be read as a saved dataset \("):
-        read_file(tmp_path / "one")
+        list(read_file(tmp_path / "one"))

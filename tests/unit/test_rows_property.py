@@ -18,7 +18,7 @@ from tokenizers_for_tests import trained_texts
 from simpo.data import columns
 from simpo.data.preferences import RowError, pair_from_row
 from simpo.data.prepare import RowTokenizer, prepare_pairs
-from simpo.data.sources import RawRow
+from simpo.data.rows import RawRow
 from simpo.data.tokenize import PairTokenizer
 
 few = settings(  # where each example tokenises or writes files

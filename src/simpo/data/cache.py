@@ -5,11 +5,13 @@ One folder for each key under `cache_dir`: an Arrow stream for each split and le
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -44,6 +46,7 @@ PAIR_COLUMNS = {
 """What a prepared dataset holds for each pair; `*_ids` are prompt and response, `*_start` the first trained token,
 `*_gaps` the untrained stretches behind it (begin, end, begin, end, ...), `shared_prefix` how many leading tokens the
 packed layout computes once."""
+_PAIRS = pa.schema(PAIR_COLUMNS)
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -160,30 +163,110 @@ def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None
         return None
 
 
-def save_cached(folder: Path, tables: dict[str, pa.Table], ledger: Ledger, console: Console) -> PreparedData:
-    """Store aside, then rename. The result is mapped from the store, or in memory where there can be none."""
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".new-", ignore_cleanup_errors=True) as aside:
-            for name, table in tables.items():
-                file = pa.OSFile(os.path.join(aside, f"{name}.arrow"), "wb")
-                with file, pa.ipc.new_stream(file, table.schema) as writer:
-                    writer.write_table(table)
-            ledger.save(Path(aside, "ledger.json"))
-            try:
-                os.rename(aside, folder)
-            except OSError:  # another process may have stored the same meanwhile; then its store stands
-                if not (folder / "ledger.json").is_file():
-                    raise
-        return _open(folder, ledger)
-    except OSError as error:
+class NotStored(Exception):
+    """The store cannot be written; says why. Says nothing about the data."""
+
+
+class PairWriter:
+    """Prepared pairs on their way into the store: written aside as they come, and named when they are whole.
+
+    A context; what has not been stored when it ends is removed.
+
+    Args:
+        folder: of the store; None = in memory, where there can be none.
+    Raises:
+        NotStored: from every method, where a file cannot be written.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self.folder = folder
+        self._aside: tempfile.TemporaryDirectory | None = None
+        self._files: dict[str, Any] = {}  # split -> the file that is being written
+        self._writers: dict[str, Any] = {}
+        self._memory: dict[str, pa.Buffer] = {}
+
+    def __enter__(self) -> PairWriter:
+        if self.folder is not None:
+            with _storing():
+                self.folder.parent.mkdir(parents=True, exist_ok=True)
+                self._aside = tempfile.TemporaryDirectory(
+                    dir=self.folder.parent, prefix=".new-", ignore_cleanup_errors=True
+                )
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for file in self._files.values():
+            file.close()
+        if self._aside is not None:
+            self._aside.cleanup()
+
+    def write(self, split: str, table: pa.Table) -> None:
+        """Add pairs to a split; an empty table makes it known."""
+        with _storing():
+            if split not in self._writers:
+                path = self._path(split)
+                self._files[split] = pa.BufferOutputStream() if path is None else open(path, "wb")  # noqa: SIM115
+                self._writers[split] = pa.ipc.new_stream(self._files[split], _PAIRS)
+            self._writers[split].write_table(table.select(_PAIRS.names))
+
+    def read(self, split: str) -> pa.Table:
+        """The pairs of a split, mapped; it is complete then."""
+        with _storing():
+            if split in self._writers:
+                self._writers.pop(split).close()
+                file = self._files.pop(split)
+                if self._aside is None:
+                    self._memory[split] = file.getvalue()
+                else:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    file.close()
+            path = self._path(split)
+            source = pa.BufferReader(self._memory[split]) if path is None else pa.memory_map(path)
+            return pa.ipc.open_stream(source).read_all()
+
+    def keep(self, split: str, mask: np.ndarray) -> None:
+        """Leave out the pairs of a split where `mask` is False."""
+        if mask.all():
+            return
+        path, before = self._path(split), self.read(split)
+        if path is not None:
+            os.unlink(path)  # it is still mapped
+        begin = 0
+        self.write(split, before.slice(0, 0))
+        for batch in before.to_batches():
+            self.write(split, pa.Table.from_batches([batch]).filter(pa.array(mask[begin : begin + len(batch)])))
+            begin += len(batch)
+
+    def store(self, ledger: Ledger) -> PreparedData:
+        """Name what is written. The result is mapped from the store, or in memory where there is none."""
         from datasets import Dataset
 
-        reason = error.strerror or error
-        console.print(f"data cache not written to {folder.parent}: {reason}", markup=False, highlight=False)
-        key = ledger.fingerprint
-        datasets = {name: Dataset(table, fingerprint=f"{key}-{name}") for name, table in tables.items()}
-        return PreparedData(datasets["train"], datasets.get("eval") or None, ledger)
+        tables = {name: self.read(name) for name in ledger.splits}
+        if self.folder is None or self._aside is None:
+            datasets = {
+                name: Dataset(table, fingerprint=f"{ledger.fingerprint}-{name}") for name, table in tables.items()
+            }
+            return PreparedData(datasets["train"], datasets.get("eval") or None, ledger)
+        with _storing():
+            ledger.save(Path(self._aside.name, "ledger.json"))
+            try:
+                os.rename(self._aside.name, self.folder)
+            except OSError:  # another process may have stored the same meanwhile; then its store stands
+                if not (self.folder / "ledger.json").is_file():
+                    raise
+            return _open(self.folder, ledger)
+
+    def _path(self, split: str) -> str | None:
+        return None if self._aside is None else os.path.join(self._aside.name, f"{split}.arrow")
+
+
+@contextlib.contextmanager
+def _storing() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise NotStored(error.strerror or str(error)) from error
 
 
 def _open(folder: Path, ledger: Ledger) -> PreparedData:

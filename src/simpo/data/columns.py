@@ -11,7 +11,7 @@ import json
 import math
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
@@ -221,38 +221,52 @@ def _parsed(text: str) -> Any:
         return None
 
 
-def type_cells(rows: list[dict[str, Any]]) -> None:
-    """Give rows of a format that knows only text the types that other formats would have; changes them in place.
+def type_cells(row: Mapping[str, Any], messages: Collection[str]) -> dict[str, Any]:
+    """A row of a format that knows only text, with the types that other formats would have.
 
-    An empty cell is null. A column holds messages if each of its cells does; the columns of answers only together.
-    Lists and scores are read where their columns are, and everything else is text, whatever it looks like.
+    An empty cell is null. Of columns only those of messages are decoded: lists and scores are read where their columns
+    are, and everything else is text, whatever it looks like.
+
+    Args:
+        messages: what `message_columns` found in all rows.
     """
-    decoded = _message_columns(rows)
-    for index, row in enumerate(rows):
-        for name, cell in row.items():
-            row[name] = decoded[name][index] if name in decoded else cell or None
+    return {name: (decode_list(cell) if name in messages else cell) if cell else None for name, cell in row.items()}
 
 
 def messages_as_text(rows: Sequence[Any]) -> list[str]:
     """Columns that `type_cells` would read as messages, in rows of a format in which they are text, and stay it."""
     first = [row for row in rows[:100] if isinstance(row, Mapping)]
-    names = _message_columns([{name: cell for name, cell in row.items() if isinstance(cell, str)} for row in first])
+    texts = dict.fromkeys(name for row in first for name, cell in row.items() if isinstance(cell, str))
+    cells = [{name: row[name] if isinstance(row.get(name), str) else None for name in texts} for row in first]
     return [
         name
-        for name in names
+        for name in message_columns(cells)
         if name not in MESSAGE_COLUMNS and all(isinstance(row.get(name), str | None) for row in first)
     ]
 
 
-def _message_columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
-    """The cells of each column whose every cell of text is messages; the columns of answers only together."""
-    decoded = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        cells = [decode_list(cell) if (cell := row.get(name)) else None for row in rows]
-        if any(cells) and all(cell is None or _are_messages(cell) for cell in cells):
-            decoded[name] = cells
-    answers = {name for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS) if any(row.get(name) for row in rows)}
-    return decoded if answers <= decoded.keys() else {n: cells for n, cells in decoded.items() if n not in answers}
+def message_columns(rows: Iterable[Mapping[str, Any]]) -> list[str]:
+    """The columns whose every cell of text is messages; those of answers only together.
+
+    Reads as far as it must: to the row behind which no column is left that could be one.
+
+    Args:
+        rows: all with the same columns.
+    """
+    names: list[str] = []
+    found, text, answers = set(), set(), set()
+    for row in rows:
+        names = names or list(row)
+        for name, cell in row.items():
+            if cell and name not in text:
+                decoded = decode_list(cell)
+                found.update([name] if decoded else ())
+                text.update([] if _are_messages(decoded) else [name])
+                answers.update({name} & {*CHOSEN_COLUMNS, *REJECTED_COLUMNS})
+        if len(text) == len(row):
+            break
+    found -= text
+    return [name for name in names if name in found and (answers <= found or name not in answers)]
 
 
 def _are_messages(value: Any) -> bool:

@@ -6,20 +6,23 @@ cannot be read at all raises ValueError with its name.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import hashlib
 import io
 import json
 import os
+import re
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from simpo.data.columns import RowError, type_cells
+from simpo.data.columns import RowError, message_columns, type_cells
 from simpo.errors import one_line
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
@@ -33,13 +36,15 @@ def file_format(path: Path) -> str | None:
     return suffixes[-1] if suffixes and suffixes[-1] in FORMATS else None
 
 
-def read_file(path: Path, otherwise: str | None = None) -> list[Any]:
+def read_file(path: Path, otherwise: str | None = None) -> Iterator[Any]:
     """The rows of one file, or of one saved dataset: mappings, or a `RowError` for each line that cannot be read.
+
+    They are read as they are asked for: a line, a batch, an item of a list at a time; only a JSON object as a whole.
 
     Args:
         otherwise: the format where the name does not say it.
     Raises:
-        ValueError: the file as a whole cannot be read, or has no rows.
+        ValueError: the file has no rows or cannot be read, once the rows before the damage are out.
     """
     readers = {
         ".jsonl": _read_jsonl,
@@ -48,26 +53,34 @@ def read_file(path: Path, otherwise: str | None = None) -> list[Any]:
         ".tsv": _read_csv,
         ".parquet": _read_parquet,
     }
-    rows = _read_saved(path) if path.is_dir() else list(readers[file_format(path) or otherwise or ""](path))
-    if not rows:
+    rows = (_read_saved if path.is_dir() else readers[file_format(path) or otherwise or ""])(path)
+    is_empty = True
+    for row in rows:
+        is_empty = False
+        yield row
+    if is_empty:
         raise ValueError(f"{path}: the file has no rows")
-    return rows
 
 
-def _bytes(path: Path) -> bytes:
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[Any]:
+    """The bytes of a file, gzipped or not, behind a byte order mark, as a stream."""
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        with open(path, "rb") as file, contextlib.ExitStack() as stack:
+            is_gzipped = file.peek(2)[:2] == b"\x1f\x8b"
+            stream: Any = stack.enter_context(gzip.GzipFile(fileobj=file)) if is_gzipped else file
+            if stream.peek(3)[:3] == b"\xef\xbb\xbf":
+                stream.read(3)
+            yield stream
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path}: cannot be read ({one_line(error)})") from error
-    return data.removeprefix(b"\xef\xbb\xbf")
 
 
 def _read_jsonl(path: Path) -> Iterator[Any]:
-    for number, line in enumerate(_bytes(path).split(b"\n"), start=1):
-        if line.strip():
-            yield _json_line(line, f"{path.name} line {number}")
+    with _open(path) as stream:
+        for number, line in enumerate(stream, start=1):
+            if line.strip():
+                yield _json_line(line.removesuffix(b"\n"), f"{path.name} line {number}")
 
 
 def _json_line(line: bytes, where: str) -> Any:
@@ -79,24 +92,81 @@ def _json_line(line: bytes, where: str) -> Any:
         return RowError("malformed", f"{where}: cannot be read ({one_line(error)})")
 
 
+def _read_json(path: Path) -> Iterator[Any]:
+    kind, count = json_kind(path), 0
+    if kind == "lines":
+        yield from _read_jsonl(path)
+        return
+    if kind == "list":
+        try:
+            for row in _items(path):
+                yield row
+                count += 1
+            return
+        except (ValueError, RecursionError):
+            pass  # read as a whole it says what is wrong, and where
+    yield from json_rows(load_json(path), path)[count:]
+
+
+_BLOCK = 1 << 20
+
+
+def json_kind(path: Path) -> str:
+    """What a .json file holds: "lines" (JSON Lines under another name), a "list", or another "value"."""
+    line = b""
+    with _open(path) as stream:
+        while not line.strip() and (line := stream.readline(_BLOCK)):
+            pass
+        is_list = line.lstrip().startswith(b"[")
+        if len(line) == _BLOCK and is_list:
+            return "list"  # on one line: what follows it shows when it is read
+        if not line.endswith(b"\n"):
+            line += stream.readline()
+        if not isinstance(_json_line(line, ""), RowError) and any(more.strip() for more in stream):
+            return "lines"
+    return "list" if is_list else "value"
+
+
+def _items(path: Path) -> Iterator[Any]:
+    """The items of a JSON list one by one. Raises ValueError where it cannot tell how they go on."""
+    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
+
+    def skip(text: str, at: int) -> int:
+        return blank.match(text, at).end()  # type: ignore[union-attr]
+
+    with _open(path) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        held = text.read(_BLOCK)
+        at, mark = held.index("[") + 1, ","
+        while mark == ",":
+            try:
+                item, end = decode(held, skip(held, at))
+                end = skip(held, end)
+                mark = held[end]
+            except (json.JSONDecodeError, IndexError):
+                more = text.read(len(held) - at + _BLOCK)
+                if not more:
+                    raise ValueError("the list does not end") from None
+                held, at = held[at:] + more, 0
+                continue
+            yield item
+            at = end + 1
+        if mark != "]" or (held[at:] + text.read()).strip():
+            raise ValueError("more than a list")
+
+
 def load_json(path: Path) -> Any:
-    """The parsed file, or a list of its lines' rows when it is JSON Lines under another name."""
-    data = _bytes(path)
+    """The parsed file."""
+    with _open(path) as stream:
+        data = stream.read()
     if not data.strip():
         raise ValueError(f"{path}: the file has no rows")
     try:
         return json.loads(data.decode("utf-8"))
     except json.JSONDecodeError as error:
-        first = data.strip().split(b"\n", 1)[0]
-        if error.msg == "Extra data" and not isinstance(_json_line(first, ""), RowError):
-            return list(_read_jsonl(path))
         raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: cannot be read ({one_line(error)})") from error
-
-
-def _read_json(path: Path) -> list[Any]:
-    return json_rows(load_json(path), path)
 
 
 def json_rows(content: Any, path: Path) -> list[Any]:
@@ -113,42 +183,55 @@ def json_rows(content: Any, path: Path) -> list[Any]:
     return [content]
 
 
-def _read_csv(path: Path) -> list[Any]:
-    try:
-        text = _bytes(path).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from error
-    before = csv.field_size_limit(sys.maxsize)
-    try:
-        ended = io.StringIO(f"{text}\n{_END}", newline="")
-        rows = _rows_of_cells(csv.reader(ended, delimiter="\t" if file_format(path) == ".tsv" else ","), path)
-    finally:
-        csv.field_size_limit(before)
-    type_cells([row for row in rows if not isinstance(row, RowError)])
-    return rows
+def _read_csv(path: Path) -> Iterator[Any]:
+    messages = message_columns(row for row in _cells(path) if not isinstance(row, RowError))
+    for row in _cells(path):
+        yield row if isinstance(row, RowError) else type_cells(row, messages)
 
 
 _END = "\x1e end of the file"
 """A line behind the last: what reads it as part of a cell has met a quote that is never closed."""
 
 
-def _rows_of_cells(reader: Any, path: Path) -> list[Any]:
-    header, rows = next(reader), []
+def _cells(path: Path) -> Iterator[dict[str, str | None] | RowError]:
+    """The rows of a CSV file as they are written."""
+    with _open(path) as stream:
+        begin, text = stream.tell(), io.TextIOWrapper(stream, encoding="utf-8", newline="")
+        reader = csv.reader(chain(text, ["\n", _END]), delimiter="\t" if file_format(path) == ".tsv" else ",")
+        try:
+            yield from _rows_of_cells(_numbered(reader), path)
+        except UnicodeDecodeError as error:
+            at = stream.tell() - begin - len(error.object) + error.start
+            raise ValueError(f"{path}: not UTF-8 ({error.reason} at byte {at})") from error
+
+
+def _numbered(reader: Any) -> Iterator[tuple[list[str], int]]:
+    """The rows of a `csv.reader`, however long their cells, each with the number of its last line."""
+    rows = [([], 0)]
+    while rows:
+        before = csv.field_size_limit(sys.maxsize)  # of the whole process: set while it is needed
+        try:
+            rows = [(cells, reader.line_num) for cells in islice(reader, 1000)]
+        finally:
+            csv.field_size_limit(before)
+        yield from rows
+
+
+def _rows_of_cells(lines: Iterator[tuple[list[str], int]], path: Path) -> Iterator[dict[str, str | None] | RowError]:
+    header, begins = next(lines)
     if twice := sorted({name for name in header if name and header.count(name) > 1}):
         raise ValueError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename or remove them")
-    begins = reader.line_num + 1
-    for cells in reader:
+    for cells, line in lines:
         if cells == [_END]:
-            return rows
+            return
         if len(cells) > len(header):
-            where = f"{path.name} line {reader.line_num}"
-            rows.append(RowError("malformed", f"{where}: more cells than the header has columns"))
+            yield RowError("malformed", f"{path.name} line {line}: more cells than the header has columns")
         elif cells and any(_END in cell for cell in cells):
             break
         elif cells:
-            rows.append({**dict.fromkeys(header), **dict(zip(header, cells))})
-        begins = reader.line_num + 1
-    raise ValueError(f"{path}: the row that begins at line {begins} has a quote that is never closed")
+            yield {**dict.fromkeys(header), **dict(zip(header, cells))}
+        begins = line
+    raise ValueError(f"{path}: the row that begins at line {begins + 1} has a quote that is never closed")
 
 
 def _read_parquet(path: Path) -> Iterator[Any]:
@@ -157,7 +240,10 @@ def _read_parquet(path: Path) -> Iterator[Any]:
 
     try:
         with open(path, "rb") as stream:
-            yield from pyarrow.parquet.read_table(stream).to_pylist()
+            # Read in parts of a column: neither the file nor a row group has to fit in memory.
+            file = pyarrow.parquet.ParquetFile(stream, buffer_size=_BLOCK, pre_buffer=False)
+            for batch in file.iter_batches(batch_size=1000):
+                yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
         raise ValueError(f"{path}: cannot be read as Parquet ({one_line(error)})") from error
 
@@ -167,11 +253,11 @@ def is_saved_dataset(folder: Path) -> bool:
     return (folder / "state.json").is_file() and (folder / "dataset_info.json").is_file()
 
 
-def _read_saved(folder: Path) -> list[Any]:
+def _read_saved(folder: Path) -> Iterator[Any]:
     from datasets import load_from_disk
 
     try:
-        return list(load_from_disk(str(folder)))
+        yield from load_from_disk(str(folder))
     except Exception as error:  # whatever the library raises, the user needs the folder's name
         raise ValueError(f"{folder}: cannot be read as a saved dataset ({one_line(error)})") from error
 

@@ -1,16 +1,20 @@
 """Owns the way from recipe to trained tokens: rows -> pairs -> tokens, in parallel, cached, every row in the ledger.
 
-Imports no torch. The cache is keyed by everything that decides the result: the content of the sources, the tokenizer,
+Rows come from their sources a chunk at a time, and their tokens go to the store at once; what stays in memory are a few
+numbers for each pair (`_numbers`), from which the account is made, and what depends on all rows is decided. Imports no
+torch. The cache is keyed by everything that decides the result: the content of the sources, the tokenizer,
 the recipe's data keys and this layer's own code (`cache.py`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, groupby, pairwise
+from itertools import chain, groupby, islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -21,17 +25,19 @@ from simpo.core.packing import SIDES, shared_prefix_length
 from simpo.data import sources as source_files
 from simpo.data.cache import (
     PAIR_COLUMNS,
+    NotStored,
+    PairWriter,
     PreparedData,
     cache_folder,
     count_trained,
     fingerprint_data,
     list_lengths,
     load_cached,
-    save_cached,
 )
 from simpo.data.ledger import MARKS, Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.preferences import Pair, RowError, pair_reader
-from simpo.data.sources import RawRow, Source
+from simpo.data.rows import RawRow, Rows
+from simpo.data.sources import Source, Splits
 from simpo.data.templates import CHATML, NO_TEMPLATE, load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
@@ -94,22 +100,51 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
         build = functools.partial(RowTokenizer, tokenizer, read_pair, own, **limits)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
-        ledger, tables = Ledger(notes=splits.notes, fingerprint=key), {}
-        for name, rows in (("train", splits.train), ("eval", splits.eval)):
-            if rows or name == "train":
-                chunks = _tokenize_all(rows, build, recipe.preprocessing_num_workers, bars, name)
-                ledger.splits[name], tables[name] = _account(len(rows), chunks, recipe.drop_duplicates, tokenizer)
+        ledger = Ledger(notes=splits.notes, fingerprint=key)
         if template == CHATML and len(tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) > 1:
             ledger.notes.append("chat_template: this tokenizer writes each of chatml's marks as several tokens")
-        if "eval" in tables:
-            prompts = {name: table["prompt_key"].to_numpy() for name, table in tables.items()}
-            ledger.eval_prompts_in_train = int(np.isin(prompts["eval"], prompts["train"]).sum())
-        tables = {name: table.select(list(PAIR_COLUMNS)) for name, table in tables.items()}
-        prepared = save_cached(folder, tables, ledger, console)
+        write = functools.partial(_write, recipe, tokenizer, build, splits, ledger, bars)
+        try:
+            with PairWriter(folder) as writer:
+                prepared = write(writer)
+        except NotStored as error:
+            console.print(f"data cache not written to {folder.parent}: {error}", markup=False, highlight=False)
+            with PairWriter(None) as writer:
+                prepared = write(writer)
     for line in prepared.ledger.notices:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     _check_dropped(prepared.ledger, recipe.max_dropped_fraction)
     return prepared
+
+
+def _write(
+    recipe: Any,
+    tokenizer: Any,
+    build: Callable[[], RowTokenizer],
+    splits: Splits,
+    ledger: Ledger,
+    bars: Console,
+    writer: PairWriter,
+) -> PreparedData:
+    """The chosen rows as tokens, stored, and their account."""
+    ledger = ledger.model_copy(deep=True)
+    numbers: dict[str, _Numbers] = {}
+    for name, rows in (("train", splits.train), ("eval", splits.eval)):
+        if len(rows) or name == "train":
+            account = ledger.splits[name] = SplitLedger(input=len(rows))
+            with contextlib.closing(_tokenize_all(rows, build, recipe.preprocessing_num_workers, bars, name)) as chunks:
+                numbers[name] = _write_split(chunks, name, account, writer)
+    for name, keep in _choose(numbers, ledger, writer, recipe).items():
+        account = ledger.splits[name]
+        writer.keep(name, keep)
+        numbers[name] = {column: values[keep] for column, values in numbers[name].items()}
+        _describe(numbers[name], account)
+        account.examples = [_example(row, tokenizer) for row in writer.read(name).slice(0, NUM_EXAMPLES).to_pylist()]
+        account.check()
+    if "eval" in numbers:
+        prompts = {name: each["prompt_key"] for name, each in numbers.items()}
+        ledger.eval_prompts_in_train = int(np.isin(prompts["eval"], prompts["train"]).sum())
+    return writer.store(ledger)
 
 
 def _limits(recipe: Any, tokenizer: Any) -> dict[str, Any]:
@@ -209,29 +244,39 @@ def _columns(pair: Pair, tokens: TokenizedPair) -> dict[str, Any]:
 
 
 def _tokenize_all(
-    rows: list[RawRow], build: Callable[[], RowTokenizer], num_workers: int | None, console: Console, name: str
-) -> list[Chunk]:
+    rows: Rows, build: Callable[[], RowTokenizer], num_workers: int | None, console: Console, name: str
+) -> Iterator[Chunk]:
     """All rows as chunks in order, over several processes where that pays."""
-    pieces = [rows[at : at + CHUNK_ROWS] for at in range(0, len(rows), CHUNK_ROWS)]
-    chunks: list[Chunk] = []
     with progress_bar(console, f"tokenising {name}", len(rows)) as advance:
-        for chunk in _chunks(pieces, build, _num_processes(len(rows), num_workers)):
-            advance(len(pieces[len(chunks)]))
-            chunks.append(chunk)
-    return chunks
+        for chunk in _chunks(_pieces(rows), build, _num_processes(len(rows), num_workers)):
+            advance(chunk.table.num_rows + len(chunk.dropped))
+            yield chunk
 
 
-def _chunks(pieces: list[list[RawRow]], build: Callable[[], RowTokenizer], num_processes: int) -> Iterator[Chunk]:
-    done = 0
+def _pieces(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
+    rest = iter(rows)
+    while piece := list(islice(rest, CHUNK_ROWS)):
+        yield piece
+
+
+def _chunks(pieces: Iterator[list[RawRow]], build: Callable[[], RowTokenizer], num_processes: int) -> Iterator[Chunk]:
+    given: deque[list[RawRow]] = deque()  # to processes that have not answered yet
+
+    def give() -> Iterator[list[RawRow]]:
+        for piece in pieces:
+            given.append(piece)
+            yield piece
+
     if num_processes > 1:
         try:
-            for chunk in map_in_processes(build, pieces, num_processes):
-                done += 1
+            for chunk in map_in_processes(build, give(), num_processes):
+                given.popleft()
                 yield chunk
         except WorkersFailed as error:
             Console(stderr=True).print(f"tokenising in this process alone: {error}", markup=False, highlight=False)
-    if done < len(pieces):
-        yield from map(build(), pieces[done:])
+    rest = chain(given, pieces)
+    if first := next(rest, None):
+        yield from map(build(), chain([first], rest))
 
 
 def _num_processes(num_rows: int, wanted: int | None) -> int:
@@ -245,47 +290,64 @@ def _num_processes(num_rows: int, wanted: int | None) -> int:
 # --- the account -----------------------------------------------------------------------------------------------------
 
 
-def _account(num_rows: int, chunks: list[Chunk], drop_duplicates: bool, tokenizer: Any) -> tuple[SplitLedger, pa.Table]:
-    """The ledger of one split, and the table of its pairs to keep."""
-    table = pa.concat_tables([_SCHEMA.empty_table(), *(chunk.table for chunk in chunks)])
-    account = SplitLedger(input=num_rows)
-    account.add_dropped(row for chunk in chunks for row in chunk.dropped)
-    account.add_noticed(row for chunk in chunks for row in chunk.noticed)
-    table = _count_duplicates(table, account, drop_duplicates)
-    _describe(table, account)
-    account.examples = [_example(row, tokenizer) for row in table.slice(0, NUM_EXAMPLES).to_pylist()]
-    account.check()
-    return account, table
+_Numbers = dict[str, np.ndarray]
+"""What is known of every kept pair of a split while the rest lies on disk: name -> [pairs]."""
 
 
-def _count_duplicates(table: pa.Table, account: SplitLedger, drop: bool) -> pa.Table:
-    """Count rows equal to an earlier one; without them if `drop`."""
-    _, first = np.unique(table["pair_key"].to_numpy(), return_index=True)
-    is_first = np.zeros(table.num_rows, dtype=bool)
-    is_first[first] = True
-    account.duplicates = int(table.num_rows - len(first))
-    if not drop or not account.duplicates:
-        return table
-    repeated = table.filter(pa.array(~is_first))["row_id"].to_pylist()
-    account.add_dropped(Dropped(row_id, "duplicate", "equal to an earlier row") for row_id in repeated)
-    return table.filter(pa.array(is_first))
+def _write_split(chunks: Iterable[Chunk], split: str, account: SplitLedger, writer: PairWriter) -> _Numbers:
+    """Store what the rows of a split gave, and count what was dropped; the numbers of the pairs."""
+    writer.write(split, _SCHEMA.empty_table())
+    numbers, count = {}, 0
+    for chunk in chunks:
+        account.add_dropped(chunk.dropped)
+        account.add_noticed(chunk.noticed)
+        writer.write(split, chunk.table)
+        for name, values in _numbers(chunk.table).items():
+            whole = numbers.setdefault(name, np.empty(account.input, values.dtype))
+            whole[count : count + len(values)] = values
+        count += chunk.table.num_rows
+    return {name: values[:count] for name, values in (numbers or _numbers(_SCHEMA.empty_table())).items()}
 
 
-def _describe(table: pa.Table, account: SplitLedger) -> None:
-    """Counts and lengths of the kept pairs."""
-    account.kept = table.num_rows
-    account.seam_shifted = int(table["seam_shifted"].to_numpy().sum())
-    account.same_prompt = int(table.num_rows - len(np.unique(table["prompt_key"].to_numpy())))
-    for side, end in (("prompt", "left"), ("chosen", "right"), ("rejected", "right")):
-        counts = table[f"{side}_cut"].to_numpy()
-        account.cut[f"{side}_{end}"] = {"pairs": int((counts > 0).sum()), "tokens": int(counts.sum())}
-    totals = {side: list_lengths(table[f"{side}_ids"]) for side in SIDES}
-    account.lengths = {
-        "prompt": describe_lengths(table["chosen_start"].to_numpy()),
-        **{side: describe_lengths(count_trained(table, side)) for side in SIDES},
+def _numbers(table: pa.Table) -> _Numbers:
+    """Of some pairs: the columns of the account, lengths in tokens, and how many tokens are trained."""
+    plain = (*_ACCOUNT_COLUMNS, "chosen_start", "shared_prefix")
+    return {
+        **{name: table[name].to_numpy() for name in plain},
+        **{f"{side}_tokens": list_lengths(table[f"{side}_ids"]) for side in SIDES},
+        **{f"{side}_trained": count_trained(table, side) for side in SIDES},
     }
-    account.tokens = int(totals["chosen"].sum() + totals["rejected"].sum())
-    shared = 2 * int(table["shared_prefix"].to_numpy().sum())
+
+
+def _choose(numbers: Mapping[str, _Numbers], ledger: Ledger, writer: PairWriter, recipe: Any) -> dict[str, np.ndarray]:
+    """Split -> [pairs] which of its pairs are kept, by what depends on all of them; the others are counted here."""
+    keep = {}
+    for name, account in ledger.splits.items():
+        _, first = np.unique(numbers[name]["pair_key"], return_index=True)
+        mask = keep[name] = np.ones(len(numbers[name]["pair_key"]), dtype=bool)
+        account.duplicates = len(mask) - len(first)
+        if recipe.drop_duplicates and account.duplicates:
+            mask[:] = False
+            mask[first] = True
+            repeated = writer.read(name)["row_id"].filter(pa.array(~mask)).to_pylist()
+            account.add_dropped(Dropped(row_id, "duplicate", "equal to an earlier row") for row_id in repeated)
+    return keep
+
+
+def _describe(numbers: _Numbers, account: SplitLedger) -> None:
+    """Counts and lengths of the kept pairs."""
+    account.kept = len(numbers["pair_key"])
+    account.seam_shifted = int(numbers["seam_shifted"].sum())
+    account.same_prompt = account.kept - len(np.unique(numbers["prompt_key"]))
+    for side, end in (("prompt", "left"), ("chosen", "right"), ("rejected", "right")):
+        counts = numbers[f"{side}_cut"]
+        account.cut[f"{side}_{end}"] = {"pairs": int((counts > 0).sum()), "tokens": int(counts.sum())}
+    account.lengths = {
+        "prompt": describe_lengths(numbers["chosen_start"]),
+        **{side: describe_lengths(numbers[f"{side}_trained"]) for side in SIDES},
+    }
+    account.tokens = sum(int(numbers[f"{side}_tokens"].sum()) for side in SIDES)
+    shared = 2 * int(numbers["shared_prefix"].sum())
     account.shared_prefix_share = shared / account.tokens if account.tokens else 0.0
 
 

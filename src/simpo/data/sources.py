@@ -4,7 +4,7 @@ Rows are handed on as they are, each with an id such as "NAME/train#12" (row 12 
 cannot be read is either an error that names the file or, for one broken line among others, a `RowError` that the ledger
 counts. Knows nothing of tokenizers or models.
 
-Choosing is seeded and by row: the rows kept stay in the order of their files; the loader shuffles.
+Nothing here holds rows: a split is read once to count it and to choose (`rows.py`), and again for what is chosen.
 """
 
 from __future__ import annotations
@@ -17,23 +17,24 @@ import json
 import os
 import random
 import re
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from simpo.data.columns import PROMPT_COLUMNS, SYSTEM_COLUMNS, RowError, messages_as_text, scored_answer
+from simpo.data.columns import messages_as_text
 from simpo.data.files import (
     FORMATS,
     file_format,
     hash_files,
     is_saved_dataset,
+    json_kind,
     json_rows,
     load_json,
     read_file,
 )
 from simpo.data.preferences import Pair, pair_reader
+from simpo.data.rows import Groups, RawRow, Readable, Rows, all_rows, hold_out, take_fraction, take_limit
 from simpo.errors import one_line
 from simpo.recipe.values import OWN_KEYS
 
@@ -48,19 +49,12 @@ _ROW_ID = re.compile(r"(.*)/[^/]*#\d+(?:~\d+)?", re.DOTALL)  # LABEL/SPLIT#ROW~P
 _SHARD = re.compile(r"[-_.]?\d+-of-\d+$")
 
 
-class RawRow(NamedTuple):
-    """One row: a mapping of columns, the `Pair` it gave where the hold-out asked for its prompt, or a `RowError`."""
-
-    row_id: str
-    row: Any
-
-
 @dataclass
 class Splits:
     """The rows to train on and to evaluate on; `notes` are sentences worth telling the user."""
 
-    train: list[RawRow]
-    eval: list[RawRow]
+    train: Rows
+    eval: Rows
     notes: list[str] = field(default_factory=list)
 
 
@@ -68,12 +62,12 @@ class Splits:
 class Source:
     """One entry of the mixer, found but not read.
 
-    `splits` maps each split to a function that reads its rows; `content` reads as little as it can to tell whether the
-    rows have changed. `wanted` names the splits to read, in place of dataset_splits; `columns` are those to keep; `own`
-    are keys of the recipe that the entry gives for itself.
+    `splits` maps each split to a function that reads its rows from the first on; `content` reads as little as it can to
+    tell whether the rows have changed. `wanted` names the splits to read, in place of dataset_splits; `columns` are
+    those to keep; `own` are keys of the recipe that the entry gives for itself.
     """
 
-    splits: Mapping[str, Callable[[], list[Any]]]
+    splits: Mapping[str, Callable[[], Iterable[Any]]]
     content: Callable[[], str]
     is_plain_file: bool = False
     name: str = "the dataset"
@@ -114,7 +108,8 @@ def find_sources(recipe: Any) -> list[Source]:
 
 def rows_in_memory(train: Iterable[Any], evaluation: Iterable[Any] | None = None) -> Source:
     """Rows that a program holds already (lists, `datasets.Dataset`), as a source with the splits train and test."""
-    splits = {"train": list(train)} | ({} if evaluation is None else {"test": list(evaluation)})
+    given = {"train": train} | ({} if evaluation is None else {"test": evaluation})
+    splits = {name: rows if isinstance(rows, Sized) else list(rows) for name, rows in given.items()}
 
     def content() -> str:
         digest = hashlib.sha256()
@@ -169,34 +164,38 @@ def load_splits(
     """
     sources = find_sources(recipe) if sources is None else sources
     notes: list[str] = []
-    base: list[list[RawRow]] = []
-    eval_rows: list[RawRow] = []
+    base: list[Rows] = []
+    eval_rows = Rows()
     for source in sources:
         trained, evaluated = _chosen_splits(source, recipe)
         names = dict.fromkeys((*trained, *evaluated))
-        read = {name: _read(source, name, notes) for name in names}
-        if group_answers:
-            read = {name: _group_answers(rows, source.settings(recipe), notes) for name, rows in read.items()}
-        base.append([row for name in trained for row in read[name]])
-        eval_rows += [row for name in evaluated for row in read[name]]
+        read = {
+            name: _read(source, name, notes, Groups(source.settings(recipe)) if group_answers else None)
+            for name in names
+        }
+        base.append(all_rows(read[name] for name in trained))
+        eval_rows += all_rows(read[name] for name in evaluated)
         if unread := sorted(source.splits.keys() - {*trained, *evaluated}):
             notes.append(f"{source.name}: not read, since dataset_splits does not name it: {', '.join(unread)}")
     if not eval_rows and recipe.validation_fraction > 0:
-        base, eval_rows = _hold_out(base, recipe, read_pair or reader_of(recipe, sources))
+        rng = random.Random(f"{recipe.seed} hold out")
+        base, eval_rows = hold_out(base, recipe.validation_fraction, rng, read_pair or reader_of(recipe, sources))
         if eval_rows:
             share = f"{recipe.validation_fraction:g} of the train rows ({len(eval_rows)})"
             notes.append(f"no eval split: {share} held out by prompt (validation_fraction)")
-    train_rows: list[RawRow] = []
+    train_rows = Rows()
     for source, rows in zip(sources, base):
         taken = take_fraction(rows, source.fraction, random.Random(f"{recipe.seed} {source.label}"))
         if rows and not taken:
             notes.append(f"dataset_mixer: {source.name}: {source.fraction:g} of its {len(rows)} rows rounds to none")
-        capped = _limit(taken, source.own.get("max_train_samples"), f"{recipe.seed} {source.label}")
+        capped = take_limit(
+            taken, source.own.get("max_train_samples"), random.Random(f"{recipe.seed} {source.label} limit")
+        )
         if len(capped) < len(taken):
             notes.append(f"dataset_mixer: {source.name}: {len(capped)} of {len(taken)} rows (max_train_samples)")
-        train_rows.extend(capped)
-    train_rows = _limit(train_rows, recipe.max_train_samples, recipe.seed)
-    eval_rows = _limit(eval_rows, recipe.max_eval_samples, recipe.seed)
+        train_rows += capped
+    train_rows = take_limit(train_rows, recipe.max_train_samples, random.Random(f"{recipe.seed} limit"))
+    eval_rows = take_limit(eval_rows, recipe.max_eval_samples, random.Random(f"{recipe.seed} limit"))
     return Splits(train_rows, eval_rows, notes)
 
 
@@ -214,82 +213,6 @@ def reader_of(
 
 def _read_by_source(readers: Mapping[str, Callable[..., Pair]], row: Any, *, row_id: str) -> Pair:
     return readers.get(source_of(row_id), readers[""])(row, row_id=row_id)
-
-
-def take_fraction(rows: list[RawRow], fraction: float, rng: random.Random) -> list[RawRow]:
-    """`fraction` of `rows`, in their order; over 1, whole passes first."""
-    passes = int(fraction)
-    chosen = sorted(rng.sample(range(len(rows)), round((fraction - passes) * len(rows))))
-    taken = [(number, row) for number in range(passes) for row in rows]
-    taken += [(passes, rows[index]) for index in chosen]
-    return [row._replace(row_id=f"{row.row_id}~{number + 1}") if number else row for number, row in taken]
-
-
-def _group_answers(rows: list[RawRow], recipe: Any, notes: list[str]) -> list[RawRow]:
-    """Rows of one scored answer become a scored list for each prompt, in the place of its first; others stay."""
-    if recipe.chosen_column or recipe.rejected_column:
-        return rows
-    asked = (recipe.prompt_column, *PROMPT_COLUMNS, *SYSTEM_COLUMNS, "history", "tools")
-    groups: dict[bytes, list[int]] = {}
-    for index, (_, row) in enumerate(rows):
-        if found := scored_answer(row, recipe.score_column):
-            text = json.dumps([found, [row.get(name) for name in asked]], default=str).encode()
-            groups.setdefault(hashlib.blake2b(text, digest_size=16).digest(), []).append(index)
-    if not groups:
-        return rows
-    later = {index for _, *others in groups.values() for index in others}
-    grouped = {
-        group[0]: _scored_list([rows[index] for index in group], recipe.score_column) for group in groups.values()
-    }
-    source, count = rows[0].row_id.rpartition("#")[0], len(groups) + len(later)
-    notes.append(f"{source}: {count} rows of one answer are {len(groups)} prompts, best against worst (score_column)")
-    return [grouped.get(index, row) for index, row in enumerate(rows) if index not in later]
-
-
-def _scored_list(group: list[RawRow], score_column: str | None) -> RawRow:
-    row_id, row = group[0]
-    answer, score = scored_answer(row, score_column) or ("", "")
-    if len(group) == 1:
-        return RawRow(row_id, RowError("one answer", f"its prompt has one answer with a {score}; a pair needs two"))
-    answers, scores = ([each.row[name] for each in group] for name in (answer, score))
-    return RawRow(row_id, {**row, answer: None, "responses": answers, "scores": scores})
-
-
-def _limit(rows: list[RawRow], limit: int | None, seed: int | str) -> list[RawRow]:
-    """A seeded choice of at most `limit` rows, in their order."""
-    if limit is None or limit >= len(rows):
-        return rows
-    return [rows[index] for index in sorted(random.Random(f"{seed} limit").sample(range(len(rows)), limit))]
-
-
-def _hold_out(
-    base: list[list[RawRow]], recipe: Any, read_pair: Callable[..., Pair]
-) -> tuple[list[list[RawRow]], list[RawRow]]:
-    """Move whole prompts from train to eval until `validation_fraction` of the rows is there. The rows become pairs."""
-
-    def key(row: RawRow) -> int | str:
-        return row.row.key() if isinstance(row.row, Pair) else row.row_id  # what gives no pair stands for itself
-
-    base = [[_as_pair(row, read_pair) for row in rows] for rows in base]
-    sizes = Counter(key(row) for rows in base for row in rows)
-    order = list(sizes)
-    random.Random(f"{recipe.seed} hold out").shuffle(order)
-    held: set[int | str] = set()
-    count = 0
-    for each in order[:-1]:  # at least one prompt is left to train on
-        if count >= recipe.validation_fraction * sizes.total():
-            break
-        held.add(each)
-        count += sizes[each]
-    train = [[row for row in rows if key(row) not in held] for rows in base]
-    return train, [row for rows in base for row in rows if key(row) in held]
-
-
-def _as_pair(row: RawRow, read_pair: Callable[..., Pair]) -> RawRow:
-    try:
-        return RawRow(row.row_id, read_pair(row.row, row_id=row.row_id))
-    except RowError as error:
-        return RawRow(row.row_id, error)
 
 
 # --- names and splits ------------------------------------------------------------------------------------------------
@@ -335,26 +258,64 @@ def _match(source: Source, wanted: str, usual: tuple[str, ...]) -> list[str]:
     return found[:1]
 
 
-def _read(source: Source, split: str, notes: list[str]) -> list[RawRow]:
-    rows = source.splits[split]()
-    if not rows:
+@dataclass(frozen=True)
+class SplitRows:
+    """The rows of one split of a source, read anew at each iteration."""
+
+    source: Source
+    split: str
+    count: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.source.label}/{self.split.replace('/', '|')}"  # the last slash ends the source
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __iter__(self) -> Iterator[RawRow]:
+        place = 0
+        for row in self.source.splits[self.split]():
+            yield RawRow(f"{self.name}#{place}", _select(row, self.source.columns))
+            place += 1
+        if place != self.count:
+            raise ValueError(
+                f"dataset_mixer: {self.source.name!r} had {self.count} rows in its split {self.split!r}, and now has "
+                f"{place}: it was changed while it was read"
+            )
+
+
+def _read(source: Source, split: str, notes: list[str], groups: Groups | None) -> Readable:
+    """One split, read once from end to end, so that what is wrong with it shows before anything is made of it."""
+    first: list[Any] = []
+    there: dict[str, None] = {}
+    count = 0
+    for row in source.splits[split]():
+        if source.columns is not None:
+            there |= dict.fromkeys(row if isinstance(row, Mapping) else ())
+            row = _select(row, source.columns)
+        if count < 100:
+            first.append(row)
+        if groups is not None:
+            groups.add(count, row)
+        count += 1
+    if not count:
         raise ValueError(f"dataset_mixer: {source.name!r} has no rows in its split {split!r}")
-    if source.columns is not None:
-        rows = _select(rows, source.columns, source.name)
-    if columns := messages_as_text(rows):
-        which = f"{source.label}/{split}: {', '.join(columns)}"
-        notes.append(f"{which}: messages written as text are trained as text; store lists to have them read")
-    place = f"{source.label}/{split.replace('/', '|')}"  # the last slash ends the source
-    return [RawRow(f"{place}#{index}", row) for index, row in enumerate(rows)]
-
-
-def _select(rows: list[Any], columns: list[str], name: str) -> list[Any]:
-    """The rows with these columns alone; lines that are no rows stay, for the ledger."""
-    there = dict.fromkeys(column for row in rows if isinstance(row, Mapping) for column in row)
-    if missing := [column for column in columns if column not in there]:
+    if missing := [column for column in source.columns or () if column not in there]:
         has = ", ".join(map(str, there)) or "none"
-        raise ValueError(f"dataset_mixer: {name!r} has no column {missing[0]!r}; its columns: {has}")
-    return [{c: row[c] for c in columns if c in row} if isinstance(row, Mapping) else row for row in rows]
+        raise ValueError(f"dataset_mixer: {source.name!r} has no column {missing[0]!r}; its columns: {has}")
+    rows = SplitRows(source, split, count)
+    if columns := messages_as_text(first):
+        which = f"{rows.name}: {', '.join(columns)}"
+        notes.append(f"{which}: messages written as text are trained as text; store lists to have them read")
+    return rows if groups is None else groups.bring_together(rows, rows.name, notes)
+
+
+def _select(row: Any, columns: list[str] | None) -> Any:
+    """A row with these columns alone; a line that is no row stays, for the ledger."""
+    if columns is None or not isinstance(row, Mapping):
+        return row
+    return {column: row[column] for column in columns if column in row}
 
 
 # --- finding ---------------------------------------------------------------------------------------------------------
@@ -407,7 +368,7 @@ def _find_files(folder: Path, data_files: Any, builder: str | None) -> Source:
                 f"dataset_mixer: data_files: {file}: unknown kind of file; use one of {', '.join(FORMATS)}"
             )
     readers = {
-        split: (lambda files=files: [row for file in files for row in read_file(file, builder)])
+        split: (lambda files=files: (row for file in files for row in read_file(file, builder)))
         for split, files in splits.items()
     }
     every = [file for files in splits.values() for file in files]
@@ -437,11 +398,12 @@ def _find_file(path: Path) -> Source:
     if file_format(path) is None:
         allowed = ", ".join(FORMATS)
         raise ValueError(f"dataset_mixer: {path}: unknown kind of file {path.suffix!r}; use one of {allowed} (or .gz)")
-    content = load_json(path) if file_format(path) == ".json" else None
+    is_whole = file_format(path) == ".json" and json_kind(path) == "value"
+    content = load_json(path) if is_whole else None
     if isinstance(content, dict) and _holds_splits(content):
         readers = {split: (lambda rows=rows: rows) for split, rows in content.items()}
         return Source(readers, lambda: hash_files([path]))
-    readers = {"train": lambda: read_file(path) if content is None else json_rows(content, path)}
+    readers = {"train": lambda: json_rows(content, path) if is_whole else read_file(path)}
     return Source(readers, lambda: hash_files([path]), is_plain_file=True)
 
 
@@ -458,7 +420,7 @@ def _find_folder(path: Path) -> Source:
     if not has_usual and not (path / "dataset_dict.json").is_file():
         splits = {"train": parts}
     readers = {
-        split: (lambda parts=parts: [row for part in parts for row in read_file(part)])
+        split: (lambda parts=parts: (row for part in parts for row in read_file(part)))
         for split, parts in splits.items()
     }
     return Source(readers, lambda: hash_files(parts), is_plain_file=parts == [path])
@@ -507,7 +469,7 @@ def _find_on_hub(name: str, config: str | None, data_files: Any) -> Source:
             f"dataset_mixer: {name!r} is not a local file or folder, and could not be loaded from the hub "
             f"({one_line(error)}); check the name, dataset_configs and the connection, or give a local path"
         ) from error
-    readers = {str(split): (lambda rows=rows: list(rows)) for split, rows in loaded.items()}
+    readers = {str(split): (lambda rows=rows: rows) for split, rows in loaded.items()}
     prints = json.dumps({str(split): rows._fingerprint for split, rows in loaded.items()}, sort_keys=True)
     return Source(readers, lambda: prints)
 

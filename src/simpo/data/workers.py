@@ -14,8 +14,9 @@ import queue
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
@@ -27,11 +28,11 @@ class WorkersFailed(RuntimeError):
 
 
 def map_in_processes(
-    build: Callable[[], Callable[[Any], Any]], jobs: Sequence[Any], num_processes: int
+    build: Callable[[], Callable[[Any], Any]], jobs: Iterable[Any], num_processes: int
 ) -> Iterator[Any]:
     """`build()(job)` for each job, in order; built once in each process.
 
-    Everything must be picklable.
+    Everything must be picklable. Jobs are taken as processes become free, and a few in advance.
     Raises:
         ValueError: raised by a job; it is raised here again with the same message.
         WorkersFailed: anything else. What was yielded before is good.
@@ -57,19 +58,20 @@ def map_in_processes(
     try:
         with ThreadPoolExecutor(num_processes) as threads:  # each waits for one process
             try:
-                for _ in range(min(num_processes, len(jobs))):
-                    process = _start()
-                    processes.append(process)
-                    assert process.stdin is not None
-                    assert process.stdout is not None
-                    process.stdin.write(setup)
-                    idle.put((process.stdin, process.stdout))
-                for result in threads.map(answer, jobs):
+                try:
+                    for _ in range(num_processes):
+                        process = _start()
+                        processes.append(process)
+                        assert process.stdin is not None
+                        assert process.stdout is not None
+                        process.stdin.write(setup)
+                        idle.put((process.stdin, process.stdout))
+                except OSError as error:
+                    raise WorkersFailed(f"no further process could be started ({error})") from error
+                for result in _in_order(threads, answer, jobs, 3 * num_processes):
                     if isinstance(result, ValueError):
                         raise result
                     yield result
-            except OSError as error:
-                raise WorkersFailed(f"no further process could be started ({error})") from error
             finally:
                 for process in processes:
                     process.kill()
@@ -78,6 +80,17 @@ def map_in_processes(
         for process in processes:
             with contextlib.suppress(OSError), process:  # closes its pipes
                 pass
+
+
+def _in_order(threads: ThreadPoolExecutor, function: Callable, jobs: Iterable[Any], num_ahead: int) -> Iterator[Any]:
+    """`function(job)` for each job, in order, with at most `num_ahead` of them taken or done that nobody asked for."""
+    ahead: deque[Future] = deque()
+    for job in jobs:
+        ahead.append(threads.submit(function, job))
+        if len(ahead) >= num_ahead:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _start() -> subprocess.Popen:
