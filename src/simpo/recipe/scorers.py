@@ -130,6 +130,22 @@ class Math(Scorer):
     compare: Literal["exact", "symbolic"] = _option(
         "exact", "exact: equal numbers, or equal text once spacing and LaTeX's ornaments are gone; symbolic: equal "
         "expressions, by math-verify.")
+
+class Code(Scorer):
+    """1 where the response's Python passes its tests, else 0; it runs apart, without network, files and processes."""
+
+    tests: Text = _option(
+        "tests", "Column with the tests: Python that raises where the code is wrong, as assert does; name it in "
+        "generate.keep_columns too.", "name of a column")
+    prelude: Text | None = _option(
+        None, "Column with code that runs first: imports, the function's beginning where responses continue it.",
+        "name of a column", null="none")
+    timeout_s: Number = _option(
+        10.0, "Seconds that code and tests may take, by the clock and of the processor.", gt=0)
+    memory_mib: Whole = _option(
+        1024, "MiB that their process may have.", ge=32)
+    unsafe: bool = _option(
+        False, "Run them too where this machine cannot keep them from the network and from your files.")
 # fmt: on
 
 
@@ -141,6 +157,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "format": Format,
     "regex": Regex,
     "math": Math,
+    "code": Code,
 }
 """Kind -> its options."""
 

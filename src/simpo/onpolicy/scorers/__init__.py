@@ -18,6 +18,8 @@ def build_rater(kind: str, options: Any, recipe: Recipe) -> Rater:
     Raises:
         ValueError: a function, model or package that is not there.
     """
-    from simpo.onpolicy.scorers.rules import build
+    from simpo.onpolicy.scorers import code, rules
 
-    return build(kind, options)
+    if kind == "code":
+        return code.build(options)
+    return rules.build(kind, options)

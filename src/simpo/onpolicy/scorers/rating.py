@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 from simpo.data.columns import RowError
@@ -35,6 +36,13 @@ def rate_each(rate: Callable[[Row, Mapping[str, Any]], Any]) -> Callable[[Iterab
             yield row, guarded(lambda row=row: [rate(row, response) for response in row["responses"]])
 
     return rate_rows
+
+
+def windows(rows: Iterable[Row], size: int = 64) -> Iterator[list[Row]]:
+    """Some rows at a time: what is computed together, and is lost when the process is killed meanwhile."""
+    rows = iter(rows)
+    while some := list(islice(rows, size)):
+        yield some
 
 
 def guarded(rate: Callable[[], list[Any]]) -> Scores:

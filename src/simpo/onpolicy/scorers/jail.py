@@ -1,0 +1,158 @@
+"""Runs Python that a model wrote, and its tests, in this process, after taking from it what it could do harm with.
+
+A script of its own, started as `python -I jail.py FOLDER`; imports the standard library alone. On stdin comes a line
+of JSON, {"code", "tests", "memory_mib", "time_s", "unsafe"}, and behind it a secret. Only when the tests have come to
+their end the secret is read and written to FOLDER/result: no exit status and no output stands for success.
+
+What holds the code, on Linux on x86-64 and ARM64, without any privilege: resource limits; no capabilities; Landlock,
+which leaves it Python's own files to read and nothing to write; and a seccomp filter, without new processes, programs,
+sockets, shared memory or signals to others. Threads and what they need remain.
+"""
+
+import ctypes
+import json
+import math
+import os
+import platform
+import resource
+import signal
+import sys
+import types
+
+_ARCHITECTURES = {  # AUDIT_ARCH_*, and system calls by number
+    "x86_64": (
+        0xC000003E,
+        {"clone": 56, "clone3": 435},
+        "socket 41  fork 57 vfork 58 execve 59 execveat 322  kill 62 tkill 200 tgkill 234 rt_sigqueueinfo 129 "
+        "rt_tgsigqueueinfo 297 pidfd_open 434 pidfd_getfd 438 pidfd_send_signal 424 ptrace 101 process_vm_readv 310 "
+        "process_vm_writev 311  shmget 29 msgget 68 mq_open 240  io_uring_setup 425 prctl 157 setrlimit 160 "
+        "prlimit64 302 unshare 272 setns 308  truncate 76 chmod 90 fchmod 91 chown 92 fchown 93 lchown 94 "
+        "fchownat 260 fchmodat 268 fchmodat2 452 utime 132 utimes 235 futimesat 261 utimensat 280 setxattr 188 "
+        "lsetxattr 189 fsetxattr 190",
+    ),
+    "aarch64": (
+        0xC00000B7,
+        {"clone": 220, "clone3": 435},
+        "socket 198  execve 221 execveat 281  kill 129 tkill 130 tgkill 131 rt_sigqueueinfo 138 rt_tgsigqueueinfo 240 "
+        "pidfd_open 434 pidfd_getfd 438 pidfd_send_signal 424 ptrace 117 process_vm_readv 270 process_vm_writev 271  "
+        "shmget 194 msgget 186 mq_open 180  io_uring_setup 425 prctl 167 setrlimit 164 prlimit64 261 unshare 97 "
+        "setns 268  truncate 45 fchmod 52 fchmodat 53 fchmodat2 452 fchownat 54 fchown 55 utimensat 88 setxattr 5 "
+        "lsetxattr 6 fsetxattr 7",
+    ),
+}
+_CAPSET = {"x86_64": 126, "aarch64": 91}
+_LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446
+_READ_FILE, _READ_DIR, _WRITE_FILE = 4, 8, 2
+_EPERM, _ENOSYS, _CLONE_THREAD = 1, 38, 0x10000
+_LARGEST_FILE, _OPEN_FILES = 2**20, 64
+
+
+def main() -> None:
+    folder = sys.argv[1]
+    line = b""
+    while not line.endswith(b"\n"):
+        line += os.read(0, 1)  # no more than the line: what stands behind it is to stay in the pipe
+    job = json.loads(line)
+    result, secret, nothing = (
+        os.open(os.path.join(folder, "result"), os.O_WRONLY | os.O_CREAT, 0o600),
+        os.dup(0),
+        os.open(os.devnull, os.O_RDWR),
+    )
+    for standard in (0, 1, 2):
+        os.dup2(nothing, standard)
+    limit(job["memory_mib"] * 2**20, job["time_s"])
+    try:
+        isolate()
+    except OSError as error:
+        if not job["unsafe"]:
+            os.write(result, f"{error.strerror}".encode())
+            os._exit(1)
+    module = sys.modules["solution"] = types.ModuleType("solution")
+    signal.setitimer(signal.ITIMER_REAL, job["time_s"])  # what sets it aside meets the one outside
+    try:
+        for part in ("code", "tests"):
+            exec(compile(job[part], part, "exec"), module.__dict__)
+    except BaseException:  # whatever it is, exit included, it is not the end of the tests
+        os._exit(1)
+    os.write(result, os.read(secret, 64))
+    os._exit(0)
+
+
+def limit(memory: int, time_s: float) -> None:
+    """Resource limits of this process, in bytes and seconds."""
+    seconds = math.ceil(time_s)
+    for name, most in (
+        ("AS", memory),
+        ("CPU", seconds),
+        ("FSIZE", _LARGEST_FILE),
+        ("NOFILE", _OPEN_FILES),
+        ("CORE", 0),
+    ):
+        resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (most, most))
+
+
+def isolate() -> None:
+    """Leave this process no way to the network, to files or to other processes. Raises OSError where that fails."""
+    machine = platform.machine()
+    if sys.platform != "linux" or machine not in _ARCHITECTURES:
+        raise OSError(_ENOSYS, f"there is no isolation for {sys.platform} on {machine}")
+    libc = ctypes.CDLL(None, use_errno=True)
+
+    def call(what: str, function, *arguments) -> int:
+        answer = function(*(ctypes.c_long(each) if isinstance(each, int) else each for each in arguments))
+        if answer < 0:
+            raise OSError(ctypes.get_errno(), f"{what}: {os.strerror(ctypes.get_errno())}")
+        return answer
+
+    call("PR_SET_PDEATHSIG", libc.prctl, 1, 9, 0, 0, 0)
+    header, none = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
+    call("capset", libc.syscall, _CAPSET[machine], ctypes.byref(header), ctypes.byref(none))
+    call("PR_SET_NO_NEW_PRIVS", libc.prctl, 38, 1, 0, 0, 0)
+    _forbid_files(call, libc)
+    _forbid_calls(call, libc, machine)
+
+
+def _forbid_files(call, libc) -> None:
+    """By Landlock: all but reading what Python consists of, and /dev/null."""
+    version = call("Landlock", libc.syscall, _LANDLOCK_CREATE, None, 0, 1)
+    rights = (1 << (13 + min(version - 1, 2))) - 1
+    rules = call("Landlock", libc.syscall, _LANDLOCK_CREATE, ctypes.byref(ctypes.c_uint64(rights)), 8, 0)
+    readable = {sys.prefix, sys.base_prefix, sys.exec_prefix, sys.base_exec_prefix, "/usr", "/lib", "/lib64"}
+    allowed = {path: _READ_FILE | _READ_DIR for path in readable if os.path.isdir(path)}
+    for path, right in {**allowed, os.devnull: _READ_FILE | _WRITE_FILE}.items():
+        descriptor = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        rule = right.to_bytes(8, sys.byteorder) + descriptor.to_bytes(4, sys.byteorder)
+        call("Landlock", libc.syscall, _LANDLOCK_ADD, rules, 1, rule, 0)
+        os.close(descriptor)
+    call("Landlock", libc.syscall, _LANDLOCK_RESTRICT, rules, 0)
+    os.close(rules)
+
+
+def _forbid_calls(call, libc, machine: str) -> None:
+    """By seccomp: each system call that is named fails; a new thread may be, a new process may not."""
+    architecture, clones, named = _ARCHITECTURES[machine]
+    load, if_equal, if_at_least, if_set, give_back = 0x20, 0x15, 0x35, 0x45, 0x06
+    allow, fail, kill = 0x7FFF0000, 0x00050000, 0x80000000
+    steps = [(load, 0, 0, 4), (if_equal, 1, 0, architecture), (give_back, 0, 0, kill), (load, 0, 0, 0)]
+    steps += [(if_at_least, 0, 1, 0x40000000), (give_back, 0, 0, kill)]  # x86-64 has a second set of numbers there
+    for number in map(int, named.split()[1::2]):
+        steps += [(if_equal, 0, 1, number), (give_back, 0, 0, fail | _EPERM)]
+    # Its flags are out of a filter's sight; without it the C library takes clone.
+    steps += [(if_equal, 0, 1, clones["clone3"]), (give_back, 0, 0, fail | _ENOSYS)]
+    steps += [(if_equal, 0, 3, clones["clone"]), (load, 0, 0, 16), (if_set, 1, 0, _CLONE_THREAD)]
+    steps += [(give_back, 0, 0, fail | _EPERM), (give_back, 0, 0, allow)]
+    code = b"".join(
+        kind.to_bytes(2, sys.byteorder) + bytes([yes, no]) + value.to_bytes(4, sys.byteorder)
+        for kind, yes, no, value in steps
+    )
+    buffer = ctypes.create_string_buffer(code, len(code))
+
+    class Program(ctypes.Structure):
+        _fields_ = (("length", ctypes.c_ushort), ("steps", ctypes.c_void_p))
+
+    program = Program(len(steps), ctypes.addressof(buffer))
+    call("seccomp", libc.prctl, 22, 2, ctypes.byref(program), 0, 0)
+
+
+if __name__ == "__main__":
+    main()

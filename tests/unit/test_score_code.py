@@ -1,0 +1,158 @@
+"""Code against its tests: what passes, and what the code of a response cannot do to the machine or to its score."""
+
+from __future__ import annotations
+
+import doctest
+import gzip
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo.onpolicy.scorers import build_rater, jail
+from simpo.onpolicy.scorers.code import find_code, run_tests
+from simpo.recipe import load_recipe
+from simpo.recipe.scorers import read_scorer
+
+TESTS = "assert f(1) == 2"
+
+
+def options(**more: Any):
+    return read_scorer({"kind": "code", "timeout_s": 1, "memory_mib": 256, **more})[1]
+
+
+def passes(code: str, **more: Any) -> bool:
+    return run_tests(code, TESTS, options(**more))[0]
+
+
+def test_code_passes_when_its_tests_come_to_their_end():
+    assert passes("def f(x): return x + 1")
+    assert not passes("def f(x): return x")
+    assert not passes("def f(x): return x +")
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import os; os._exit(0)",
+        "import sys; sys.exit(0)",
+        "import atexit; atexit.register(print, 'ok'); raise SystemExit",
+        "import os\nfor fd in range(64):\n    try: os.write(fd, b'passed')\n    except OSError: pass",
+        "print('1 passed'); 1 / 0",
+    ],
+)
+def test_a_faked_success_is_none(code: str):
+    assert not passes(code)
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import time; time.sleep(60)",
+        "while True: pass",
+        "while True: print('x' * 10**6)",
+        "x = [bytearray(10**7) for _ in range(10**4)]",
+        "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+        "import threading, time\nwhile True: threading.Thread(target=time.sleep, args=(60,)).start()",
+        "import os\nwhile True:\n    os.write(os.memfd_create('a'), b'x' * 10**6)",
+    ],
+    ids=["sleeper", "spinner", "writer", "eater", "fork bomb", "thread bomb", "files in memory"],
+)
+def test_what_would_not_end_ends(code: str):
+    began = time.monotonic()
+    assert not passes(code)
+    assert time.monotonic() - began < 5
+
+
+def test_a_sleeper_that_sets_its_timer_aside_ends_too(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("simpo.onpolicy.scorers.code._STARTING_S", 0.5)
+    assert not passes("import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0)\ntime.sleep(60)")
+
+
+@pytest.mark.parametrize(
+    "deed",
+    [
+        "os.fork()",
+        "subprocess.run(['true'])",
+        "os.execv('/bin/true', ['true'])",
+        "socket.socket()",
+        "socket.create_connection(('127.0.0.1', 80), timeout=1)",
+        "os.kill(os.getppid(), 0)",
+        "open('/proc/%d/environ' % os.getppid())",
+        "os.listdir(HOME)",
+        "open(HOME + '/secret')",
+        "open(HOME + '/secret', 'a')",
+        "open('here', 'w')",
+        "os.unlink(HOME + '/secret')",
+        "os.chmod(HOME, 0o777)",
+        "resource.setrlimit(resource.RLIMIT_AS, (-1, -1))",
+        "os.setuid(1)",
+    ],
+)
+def test_it_can_do_nothing_to_the_machine(deed: str, tmp_path: Path):
+    (tmp_path / "secret").touch()
+    code = f"import os, resource, socket, subprocess\nHOME = {str(tmp_path)!r}\n"
+    code += f"try: {deed}\nexcept (OSError, ValueError): f = lambda x: 2"
+    assert passes(code)
+    assert (tmp_path / "secret").exists()
+
+
+def test_threads_and_libraries_work_and_nothing_of_the_environment_is_there(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TOKEN", "secret")
+    assert passes(
+        "import asyncio, os, threading\nfrom dataclasses import dataclass\nfrom decimal import Decimal\n"
+        "@dataclass\nclass Number:\n    value: 'int'\n"
+        "async def one(): return 1\n"
+        "found = []\nthread = threading.Thread(target=lambda: found.append(1)); thread.start(); thread.join()\n"
+        "def f(x): return Number(asyncio.run(one()) + found[0] - len({*os.environ} - {'LC_CTYPE'})).value"
+    )
+
+
+def test_no_process_stays_behind():
+    passes("import os\nos.setsid() if os.getpid() != os.getsid(0) else None\nimport time; time.sleep(60)")
+    mine = Path(jail.__file__).name
+    commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
+    assert not [command for command in commands if mine.encode() in command and b"-I" in command]
+
+
+def test_a_machine_that_cannot_lock_code_up_is_refused_unless_the_recipe_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    source = Path(jail.__file__).read_text()
+    (tmp_path / "jail.py").write_text(source.replace("platform.machine()", "'pdp11'"))
+    monkeypatch.setattr(jail, "__file__", str(tmp_path / "jail.py"))
+    recipe = load_recipe({"model_name_or_path": "any"})
+    with pytest.raises(ValueError, match=r"there is no isolation for linux on pdp11.*or set unsafe: true"):
+        build_rater("code", options(), recipe)
+    build_rater("code", options(unsafe=True), recipe)
+    assert passes("def f(x): return 2", unsafe=True)
+
+
+def test_which_text_is_code():
+    assert find_code("x = 1") == "x = 1"
+    assert find_code("So:\n```python\nx = 1\n```\nthen\n```\ny = 2\n```\nand\n```bash\nls\n```") == "x = 1\n\ny = 2\n"
+    assert find_code("```py\nx = 1\n") == "x = 1\n"
+    assert find_code("```java\nx\n```") == ""
+
+
+def test_real_solutions_pass_and_real_bugs_are_found(real_data: Path):
+    """HumanEvalPack's Python: solutions and one-bug versions, against the examples in the prompts' docstrings."""
+    rater = build_rater("code", options(timeout_s=5), load_recipe({"model_name_or_path": "any"}))
+    rows = []
+    with gzip.open(real_data / "code_humanevalpack" / "train.jsonl.gz", "rt") as lines:
+        for pair in filter(lambda pair: pair["source"].endswith("/python"), map(json.loads, lines)):
+            docstring = re.search(r'"""(.*?)"""', pair["prompt"][0]["content"], re.DOTALL)
+            found = doctest.DocTestParser().get_examples(docstring[1]) if docstring else []
+            tests = [f"assert {each.source.strip()} == ({each.want.strip()})" for each in found if each.want.strip()]
+            if len(tests) > 1:
+                texts = [{"text": pair[side][0]["content"]} for side in ("chosen", "rejected")]
+                rows.append(
+                    {"id": pair["id"], "prompt": pair["prompt"], "responses": texts, "columns": {"tests": tests}}
+                )
+    scores = [scores for _, scores in rater.rate(rows[:12])]
+    # Of all 44 with examples 43 solutions pass (one docstring, among these, is wrong), and one bug that none shows.
+    assert [sum(each[side] for each in scores) for side in (0, 1)] == [11, 0]
