@@ -22,7 +22,9 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 MIN_WORDS, MAX_WORDS = 10, 90
 
@@ -102,6 +104,11 @@ def score(prompt: str, response: str) -> Score:
         "topic": _topic(prompt, response),
     }
     return Score(total=math.prod(parts.values()), parts=parts)
+
+
+def rate(prompt: Sequence[Mapping[str, Any]], response: str, row: Mapping[str, Any]) -> float:
+    """The total, for `simpo score`: of a response to the last turn of a prompt."""
+    return score(prompt[-1]["content"], response).total
 
 
 def repetition(response: str) -> float:

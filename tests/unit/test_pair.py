@@ -246,7 +246,7 @@ def test_the_command_says_what_was_left_out_and_exits_with_3(tmp_path):
     ("rows", "message"),
     [
         ([row_of(response("a", None), response("b", None))], "run `simpo score` on it first"),
-        ([row_of(response("a", 1.0), response("b", 1.0))], "none of 1 prompts gives a pair to train on (1 tie (a: all"),
+        ([row_of(response("a", 1.0), response("b", 1.0))], "none of 1 prompts gives a pair (1 tie (a: all"),
         ([SIX, SIX], "a is there twice"),
         ([], "holds no rows"),
     ],

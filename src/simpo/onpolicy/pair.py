@@ -77,7 +77,7 @@ def run_pair(recipe: Recipe, *, input: str | Path | None = None, output: str | P
     Returns:
         That folder: a data set with the splits train and test.
     Raises:
-        ValueError: the input is missing, not complete or not scored, or no prompt gives a pair to train on.
+        ValueError: the input is missing, not complete or not scored, or no prompt gives a pair.
     """
     keys = recipe.pair
     if not output or not (input or keys.input):
@@ -87,14 +87,12 @@ def run_pair(recipe: Recipe, *, input: str | Path | None = None, output: str | P
     account = _Account()
     rows, candidates = _read_candidates(source, keys, recipe.seed, account)
     pairs, lengths = _control_length(candidates, rows, keys, recipe.seed, account)
-    if not any(not is_held_out(prompt_id, keys.test_fraction) for prompt_id in pairs):
+    if not pairs:
         reasons = "; ".join(
             f"{entry['count']} {reason} ({entry['examples'][0]['row_id']}: {entry['examples'][0]['detail']})"
             for reason, entry in account.without_pair.items()
         )
-        raise ValueError(
-            f"{source}: none of {account.prompts} prompts gives a pair to train on ({reasons or 'all are held out'})"
-        )
+        raise ValueError(f"{source}: none of {account.prompts} prompts gives a pair ({reasons})")
     with OutputLock(folder.parent):
         about = account_of(folder)
         about.unlink(missing_ok=True)  # an account that is there is that of the files

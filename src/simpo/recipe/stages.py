@@ -117,6 +117,20 @@ class Rounds(Stage):
 
     rounds: Whole = _rounds(
         2, "How many times; each round begins with the last one's model.", ge=1)
+    prompts_per_round: Whole | None = _rounds(
+        None, "Prompts to train on in each round, none of them in two rounds.", null="all, shared out evenly", ge=1)
+    reuse_prompts: bool = _rounds(
+        False, "Let every round draw from all prompts (all of them, without prompts_per_round) instead of fresh ones.")
+    eval_prompts: Whole = _rounds(
+        500, "Held-out prompts (pair.test_fraction) that each round's model answers, at most.", ge=1)
+    eval_samples: Whole | None = _rounds(
+        None, "Responses to each of them.", null="generate.num_samples", ge=1)
+    min_gain: Number | None = _rounds(
+        None, "Stop after a round whose held-out score did not rise by more than this many standard errors of the "
+        "paired difference; 0 stops where it does not rise.", null="never stop early", ge=0)
+    launcher: Words = _rounds(
+        [], "What starts training on several processes, such as torchrun --nproc_per_node=8.", "list of words; empty = "
+        "one process")
 # fmt: on
 
 

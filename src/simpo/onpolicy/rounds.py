@@ -1,0 +1,413 @@
+"""`simpo rounds`: generate, score, pair, train, evaluate, k times, each round from the last one's model.
+
+    run_rounds(load_recipe("recipe.yaml"))  # -> runs/first/rounds.json
+
+Each step is one of the package's commands in a process of its own, on a recipe that lies in its round's folder: no
+model stays in memory beside another, and each can be given by hand. What is finished is written down in the folder's
+provenance.json, so that a loop that is killed at any moment goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from simpo.data.files import hash_files, write_whole
+from simpo.display import Display, format_duration
+from simpo.errors import short
+from simpo.onpolicy.journal import read_about
+from simpo.onpolicy.pair import is_held_out, run_pair
+from simpo.onpolicy.prompts import Prompt, read_prompts
+from simpo.onpolicy.table import Measures, compare_models, measure_model, show_table, standard_error, table_lines
+from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.recipe.stages import STAGES
+from simpo.run.lock import OutputLock
+
+_CHANGE_NOTHING = {
+    "generate": {"batch_size", "processes"},
+    "rounds": {"min_gain", "launcher"},
+}
+"""Keys of the stages that may be others when a loop goes on."""
+
+
+class StageFailed(Exception):
+    """A command of a round ended with an error, which it has printed; `code` is its exit code."""
+
+    def __init__(self, message: str, code: int) -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def run_rounds(recipe: Recipe) -> Path:
+    """Run the loop, or what is left of it.
+
+    Returns:
+        rounds.json in the recipe's output_dir: the measures of each model, and why it ended where that was early.
+    Raises:
+        ValueError: settings or prompts that cannot be, or others than the loop was begun with.
+        StageFailed: a command of a round could not do its work.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the command at work has been asked to stop.
+    """
+    _check(recipe)
+    folder = Path(recipe.output_dir or "")
+    with OutputLock(folder):
+        return _Loop(recipe, folder).run()
+
+
+def _check(recipe: Recipe) -> None:
+    recipe.require("output_dir")
+    if not recipe.score.scorers:
+        raise ValueError("score.scorers: nothing to rate with; name a scorer there (`simpo keys score` has the kinds)")
+    if not recipe.pair.test_fraction:
+        raise ValueError("pair.test_fraction: 0 holds out no prompts, and rounds are judged by them; set it above 0")
+    for stage in ("score", "pair"):
+        if getattr(recipe, stage).input is not None:
+            raise ValueError(f"{stage}.input: each step of a round reads the last one's file; remove the key")
+    if recipe.push_to_hub:
+        raise ValueError("push_to_hub: not in rounds; upload the round's model that you choose")
+    if recipe.resume_from_checkpoint:
+        raise ValueError("resume_from_checkpoint: rounds go on by themselves; remove the key")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("simpo rounds is started once; rounds.launcher starts its training on several processes")
+
+
+class _Loop:
+    """The loop in one folder."""
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        self.recipe, self.folder, self.display = recipe, folder, Display()
+        self.keys = recipe.rounds
+        self.seed = recipe.seed if recipe.generate.seed is None else recipe.generate.seed
+        self.models: list[Measures] = []
+        self.stopped: str | None = None
+
+    def run(self) -> Path:
+        training, held_out = self._plan_prompts()
+        model, path = str(self.recipe.model_name_or_path), self.folder / "rounds.json"
+        self._evaluate(0, model, held_out)
+        for number in range(1, self.keys.rounds + 1):
+            model = self._round(number, model, training[number - 1])
+            self._evaluate(number, model, held_out)
+            self.stopped = self._why_stop(number)
+            self._save(path)
+            if self.stopped:
+                break
+        show_table(self.display.console, self.models, self._notes())
+        self.display.say(f"model: {model}\nnumbers: {path}, {path.with_suffix('.md')}")
+        return path
+
+    # --- prompts -----------------------------------------------------------------------------------------------------
+
+    def _plan_prompts(self) -> tuple[list[list[Prompt]], list[Prompt]]:
+        """The prompts of each round, and those that are held out; refuses to go on with others than before."""
+        found = read_prompts(self.recipe)
+        for note in found.notes:
+            self.display.say(f"note: {note}")
+        for reason, entry in found.left_out.items():
+            example = entry["examples"][0]
+            self.display.say(f"left out: {entry['count']} rows, {reason} ({example['row_id']}: {example['detail']})")
+        share = self.recipe.pair.test_fraction
+        held_out = sorted((p for p in found.prompts if is_held_out(p.id, share)), key=lambda p: p.id)
+        others = sorted((p for p in found.prompts if not is_held_out(p.id, share)), key=lambda p: p.id)
+        if not held_out:
+            raise ValueError(f"pair.test_fraction: {share} of {len(found.prompts)} prompts holds out none; raise it")
+        held_out = held_out[: self.keys.eval_prompts]
+        training = split_prompts(
+            others,
+            self.keys.rounds,
+            each=self.keys.prompts_per_round,
+            reuse=self.keys.reuse_prompts,
+            seed=self.recipe.seed,
+        )
+        counts = ", ".join(str(len(part)) for part in training)
+        self.display.say(f"prompts: {counts} to train on, by round; {len(held_out)} held out")
+        self._check_unchanged(found.prompts)
+        return training, held_out
+
+    def _check_unchanged(self, prompts: Sequence[Prompt]) -> None:
+        """Raise ValueError where the folder belongs to a loop with other settings or prompts."""
+        path = self.folder / "settings.json"
+        current = self._settings() | {"prompts": _fingerprint(sorted(prompt.id for prompt in prompts))}
+        if not path.exists():
+            write_whole(path, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
+            return
+        before, current = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(current))
+        changed = [
+            f"{name} was {short(before.get(name))} and is {short(current.get(name))}"
+            for name in dict.fromkeys((*before, *current))
+            if before.get(name) != current.get(name)
+        ]
+        if changed:
+            raise ValueError(
+                f"{self.folder}: was begun with other settings ({'; '.join(changed)}); give the same ones to go on, or "
+                "another output_dir"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """Every key that decides what a round does."""
+        values = {name: value for name, value in self.recipe.to_dict().items() if not KEYS[name].may_change}
+        for stage in STAGES:
+            free = _CHANGE_NOTHING.get(stage, set())
+            if stage == "rounds" and (self.keys.reuse_prompts or self.keys.prompts_per_round):
+                free = {*free, "rounds"}  # further rounds leave the earlier ones their prompts
+            of_stage = getattr(self.recipe, stage).model_dump()
+            values |= {f"{stage}.{name}": value for name, value in of_stage.items() if name not in free}
+        return values
+
+    # --- a round -----------------------------------------------------------------------------------------------------
+
+    def _round(self, number: int, model: str, prompts: Sequence[Prompt]) -> str:
+        """From prompts to the round's model; returns its folder."""
+        place = self.folder / f"round-{number}"
+        run = place / "run"
+        recipe = self._write_recipe(place, model, prompts, seed=(self.seed + number) % 2**32)
+        stage = functools.partial(self._stage, place, f"round {number}")
+        stage("generate", lambda: self._command("generate", recipe))
+        stage("score", lambda: self._command("score", recipe))
+        stage("pair", lambda: self._pair(place, recipe))
+        train = ("train", recipe, "--output_dir", str(run), "--resume_from_checkpoint", "true")
+        stage("train", lambda: None if (run / "model").is_dir() else self._command(*train))
+        if not self.recipe.use_peft:
+            return str(run / "model")
+        stage("merge", lambda: merge_adapter(run / "model", place / "merged"))
+        return str(place / "merged")
+
+    def _pair(self, place: Path, recipe: str) -> None:
+        """Pairs to train on, and beside them those of the first model on held-out prompts, the same in every round."""
+        pairs = run_pair(load_recipe(recipe))
+        held_out = self.folder / "round-0" / "pairs" / "test.jsonl"
+        if held_out.exists():
+            write_whole(pairs / "test.jsonl", held_out.read_text(encoding="utf-8"))
+        if not (pairs / "train.jsonl").exists():
+            raise ValueError(f"{place}: no pair to train on")
+
+    def _evaluate(self, number: int, model: str, prompts: Sequence[Prompt]) -> None:
+        """Fresh responses of a round's model to the held-out prompts, scored; its margins on held-out pairs."""
+        place = self.folder / f"round-{number}" / "evaluation"
+        samples = self.keys.eval_samples or self.recipe.generate.num_samples
+        recipe = self._write_recipe(place, model, prompts, seed=self.seed, **{"generate.num_samples": samples})
+        stage = functools.partial(self._stage, place, f"round {number}, evaluation")
+        stage("generate", lambda: self._command("generate", recipe))
+        stage("score", lambda: self._command("score", recipe))
+        if number == 0:
+            pairs = self.folder / "round-0" / "pairs"
+            stage("pair", lambda: self._held_out_pairs(recipe, pairs))
+        pairs, result = self.folder / "round-0" / "pairs" / "test.jsonl", place / "pairs.json"
+        if pairs.exists():
+            # The file of held-out pairs is all of this recipe's data.
+            evaluate = ("eval", recipe, "--model", model, "--split", "train", "--output", str(result))
+            stage("eval", lambda: self._command(*evaluate))
+        self.models.append(measure_model(number, model, place / "scored.jsonl", result if pairs.exists() else None))
+        if number:
+            self.models[-1].gain = compare_models(self.models[-1], self.models[-2])
+
+    def _held_out_pairs(self, recipe: str, folder: Path) -> None:
+        try:
+            run_pair(load_recipe(recipe), output=folder)
+        except ValueError as error:
+            self.display.say(f"no held-out pairs, so that no round has an accuracy: {error}")
+
+    def _why_stop(self, number: int) -> str | None:
+        """A sentence where the held-out score no longer rises by enough."""
+        if self.keys.min_gain is None:
+            return None
+        gain = compare_models(self.models[-1], self.models[-2])
+        error = standard_error(gain)
+        if gain.value > self.keys.min_gain * error or number == self.keys.rounds:
+            return None
+        return (
+            f"stopped after round {number} of {self.keys.rounds}: the held-out score changed by {gain.value:+.4f}, not "
+            f"by more than rounds.min_gain = {self.keys.min_gain:g} standard errors (one is {error:.4f})"
+        )
+
+    # --- stages ------------------------------------------------------------------------------------------------------
+
+    def _stage(self, place: Path, title: str, name: str, work: Callable[[], Any]) -> None:
+        """Do a step unless it is written down as done; then write it down."""
+        path = place / "provenance.json"
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if name in about["stages"]:
+            return
+        self.display.say(f"\n{title}: {name}")
+        started = time.perf_counter()
+        work()
+        spent = time.perf_counter() - started
+        about["stages"][name] = {"time_s": round(spent, 1), "finished": time.strftime("%Y-%m-%d %H:%M:%S%z")}
+        write_whole(path, json.dumps(about, indent=1) + "\n")
+        self.display.say(f"{title}: {name} took {format_duration(spent)}")
+
+    def _command(self, *words: str) -> None:
+        """One of the package's commands, to its end."""
+        launcher = shlex.split(" ".join(self.keys.launcher)) if words[0] == "train" else []
+        code = run_command([*(launcher or [sys.executable]), "-m", "simpo", *words], is_launcher=bool(launcher))
+        if code not in (0, 3):  # 3: something was left out, and was said
+            raise StageFailed(
+                f"`simpo {' '.join(words)}` ended with code {code}; put right what it says above, and give the same "
+                "command again",
+                code,
+            )
+
+    def _write_recipe(self, place: Path, model: str, prompts: Sequence[Prompt], *, seed: int, **changes: Any) -> str:
+        """The recipe of one folder's commands, its prompts, and the record of what they work on; returns its path."""
+        asked = place / "prompts.jsonl"
+        pairs = place / "pairs"
+        if place.name == "evaluation":
+            pairs = self.folder / "round-0" / "pairs" / "test.jsonl"
+            changes["max_train_samples"] = None
+        changes |= {
+            "model_name_or_path": model,
+            "output_dir": str(place),
+            "dataset_mixer": {str(pairs): 1.0},
+            "dataset_splits": ["train", "test"],
+            "dataset_configs": None,
+            "validation_fraction": 0.0,
+            **dict.fromkeys(("prompt_column", "chosen_column", "rejected_column", "score_column")),
+            "generate.prompts": {str(asked): 1.0},
+            "generate.max_prompts": None,
+            "generate.seed": seed,
+        }
+        if model != self.recipe.model_name_or_path:
+            changes["model_revision"] = None
+        recipe = load_recipe(self.recipe, changes)
+        path = place / "recipe.yaml"
+        if not (place / "provenance.json").exists():
+            rows = ({**p.columns, "prompt": p.turns, **({"tools": p.tools} if p.tools else {})} for p in prompts)
+            write_whole(asked, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_whole(path, recipe.to_yaml())
+            about = {
+                **{package: version(package) for package in ("simpo", "torch", "transformers")},
+                "model": model,
+                "model_fingerprint": fingerprint_model(model),
+                "prompts": len(prompts),
+                "prompts_fingerprint": hash_files([asked]),
+                "recipe_fingerprint": hash_files([path]),
+                "stages": {},
+            }
+            write_whole(place / "provenance.json", json.dumps(about, indent=1) + "\n")
+        return str(path)
+
+    # --- what it leaves ----------------------------------------------------------------------------------------------
+
+    def _notes(self) -> list[str]:
+        best = max(self.models, key=lambda model: model.score.value)
+        lines = [self.stopped] if self.stopped else []
+        return [*lines, f"the highest held-out score is that of round {best.round}: {best.model}"]
+
+    def _save(self, path: Path) -> None:
+        content = {
+            "simpo": version("simpo"),
+            "models": [model.to_dict() for model in self.models],
+            "stopped": self.stopped,
+            "left_out": self._left_out(),
+        }
+        write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        write_whole(path.with_suffix(".md"), "\n".join([*table_lines(self.models), "", *self._notes(), ""]))
+
+    def _left_out(self) -> dict[str, Any]:
+        """What the accounts of all steps say, each reason with its place."""
+        found = {}
+        for number in range(len(self.models)):
+            place = Path(f"round-{number}")
+            for file in (place / "evaluation", place):
+                for name in ("responses", "scored", "pairs"):
+                    left_out = read_about(self.folder / file / f"{name}.json").get("left_out", {})
+                    found |= {f"{reason} ({file / name})": entry for reason, entry in left_out.items()}
+        return found
+
+
+def split_prompts(
+    prompts: Sequence[Prompt], rounds: int, *, each: int | None, reuse: bool, seed: int
+) -> list[list[Prompt]]:
+    """The prompts of each round: disjoint parts of a seeded order, or with `reuse` a draw from all for each.
+
+    Args:
+        prompts: in an order of their own.
+        each: a round's number of prompts; None = all of them shared out, or with `reuse` all.
+    Raises:
+        ValueError: there are too few.
+    """
+    wanted = each or (len(prompts) if reuse else len(prompts) // rounds)
+    needed = wanted if reuse else wanted * rounds
+    if not wanted or needed > len(prompts):
+        raise ValueError(
+            f"rounds: {rounds} rounds of {max(wanted, 1)} prompts need {max(needed, rounds)}, and there are "
+            f"{len(prompts)} to train on; lower rounds.prompts_per_round or rounds.rounds, or set "
+            "rounds.reuse_prompts: true"
+        )
+    if reuse:
+        return [
+            sorted(random.Random(f"{seed} round {n}").sample(prompts, wanted), key=lambda p: p.id)
+            for n in range(1, rounds + 1)
+        ]
+    order = random.Random(f"{seed} rounds").sample(prompts, len(prompts))
+    if each is None:
+        return [sorted(order[n::rounds], key=lambda p: p.id) for n in range(rounds)]
+    return [sorted(order[n * each : (n + 1) * each], key=lambda p: p.id) for n in range(rounds)]
+
+
+def fingerprint_model(name: str) -> str | None:
+    """Of the files of a model's folder; None for a hub's, which its name and revision say."""
+    return hash_files([Path(name)]) if Path(name).is_dir() else None
+
+
+def merge_adapter(adapter: Path, target: Path) -> None:
+    """Write the model that an adapter and its base make together; it is there whole or not at all."""
+    if target.is_dir():
+        return
+    from peft import AutoPeftModelForCausalLM
+    from transformers import AutoTokenizer
+
+    aside = target.with_name(f".{target.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    AutoPeftModelForCausalLM.from_pretrained(adapter, dtype="auto").merge_and_unload().save_pretrained(aside)
+    AutoTokenizer.from_pretrained(adapter).save_pretrained(aside)
+    aside.rename(target)
+
+
+# A process goes with the one that started it, however that ends: on Linux by a signal that survives exec. A launcher
+# gets the one that launchers pass on.
+_GO_WITH = (
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {signal}); os.getppid() == {parent} or os._exit(1); "
+    "os.execvp(sys.argv[1], sys.argv[1:])"
+)
+
+
+def run_command(words: Sequence[str], *, is_launcher: bool = False) -> int:
+    """Run a program to its end and return its exit code.
+
+    Ctrl-C and SIGTERM here reach it once, as SIGINT, and it is waited for.
+    """
+    if sys.platform == "linux":
+        goes_with = signal.SIGTERM if is_launcher else signal.SIGKILL
+        start = _GO_WITH.format(signal=int(goes_with), parent=os.getpid())
+        words = [sys.executable, "-c", start, *words]
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
+    child = subprocess.Popen(words, process_group=0)  # not in the group that the terminal sends Ctrl-C to
+    try:
+        return child.wait()
+    except KeyboardInterrupt:
+        child.send_signal(signal.SIGINT)
+        child.wait()
+        raise
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _fingerprint(parts: Sequence[str]) -> str:
+    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

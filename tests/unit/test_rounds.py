@@ -1,0 +1,268 @@
+"""The loop of rounds: what each command gets, what is done once, what is compared; with stand-ins for what computes."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from simpo.cli import app
+from simpo.onpolicy import rounds
+from simpo.onpolicy.journal import Journal
+from simpo.onpolicy.pair import is_held_out
+from simpo.onpolicy.prompts import Prompt, read_prompts
+from simpo.onpolicy.rounds import StageFailed, run_rounds, split_prompts
+from simpo.recipe import Recipe, load_recipe
+
+NUM_PROMPTS = 80
+
+
+class Stages:
+    """Stand-ins for the commands: a "model" is a folder with a skill, the mean score of what it writes."""
+
+    def __init__(self, gains: list[float]) -> None:
+        self.gains = gains
+        self.calls: list[tuple[str, ...]] = []
+        self.fail_at: Callable[[str], bool] = lambda words: False
+
+    def __call__(self, words: list[str], *, is_launcher: bool = False) -> int:
+        at = words.index("simpo") + 1
+        name, path, *rest = words[at:]
+        self.calls.append((name, path))
+        if self.fail_at(f"{name} {path}"):
+            raise KeyboardInterrupt
+        recipe = load_recipe(path, [word for word in rest if name == "train"])
+        return getattr(self, name)(recipe, rest)
+
+    def generate(self, recipe: Recipe, rest: list[str]) -> int:
+        skill = float(Path(recipe.model_name_or_path, "skill").read_text())
+        rng = random.Random(f"{recipe.generate.seed}")
+        with Journal(Path(recipe.output_dir, "responses.jsonl"), {}) as journal:
+            prompts = read_prompts(recipe).prompts
+            for prompt in prompts:
+                texts = [f"{skill + rng.gauss(0, 1):.6f}" for _ in range(recipe.generate.num_samples)]
+                responses = [{"text": text, "num_tokens": 5, "finished": True, "logprob": -1.0} for text in texts]
+                journal.add({"id": prompt.id, "prompt": prompt.turns, "responses": responses})
+            journal.finish([prompt.id for prompt in prompts], {})
+        return 0
+
+    def score(self, recipe: Recipe, rest: list[str]) -> int:
+        with Journal(Path(recipe.output_dir, "scored.jsonl"), {}) as journal:
+            rows = [json.loads(line) for line in Path(recipe.output_dir, "responses.jsonl").read_text().splitlines()]
+            for row in rows:
+                for each in row["responses"]:
+                    each["score"] = float(each["text"])
+                    each["scores"] = {"own": each["score"], "other": -each["score"]}
+                journal.add(row)
+            journal.finish([row["id"] for row in rows], {})
+        return 0
+
+    def train(self, recipe: Recipe, rest: list[str]) -> int:
+        assert recipe.resume_from_checkpoint is True
+        (folder,) = recipe.dataset_mixer
+        assert Path(folder, "train.jsonl").is_file()
+        assert Path(folder, "test.jsonl").is_file()
+        model = Path(recipe.output_dir, "model")
+        shutil.copytree(recipe.model_name_or_path, model)
+        skill = float((model / "skill").read_text()) + self.gains.pop(0)
+        (model / "skill").write_text(f"{skill}")
+        return 0
+
+    def eval(self, recipe: Recipe, rest: list[str]) -> int:
+        given = dict(zip(rest[::2], rest[1::2], strict=True))
+        number = {"value": 0.5, "low": 0.4, "high": 0.6}
+        Path(given["--output"]).write_text(json.dumps({"accuracy": number, "margin": number}))
+        return 0
+
+    @property
+    def names(self) -> list[str]:
+        return [f"{Path(path).parent.name} {name}" for name, path in self.calls]
+
+
+@pytest.fixture
+def stages(monkeypatch: pytest.MonkeyPatch) -> Stages:
+    stand_in = Stages([1.0, 1.0, 1.0])
+    monkeypatch.setattr(rounds, "run_command", stand_in)
+    return stand_in
+
+
+@pytest.fixture
+def keys(tmp_path: Path) -> dict[str, Any]:
+    rows = [{"prompt": f"Question {number}?", "answer": f"{number}"} for number in range(NUM_PROMPTS)]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = tmp_path / "first"
+    model.mkdir()
+    (model / "skill").write_text("0")
+    return {
+        "model_name_or_path": str(model),
+        "output_dir": str(tmp_path / "loop"),
+        "generate": {"prompts": {str(tmp_path / "asked.jsonl"): 1.0}, "num_samples": 4, "keep_columns": ["answer"]},
+        "score": {"scorers": {"own": {"kind": "length"}, "other": {"kind": "repetition", "weight": 0}}},
+        "pair": {"test_fraction": 0.25},
+    }
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_each_round_begins_with_the_last_ones_model_and_fresh_prompts(stages, keys, tmp_path):
+    result = json.loads(run_rounds(load_recipe(keys)).read_text())
+    steps = ["generate", "score", "eval"]
+    assert stages.names == [
+        *(f"evaluation {step}" for step in steps),
+        *["round-1 generate", "round-1 score", "round-1 train", *(f"evaluation {step}" for step in steps)],
+        *["round-2 generate", "round-2 score", "round-2 train", *(f"evaluation {step}" for step in steps)],
+    ]
+    loop = tmp_path / "loop"
+    recipes = [load_recipe(loop / f"round-{number}" / "recipe.yaml") for number in (1, 2)]
+    assert [r.model_name_or_path for r in recipes] == [str(tmp_path / "first"), str(loop / "round-1" / "run" / "model")]
+    assert len({r.generate.seed for r in recipes}) == 2
+    asked = [{row["id"] for row in read(loop / f"round-{n}" / "responses.jsonl")} for n in (1, 2)]
+    held_out = {row["id"] for row in read(loop / "round-0" / "evaluation" / "responses.jsonl")}
+    assert not asked[0] & asked[1]
+    assert not held_out & (asked[0] | asked[1])
+    assert len(held_out) + len(asked[0]) + len(asked[1]) in (NUM_PROMPTS, NUM_PROMPTS - 1)
+    assert all(is_held_out(each, 0.25) for each in held_out)
+    tests = [(loop / f"round-{n}" / "pairs" / "test.jsonl").read_bytes() for n in (0, 1, 2)]
+    assert tests[0] == tests[1] == tests[2]
+    scores = [model["score"]["value"] for model in result["models"]]
+    assert scores == pytest.approx([0, 1, 2], abs=0.3)
+    assert result["models"][1]["gain"]["value"] == pytest.approx(scores[1] - scores[0])
+    assert result["models"][0]["score: other"]["value"] == pytest.approx(-scores[0])
+    page = (loop / "rounds.md").read_text()
+    assert page.count("\n| ") == 3
+    assert "the highest held-out score is that of round 2" in page
+
+
+def test_columns_for_scorers_go_along_into_the_rounds(stages, keys, tmp_path):
+    run_rounds(load_recipe(keys))
+    rows = read(tmp_path / "loop" / "round-1" / "prompts.jsonl")
+    assert {row["prompt"][0]["content"] for row in rows} == {f"Question {row['answer']}?" for row in rows}
+
+
+def test_provenance_names_model_data_recipe_and_versions(stages, keys, tmp_path):
+    run_rounds(load_recipe(keys))
+    about = [json.loads((tmp_path / "loop" / f"round-{n}" / "provenance.json").read_text()) for n in (1, 2)]
+    assert list(about[0]["stages"]) == ["generate", "score", "pair", "train"]
+    for name in ("model_fingerprint", "prompts_fingerprint", "recipe_fingerprint"):
+        assert len({each[name] for each in about}) == 2
+    assert {"simpo", "torch", "transformers"} <= about[0].keys()
+
+
+def test_a_loop_that_is_killed_goes_on_and_repeats_nothing(stages, keys, tmp_path):
+    run_rounds(load_recipe({**keys, "output_dir": str(tmp_path / "whole")}))
+    whole, stages.calls = stages.names, []
+    recipe, refused = load_recipe(keys), set()
+    stages.gains = [1.0, 1.0]
+
+    def fail_once(words: str) -> bool:
+        first, _ = words not in refused, refused.add(words)
+        return first
+
+    stages.fail_at = fail_once
+    for _ in range(len(whole)):
+        with pytest.raises(KeyboardInterrupt):
+            run_rounds(recipe)
+    run_rounds(recipe)
+    assert len(stages.calls) == 2 * len(whole)
+    assert stages.names[1::2] == whole
+    for name in ("round-1/pairs/train.jsonl", "round-2/pairs/train.jsonl", "round-2/evaluation/scored.jsonl"):
+        assert (tmp_path / "loop" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    stages.calls = []
+    run_rounds(recipe)
+    assert stages.calls == []
+
+
+def test_other_settings_or_prompts_are_refused_and_more_rounds_are_not(stages, keys, tmp_path):
+    keys["rounds"] = {"rounds": 1, "prompts_per_round": 15}
+    run_rounds(load_recipe(keys))
+    with pytest.raises(ValueError, match=r"other settings \(pair.min_gap was 0.0 and is 0.5\)"):
+        run_rounds(load_recipe({**keys, "pair": {**keys["pair"], "min_gap": 0.5}}))
+    with pytest.raises(ValueError, match=r"other settings \(learning_rate was 1e-06 and is 0.1\)"):
+        run_rounds(load_recipe({**keys, "learning_rate": 0.1}))
+    with (tmp_path / "asked.jsonl").open("a") as file:
+        file.write('{"prompt": "One more?", "answer": ""}\n')
+    with pytest.raises(ValueError, match=r"other settings \(prompts was"):
+        run_rounds(load_recipe(keys))
+    lines = (tmp_path / "asked.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "asked.jsonl").write_text("".join(lines[:-1]))
+    stages.calls = []
+    run_rounds(load_recipe(keys, {"rounds.rounds": 2}))
+    assert stages.names[0] == "round-2 generate"
+
+
+@pytest.mark.parametrize(("gains", "ends_at"), [([0.0, 9.0], 1), ([3.0, -3.0, 9.0], 2), ([3.0, 3.0, 3.0], 3)])
+def test_stops_where_the_held_out_score_no_longer_rises(stages, keys, gains, ends_at):
+    stages.gains = gains
+    keys["rounds"] = {"rounds": 3, "min_gain": 2.0}
+    result = json.loads(run_rounds(load_recipe(keys)).read_text())
+    assert len(result["models"]) == ends_at + 1
+    assert (result["stopped"] is None) == (ends_at == 3)
+    if ends_at < 3:
+        assert f"stopped after round {ends_at} of 3" in result["stopped"]
+    before = len(stages.calls)
+    assert json.loads(run_rounds(load_recipe(keys)).read_text()) == result
+    assert len(stages.calls) == before
+
+
+def test_a_stage_that_fails_ends_the_loop_with_its_code(keys, monkeypatch):
+    monkeypatch.setattr(rounds, "run_command", lambda words, **_: 2)
+    with pytest.raises(StageFailed, match=r"`simpo generate .*round-0/evaluation/recipe.yaml` ended with code 2"):
+        run_rounds(load_recipe(keys))
+
+
+def test_what_was_left_out_is_in_the_account_and_the_exit_code(stages, keys, tmp_path):
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(load_recipe(keys).to_yaml())
+    score = stages.score
+
+    def tie(recipe: Recipe, rest: list[str]) -> int:
+        path = Path(recipe.output_dir, "responses.jsonl")
+        rows = read(path)
+        rows[0]["responses"] = rows[0]["responses"][:1] * 4
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return score(recipe, rest)
+
+    stages.score = tie
+    done = CliRunner().invoke(app, ["rounds", str(recipe)])
+    assert done.exit_code == 3, done.output
+    assert "1 one answer (round-1/pairs)" in done.output
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"pair.test_fraction": 0.0}, "pair.test_fraction: 0 holds out no prompts"),
+        ({"pair.test_fraction": 1e-9}, "pair.test_fraction: 1e-09 of 80 prompts holds out none"),
+        ({"score.scorers": None}, "score.scorers: nothing to rate with"),
+        ({"pair.input": "x.jsonl"}, "pair.input: each step"),
+        ({"output_dir": None}, "output_dir must be set"),
+        ({"rounds.prompts_per_round": 50}, "2 rounds of 50 prompts need 100, and there are"),
+        ({"push_to_hub": True, "hub_model_id": "a/b"}, "push_to_hub: not in rounds"),
+    ],
+)
+def test_what_cannot_be_is_refused_at_once(stages, keys, changes, message):
+    with pytest.raises(ValueError, match=message):
+        run_rounds(load_recipe(keys, changes))
+    assert stages.calls == []
+
+
+def test_prompts_are_split_or_drawn():
+    prompts = [Prompt(f"{number:04}", "", []) for number in range(10)]
+    parts = split_prompts(prompts, 3, each=None, reuse=False, seed=1)
+    assert sorted(p.id for part in parts for p in part) == [p.id for p in prompts]
+    assert sorted(map(len, parts)) == [3, 3, 4]
+    two = split_prompts(prompts, 2, each=3, reuse=False, seed=1)
+    assert split_prompts(prompts, 3, each=3, reuse=False, seed=1)[:2] == two
+    assert split_prompts(prompts, 2, each=None, reuse=True, seed=1) == [prompts, prompts]
+    drawn = split_prompts(prompts, 2, each=6, reuse=True, seed=2)
+    assert drawn[0] != drawn[1]
+    with pytest.raises(ValueError, match="11 rounds of 1 prompts need 11, and there are 10"):
+        split_prompts(prompts, 11, each=None, reuse=False, seed=1)
