@@ -7,9 +7,11 @@ is not finite, or that runs out of memory, with 1; a command that had to leave s
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -240,6 +242,23 @@ def score(
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
+def generate(
+    context: typer.Context,
+    recipe: RecipeFile,
+    output: Annotated[
+        str | None, typer.Option("--output", help="File to write. [default: responses.jsonl in output_dir]")
+    ] = None,
+) -> None:
+    """Sample responses to prompts; given again, it goes on. Keys can follow: --num_samples 8 --temperature 0.7"""
+    resolved = _load(recipe, context.args, stage="generate")
+    from simpo.onpolicy.generate import run_generate
+
+    with _leaving_when_interrupted():
+        path = run_generate(resolved, output=output)
+    _exit_by_account(path.with_suffix(".json"))
+
+
+@app.command(context_settings=_TAKES_OVERRIDES)
 def rounds(context: typer.Context, recipe: RecipeFile) -> None:
     """Generate, score, pair, train, evaluate, several times; given again, it goes on. Any key can follow: --rounds 3"""
     resolved = _load(recipe, context.args, stage="rounds")
@@ -320,6 +339,18 @@ def _exit_by_account(account: Path) -> None:
             typer.secho(f"{reason}, as {example['row_id']}: {example['detail']}", fg="yellow", err=True)
         typer.secho(f"left out: {counts}; which and why is in {account.with_suffix('.json')}", fg="yellow", err=True)
         raise typer.Exit(3)
+
+
+@contextlib.contextmanager
+def _leaving_when_interrupted() -> Iterator[None]:
+    """Ctrl-C or SIGTERM in a command whose file goes on -> its one line, and exit 130."""
+    from simpo.run.stopping import Interrupted
+
+    try:
+        yield
+    except Interrupted as stopped:
+        _say_once(str(stopped), color="yellow")
+        raise typer.Exit(130) from None
 
 
 _FOR_THE_FIRST_S = 10.0

@@ -6,6 +6,7 @@ On a terminal a live bar; elsewhere (a log file, CI) one line per logged step.
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -81,6 +82,42 @@ def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(title, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+_LINE_EVERY_S = 30.0
+
+
+@contextlib.contextmanager
+def counter(
+    console: Console, title: str, total: int, *, done: int = 0, unit: str = ""
+) -> Iterator[Callable[[int, float], None]]:
+    """A bar with speed and time left on a terminal, elsewhere a line now and then.
+
+    Args:
+        title: what is counted, of which `total` there are and `done` were there before.
+        unit: of what the speed is said.
+    Returns:
+        A function that takes how many are done now, and how many units they took.
+    """
+    began = shown = time.monotonic()
+    new, units = 0, 0.0
+    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
+    has_bar = console.is_terminal and not console.quiet
+    with Progress(*columns, console=console, transient=True, disable=not has_bar) as bar:
+        task = bar.add_task(title, total=total, completed=done, speed="")
+
+        def advance(count: int, amount: float) -> None:
+            nonlocal new, units, shown
+            new, units, now = new + count, units + amount, time.monotonic()
+            elapsed = max(now - began, 1e-9)
+            left = format_duration(elapsed / new * (total - done - new)) if new else "?"
+            speed = f"{units / elapsed:,.0f} {unit}/s  {left} left" if unit else f"{left} left"
+            bar.update(task, completed=done + new, speed=speed)
+            if not has_bar and now - shown >= _LINE_EVERY_S:
+                shown = now
+                console.print(f"{title} {done + new}/{total}  {speed}", markup=False)
+
+        yield advance
 
 
 def format_duration(seconds: float) -> str:

@@ -15,8 +15,8 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,11 +28,18 @@ class WorkersFailed(RuntimeError):
 
 
 def map_in_processes(
-    build: Callable[[], Callable[[Any], Any]], jobs: Iterable[Any], num_processes: int
+    build: Callable[[], Callable[[Any], Any]],
+    jobs: Iterable[Any],
+    num_processes: int,
+    *,
+    environments: Sequence[Mapping[str, str]] = (),
+    in_order: bool = True,
 ) -> Iterator[Any]:
-    """`build()(job)` for each job, in order; built once in each process.
+    """`build()(job)` for each job, in order or as soon as they are there; built once in each process.
 
     Everything must be picklable. Jobs are taken as processes become free, and a few in advance.
+    Args:
+        environments: of the processes, on top of this one's.
     Raises:
         ValueError: raised by a job; it is raised here again with the same message.
         WorkersFailed: anything else. What was yielded before is good.
@@ -59,8 +66,8 @@ def map_in_processes(
         with ThreadPoolExecutor(num_processes) as threads:  # each waits for one process
             try:
                 try:
-                    for _ in range(num_processes):
-                        process = _start()
+                    for number in range(num_processes):
+                        process = _start(environments[number] if environments else {})
                         processes.append(process)
                         assert process.stdin is not None
                         assert process.stdout is not None
@@ -68,7 +75,7 @@ def map_in_processes(
                         idle.put((process.stdin, process.stdout))
                 except OSError as error:
                     raise WorkersFailed(f"no further process could be started ({error})") from error
-                for result in _in_order(threads, answer, jobs, 3 * num_processes):
+                for result in _results(threads, answer, jobs, 3 * num_processes, in_order=in_order):
                     if isinstance(result, ValueError):
                         raise result
                     yield result
@@ -82,18 +89,27 @@ def map_in_processes(
                 pass
 
 
-def _in_order(threads: ThreadPoolExecutor, function: Callable, jobs: Iterable[Any], num_ahead: int) -> Iterator[Any]:
-    """`function(job)` for each job, in order, with at most `num_ahead` of them taken or done that nobody asked for."""
+def _results(
+    threads: ThreadPoolExecutor, function: Callable, jobs: Iterable[Any], num_ahead: int, *, in_order: bool
+) -> Iterator[Any]:
+    """`function(job)` for each job, with at most `num_ahead` of them taken or done that nobody asked for."""
     ahead: deque[Future] = deque()
+
+    def take() -> Any:
+        if not in_order:
+            wait(ahead, return_when=FIRST_COMPLETED)
+            ahead.rotate(-next(place for place, each in enumerate(ahead) if each.done()))
+        return ahead.popleft().result()
+
     for job in jobs:
         ahead.append(threads.submit(function, job))
         if len(ahead) >= num_ahead:
-            yield ahead.popleft().result()
+            yield take()
     while ahead:
-        yield ahead.popleft().result()
+        yield take()
 
 
-def _start() -> subprocess.Popen:
+def _start(environment: Mapping[str, str]) -> subprocess.Popen:
     path = [*sys.path, str(Path(__file__).resolve().parents[2])]  # the last: where this very package lies
     # One core for each process: no thread pools on top.
     one_core = {"TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
@@ -101,7 +117,7 @@ def _start() -> subprocess.Popen:
         [sys.executable, "-c", _START.format(path=path)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        env={**os.environ, **one_core},
+        env={**os.environ, **one_core, **environment},
     )
 
 

@@ -157,10 +157,15 @@ def find_tokenizer(settings: Recipe, name: str) -> Any:
         return load_tokenizer(settings)
     if name == _NAMELESS:
         raise ValueError("tokenizer: this loaded model has no name to load one from; pass its tokenizer")
-    adapter = Path(name) / "adapter_config.json"
-    if adapter.is_file() and not (Path(name) / "tokenizer_config.json").is_file():
-        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    if not (Path(name) / "tokenizer_config.json").is_file():
+        name = base_model(name)
     return load_tokenizer(load_recipe(settings, {"model_name_or_path": name}))
+
+
+def base_model(name: str) -> str:
+    """The model that an adapter's folder belongs to; another name as it is."""
+    adapter = Path(name) / "adapter_config.json"
+    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else name
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,26 @@ class StopRequest(threading.Event):
         self._say("stopping after this step; once more to stop at once without saving")
 
 
+@contextlib.contextmanager
+def interruptible(progress: Callable[[], str]) -> Iterator[None]:
+    """Around work that loses nothing when it ends at any moment: Ctrl-C and SIGTERM end it at once.
+
+    Args:
+        progress: says how far it has come.
+    Raises:
+        Interrupted: with that, and that the same command goes on.
+    """
+    in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot have signals
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; {progress()}; the same command goes on") from None
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGTERM, before)
+
+
 # What torch raises for want of memory without its own class for it: cuBLAS, cuDNN, other CUDA calls, the CPU.
 _OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "error: out of memory", "can't allocate memory")
 

@@ -1,0 +1,353 @@
+"""What samples responses for `simpo generate`: the interface of all backends, and the one of this package (`local`).
+
+Owns how prompts become tokens and tokens become responses. A batch is planned from all prompts, done or not, and
+computed whole by one process: what it holds, and so each rounding in it, is the same after an interruption.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+import os
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from transformers import AutoConfig
+
+from simpo.data.columns import RowError
+from simpo.data.preferences import Pair
+from simpo.data.templates import PROBE_ANSWERS
+from simpo.data.tokenize import PairTokenizer
+from simpo.data.workers import WorkersFailed, map_in_processes
+from simpo.evaluation.run import READ_KEYS, base_model, find_tokenizer, model_folder
+from simpo.model.load import load_model, load_pretrained, pick_device, set_precision
+from simpo.model.sampling import Sampled, Sampling, noise_key, sample_responses, why_not_shared
+from simpo.onpolicy.prompts import Prompt
+from simpo.recipe import Recipe, load_recipe
+from simpo.recipe.stages import Generate
+from simpo.run.stopping import OutOfMemory, needs_memory
+
+PREFILL_TOKENS = 2**16  # of prompts that are computed together, at most
+
+
+@dataclass(frozen=True)
+class Response:
+    """One response to a prompt.
+
+    Attributes:
+        text: without its end of turn or stop text.
+        num_tokens: of the text and that end; None where a backend does not say.
+        finished: the model ended it; False where `max_new_tokens` cut it.
+        logprob: of all these tokens, summed, in nats, under the model at temperature 1 without any truncation; None
+            likewise.
+    """
+
+    text: str
+    num_tokens: int | None
+    finished: bool
+    logprob: float | None = None
+
+
+Answer = tuple[str, "list[Response] | RowError"]
+"""A prompt's id, and its responses or why it has none."""
+
+
+class Backend(Protocol):
+    """What samples.
+
+    Attributes:
+        settings: all that decides its responses besides the prompts and the recipe's `generate`, in plain values: the
+            model. A file that was begun with others is not gone on with.
+        notes: lines for the user, known once it is there.
+    """
+
+    settings: Mapping[str, Any]
+    notes: Sequence[str]
+
+    def generate(self, prompts: Sequence[Prompt], done: Collection[str]) -> Iterator[Sequence[Answer]]:
+        """Responses to all prompts but those whose id is in `done`, in any order, as soon as they are there: one
+        answer at a time, or several that came together.
+
+        Each answer has `num_samples` responses, or is the `RowError` that says why not; that prompt is tried again when
+        the command is given again. The iterator may be closed at any moment, and then leaves no process behind.
+
+        Raises:
+            ValueError: nothing can be sampled at all.
+        """
+        ...
+
+
+# --- tokens ----------------------------------------------------------------------------------------------------------
+
+
+class PromptTokenizer:
+    """Prompts to the tokens that training has in front of an answer.
+
+    Attributes:
+        end_text: what ends a turn; None where nothing is known to.
+        stops: texts that the template writes at the end of an answer without a token of their own.
+    Raises:
+        ValueError: as `PairTokenizer`.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+        self._pairs = PairTokenizer(
+            tokenizer, max_length=2**40, chat_template=recipe.chat_template, rendered_text=recipe.rendered_text
+        )
+        render = self._pairs.render
+        self.end_text: str | None = render.end_text
+        self.stops = [] if render.adds_end else [text for text in [getattr(render, "kept_suffix", "")] if text.strip()]
+
+    def __call__(self, prompts: Sequence[Prompt]) -> list[list[int] | RowError]:
+        """The tokens of each prompt, the generation header included, or why there are none."""
+        pairs = [Pair(prompt.row_id, _prompt_of(prompt), *PROBE_ANSWERS, tools=prompt.tools) for prompt in prompts]
+        return [
+            found if isinstance(found, RowError) else found.chosen_ids[: found.num_shared]
+            for found in self._pairs(pairs)
+        ]
+
+    def end_tokens(self, model: Any) -> frozenset[int]:
+        """Tokens that end a response: the template's end of turn, the tokenizer's end and the model's own."""
+        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        if self.end_text is not None:
+            ends.add(self.tokenizer.convert_tokens_to_ids(self.end_text))
+        return frozenset(end for end in ends if end is not None)
+
+
+def _prompt_of(prompt: Prompt) -> Any:
+    """A single user's turn as the text that it was."""
+    turns = prompt.turns
+    return turns[0]["content"] if len(turns) == 1 and turns[0].keys() == {"role", "content"} else turns
+
+
+# --- one process -----------------------------------------------------------------------------------------------------
+
+Job = list[tuple[str, list[int]]]
+"""Prompts that are computed together: the id and the tokens of each."""
+
+
+class LocalSampler:
+    """One process's model: batches of prompts to responses.
+
+    Args:
+        recipe: its `model_name_or_path` is a folder with a model or an adapter, or a hub name.
+        threads: of the CPU.
+        is_child: ends this process when the one that started it has gone.
+    Raises:
+        ValueError: no such model, or nothing that would end a response.
+    """
+
+    def __init__(self, recipe: Recipe, *, threads: int, is_child: bool = False) -> None:
+        self.wanted, self._parent = recipe.generate, os.getppid() if is_child else None
+        self.seed = recipe.seed if self.wanted.seed is None else self.wanted.seed
+        torch.set_num_threads(threads)
+        device = pick_device(recipe.device)
+        set_precision(recipe, device)
+        with needs_memory("loading the model", advice="use a machine with more of it"):
+            self.model = load_model(_plainly(recipe), device=device, trainable=False, check=False)
+        self.tokenizer = find_tokenizer(recipe, recipe.model_name_or_path)
+        prompts = PromptTokenizer(recipe, self.tokenizer)
+        self.ends, self.stops = prompts.end_tokens(self.model), [*self.wanted.stop, *prompts.stops]
+        if not (self.ends or self.stops):
+            raise ValueError(
+                "no end of turn: neither the chat template nor the tokenizer nor the model's generation config names "
+                "one, so every response would run to max_new_tokens; set generate.stop to the text that ends a turn"
+            )
+        self._reach = max((len(stop.encode()) for stop in self.stops), default=0) + 8
+        why_not = why_not_shared(self.model)
+        self.shares = why_not is None
+        self.notes = [] if why_not is None else [f"sampled one prompt at a time, which is slower: {why_not}"]
+
+    def __call__(self, job: Job) -> list[Answer]:
+        """Responses to the prompts of a batch, or why there are none."""
+        wanted = self.wanted
+        keys = [[noise_key(self.seed, row_id, number) for number in range(wanted.num_samples)] for row_id, _ in job]
+        with needs_memory(f"{len(job) * wanted.num_samples} responses at once", advice="lower generate.batch_size"):
+            found = sample_responses(
+                self.model,
+                [ids for _, ids in job],
+                keys,
+                Sampling(wanted.temperature, wanted.top_p, wanted.top_k, wanted.min_p),
+                ends=self.ends,
+                max_new_tokens=wanted.max_new_tokens,
+                is_stopped=self._is_stopped if self.stops else None,
+                shared=self.shares,
+                each_step=self._each_step,
+            )
+        return [(row_id, self._responses(sampled)) for (row_id, _), sampled in zip(job, found, strict=True)]
+
+    def _responses(self, sampled: Sequence[Sampled]) -> list[Response] | RowError:
+        if not all(math.isfinite(each.logprob) for each in sampled):
+            return RowError("not finite", "the model's logits are not finite for this prompt")
+        return [self._response(each) for each in sampled]
+
+    def _response(self, sampled: Sampled) -> Response:
+        ids = sampled.ids
+        has_end = sampled.finished and ids[-1] in self.ends
+        text = self._text(ids[:-1] if has_end else ids)
+        if sampled.finished and not has_end:
+            text = text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)]
+        return Response(text, len(ids), sampled.finished, sampled.logprob)
+
+    def _is_stopped(self, ids: list[int]) -> bool:
+        tail = self._text(ids[-self._reach :])
+        return any(stop in tail for stop in self.stops)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _each_step(self) -> None:
+        if self._parent is not None and os.getppid() != self._parent:
+            os._exit(1)
+
+
+def _plainly(recipe: Recipe) -> Recipe:
+    """The recipe's model as it is sampled from: transformers' attention, weights in the precision of its matmuls."""
+    changes = {"pack": False, "share_prompt": False, "attention_kernel": "auto"}
+    changes["master_dtype"] = "bfloat16" if recipe.bf16 else "float32"
+    return load_recipe(recipe, changes, only=READ_KEYS)
+
+
+class _Worker:
+    """A `LocalSampler` in another process: its errors as ValueError, its notes with each answer."""
+
+    def __init__(self, recipe: Recipe, **options: Any) -> None:
+        self._build = functools.cache(functools.partial(LocalSampler, recipe, is_child=True, **options))
+
+    def __call__(self, job: Job) -> tuple[list[str], list[Answer]]:
+        try:
+            sampler = self._build()
+            return sampler.notes, sampler(job)
+        except OutOfMemory as error:
+            raise ValueError(str(error)) from None
+
+
+# --- the backend -----------------------------------------------------------------------------------------------------
+
+
+class LocalBackend:
+    """`backend: local`: this process, or one for each GPU or core; see `Backend`.
+
+    Args:
+        recipe: the whole recipe.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        name = model_folder(recipe.model_name_or_path)
+        self.recipe = load_recipe(recipe, {"model_name_or_path": name})
+        self.tokenize = PromptTokenizer(recipe, find_tokenizer(self.recipe, name))
+        self.notes: list[str] = []
+        self.settings = {
+            "model": identify_model(name, recipe.model_revision),
+            "dtype": "bfloat16" if recipe.bf16 else "float32",
+        }
+        config = load_pretrained(AutoConfig, base_model(name), self.recipe, what="configuration")
+        self.limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if self.limit is not None and recipe.generate.max_new_tokens >= self.limit:
+            raise ValueError(
+                f"generate.max_new_tokens = {recipe.generate.max_new_tokens}: {name} has {self.limit} positions for "
+                "prompt and response"
+            )
+
+    def generate(self, prompts: Sequence[Prompt], done: Collection[str]) -> Iterator[Sequence[Answer]]:
+        """See `Backend`."""
+        tokens: dict[str, list[int]] = {}
+        failed: list[Answer] = []
+        for prompt, found in zip(prompts, self.tokenize(prompts), strict=True):
+            found = self._too_long(found) or found
+            if isinstance(found, RowError):
+                failed.append((prompt.id, found))
+            else:
+                tokens[prompt.id] = found
+        yield failed
+        batches = plan_batches(tokens, self.recipe.generate)
+        open_batches = [batch for batch in batches if any(row_id not in done for row_id, _ in batch)]
+        for answers in self._computed(open_batches):
+            yield [(row_id, found) for row_id, found in answers if row_id not in done]
+
+    def _too_long(self, found: list[int] | RowError) -> RowError | None:
+        more = self.recipe.generate.max_new_tokens
+        if isinstance(found, RowError) or self.limit is None or len(found) + more <= self.limit:
+            return None
+        return RowError(
+            "too long", f"{len(found)} prompt tokens and generate.max_new_tokens {more} in {self.limit} positions"
+        )
+
+    def _computed(self, batches: Sequence[Job]) -> Iterator[list[Answer]]:
+        places, threads = _places(self.recipe, len(batches))
+        if not batches:
+            return
+        if len(places) == 1:
+            before = torch.get_num_threads()
+            try:
+                sampler = LocalSampler(self.recipe, threads=threads)
+                self.notes += sampler.notes
+                yield from map(sampler, batches)
+            finally:
+                torch.set_num_threads(before)
+            return
+        build = functools.partial(_Worker, self.recipe, threads=threads)
+        try:
+            for notes, answers in map_in_processes(build, batches, len(places), environments=places, in_order=False):
+                self.notes[:] = dict.fromkeys([*self.notes, *notes])
+                yield answers
+        except WorkersFailed as error:
+            raise ValueError(
+                f"a process that sampled is gone ({error}), most likely for want of memory; lower generate.batch_size "
+                "or generate.processes"
+            ) from None
+
+
+def plan_batches(tokens: Mapping[str, list[int]], wanted: Generate) -> list[Job]:
+    """Prompts of like length together, the longest first; the same batches whatever the order of the prompts.
+
+    A batch has at most `batch_size` responses, but all of one prompt.
+    """
+    batches: list[Job] = []
+    for row_id, ids in sorted(tokens.items(), key=lambda item: (-len(item[1]), item[0])):
+        batch = batches[-1] if batches else []
+        count, width = len(batch) + 1, len(batch[0][1]) if batch else 0
+        if not batch or count * wanted.num_samples > wanted.batch_size or count * width > PREFILL_TOKENS:
+            batches.append(batch := [])
+        batch.append((row_id, ids))
+    return batches
+
+
+def _places(recipe: Recipe, num_batches: int) -> tuple[list[dict[str, str]], int]:
+    """The environment of each process to sample in, and its CPU threads."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    on_gpu = pick_device(recipe.device).type == "cuda"
+    gpus = torch.cuda.device_count() if on_gpu else 0
+    count = min(recipe.generate.processes or gpus or cores, gpus or cores, max(1, num_batches))
+    threads = recipe.num_threads or max(1, cores // count)
+    if not on_gpu:
+        return [{}] * count, threads
+    seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(
+        map(str, range(gpus))
+    )
+    return [{"CUDA_VISIBLE_DEVICES": name} for name in seen[:count]], threads
+
+
+def identify_model(name: str, revision: str | None) -> str:
+    """A model by its name and, for a folder, what its files hold, as far as their ends tell; moved, it is the same."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return f"{name}@{revision or 'main'}"
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(_END))
+                file.seek(max(0, path.stat().st_size - _END))
+                digest.update(file.read())
+    return f"{folder.resolve().name} {digest.hexdigest()}"
+
+
+_END = 2**20  # bytes of either end of a file
