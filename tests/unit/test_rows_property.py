@@ -16,10 +16,12 @@ from hypothesis import strategies as st
 from tokenizers_for_tests import trained_texts
 
 from simpo.data import columns
+from simpo.data.cleaning import PairCleaner
 from simpo.data.preferences import RowError, pair_from_row
 from simpo.data.prepare import RowTokenizer, prepare_pairs
 from simpo.data.rows import RawRow
 from simpo.data.tokenize import PairTokenizer
+from simpo.recipe.stages import Clean
 
 few = settings(  # where each example tokenises or writes files
     max_examples=6,
@@ -165,7 +167,9 @@ def test_row_gives_a_sound_pair_or_a_reason(row):
 def test_rows_are_kept_or_dropped_and_kept_ones_are_sound(kind, build_tokenizer):
     tokenizer = build_tokenizer(kind)
     limits = {"max_length": 24, "max_prompt_length": 12, "overlong": "truncate"}
-    prepare = RowTokenizer(tokenizer, pair_from_row, **limits, chat_template=tokenizer.chat_template)
+    prepare = RowTokenizer(
+        tokenizer, pair_from_row, PairCleaner(Clean()), **limits, chat_template=tokenizer.chat_template
+    )
 
     @few
     @given(st.lists(ROWS, max_size=8))

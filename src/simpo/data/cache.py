@@ -25,6 +25,7 @@ from rich.console import Console
 from simpo.core.packing import SIDES
 from simpo.data import sources as source_files
 from simpo.data.ledger import Ledger
+from simpo.data.overlap import benchmark_sources
 from simpo.data.sources import Source
 from simpo.errors import one_line
 from simpo.recipe import KEYS
@@ -104,11 +105,13 @@ def fingerprint_data(recipe: Any, tokenizer: Any, sources: list[Source], templat
     import transformers
 
     keys = {name: getattr(recipe, name) for name, key in KEYS.items() if key.decides_tokens}
+    keys["clean"] = keys["clean"].model_dump(exclude_defaults=True)
     if not source_files.uses_seed(recipe, sources):
         del keys["seed"]
     content = {
         "keys": keys,
         "sources": source_files.fingerprint_sources(sources),
+        "benchmarks": source_files.fingerprint_sources(benchmark_sources(recipe)),
         "tokenizer": _fingerprint_tokenizer(tokenizer),
         "template": template,
         "code": _fingerprint_code(),

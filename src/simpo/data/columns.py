@@ -180,6 +180,20 @@ def _best_and_worst(responses: Any, scores: Any) -> tuple[Any, Any]:
     return responses[best], responses[worst]
 
 
+def read_scores(row: Mapping) -> tuple[float, float] | None:
+    """The scores of chosen and rejected, where a row has both: in their columns, or the ends of a scored list."""
+    for names in SCORE_PAIR_COLUMNS:
+        chosen, rejected = (_number(row.get(name)) for name in names)
+        if chosen is not None and rejected is not None:
+            return chosen, rejected
+    if not any(row.get(name) is not None for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS)):
+        for responses_name, scores_name in SCORED_COLUMNS:
+            if row.get(responses_name) is not None and row.get(scores_name) is not None:
+                scores = _scores(row[scores_name])
+                return max(scores), min(scores)
+    return None
+
+
 def drop_ties(row: Mapping) -> None:
     """A pair whose two sides were scored equal says nothing about preference."""
     for chosen_name, rejected_name in SCORE_PAIR_COLUMNS:

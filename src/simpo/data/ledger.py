@@ -110,10 +110,11 @@ class SplitLedger(BaseModel):
 
 class Ledger(BaseModel):
     """The accounts of all splits of one preparation. `eval_prompts_in_train` counts eval pairs whose prompt is also
-    trained on."""
+    trained on; `advice` is what a careful person would want to know, with the key that deals with it."""
 
     splits: dict[str, SplitLedger] = {}
     eval_prompts_in_train: int = 0
+    advice: list[str] = []
     notes: list[str] = []
     fingerprint: str = ""
 
@@ -138,13 +139,13 @@ class Ledger(BaseModel):
             if split.lengths:
                 console.print(_histogram_table(name, split.lengths))
         lines = [*self.notes, *self.notices]
-        if self.eval_prompts_in_train:
-            lines.append(f"{self.eval_prompts_in_train} eval pairs have a prompt that is also trained on")
         lines += [
             f"dropped from {name}:\n{each.top_reasons(None)}" for name, each in self.splits.items() if each.dropped
         ]
+        if self.advice:
+            lines += ["worth knowing:", *(f"  {line}" for line in self.advice)]
         for line in lines:
-            console.print(line, markup=False, highlight=False)
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         for example in self.splits["train"].examples[:examples]:
             _print_example(console, example)
 

@@ -31,6 +31,7 @@ from simpo.data.columns import (
     missing_column,
     our_columns,
     raw_answers,
+    read_scores,
 )
 from simpo.data.messages import (
     Message,
@@ -55,7 +56,7 @@ class Pair:
 
     `prompt` is a plain string, or messages that end with a user's or a tool's turn (a system turn may come first).
     `chosen` and `rejected` are never blank and never equal; `tools` are definitions of what an assistant may call.
-    `notes` say what was done to the row, for the ledger.
+    `notes` say what was done to the row, for the ledger; `scores` are those of chosen and rejected, where it has them.
     """
 
     row_id: str
@@ -64,6 +65,7 @@ class Pair:
     rejected: Answer
     tools: Sequence[dict[str, Any]] = ()
     notes: Notes = dataclasses.field(default_factory=dict, compare=False)
+    scores: tuple[float, float] | None = dataclasses.field(default=None, compare=False)
 
     @property
     def turns(self) -> list[Message]:
@@ -133,7 +135,7 @@ def pair_from_row(
     drop_ties(row)
     notes: Notes = {}
     prompt_names = (prompt_column,) if prompt_column else PROMPT_COLUMNS
-    raw = raw_answers(row, chosen_column, rejected_column)
+    raw, scores = raw_answers(row, chosen_column, rejected_column), read_scores(row)
     dialogues = all(map(is_transcript, raw))
     sides = [_decoded(value, what, notes, transcript=dialogues) for value, what in zip(raw, SIDES)]
     if any(row.get(name) is not None for name in prompt_names):
@@ -149,7 +151,7 @@ def pair_from_row(
     context = _with_system(context, row, system_prompt, empty_system)
     tools = read_tools(row.get("tools"))
     _check_prompt(context)
-    pair = Pair(row_id, context, _simplest(chosen), _simplest(rejected), tools, notes)
+    pair = Pair(row_id, context, _simplest(chosen), _simplest(rejected), tools, notes, scores)
     _check_answers(pair)
     return pair
 

@@ -34,8 +34,11 @@ from simpo.data.cache import (
     list_lengths,
     load_cached,
 )
+from simpo.data.cleaning import FINDINGS, REASONS, PairCleaner, find_numbers
 from simpo.data.ledger import MARKS, Dropped, Ledger, SplitLedger, describe_lengths
+from simpo.data.overlap import read_benchmarks
 from simpo.data.preferences import Pair, RowError, pair_reader
+from simpo.data.review import Review
 from simpo.data.rows import RawRow, Rows
 from simpo.data.sources import Source, Splits
 from simpo.data.templates import CHATML, NO_TEMPLATE, load_chat_template, template_takes_system
@@ -57,7 +60,7 @@ _ACCOUNT_COLUMNS = {
     "prompt_key": pa.int64(),
     "pair_key": pa.int64(),
 }
-_SCHEMA = pa.schema({**PAIR_COLUMNS, **_ACCOUNT_COLUMNS})
+_SCHEMA = pa.schema({**PAIR_COLUMNS, **_ACCOUNT_COLUMNS, **FINDINGS})
 
 
 def prepare_pairs(recipe: Any, tokenizer: Any, *, progress: bool = True) -> PreparedData:
@@ -97,7 +100,8 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
     prepared = load_cached(folder, key, console)
     if prepared is None:
         read_pair = source_files.reader_of(recipe, sources, functools.partial(_reader, tokenizer))
-        build = functools.partial(RowTokenizer, tokenizer, read_pair, own, **limits)
+        examine = PairCleaner(recipe.clean, read_benchmarks(recipe))
+        build = functools.partial(RowTokenizer, tokenizer, read_pair, examine, own, **limits)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
         ledger = Ledger(notes=splits.notes, fingerprint=key)
@@ -189,6 +193,7 @@ class RowTokenizer:
 
     Args:
         read_pair: rows to pairs, see `sources.reader_of`.
+        examine: what a pair shows, as `cleaning.FINDINGS`; raises RowError for one that is filtered.
         own: those of the sources that have arguments of their own, by label.
         limits: further arguments of `PairTokenizer`.
     """
@@ -197,10 +202,11 @@ class RowTokenizer:
         self,
         tokenizer: Any,
         read_pair: Callable[..., Pair],
+        examine: Callable[[Pair], dict[str, Any]],
         own: Mapping[str, Mapping[str, Any]] | None = None,
         **limits: Any,
     ):
-        self.read_pair = read_pair
+        self.read_pair, self.examine = read_pair, examine
         self.tokenize = PairTokenizer(tokenizer, **limits)
         own = {label: each for label, each in (own or {}).items() if each != limits}
         self.own = {label: PairTokenizer(tokenizer, **each) for label, each in own.items()}
@@ -208,19 +214,22 @@ class RowTokenizer:
     def __call__(self, rows: list[RawRow]) -> Chunk:
         """Every row ends up in the table or among the dropped."""
         pairs: list[Pair] = []
+        findings: list[dict[str, Any]] = []
         dropped: list[Dropped] = []
         noticed: list[Dropped] = []
         kept: list[dict[str, Any]] = []
         for row in rows:
             try:
-                pairs.append(self.read_pair(row.row, row_id=row.row_id))
+                pair = self.read_pair(row.row, row_id=row.row_id)
+                findings.append(self.examine(pair))
+                pairs.append(pair)
             except RowError as error:
                 dropped.append(Dropped(row.row_id, error.reason, error.detail))
-        for pair, result in zip(pairs, self._tokenized(pairs)):
+        for pair, found, result in zip(pairs, findings, self._tokenized(pairs)):
             if isinstance(result, RowError):
                 dropped.append(Dropped(pair.row_id, result.reason, result.detail))
             else:
-                kept.append(_columns(pair, result))
+                kept.append(_columns(pair, result) | found)
                 noticed += [Dropped(pair.row_id, what, detail) for what, detail in result.notes.items()]
         return Chunk(pa.Table.from_pylist(kept, _SCHEMA), dropped, noticed)
 
@@ -314,6 +323,7 @@ def _numbers(table: pa.Table) -> _Numbers:
     plain = (*_ACCOUNT_COLUMNS, "chosen_start", "shared_prefix")
     return {
         **{name: table[name].to_numpy() for name in plain},
+        **find_numbers(table),
         **{f"{side}_tokens": list_lengths(table[f"{side}_ids"]) for side in SIDES},
         **{f"{side}_trained": count_trained(table, side) for side in SIDES},
     }
@@ -321,6 +331,7 @@ def _numbers(table: pa.Table) -> _Numbers:
 
 def _choose(numbers: Mapping[str, _Numbers], ledger: Ledger, writer: PairWriter, recipe: Any) -> dict[str, np.ndarray]:
     """Split -> [pairs] which of its pairs are kept, by what depends on all of them; the others are counted here."""
+    row_ids = {name: writer.read(name)["row_id"] for name in ledger.splits}
     keep = {}
     for name, account in ledger.splits.items():
         _, first = np.unique(numbers[name]["pair_key"], return_index=True)
@@ -329,8 +340,12 @@ def _choose(numbers: Mapping[str, _Numbers], ledger: Ledger, writer: PairWriter,
         if recipe.drop_duplicates and account.duplicates:
             mask[:] = False
             mask[first] = True
-            repeated = writer.read(name)["row_id"].filter(pa.array(~mask)).to_pylist()
+            repeated = row_ids[name].filter(pa.array(~mask)).to_pylist()
             account.add_dropped(Dropped(row_id, "duplicate", "equal to an earlier row") for row_id in repeated)
+    review = Review(numbers, keep, row_ids, recipe.clean)
+    for name, account in ledger.splits.items():
+        account.add_dropped(review.removed(name))
+    ledger.advice = review.advise()
     return keep
 
 
@@ -366,10 +381,10 @@ def _example(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
 
 
 def _check_dropped(ledger: Ledger, max_dropped_fraction: float) -> None:
-    """Stop where the data is not what the recipe expects. Duplicates are dropped on request and do not count."""
+    """Stop where the data is not what the recipe expects. What was dropped on request does not count."""
+    requested = {"duplicate", *REASONS.values()}
     for name, split in ledger.splits.items():
-        duplicates = split.dropped.get("duplicate", {"count": 0})["count"]
-        dropped = split.num_dropped - duplicates
+        dropped = sum(entry["count"] for reason, entry in split.dropped.items() if reason not in requested)
         if dropped > max_dropped_fraction * split.input:
             raise ValueError(
                 f"{dropped} of {split.input} {name} rows are dropped ({dropped / split.input:.1%}), more than "

@@ -21,7 +21,7 @@ from simpo.core.optimizers import OPTIMIZERS
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS
 from simpo.recipe.checks import METRICS, resolve
 from simpo.recipe.declare import Key, declared_key, in_section
-from simpo.recipe.stages import STAGES, Generate, Pair, Rounds, Score
+from simpo.recipe.stages import STAGES, Clean, Generate, Pair, Rounds, Score
 from simpo.recipe.values import (
     OWN_KEYS,
     Number,
@@ -197,6 +197,9 @@ class Recipe(_LossKeys):
         None, "At most this many evaluation pairs.", null="all", ge=1)
     drop_duplicates: bool = _data(
         False, "Drop pairs that repeat an earlier one exactly.")
+    clean: Annotated[Clean, Field(strict=False)] = _data(
+        Clean(), "Pairs to drop that are usable but better left out; each filter is off unless asked for.",
+        "mapping; see `simpo keys clean`", derived="each of its keys has one")
     preprocessing_num_workers: Whole | None = _data(
         None, "Processes that tokenise; never more than one for 2,000 rows.", null="one a core, at most 8",
         decides_tokens=False, may_change=True, ge=1)

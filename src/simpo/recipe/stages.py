@@ -1,4 +1,5 @@
-"""The keys of the commands around training: what a recipe says under `generate`, `score`, `pair` and `rounds`.
+"""The keys of the commands around training: what a recipe says under `generate`, `score`, `pair` and `rounds`; and
+those of cleaning, under `clean`.
 
 Declared as the recipe's own keys are, and checked with it: one file describes the whole loop, and each command reads
 its part. Written as a mapping in YAML, or one by one: `--generate.temperature 0.8`.
@@ -22,10 +23,53 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
 
 
-_generate = in_section("generate")
+_generate, _clean = in_section("generate"), in_section("clean")
 
 
 # fmt: off
+class Clean(Stage):
+    """What is done to pairs before they are trained on; the ledger lists every pair that goes, with its reason."""
+
+    near_duplicates: bool = _clean(
+        False, "Drop pairs whose prompt nearly repeats an earlier one; pairs with the very same prompt stay or go "
+        "together (install simpo[clean]).")
+    similarity: Number = _clean(
+        0.7, "From which similarity prompts are near-duplicates: what two prompts share of all their pairs of "
+        "neighbouring words (Jaccard), estimated by MinHash; system turns aside.", gt=0.3, le=1)
+    leaks: Literal["keep", "exact", "near"] = _clean(
+        "keep", "Drop pairs whose prompt is in the other split too: exact, the very same; near, also near-duplicates "
+        "(install simpo[clean]).")
+    leaks_from: Literal["train", "eval"] = _clean(
+        "train", "The split that such pairs are dropped from.")
+    contradictions: bool = _clean(
+        False, "Drop pairs that another one contradicts: the same prompt and answers, the other way round.")
+    one_pair_a_prompt: bool = _clean(
+        False, "Keep one pair of each prompt: that with the largest gap between its scores, else the first.")
+    max_length_ratio: Number | None = _clean(
+        None, "Drop pairs whose longer answer has more than this many times the characters of the shorter one.",
+        null="no limit", ge=1)
+    min_score_gap: Number | None = _clean(
+        None, "Drop pairs whose chosen answer does not score this much more than the rejected one, and those without "
+        "scores.", null="no limit")
+    template_residue: bool = _clean(
+        False, "Drop pairs whose texts hold marks of a chat template (<|im_end|>, [INST], an answer's own "
+        '"\\n\\nHuman:"); text that was rendered as a whole is not meant.')
+    refusals: Literal["keep", "chosen", "either"] = _clean(
+        "keep", "Drop pairs whose chosen answer, or either, declines to help.")
+    truncated: Literal["keep", "chosen", "either"] = _clean(
+        "keep", "Drop pairs whose chosen answer, or either, stops in the middle: in a sentence or in a block of code.")
+    languages: Annotated[list[str] | None, BeforeValidator(as_words_or_null)] = _clean(
+        None, "Drop pairs with an answer that is clearly in another language than these (install simpo[clean]); "
+        "`prompt` stands for the language of the prompt.", "list of two-letter codes", null="any")
+    benchmarks: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture_or_null)] = _clean(
+        None, "Drop pairs that share `benchmark_ngram` words in a row with these benchmarks, named as dataset_mixer "
+        "names datasets; all of their splits are read, all of their texts or those in `columns`.",
+        "mapping of name to 1.0 or to settings", null="none")
+    benchmark_ngram: Whole = _clean(
+        13, "Words in a row, case and punctuation aside, that count as taken from a benchmark; of a benchmark's "
+        "shorter text all words, if there are 8 (as in appendix C of arXiv:2005.14165).", ge=8)
+
+
 class Generate(Stage):
     """`simpo generate`: responses to prompts."""
 
@@ -134,7 +178,7 @@ class Rounds(Stage):
 # fmt: on
 
 
-STAGES: dict[str, type[Stage]] = {"generate": Generate, "score": Score, "pair": Pair, "rounds": Rounds}
+STAGES: dict[str, type[Stage]] = {"clean": Clean, "generate": Generate, "score": Score, "pair": Pair, "rounds": Rounds}
 """Key of a recipe -> what it may hold."""
 
 STAGE_KEYS: dict[str, Key] = {

@@ -99,7 +99,7 @@ class SimPOConfig(_Arguments):
         ValueError: as `simpo.recipe.load_recipe`, and for names of TRL whose meaning is not the one here.
     """
 
-    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "loss_kwargs"]  # noqa: RUF012
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "loss_kwargs", "clean"]  # noqa: RUF012
 
     # --- TrainingArguments' own, with a recipe's defaults
     per_device_train_batch_size: int = field(default=2, metadata={"help": "Pairs in one micro-batch of one process."})
