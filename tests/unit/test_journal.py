@@ -51,7 +51,7 @@ def test_rows_are_brought_into_the_order_of_their_inputs(tmp_path: Path):
 
 def test_what_cannot_go_on_is_said(tmp_path: Path):
     path = tmp_path / "rows.jsonl"
-    with Journal(path, {"temperature": 0.7}) as journal:
+    with Journal(path, {"generate": {"temperature": 0.7, "seed": 1}}) as journal:
         journal.add({"id": "a"})
         journal.add({"id": "b"})
         with pytest.raises(ValueError, match="holds 1 rows, such as b, that the input no longer has"):
@@ -59,19 +59,28 @@ def test_what_cannot_go_on_is_said(tmp_path: Path):
     with pytest.raises(ValueError, match="not complete yet"):
         next(read_rows(path))
     with (
-        pytest.raises(ValueError, match=r"other settings \(temperature was 0\.7 and is 0\.9\)"),
-        Journal(path, {"temperature": 0.9}),
+        pytest.raises(ValueError, match=r"other settings \(generate\.temperature was 0\.7 and is 0\.9\)"),
+        Journal(path, {"generate": {"temperature": 0.9, "seed": 1}}),
     ):
         pass
     path.write_bytes(b'{"id": "a"}\n{"id": \n{"id": "b"}\n')
-    with pytest.raises(ValueError, match="line 2 is damaged"), Journal(path, {"temperature": 0.7}):
+    with (
+        pytest.raises(ValueError, match="line 2 is damaged"),
+        Journal(path, {"generate": {"temperature": 0.7, "seed": 1}}),
+    ):
         pass
     about = path.with_suffix(".json")
     about.write_text(json.dumps({**read_about(path), "format": 9}))
-    with pytest.raises(ValueError, match="reads up to format 1"), Journal(path, {"temperature": 0.7}):
+    with (
+        pytest.raises(ValueError, match="reads up to format 1"),
+        Journal(path, {"generate": {"temperature": 0.7, "seed": 1}}),
+    ):
         pass
     about.unlink()
-    with pytest.raises(ValueError, match=r"is there already, without rows\.json"), Journal(path, {"temperature": 0.7}):
+    with (
+        pytest.raises(ValueError, match=r"is there already, without rows\.json"),
+        Journal(path, {"generate": {"temperature": 0.7, "seed": 1}}),
+    ):
         pass
     with pytest.raises(ValueError, match=r"a name that ends with \.jsonl"):
         Journal(tmp_path / "rows.json", {})

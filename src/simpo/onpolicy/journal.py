@@ -142,11 +142,11 @@ class Journal:
                 f"{self.about}: written by simpo {about.get('simpo')}, in format {about['format']}; this is simpo "
                 f"{version('simpo')}, which reads up to format {FORMAT}"
             )
-        before = about.get("settings", {})
+        before, now = _flat(about.get("settings", {})), _flat(self.settings)
         changed = [
-            f"{name} was {short(before.get(name))} and is {short(self.settings.get(name))}"
-            for name in dict.fromkeys((*before, *self.settings))
-            if before.get(name) != self.settings.get(name)
+            f"{name} was {short(before.get(name))} and is {short(now.get(name))}"
+            for name in dict.fromkeys((*before, *now))
+            if before.get(name) != now.get(name)
         ]
         if changed:
             raise ValueError(
@@ -179,6 +179,14 @@ class Journal:
         head = {"simpo": version("simpo"), "format": FORMAT, "settings": self.settings}
         write_whole(self.about, json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n")
         self._is_complete = content["complete"]
+
+
+def _flat(settings: Any, name: str = "") -> dict[str, Any]:
+    """Nested settings by their whole names: "generate.temperature"."""
+    if not isinstance(settings, Mapping):
+        return {name: settings}
+    parts = [_flat(value, f"{name}.{key}".lstrip(".")) for key, value in settings.items()]
+    return {key: value for part in parts for key, value in part.items()}
 
 
 def read_about(path: str | Path) -> dict[str, Any]:
