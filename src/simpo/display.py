@@ -50,13 +50,14 @@ class Display:
 
     def say_evaluation(self, what: str, values: Mapping[str, float], *, prefix: str = "eval") -> None:
         """The held-out numbers of one evaluation; `what` was evaluated, and `prefix` begins the names of its values."""
-        loss, pairs, time_s = (values[f"{prefix}_{name}"] for name in ("loss", "pairs", "time_s"))
-        accuracy, margin = (values[f"{prefix}_rewards/{name}"] for name in ("accuracies", "margins"))
-        chosen, rejected = (values[f"{prefix}_logps/{name}"] for name in ("chosen", "rejected"))
+        time_s, chosen, rejected = (values[f"{prefix}_{name}"] for name in ("time_s", "logps/chosen", "logps/rejected"))
         self.say(
-            f"{what}: loss {loss:.4f}, accuracy {accuracy:.1%}, margin {margin:+.4f}, chosen {chosen:.3f} and "
-            f"rejected {rejected:.3f} nats/token ({pairs:.0f} pairs, {time_s:.1f} s)"
+            f"{what}: {_result(values, prefix)}, chosen {chosen:.3f} and rejected {rejected:.3f} nats/token "
+            f"({values[f'{prefix}_pairs']:.0f} pairs, {time_s:.1f} s)"
         )
+        begin = f"{prefix}_pairs/"
+        for source, pairs in ((name[len(begin) :], n) for name, n in values.items() if name.startswith(begin)):
+            self.say(f"  {source}: {_result(values, prefix, f'/{source}')} ({pairs:.0f} pairs)")
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
         """A two-column table."""
@@ -64,6 +65,12 @@ class Display:
         for key, value in rows.items():
             table.add_row(key, str(value))
         self.console.print(table)
+
+
+def _result(values: Mapping[str, float], prefix: str, of: str = "") -> str:
+    names = ("loss", "rewards/accuracies", "rewards/margins")
+    loss, accuracy, margin = (values[f"{prefix}_{name}{of}"] for name in names)
+    return f"loss {loss:.4f}, accuracy {accuracy:.1%}, margin {margin:+.4f}"
 
 
 def format_numbers(values: Mapping[str, float]) -> str:

@@ -256,7 +256,7 @@ class Trainer:
 
     def _accumulate(self, plan: StepPlan) -> tuple[StepTotals, StepLosses]:
         """The gradient of a step, its totals, and each pair's loss."""
-        totals, losses = StepTotals(), []
+        totals, losses = StepTotals(self.loader.store.sources.names), []
         for micro_batch in self.loader.micro_batches(plan):
             with self.gradients.micro_batch(is_last=micro_batch.is_last):
                 with offload_activations(self.model) if self.recipe.activation_offload else contextlib.nullcontext():
@@ -349,7 +349,7 @@ class Trainer:
         """Means over all held-out pairs, with `eval_` in front; the same bits on every process. Empty without pairs."""
         if self.eval_loader is None:
             return {}
-        started, totals = time.perf_counter(), StepTotals()
+        started, totals = time.perf_counter(), StepTotals(self.eval_loader.store.sources.names)
         whole = self.eval_loader.plan_everything()
         self.model.eval()
         with needs_memory("evaluation", advice="lower per_device_eval_batch_size"):
@@ -358,8 +358,8 @@ class Trainer:
                 totals.add(sums, losses, num_tokens=micro_batch.num_tokens)
         self.model.train()
         drop_gathered(self.model)
-        values = totals.over(self.mesh, whole.num_pairs).means()
-        values |= {"pairs": whole.num_pairs, "time_s": time.perf_counter() - started}
+        total = totals.over(self.mesh, whole.num_pairs)
+        values = total.means() | total.counts() | {"time_s": time.perf_counter() - started}
         return self.mesh.from_main({f"{prefix}_{name}": value for name, value in values.items()})
 
     def _evaluate_and_log(self) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.metrics import PAIR_METRICS, StepTotals
+from simpo.run.metrics import StepTotals, num_sums
 from simpo.run.optim import build_optimizer
 from simpo.trainer import Trainer
 
@@ -42,7 +42,7 @@ def without_values(tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch)
 
         def fetch(values: Tensor) -> Tensor:
             fetched.append(values.numel())
-            return torch.tensor([1.0] * len(PAIR_METRICS) + [10.0, 0.0, 0.0] + [50.0] * (values.numel() - 11)).double()
+            return torch.tensor([1.0] * (values.numel() - 4) + [10.0, 0.0, 0.0, 50.0]).double()
 
         autocast, generator = torch.autocast, torch.Generator
         monkeypatch.setattr(torch, "Generator", lambda device: generator("cpu"))
@@ -60,14 +60,23 @@ def test_a_step_fetches_its_totals_and_nothing_else(keys: dict[str, Any], withou
     for plan in trainer.loader.plans(0, 2):
         assert len(plan.micro_batches) == 2
         values = trainer.train_step(plan)
-    assert fetched == [len(PAIR_METRICS) + 4] * 2
+    assert fetched == [num_sums(0) + 4] * 2
     assert values["grad_norm"] == 50.0
 
 
 def test_an_evaluation_waits_once(without_values: Any) -> None:
     trainer, fetched = without_values()
     trainer.evaluate()
-    assert fetched == [len(PAIR_METRICS) + 4]
+    assert fetched == [num_sums(0) + 4]
+
+
+def test_metrics_by_source_are_fetched_along(without_values: Any, pair_files: Any) -> None:
+    mixer = {name: {"path": str(pair_files)} for name in ("a", "b", "c")}
+    trainer, fetched = without_values(dataset_mixer=mixer)
+    values = trainer.train_step(next(trainer.loader.plans(0, 1)))
+    trainer.evaluate()
+    assert fetched == [num_sums(3) + 4] * 2
+    assert values["loss/b"] == 1.0
 
 
 def test_a_step_that_looks_at_a_value_is_caught(without_values: Any, monkeypatch: pytest.MonkeyPatch) -> None:

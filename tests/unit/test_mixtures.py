@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import json
+import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tokenizers_for_tests
+from rich.console import Console
 
 from simpo.data.prepare import prepare_pairs
-from simpo.data.sources import find_sources, fingerprint_sources, load_splits, source_of, uses_seed
+from simpo.data.rows import source_of
+from simpo.data.sources import find_sources, fingerprint_sources, load_splits, uses_seed
+from simpo.evaluation.results import Comparison, Evaluation, PairRecord, build_evaluation, compare
 from simpo.recipe import load_recipe
 
 
@@ -185,3 +190,48 @@ def test_a_split_with_a_slash_is_no_part_of_the_source(tmp_path: Path, data_reci
     (tmp_path / "a.json").write_text(json.dumps({"old/train": plain(2)}))
     first, *_ = load_splits(data_recipe(tmp_path / "a.json", dataset_splits=["old/train"])).train
     assert source_of(first.row_id) == "a.json"
+
+
+# --- what evaluations say of each source -----------------------------------------------------------------------------
+
+
+def records(counts: dict[str, int], seed: int) -> list[PairRecord]:
+    rng = random.Random(seed)
+    ids = [f"{source}/test#{i}" for source, count in counts.items() for i in range(count)]
+    return [PairRecord(row_id, rng.gauss(-9, 3), rng.gauss(-10, 3), 5, 7) for row_id in ids]
+
+
+def evaluated(pairs: list[PairRecord]) -> Evaluation:
+    said = {"split": None, "data_fingerprint": "", "generations": (), "settings": {}, "versions": {}}
+    return build_evaluation(pairs, model="m", data="d", **said)
+
+
+def render(result: Evaluation | Comparison) -> str:
+    console = Console(file=io.StringIO(), width=160)
+    result.render(console)
+    return console.file.getvalue()
+
+
+def test_each_sources_numbers_are_those_of_an_evaluation_of_its_pairs_alone() -> None:
+    counts = {"org/web": 40, "[maths].jsonl": 13, "code": 1}
+    evaluations = [evaluated(records(counts, seed)) for seed in (1, 2)]
+    whole, comparison = evaluations[0], compare(*evaluations)
+    assert [(each.name, each.num_pairs) for each in whole.by_source] == list(counts.items())
+    for result, difference in zip(whole.by_source, comparison.by_source, strict=True):
+        own = [evaluated([p for p in each.pairs if source_of(p.row_id) == result.name]) for each in evaluations]
+        alone = compare(*own)
+        assert repr(result[2:]) == repr((own[0].accuracy, own[0].margin))  # one pair has no interval, and nan != nan
+        assert repr(difference[2:]) == repr((alone.accuracy_difference, alone.accuracy_test, alone.margin))
+        assert not own[0].by_source
+    (maths,) = (each for each in json.loads(json.dumps(whole.to_dict()))["by_source"] if "maths" in each["name"])
+    assert maths["accuracy"]["low"] < maths["accuracy"]["value"] < maths["accuracy"]["high"]
+    assert "[maths].jsonl (13 pairs): accuracy" in render(whole)
+    assert "[maths].jsonl (13 pairs): accuracy, points" in render(comparison)
+
+
+@pytest.mark.parametrize("ids", [("a/test#0", "a/test#1"), ("a/test#0", "pair 1")])
+def test_pairs_of_one_source_or_of_no_known_one_are_not_told_apart(ids: tuple[str, str]) -> None:
+    evaluation = evaluated([PairRecord(row_id, -5.0, -6.0, 3, 4) for row_id in ids])
+    for result in (evaluation, compare(evaluation, evaluation)):
+        assert "by_source" not in result.to_dict()
+        assert render(result).count("margin M") == 1

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from simpo.core.blocks import AttentionBlocks
+from simpo.core.device import move
 from simpo.core.packing import SIDES, TokenPair, shared_prefix_length, trained_ranges
 
 
@@ -78,13 +79,10 @@ class PackedPairs:
         return self.input_ids.numel()
 
     def to(self, device: torch.device | str) -> PackedPairs:
-        """The same batch on another device. A GPU fetches it from pinned memory without anybody waiting."""
-        pin = torch.device(device).type == "cuda" and torch.cuda.is_available()
-
-        def move(value: Tensor) -> Tensor:
-            return (value.pin_memory() if pin and value.device.type == "cpu" else value).to(device, non_blocking=True)
-
-        return replace(self, **{name: move(value) for name, value in vars(self).items() if isinstance(value, Tensor)})
+        """The same batch on another device."""
+        return replace(
+            self, **{name: move(value, device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        )
 
 
 def build_batch(

@@ -1,4 +1,4 @@
-"""Whether tensors count as a GPU's where paths and sizes of chunks are chosen.
+"""Whether tensors count as a GPU's where paths and sizes of chunks are chosen, and how they get to one.
 
 `simpo plan` runs a GPU's training step on tensors without memory. torch differentiates them only where they say that
 they are on the CPU (its autograd wants streams of a device that exists), so they say that and count as a GPU's. Torch
@@ -10,9 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 _all_count = False
+
+
+def move(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """The tensor on a device. A GPU fetches it from pinned memory without anybody waiting."""
+    pin = torch.device(device).type == "cuda" and torch.cuda.is_available() and tensor.device.type == "cpu"
+    return (tensor.pin_memory() if pin else tensor).to(device, non_blocking=True)
 
 
 def counts_as_cuda(tensor: Tensor) -> bool:

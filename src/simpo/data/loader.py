@@ -13,6 +13,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.packing import (
@@ -31,6 +33,7 @@ from simpo.core.packing import (
     shared_prefix_length,
 )
 from simpo.data.cache import count_trained, list_lengths
+from simpo.data.rows import NamedSources, name_sources
 
 if TYPE_CHECKING:
     import datasets
@@ -56,6 +59,12 @@ class PairStore:
     def __getitem__(self, index: int) -> TokenPair:
         row = self.dataset[index]
         return TokenPair(**{name: row[name] for name in self._fields})
+
+    @cached_property
+    def sources(self) -> NamedSources:
+        """Which source each pair comes from; no names unless there are several."""
+        chunks = self.dataset.with_format("arrow")[:]["row_id"].chunks
+        return name_sources(str(row_id) for chunk in chunks for row_id in chunk.to_pylist())
 
     def texts(self, index: int) -> dict[str, str]:
         """prompt_text, chosen_text and rejected_text of one pair."""
@@ -125,11 +134,13 @@ class MicroBatch:
     """What one forward pass computes: the batch, and which pairs of the store it holds.
 
     Without indices it is a stand-in that counts for nothing: this rank has no pair left, but others wait for it.
+    `sources` [S, P] bool says which pairs come from each source; None where there is one source.
     """
 
     pairs: PackedPairs
     indices: tuple[int, ...]
     is_last: bool = True
+    sources: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -255,12 +266,18 @@ class StepLoader:
             share_prompt=self.store.share_prompt,
             pad_token_id=self.pad_token_id,
         )
-        return MicroBatch(batch, tuple(indices))
+        return MicroBatch(batch, tuple(indices), sources=self._sources(indices))
 
     def stand_in(self) -> MicroBatch:
         """The smallest batch there is, for a rank that must take part in a forward pass without a pair to compute."""
         pair = TokenPair("no pair", [0, 0], 1, [0, 1], 1)
-        return MicroBatch(build_batch([pair], pack=self.pack, share_prompt=self.store.share_prompt), ())
+        batch = build_batch([pair], pack=self.pack, share_prompt=self.store.share_prompt)
+        return MicroBatch(batch, (), sources=self._sources(()))
+
+    def _sources(self, indices: Sequence[int]) -> Tensor | None:
+        names, numbers = self.store.sources
+        own = numbers[np.asarray(indices, dtype=np.int64)]
+        return torch.from_numpy(own == np.arange(len(names))[:, None]) if names else None
 
     def limit_tokens(self, max_tokens: int | None, *, even_below_a_pair: bool = False) -> None:
         """Plan micro-batches of at most this many packed tokens from now on; None = no limit.

@@ -39,7 +39,7 @@ from simpo.data.ledger import MARKS, Dropped, Ledger, SplitLedger, describe_leng
 from simpo.data.overlap import read_benchmarks
 from simpo.data.preferences import Pair, RowError, pair_reader
 from simpo.data.review import Review
-from simpo.data.rows import RawRow, Rows
+from simpo.data.rows import RawRow, Rows, source_of
 from simpo.data.sources import Source, Splits
 from simpo.data.templates import CHATML, NO_TEMPLATE, load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
@@ -237,7 +237,7 @@ class RowTokenizer:
         """Of each pair, as its source wants it."""
         if not self.own:
             return self.tokenize(pairs)
-        sources = groupby(pairs, lambda pair: source_files.source_of(pair.row_id))
+        sources = groupby(pairs, lambda pair: source_of(pair.row_id))
         return chain.from_iterable(self.own.get(label, self.tokenize)(list(some)) for label, some in sources)
 
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import pickle
 import random
+import re
 import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,12 +23,34 @@ import numpy as np
 from simpo.data.columns import PROMPT_COLUMNS, SYSTEM_COLUMNS, RowError, scored_answer
 from simpo.data.preferences import Pair
 
+_ROW_ID = re.compile(r"(.*)/[^/]*#\d+(?:~\d+)?", re.DOTALL)  # LABEL/SPLIT#ROW~PASS
+
 
 class RawRow(NamedTuple):
     """One row: a mapping of columns, or a `RowError`."""
 
     row_id: str
     row: Any
+
+
+def source_of(row_id: str) -> str:
+    """The label of the source that a row comes from; "" for an id of another make."""
+    found = _ROW_ID.fullmatch(row_id)
+    return found[1] if found else ""
+
+
+class NamedSources(NamedTuple):
+    """Labels in order of appearance, and for each row [rows] an index into them."""
+
+    names: tuple[str, ...]
+    numbers: np.ndarray
+
+
+def name_sources(row_ids: Iterable[str]) -> NamedSources:
+    """The sources that rows come from; no names where there is only one, or a row whose id names none."""
+    labels: dict[str, int] = {}
+    numbers = np.array([labels.setdefault(source_of(row_id), len(labels)) for row_id in row_ids], dtype=np.int64)
+    return NamedSources(tuple(labels) if len(labels) > 1 and "" not in labels else (), numbers)
 
 
 class Readable(Protocol):

@@ -34,7 +34,7 @@ from simpo.data.files import (
     read_file,
 )
 from simpo.data.preferences import Pair, pair_reader
-from simpo.data.rows import Groups, RawRow, Readable, Rows, all_rows, hold_out, take_fraction, take_limit
+from simpo.data.rows import Groups, RawRow, Readable, Rows, all_rows, hold_out, source_of, take_fraction, take_limit
 from simpo.errors import one_line
 from simpo.recipe.values import OWN_KEYS
 
@@ -45,7 +45,6 @@ BUILDERS = {"json": ".json", "csv": ".csv", "parquet": ".parquet"}
 """How `datasets` calls formats of files -> the ending of a file whose own says nothing."""
 
 _EVAL_WORD = re.compile(r"(?:^|[-_.])(?:test|valid\w*|eval\w*|val|dev)(?:$|[-_.\d])")
-_ROW_ID = re.compile(r"(.*)/[^/]*#\d+(?:~\d+)?", re.DOTALL)  # LABEL/SPLIT#ROW~PASS
 _SHARD = re.compile(r"[-_.]?\d+-of-\d+$")
 
 
@@ -80,12 +79,6 @@ class Source:
     def settings(self, recipe: Any) -> Any:
         """The recipe as this source is read by."""
         return recipe.model_copy(update=dict(self.own)) if self.own else recipe
-
-
-def source_of(row_id: str) -> str:
-    """The label of the source that a row comes from; "" for an id of another make."""
-    found = _ROW_ID.fullmatch(row_id)
-    return found[1] if found else ""
 
 
 def find_sources(recipe: Any) -> list[Source]:

@@ -12,7 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -22,6 +22,7 @@ from rich.text import Text
 from torch import Tensor
 
 from simpo.data.files import write_whole
+from simpo.data.rows import name_sources
 from simpo.evaluation.statistics import (
     SIMILAR_LENGTH,
     AccuracyTest,
@@ -70,6 +71,25 @@ class PairRecord:
         return self.chosen_mean - self.rejected_mean
 
 
+class SourceResult(NamedTuple):
+    """The pairs of one source."""
+
+    name: str
+    num_pairs: int
+    accuracy: Interval
+    margin: Interval
+
+
+class SourceDifference(NamedTuple):
+    """Two models on the pairs of one source, as in `Comparison`."""
+
+    name: str
+    num_pairs: int
+    accuracy_difference: Interval
+    accuracy_test: AccuracyTest
+    margin: PairedDifference
+
+
 @dataclass(frozen=True, slots=True)
 class Generation:
     """A greedy response. `repeated_share`: share of its 4-token sequences that occur in it before."""
@@ -97,6 +117,7 @@ class Evaluation:
         chosen_sum, rejected_sum: mean over pairs of the summed log-prob.
         chosen_length, rejected_length: mean trained tokens.
         accuracy_by_length: buckets "shorter", "similar", "longer" of chosen against rejected.
+        by_source: accuracy and margin of each source; empty where all pairs come from one.
         length_correlation: Spearman, of length and mean log-prob over all 2P responses; nan if there is none.
         generations: greedy responses, if any were asked for.
         pairs: the records all this comes from.
@@ -126,11 +147,14 @@ class Evaluation:
     settings: Mapping[str, Any]
     versions: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    by_source: tuple[SourceResult, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-pair records, as plain values; what is not a number is None."""
         content = _plain(dataclasses.replace(self, pairs=())) | {"repeated_share": _plain(self.repeated_share)}
         del content["pairs"]
+        if not self.by_source:
+            del content["by_source"]
         return content
 
     def save(self, path: str | Path) -> None:
@@ -162,6 +186,9 @@ class Evaluation:
         for bucket in self.accuracy_by_length:
             name = f"accuracy, {_BUCKET_WORDS[bucket.name]} ({bucket.num_pairs} pairs)"
             table.add_row(name, *(("-", "") if bucket.accuracy is None else _percent(bucket.accuracy)))
+        for name, num_pairs, accuracy, margin in self.by_source:
+            table.add_row(Text(f"{name} ({num_pairs} pairs): accuracy"), *_percent(accuracy))
+            table.add_row("  margin M", *_nats(margin))
         correlation = "-" if math.isnan(self.length_correlation) else f"{self.length_correlation:+.3f}"
         table.add_row("Spearman of length and mean log-prob", correlation, "")
         console.print(table)
@@ -197,6 +224,7 @@ class Comparison:
         margin, chosen_mean, rejected_mean: paired differences, nats per token, with sign-flip p-values.
         chosen_fell: likelihood displacement (arXiv:2410.08847): share of pairs whose chosen mean log-prob is lower
             under a; a margin can grow while both responses become less likely.
+        by_source: accuracies and margins of each source; empty where all pairs come from one.
         notes: what the reader must know, such as different tokenisations.
     """
 
@@ -212,10 +240,14 @@ class Comparison:
     rejected_mean: PairedDifference
     chosen_fell: Interval
     notes: tuple[str, ...] = ()
+    by_source: tuple[SourceDifference, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what is not a number is None."""
-        return _plain(self)
+        content = _plain(self)
+        if not self.by_source:
+            del content["by_source"]
+        return content
 
     def save(self, path: str | Path) -> None:
         """Write `to_dict` as JSON."""
@@ -228,9 +260,8 @@ class Comparison:
         _say(console, f"b  {self.model_b}", style="bold")
         table = _table(f"a - b on {self.num_pairs} pairs", "value", "95% interval", "p")
         test = self.accuracy_test
-        points = [f"{100 * x:+.1f}" for x in self.accuracy_difference]
         name = f"accuracy {self.accuracy_a.value:.1%} - {self.accuracy_b.value:.1%}, points"
-        table.add_row(name, points[0], f"{points[1]} .. {points[2]}", _p(test.p_value))
+        table.add_row(name, *_points(self.accuracy_difference), _p(test.p_value))
         table.add_row(f"  a better on {test.a_better}, b on {test.b_better} pairs", "", "", "")
         for name, difference in (
             ("margin M, nats per token", self.margin),
@@ -239,6 +270,10 @@ class Comparison:
         ):
             table.add_row(name, *_nats(Interval(*difference[:3])), _p(difference.p_value))
         table.add_row("pairs whose chosen log-prob is lower under a", *_percent(self.chosen_fell), "")
+        for each in self.by_source:
+            name = Text(f"{each.name} ({each.num_pairs} pairs): accuracy, points")
+            table.add_row(name, *_points(each.accuracy_difference), _p(each.accuracy_test.p_value))
+            table.add_row("  margin M", *_nats(Interval(*each.margin[:3])), _p(each.margin.p_value))
         console.print(table)
         for note in self.notes:
             _say(console, f"note: {note}", style="yellow")
@@ -280,7 +315,32 @@ def build_evaluation(pairs: Sequence[PairRecord], **identity: Any) -> Evaluation
         accuracy_by_length=accuracy_by_length(chosen - rejected, *lengths),
         length_correlation=spearman_correlation(torch.cat(lengths), torch.cat([chosen, rejected])),
         pairs=tuple(pairs),
+        by_source=_by_source(pairs, chosen - rejected),
         **identity,
+    )
+
+
+def _masks(pairs: Sequence[PairRecord]) -> list[tuple[str, Tensor]]:
+    """Each source and which pairs [P] are its; nothing where there is only one."""
+    names, numbers = name_sources(pair.row_id for pair in pairs)
+    return [(name, torch.from_numpy(numbers == number)) for number, name in enumerate(names)]
+
+
+def _by_source(pairs: Sequence[PairRecord], margins: Tensor) -> tuple[SourceResult, ...]:
+    of_each = ((name, margins[mask]) for name, mask in _masks(pairs))
+    return tuple(SourceResult(name, len(own), preference_accuracy(own), mean_interval(own)) for name, own in of_each)
+
+
+def _differences(pairs: Sequence[PairRecord], margins_a: Tensor, margins_b: Tensor) -> tuple[SourceDifference, ...]:
+    return tuple(
+        SourceDifference(
+            name,
+            len(a),
+            mean_interval(preference_scores(a) - preference_scores(b)),
+            compare_accuracies(a, b),
+            paired_difference(a, b),
+        )
+        for name, a, b in ((name, margins_a[mask], margins_b[mask]) for name, mask in _masks(pairs))
     )
 
 
@@ -314,6 +374,7 @@ def compare(evaluation_a: Evaluation, evaluation_b: Evaluation) -> Comparison:
         rejected_mean=paired_difference(rejected_a, rejected_b),
         chosen_fell=preference_accuracy(chosen_b - chosen_a),
         notes=notes,
+        by_source=_differences(pairs_a, margin_a, margin_b),
     )
 
 
@@ -374,6 +435,11 @@ def _percent(interval: Interval) -> tuple[str, str]:
 
 def _nats(interval: Interval) -> tuple[str, str]:
     return f"{interval.value:+.4f}", f"{interval.low:+.4f} .. {interval.high:+.4f}"
+
+
+def _points(interval: Interval) -> tuple[str, str]:
+    value, low, high = (f"{100 * x:+.1f}" for x in interval)
+    return value, f"{low} .. {high}"
 
 
 def _p(value: float) -> str:

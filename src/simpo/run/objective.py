@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from simpo.core.batch import PackedPairs
+from simpo.core.device import move
 from simpo.core.losses import PairLogps, sft_losses
 from simpo.model.head import compute_pair_logps
-from simpo.run.metrics import PAIR_METRICS, pair_metric_sums
+from simpo.run.metrics import num_sums, pair_metric_sums
 
 if TYPE_CHECKING:
     from simpo.data.loader import MicroBatch, StepPlan
@@ -29,7 +30,7 @@ def recipe_logps(model: nn.Module, batch: PackedPairs, recipe: Recipe) -> PairLo
 
 
 def trained_losses(
-    logps: PairLogps, recipe: Recipe, *, num_pairs: int, num_chosen_tokens: int
+    logps: PairLogps, recipe: Recipe, *, num_pairs: int, num_chosen_tokens: int, sources: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """The trained loss of each pair and the sums of its metrics.
 
@@ -38,10 +39,11 @@ def trained_losses(
         recipe: its loss, beta and so on.
         num_pairs, num_chosen_tokens: pairs, and trained tokens of their chosen responses, in the whole optimizer step
             over all ranks.
+        sources: [S, P] bool, which pairs come from each source; None where they are not told apart.
     Returns:
         losses [P], all added terms included: their sum over every pair of the step, divided by num_pairs, is what is
             trained.
-        sums [len(PAIR_METRICS)], see `run.metrics.pair_metric_sums`.
+        sums [num_sums(S)], see `run.metrics.pair_metric_sums`.
     """
     loss = recipe.loss(logps, **recipe.loss_values)
     total = loss.losses
@@ -52,7 +54,7 @@ def trained_losses(
         total = total + recipe.sft_weight * sft_losses(logps)
     if logps.router_loss is not None:
         total = total + logps.router_loss
-    return total, pair_metric_sums(logps, loss, total)
+    return total, pair_metric_sums(logps, loss, total, sources)
 
 
 def micro_batch_losses(
@@ -62,7 +64,11 @@ def micro_batch_losses(
 
     Every weight takes part in a stand-in, with a gradient of zero, so that processes meet in their collectives.
     """
+    sources = micro_batch.sources
     if not micro_batch.indices:
         nothing = 0.0 * (logps.chosen_sum + logps.rejected_sum)
-        return nothing, torch.zeros(len(PAIR_METRICS), dtype=torch.float64, device=nothing.device)
-    return trained_losses(logps, recipe, num_pairs=plan.num_pairs, num_chosen_tokens=plan.num_chosen_tokens)
+        width = num_sums(0 if sources is None else len(sources))
+        return nothing, torch.zeros(width, dtype=torch.float64, device=nothing.device)
+    sources = None if sources is None else move(sources, logps.chosen_sum.device)
+    counts = {"num_pairs": plan.num_pairs, "num_chosen_tokens": plan.num_chosen_tokens}
+    return trained_losses(logps, recipe, **counts, sources=sources)

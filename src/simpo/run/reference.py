@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from simpo.core.batch import PackedPairs, build_batch
+from simpo.core.device import move
 from simpo.core.losses import PairLogps
 from simpo.data.cache import cache_folder, user_cache
 from simpo.data.loader import PairStore, evaluation_batches
@@ -82,8 +83,7 @@ class ReferenceLogps:
 
     def put_into(self, logps: PairLogps, indices: Sequence[int]) -> PairLogps:
         """Log-probs of the given pairs, with the reference's."""
-        device, rows = logps.chosen_sum.device, torch.from_numpy(self.sums[list(indices)])
-        rows = (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
+        rows = move(torch.from_numpy(self.sums[list(indices)]), logps.chosen_sum.device)
         return replace(logps, ref_chosen_sum=rows[:, 0], ref_rejected_sum=rows[:, 1])
 
 

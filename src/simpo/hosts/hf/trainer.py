@@ -242,6 +242,7 @@ class SimPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The plan of this process; see `hosts.hf.batches`."""
         self.loader = self.build_loader(self.train_dataset)
+        self._train_sums = StepTotals(self.loader.store.sources.names)
         order = TrainingOrder(self.loader, lambda: self.state.global_step)
         return build_dataloader(self.loader, order, self.args, name="train")
 
@@ -388,7 +389,7 @@ class SimPOTrainer(Trainer):
         pairs = pairs_before(self.state.global_step) - pairs_before(step)
         total = self._train_sums.over(self.mesh, pairs)
         earlier = (line["tokens_seen"] for line in reversed(self.state.log_history) if "tokens_seen" in line)
-        self._train_sums, self._logged = StepTotals(), (self.state.global_step, now)
+        self._train_sums, self._logged = StepTotals(self.loader.store.sources.names), (self.state.global_step, now)
         return total.means() | {
             "pairs_seen": pairs_before(self.state.global_step),
             "tokens_seen": next(earlier, 0) + total.num_tokens,
@@ -406,13 +407,13 @@ class SimPOTrainer(Trainer):
         self, dataloader: DataLoader, description: str, *others: Any, metric_key_prefix: str = "eval", **options: Any
     ) -> EvalLoopOutput:
         """Means over all pairs of all processes, each pair once."""
-        started, self._eval_totals = time.perf_counter(), StepTotals()
+        started, self._eval_totals = time.perf_counter(), StepTotals(dataloader.dataset.loader.store.sources.names)
         output = super().evaluation_loop(
             dataloader, description, *others, metric_key_prefix=metric_key_prefix, **options
         )
         total, self._eval_totals = self._eval_totals.over(self.mesh, output.num_samples), None
         self._logged = (self._logged[0], self._logged[1] + time.perf_counter() - started)  # not time of training
-        values = total.means() | {"pairs": output.num_samples, "time_s": time.perf_counter() - started}
+        values = total.means() | total.counts() | {"time_s": time.perf_counter() - started}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
 
