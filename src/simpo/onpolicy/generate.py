@@ -25,8 +25,16 @@ from simpo.onpolicy.sampler import Backend, LocalBackend, Response
 from simpo.recipe import Recipe
 from simpo.run.stopping import interruptible
 
-NOT_IN_RESPONSES = {"prompts", "keep_columns", "max_prompts", "batch_size", "processes"}
+NOT_IN_RESPONSES = {"prompts", "keep_columns", "max_prompts", "batch_size", "processes", "tensor_parallel"} | {
+    "url", "served_model", "api_key_variable", "concurrency", "timeout_s"
+}  # fmt: skip
 """Keys of `generate` that change no response; with any other changed, a file that was begun is not gone on with."""
+
+KEYS_OF_BACKENDS = {
+    **dict.fromkeys(("url", "served_model", "api_key_variable", "concurrency", "timeout_s"), ("openai",)),
+    "tensor_parallel": ("vllm",),
+    "options": ("openai", "vllm"),
+}
 
 
 def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
@@ -130,6 +138,14 @@ def _describe(summary: Mapping[str, int]) -> str:
 
 
 def _build_backend(recipe: Recipe) -> Backend:
-    if recipe.generate.backend == "local":
+    wanted = recipe.generate
+    kind = wanted.on_ray if wanted.backend == "ray" else wanted.backend
+    for name, kinds in KEYS_OF_BACKENDS.items():
+        if kind not in kinds and getattr(wanted, name) != type(wanted).model_fields[name].default:
+            raise ValueError(f"generate.{name} is a setting of {' and '.join(kinds)}, and {kind} samples here")
+    if wanted.backend == "local":
         return LocalBackend(recipe)
-    raise ValueError(f"generate.backend: {recipe.generate.backend} is not there; use local")
+    from simpo.onpolicy import backends
+
+    found = {"openai": backends.OpenaiBackend, "vllm": backends.VllmBackend, "ray": backends.RayBackend}
+    return found[wanted.backend](recipe)

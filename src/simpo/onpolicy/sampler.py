@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -111,19 +111,60 @@ class PromptTokenizer:
             for found in self._pairs(pairs)
         ]
 
-    def end_tokens(self, model: Any) -> frozenset[int]:
-        """Tokens that end a response: the template's end of turn, the tokenizer's end and the model's own."""
-        configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-        ends = {self.tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-        if self.end_text is not None:
-            ends.add(self.tokenizer.convert_tokens_to_ids(self.end_text))
-        return frozenset(end for end in ends if end is not None)
-
 
 def _prompt_of(prompt: Prompt) -> Any:
     """A single user's turn as the text that it was."""
     turns = prompt.turns
     return turns[0]["content"] if len(turns) == 1 and turns[0].keys() == {"role", "content"} else turns
+
+
+class ResponseReader:
+    """Sampled tokens to responses.
+
+    Args:
+        configured: the end tokens of the model's generation config.
+    Attributes:
+        ends: tokens that end a response: the template's end of turn, the tokenizer's end and the model's own.
+        stops: texts that do.
+    Raises:
+        ValueError: there are neither.
+    """
+
+    def __init__(self, recipe: Recipe, tokenizer: Any, configured: int | list[int] | None) -> None:
+        prompts, self.tokenizer = PromptTokenizer(recipe, tokenizer), tokenizer
+        ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+        if prompts.end_text is not None:
+            ends.add(tokenizer.convert_tokens_to_ids(prompts.end_text))
+        self.ends = frozenset(end for end in ends if end is not None)
+        self.stops = [*recipe.generate.stop, *prompts.stops]
+        if not (self.ends or self.stops):
+            raise ValueError(
+                "no end of turn: neither the chat template nor the tokenizer nor the model's generation config names "
+                "one, so every response would run to max_new_tokens; set generate.stop to the text that ends a turn"
+            )
+        self._reach = max((len(stop.encode()) for stop in self.stops), default=0) + 8
+
+    def __call__(self, sampled: Sequence[Sampled]) -> list[Response] | RowError:
+        """All responses to a prompt."""
+        if not all(math.isfinite(each.logprob) for each in sampled):
+            return RowError("not finite", "the model's logits are not finite for this prompt")
+        return [self._response(each) for each in sampled]
+
+    def _response(self, sampled: Sampled) -> Response:
+        ids = sampled.ids
+        has_end = sampled.finished and ids[-1] in self.ends
+        text = self._text(ids[:-1] if has_end else ids)
+        if sampled.finished and not has_end:
+            text = text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)]
+        return Response(text, len(ids), sampled.finished, sampled.logprob)
+
+    def is_stopped(self, ids: list[int]) -> bool:
+        """Whether the newest of these tokens complete a text that ends a response."""
+        tail = self._text(ids[-self._reach :])
+        return any(stop in tail for stop in self.stops)
+
+    def _text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
 
 # --- one process -----------------------------------------------------------------------------------------------------
@@ -151,15 +192,8 @@ class LocalSampler:
         set_precision(recipe, device)
         with needs_memory("loading the model", advice="use a machine with more of it"):
             self.model = load_model(_plainly(recipe), device=device, trainable=False, check=False)
-        self.tokenizer = find_tokenizer(recipe, recipe.model_name_or_path)
-        prompts = PromptTokenizer(recipe, self.tokenizer)
-        self.ends, self.stops = prompts.end_tokens(self.model), [*self.wanted.stop, *prompts.stops]
-        if not (self.ends or self.stops):
-            raise ValueError(
-                "no end of turn: neither the chat template nor the tokenizer nor the model's generation config names "
-                "one, so every response would run to max_new_tokens; set generate.stop to the text that ends a turn"
-            )
-        self._reach = max((len(stop.encode()) for stop in self.stops), default=0) + 8
+        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        self.read = ResponseReader(recipe, find_tokenizer(recipe, recipe.model_name_or_path), configured)
         why_not = why_not_shared(self.model)
         self.shares = why_not is None
         self.notes = [] if why_not is None else [f"sampled one prompt at a time, which is slower: {why_not}"]
@@ -174,33 +208,13 @@ class LocalSampler:
                 [ids for _, ids in job],
                 keys,
                 Sampling(wanted.temperature, wanted.top_p, wanted.top_k, wanted.min_p),
-                ends=self.ends,
+                ends=self.read.ends,
                 max_new_tokens=wanted.max_new_tokens,
-                is_stopped=self._is_stopped if self.stops else None,
+                is_stopped=self.read.is_stopped if self.read.stops else None,
                 shared=self.shares,
                 each_step=self._each_step,
             )
-        return [(row_id, self._responses(sampled)) for (row_id, _), sampled in zip(job, found, strict=True)]
-
-    def _responses(self, sampled: Sequence[Sampled]) -> list[Response] | RowError:
-        if not all(math.isfinite(each.logprob) for each in sampled):
-            return RowError("not finite", "the model's logits are not finite for this prompt")
-        return [self._response(each) for each in sampled]
-
-    def _response(self, sampled: Sampled) -> Response:
-        ids = sampled.ids
-        has_end = sampled.finished and ids[-1] in self.ends
-        text = self._text(ids[:-1] if has_end else ids)
-        if sampled.finished and not has_end:
-            text = text[: min((at for stop in self.stops if (at := text.find(stop)) >= 0), default=None)]
-        return Response(text, len(ids), sampled.finished, sampled.logprob)
-
-    def _is_stopped(self, ids: list[int]) -> bool:
-        tail = self._text(ids[-self._reach :])
-        return any(stop in tail for stop in self.stops)
-
-    def _text(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return [(row_id, self.read(sampled)) for (row_id, _), sampled in zip(job, found, strict=True)]
 
     def _each_step(self) -> None:
         if self._parent is not None and os.getppid() != self._parent:
@@ -214,11 +228,11 @@ def _plainly(recipe: Recipe) -> Recipe:
     return load_recipe(recipe, changes, only=READ_KEYS)
 
 
-class _Worker:
-    """A `LocalSampler` in another process: its errors as ValueError, its notes with each answer."""
+class Worker:
+    """A sampler in another process: its errors as ValueError, its notes with each answer."""
 
-    def __init__(self, recipe: Recipe, **options: Any) -> None:
-        self._build = functools.cache(functools.partial(LocalSampler, recipe, is_child=True, **options))
+    def __init__(self, build: Callable[[], Any]) -> None:
+        self._build = functools.cache(build)
 
     def __call__(self, job: Job) -> tuple[list[str], list[Answer]]:
         try:
@@ -266,10 +280,12 @@ class LocalBackend:
             else:
                 tokens[prompt.id] = found
         yield failed
-        batches = plan_batches(tokens, self.recipe.generate)
-        open_batches = [batch for batch in batches if any(row_id not in done for row_id, _ in batch)]
-        for answers in self._computed(open_batches):
+        for answers in self._computed(self._plan(tokens, done)):
             yield [(row_id, found) for row_id, found in answers if row_id not in done]
+
+    def _plan(self, tokens: Mapping[str, list[int]], done: Collection[str]) -> list[Job]:
+        batches = plan_batches(tokens, self.recipe.generate)
+        return [batch for batch in batches if any(row_id not in done for row_id, _ in batch)]
 
     def _too_long(self, found: list[int] | RowError) -> RowError | None:
         more = self.recipe.generate.max_new_tokens
@@ -280,7 +296,7 @@ class LocalBackend:
         )
 
     def _computed(self, batches: Sequence[Job]) -> Iterator[list[Answer]]:
-        places, threads = _places(self.recipe, len(batches))
+        places, threads = find_places(self.recipe, len(batches))
         if not batches:
             return
         if len(places) == 1:
@@ -292,9 +308,15 @@ class LocalBackend:
             finally:
                 torch.set_num_threads(before)
             return
-        build = functools.partial(_Worker, self.recipe, threads=threads)
+        yield from self._by_processes(batches, places, functools.partial(LocalSampler, self.recipe, threads=threads))
+
+    def _by_processes(
+        self, batches: Sequence[Job], places: Sequence[Mapping[str, str]], build: Callable[..., Any]
+    ) -> Iterator[list[Answer]]:
+        """`build(is_child=True)(batch)` in as many processes as there are places, which are their environments."""
+        worker = functools.partial(Worker, functools.partial(build, is_child=True))
         try:
-            for notes, answers in map_in_processes(build, batches, len(places), environments=places, in_order=False):
+            for notes, answers in map_in_processes(worker, batches, len(places), environments=places, in_order=False):
                 self.notes[:] = dict.fromkeys([*self.notes, *notes])
                 yield answers
         except WorkersFailed as error:
@@ -319,19 +341,23 @@ def plan_batches(tokens: Mapping[str, list[int]], wanted: Generate) -> list[Job]
     return batches
 
 
-def _places(recipe: Recipe, num_batches: int) -> tuple[list[dict[str, str]], int]:
+def find_places(recipe: Recipe, num_batches: int, *, gpus_each: int = 1) -> tuple[list[dict[str, str]], int]:
     """The environment of each process to sample in, and its CPU threads."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_gpu = pick_device(recipe.device).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpu else 0
-    count = min(recipe.generate.processes or gpus or cores, gpus or cores, max(1, num_batches))
+    groups = gpus // gpus_each
+    if on_gpu and not groups:
+        raise ValueError(f"generate.tensor_parallel = {gpus_each}: this machine has {gpus} GPUs")
+    count = min(recipe.generate.processes or groups or cores, groups or cores, max(1, num_batches))
     threads = recipe.num_threads or max(1, cores // count)
     if not on_gpu:
         return [{}] * count, threads
     seen = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name] or list(
         map(str, range(gpus))
     )
-    return [{"CUDA_VISIBLE_DEVICES": name} for name in seen[:count]], threads
+    starts = range(0, count * gpus_each, gpus_each)
+    return [{"CUDA_VISIBLE_DEVICES": ",".join(seen[start : start + gpus_each])} for start in starts], threads
 
 
 def identify_model(name: str, revision: str | None) -> str:

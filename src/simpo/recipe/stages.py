@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
 from simpo.recipe.declare import Key, declared_key, in_section
 from simpo.recipe.scorers import as_scorers_or_null
@@ -104,6 +104,24 @@ class Generate(Stage):
         128, "Responses computed together (local); memory for their keys and values is the limit.", ge=1)
     processes: Whole | None = _generate(
         None, "Processes that sample side by side (local, vllm, ray).", null="one a GPU; one a core on a CPU", ge=1)
+    tensor_parallel: Whole = _generate(
+        1, "GPUs that one engine of vLLM is spread over (vllm, ray).", ge=1)
+    on_ray: Literal["local", "vllm"] = _generate(
+        "local", "What samples in each process of the cluster (ray).")
+    url: Text | None = _generate(
+        None, "The server (openai), such as http://localhost:8000/v1.", "URL", null="none")
+    served_model: Text | None = _generate(
+        None, "The model's name on the server (openai).", "text", null="the only one that the server lists")
+    api_key_variable: Text | None = _generate(
+        None, "Environment variable with the server's key (openai); the key itself is never written down.", "name",
+        null="no key")
+    concurrency: Whole = _generate(
+        32, "Requests on their way at once (openai).", ge=1)
+    timeout_s: Number = _generate(
+        600, "Longest wait for an answer (openai), in seconds; then the request is repeated, 4 times.", gt=0)
+    options: dict[str, JsonValue] | None = _generate(
+        None, "Further settings under the names that others gave them: fields of each request (openai), arguments of "
+        "vllm.LLM (vllm).", "mapping of names to values", null="none")
 
 
 _score, _pair, _rounds = map(in_section, ("score", "pair", "rounds"))
