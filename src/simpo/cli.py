@@ -36,10 +36,7 @@ class _OneLineErrors(TyperGroup):
             _say_once(f"error: {error}", color="red")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            from simpo.recipe import STAGES
-
-            how = "; the same command goes on from here" if ctx.invoked_subcommand in STAGES else ""
-            typer.secho(f"interrupted{how}", fg="yellow", err=True)
+            typer.secho("interrupted", fg="yellow", err=True)
             raise typer.Exit(130) from None
 
 
@@ -234,11 +231,12 @@ def score(
     ] = None,
 ) -> None:
     """Rate responses by rules, functions, models, a judge. Any key can follow: --input FILE --standardize true"""
+    resolved = _load(recipe, context.args, stage="score")
     from simpo.onpolicy.score import run_score
 
-    path = run_score(_load(recipe, context.args, stage="score"), output=output)
-    typer.echo(f"scored: {path}")
-    _exit_by_account(path)
+    with _leaving_when_interrupted():
+        path = run_score(resolved, output=output)
+    _exit_by_account(path.with_suffix(".json"))
 
 
 @app.command(context_settings=_TAKES_OVERRIDES)
@@ -337,7 +335,7 @@ def _exit_by_account(account: Path) -> None:
         for reason, entry in left_out.items():
             example = entry["examples"][0]
             typer.secho(f"{reason}, as {example['row_id']}: {example['detail']}", fg="yellow", err=True)
-        typer.secho(f"left out: {counts}; which and why is in {account.with_suffix('.json')}", fg="yellow", err=True)
+        typer.secho(f"left out: {counts}; which and why is in {account}", fg="yellow", err=True)
         raise typer.Exit(3)
 
 

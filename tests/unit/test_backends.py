@@ -258,11 +258,11 @@ def test_an_engine_has_as_many_gpus_as_it_is_spread_over(settings, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,4,5,6,7")
     settings["generate"]["processes"] = None
     recipe = load_recipe(settings)
-    places, _ = sampler.find_places(recipe, 9, gpus_each=2)
+    places, _ = sampler.find_places(recipe, 9, None, gpus_each=2)
     assert [place["CUDA_VISIBLE_DEVICES"] for place in places] == ["0,1", "4,5", "6,7"]
-    assert len(sampler.find_places(recipe, 9, gpus_each=4)[0]) == 1
+    assert len(sampler.find_places(recipe, 9, None, gpus_each=4)[0]) == 1
     with pytest.raises(ValueError, match=r"tensor_parallel = 8: this machine has 6 GPUs"):
-        sampler.find_places(recipe, 9, gpus_each=8)
+        sampler.find_places(recipe, 9, None, gpus_each=8)
 
 
 # --- Ray --------------------------------------------------------------------------------------------------------------

@@ -91,7 +91,7 @@ def prepare_rows(
 
 def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool) -> PreparedData:
     console = Console(stderr=True)
-    limits = _limits(recipe, tokenizer)
+    limits = token_limits(recipe, tokenizer)
     own = {source.label: _own_limits(source, recipe, tokenizer) for source in sources if source.own}
     templates = {label: each["chat_template"] for label, each in own.items()}
     template = None if limits["chat_template"] == NO_TEMPLATE else limits["chat_template"]
@@ -151,7 +151,7 @@ def _write(
     return writer.store(ledger)
 
 
-def _limits(recipe: Any, tokenizer: Any) -> dict[str, Any]:
+def token_limits(recipe: Any, tokenizer: Any) -> dict[str, Any]:
     """What `PairTokenizer` is told by a recipe; the template as Jinja text, or none."""
     asked = recipe.chat_template
     if asked is None and recipe.rendered_text == "keep" and tokenizer.chat_template is None:
@@ -163,7 +163,7 @@ def _limits(recipe: Any, tokenizer: Any) -> dict[str, Any]:
 
 def _own_limits(source: Source, recipe: Any, tokenizer: Any) -> dict[str, Any]:
     try:
-        return _limits(source.settings(recipe), tokenizer)
+        return token_limits(source.settings(recipe), tokenizer)
     except ValueError as error:
         raise ValueError(f"dataset_mixer: {source.name}: {error}") from None
 
@@ -171,7 +171,7 @@ def _own_limits(source: Source, recipe: Any, tokenizer: Any) -> dict[str, Any]:
 def _reader(tokenizer: Any, recipe: Any) -> Callable[..., Pair]:
     with_empty = recipe.auto_insert_empty_system_msg
     if with_empty:
-        template = load_chat_template(tokenizer, _limits(recipe, tokenizer)["chat_template"])
+        template = load_chat_template(tokenizer, token_limits(recipe, tokenizer)["chat_template"])
         with_empty = template_takes_system(tokenizer, template)
     return pair_reader(recipe, empty_system=with_empty)
 

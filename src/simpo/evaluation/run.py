@@ -281,7 +281,7 @@ def evaluate_pairs(
     """Run a model on pairs that `load_pairs` found; arguments as in `evaluate`."""
     console, store = Console(stderr=True, highlight=False, quiet=not progress), pairs.store
     stored = [store[i] for i in range(len(store))]
-    with _ready_model(model, settings) as (network, packed, notes):
+    with ready_model(model, settings) as (network, packed, notes):
         for note in notes:
             console.print(f"note: {note}", markup=False, soft_wrap=True)
         device = unwrap(network).get_input_embeddings().weight.device
@@ -330,7 +330,7 @@ def _describe_answers(
 
 
 @contextlib.contextmanager
-def _ready_model(model: str | Path | nn.Module, settings: Recipe) -> Iterator[tuple[nn.Module, bool, tuple[str, ...]]]:
+def ready_model(model: str | Path | nn.Module, settings: Recipe) -> Iterator[tuple[nn.Module, bool, tuple[str, ...]]]:
     """The model in eval mode, whether it takes packed rows, and notes; a loaded model is put back as it was."""
     if not isinstance(model, nn.Module):
         # Loaded for ordinary attention first: whether packed rows fit is found out below, with a way back.

@@ -154,11 +154,13 @@ def source_dtype(recipe: Recipe) -> torch.dtype:
     return config.dtype or torch.float32
 
 
-def load_pretrained(factory: Any, name: str, recipe: Recipe, *, what: str, **options: Any) -> Any:
+def load_pretrained(
+    factory: Any, name: str, recipe: Recipe, *, what: str, key: str = "model_name_or_path", **options: Any
+) -> Any:
     """factory.from_pretrained with the recipe's revision; a ValueError of one line where that fails."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local and not Path(name).is_dir():
-        raise ValueError(f"model_name_or_path: folder {name!r} does not exist; give a folder or a hub name")
+        raise ValueError(f"{key}: folder {name!r} does not exist; give a folder or a hub name")
     if Path(name).is_dir():  # only a download deserves a bar of its own
         transformers_logging.disable_progress_bar()
     try:

@@ -214,7 +214,8 @@ class VllmBackend(LocalBackend):
         return _share_out(tokens, done, self.recipe.generate)
 
     def _computed(self, batches: Sequence[Job]) -> Iterator[list[Answer]]:
-        places, _ = find_places(self.recipe, len(batches), gpus_each=self.recipe.generate.tensor_parallel)
+        wanted = self.recipe.generate
+        places, _ = find_places(self.recipe, len(batches), wanted.processes, gpus_each=wanted.tensor_parallel)
         # Never in this process: the memory of its GPU would not come back.
         yield from self._by_processes(batches, places, functools.partial(VllmSampler, self.recipe))
 

@@ -296,7 +296,7 @@ class LocalBackend:
         )
 
     def _computed(self, batches: Sequence[Job]) -> Iterator[list[Answer]]:
-        places, threads = find_places(self.recipe, len(batches))
+        places, threads = find_places(self.recipe, len(batches), self.recipe.generate.processes)
         if not batches:
             return
         if len(places) == 1:
@@ -341,15 +341,17 @@ def plan_batches(tokens: Mapping[str, list[int]], wanted: Generate) -> list[Job]
     return batches
 
 
-def find_places(recipe: Recipe, num_batches: int, *, gpus_each: int = 1) -> tuple[list[dict[str, str]], int]:
-    """The environment of each process to sample in, and its CPU threads."""
+def find_places(
+    recipe: Recipe, num_jobs: int, processes: int | None, *, gpus_each: int = 1
+) -> tuple[list[dict[str, str]], int]:
+    """The environment of each process to work in, and its CPU threads; `processes` None: one a GPU, or core."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     on_gpu = pick_device(recipe.device).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpu else 0
     groups = gpus // gpus_each
     if on_gpu and not groups:
         raise ValueError(f"generate.tensor_parallel = {gpus_each}: this machine has {gpus} GPUs")
-    count = min(recipe.generate.processes or groups or cores, groups or cores, max(1, num_batches))
+    count = min(processes or groups or cores, groups or cores, max(1, num_jobs))
     threads = recipe.num_threads or max(1, cores // count)
     if not on_gpu:
         return [{}] * count, threads

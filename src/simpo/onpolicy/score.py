@@ -21,13 +21,14 @@ from rich.console import Console
 
 from simpo.data.columns import RowError
 from simpo.data.files import hash_files
-from simpo.display import progress_bar
+from simpo.display import counter
 from simpo.onpolicy.journal import Journal, read_about, read_rows
 from simpo.onpolicy.scorers import build_rater
 from simpo.onpolicy.scorers.rating import Rater, Row, Scores
 from simpo.recipe import Recipe
 from simpo.recipe.scorers import SCORER_KEYS, Scorer, read_scorer
 from simpo.run.lock import OutputLock
+from simpo.run.stopping import interruptible
 
 
 def run_score(recipe: Recipe, *, input: str | Path | None = None, output: str | Path | None = None) -> Path:
@@ -41,6 +42,7 @@ def run_score(recipe: Recipe, *, input: str | Path | None = None, output: str | 
         The output. Its account, in FILE.json, has the rows that were left out, by reason, and each scorer's range.
     Raises:
         ValueError: no responses, no scorers, one that cannot work here, or no row that all of them could rate.
+        Interrupted: Ctrl-C or SIGTERM.
     """
     settings = recipe.score
     if not settings.scorers:
@@ -51,10 +53,23 @@ def run_score(recipe: Recipe, *, input: str | Path | None = None, output: str | 
     digest = hash_files([source])
     scorers = {name: _Part(name, spec, digest, recipe, target) for name, spec in settings.scorers.items()}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with OutputLock(target.parent):
+    with OutputLock(target.parent), interruptible(lambda: "what has been scored is kept"):
         for part in scorers.values():
             faults |= part.work(source, order, faults, console)
-        return _combine(source, target, order, scorers, faults, standardize=settings.standardize, digest=digest)
+        _combine(source, target, order, scorers, faults, standardize=settings.standardize, digest=digest)
+    about = read_about(target)
+    console.print(f"scored: {target}  ({about['rows']} of {len(order)} prompts)", markup=False)
+    for name, spread in about["scores"].items():
+        low, mean, high = (f"{spread[each]:.4g}" for each in ("min", "mean", "max"))
+        console.print(
+            f"  {name}: {mean} on average, {low} to {high}, standard deviation {spread['sd']:.4g}", markup=False
+        )
+    if not about["rows"]:
+        lines = [
+            f"{each['count']} {reason}: {each['examples'][0]['detail']}" for reason, each in about["left_out"].items()
+        ]
+        raise ValueError(f"{source}: none of {len(order)} rows could be scored ({'; '.join(lines)})")
+    return target
 
 
 def _path(recipe: Recipe, given: str | Path | None, name: str, key: str) -> Path:
@@ -117,15 +132,16 @@ class _Part:
             if left:
                 wanted = set(left)
                 rows = (row for row in read_rows(source) if row["id"] in wanted)
-                with progress_bar(console, f"scoring: {self.name}", len(left)) as advance:
-                    for row, scores in self.rater.rate(rows):
+                done = len(order) - len(left)
+                with counter(console, f"{self.name}: prompts", len(order), done=done, unit="responses") as advance:
+                    for row_id, scores in self.rater.rate(rows):
                         checked = _checked(scores)
                         if isinstance(checked, RowError):
-                            failed[row["id"]] = RowError(f"{self.name}: {checked.reason}", checked.detail)
-                            journal.leave_out(row["id"], checked)
+                            failed[row_id] = RowError(f"{self.name}: {checked.reason}", checked.detail)
+                            journal.leave_out(row_id, checked)
                         else:
-                            journal.add({"id": row["id"], "scores": checked})
-                        advance(1)
+                            journal.add({"id": row_id, "scores": checked})
+                        advance(1, 0 if isinstance(checked, RowError) else len(checked))
             journal.finish(order, _spread(journal.rows()))
         return failed
 
@@ -173,7 +189,7 @@ def _combine(
     *,
     standardize: bool,
     digest: str,
-) -> Path:
+) -> None:
     """Write the output from the scorers' numbers, all of which are there."""
     spreads = {
         name: {key: read_about(part.path)[key] for key in ("mean", "sd", "min", "max")}
@@ -198,13 +214,6 @@ def _combine(
             elif row["id"] not in journal:
                 journal.add(_scored(row, found, parts, spreads if standardize else None))  # type: ignore[arg-type]
         journal.finish(order, {"prompts": len(order), "scores": spreads})
-        if not journal.done:
-            lines = [
-                f"{each['count']} {reason}: {each['examples'][0]['detail']}"
-                for reason, each in journal.left_out.items()
-            ]
-            raise ValueError(f"{source}: none of {len(order)} rows could be scored ({'; '.join(lines)})")
-    return target
 
 
 def _scored(

@@ -146,11 +146,49 @@ class Code(Scorer):
         1024, "MiB that their process may have.", ge=32)
     unsafe: bool = _option(
         False, "Run them too where this machine cannot keep them from the network and from your files.")
+
+class RewardModel(Scorer):
+    """The score of a reward model, by transformers' sequence classification."""
+
+    model: Text = _option(
+        ..., "Folder or hub name.", "path or name")
+    revision: Text | None = _option(
+        None, "Branch, tag or commit on the hub.", "text", null="main")
+    trust_remote_code: bool = _option(
+        False, "Run the code that comes with the model.")
+    chat_template: Text | None = _option(
+        None, "Template for its dialogues.", "chatml, Jinja text or a file that holds it", null="the model's own")
+    output: Text | None = _option(
+        None, "Which of the model's outputs is the score.", "name of an output",
+        null="score where it has that (as ArmoRM), else logits")
+    index: Whole | None = _option(
+        None, "Which entry of that output, counted from 0, where a response has several.", null="there is one", ge=0)
+    dtype: Literal["bfloat16", "float32"] = _option(
+        "bfloat16", "What it computes in.")
+    max_length: Whole | None = _option(
+        None, "Most tokens of a dialogue; a row that has a longer one is left out, never cut.",
+        null="the model's own limit", ge=1)
+    batch_tokens: Whole = _option(
+        16384, "Tokens in one forward pass, padding included.", ge=1, may_change=True)
+    processes: Whole | None = _option(
+        None, "Processes that score side by side.", null="one a GPU; one on a CPU", ge=1, may_change=True)
+
+
+class Logprob(Scorer):
+    """Mean log-prob of the response, in nats per token, its end of turn included."""
+
+    model: Text | None = _option(
+        None, "Folder or hub name of the model that says it, computed as in training.", "path or name",
+        null="the model that sampled the response, as generate wrote it down")
+    processes: Whole | None = _option(
+        None, "Processes that score side by side.", null="one a GPU; one on a CPU", ge=1, may_change=True)
 # fmt: on
 
 
 SCORERS: dict[str, type[Scorer]] = {
     "function": Function,
+    "reward_model": RewardModel,
+    "logprob": Logprob,
     "length": Length,
     "repetition": Repetition,
     "language": Language,

@@ -123,7 +123,7 @@ def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path
     return root / "reference" / f"{key}.npy"
 
 
-def _model_fingerprint(name: str, revision: str | None) -> str:
+def _model_fingerprint(name: str, revision: str) -> str:
     """A local model by the names, sizes and times of its weight files; a hub model by name and revision."""
     folder = Path(name)
     if not folder.is_dir():

@@ -18,8 +18,11 @@ def build_rater(kind: str, options: Any, recipe: Recipe) -> Rater:
     Raises:
         ValueError: a function, model or package that is not there.
     """
+    if kind in ("reward_model", "logprob"):
+        from simpo.onpolicy.scorers import models
+
+        build = models.build_reward_model if kind == "reward_model" else models.build_logprob
+        return build(options, recipe)
     from simpo.onpolicy.scorers import code, rules
 
-    if kind == "code":
-        return code.build(options)
-    return rules.build(kind, options)
+    return code.build(options) if kind == "code" else rules.build(kind, options)

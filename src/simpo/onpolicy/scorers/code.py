@@ -40,13 +40,13 @@ def build(options: Any) -> Rater:
             "run it on Linux from 5.13 on with Landlock and seccomp, or set unsafe: true"
         )
 
-    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[Row, Scores]]:
+    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         with ThreadPoolExecutor(cores) as threads:  # each waits for one process
             for some in windows(rows):
                 jobs = [[threads.submit(_rate, row, each, options) for each in row["responses"]] for row in some]
                 for row, futures in zip(some, jobs, strict=True):
-                    yield row, guarded(lambda futures=futures: [future.result() for future in futures])
+                    yield row["id"], guarded(lambda futures=futures: [future.result() for future in futures])
 
     return Rater(rate_rows)
 

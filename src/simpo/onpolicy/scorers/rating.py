@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
+from typing import Any, TypeVar
 
 from simpo.data.columns import RowError
 from simpo.errors import one_line
 
+T = TypeVar("T")
 Row = Mapping[str, Any]
 Scores = list[Any] | RowError
 """A number for each response of a row, or why there is none."""
@@ -20,25 +21,25 @@ class Rater:
     """One scorer, ready to work.
 
     Attributes:
-        rate: from rows to (row, scores), in any order.
+        rate: from rows to (id of a row, its scores), in any order.
         identity: what decides its numbers besides its options: digests of source, weights, versions.
     """
 
-    rate: Callable[[Iterable[Row]], Iterator[tuple[Row, Scores]]]
+    rate: Callable[[Iterable[Row]], Iterator[tuple[str, Scores]]]
     identity: Mapping[str, Any] = field(default_factory=dict)
 
 
-def rate_each(rate: Callable[[Row, Mapping[str, Any]], Any]) -> Callable[[Iterable[Row]], Iterator[tuple[Row, Scores]]]:
+def rate_each(rate: Callable[[Row, Mapping[str, Any]], Any]) -> Callable[[Iterable[Row]], Iterator[tuple[str, Scores]]]:
     """A scorer of rows from a function of a row and one of its responses."""
 
-    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[Row, Scores]]:
+    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
         for row in rows:
-            yield row, guarded(lambda row=row: [rate(row, response) for response in row["responses"]])
+            yield row["id"], guarded(lambda row=row: [rate(row, response) for response in row["responses"]])
 
     return rate_rows
 
 
-def windows(rows: Iterable[Row], size: int = 64) -> Iterator[list[Row]]:
+def windows(rows: Iterable[T], size: int = 64) -> Iterator[list[T]]:
     """Some rows at a time: what is computed together, and is lost when the process is killed meanwhile."""
     rows = iter(rows)
     while some := list(islice(rows, size)):

@@ -65,9 +65,9 @@ def _own_function(options: Any) -> Rater:
             raise RowError("raised", f"{options.function} returned {len(scores)} numbers for {len(texts)} responses")
         return scores
 
-    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[Row, Scores]]:
+    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
         for row in rows:
-            yield row, guarded(lambda row=row: rate(row))
+            yield row["id"], guarded(lambda row=row: rate(row))
 
     module = inspect.getmodule(function)
     return Rater(rate_rows, {"source": _source_digest(module) if module else None})

@@ -1,0 +1,263 @@
+"""Numbers that models give: reward models, and the mean log-prob of a response under a language model.
+
+A model sees some rows at a time, sorted by length so that little is padding; a row with a dialogue that is too long is
+left out, never cut.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from simpo.core.batch import TokenList, build_list_batch
+from simpo.data.columns import RowError
+from simpo.data.messages import turn
+from simpo.data.preferences import Pair
+from simpo.data.prepare import token_limits
+from simpo.data.templates import PROBE_ANSWERS, load_chat_template
+from simpo.data.tokenize import PairTokenizer, TokenizedPair
+from simpo.data.workers import WorkersFailed, map_in_processes
+from simpo.errors import one_line
+from simpo.evaluation.run import READ_KEYS, find_tokenizer, model_folder, ready_model
+from simpo.model.attention import unwrap
+from simpo.model.head import compute_response_logps
+from simpo.model.load import load_pretrained, pick_device
+from simpo.onpolicy.sampler import find_places, identify_model
+from simpo.onpolicy.scorers.rating import Rater, Row, Scores, rate_each, windows
+from simpo.recipe import Recipe, load_recipe
+from simpo.run.stopping import needs_memory
+
+Work = Callable[[Sequence[Row]], list[Scores]]
+
+
+def _rate_by(
+    load: Callable[[], Work], options: Any, recipe: Recipe, rows: Iterable[Row]
+) -> Iterator[tuple[str, Scores]]:
+    """The scores of rows by a model that `load` loads, in this process or in one for each GPU."""
+    wanted = options.processes or (None if pick_device(recipe.device).type == "cuda" else 1)
+    places, threads = find_places(recipe, sys.maxsize, wanted)
+    if len(places) == 1:
+        work = load()
+        for some in windows(rows):
+            yield from _named(some, work(some))
+        return
+    try:
+        build = functools.partial(_Worker, load, threads)
+        for found in map_in_processes(build, list(windows(rows)), len(places), environments=places, in_order=False):
+            yield from found
+    except WorkersFailed as error:
+        raise ValueError(f"a process that scored is gone ({error}), most likely for want of memory") from None
+
+
+def _named(rows: Sequence[Row], scores: Sequence[Scores]) -> list[tuple[str, Scores]]:
+    return [(row["id"], each) for row, each in zip(rows, scores, strict=True)]
+
+
+class _Worker:
+    """A process that scores: loads its model with the first rows, so that what is wrong with it is said."""
+
+    def __init__(self, load: Callable[[], Work], threads: int) -> None:
+        torch.set_num_threads(threads)
+        self.work = functools.cache(load)
+
+    def __call__(self, rows: Sequence[Row]) -> list[tuple[str, Scores]]:
+        return _named(rows, self.work()(rows))
+
+
+# --- reward models ---------------------------------------------------------------------------------------------------
+
+
+def build_reward_model(options: Any, recipe: Recipe) -> Rater:
+    """The scorer of a reward model, which is loaded when it begins.
+
+    Raises:
+        ValueError: there is no such model, or it has no chat template.
+    """
+    of_model = {name: getattr(options, name) for name in ("trust_remote_code",)}
+    own = load_recipe({"model_name_or_path": options.model, "model_revision": options.revision or "main", **of_model})
+    load_pretrained(AutoConfig, options.model, own, what="configuration", key="model")
+    tokenizer = load_pretrained(AutoTokenizer, options.model, own, what="tokenizer", key="model")
+    if load_chat_template(tokenizer, options.chat_template) is None:
+        raise ValueError("chat_template: a reward model rates dialogues, so it needs one")
+    rate = functools.partial(_rate_by, functools.partial(RewardModel, options, own), options, recipe)
+    return Rater(rate, {"weights": identify_model(options.model, options.revision)})
+
+
+class RewardModel:
+    """A reward model on a device: from rows to the scores of their responses."""
+
+    def __init__(self, options: Any, recipe: Recipe) -> None:
+        self.options, self.device = options, pick_device(recipe.device)
+        self.tokenizer = load_pretrained(AutoTokenizer, options.model, recipe, what="tokenizer")
+        self.template = load_chat_template(self.tokenizer, options.chat_template)
+        settings = {"dtype": getattr(torch, options.dtype), "output_loading_info": True}
+        with needs_memory("the reward model", advice="choose a smaller one"):
+            self.model, loaded = load_pretrained(
+                AutoModelForSequenceClassification, options.model, recipe, what="reward model", **settings
+            )
+            self.model.to(self.device).eval()
+        if loaded["missing_keys"]:
+            raise ValueError(
+                f"{options.model} is no reward model: it has no {', '.join(sorted(loaded['missing_keys']))}"
+            )
+        limits = (
+            options.max_length,
+            getattr(self.model.config.get_text_config(), "max_position_embeddings", None),
+            self.tokenizer.model_max_length,
+        )
+        self.limit = min(limit for limit in limits if limit)
+
+    def __call__(self, rows: Sequence[Row]) -> list[Scores]:
+        tokens = [self._tokenize(row) for row in rows]
+        found: list[Scores] = [each if isinstance(each, RowError) else [None] * len(each) for each in tokens]
+        places = [(i, j) for i, each in enumerate(tokens) if not isinstance(each, RowError) for j in range(len(each))]
+        places.sort(key=lambda place: len(tokens[place[0]][place[1]]))  # type: ignore[index]
+        for batch in self._batches(places, [len(tokens[i][j]) for i, j in places]):  # type: ignore[index]
+            scores = self.rate([tokens[i][j] for i, j in batch])  # type: ignore[index]
+            for (i, j), score in zip(batch, scores, strict=True):
+                found[i][j] = score  # type: ignore[index]
+        return found
+
+    def _tokenize(self, row: Row) -> list[list[int]] | RowError:
+        """The tokens of each response with its prompt."""
+        found, tools = [], {"tools": row["tools"]} if row.get("tools") else {}
+        for place, response in enumerate(row["responses"], start=1):
+            dialogue = [*row["prompt"], turn("assistant", response["text"])]
+            try:
+                text = self.tokenizer.apply_chat_template(
+                    dialogue, chat_template=self.template, tokenize=False, **tools
+                )
+            except Exception as error:  # a template may raise anything
+                return RowError("template", f"the chat template refuses this dialogue: {one_line(error)}")
+            found.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+            if len(found[-1]) > self.limit:
+                return RowError(
+                    "too long", f"response {place} has {len(found[-1])} tokens with its prompt, over {self.limit}"
+                )
+        return found
+
+    def _batches(self, places: list[Any], lengths: list[int]) -> Iterator[list[Any]]:
+        """Places in ascending order of length, in groups of at most `batch_tokens` with padding."""
+        start = 0
+        for end, length in enumerate(lengths):
+            if end > start and (end + 1 - start) * length > self.options.batch_tokens:
+                yield places[start:end]
+                start = end
+        if places:
+            yield places[start:]
+
+    @torch.no_grad()
+    def rate(self, dialogues: Sequence[Sequence[int]]) -> list[float]:
+        """The scores of some dialogues, as tokens, in one forward pass."""
+        config = self.model.config.get_text_config()
+        pad, was = config.pad_token_id, config.pad_token_id
+        if pad is None:  # the model looks for its last token by this id, so any will do that is in none of them
+            pad = next(number for number in range(config.vocab_size) if not any(number in ids for ids in dialogues))
+        width = max(map(len, dialogues))
+        ids = torch.tensor([[*each, *[pad] * (width - len(each))] for each in dialogues], device=self.device)
+        mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in dialogues], device=self.device)
+        advice = "lower the scorer's batch_tokens or max_length"
+        with needs_memory(f"scoring {len(dialogues)} dialogues of up to {width} tokens", advice=advice):
+            try:
+                config.pad_token_id = pad
+                output = self.model(input_ids=ids, attention_mask=mask)
+            finally:
+                config.pad_token_id = was
+            return self._read(output)
+
+    def _read(self, output: Any) -> list[float]:
+        """One number for each dialogue from the output that the scorer's options mean."""
+        name, index = self.options.output, self.options.index
+        if name is None:
+            name = "score" if getattr(output, "score", None) is not None else "logits"
+        values = getattr(output, name, None)
+        if not isinstance(values, torch.Tensor):
+            raise ValueError(f"output: {self.options.model} gives no {name!r}; it gives {', '.join(output)}")
+        values = values.reshape(len(values), -1)
+        if (index is None and values.shape[1] > 1) or (index or 0) >= values.shape[1]:
+            raise ValueError(
+                f"index: {name} of {self.options.model} has {values.shape[1]} entries for each response; say which is "
+                f"the score, from 0 to {values.shape[1] - 1}"
+            )
+        return values[:, index or 0].float().tolist()
+
+
+# --- log-probs -------------------------------------------------------------------------------------------------------
+
+
+def build_logprob(options: Any, recipe: Recipe) -> Rater:
+    """The scorer by mean log-prob: what is written in the responses, or computed by a model.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    if options.model is None:
+        return Rater(rate_each(_written_logprob))
+    name = model_folder(options.model)
+    settings = load_recipe(recipe, {"model_name_or_path": name}, only=READ_KEYS)
+    limits = token_limits(settings, find_tokenizer(settings, name)) | {"overlong": "drop"}
+    load = functools.partial(LogprobModel, name, settings, limits)
+    decide = {"bf16": settings.bf16, **limits, "weights": identify_model(name, settings.model_revision)}
+    return Rater(functools.partial(_rate_by, load, options, settings), decide)
+
+
+def _written_logprob(row: Row, response: Any) -> float:
+    logprob, count = response.get("logprob"), response.get("num_tokens")
+    if logprob is None or not count:
+        raise RowError("no log-prob", "a response has no logprob or num_tokens; name a model that computes it")
+    return logprob / count
+
+
+class LogprobModel:
+    """A language model that is ready: from rows to the mean log-probs of their responses, as evaluation computes them.
+
+    That is the same tokens, rows and precision. The end of turn counts, though an unfinished response has none.
+    """
+
+    def __init__(self, name: str, settings: Recipe, limits: Mapping[str, Any]) -> None:
+        self.settings, self.tokenize = settings, PairTokenizer(find_tokenizer(settings, name), **limits)
+        self._ready = ExitStack()  # as long as this object is there
+        self.model, self.packed, _ = self._ready.enter_context(ready_model(name, settings))
+        self.device = unwrap(self.model).get_input_embeddings().weight.device
+
+    def __call__(self, rows: Sequence[Row]) -> list[Scores]:
+        tokens = [_tokenized(row, self.tokenize) for row in rows]
+        lists = [
+            TokenList(
+                row["id"], [e.chosen_ids for e in each], [e.chosen_start for e in each], [e.chosen_gaps for e in each]
+            )
+            for row, each in zip(rows, tokens, strict=True)
+            if not isinstance(each, RowError)
+        ]
+        lists.sort(key=lambda each: max(map(len, each.sequences)))
+        means = {}
+        for some in windows(lists, self.settings.per_device_eval_batch_size):
+            means |= zip([each.row_id for each in some], self._mean_logps(some), strict=True)
+        return [
+            each if isinstance(each, RowError) else means[row["id"]] for row, each in zip(rows, tokens, strict=True)
+        ]
+
+    @torch.no_grad()
+    def _mean_logps(self, lists: Sequence[TokenList]) -> list[list[float]]:
+        batch = build_list_batch(lists, pack=self.packed, share_prompt=self.packed).to(self.device)
+        in_bf16 = torch.autocast(self.device.type, torch.bfloat16, enabled=bool(self.settings.bf16))
+        with needs_memory("log-probs", advice="lower per_device_eval_batch_size"), in_bf16:
+            chunk_size = self.settings.logits_chunk_size
+            sums, lengths = compute_response_logps(self.model, batch, chunk_size=chunk_size)
+        return [means.tolist() for means in (sums.double() / lengths).split(batch.group_sizes)]
+
+
+def _tokenized(row: Row, tokenize: PairTokenizer) -> list[TokenizedPair] | RowError:
+    """Each response as the chosen one of a pair; what the other one is does not matter to it."""
+    texts = [response["text"] for response in row["responses"]]
+    others = [PROBE_ANSWERS[text == PROBE_ANSWERS[0]] for text in texts]
+    tools = row.get("tools", ())
+    pairs = [Pair(row["id"], row["prompt"], text, other, tools) for text, other in zip(texts, others, strict=True)]
+    found = tokenize(pairs)
+    return next((each for each in found if isinstance(each, RowError)), found)  # type: ignore[return-value]
