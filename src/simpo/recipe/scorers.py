@@ -182,6 +182,36 @@ class Logprob(Scorer):
         null="the model that sampled the response, as generate wrote it down")
     processes: Whole | None = _option(
         None, "Processes that score side by side.", null="one a GPU; one on a CPU", ge=1, may_change=True)
+
+
+class Judge(Scorer):
+    """A language model behind a server of OpenAI's protocol: its grade, or its mean verdict in comparisons."""
+
+    url: Text = _option(
+        ..., "The server, such as http://localhost:8000/v1.", "URL", may_change=True)
+    model: Text = _option(
+        ..., "The model's name there.", "text")
+    form: Literal["pairs", "reference", "grade"] = _option(
+        "pairs", "pairs: each response against each other one of its prompt, in both orders, 0 to 1; reference: "
+        "against the reference answer, in both orders, 0 to 1; grade: each by itself, 1 to 10.")
+    reference: Text = _option(
+        "answer", "Column with the reference answer (reference); name it in generate.keep_columns too.",
+        "name of a column")
+    template: Text | None = _option(
+        None, "File with the question, with {prompt} and {response} (grade), or {prompt}, {first} and {second}. It "
+        "must ask for a line 'Grade: N', or 'Verdict: 1', 'Verdict: 2' or 'Verdict: tie'; the last such line counts.",
+        "path", null="one that comes with simpo", may_change=True)
+    temperature: Number = _option(
+        0.0, "Of the judge.", ge=0)
+    max_tokens: Whole = _option(
+        1024, "Longest answer of the judge.", ge=1)
+    api_key_variable: Text | None = _option(
+        None, "Environment variable with the server's key; the key itself is never written down.", "name",
+        null="no key", may_change=True)
+    concurrency: Whole = _option(
+        32, "Requests on their way at once.", ge=1, may_change=True)
+    timeout_s: Number = _option(
+        600.0, "Longest wait for an answer, in seconds; then the request is repeated, 4 times.", gt=0, may_change=True)
 # fmt: on
 
 
@@ -189,6 +219,7 @@ SCORERS: dict[str, type[Scorer]] = {
     "function": Function,
     "reward_model": RewardModel,
     "logprob": Logprob,
+    "judge": Judge,
     "length": Length,
     "repetition": Repetition,
     "language": Language,

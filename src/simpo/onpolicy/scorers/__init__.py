@@ -1,4 +1,4 @@
-"""What rates responses, a module for each way to: rules and functions, code, reward models, log-probs.
+"""What rates responses, a module for each way to: rules and functions, code, models, a judge.
 
 Their kinds and options are declared in `simpo.recipe.scorers`; a new one is a declaration there and an entry here.
 """
@@ -23,6 +23,10 @@ def build_rater(kind: str, options: Any, recipe: Recipe) -> Rater:
 
         build = models.build_reward_model if kind == "reward_model" else models.build_logprob
         return build(options, recipe)
-    from simpo.onpolicy.scorers import code, rules
+    if kind in ("code", "judge"):
+        from simpo.onpolicy.scorers import code, judge
 
-    return code.build(options) if kind == "code" else rules.build(kind, options)
+        return (code if kind == "code" else judge).build(options)
+    from simpo.onpolicy.scorers import rules
+
+    return rules.build(kind, options)

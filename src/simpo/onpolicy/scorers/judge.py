@@ -1,0 +1,161 @@
+"""A language model as the judge, behind OpenAI's protocol: grades, or comparisons in both orders.
+
+Compared, a response's score is the mean of its points: 1 for each verdict for it, 0 against it, 1/2 for a tie. A judge
+that prefers what comes first thereby gives both 1/2.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import permutations
+from pathlib import Path
+from typing import Any
+
+from simpo.data.columns import RowError
+from simpo.data.messages import Message
+from simpo.errors import short
+from simpo.onpolicy.client import Choice, Client, Request
+from simpo.onpolicy.scorers.rating import Rater, Row, Scores, column
+
+_PLACES = {"grade": {"prompt", "response"}, "pairs": {"prompt", "first", "second"}}
+_PLACES["reference"] = _PLACES["pairs"]
+_GRADE = re.compile(r"\bgrade\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
+_VERDICT = re.compile(r"\bverdict\W{0,6}(1|2|tie)\b", re.IGNORECASE)
+_POINTS = {"1": 1.0, "2": 0.0, "tie": 0.5}  # of the answer that comes first
+
+
+def build(options: Any) -> Rater:
+    """The scorer; the server is first asked when there is work.
+
+    Raises:
+        ValueError: the template is not there, or lacks a place; the client cannot be made.
+    """
+    template = _load_template(options)
+    client = Client(
+        options.url,
+        options.model,
+        key_variable=options.api_key_variable,
+        concurrency=options.concurrency,
+        timeout_s=options.timeout_s,
+    )
+    sampling = {"temperature": options.temperature, "max_tokens": options.max_tokens}
+
+    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
+        with client:
+            client.try_out(sampling)
+            yield from _judge(client, rows, options, template, sampling)
+
+    digest = hashlib.blake2b(template.encode(), digest_size=16).hexdigest()
+    return Rater(rate_rows, {"template_text": digest})
+
+
+def _load_template(options: Any) -> str:
+    if options.template is None:
+        name = "judge_grade.txt" if options.form == "grade" else "judge_pair.txt"
+        return (files("simpo") / "onpolicy" / "scorers" / name).read_text(encoding="utf-8")
+    path = Path(options.template)
+    if not path.is_file():
+        raise ValueError(f"template: {str(path)!r} is not a file")
+    text = path.read_text(encoding="utf-8")
+    if missing := sorted(each for each in _PLACES[options.form] if f"{{{each}}}" not in text):
+        raise ValueError(f"template: {path} has no {{{missing[0]}}}, where that is to stand")
+    return text
+
+
+@dataclass
+class _Open:
+    """A row whose answers are still coming: what each (first, second) got, or each response's grade."""
+
+    row: Row
+    missing: int
+    points: list[list[float]] = field(default_factory=list)
+    error: RowError | None = None
+
+
+def _judge(
+    client: Client, rows: Iterable[Row], options: Any, template: str, sampling: dict[str, Any]
+) -> Iterator[tuple[str, Scores]]:
+    open_rows: dict[str, _Open] = {}
+    refused: list[tuple[str, RowError]] = []
+
+    def requests() -> Iterator[tuple[str, Request]]:
+        for row in rows:
+            try:
+                asked = list(_questions(row, options, template))
+            except RowError as error:
+                refused.append((row["id"], error))
+                continue
+            open_rows[row["id"]] = _Open(row, len(asked), [[] for _ in row["responses"]])
+            for places, text in asked:
+                yield f"{row['id']} {places[0]} {places[1]}", Request([{"role": "user", "content": text}], sampling)
+
+    for name, answer in client.chat_all(requests()):
+        row_id, *places = name.rsplit(" ", 2)
+        state = open_rows[row_id]
+        state.missing -= 1
+        try:
+            _note(state, [int(place) for place in places], answer, options.form)
+        except RowError as error:
+            state.error = error
+        if not state.missing:
+            del open_rows[row_id]
+            yield row_id, state.error or [sum(each) / len(each) for each in state.points]
+        yield from refused
+        refused.clear()
+    yield from refused
+
+
+def _questions(row: Row, options: Any, template: str) -> Iterator[tuple[tuple[int, int], str]]:
+    """What is asked about a row: the places of the two it is about (-1: the reference, or nothing), and the text."""
+    prompt, texts = _as_text(row["prompt"]), [response["text"] for response in row["responses"]]
+    if options.form == "grade":
+        for place, text in enumerate(texts):
+            yield (place, -1), _filled(template, prompt=prompt, response=text)
+        return
+    if options.form == "reference":
+        reference = str(column(row, options.reference))
+        both = [pair for place in range(len(texts)) for pair in ((place, -1), (-1, place))]
+        texts = [*texts, reference]  # at -1
+    else:
+        if len(texts) < 2:
+            raise RowError("one response", "there is nothing to compare it with; use form grade or reference")
+        both = list(permutations(range(len(texts)), 2))
+    for first, second in both:
+        yield (first, second), _filled(template, prompt=prompt, first=texts[first], second=texts[second])
+
+
+def _filled(template: str, **values: str) -> str:
+    """The template with its places filled, in one pass: what is filled in is not looked at."""
+    return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
+
+
+def _as_text(prompt: Sequence[Message]) -> str:
+    if len(prompt) == 1:
+        return prompt[0]["content"]
+    return "\n\n".join(f"{message['role'].upper()}: {message['content']}" for message in prompt)
+
+
+def _note(state: _Open, places: list[int], answer: list[Choice] | RowError, form: str) -> None:
+    """Add what one answer says to the points of the responses it is about. Raises RowError where it says nothing."""
+    if isinstance(answer, RowError):
+        raise answer
+    text, (first, second) = answer[0].text, places
+    found = (_GRADE if form == "grade" else _VERDICT).findall(text)
+    if not found:
+        raise RowError(
+            "unreadable", f"no line 'Grade: N' or 'Verdict: N' in the judge's answer {short(text[-200:], 200)}"
+        )
+    if form == "grade":
+        if not 1 <= float(found[-1]) <= 10:
+            raise RowError("unreadable", f"the judge's grade is {found[-1]}, not 1 to 10")
+        state.points[first].append(float(found[-1]))
+        return
+    points = _POINTS[found[-1].lower()]
+    if first >= 0:
+        state.points[first].append(points)
+    if second >= 0:
+        state.points[second].append(1 - points)
