@@ -235,3 +235,21 @@ def test_pairs_of_one_source_or_of_no_known_one_are_not_told_apart(ids: tuple[st
     for result in (evaluation, compare(evaluation, evaluation)):
         assert "by_source" not in result.to_dict()
         assert render(result).count("margin M") == 1
+
+
+def test_the_ledger_counts_each_sources_rows(write: Any, data_recipe: Any, build_tokenizer: Any) -> None:
+    empty = {"prompt": "q", "chosen": "a", "rejected": " "}
+    mixer = {write("good", plain(6)): 1.0, write("[bad]", [*plain(2), empty, empty, plain(1)[0]]): 2.0}
+    recipe = data_recipe(mixer, validation_fraction=0, max_dropped_fraction=1.0, drop_duplicates=True)
+    ledger = prepare_pairs(recipe, build_tokenizer("chatml"), progress=False).ledger
+    assert ledger.splits["train"].sources == {
+        "good.jsonl": {"kept": 6, "dropped": {}},
+        "[bad].jsonl": {"kept": 2, "dropped": {"empty": 4, "duplicate": 4}},
+    }
+    console = Console(file=io.StringIO(), width=160)
+    ledger.render(console)
+    assert "[bad].jsonl" in console.file.getvalue()
+    assert "2 (25.0%), 80.0% dropped" in console.file.getvalue()
+    one = prepare_pairs(data_recipe(write("good", plain(6))), build_tokenizer("chatml"), progress=False).ledger
+    one.render(console := Console(file=io.StringIO(), width=160))
+    assert "by source" not in console.file.getvalue()

@@ -5,6 +5,7 @@ Plain numbers and texts, saved as JSON and printed with rich. Knows nothing of t
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simpo.data.files import write_whole
+from simpo.data.rows import source_of
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 EXAMPLES_PER_REASON = 5
@@ -48,7 +50,8 @@ class SplitLedger(BaseModel):
     `input` == `kept` + all `dropped` counts, always. `dropped` maps a reason to its count and some example rows, and
     `noticed` what was done to rows that are kept; `cut` maps a place to the pairs cut there and the tokens removed.
     `duplicates` counts rows equal to an earlier one in prompt, chosen and rejected, dropped or not; `same_prompt`
-    counts kept rows whose prompt an earlier one has.
+    counts kept rows whose prompt an earlier one has. `sources` maps each source to its rows `kept`, and those `dropped`
+    by reason.
     `lengths` are in tokens: prompt, and trained tokens of chosen and rejected. `shared_prefix_share` is the share of
     all tokens (both sides) that lie in the common prefix of their pair.
     """
@@ -58,6 +61,7 @@ class SplitLedger(BaseModel):
     dropped: dict[str, dict[str, Any]] = {}
     cut: dict[str, dict[str, int]] = {}
     noticed: dict[str, dict[str, Any]] = {}
+    sources: dict[str, dict[str, Any]] = {}
     duplicates: int = 0
     same_prompt: int = 0
     seam_shifted: int = 0
@@ -79,7 +83,19 @@ class SplitLedger(BaseModel):
 
     def add_dropped(self, rows: Iterable[Dropped]) -> None:
         """Count rows as dropped, keeping the first few of each reason as examples."""
+        rows = list(rows)
         count_rows(self.dropped, rows)
+        for (source, reason), count in Counter((source_of(row.row_id), row.reason) for row in rows).items():
+            dropped = self._of(source)["dropped"]
+            dropped[reason] = dropped.get(reason, 0) + count
+
+    def add_kept(self, row_ids: Iterable[str]) -> None:
+        """Count rows as kept."""
+        for source, count in Counter(map(source_of, row_ids)).items():
+            self._of(source)["kept"] += count
+
+    def _of(self, source: str) -> dict[str, Any]:
+        return self.sources.setdefault(source, {"kept": 0, "dropped": {}})
 
     def add_noticed(self, rows: Iterable[Dropped]) -> None:
         """Count what was done to kept rows in the same way."""
@@ -135,6 +151,9 @@ class Ledger(BaseModel):
     def render(self, console: Console, *, examples: int = 2) -> None:
         """Print the account, length histograms and a few examples with the trained text marked."""
         console.print(self._table())
+        names = dict.fromkeys(source for split in self.splits.values() for source in split.sources)
+        if len(names) > 1:
+            console.print(self._table_of(names))
         for name, split in self.splits.items():
             if split.lengths:
                 console.print(_histogram_table(name, split.lengths))
@@ -168,6 +187,22 @@ class Ledger(BaseModel):
         table.add_row("prompt seen before", *(f"{split.same_prompt}" for split in splits))
         table.add_row("seam shifted", *(f"{split.seam_shifted_share:.1%}" for split in splits))
         table.add_row("tokens in a common prefix", *(f"{split.shared_prefix_share:.1%}" for split in splits))
+        return table
+
+    def _table_of(self, sources: Iterable[str]) -> Table:
+        """What each source gives: its pairs, their share of the split, and the share of its rows that is dropped."""
+        table = Table(title="pairs by source")
+        table.add_column("")
+        for name in self.splits:
+            table.add_column(name, justify="right")
+        for source in sources:
+            cells = []
+            for split in self.splits.values():
+                found = split.sources.get(source, {"kept": 0, "dropped": {}})
+                kept, dropped = found["kept"], sum(found["dropped"].values())
+                share = f" ({kept / split.kept:.1%})" if kept else ""
+                cells.append(f"{kept}{share}" + (f", {dropped / (kept + dropped):.1%} dropped" if dropped else ""))
+            table.add_row(Text(source), *cells)
         return table
 
 

@@ -143,7 +143,9 @@ def _write(
         writer.keep(name, keep)
         numbers[name] = {column: values[keep] for column, values in numbers[name].items()}
         _describe(numbers[name], account)
-        account.examples = [_example(row, tokenizer) for row in writer.read(name).slice(0, NUM_EXAMPLES).to_pylist()]
+        kept = writer.read(name)
+        account.add_kept(row_id for chunk in kept["row_id"].chunks for row_id in chunk.to_pylist())
+        account.examples = [_example(row, tokenizer) for row in kept.slice(0, NUM_EXAMPLES).to_pylist()]
         account.check()
     if "eval" in numbers:
         prompts = {name: each["prompt_key"] for name, each in numbers.items()}
