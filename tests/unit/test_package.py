@@ -28,8 +28,9 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str
 
 def test_the_wheel_holds_every_source_file_and_only_the_package(shipped):
     wheel, _ = shipped
-    sources = {str(path.relative_to(REPO / "src")) for path in (REPO / "src" / "simpo").rglob("*.py")}
-    assert {name for name in wheel if ".dist-info/" not in name} == sources | {"simpo/py.typed"}
+    files = (REPO / "src" / "simpo").rglob("*.*")
+    sources = {str(path.relative_to(REPO / "src")) for path in files if path.suffix in (".py", ".txt", ".typed")}
+    assert {name for name in wheel if ".dist-info/" not in name} == sources
     assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
     assert any(name.endswith("/LICENSE") for name in wheel)
 

@@ -37,7 +37,7 @@ def identify_language(text: str) -> tuple[str, float] | None:
 
 def known_languages() -> list[str]:
     """The codes that `identify_language` can give. Raises as it does."""
-    return sorted(_identifier().nb_classes)
+    return sorted({*_identifier().nb_classes})
 
 
 @functools.cache

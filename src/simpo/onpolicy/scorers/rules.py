@@ -170,8 +170,7 @@ def matches(options: Any, row: Row, response: Response) -> float:
 
 # --- exact answers of maths ------------------------------------------------------------------------------------------
 
-_NUMBER = r"[-+]?(?:\d+(?:,\d{3})+|\d+)?(?:\.\d+|(?<=\d))"
-_NUMBERS = re.compile(rf"{_NUMBER}(?:/\d+)?")
+_NUMBERS = re.compile(r"[-+]?(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/\d+)?")
 _SAYS = re.compile(r"answer(?:\s+is|\s*\*{0,2}\s*[:=])\s*\**\s*:?\s*([^\n]+)", re.IGNORECASE)
 _ORNAMENTS = re.compile(r"\\left|\\right|\\[!,;: ]|\\[()\[\]]|\^\{?\\circ\}?|\\?%|\\?\$|\*\*|~|\s")
 
