@@ -243,6 +243,7 @@ def test_what_was_left_out_is_in_the_account_and_the_exit_code(stages, keys, tmp
         ({"pair.test_fraction": 1e-9}, "pair.test_fraction: 1e-09 of 80 prompts holds out none"),
         ({"score.scorers": None}, "score.scorers: nothing to rate with"),
         ({"pair.input": "x.jsonl"}, "pair.input: each step"),
+        ({"generate.backend": "openai"}, "generate.backend: a server has one model"),
         ({"output_dir": None}, "output_dir must be set"),
         ({"rounds.prompts_per_round": 50}, "2 rounds of 50 prompts need 100, and there are"),
         ({"push_to_hub": True, "hub_model_id": "a/b"}, "push_to_hub: not in rounds"),
@@ -252,6 +253,16 @@ def test_what_cannot_be_is_refused_at_once(stages, keys, changes, message):
     with pytest.raises(ValueError, match=message):
         run_rounds(load_recipe(keys, changes))
     assert stages.calls == []
+
+
+def test_a_server_answers_for_the_pairs_and_not_for_the_models_that_are_measured(stages, keys, tmp_path):
+    server = {"generate.backend": "openai", "generate.url": "http://127.0.0.1:9", "generate.options": {"user": "me"}}
+    run_rounds(load_recipe(keys, {**server, "rounds.rounds": 1}))
+    backends = {
+        str(path.parent.relative_to(tmp_path)).partition("/")[2]: load_recipe(path).generate.backend
+        for path in tmp_path.rglob("recipe.yaml")
+    }
+    assert backends == {"round-0/evaluation": "local", "round-1": "openai", "round-1/evaluation": "local"}
 
 
 def test_prompts_are_split_or_drawn():

@@ -23,15 +23,15 @@ from simpo.onpolicy.journal import Journal
 from simpo.onpolicy.prompts import Prompt, read_prompts
 from simpo.onpolicy.sampler import Backend, LocalBackend, Response
 from simpo.recipe import Recipe
+from simpo.recipe.stages import SERVER_KEYS
 from simpo.run.stopping import interruptible
 
-NOT_IN_RESPONSES = {"prompts", "keep_columns", "max_prompts", "batch_size", "processes", "tensor_parallel"} | {
-    "url", "served_model", "api_key_variable", "concurrency", "timeout_s"
-}  # fmt: skip
+NOT_IN_RESPONSES = {"prompts", "keep_columns", "max_prompts", "batch_size", "processes", "tensor_parallel"}
+NOT_IN_RESPONSES |= set(SERVER_KEYS)
 """Keys of `generate` that change no response; with any other changed, a file that was begun is not gone on with."""
 
 KEYS_OF_BACKENDS = {
-    **dict.fromkeys(("url", "served_model", "api_key_variable", "concurrency", "timeout_s"), ("openai",)),
+    **dict.fromkeys(SERVER_KEYS, ("openai",)),
     "tensor_parallel": ("vllm",),
     "options": ("openai", "vllm"),
 }

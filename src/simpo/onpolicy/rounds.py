@@ -34,11 +34,11 @@ from simpo.onpolicy.pair import is_held_out, run_pair
 from simpo.onpolicy.prompts import Prompt, read_prompts
 from simpo.onpolicy.table import Measures, compare_models, measure_model, show_table, standard_error, table_lines
 from simpo.recipe import KEYS, Recipe, load_recipe
-from simpo.recipe.stages import STAGES
+from simpo.recipe.stages import SERVER_KEYS, STAGES, Generate
 from simpo.run.lock import OutputLock
 
 _CHANGE_NOTHING = {
-    "generate": {"batch_size", "processes"},
+    "generate": {"batch_size", "processes", "tensor_parallel", *SERVER_KEYS},
     "rounds": {"min_gain", "launcher"},
 }
 """Keys of the stages that may be others when a loop goes on."""
@@ -81,6 +81,11 @@ def _check(recipe: Recipe) -> None:
         raise ValueError("push_to_hub: not in rounds; upload the round's model that you choose")
     if recipe.resume_from_checkpoint:
         raise ValueError("resume_from_checkpoint: rounds go on by themselves; remove the key")
+    if recipe.generate.backend == "openai" and recipe.rounds.rounds > 1:
+        raise ValueError(
+            "generate.backend: a server has one model, and each round samples from the last one's; sample by local, "
+            "vllm or ray, or set rounds.rounds to 1"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("simpo rounds is started once; rounds.launcher starts its training on several processes")
 
@@ -199,7 +204,11 @@ class _Loop:
         """Fresh responses of a round's model to the held-out prompts, scored; its margins on held-out pairs."""
         place = self.folder / f"round-{number}" / "evaluation"
         samples = self.keys.eval_samples or self.recipe.generate.num_samples
-        recipe = self._write_recipe(place, model, prompts, seed=self.seed, **{"generate.num_samples": samples})
+        changes: dict[str, Any] = {"generate.num_samples": samples}
+        if self.recipe.generate.backend == "openai":  # which has not this model
+            others = {name: Generate.model_fields[name].default for name in (*SERVER_KEYS, "options")}
+            changes |= {f"generate.{name}": value for name, value in {"backend": "local", **others}.items()}
+        recipe = self._write_recipe(place, model, prompts, seed=self.seed, **changes)
         stage = functools.partial(self._stage, place, f"round {number}, evaluation")
         stage("generate", lambda: self._command("generate", recipe))
         stage("score", lambda: self._command("score", recipe))

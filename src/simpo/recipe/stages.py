@@ -124,6 +124,9 @@ class Generate(Stage):
         "vllm.LLM (vllm).", "mapping of names to values", null="none")
 
 
+SERVER_KEYS = ("url", "served_model", "api_key_variable", "concurrency", "timeout_s")
+"""Keys of `generate` that say which server is asked, and how."""
+
 _score, _pair, _rounds = map(in_section, ("score", "pair", "rounds"))
 
 
