@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -207,6 +208,7 @@ def prepared(monkeypatch):
     }
     row |= {"chosen_start": 4, "rejected_ids": [1] * 6, "rejected_start": 4}
     found = types.SimpleNamespace(train=Rows([row]), eval=None, ledger=Ledger(), fingerprint="f")
+    importlib.import_module("simpo.run.session")  # which needs what the next lines replace
     stand_in(monkeypatch, "simpo.data.prepare", prepare_pairs=lambda recipe, tokenizer: found)
     stand_in(monkeypatch, "simpo.model.load", load_tokenizer=lambda recipe: None)
 
