@@ -17,7 +17,7 @@ BENCH  ?=
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-scale test-long bench docs install engines model pairs lint check clean help
+.PHONY: demo test test-scale test-long bench docs install engines model lint check clean help
 
 demo: model
 	MODEL="$(MODEL)" $(RUN) examples/demo/run.py
@@ -69,10 +69,6 @@ $(VENV)/.engines: $(VENV)/.installed
 
 model: install
 	@MODEL="$(MODEL)" $(RUN) examples/demo/get_model.py
-
-# Samples the demo's pairs anew from the model (about 15 minutes on two cores).
-pairs: model
-	MODEL="$(MODEL)" $(RUN) examples/demo/make_pairs.py
 
 lint: install
 	$(RUN) -m ruff check . && $(RUN) -m ruff format --check . && $(VENV)/bin/basedpyright --pythonpath $(RUN) --level error

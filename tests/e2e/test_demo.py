@@ -1,4 +1,4 @@
-"""The demo's own script, on the tiny model: everything it promises is written and printed."""
+"""The demo's own script and the loop it runs, on the tiny model: everything promised is written and printed."""
 
 from __future__ import annotations
 
@@ -10,21 +10,41 @@ from types import ModuleType
 
 import pytest
 from scripts import load_script
+from typer.testing import CliRunner
 
-DEMO = Path(__file__).resolve().parents[2] / "examples" / "demo"
+from simpo.cli import app
+from simpo.onpolicy import rounds
+
+REPO = Path(__file__).resolve().parents[2]
+DEMO = REPO / "examples" / "demo"
+SMALL = ["--bf16=false", "--generate.processes=1", "--generate.num_samples=3", "--generate.max_new_tokens=24"]
+SMALL += ["--rounds.prompts_per_round=8", "--rounds.eval_prompts=6", "--num_threads=1", "--learning_rate=1e-3"]
+SMALL += ["--pair.min_gap=0", "--pair.min_score=null", "--pair.finished_only=false"]  # a random model ends nothing
 
 
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    monkeypatch.setattr(sys, "path", [str(DEMO), *sys.path])
+    monkeypatch.setattr(sys, "path", [str(DEMO), str(REPO), *sys.path])
     before = set(sys.modules)
     yield load_script("examples", "demo", "run.py")
-    for name in ("get_model", "rule", "sample"):
-        if name not in before:
-            sys.modules.pop(name, None)
+    for name in {"get_model", "examples", "examples.demo", "examples.demo.rule", "examples.demo.readable"} - before:
+        sys.modules.pop(name, None)
 
 
-def test_demo_trains_answers_and_reports(
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The loop's commands in this process, which has loaded torch already."""
+
+    def run(words: list[str], *, is_launcher: bool = False) -> int:
+        result = CliRunner().invoke(app, words[words.index("simpo") + 1 :])
+        print(result.output)
+        return result.exit_code
+
+    monkeypatch.setattr(rounds, "run_command", run)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_demo_goes_through_two_rounds_and_reports(
     demo: ModuleType,
     tiny_model: Path,
     tmp_path: Path,
@@ -32,22 +52,26 @@ def test_demo_trains_answers_and_reports(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("MODEL", str(tiny_model))
-    monkeypatch.setattr(demo, "MAX_NEW_TOKENS", 8)
-    monkeypatch.chdir(tmp_path)  # the demo finds its pairs from anywhere
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.chdir(tmp_path)  # the demo finds its prompts from anywhere
     output = tmp_path / "demo"
-    keys = [f"--output_dir={output}", "--max_steps=2", "--eval_steps=2", "--max_length=400", "--bf16=false"]
+    keys = [*SMALL, f"--output_dir={output}", f"--cache_dir={tmp_path / 'cache'}"]
     assert demo.main(keys) == 0
-    result = json.loads((output / "demo.json").read_text())
-    assert result["computed_in"] == "fp32"
-    assert json.loads((output / "model" / "config.json").read_text())["dtype"] == "float32"
-    assert len(result["answers"]) == result["prompts"] >= 80
+    result = json.loads((output / "rounds.json").read_text())
+    assert [model["round"] for model in result["models"]] == [0, 1, 2]
+    assert {"score", "score: rule", "score: readable", "tokens", "accuracy", "margin"} <= result["models"][2].keys()
+    config = json.loads((output / "round-2" / "run" / "model" / "config.json").read_text())
+    assert config["dtype"] == "float32"
     page = (output / "demo.md").read_text()
-    assert page.count("## ") == result["prompts"]
-    for name, (before, after) in result["rows"].items():
-        assert f"| {name} | {before:.3f} | {after:.3f} |" in page
+    assert page.count("\n## ") == result["models"][0]["prompts"] == 6
     printed = capsys.readouterr().out
-    for part in ("held-out preference accuracy", "rule score", str(output / "model"), "minutes"):
-        assert part in printed.replace("\n", ""), part
+    for part in ("held-out pairs", "rule score", "from the first model to the last on 6 held-out prompts", "minutes"):
+        assert part in printed, part
+    answers = demo.pair_answers(output)
+    gain = result["models"][2]["score"]["value"] - result["models"][0]["score"]["value"]
+    assert sum(demo.gains(answers)) / len(answers) == pytest.approx(gain)
+    assert demo.main(keys) == 0  # nothing is left to do
+    assert "took 0" not in capsys.readouterr().out
 
 
 def test_demo_never_overwrites_a_run(demo: ModuleType, tmp_path: Path) -> None:
@@ -63,17 +87,3 @@ def test_a_bad_key_is_one_line_and_no_run(
     monkeypatch.setenv("MODEL", str(tiny_model))
     assert demo.main(["--lerning_rate=1"]) == 1
     assert "learning_rate" in capsys.readouterr().err
-
-
-def test_gains_and_their_interval_are_paired(demo: ModuleType) -> None:
-    prompts = ["why is water wet and cold", "how do rivers form in hills", "what is bread made of"]
-    good = "Water is wet because its molecules cling to what they touch, and cold when it gives its warmth away."
-    before = ["", "", ""]
-    after = [good, "", ""]
-    evaluation = {"eval_rewards/accuracies": 0.5, "eval_logps/chosen": -1.0, "eval_logps/rejected": -1.5}
-    summary = demo.summarise(prompts, before, after, (evaluation, evaluation))
-    gain = summary["score_gain"]
-    assert summary["better"] == 1
-    assert summary["worse"] == 0
-    assert gain["low"] < 0 < gain["mean"] < gain["high"]
-    assert summary["rows"]["held-out margin, nats per token"] == [0.5, 0.5]

@@ -122,3 +122,20 @@ def test_total_is_the_product_of_parts_within_zero_and_one(rule):
             product *= value
         assert result.total == pytest.approx(product)
     assert rule.score("", GOOD).parts["topic"] == 1
+
+
+def test_the_second_opinion_sees_none_of_the_rules_faults_and_each_of_its_own():
+    rate = load_script("examples", "demo", "readable.py").rate
+    own = "Keep the bread in a paper bag. Slice the rest and freeze it at once."
+    assert rate([], own, {}) == 1
+    assert rate([], f"{own} {own}", {}) == 1  # repeats are the rule's affair, as are openers
+    assert rate([], f"Certainly! {own}", {}) >= 0.9
+    for worse in (
+        own.replace(". ", ", and then you should also ") * 2,  # one long sentence
+        f"{own} Refrigeration accelerates crystallisation considerably.",
+        f"{own} It may perhaps be better.",
+        f'{own} They call it "fresh.',
+        f"{own} Ask [Your Name] for it.",
+    ):
+        assert rate([], worse, {}) < 0.95
+    assert rate([], " ... ", {}) == 0

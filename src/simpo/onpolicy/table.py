@@ -138,8 +138,10 @@ def _cell(name: str, interval: Interval | None) -> str:
     form = "{:.1%}" if name in _SHARES else "{:.1f}" if name == "tokens" else "{:+.4f}"
     if name.startswith("score"):
         form = "{:.4f}"
-    value, low, high = (form.format(number) for number in interval)
-    return value if math.isnan(interval.low) else f"{value} ({low} to {high})"
+    if math.isnan(interval.low):
+        return form.format(interval.value)
+    ends = (min(1.0, max(0.0, end)) if name in _SHARES else end for end in interval[1:])
+    return "{} ({} to {})".format(*(form.format(number) for number in (interval.value, *ends)))
 
 
 def _interval(values: Sequence[float]) -> Interval:

@@ -1,0 +1,101 @@
+"""`simpo rounds` killed at random moments, with all its processes: nothing is lost, nothing is there twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+KILLS = int(os.environ.get("SIMPO_KILLS", "3"))
+
+
+def write_recipe(folder: Path, model: Path) -> Path:
+    rng = random.Random(5)
+    words = ("water", "stone", "bread", "river", "glass")
+    prompts = [{"prompt": f"{' '.join(rng.choices(words, k=4))} {number}?"} for number in range(60)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    keys: dict[str, Any] = {
+        "model_name_or_path": str(model),
+        "cache_dir": str(folder / "cache"),
+        "bf16": False,
+        "num_threads": 1,
+        "max_length": 120,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 2,
+        "save_steps": 2,
+        "generate": {
+            "prompts": {str(folder / "prompts.jsonl"): 1.0},
+            "num_samples": 3,
+            "max_new_tokens": 16,
+            "processes": 1,
+            "batch_size": 6,
+        },
+        "score": {"scorers": {"length": {"kind": "length", "min": 6}}},
+        "pair": {"test_fraction": 0.2, "finished_only": False},
+        "rounds": {"rounds": 2, "prompts_per_round": 12, "eval_prompts": 6},
+    }
+    path = folder / "recipe.yaml"
+    path.write_text(json.dumps(keys))
+    return path
+
+
+def start(recipe: Path, output: Path) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "simpo", "rounds", str(recipe), "--output_dir", str(output)]
+    with output.with_suffix(".log").open("ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def children_of(process: int) -> list[int]:
+    path = Path(f"/proc/{process}/task/{process}/children")
+    return [int(each) for each in path.read_text().split()] if path.exists() else []
+
+
+def is_alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def contents(output: Path) -> dict[str, bytes]:
+    names = ("responses.jsonl", "scored.jsonl", "train.jsonl", "test.jsonl", "model.safetensors", "prompts.jsonl")
+    found = (path for name in names for path in output.rglob(name) if not path.parts[-2].startswith("_"))
+    return {str(path.relative_to(output)): path.read_bytes() for path in found}
+
+
+@pytest.mark.long
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a command may outlive the loop that started it")
+def test_a_loop_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_model: Path, tmp_path: Path) -> None:
+    recipe, rng = write_recipe(tmp_path, tiny_model), random.Random(KILLS)
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    began = time.monotonic()
+    assert start(recipe, whole).wait() == 0, whole.with_suffix(".log").read_text()
+    longest = (time.monotonic() - began) / 4  # a step takes less, so that there is progress between kills
+    for _ in range(KILLS):
+        process = start(recipe, killed)
+        try:
+            process.wait(timeout=rng.uniform(0.1, longest))
+            break  # done before
+        except subprocess.TimeoutExpired:
+            children = children_of(process.pid)
+            process.kill()
+            process.wait()
+            deadline = time.monotonic() + 5
+            while any(map(is_alive, children)) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert not any(map(is_alive, children)), "a command outlives its loop"
+    assert start(recipe, killed).wait() == 0, killed.with_suffix(".log").read_text()
+    expected, found = contents(whole), contents(killed)
+    assert expected.keys() == found.keys()
+    for name, content in expected.items():
+        assert found[name] == content, name
+        if name.endswith(".jsonl") and "prompts" not in name:
+            ids = [json.loads(line)["id"] for line in content.splitlines()]
+            assert len(ids) == len(set(ids)), name
