@@ -30,14 +30,14 @@ class Measures:
         numbers: name -> mean over prompts: "score" (what pairs are made by), "score: NAME" for each scorer where there
             are several, "tokens", "repetition" (share of 4-grams of words that came before), "finished"; and over
             held-out pairs "accuracy" and "margin" (nats per token), where there are some.
-        by_prompt: prompt id -> its mean score.
+        by_prompt: prompt id -> the same means of its samples.
         gain: of the score on the round before, over the prompts of both.
     """
 
     round: int
     model: str
     numbers: dict[str, Interval]
-    by_prompt: dict[str, float] = field(repr=False)
+    by_prompt: dict[str, dict[str, float]] = field(repr=False)
     gain: Interval | None = None
 
     @property
@@ -65,7 +65,7 @@ def measure_model(number: int, model: str, scored: Path, pairs: Path | None) -> 
     if pairs is not None:
         content = json.loads(pairs.read_text(encoding="utf-8"))
         numbers |= {name: Interval(**content[name]) for name in ("accuracy", "margin")}
-    return Measures(number, model, numbers, {row_id: each["score"] for row_id, each in of_prompts.items()})
+    return Measures(number, model, numbers, of_prompts)
 
 
 def _of_prompt(responses: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -81,10 +81,10 @@ def _of_prompt(responses: Sequence[dict[str, Any]]) -> dict[str, float]:
     return {name: fmean(each) for name, each in values.items()}
 
 
-def compare_models(model: Measures, before: Measures) -> Interval:
-    """The mean difference of the scores of two models, prompt by prompt."""
-    common = model.by_prompt.keys() & before.by_prompt.keys()
-    return _interval([model.by_prompt[each] - before.by_prompt[each] for each in sorted(common)])
+def compare_models(model: Measures, before: Measures, name: str = "score") -> Interval:
+    """The mean difference of two models' scores, or another of their `numbers`, prompt by prompt."""
+    common = sorted(model.by_prompt.keys() & before.by_prompt.keys())
+    return _interval([model.by_prompt[each][name] - before.by_prompt[each][name] for each in common])
 
 
 def standard_error(interval: Interval) -> float:
