@@ -221,8 +221,7 @@ def test_evaluation_and_samples_say_which_key_to_lower(big_steps: Settings, monk
     def too_much(*args: Any, **options: Any) -> None:
         raise torch.OutOfMemoryError(MESSAGE)
 
-    monkeypatch.setattr("transformers.PreTrainedModel.generate", too_much, raising=False)
-    monkeypatch.setattr(type(trainer.model), "generate", too_much)
+    monkeypatch.setattr("simpo.evaluation.generate.sample_responses", too_much)
     with pytest.raises(OutOfMemory, match="lower num_eval_generations or eval_generation_max_new_tokens"):
         trainer._generate_samples()
 

@@ -14,12 +14,12 @@ import torch
 from torch import nn
 
 from simpo.model.attention import plain_attention, unwrap
+from simpo.model.sampling import Sampling, end_tokens, sample_responses, why_not_shared
 
 if TYPE_CHECKING:
     from simpo.data.loader import PairStore
 
 
-@torch.no_grad()
 def generate_greedy(
     model: nn.Module,
     tokenizer: Any,
@@ -33,7 +33,7 @@ def generate_greedy(
 
     Args:
         model: a causal language model; its mode and attention are as before afterwards.
-        tokenizer: decodes; its end-of-sequence token ends a response.
+        tokenizer: decodes; its end-of-sequence token ends a response, as do those of the model's generation config.
         prompts: token ids, the generation header included.
         max_new_tokens: longer responses are cut there.
         batch_size: prompts generated together, padded on the left.
@@ -41,30 +41,18 @@ def generate_greedy(
     Returns:
         One text for each prompt, special tokens left out.
     """
-    device = unwrap(model).get_input_embeddings().weight.device
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+    ends = end_tokens(tokenizer, getattr(unwrap(model), "generation_config", None))
     was_training, texts = model.training, []
     model.eval()
     try:
         # Compiled blocks would be compiled again for single tokens with a cache and a mask.
         with plain_attention(model), torch.compiler.set_stance("force_eager"):
+            shared = why_not_shared(model) is None
             for start in range(0, len(prompts), batch_size):
                 batch = prompts[start : start + batch_size]
-                width = max(len(ids) for ids in batch)
-                ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in batch], device=device)
-                mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in batch], device=device)
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                    use_cache=True,
-                    pad_token_id=pad,
-                )
-                texts += tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)
+                size = {"max_new_tokens": max_new_tokens, "shared": shared}
+                found = sample_responses(model, batch, [[0]] * len(batch), Sampling(), ends=ends, **size)
+                texts += tokenizer.batch_decode([response.ids for (response,) in found], skip_special_tokens=True)
                 advance(len(batch))
     finally:
         model.train(was_training)

@@ -53,13 +53,20 @@ class Sampled:
     logprob: float
 
 
+def end_tokens(tokenizer: Any, generation_config: Any) -> set[int]:
+    """Tokens that end a response: the tokenizer's end, and those that a model's generation config, if any, names."""
+    configured = getattr(generation_config, "eos_token_id", None)
+    ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
+    return {end for end in ends if end is not None}
+
+
 def noise_key(*parts: object) -> int:
     """A 64-bit key from what names a response."""
     digest = hashlib.blake2b("\0".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: what sharding gathers in it could not be trained with afterwards
 def sample_responses(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
@@ -124,10 +131,9 @@ class _Responses:
             going: [rows], False where the response has ended already; its token is of no account.
         """
         self.each_step()
-        logits = logits.float()
-        chosen = choose_tokens(logits, self.keys[rows], step, self.sampling)
-        logprobs = logits.gather(1, chosen[:, None]).squeeze(1) - logits.logsumexp(-1)
-        self.logprobs[rows] += logprobs * going
+        logprobs = logits.log_softmax(-1, dtype=torch.float32)
+        chosen = choose_tokens(logprobs, self.keys[rows], step, self.sampling)
+        self.logprobs[rows] += logprobs.gather(1, chosen[:, None]).squeeze(1) * going
         goes_on = []
         for row, token, was_going in zip(rows.tolist(), chosen.tolist(), going.tolist(), strict=True):
             if was_going:
@@ -215,7 +221,7 @@ def _decode_shared(model: nn.Module, prompts: Sequence[Sequence[int]], num_sampl
         logits = _step(model, chosen, cache, mask, positions)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def why_not_shared(model: nn.Module) -> str | None:
     """Why the cache of a model cannot be repeated and thinned; None where it can: tried with a few tokens."""
     prompts, after = [[11, 7, 5, 3, 13, 17, 2, 19], [23, 3, 29, 6, 31]], [9, 8, 14]
@@ -229,6 +235,8 @@ def why_not_shared(model: nn.Module) -> str | None:
             mask, positions = mask[index], positions[index] + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], 1)
             logits = _step(model, index.new_full((len(kept),), token), cache, mask, positions)
+    except torch.OutOfMemoryError:
+        raise
     except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, KeyError) as error:
         return first_line(error)
     plain = model(input_ids=torch.tensor(expected, device=mask.device), use_cache=False).logits[:, -1]
@@ -266,26 +274,27 @@ def _generate_plainly(model: nn.Module, prompt: Sequence[int], rows: Tensor, res
 # --- the choice of a token -------------------------------------------------------------------------------------------
 
 
-def choose_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:
-    """[rows, vocabulary] in fp32 -> the next token of each row, [rows]: the largest sum of logit and noise.
+def choose_tokens(logprobs: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:
+    """[rows, vocabulary] in fp32 -> the next token of each row, [rows]: the largest sum of log-prob and noise.
 
     Noise of Gumbel's distribution makes that a draw from the softmax; restricted to a set of tokens, from the softmax
     over the set.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    scaled, size = logits / sampling.temperature, logits.shape[-1]
-    if sampling.top_k is None and sampling.top_p == 1 and sampling.min_p == 0:
-        noise = gumbel_noise(keys[:, None], step, torch.arange(size, device=keys.device))
-        return (scaled + noise).argmax(-1)
-    chosen = torch.empty(len(scaled), dtype=torch.long, device=scaled.device)
-    left, few = torch.arange(len(scaled), device=scaled.device), min(sampling.top_k or FEW, size)
-    log_total = None if sampling.top_k else scaled.logsumexp(-1, keepdim=True)
+        return logprobs.argmax(-1)
+    size, chosen = logprobs.shape[-1], torch.empty(len(logprobs), dtype=torch.long, device=logprobs.device)
+    left, few = torch.arange(len(logprobs), device=logprobs.device), min(sampling.top_k or FEW, size)
+    log_total = None  # of all tokens' probabilities at this temperature, where that is not that of the top_k
+    if sampling.top_k is None:
+        log_total = (logprobs / sampling.temperature).exp_().sum(-1, keepdim=True).log_()
     while len(left):
-        top, ids = scaled[left].topk(few, dim=-1)
+        top, ids = _top(logprobs if len(left) == len(logprobs) else logprobs[left], few)
+        top = top / sampling.temperature
         probs = (top - (top.logsumexp(-1, keepdim=True) if log_total is None else log_total[left])).exp()
-        ahead = probs.cumsum(-1) - probs
-        kept = (ahead < sampling.top_p) & (probs >= sampling.min_p * probs[:, :1])
+        if sampling.top_p == 1 and not (sampling.min_p or log_total is None or few == size):
+            rest = log_total + (1 - probs.sum(-1, keepdim=True, dtype=torch.float64)).clamp(min=0).log()
+            return _drawn_from_all(logprobs / sampling.temperature, top, ids, rest, keys, step)
+        kept = (probs.cumsum(-1) - probs < sampling.top_p) & (probs >= sampling.min_p * probs[:, :1])
         kept[:, 0] = True
         noise = gumbel_noise(keys[left, None], step, ids)
         best = (top + noise).masked_fill(~kept, -math.inf).argmax(-1, keepdim=True)
@@ -294,6 +303,39 @@ def choose_tokens(logits: Tensor, keys: Tensor, step: int, sampling: Sampling) -
             break
         left, few = left[kept[:, -1]], min(few * 16, size)
     return chosen
+
+
+def _drawn_from_all(scaled: Tensor, top: Tensor, ids: Tensor, rest: Tensor, keys: Tensor, step: int) -> Tensor:
+    """A draw over the whole vocabulary that seldom looks at it: all tokens but the top ones stand as one, with their
+    summed probability (`rest`, its log), and only where that one is drawn, one of them is."""
+    size = scaled.shape[-1]
+    all_ids = torch.cat([ids, torch.full_like(rest, size, dtype=torch.long)], 1)
+    noise = gumbel_noise(keys[:, None], step, all_ids)
+    chosen = all_ids.gather(1, (torch.cat([top, rest], 1) + noise).argmax(-1, keepdim=True)).squeeze(1)
+    rows = (chosen == size).nonzero().squeeze(1)
+    if len(rows):
+        others = scaled[rows].scatter(1, ids[rows], -math.inf)
+        noise = gumbel_noise(keys[rows, None], step, torch.arange(size, device=scaled.device))
+        chosen[rows] = (others + noise).argmax(-1)
+    return chosen
+
+
+CHUNK = 64
+
+
+def _top(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """`values.topk(count)` of [rows, size], but faster: the largest are in the chunks with the largest maxima."""
+    size = values.shape[-1]
+    if count * CHUNK * 4 > size:
+        return values.topk(count, dim=-1)
+    whole = size - size % CHUNK
+    chunks = values[:, :whole].unflatten(1, (-1, CHUNK))
+    best = chunks.amax(-1).topk(count, dim=-1).indices[..., None]
+    found = chunks.gather(1, best.expand(-1, -1, CHUNK)).flatten(1)
+    ids = (best * CHUNK + torch.arange(CHUNK, device=values.device)).flatten(1)
+    rest = torch.arange(whole, size, device=values.device).expand(len(values), -1)
+    top, places = torch.cat([found, values[:, whole:]], 1).topk(count, dim=-1)
+    return top, torch.cat([ids, rest], 1).gather(1, places)
 
 
 def gumbel_noise(keys: Tensor, step: int, tokens: Tensor) -> Tensor:

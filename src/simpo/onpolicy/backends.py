@@ -124,7 +124,7 @@ class VllmSampler:
         base = base_model(name)
         self.notes: list[str] = []
         self.seed, self.num_samples = recipe.seed if wanted.seed is None else wanted.seed, wanted.num_samples
-        self.read = ResponseReader(recipe, find_tokenizer(recipe, name), _configured_ends(base, recipe))
+        self.read = ResponseReader(recipe, find_tokenizer(recipe, name), _config_with_ends(base, recipe))
         self.sampling = {
             "n": wanted.num_samples,
             "temperature": wanted.temperature,
@@ -183,12 +183,12 @@ def _end_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def _configured_ends(name: str, recipe: Recipe) -> int | list[int] | None:
-    """The end tokens of a model's generation config; of its config where it has none."""
+def _config_with_ends(name: str, recipe: Recipe) -> Any:
+    """What names a model's end tokens: its generation config, or its config where it has none."""
     try:
-        return load_pretrained(GenerationConfig, name, recipe, what="generation config").eos_token_id
+        return load_pretrained(GenerationConfig, name, recipe, what="generation config")
     except ValueError:
-        return load_pretrained(AutoConfig, name, recipe, what="configuration").get_text_config().eos_token_id
+        return load_pretrained(AutoConfig, name, recipe, what="configuration").get_text_config()
 
 
 def _import(name: str, command: str) -> Any:

@@ -25,7 +25,7 @@ from simpo.data.tokenize import PairTokenizer
 from simpo.data.workers import WorkersFailed, map_in_processes
 from simpo.evaluation.run import READ_KEYS, base_model, find_tokenizer, model_folder
 from simpo.model.load import load_model, load_pretrained, pick_device, set_precision
-from simpo.model.sampling import Sampled, Sampling, noise_key, sample_responses, why_not_shared
+from simpo.model.sampling import Sampled, Sampling, end_tokens, noise_key, sample_responses, why_not_shared
 from simpo.onpolicy.prompts import Prompt
 from simpo.recipe import Recipe, load_recipe
 from simpo.recipe.stages import Generate
@@ -122,7 +122,7 @@ class ResponseReader:
     """Sampled tokens to responses.
 
     Args:
-        configured: the end tokens of the model's generation config.
+        generation_config: the model's, which may name end tokens; None where there is none.
     Attributes:
         ends: tokens that end a response: the template's end of turn, the tokenizer's end and the model's own.
         stops: texts that do.
@@ -130,12 +130,10 @@ class ResponseReader:
         ValueError: there are neither.
     """
 
-    def __init__(self, recipe: Recipe, tokenizer: Any, configured: int | list[int] | None) -> None:
+    def __init__(self, recipe: Recipe, tokenizer: Any, generation_config: Any) -> None:
         prompts, self.tokenizer = PromptTokenizer(recipe, tokenizer), tokenizer
-        ends = {tokenizer.eos_token_id, *(configured if isinstance(configured, list) else [configured])}
-        if prompts.end_text is not None:
-            ends.add(tokenizer.convert_tokens_to_ids(prompts.end_text))
-        self.ends = frozenset(end for end in ends if end is not None)
+        of_turn = set() if prompts.end_text is None else {tokenizer.convert_tokens_to_ids(prompts.end_text)}
+        self.ends = end_tokens(tokenizer, generation_config) | of_turn
         self.stops = [*recipe.generate.stop, *prompts.stops]
         if not (self.ends or self.stops):
             raise ValueError(
@@ -192,8 +190,8 @@ class LocalSampler:
         set_precision(recipe, device)
         with needs_memory("loading the model", advice="use a machine with more of it"):
             self.model = load_model(_plainly(recipe), device=device, trainable=False, check=False)
-        configured = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        self.read = ResponseReader(recipe, find_tokenizer(recipe, recipe.model_name_or_path), configured)
+        generation_config = getattr(self.model, "generation_config", None)
+        self.read = ResponseReader(recipe, find_tokenizer(recipe, recipe.model_name_or_path), generation_config)
         why_not = why_not_shared(self.model)
         self.shares = why_not is None
         self.notes = [] if why_not is None else [f"sampled one prompt at a time, which is slower: {why_not}"]
