@@ -12,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from simpo.data import prepare as data_prepare
+from simpo.data import workers
 from simpo.data.ledger import Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.prepare import prepare_pairs
 from simpo.data.workers import WorkersFailed, map_in_processes
@@ -236,19 +237,19 @@ def test_cache_that_cannot_be_written_is_said_and_does_not_stop(messy, build_tok
     ("num_rows", "wanted", "expected"), [(1999, 8, 1), (4000, 8, 2), (10**6, 3, 3), (10**6, 1, 1), (0, None, 1)]
 )
 def test_a_process_is_started_for_every_2000_rows_and_no_more_than_wanted(num_rows, wanted, expected):
-    assert data_prepare._num_processes(num_rows, wanted) == expected
+    assert workers._num_processes(num_rows, wanted) == expected
 
 
 def test_two_processes_give_what_one_gives(tmp_path, build_tokenizer, data_recipe, monkeypatch):
-    monkeypatch.setattr(data_prepare, "ROWS_PER_PROCESS", 50)
-    monkeypatch.setattr(data_prepare, "CHUNK_ROWS", 30)
+    monkeypatch.setattr(workers, "ROWS_PER_PROCESS", 50)
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 30)
     content = rows(200)
     content[77] = {"prompt": "q"}
     path = write(tmp_path / "a.jsonl", content)
     tokenizer = build_tokenizer("llama3")
     results = []
-    for workers in (1, 2):
-        recipe = data_recipe(path, preprocessing_num_workers=workers, cache_dir=str(tmp_path / f"cache{workers}"))
+    for count in (1, 2):
+        recipe = data_recipe(path, preprocessing_num_workers=count, cache_dir=str(tmp_path / f"cache{count}"))
         results.append(prepare(recipe, tokenizer))
     assert results[0].train[:] == results[1].train[:]
     assert results[0].ledger == results[1].ledger
@@ -266,9 +267,9 @@ def test_script_without_main_guard_is_not_run_again_by_the_processes(tmp_path, b
     (tmp_path / "script.py").write_text(
         "print('script runs')\n"
         "from transformers import AutoTokenizer\n"
-        "from simpo.data import prepare\n"
+        "from simpo.data import prepare, workers\n"
         "from simpo.recipe import load_recipe\n"
-        "prepare.ROWS_PER_PROCESS, prepare.CHUNK_ROWS = 20, 10\n"
+        "workers.ROWS_PER_PROCESS, workers.CHUNK_ROWS = 20, 10\n"
         "recipe = load_recipe({'model_name_or_path': 'none', 'dataset_mixer': {'a.jsonl': 1.0}, 'cache_dir': 'cache',\n"
         "                      'preprocessing_num_workers': 2})\n"
         "prepared = prepare.prepare_pairs(recipe, AutoTokenizer.from_pretrained('tokenizer'))\n"
@@ -301,8 +302,8 @@ def test_processes_that_fail_are_replaced_by_this_one(messy, build_tokenizer, da
         raise WorkersFailed("none left")
         yield
 
-    monkeypatch.setattr(data_prepare, "map_in_processes", fail)
-    monkeypatch.setattr(data_prepare, "ROWS_PER_PROCESS", 5)
+    monkeypatch.setattr(workers, "map_in_processes", fail)
+    monkeypatch.setattr(workers, "ROWS_PER_PROCESS", 5)
     recipe = data_recipe(messy, max_dropped_fraction=0.5, preprocessing_num_workers=2, validation_fraction=0)
     assert len(prepare(recipe, build_tokenizer("chatml")).train) == 14
     assert "in this process alone: none left" in capsys.readouterr().err

@@ -48,6 +48,8 @@ PAIR_COLUMNS = {
 `*_gaps` the untrained stretches behind it (begin, end, begin, end, ...), `shared_prefix` how many leading tokens the
 packed layout computes once."""
 _PAIRS = pa.schema(PAIR_COLUMNS)
+BATCH_ROWS = 4096
+"""Pairs to a record batch: a few MB, so that a mapped store of millions is a few thousand pieces."""
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -187,6 +189,7 @@ class PairWriter:
         self._files: dict[str, Any] = {}  # split -> the file that is being written
         self._writers: dict[str, Any] = {}
         self._memory: dict[str, pa.Buffer] = {}
+        self._waiting: dict[str, list[pa.Table]] = {}
 
     def __enter__(self) -> PairWriter:
         if self.folder is not None:
@@ -210,12 +213,21 @@ class PairWriter:
                 path = self._path(split)
                 self._files[split] = pa.BufferOutputStream() if path is None else open(path, "wb")  # noqa: SIM115
                 self._writers[split] = pa.ipc.new_stream(self._files[split], _PAIRS)
-            self._writers[split].write_table(table.select(_PAIRS.names))
+                self._waiting[split] = []
+            self._waiting[split].append(table.select(_PAIRS.names))
+            if sum(each.num_rows for each in self._waiting[split]) >= BATCH_ROWS:
+                self._write_batch(split)
+
+    def _write_batch(self, split: str) -> None:
+        table = pa.concat_tables(self._waiting[split]).combine_chunks()
+        self._writers[split].write_table(table)
+        self._waiting[split] = []
 
     def read(self, split: str) -> pa.Table:
         """The pairs of a split, mapped; it is complete then."""
         with _storing():
             if split in self._writers:
+                self._write_batch(split)
                 self._writers.pop(split).close()
                 file = self._files.pop(split)
                 if self._aside is None:

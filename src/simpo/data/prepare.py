@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import chain, groupby, islice, pairwise
+from itertools import chain, groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -43,12 +41,9 @@ from simpo.data.rows import RawRow, Rows, source_of
 from simpo.data.sources import Source, Splits
 from simpo.data.templates import CHATML, NO_TEMPLATE, load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
-from simpo.data.workers import WorkersFailed, map_in_processes
+from simpo.data.workers import map_rows
 from simpo.display import progress_bar
 
-CHUNK_ROWS = 256
-ROWS_PER_PROCESS = 2000
-"""Fewer rows than this do not pay for starting one more process."""
 NUM_EXAMPLES = 10
 """Pairs that the ledger keeps as text: as many as `simpo audit --examples` may ask for."""
 
@@ -259,43 +254,9 @@ def _tokenize_all(
 ) -> Iterator[Chunk]:
     """All rows as chunks in order, over several processes where that pays."""
     with progress_bar(console, f"tokenising {name}", len(rows)) as advance:
-        for chunk in _chunks(_pieces(rows), build, _num_processes(len(rows), num_workers)):
+        for chunk in map_rows(build, rows, num_workers):
             advance(chunk.table.num_rows + len(chunk.dropped))
             yield chunk
-
-
-def _pieces(rows: Iterable[RawRow]) -> Iterator[list[RawRow]]:
-    rest = iter(rows)
-    while piece := list(islice(rest, CHUNK_ROWS)):
-        yield piece
-
-
-def _chunks(pieces: Iterator[list[RawRow]], build: Callable[[], RowTokenizer], num_processes: int) -> Iterator[Chunk]:
-    given: deque[list[RawRow]] = deque()  # to processes that have not answered yet
-
-    def give() -> Iterator[list[RawRow]]:
-        for piece in pieces:
-            given.append(piece)
-            yield piece
-
-    if num_processes > 1:
-        try:
-            for chunk in map_in_processes(build, give(), num_processes):
-                given.popleft()
-                yield chunk
-        except WorkersFailed as error:
-            Console(stderr=True).print(f"tokenising in this process alone: {error}", markup=False, highlight=False)
-    rest = chain(given, pieces)
-    if first := next(rest, None):
-        yield from map(build(), chain([first], rest))
-
-
-def _num_processes(num_rows: int, wanted: int | None) -> int:
-    """1 stands for this process. At most one for `ROWS_PER_PROCESS` rows; by default at most 8 and the cores."""
-    if wanted is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wanted = min(cores, 8)
-    return max(1, min(wanted, num_rows // ROWS_PER_PROCESS))
 
 
 # --- the account -----------------------------------------------------------------------------------------------------

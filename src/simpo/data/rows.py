@@ -6,6 +6,7 @@ and 64-bit keys, a few bytes for each row; the rows themselves are read anew whe
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import pickle
@@ -15,13 +16,15 @@ import tempfile
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, compress
+from functools import partial
+from itertools import compress
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from simpo.data.columns import PROMPT_COLUMNS, SYSTEM_COLUMNS, RowError, scored_answer
 from simpo.data.preferences import Pair
+from simpo.data.workers import map_rows
 
 _ROW_ID = re.compile(r"(.*)/[^/]*#\d+(?:~\d+)?", re.DOTALL)  # LABEL/SPLIT#ROW~PASS
 
@@ -126,11 +129,15 @@ def _sample(population: int, count: int, rng: random.Random) -> np.ndarray:
 
 
 def hold_out(
-    base: list[Rows], fraction: float, rng: random.Random, read_pair: Callable[..., Pair]
+    base: list[Rows],
+    fraction: float,
+    rng: random.Random,
+    read_pair: Callable[..., Pair],
+    num_workers: int | None = None,
 ) -> tuple[list[Rows], Rows]:
     """Move whole prompts from train to eval until `fraction` of the rows is there."""
     sizes = [len(rows) for rows in base]
-    first = _first_of_prompt(chain.from_iterable(base), sum(sizes), read_pair)
+    first = _first_of_prompt(sum(base, Rows()), read_pair, num_workers)
     counts = np.bincount(first)
     prompts = array("q", np.unique(first).tobytes())  # in the order in which they appear
     rng.shuffle(prompts)
@@ -147,19 +154,29 @@ def hold_out(
     return train, sum(evaluation, Rows())
 
 
-def _first_of_prompt(rows: Iterable[RawRow], count: int, read_pair: Callable[..., Pair]) -> np.ndarray:
+def _first_of_prompt(rows: Rows, read_pair: Callable[..., Pair], num_workers: int | None) -> np.ndarray:
     """[rows] place of the first row with the same prompt; what gives no pair stands for itself."""
-    keys, is_pair = np.zeros(count, dtype=np.int64), np.zeros(count, dtype=bool)
-    for place, row in enumerate(rows):
-        try:
-            keys[place] = read_pair(row.row, row_id=row.row_id).key()
-            is_pair[place] = True
-        except RowError:
-            pass
-    first, pairs = np.arange(count), np.flatnonzero(is_pair)
-    _, begins, prompt = np.unique(keys[pairs], return_index=True, return_inverse=True)
+    keys = np.empty(len(rows), dtype=_KEY)
+    at = 0
+    for some in map_rows(partial(partial, _prompt_keys, read_pair), rows, num_workers):
+        keys[at : at + len(some)] = some
+        at += len(some)
+    first, pairs = np.arange(len(keys)), np.flatnonzero(keys["is_pair"])
+    _, begins, prompt = np.unique(keys["key"][pairs], return_index=True, return_inverse=True)
     first[pairs] = pairs[begins][prompt]
     return first
+
+
+_KEY = np.dtype([("key", np.int64), ("is_pair", np.bool_)])
+
+
+def _prompt_keys(read_pair: Callable[..., Pair], rows: list[RawRow]) -> np.ndarray:
+    """[rows] of `_KEY`."""
+    keys = np.zeros(len(rows), dtype=_KEY)
+    for place, row in enumerate(rows):
+        with contextlib.suppress(RowError):
+            keys[place] = read_pair(row.row, row_id=row.row_id).key(), True
+    return keys
 
 
 # --- rows of one scored answer ---------------------------------------------------------------------------------------

@@ -172,7 +172,8 @@ def load_splits(
             notes.append(f"{source.name}: not read, since dataset_splits does not name it: {', '.join(unread)}")
     if not eval_rows and recipe.validation_fraction > 0:
         rng = random.Random(f"{recipe.seed} hold out")
-        base, eval_rows = hold_out(base, recipe.validation_fraction, rng, read_pair or reader_of(recipe, sources))
+        read_pair, num_workers = read_pair or reader_of(recipe, sources), recipe.preprocessing_num_workers
+        base, eval_rows = hold_out(base, recipe.validation_fraction, rng, read_pair, num_workers)
         if eval_rows:
             share = f"{recipe.validation_fraction:g} of the train rows ({len(eval_rows)})"
             notes.append(f"no eval split: {share} held out by prompt (validation_fraction)")

@@ -15,16 +15,60 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
+from rich.console import Console
+
 _START = "import sys; sys.path[:] = {path!r}; from simpo.data.workers import serve; serve()"
+CHUNK_ROWS = 256
+ROWS_PER_PROCESS = 2000
+"""Fewer rows than this do not pay for starting one more process."""
 
 
 class WorkersFailed(RuntimeError):
     """The processes could not be started, or one ended early. Says nothing about the data."""
+
+
+def map_rows(
+    build: Callable[[], Callable[[list[Any]], Any]], rows: Collection[Any], wanted: int | None
+) -> Iterator[Any]:
+    """`build()(some rows)` for all rows, a chunk at a time, in order: over several processes where that pays.
+
+    Args:
+        wanted: processes at most; None = one for each core, and no more than 8.
+    """
+    rest = iter(rows)
+    pieces = iter(lambda: list(islice(rest, CHUNK_ROWS)), [])
+    given: deque[list[Any]] = deque()  # to processes that have not answered yet
+
+    def give() -> Iterator[list[Any]]:
+        for piece in pieces:
+            given.append(piece)
+            yield piece
+
+    num_processes = _num_processes(len(rows), wanted)
+    if num_processes > 1:
+        try:
+            for result in map_in_processes(build, give(), num_processes):
+                given.popleft()
+                yield result
+        except WorkersFailed as error:
+            Console(stderr=True).print(f"tokenising in this process alone: {error}", markup=False, highlight=False)
+    rest_of_pieces = chain(given, pieces)
+    if first := next(rest_of_pieces, None):
+        yield from map(build(), chain([first], rest_of_pieces))
+
+
+def _num_processes(num_rows: int, wanted: int | None) -> int:
+    """1 stands for this process. At most one for `ROWS_PER_PROCESS` rows; by default at most 8 and the cores."""
+    if wanted is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        wanted = min(cores, 8)
+    return max(1, min(wanted, num_rows // ROWS_PER_PROCESS))
 
 
 def map_in_processes(
