@@ -90,15 +90,48 @@ def fingerprint_tokens(dataset: Any) -> str:
     Args:
         dataset: a datasets.Dataset with the columns of token pairs.
     """
-    digest, table = hashlib.sha256(), dataset.with_format("arrow")[:]
+    digest = hashlib.sha256()
+    names = [name for side in SIDES for name in (f"{side}_ids", f"{side}_start", f"{side}_gaps")]
+    names = [name for name in names if name in dataset.column_names]
+    numbers: dict[str, list[np.ndarray]] = {}
+    for table in scan(dataset, names):
+        for name in names:
+            parts = [("", table[name])] if name.endswith("_start") else [("#", list_lengths(table[name]))]
+            parts += [("", _flat(table[name]))] if name.endswith("_gaps") else []
+            for kind, values in parts:
+                numbers.setdefault(kind + name, []).append(np.array(values, dtype="<i4"))
+    whole = {name: np.concatenate(parts) for name, parts in numbers.items()}
     for side in SIDES:
-        gaps = table[f"{side}_gaps"] if f"{side}_gaps" in table.column_names else None
-        lists = [table[f"{side}_ids"], *([] if gaps is None or not list_lengths(gaps).any() else [gaps])]
-        parts = (pc.call_function(name, [each]) for each in lists for name in ("list_value_length", "list_flatten"))
-        for column in (*parts, table[f"{side}_start"]):
-            for chunk in column.chunks:
-                digest.update(np.ascontiguousarray(chunk.to_numpy(zero_copy_only=False), dtype="<i4").data)
+        digest.update(whole[f"#{side}_ids"].data)
+        for table in scan(dataset, [f"{side}_ids"]):
+            digest.update(np.ascontiguousarray(_flat(table[f"{side}_ids"]), dtype="<i4").data)
+        if f"#{side}_gaps" in whole and whole[f"#{side}_gaps"].any():
+            digest.update(whole[f"#{side}_gaps"].data)
+            digest.update(whole[f"{side}_gaps"].data)
+        digest.update(whole[f"{side}_start"].data)
     return digest.hexdigest()[:32]
+
+
+def _flat(column: pa.ChunkedArray) -> np.ndarray:
+    return pc.call_function("list_flatten", [column]).to_numpy()
+
+
+def scan(dataset: Any, columns: list[str]) -> Iterator[pa.Table]:
+    """Columns of a dataset, some thousand rows at a time, for passes over all of it.
+
+    What is mapped from a file is read from it instead: the pages that such a pass maps would all count as this
+    process's memory.
+    """
+    from datasets.table import MemoryMappedTable
+
+    mapped = dataset.data
+    is_file = isinstance(mapped, MemoryMappedTable) and dataset._indices is None
+    if is_file and all(name == "replace_schema_metadata" for name, *_ in mapped.replays or ()):
+        with pa.OSFile(mapped.path) as file, pa.ipc.open_stream(file) as batches:
+            for batch in batches:
+                yield pa.Table.from_batches([batch]).select(columns)
+    else:
+        yield from dataset.select_columns(columns).with_format("arrow").iter(BATCH_ROWS)
 
 
 def fingerprint_data(recipe: Any, tokenizer: Any, sources: list[Source], template: Any) -> str:

@@ -32,7 +32,7 @@ from simpo.core.packing import (
     plan_micro_batches,
     shared_prefix_length,
 )
-from simpo.data.cache import count_trained, list_lengths
+from simpo.data.cache import count_trained, list_lengths, scan
 from simpo.data.rows import NamedSources, name_sources
 
 if TYPE_CHECKING:
@@ -83,14 +83,17 @@ class PairStore:
 
     def check_ids(self, num_embeddings: int) -> None:
         """Raise ValueError that names a pair with a token for which the model has no embedding."""
-        table = self.dataset.with_format("arrow")[:]
-        for column in (table["chosen_ids"], table["rejected_ids"]):
-            largest = max(int(chunk.flatten().to_numpy().max(initial=0)) for chunk in column.chunks)
-            if largest < num_embeddings:
+        largest = dict.fromkeys((f"{side}_ids" for side in SIDES), -1)
+        for table in scan(self.dataset, list(largest)):
+            for name in largest:
+                ids = (chunk.flatten().to_numpy() for chunk in table[name].chunks)
+                largest[name] = max(largest[name], *(int(each.max(initial=-1)) for each in ids))
+        for name, token in largest.items():
+            if token < num_embeddings:
                 continue
-            pair = next(i for i in range(len(self)) if max(column[i].as_py()) == largest)
+            pair = next(i for i in range(len(self)) if max(self.dataset[i][name]) == token)
             raise ValueError(
-                f"vocabulary: pair {self[pair].row_id} holds token {largest}, and the model's embedding has "
+                f"vocabulary: pair {self[pair].row_id} holds token {token}, and the model's embedding has "
                 f"{num_embeddings} rows, 0 to {num_embeddings - 1}; give the model's own tokenizer "
                 "(tokenizer_name_or_path), or a model whose embedding was resized to this one"
             )
