@@ -5,9 +5,14 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import tempfile
+from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
+from simpo.data import files
 from simpo.data.files import read_file
 from simpo.data.preferences import RowError, pair_from_row
 from simpo.data.sources import find_sources, fingerprint_sources, load_splits
@@ -397,3 +402,33 @@ def test_messages_written_as_text_are_said_to_be_text(tmp_path, data_recipe):
     assert note.startswith("a.jsonl/train: chosen, rejected: messages written as text are trained as text")
     write_jsonl(tmp_path / "a.jsonl", [*content, {**content[0], "rejected": "no"}])
     assert load_splits(recipe).notes == []
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    content=st.lists(st.recursive(st.none() | st.integers() | st.text(max_size=9), st.lists, max_leaves=6), max_size=6),
+    indent=st.sampled_from([None, 1, "\t"]),
+    behind=st.sampled_from(["", " \n", "]", ",", "x", '{"a": 1}']),
+    block=st.integers(1, 20),
+    ascii_only=st.booleans(),
+)
+def test_list_read_by_items_is_the_list_or_the_same_refusal(content, indent, behind, block, ascii_only, monkeypatch):
+    def outcome(read, path):
+        try:
+            return list(read(path)) or f"{path}: the file has no rows"
+        except ValueError as error:
+            return str(error)
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.json")
+        path.write_text(json.dumps(content, indent=indent, ensure_ascii=ascii_only) + behind, encoding="utf-8")
+        monkeypatch.setattr(files, "_BLOCK", block)
+        assert outcome(read_file, path) == outcome(files.load_json, path)
+
+
+def test_csv_that_is_not_utf8_is_said_with_its_byte(tmp_path):
+    text = "prompt,chosen\n" + "a,b\n" * 9000
+    for bom in (b"", b"\xef\xbb\xbf"):
+        (tmp_path / "a.csv").write_bytes(bom + text.encode() + b"c,\xff\n")
+        with pytest.raises(ValueError, match=f"invalid start byte at byte {len(text) + 2}"):
+            list(read_file(tmp_path / "a.csv"))
