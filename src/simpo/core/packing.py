@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 import random
+from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
@@ -262,9 +263,12 @@ def _deal(bins: list[list[int]], costs: Sequence[float], num_ranks: int) -> list
     return plan
 
 
-def epoch_order(num_pairs: int, *, seed: int, epoch: int) -> list[int]:
-    """The order in which an epoch visits its pairs: a permutation that depends on seed and epoch alone."""
-    order = list(range(num_pairs))
+def epoch_order(num_pairs: int, *, seed: int, epoch: int) -> array[int]:
+    """The order in which an epoch visits its pairs: a permutation that depends on seed and epoch alone.
+
+    An array: 8 bytes for each of millions of pairs, where a list of numbers takes 40.
+    """
+    order = array("q", range(num_pairs))
     random.Random(f"simpo-epoch-{seed}-{epoch}").shuffle(order)
     return order
 

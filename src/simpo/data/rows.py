@@ -52,7 +52,7 @@ class NamedSources(NamedTuple):
 def name_sources(row_ids: Iterable[str]) -> NamedSources:
     """The sources that rows come from; no names where there is only one, or a row whose id names none."""
     labels: dict[str, int] = {}
-    numbers = np.array([labels.setdefault(source_of(row_id), len(labels)) for row_id in row_ids], dtype=np.int64)
+    numbers = np.fromiter((labels.setdefault(source_of(row_id), len(labels)) for row_id in row_ids), dtype=np.int64)
     return NamedSources(tuple(labels) if len(labels) > 1 and "" not in labels else (), numbers)
 
 
