@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
 from typing import Any
@@ -251,10 +251,10 @@ def _columns(pair: Pair, tokens: TokenizedPair) -> dict[str, Any]:
 
 def _tokenize_all(
     rows: Rows, build: Callable[[], RowTokenizer], num_workers: int | None, console: Console, name: str
-) -> Iterator[Chunk]:
+) -> Generator[Chunk]:
     """All rows as chunks in order, over several processes where that pays."""
     with progress_bar(console, f"tokenising {name}", len(rows)) as advance:
-        for chunk in map_rows(build, rows, num_workers):
+        for chunk in map_rows(build, rows, len(rows), num_workers):
             advance(chunk.table.num_rows + len(chunk.dropped))
             yield chunk
 

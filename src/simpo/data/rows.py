@@ -158,7 +158,7 @@ def _first_of_prompt(rows: Rows, read_pair: Callable[..., Pair], num_workers: in
     """[rows] place of the first row with the same prompt; what gives no pair stands for itself."""
     keys = np.empty(len(rows), dtype=_KEY)
     at = 0
-    for some in map_rows(partial(partial, _prompt_keys, read_pair), rows, num_workers):
+    for some in map_rows(partial(partial, _prompt_keys, read_pair), rows, len(rows), num_workers):
         keys[at : at + len(some)] = some
         at += len(some)
     first, pairs = np.arange(len(keys)), np.flatnonzero(keys["is_pair"])

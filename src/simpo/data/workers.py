@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from itertools import chain, islice
 from pathlib import Path
@@ -34,7 +34,7 @@ class WorkersFailed(RuntimeError):
 
 
 def map_rows(
-    build: Callable[[], Callable[[list[Any]], Any]], rows: Collection[Any], wanted: int | None
+    build: Callable[[], Callable[[list[Any]], Any]], rows: Iterable[Any], num_rows: int, wanted: int | None
 ) -> Iterator[Any]:
     """`build()(some rows)` for all rows, a chunk at a time, in order: over several processes where that pays.
 
@@ -50,7 +50,7 @@ def map_rows(
             given.append(piece)
             yield piece
 
-    num_processes = _num_processes(len(rows), wanted)
+    num_processes = _num_processes(num_rows, wanted)
     if num_processes > 1:
         try:
             for result in map_in_processes(build, give(), num_processes):
