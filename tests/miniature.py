@@ -204,3 +204,19 @@ def step_recipe(tiny_recipe: dict[str, Any]):
         return {**tiny_recipe, **changes, **keys}
 
     return build
+
+
+@pytest.fixture
+def rounds_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of `simpo rounds` in this process, which has loaded torch already."""
+    from typer.testing import CliRunner
+
+    from simpo.cli import app
+    from simpo.onpolicy import rounds
+
+    def run(words: list[str], *, is_launcher: bool = False) -> int:
+        result = CliRunner().invoke(app, words[words.index("simpo") + 1 :])
+        print(result.output)
+        return result.exit_code
+
+    monkeypatch.setattr(rounds, "run_command", run)

@@ -10,10 +10,6 @@ from types import ModuleType
 
 import pytest
 from scripts import load_script
-from typer.testing import CliRunner
-
-from simpo.cli import app
-from simpo.onpolicy import rounds
 
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "examples" / "demo"
@@ -31,19 +27,7 @@ def demo(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         sys.modules.pop(name, None)
 
 
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The loop's commands in this process, which has loaded torch already."""
-
-    def run(words: list[str], *, is_launcher: bool = False) -> int:
-        result = CliRunner().invoke(app, words[words.index("simpo") + 1 :])
-        print(result.output)
-        return result.exit_code
-
-    monkeypatch.setattr(rounds, "run_command", run)
-
-
-@pytest.mark.usefixtures("in_process")
+@pytest.mark.usefixtures("rounds_in_process")
 def test_demo_goes_through_two_rounds_and_reports(
     demo: ModuleType,
     tiny_model: Path,

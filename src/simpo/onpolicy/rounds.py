@@ -188,7 +188,7 @@ class _Loop:
         stage("train", lambda: None if (run / "model").is_dir() else self._command(*train))
         if not self.recipe.use_peft:
             return str(run / "model")
-        stage("merge", lambda: merge_adapter(run / "model", place / "merged"))
+        stage("merge", lambda: merge_adapter(run / "model", place / "merged", dtype=self.recipe.save_dtype))
         return str(place / "merged")
 
     def _pair(self, place: Path, recipe: str) -> None:
@@ -373,8 +373,12 @@ def fingerprint_model(name: str) -> str | None:
     return hash_files([Path(name)]) if Path(name).is_dir() else None
 
 
-def merge_adapter(adapter: Path, target: Path) -> None:
-    """Write the model that an adapter and its base make together; it is there whole or not at all."""
+def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
+    """Write the model that an adapter and its base make together, whole or not at all.
+
+    Args:
+        dtype: as save_dtype: number format in which they are added up and written; auto = the base's.
+    """
     if target.is_dir():
         return
     from peft import AutoPeftModelForCausalLM
@@ -382,7 +386,7 @@ def merge_adapter(adapter: Path, target: Path) -> None:
 
     aside = target.with_name(f".{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    AutoPeftModelForCausalLM.from_pretrained(adapter, dtype="auto").merge_and_unload().save_pretrained(aside)
+    AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().save_pretrained(aside)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(aside)
     aside.rename(target)
 

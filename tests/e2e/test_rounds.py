@@ -1,0 +1,72 @@
+"""`simpo rounds` with its real commands on the tiny model: adapters, launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo.onpolicy.rounds import run_command, run_rounds
+from simpo.recipe import load_recipe
+
+
+def loop_keys(folder: Path, model: Path) -> dict[str, Any]:
+    prompts = [{"prompt": f"water and stone, {number}?"} for number in range(30)]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
+    return {
+        "model_name_or_path": str(model),
+        "output_dir": str(folder / "loop"),
+        "cache_dir": str(folder / "cache"),
+        "bf16": False,
+        "num_threads": 1,
+        "max_length": 120,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+        "generate": {
+            "prompts": {str(folder / "prompts.jsonl"): 1.0},
+            "num_samples": 3,
+            "max_new_tokens": 12,
+            "processes": 1,
+        },
+        "score": {"scorers": {"length": {"kind": "length", "min": 6}}},
+        "pair": {"test_fraction": 0.2, "finished_only": False},
+        "rounds": {"rounds": 1, "prompts_per_round": 8, "eval_prompts": 4},
+    }
+
+
+@pytest.mark.usefixtures("rounds_in_process")
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_a_rounds_adapter_is_merged_and_the_next_begins_with_that(tiny_model: Path, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from peft import PeftModel
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    run_rounds(load_recipe({**loop_keys(tmp_path, tiny_model), "use_peft": True}))
+    place = tmp_path / "loop" / "round-1"
+    assert load_recipe(place / "evaluation" / "recipe.yaml").model_name_or_path == str(place / "merged")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model)
+    expected = PeftModel.from_pretrained(base, place / "run" / "model").merge_and_unload().state_dict()
+    merged = load_file(place / "merged" / "model.safetensors")
+    before = load_file(tiny_model / "model.safetensors")
+    assert all(weight.equal(expected[name]) for name, weight in merged.items())
+    assert any(not weight.equal(before[name]) for name, weight in merged.items())
+
+
+def test_a_command_is_waited_for_and_interrupted_once(tmp_path: Path) -> None:
+    assert run_command([sys.executable, "-c", "import sys; sys.exit(3)"]) == 3
+    code = (
+        "import os, signal, sys, time\n"
+        "def stop(number, frame): print('asked', flush=True); time.sleep(0.3); sys.exit(130)\n"
+        "signal.signal(signal.SIGINT, stop)\n"
+        "os.kill(int(sys.argv[1]), signal.SIGTERM)\n"
+        "time.sleep(30)\n"
+    )
+
+    with pytest.raises(KeyboardInterrupt):
+        run_command([sys.executable, "-c", code, str(os.getpid())])
