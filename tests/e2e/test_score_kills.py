@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 import subprocess
+import time
 from pathlib import Path
 
 import forks
@@ -29,13 +31,17 @@ SCORERS = {
 }
 
 
+def size_of(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
 @pytest.mark.parametrize("moments", [5, pytest.param(30, marks=pytest.mark.long)])
 def test_nothing_is_lost_and_nothing_is_there_twice(moments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rng = random.Random(moments)
     texts = [" ".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 9))) for _ in range(10 * moments)]
     rows = [
         {
-            "id": f"p{i}",
+            "id": f"p{i:03}",
             "prompt": [{"role": "user", "content": "?"}],
             "responses": [{"text": text}, {"text": text + "!"}],
         }
@@ -48,21 +54,23 @@ def test_nothing_is_lost_and_nothing_is_there_twice(moments: int, tmp_path: Path
         (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         given = {"model_name_or_path": "any", "output_dir": str(folder), "score": {"scorers": SCORERS}}
         load_recipe(given | {"score": {"scorers": SCORERS, "standardize": True}}).save(folder / "recipe.yaml")
-    kills, command = 0, ["-m", "simpo", "score", "recipe.yaml"]
+    command, calls, amid = ["-m", "simpo", "score", "recipe.yaml"], killed / "calls", 0
     for _ in range(moments):
+        before = size_of(calls)
         process = forks.Program(command, cwd=killed)
-        try:
-            assert process.wait(rng.uniform(0, 0.5)) == 0
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            kills += 1
+        while size_of(calls) == before and process.poll() is None:  # while it starts there is nothing to lose
+            time.sleep(0.002)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(0, 0.12))
+        process.kill()
+        process.wait()
+        amid += before < size_of(calls) < 2 * len(rows) * len("p000\n")
     assert forks.run(*command, cwd=killed).returncode == 0
     monkeypatch.chdir(undisturbed)
     run_score(load_recipe("recipe.yaml"))
     assert (killed / "scored.jsonl").read_bytes() == (undisturbed / "scored.jsonl").read_bytes()
     for path in (undisturbed / "scores").glob("*.jsonl"):
         assert (killed / "scores" / path.name).read_bytes() == path.read_bytes()
-    assert kills > moments / 2
-    calls = (killed / "calls").read_text().splitlines()
-    assert 2 * len(rows) <= len(calls) <= 2 * len(rows) + 2 * kills  # a kill loses at most the row in hand
+    assert amid > moments / 2
+    # A kill loses at most the row in hand.
+    assert 2 * len(rows) <= len(calls.read_text().splitlines()) <= 2 * len(rows) + 2 * moments
