@@ -175,8 +175,8 @@ def audit(
     path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        prepared.ledger.save(path)
-        typer.echo(f"ledger: {path}")
+        listed = prepared.save_ledger(path)
+        typer.echo(f"ledger: {path}" + f"; every dropped row: {listed}" * bool(listed))
 
 
 @app.command(name="eval", context_settings=_TAKES_OVERRIDES)

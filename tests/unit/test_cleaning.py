@@ -357,8 +357,11 @@ def test_of_near_duplicate_prompts_the_first_stays_with_all_its_pairs(tmp_path, 
     near = edited(first, 0.03, rng)
     prompts = [first, other, near, first, near]
     rows = [row(" ".join(each), f"yes {index}", "no") for index, each in enumerate(prompts)]
-    recipe = data_recipe(write(tmp_path / "d.jsonl", rows), validation_fraction=0, clean={"near_duplicates": True})
-    prepared = prepare_pairs(recipe, build_tokenizer("chatml"), progress=False)
+    path, tokenizer = write(tmp_path / "d.jsonl", rows), build_tokenizer("chatml")
+    audited = prepare_pairs(data_recipe(path, validation_fraction=0), tokenizer, progress=False).ledger
+    assert "pairs whose prompt nearly repeats an earlier one: 2 (clean.near_duplicates)" in audited.advice
+    recipe = data_recipe(path, validation_fraction=0, clean={"near_duplicates": True})
+    prepared = prepare_pairs(recipe, tokenizer, progress=False)
     assert prepared.train["row_id"][:] == [f"d.jsonl/train#{index}" for index in (0, 1, 3)]
     entry = prepared.ledger.splits["train"].dropped["near-duplicate prompt"]
     assert entry["count"] == 2
@@ -436,6 +439,30 @@ def test_what_is_asked_for_is_dropped_without_stopping_the_run_and_named(tmp_pat
     recipe = data_recipe(path, validation_fraction=0, clean={"refusals": "chosen", "min_score_gap": 1})
     with pytest.raises(ValueError, match=r"none of 10 train rows gives a pair:\n  10 score gap"):
         prepare_pairs(recipe, build_tokenizer("chatml"), progress=False)
+
+
+def test_every_dropped_row_is_listed_beside_the_ledger(tmp_path, build_tokenizer, data_recipe):
+    rows = [row(f"question {index}?", "I cannot help you.", "no") for index in range(12)]
+    rows += [row("q?", "yes", "no"), row("q?", "yes", "no"), row("q?", "maybe", "no"), row("q?", "same", "same")]
+    settings = {"refusals": "chosen", "one_pair_a_prompt": True}
+    recipe = data_recipe(write(tmp_path / "d.jsonl", rows), validation_fraction=0, drop_duplicates=True, clean=settings)
+    for _ in range(2):  # built, then read from the store
+        prepared = prepare_pairs(recipe, build_tokenizer("chatml"), progress=False)
+        listed = prepared.save_ledger(tmp_path / "audit.json")
+        assert listed == tmp_path / "audit.dropped.jsonl"
+        found = [json.loads(line) for line in listed.read_text(encoding="utf-8").splitlines()]
+        assert Counter(each["reason"] for each in found) == reasons(prepared.ledger.splits["train"])
+        numbers = sorted(int(each["row_id"].rpartition("#")[2]) for each in found)
+        assert numbers == [*range(12), 13, 14, 15]
+        assert found[-1] == {
+            "split": "train",
+            "row_id": "d.jsonl/train#14",
+            "reason": "further pair of its prompt",
+            "detail": "d.jsonl/train#12 is kept",
+        }
+    kept = prepare_pairs(data_recipe(write(tmp_path / "e.jsonl", rows[12:13])), build_tokenizer("chatml"))
+    assert kept.save_ledger(tmp_path / "audit.json") is None
+    assert not listed.exists()
 
 
 def test_settings_and_benchmarks_decide_what_is_stored_and_defaults_do_not(tmp_path, build_tokenizer, data_recipe):

@@ -207,7 +207,9 @@ def prepared(monkeypatch):
         "chosen_ids": [1] * 9,
     }
     row |= {"chosen_start": 4, "rejected_ids": [1] * 6, "rejected_start": 4}
-    found = types.SimpleNamespace(train=Rows([row]), eval=None, ledger=Ledger(), fingerprint="f")
+    ledger = Ledger()
+    parts = {"train": Rows([row]), "eval": None, "ledger": ledger, "fingerprint": "f", "save_ledger": ledger.save}
+    found = types.SimpleNamespace(**parts)
     importlib.import_module("simpo.run.session")  # which needs what the next lines replace
     stand_in(monkeypatch, "simpo.data.prepare", prepare_pairs=lambda recipe, tokenizer: found)
     stand_in(monkeypatch, "simpo.model.load", load_tokenizer=lambda recipe: None)

@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,7 +24,7 @@ from rich.console import Console
 
 from simpo.core.packing import SIDES
 from simpo.data import sources as source_files
-from simpo.data.ledger import Ledger
+from simpo.data.ledger import Dropped, Ledger
 from simpo.data.overlap import benchmark_sources
 from simpo.data.sources import Source
 from simpo.errors import one_line
@@ -50,6 +50,7 @@ packed layout computes once."""
 _PAIRS = pa.schema(PAIR_COLUMNS)
 BATCH_ROWS = 4096
 """Pairs to a record batch: a few MB, so that a mapped store of millions is a few thousand pieces."""
+_DROPPED = "dropped.jsonl"
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -71,17 +72,31 @@ def count_trained(table: pa.Table, side: str) -> np.ndarray:
 
 @dataclass
 class PreparedData:
-    """Token datasets with the columns `PAIR_COLUMNS`, and the ledger of how they came about."""
+    """Token datasets with the columns `PAIR_COLUMNS`, and the ledger of how they came about.
+
+    `dropped` is the store's list of the rows that were dropped, a JSON line each; None where there is no store.
+    """
 
     train: Any  # datasets.Dataset | None
     eval: Any  # datasets.Dataset | None
     ledger: Ledger
+    dropped: Path | None = None
 
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits over the tokens of both, see `fingerprint_tokens`."""
         prints = [fingerprint_tokens(dataset) for dataset in (self.train, self.eval) if dataset is not None]
         return hashlib.sha256(" ".join(prints).encode()).hexdigest()[:32]
+
+    def save_ledger(self, path: Path) -> Path | None:
+        """Write the ledger, and beside it the list of all rows that were dropped; the list's path, if there is one."""
+        self.ledger.save(path)
+        beside = path.with_suffix(".dropped.jsonl")
+        if self.dropped is None or not any(split.dropped for split in self.ledger.splits.values()):
+            beside.unlink(missing_ok=True)
+            return None
+        shutil.copyfile(self.dropped, beside)
+        return beside
 
 
 def fingerprint_tokens(dataset: Any) -> str:
@@ -256,6 +271,14 @@ class PairWriter:
         self._writers[split].write_table(table)
         self._waiting[split] = []
 
+    def listed(self, split: str, rows: Iterable[Dropped]) -> Iterator[Dropped]:
+        """The rows, which are not trained on; the store lists each."""
+        path = os.devnull if self._aside is None else os.path.join(self._aside.name, _DROPPED)
+        with _storing(), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
+            for row in rows:
+                file.write(json.dumps({"split": split, **row._asdict()}, ensure_ascii=False) + "\n")
+                yield row
+
     def read(self, split: str) -> pa.Table:
         """The pairs of a split, mapped; it is complete then."""
         with _storing():
@@ -325,4 +348,4 @@ def _open(folder: Path, ledger: Ledger) -> PreparedData:
     for name, dataset in datasets.items():
         if len(dataset) != ledger.splits[name].kept or dataset.column_names != list(PAIR_COLUMNS):
             raise ValueError(f"{name} has {len(dataset)} rows, the ledger {ledger.splits[name].kept}")
-    return PreparedData(datasets["train"], datasets.get("eval") or None, ledger)
+    return PreparedData(datasets["train"], datasets.get("eval") or None, ledger, folder / _DROPPED)

@@ -197,24 +197,24 @@ def asked(pair: Pair) -> str:
 
 def read_signs(pair: Pair) -> Sign:
     """Everything in `Sign` that holds for a pair."""
-    texts = [spoken(answer) for answer in (pair.chosen, pair.rejected)]
-    signs = Sign(0)
-    for refusal, truncated, text in zip(_REFUSES, _TRUNCATED, texts):
-        signs |= refusal if refuses(text) else 0
-        signs |= truncated if is_truncated(text) else 0
-    if find_residue(pair):
-        signs |= Sign.RESIDUE
-    if are_almost_same(*map(split_words, texts)):
-        signs |= Sign.ALMOST_SAME
-    return signs
+    chosen, rejected = spoken(pair.chosen), spoken(pair.rejected)
+    found = (
+        (Sign.CHOSEN_REFUSES, refuses(chosen)),
+        (Sign.REJECTED_REFUSES, refuses(rejected)),
+        (Sign.CHOSEN_TRUNCATED, is_truncated(chosen)),
+        (Sign.REJECTED_TRUNCATED, is_truncated(rejected)),
+        (Sign.RESIDUE, find_residue(pair) is not None),
+        (Sign.ALMOST_SAME, are_almost_same(chosen, rejected)),
+    )
+    return functools.reduce(Sign.__or__, (sign for sign, holds in found if holds), Sign(0))
 
 
-def are_almost_same(chosen: list[str], rejected: list[str]) -> bool:
-    """Whether answers have `ALMOST_SAME` of their words in common, in any order."""
-    longer = max(len(chosen), len(rejected))
-    if min(len(chosen), len(rejected)) < ALMOST_SAME * longer:
+def are_almost_same(chosen: str, rejected: str) -> bool:
+    """Whether answers have `ALMOST_SAME` of their words in common, in any order, and about the same length."""
+    if 4 * max(len(chosen), len(rejected)) > 5 * min(len(chosen), len(rejected)):
         return False
-    return (Counter(chosen) & Counter(rejected)).total() >= ALMOST_SAME * longer
+    one, other = split_words(chosen), split_words(rejected)
+    return bool(one) and (Counter(one) & Counter(other)).total() >= ALMOST_SAME * max(len(one), len(other))
 
 
 _THOUGHT = re.compile(r".*?</think>", re.DOTALL)
@@ -234,19 +234,26 @@ _REFUSAL = re.compile(
 )
 
 
+_CANNOTS = (
+    *("cannot", "can't", "can’t", "cant", "can not", "able", "won't", "won’t", "not comfortable", "not going", "don"),
+    *("无法", "不能", "没办法", "nicht", "ne peux pas", "no puedo"),
+)
+"""One of these is in every refusal: most texts are known by them not to be one."""
+
+
 def refuses(text: str) -> bool:
     """Whether an answer begins by declining to help, in English, Chinese, German, French or Spanish.
 
     Only its first 200 characters are looked at: what declines later on has helped before.
     """
-    thought = _THOUGHT.match(text)
-    return _REFUSAL.search(text[thought.end() if thought else 0 :].lstrip()[:200]) is not None
+    thought = _THOUGHT.match(text) if "</think>" in text else None
+    begin = text[thought.end() if thought else 0 :].lstrip()[:200]
+    return any(mark in begin for mark in _CANNOTS) and _REFUSAL.search(begin) is not None
 
 
 _ITEM = re.compile(r"\s*(?:[-*+•>#|]|\d+[.)]|[a-zA-Z][.)])")
 # Nothing has ended behind a comma, an opening bracket or a dash; nor behind a letter where full stops are not left out.
-_GOES_ON = re.compile(r"[^\W\u2e80-\ufaff]\Z|[,;(\-–—、，；（]\Z")
-_ADDRESS = re.compile(r"(?:://|www\.)\S*\Z")
+_GOES_ON = re.compile(r"[^\W\u2e80-\ufaff]|[,;(\-–—、，；（]")
 
 
 def is_truncated(text: str) -> bool:
@@ -260,9 +267,10 @@ def is_truncated(text: str) -> bool:
     if text.count("```") % 2:
         return True
     line = text[text.rfind("\n") + 1 :]
-    if not _GOES_ON.search(line) or _ITEM.match(line) or _ADDRESS.search(line):
+    words = line.split()
+    if not _GOES_ON.match(line[-1:]) or _ITEM.match(line) or "://" in words[-1] or words[-1].startswith("www."):
         return False
-    return len(line.split()) >= 8 or line[-1] in "、，；（"
+    return len(words) >= 8 or line[-1] in "、，；（"
 
 
 _SPECIAL = re.compile(
@@ -283,7 +291,8 @@ def find_residue(pair: Pair) -> str | None:
     if isinstance(pair.prompt, str) and _SPECIAL.match(pair.prompt.lstrip()):
         return None
     for where, text in _parts(pair):
-        found = _SPECIAL.search(text) or (_ROLE_LINE.search(text) if where != "the prompt" else None)
+        found = ("<" in text or "[" in text) and _SPECIAL.search(text)
+        found = found or (_ROLE_LINE.search(text) if where != "the prompt" else None)
         if found:
             around = text[max(0, found.start() - 20) : found.end() + 20]
             return f"{found[0].strip()} in {where}: {around!r}"

@@ -7,10 +7,12 @@ close is found among the signatures alone, 128 bytes a row. rensa is imported wh
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 
@@ -45,13 +47,16 @@ def sign_words(words: Sequence[str]) -> bytes | None:
     """
     if not words:
         return None
+    sketch = _sketches()(num_perm=NUM_HASHES, seed=1)
+    sketch.update([f"{first} {second}" for first, second in pairwise(("^", *words, "$"))])
+    return np.array(sketch.digest(), np.uint32).astype(np.uint8).tobytes()
+
+
+@functools.cache
+def _sketches() -> Any:
     if not has_minhash():
         raise ValueError("near-duplicates are found by rensa: pip install 'simpo[clean]'")
-    from rensa import RMinHash
-
-    shingles = [f"{first} {second}" for first, second in pairwise(("^", *words, "$"))]
-    (hashes,) = RMinHash.digests_from_token_sets([shingles], num_perm=NUM_HASHES, seed=1)
-    return np.array(hashes, np.uint32).astype(np.uint8).tobytes()
+    return importlib.import_module("rensa").RMinHash
 
 
 def find_near(

@@ -271,7 +271,7 @@ def _write_split(chunks: Iterable[Chunk], split: str, account: SplitLedger, writ
     writer.write(split, _SCHEMA.empty_table())
     numbers, count = {}, 0
     for chunk in chunks:
-        account.add_dropped(chunk.dropped)
+        account.add_dropped(writer.listed(split, chunk.dropped))
         account.add_noticed(chunk.noticed)
         writer.write(split, chunk.table)
         for name, values in _numbers(chunk.table).items():
@@ -304,10 +304,11 @@ def _choose(numbers: Mapping[str, _Numbers], ledger: Ledger, writer: PairWriter,
             mask[:] = False
             mask[first] = True
             repeated = row_ids[name].filter(pa.array(~mask)).to_pylist()
-            account.add_dropped(Dropped(row_id, "duplicate", "equal to an earlier row") for row_id in repeated)
+            twins = (Dropped(row_id, "duplicate", "equal to an earlier row") for row_id in repeated)
+            account.add_dropped(writer.listed(name, twins))
     review = Review(numbers, keep, row_ids, recipe.clean)
     for name, account in ledger.splits.items():
-        account.add_dropped(review.removed(name))
+        account.add_dropped(writer.listed(name, review.removed(name)))
     ledger.advice = review.advise()
     return keep
 

@@ -67,6 +67,11 @@ class Review:
         """What a careful person would want to know of the pairs that are kept, with the key that deals with it."""
         train = self.splits["train"]
         lines = [*train.advise()]
+        if not self.clean.near_duplicates:
+            count = int(((train.near_duplicates(self.clean.similarity) >= 0) & train.kept).sum())
+            lines += [f"pairs whose prompt nearly repeats an earlier one: {count} (clean.near_duplicates)"] * bool(
+                count
+            )
         if "eval" in self.splits:
             exact, *rest = (found >= 0 for found, _ in self._leaks("eval", "train", near=bool(train.signatures.any())))
             kept = self.splits["eval"].kept
@@ -179,7 +184,7 @@ class _Split:
         rule = "longer" if longer >= shorter else "shorter"
         yield (
             f"chosen is longer in {longer / total:.1%} of the pairs, shorter in {shorter / total:.1%}: length alone "
-            f"(the {rule} answer) is right in {right:.1%} +- {error:.1%} (clean.max_length_ratio)"
+            f"(the {rule} answer) is right in {right:.1%} +- {error:.1%} (clean.max_length_ratio, pair.length_control)"
         )
         scored = np.isfinite(score - other)
         if scored.sum() > 2:

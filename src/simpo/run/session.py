@@ -232,7 +232,7 @@ def open_output_dir(
     aside = put_aside(recipe, resumed, kind)
     record_launch(folder)
     recipe.save(folder / "recipe.yaml")
-    data.ledger.save(folder / "audit.json")
+    data.save_ledger(folder / "audit.json")
     return aside and f"what was in {folder} and would be replaced is kept in {aside}"
 
 
