@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import struct
@@ -11,9 +12,9 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Answer = dict[str, Any] | bytes | int | tuple[int, dict[str, str]] | float | None
+Answer = dict[str, Any] | bytes | int | tuple[int, dict[str, str]] | float | str | None
 """A JSON body; bytes sent as they are; a status, with headers or not (`Says` is the error's text); seconds to wait
-before an ordinary answer; None closes the connection."""
+before an ordinary answer; a text, blanks without end; None closes the connection."""
 
 
 def completion(*texts: str, finish: str = "stop", logprobs: bool = False) -> dict[str, Any]:
@@ -68,6 +69,12 @@ class ChatServer:
                 if found is None:  # the connection is reset
                     self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
                     self.close_connection = True
+                elif isinstance(found, str):
+                    self.send(200, b" ", length=10**6)
+                    with contextlib.suppress(OSError):
+                        while True:
+                            time.sleep(0.05)
+                            self.wfile.write(b" ")
                 elif isinstance(found, dict):
                     self.send(200, json.dumps(found).encode())
                 elif isinstance(found, bytes):
@@ -77,10 +84,10 @@ class ChatServer:
                     error = {"error": {"message": headers.get("Says", "as told")}}
                     self.send(status, json.dumps(error).encode(), headers)
 
-            def send(self, status: int, content: bytes, headers: dict[str, str] | None = None) -> None:
+            def send(self, status: int, content: bytes, headers: dict[str, str] | None = None, length: int = 0) -> None:
                 self.send_response(status)
                 self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(content)))
+                self.send_header("Content-Length", str(length or len(content)))
                 for name, value in (headers or {}).items():
                     self.send_header(name, value)
                 self.end_headers()

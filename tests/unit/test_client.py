@@ -172,6 +172,21 @@ def test_a_server_without_a_list_of_models_is_asked_all_the_same():
         assert client.model == "any"
 
 
+def test_a_server_that_sends_blanks_for_ever_is_given_up(monkeypatch):
+    monkeypatch.setattr(client_module, "RETRIES", 0)
+    monkeypatch.setattr(client_module, "GRACE_S", 0.1)
+    with ChatServer(lambda _: "") as server, Client(server.url, "small", timeout_s=0.3) as client:
+        assert outcomes(client, "a")["a"].reason == "timeout"
+
+
+def test_thinking_apart_from_the_text_leaves_it_without_a_logprob():
+    reply = completion("four", logprobs=True)
+    assert read_choices(reply)[0].logprob == -0.5
+    reply["choices"][0]["message"]["reasoning_content"] = "two and two"
+    (choice,) = read_choices(reply)
+    assert (choice.thought, choice.logprob) == (True, None)
+
+
 def test_a_truncated_answer_is_not_finished():
     (choice,) = read_choices(completion("and so", finish="length"))
     assert (choice.finished, choice.num_tokens) == (False, 2)

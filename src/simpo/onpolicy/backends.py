@@ -79,6 +79,7 @@ class OpenaiBackend:
         with self.client as client:
             client.try_out(self.sampling, num_choices=wanted.num_samples, logprobs=True)
         self.settings = {"model": self.client.model}
+        self._has_said = False
         self.notes = [] if self.client.gives_logprobs else ["the server gives no log-probs: they are null"]
         if recipe.chat_template is not None:
             self.notes.append("the server renders the prompts by its own chat template, not by the recipe's")
@@ -89,6 +90,12 @@ class OpenaiBackend:
         with self.client as client:
             for row_id, found in client.chat_all((prompt.id, self._request(prompt)) for prompt in open_prompts):
                 if not isinstance(found, RowError):
+                    if not self._has_said and any(one.thought for one in found):
+                        self._has_said = True
+                        self.notes.append(
+                            "the server gives thinking apart from the answers, and only the answers are kept, without "
+                            "log-probs; a server without a reasoning parser gives both as one text"
+                        )
                     found = [Response(one.text, one.num_tokens, one.finished, one.logprob) for one in found]
                 yield [(row_id, found)]
 
@@ -208,7 +215,8 @@ class VllmBackend(LocalBackend):
                 "environment by `vllm serve` and sample with generate.backend openai"
             )
         super().__init__(recipe)
-        self.limit = (recipe.generate.options or {}).get("max_model_len", self.limit)
+        length = (recipe.generate.options or {}).get("max_model_len")
+        self.limit = length if isinstance(length, int) else self.limit
 
     def _plan(self, tokens: Mapping[str, list[int]], done: Collection[str]) -> list[Job]:
         return _share_out(tokens, done, self.recipe.generate)

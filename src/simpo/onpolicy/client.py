@@ -26,6 +26,8 @@ from simpo.errors import first_line, one_line, short
 RETRIES = 4
 """Of one request, after 0.5 s, 1 s, 2 s and 4 s, or when the server says."""
 
+GRACE_S = 10.0  # for connecting and waiting, on top of each of a request's timeouts
+
 TRIAL = [{"role": "user", "content": "Write ten random digits and three invented names."}]
 """A first question, whose answers differ where they are sampled."""
 
@@ -35,12 +37,16 @@ _UNREACHED = ("no connection", "timeout", "server error")
 
 @dataclass(frozen=True)
 class Choice:
-    """One answer; `num_tokens` and `logprob` (sum in nats) are None where the server does not say."""
+    """One answer; `num_tokens` and `logprob` (sum in nats) are None where the server does not say.
+
+    `thought`: the server gave thinking apart from the text, which is not kept; the tokens are then those of both.
+    """
 
     text: str
     finished: bool
     num_tokens: int | None = None
     logprob: float | None = None
+    thought: bool = False
 
 
 @dataclass(frozen=True)
@@ -175,9 +181,12 @@ class Client:
         fields = {name: value for name, value in body.items() if value is not None}
         if "max_tokens" in fields:
             fields[self._limit_field] = fields.pop("max_tokens")
+        # The package's own limit begins anew with each byte, and some proxies send blanks while they wait.
+        deadline = (self.timeout_s + GRACE_S) * (RETRIES + 1)
         try:
-            return await self._api.post("/chat/completions", cast_to=object, body={"model": self.model, **fields})
-        except openai.APITimeoutError:
+            async with asyncio.timeout(deadline):
+                return await self._api.post("/chat/completions", cast_to=object, body={"model": self.model, **fields})
+        except (openai.APITimeoutError, TimeoutError):
             raise RowError("timeout", f"no answer within {self.timeout_s:g} s, {RETRIES + 1} times") from None
         except openai.APIConnectionError as error:
             raise RowError("no connection", one_line(error.__cause__ or error)) from None
@@ -292,22 +301,27 @@ def read_choices(reply: Any) -> list[Choice]:
 
 def _read_choice(choice: Any, num_tokens: int | None) -> Choice:
     message = choice.get("message") if isinstance(choice, Mapping) else None
-    text = message.get("content") if isinstance(message, Mapping) else None
-    if isinstance(message, Mapping) and message.get("tool_calls"):
+    if not isinstance(message, Mapping):
+        raise RowError("not an answer", f"a choice without a message: {short(choice)}")
+    if message.get("tool_calls"):
         raise RowError("tool call", "the answer calls a tool, which the server gives apart from its text")
+    text = message.get("content")
     if not isinstance(text, str) or not _is_unicode(text):
         raise RowError("not an answer", f"a choice without text: {short(choice)}")
     if choice.get("finish_reason") not in ("stop", "length"):
         raise RowError("not an answer", f"it ended by {short(choice.get('finish_reason'))}, not by stop or length")
     logprobs = choice.get("logprobs")
     tokens = logprobs.get("content") if isinstance(logprobs, Mapping) else None
-    values = [token.get("logprob") if isinstance(token, Mapping) else None for token in tokens or ()]
-    is_known = bool(values) and all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
+    values = [token.get("logprob") for token in tokens or () if isinstance(token, Mapping)]
+    values = [value for value in values if isinstance(value, (int, float)) and math.isfinite(value)]
+    is_known = bool(values) and len(values) == len(tokens or ())
+    thought = bool(message.get("reasoning_content") or message.get("reasoning"))  # two servers' names for it
     return Choice(
         text=text,
         finished=choice["finish_reason"] == "stop",
         num_tokens=len(values) if is_known else num_tokens,
-        logprob=math.fsum(values) if is_known else None,
+        logprob=math.fsum(values) if is_known and not thought else None,
+        thought=thought,
     )
 
 
