@@ -142,16 +142,10 @@ class Journal:
                 f"{self.about}: written by simpo {about.get('simpo')}, in format {about['format']}; this is simpo "
                 f"{version('simpo')}, which reads up to format {FORMAT}"
             )
-        before, now = _flat(about.get("settings", {})), _flat(self.settings)
-        changed = [
-            f"{name} was {short(before.get(name))} and is {short(now.get(name))}"
-            for name in dict.fromkeys((*before, *now))
-            if before.get(name) != now.get(name)
-        ]
-        if changed:
+        if changed := changed_settings(about.get("settings", {}), self.settings):
             raise ValueError(
-                f"{self.path}: was begun with other settings ({'; '.join(changed)}); give the same ones to go on, or "
-                "write into another file"
+                f"{self.path}: was begun with other settings ({changed}); give the same ones to go on, or write into "
+                "another file"
             )
 
     def _read_done(self) -> int:
@@ -187,6 +181,16 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
         return {name: settings}
     parts = [_flat(value, f"{name}.{key}".lstrip(".")) for key, value in settings.items()]
     return {key: value for part in parts for key, value in part.items()}
+
+
+def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """What differs between two settings, in words; empty where nothing does."""
+    before, now = _flat(before), _flat(now)
+    return "; ".join(
+        f"{name} was {short(before.get(name))} and is {short(now.get(name))}"
+        for name in dict.fromkeys((*before, *now))
+        if before.get(name) != now.get(name)
+    )
 
 
 def read_about(path: str | Path) -> dict[str, Any]:

@@ -28,8 +28,7 @@ from typing import Any
 
 from simpo.data.files import hash_files, write_whole
 from simpo.display import Display, format_duration
-from simpo.errors import short
-from simpo.onpolicy.journal import read_about
+from simpo.onpolicy.journal import changed_settings, read_about
 from simpo.onpolicy.pair import is_held_out, run_pair
 from simpo.onpolicy.prompts import Prompt, read_prompts
 from simpo.onpolicy.table import Measures, compare_models, measure_model, show_table, standard_error, table_lines
@@ -150,16 +149,11 @@ class _Loop:
         if not path.exists():
             write_whole(path, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
             return
-        before, current = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(current))
-        changed = [
-            f"{name} was {short(before.get(name))} and is {short(current.get(name))}"
-            for name in dict.fromkeys((*before, *current))
-            if before.get(name) != current.get(name)
-        ]
-        if changed:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if changed := changed_settings(before, json.loads(json.dumps(current))):
             raise ValueError(
-                f"{self.folder}: was begun with other settings ({'; '.join(changed)}); give the same ones to go on, or "
-                "another output_dir"
+                f"{self.folder}: was begun with other settings ({changed}); give the same ones to go on, or another "
+                "output_dir"
             )
 
     def _settings(self) -> dict[str, Any]:
