@@ -1,10 +1,12 @@
-"""`simpo rounds` with its real commands on the tiny model: adapters, launchers."""
+"""`simpo rounds` with its real commands on the tiny model; how commands are started and end."""
 
 from __future__ import annotations
 
 import json
 import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -70,3 +72,18 @@ def test_a_command_is_waited_for_and_interrupted_once(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         run_command([sys.executable, "-c", code, str(os.getpid())])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a command may outlive the loop that started it")
+def test_a_command_goes_with_the_loop_that_is_killed() -> None:
+    child = "import os, time; print(os.getpid(), flush=True); time.sleep(60)"
+    loop = f"import sys\nfrom simpo.onpolicy.rounds import run_command\nrun_command([sys.executable, '-c', {child!r}])"
+    process = subprocess.Popen([sys.executable, "-c", loop], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    with process:
+        number = int(process.stdout.readline())
+        process.kill()
+    stat, deadline = Path(f"/proc/{number}/stat"), time.monotonic() + 5
+    while stat.exists() and ") Z" not in stat.read_text() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not stat.exists() or ") Z" in stat.read_text()

@@ -39,7 +39,7 @@ def write_recipe(folder: Path, model: Path) -> Path:
         },
         "score": {"scorers": {"length": {"kind": "length", "min": 6}}},
         "pair": {"test_fraction": 0.2, "finished_only": False},
-        "rounds": {"rounds": 2, "prompts_per_round": 12, "eval_prompts": 6},
+        "rounds": {"rounds": 1, "prompts_per_round": 12, "eval_prompts": 5},
     }
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(keys))

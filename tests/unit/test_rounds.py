@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,12 +30,14 @@ class Stages:
     def __init__(self, gains: list[float]) -> None:
         self.gains = gains
         self.calls: list[tuple[str, ...]] = []
+        self.started_by: dict[str, tuple[list[str], bool]] = {}
         self.fail_at: Callable[[str], bool] = lambda words: False
 
     def __call__(self, words: list[str], *, is_launcher: bool = False) -> int:
         at = words.index("simpo") + 1
         name, path, *rest = words[at:]
         self.calls.append((name, path))
+        self.started_by[name] = (words[: at - 2], is_launcher)
         if self.fail_at(f"{name} {path}"):
             raise KeyboardInterrupt
         recipe = load_recipe(path, [word for word in rest if name == "train"])
@@ -210,6 +213,12 @@ def test_stops_where_the_held_out_score_no_longer_rises(stages, keys, gains, end
     before = len(stages.calls)
     assert json.loads(run_rounds(load_recipe(keys)).read_text()) == result
     assert len(stages.calls) == before
+
+
+def test_only_training_is_started_by_the_launcher(stages, keys):
+    run_rounds(load_recipe({**keys, "rounds": {"rounds": 1, "launcher": "torchrun --nproc_per_node=2"}}))
+    assert stages.started_by["train"] == (["torchrun", "--nproc_per_node=2"], True)
+    assert stages.started_by["generate"] == ([sys.executable], False)
 
 
 def test_a_stage_that_fails_ends_the_loop_with_its_code(keys, monkeypatch):
