@@ -136,7 +136,8 @@ def _write(
     for name, keep in _choose(numbers, ledger, writer, recipe).items():
         account = ledger.splits[name]
         writer.keep(name, keep)
-        numbers[name] = {column: values[keep] for column, values in numbers[name].items()}
+        rest = {column: values for column, values in numbers[name].items() if column not in FINDINGS}
+        numbers[name] = rest if keep.all() else {column: values[keep] for column, values in rest.items()}
         _describe(numbers[name], account)
         kept = writer.read(name)
         account.add_kept(row_id for chunk in kept["row_id"].chunks for row_id in chunk.to_pylist())
