@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from simpo.data import cache, workers
 from simpo.data import prepare as data_prepare
-from simpo.data import workers
 from simpo.data.ledger import Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.prepare import prepare_pairs
 from simpo.data.workers import WorkersFailed, map_in_processes
@@ -228,6 +228,19 @@ def test_cache_that_cannot_be_written_is_said_and_does_not_stop(messy, build_tok
     recipe = data_recipe(messy, max_dropped_fraction=0.5, cache_dir=str(tmp_path / "file" / "below"))
     assert len(prepare(recipe, build_tokenizer("chatml")).train) > 5
     assert "not written" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("size", [1, 7, 20])
+def test_however_pairs_are_cut_into_batches_they_are_the_same(size, messy, build_tokenizer, data_recipe, monkeypatch):
+    """With duplicates dropped, so that the store is written twice; 7 pairs divide what there is, 20 are more."""
+    keys = {"validation_fraction": 0, "max_dropped_fraction": 0.5, "drop_duplicates": True}
+    whole = prepare(data_recipe(messy, **keys), build_tokenizer("chatml"))
+    monkeypatch.setattr(cache, "BATCH_ROWS", size)
+    monkeypatch.setattr(workers, "CHUNK_ROWS", 3)
+    cut = prepare(data_recipe(messy, **keys, cache_dir=f"{messy}.cache"), build_tokenizer("chatml"))
+    assert cut.train[:] == whole.train[:]
+    assert cut.ledger == whole.ledger
+    assert cut.fingerprint == whole.fingerprint
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

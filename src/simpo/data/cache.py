@@ -267,8 +267,8 @@ class PairWriter:
                 self._write_batch(split)
 
     def _write_batch(self, split: str) -> None:
-        table = pa.concat_tables(self._waiting[split]).combine_chunks()
-        self._writers[split].write_table(table)
+        if self._waiting[split]:
+            self._writers[split].write_table(pa.concat_tables(self._waiting[split]).combine_chunks())
         self._waiting[split] = []
 
     def listed(self, split: str, rows: Iterable[Dropped]) -> Iterator[Dropped]:
