@@ -6,9 +6,9 @@ import csv
 import json
 
 import pytest
+from row_outcomes import outcome
 
 from simpo.data.files import read_file
-from simpo.data.preferences import RowError, pair_from_row
 
 
 def say(text):
@@ -51,14 +51,6 @@ def write(path, rows, as_text):
         for row in rows:
             writer.writerow({k: as_text(v) if isinstance(v, list | dict) else v for k, v in row.items()})
     return path
-
-
-def outcome(row):
-    try:
-        pair = pair_from_row(row)
-    except RowError as error:
-        return error.reason
-    return pair.prompt, pair.chosen, pair.rejected
 
 
 @pytest.mark.parametrize("rows", FILES.values(), ids=FILES.keys())

@@ -137,7 +137,8 @@ def test_checkpointing_keeps_the_blocks_inputs_and_one_block(model):
         found = measure_activations(model, forward_of(model), device=CPU)
         assert all(layer.gradient_checkpointing for layer in model.model.layers), "switched back on"
     finally:
-        model.activation_checkpointing_disable()
+        newer = hasattr(model, "activation_checkpointing_disable")  # transformers 5.23
+        (model.activation_checkpointing_disable if newer else model.gradient_checkpointing_disable)()
     one_block = plain.per_token / (LAYERS + 1)
     inputs = 4 * HIDDEN * (LAYERS + 2)  # of each block, of the final norm, and the norm's
     assert found.per_token == pytest.approx(2 * one_block + inputs, rel=0.15)

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from row_outcomes import outcome
 
 from simpo.data import files
 from simpo.data.files import read_file
-from simpo.data.preferences import RowError, pair_from_row
+from simpo.data.preferences import RowError
 from simpo.data.sources import find_sources, fingerprint_sources, load_splits
 
 
@@ -222,13 +223,6 @@ def test_rows_of_one_scored_answer_are_grouped_by_prompt(tmp_path, data_recipe):
         splits = load_splits(data_recipe(path, validation_fraction=0, **keys))
         assert splits.notes == ["a.jsonl/train: 7 rows of one answer are 4 prompts, best against worst (score_column)"]
         return {row.row_id.partition("#")[2]: outcome(row.row) for row in splits.train}
-
-    def outcome(row):
-        try:
-            pair = pair_from_row(row)
-        except RowError as error:
-            return error.reason
-        return pair.prompt, pair.chosen, pair.rejected
 
     wanted = {"0": ("a", "good", "bad"), "1": "tie", "3": "one answer", "5": ("q0", "yes 0", "no"), "7": "one answer"}
     assert read() == wanted
