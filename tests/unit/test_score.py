@@ -132,6 +132,40 @@ def test_what_failed_is_tried_again_and_what_is_rated_is_not(own, tmp_path: Path
     assert (tmp_path / "calls").read_text() == "aabbc"
 
 
+def test_standardized_scores_follow_from_all_rows_whenever_they_came(own, tmp_path: Path):
+    rule = (
+        "import pathlib\n"
+        "def rate(prompt, response, row):\n"
+        "    return len(response) / (row['id'] != 'b' or pathlib.Path('good').is_file())"
+    )
+    write(tmp_path)
+    asked = recipe(tmp_path, {"rule": {"kind": "function", "function": f"{own(rule)}:rate"}}, standardize=True)
+    assert scores(run_score(asked)).keys() == {"a", "c"}
+    (tmp_path / "good").touch()
+    found = scores(run_score(asked))
+    assert list(found) == ["a", "b", "c"]
+    assert sum(itertools.chain(*found.values())) == pytest.approx(0)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"responses": None}, "malformed"),
+        ({"responses": []}, "no responses"),
+        ({"responses": [{"txt": "a"}]}, "malformed"),
+        ({"prompt": "Why?"}, "malformed"),
+        ({"prompt": []}, "malformed"),
+        ({"prompt": [{"content": "Why?"}]}, "malformed"),
+        ({"columns": "answer"}, "malformed"),
+    ],
+)
+def test_a_row_that_is_none_is_left_out(change: dict[str, Any], reason: str, tmp_path: Path):
+    write(tmp_path, [*ROWS, row("d", "x") | change])
+    path = run_score(recipe(tmp_path, {"brief": BRIEF}))
+    assert scores(path).keys() == {"a", "b", "c"}
+    assert {name: each["count"] for name, each in read_about(path)["left_out"].items()} == {reason: 1}
+
+
 def test_scores_of_two_versions_never_mix(own, tmp_path: Path):
     module = own("def rate(prompt, response, row): return 1")
     write(tmp_path)

@@ -17,6 +17,9 @@ from simpo.onpolicy.scorers.rules import RULES
 from simpo.recipe import load_recipe
 from simpo.recipe.scorers import SCORER_KEYS, SCORERS, read_scorer
 
+ENGLISH = "Water boils at one hundred degrees, and the lid of the pot begins to rattle."
+GERMAN = "Wasser kocht bei hundert Grad, und dann beginnt der Deckel des Topfes zu klappern."
+
 
 def rate(kind: str, text: str, *, prompt: str = "Why?", columns: Any = (), num_tokens: Any = 3, **options: Any) -> Any:
     rater = build_rater(*read_scorer({"kind": kind, **options}), load_recipe({"model_name_or_path": "any"}))
@@ -38,7 +41,8 @@ def test_every_kind_is_declared_computed_and_explained():
     ("text", "options", "expected"),
     [
         ("one two  three\nfour", {}, 4),
-        ("It's well-known: 3.5 %", {}, 4),  # It's, well-known, 3, 5
+        ("It's well-known: 3.5 %", {}, 6),  # It, s, well, known, 3, 5
+        ("水煮开了 OK", {}, 5),
         ("abc d", {"unit": "characters"}, 5),
         ("whatever", {"unit": "tokens"}, 3),
         ("one two", {"min": 4}, 0.5),
@@ -67,12 +71,8 @@ def test_repetition_is_the_share_of_runs_that_came_before():
         words = [rng.choice(["a", "b", "C"]) for _ in range(length)]
         assert rate("repetition", " ".join(words)) == pytest.approx(slowly([word.lower() for word in words]))
         text = "".join(rng.choice("水石火") for _ in range(length))
-        assert rate("repetition", text, unit="characters") == pytest.approx(slowly(list(text)))
+        assert rate("repetition", text) == pytest.approx(slowly(list(text)))
     assert rate("repetition", "so it goes on and on. So it goes on and on.") == pytest.approx(1 - 3 / 9)
-
-
-ENGLISH = "Water boils at one hundred degrees, and the lid of the pot begins to rattle."
-GERMAN = "Wasser kocht bei hundert Grad, und dann beginnt der Deckel des Topfes zu klappern."
 
 
 def test_language():
@@ -105,7 +105,7 @@ TABLE = "| a | b |\n|---|:-:|\n| 1 | 2 |"
         ),
         ("table", [TABLE, f"So:\n{TABLE}"], ["a | b", "---", "a\n---"]),
         ("plain", ["Just words.", "a - b", "# a".replace(" ", "")], [BLOCK, "# a", "- a\n- b", TABLE]),
-        ("ends", ["So.", 'He said "so."', "**So!**", "那好。", BLOCK], ["So", "", "So,", "```\nx", "1. a\n2."[:5]]),
+        ("ends", ["So.", "Paris", ENGLISH, BLOCK], ["", "```\nx", ENGLISH[:-9]]),
     ],
 )
 def test_format(form: str, good: list[str], bad: list[str]):

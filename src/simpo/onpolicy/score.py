@@ -90,20 +90,28 @@ def _read_order(source: Path) -> tuple[list[str], dict[str, RowError]]:
         if row["id"] in order:
             raise ValueError(f"{source}: two rows have the id {row['id']!r}")
         order[row["id"]] = None
-        responses, prompt = row.get("responses"), row.get("prompt")
-        if not isinstance(responses, list) or not all(
-            isinstance(each, dict) and isinstance(each.get("text"), str) for each in responses
-        ):
-            faults[row["id"]] = RowError("malformed", "responses is not a list of objects with a text")
-        elif not responses:
-            faults[row["id"]] = RowError("no responses", "its list of responses is empty")
-        elif not isinstance(prompt, list) or not all(
-            isinstance(each, dict) and isinstance(each.get("content"), str) for each in prompt
-        ):
-            faults[row["id"]] = RowError("malformed", "prompt is not a list of messages")
+        if fault := _fault_of(row):
+            faults[row["id"]] = fault
     if not order:
         raise ValueError(f"{source}: no rows")
     return list(order), faults
+
+
+def _fault_of(row: Row) -> RowError | None:
+    """What is wrong with a row, which no scorer then gets."""
+
+    def is_list(value: Any, text: str) -> bool:
+        return isinstance(value, list) and all(isinstance(e, dict) and isinstance(e.get(text), str) for e in value)
+
+    if not is_list(row.get("responses"), "text"):
+        return RowError("malformed", "responses is not a list of objects with a text")
+    if not row["responses"]:
+        return RowError("no responses", "its list of responses is empty")
+    if not is_list(row.get("prompt"), "content") or not is_list(row["prompt"], "role") or not row["prompt"]:
+        return RowError("malformed", "prompt is not a list of messages, with role and content")
+    if not isinstance(row.get("columns", {}), dict):
+        return RowError("malformed", "columns is not an object")
+    return None
 
 
 class _Part:

@@ -62,7 +62,8 @@ class Length(Scorer):
     """Closeness of the length to a range: 1 within it, less in proportion outside; the length itself without one."""
 
     unit: Literal["words", "characters", "tokens"] = _option(
-        "words", "What is counted; tokens are those that generate counted.")
+        "words", "What is counted. Words are letters and digits in a row, and each letter of scripts without blanks; "
+        "tokens are those that generate counted.")
     min: Whole | None = _option(
         None, "Shortest length that scores 1.", null="no lower end", ge=1)
     max: Whole | None = _option(
@@ -76,10 +77,7 @@ class Length(Scorer):
 
 
 class Repetition(Scorer):
-    """Freedom from repetition: 1 less the share of 4-grams that have occurred in the response before."""
-
-    unit: Literal["words", "characters"] = _option(
-        "words", "What the 4-grams are made of; characters where words are not separated by blanks.")
+    """Freedom from repetition: 1 less the share of runs of four words that have occurred in the response before."""
 
 
 class Language(Scorer):

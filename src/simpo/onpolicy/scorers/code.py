@@ -42,11 +42,14 @@ def build(options: Any) -> Rater:
 
     def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        with ThreadPoolExecutor(cores) as threads:  # each waits for one process
+        threads = ThreadPoolExecutor(cores)  # each waits for one process
+        try:
             for some in windows(rows):
                 jobs = [[threads.submit(_rate, row, each, options) for each in row["responses"]] for row in some]
                 for row, futures in zip(some, jobs, strict=True):
                     yield row["id"], guarded(lambda futures=futures: [future.result() for future in futures])
+        finally:
+            threads.shutdown(cancel_futures=True)
 
     return Rater(rate_rows)
 

@@ -19,8 +19,10 @@ from types import ModuleType
 from typing import Any
 
 from simpo.core.own_loss import find_function
+from simpo.data.cleaning import is_truncated
 from simpo.data.columns import RowError
 from simpo.data.language import identify_language, known_languages
+from simpo.data.near import split_words
 from simpo.evaluation.statistics import repeated_share
 from simpo.onpolicy.scorers.rating import Rater, Row, Scores, column, guarded, rate_each
 
@@ -83,17 +85,13 @@ def _source_digest(module: ModuleType) -> str | None:
 # --- rules -----------------------------------------------------------------------------------------------------------
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+(?:['\u2019-]\w+)*", text)
-
-
 def length(options: Any, row: Row, response: Response) -> float:
     if options.unit == "tokens":
         count = response.get("num_tokens")
         if count is None:
             raise RowError("no num_tokens", "a response does not say how many tokens it has; count words instead")
     else:
-        count = len(_words(response["text"]) if options.unit == "words" else response["text"])
+        count = len(split_words(response["text"]) if options.unit == "words" else response["text"])
     if options.min is None and options.max is None:
         return float(count)
     at_least, at_most = options.min or 0, options.max or count
@@ -101,8 +99,7 @@ def length(options: Any, row: Row, response: Response) -> float:
 
 
 def repetition(options: Any, row: Row, response: Response) -> float:
-    text = response["text"].lower()
-    return 1 - repeated_share(_words(text) if options.unit == "words" else text)  # type: ignore[arg-type]
+    return 1 - repeated_share(split_words(response["text"]))  # type: ignore[arg-type]  any items will do
 
 
 def language(options: Any, row: Row, response: Response) -> float:
@@ -118,7 +115,6 @@ def _language_of(text: str) -> tuple[str | None, float]:
     return identify_language(text) or (None, 0.0)
 
 
-_STOPS = (".", "!", "?", "…", "\u3002", "\uff01", "\uff1f")  # the last three are Chinese
 _BLOCK = re.compile(r"^```[^\n`]*\n(.*?)^```[ \t]*$", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^#{1,6} +\S", re.MULTILINE)
 _ITEM = re.compile(r"^[ \t]*(?:[-*+]|\d+[.)])[ \t]+\S", re.MULTILINE)
@@ -146,10 +142,7 @@ def _has(form: str, text: str) -> bool:
         case "plain":
             return not any(_has(each, text) for each in ("code_block", "heading", "list", "table"))
         case _:  # "ends"
-            if "```" in prose or not text.strip():
-                return False
-            end = text.rstrip()
-            return end.endswith("```") or end.rstrip("\"'\u201d\u2019»)]*_` ").endswith(_STOPS)
+            return bool(text.strip()) and not is_truncated(text)
 
 
 def _is_json(text: str) -> bool:
@@ -239,7 +232,8 @@ def _is_same(wanted: str, given: str) -> bool:
 def _is_equivalent(wanted: str, given: str) -> bool:
     from math_verify import parse, verify
 
-    return _is_same(wanted, given) or verify(*(parse(f"${text.strip().strip('$')}$") for text in (wanted, given)))
+    gold, found = (parse(f"${text.strip().strip('$')}$") for text in (wanted, given))
+    return _is_same(wanted, given) or verify(gold, found)
 
 
 RULES: dict[str, Callable[[Any, Row, Response], float]] = {
