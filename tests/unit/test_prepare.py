@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -241,6 +243,17 @@ def test_however_pairs_are_cut_into_batches_they_are_the_same(size, messy, build
     assert cut.train[:] == whole.train[:]
     assert cut.ledger == whole.ledger
     assert cut.fingerprint == whole.fingerprint
+
+
+def test_what_killed_processes_left_goes_after_a_day(messy, build_tokenizer, data_recipe, tmp_path):
+    for name, age_h in (("old", 25), ("new", 1)):
+        left = tmp_path / "cache" / f".new-{name}"
+        left.mkdir(parents=True)
+        (left / "train.arrow").write_bytes(b"half of it")
+        for path in (left / "train.arrow", left):
+            os.utime(path, (time.time() - 3600 * age_h,) * 2)
+    key = prepare(data_recipe(messy, max_dropped_fraction=0.5), build_tokenizer("chatml")).ledger.fingerprint
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == [".new-new", key]
 
 
 # --- processes -------------------------------------------------------------------------------------------------------

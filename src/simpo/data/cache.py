@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -48,6 +49,7 @@ PAIR_COLUMNS = {
 `*_gaps` the untrained stretches behind it (begin, end, begin, end, ...), `shared_prefix` how many leading tokens the
 packed layout computes once."""
 _PAIRS = pa.schema(PAIR_COLUMNS)
+_ASIDE = ".new-"
 BATCH_ROWS = 4096
 """Pairs to a record batch: a few MB, so that a mapped store of millions is a few thousand pieces."""
 _DROPPED = "dropped.jsonl"
@@ -243,8 +245,9 @@ class PairWriter:
         if self.folder is not None:
             with _storing():
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
+                _clear_leftovers(self.folder.parent)
                 self._aside = tempfile.TemporaryDirectory(
-                    dir=self.folder.parent, prefix=".new-", ignore_cleanup_errors=True
+                    dir=self.folder.parent, prefix=_ASIDE, ignore_cleanup_errors=True
                 )
         return self
 
@@ -330,6 +333,14 @@ class PairWriter:
 
     def _path(self, split: str) -> str | None:
         return None if self._aside is None else os.path.join(self._aside.name, f"{split}.arrow")
+
+
+def _clear_leftovers(parent: Path) -> None:
+    """Remove what a killed process left: nobody has written there for a day."""
+    for aside in parent.glob(f"{_ASIDE}*"):
+        with contextlib.suppress(OSError):  # another process may do the same
+            if time.time() - max(file.stat().st_mtime for file in (aside, *aside.iterdir())) > 24 * 3600:
+                shutil.rmtree(aside)
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def pair_from_row(
     """Read one row of any accepted shape.
 
     Args:
-        row: a mapping of column to value; a `Pair` that was read before, or the `RowError` of a row that cannot be.
+        row: a mapping of column to value, or the `RowError` of a row that cannot be read.
         row_id: goes into the pair and nowhere else.
         prompt_column, chosen_column, rejected_column: look in this column only, instead of the known aliases.
         system_prompt: system message for rows that bring none of their own.
@@ -126,8 +126,6 @@ def pair_from_row(
     """
     if isinstance(row, RowError):
         raise row
-    if isinstance(row, Pair):
-        return dataclasses.replace(row, row_id=row_id)  # a later pass over the rows has names of its own
     if not isinstance(row, Mapping):
         raise RowError("malformed", f"the row is {kind_of(row)}, expected an object with columns")
     if not (chosen_column or rejected_column):
