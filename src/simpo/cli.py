@@ -341,14 +341,17 @@ def _exit_by_account(account: Path) -> None:
 
 @contextlib.contextmanager
 def _leaving_when_interrupted() -> Iterator[None]:
-    """Ctrl-C or SIGTERM in a command whose file goes on -> its one line, and exit 130."""
-    from simpo.run.stopping import Interrupted
+    """Ctrl-C or SIGTERM in a command whose file goes on -> its one line, and exit 130; want of memory -> exit 1."""
+    from simpo.run.stopping import Interrupted, OutOfMemory
 
     try:
         yield
     except Interrupted as stopped:
         _say_once(str(stopped), color="yellow")
         raise typer.Exit(130) from None
+    except OutOfMemory as error:
+        _say_once(f"error: {error}", color="red")
+        raise typer.Exit(1) from None
 
 
 _FOR_THE_FIRST_S = 10.0

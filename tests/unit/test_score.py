@@ -15,6 +15,7 @@ from simpo.cli import app
 from simpo.onpolicy.journal import read_about, read_rows
 from simpo.onpolicy.score import run_score
 from simpo.recipe import load_recipe
+from simpo.run.stopping import OutOfMemory
 
 NAMES = (f"own_scorers_{number}" for number in itertools.count())
 BRIEF = {"kind": "length", "min": 2, "max": 4}
@@ -130,6 +131,24 @@ def test_what_failed_is_tried_again_and_what_is_rated_is_not(own, tmp_path: Path
     assert (tmp_path / "calls").read_text() == "aabbc"
     assert run_score(asked).read_bytes() == first
     assert (tmp_path / "calls").read_text() == "aabbc"
+
+
+def test_what_ends_the_command_is_said_in_one_line(own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    module = own("def rate(prompt, response, row): raise KeyboardInterrupt")
+    write(tmp_path)
+    recipe(tmp_path, {"rule": {"kind": "function", "function": f"{module}:rate"}}).save(tmp_path / "recipe.yaml")
+    result = CliRunner().invoke(app, ["score", str(tmp_path / "recipe.yaml")])
+    assert (result.exit_code, result.stderr) == (
+        130,
+        "interrupted; what has been scored is kept; the same command goes on\n",
+    )
+
+    def want_memory(*_: Any, **__: Any):
+        raise OutOfMemory("the reward model: out of memory; choose a smaller one")
+
+    monkeypatch.setattr("simpo.onpolicy.score.run_score", want_memory)
+    result = CliRunner().invoke(app, ["score", str(tmp_path / "recipe.yaml")])
+    assert (result.exit_code, result.stderr) == (1, "error: the reward model: out of memory; choose a smaller one\n")
 
 
 def test_standardized_scores_follow_from_all_rows_whenever_they_came(own, tmp_path: Path):
