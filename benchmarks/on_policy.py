@@ -11,7 +11,7 @@ answers are scored by that rule and by examples/demo/readable.py, which no pair 
     other system  the same prompts, answered by the model under a system prompt and at temperature 1: off-policy
     foreign       pairs of --foreign (other prompts, answers of another model)
 
-Each step is a command of the package; what is finished is not done again. About 25 minutes on two quiet cores.
+Each step is a command of the package; what is finished is not done again. About half an hour on two quiet cores.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_demo_goes_through_two_rounds_and_reports(
     assert demo.main(keys) == 0
     result = json.loads((output / "rounds.json").read_text())
     assert [model["round"] for model in result["models"]] == [0, 1, 2]
-    assert {"score", "score: rule", "score: readable", "tokens", "accuracy", "margin"} <= result["models"][2].keys()
+    assert {"score", "score: rule", "score: readable", "tokens", "finished"} <= result["models"][2].keys()
     config = json.loads((output / "round-2" / "run" / "model" / "config.json").read_text())
     assert config["dtype"] == "float32"
     page = (output / "demo.md").read_text()

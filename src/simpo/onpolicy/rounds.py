@@ -206,7 +206,7 @@ class _Loop:
         stage = functools.partial(self._stage, place, f"round {number}, evaluation")
         stage("generate", lambda: self._command("generate", recipe))
         stage("score", lambda: self._command("score", recipe))
-        if number == 0:
+        if number == 0 and samples > 1:
             pairs = self.folder / "round-0" / "pairs"
             stage("pair", lambda: self._held_out_pairs(recipe, pairs))
         pairs, result = self.folder / "round-0" / "pairs" / "test.jsonl", place / "pairs.json"

@@ -189,7 +189,8 @@ class Rounds(Stage):
     eval_prompts: Whole = _rounds(
         500, "Held-out prompts (pair.test_fraction) that each round's model answers, at most.", ge=1)
     eval_samples: Whole | None = _rounds(
-        None, "Responses to each of them.", null="generate.num_samples", ge=1)
+        None, "Responses to each of them. With 1 there are no held-out pairs, and so no accuracy and margin.",
+        null="generate.num_samples", ge=1)
     min_gain: Number | None = _rounds(
         None, "Stop after a round whose held-out score did not rise by more than this many standard errors of the "
         "paired difference; 0 stops where it does not rise.", null="never stop early", ge=0)
