@@ -23,7 +23,7 @@ from simpo.data.cleaning import (
     read_signs,
     refuses,
 )
-from simpo.data.near import NUM_HASHES, find_near, has_minhash, sign_words, split_words
+from simpo.data.near import NUM_HASHES, find_near, has_minhash, load_minhash, sign_words, split_words
 from simpo.data.overlap import Ngrams
 from simpo.data.preferences import RowError, pair_from_row
 from simpo.data.prepare import prepare_pairs
@@ -175,6 +175,16 @@ def test_an_answer_in_another_language_goes():
         with pytest.raises(RowError, match="rejected is de"):
             examine(pairs["de"])
     PairCleaner(Clean(languages=["en", "de"]))(pairs["de"])
+    with pytest.raises(ValueError, match=r"clean\.languages = 'english': no such language; .* such as 'en'"):
+        PairCleaner(Clean(languages=["english"]))
+
+
+@pytest.mark.parametrize("settings", [{"near_duplicates": True}, {"leaks": "near"}])
+def test_what_is_not_installed_is_said_before_anything_is_read(settings, monkeypatch):
+    monkeypatch.setattr("simpo.data.near.has_minhash", lambda: False)
+    load_minhash.cache_clear()
+    with pytest.raises(ValueError, match=r"pip install 'simpo\[clean\]'"):
+        PairCleaner(Clean(**settings))
 
 
 # --- what all pairs show together ------------------------------------------------------------------------------------
@@ -316,6 +326,19 @@ def test_near_rows_are_those_whose_words_are():
     exact = similar[np.flatnonzero(found), nearest[found]]
     assert np.abs(exact - similarity[found]).max() < 0.17  # four standard errors
     assert (nearest[found] < np.flatnonzero(found)).all()
+
+
+@needs_minhash
+@pytest.mark.parametrize("as_leaks", [False, True])
+def test_near_rows_are_found_among_rows_that_begin_alike(as_leaks):
+    rng = random.Random(4)
+    (instruction,) = texts(1, rng, length=30)
+    originals = [[*instruction, *each] for each in texts(1500, rng, length=20)]
+    copies = [edited(each, 0.04, rng) for each in originals[:150]]
+    assert 0.35 < jaccard(shingles(originals[0]), shingles(originals[1])) < 0.5
+    nearest, _ = find_near(as_matrix([*originals, *copies]), 0.7, num_others=1500 if as_leaks else None)
+    assert (nearest[1500:] == np.arange(150)).mean() > 0.95
+    assert (nearest[:1500] >= 0).sum() == 0
 
 
 @needs_minhash

@@ -19,9 +19,9 @@ import pyarrow as pa
 
 from simpo.core.packing import SIDES
 from simpo.data.columns import RowError
-from simpo.data.language import MIN_CONFIDENCE, identify_language
+from simpo.data.language import MIN_CONFIDENCE, check_languages, identify_language
 from simpo.data.messages import as_text
-from simpo.data.near import NUM_HASHES, has_minhash, sign_words, split_words
+from simpo.data.near import NUM_HASHES, has_minhash, load_minhash, sign_words, split_words
 from simpo.data.overlap import Ngrams
 from simpo.data.preferences import Answer, Pair
 from simpo.recipe.stages import Clean
@@ -82,11 +82,17 @@ class PairCleaner:
     Args:
         clean: the recipe's section.
         benchmarks: what no pair may share, see `overlap.read_benchmarks`.
+    Raises:
+        ValueError: simpo[clean] is not installed where it is needed; or a language that there is not.
     """
 
     def __init__(self, clean: Clean, benchmarks: Ngrams | None = None):
         self.clean, self.benchmarks = clean, benchmarks
-        self.signs_prompts = has_minhash() or clean.near_duplicates or clean.leaks == "near"
+        self.signs_prompts = has_minhash()
+        if clean.near_duplicates or clean.leaks == "near":
+            load_minhash()
+        if clean.languages:
+            check_languages(set(clean.languages) - {"prompt"}, "clean.languages")
         self.checks: list[Callable[[Pair, Sign], str | None]] = []
         for key, check in (
             ("max_length_ratio", self._length_ratio),

@@ -5,8 +5,10 @@ Shared by the filter `clean.languages` and by scorers. Imports the package where
 
 from __future__ import annotations
 
+import difflib
 import functools
 import re
+from collections.abc import Iterable
 from typing import Any
 
 MIN_LETTERS = 20
@@ -38,6 +40,15 @@ def identify_language(text: str) -> tuple[str, float] | None:
 def known_languages() -> list[str]:
     """The codes that `identify_language` can give. Raises as it does."""
     return sorted({*_identifier().nb_classes})
+
+
+def check_languages(codes: Iterable[str], where: str) -> None:
+    """Raise ValueError for a code that `identify_language` never gives; `where` is the key that holds it."""
+    known = _identifier().labels
+    for code in codes:
+        if code not in known:
+            near = difflib.get_close_matches(code[:2].lower(), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{where} = {code!r}: no such language; write its two-letter code, such as {near!r}")
 
 
 @functools.cache

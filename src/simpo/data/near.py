@@ -47,13 +47,14 @@ def sign_words(words: Sequence[str]) -> bytes | None:
     """
     if not words:
         return None
-    sketch = _sketches()(num_perm=NUM_HASHES, seed=1)
+    sketch = load_minhash()(num_perm=NUM_HASHES, seed=1)
     sketch.update([f"{first} {second}" for first, second in pairwise(("^", *words, "$"))])
     return np.array(sketch.digest(), np.uint32).astype(np.uint8).tobytes()
 
 
 @functools.cache
-def _sketches() -> Any:
+def load_minhash() -> Any:
+    """rensa's sketch of a set. ValueError: simpo[clean] is not installed."""
     if not has_minhash():
         raise ValueError("near-duplicates are found by rensa: pip install 'simpo[clean]'")
     return importlib.import_module("rensa").RMinHash
