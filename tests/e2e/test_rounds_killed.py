@@ -76,7 +76,7 @@ def test_a_loop_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_model: 
     recipe, rng = write_recipe(tmp_path, tiny_model), random.Random(KILLS)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = time.monotonic()
-    assert start(recipe, whole).wait() == 0, whole.with_suffix(".log").read_text()
+    assert start(recipe, whole).wait() in (0, 3), whole.with_suffix(".log").read_text()  # 3: some scores are equal
     longest = (time.monotonic() - began) / 4  # a step takes less, so that there is progress between kills
     for _ in range(KILLS):
         process = start(recipe, killed)
@@ -91,7 +91,7 @@ def test_a_loop_killed_at_random_moments_ends_as_if_it_had_not_been(tiny_model: 
             while any(map(is_alive, children)) and time.monotonic() < deadline:
                 time.sleep(0.01)
             assert not any(map(is_alive, children)), "a command outlives its loop"
-    assert start(recipe, killed).wait() == 0, killed.with_suffix(".log").read_text()
+    assert start(recipe, killed).wait() in (0, 3), killed.with_suffix(".log").read_text()
     expected, found = contents(whole), contents(killed)
     assert expected.keys() == found.keys()
     for name, content in expected.items():
