@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from simpo.data.columns import RowError
 from simpo.data.preferences import Pair
 from simpo.data.tokenize import PairTokenizer
 from simpo.evaluation.run import find_tokenizer
-from simpo.onpolicy import generate
+from simpo.onpolicy import generate, sampler
 from simpo.onpolicy.generate import run_generate
 from simpo.onpolicy.journal import read_about, read_rows
 from simpo.onpolicy.prompts import read_prompts
@@ -116,3 +117,100 @@ def test_what_is_left_out_is_said_and_the_rest_goes_on(settings, monkeypatch, tm
     }
     assert account["rows"] == 10
     assert account["left_out"]["timeout"]["examples"][0] == {"row_id": "prompts.jsonl/train#1", "detail": "30 s"}
+
+
+def texts(path: Path) -> list[list[str]]:
+    return [[response["text"] for response in row["responses"]] for row in read_rows(path)]
+
+
+@pytest.mark.long
+def test_two_processes_give_the_same_responses(settings, tmp_path):
+    one = run_generate(load_recipe(settings))
+    two = run_generate(load_recipe(changed(settings, processes=2, batch_size=9)), output=tmp_path / "two.jsonl")
+    assert texts(one) == texts(two)
+
+
+def test_the_way_by_plain_generate_gives_the_same_responses_and_is_said(settings, tmp_path, monkeypatch, capsys):
+    shared = run_generate(load_recipe(settings))
+    monkeypatch.setattr(sampler, "why_not_shared", lambda model: "as the test wants it")
+    plain = run_generate(load_recipe(settings), output=tmp_path / "plain.jsonl")
+    assert texts(plain) == texts(shared)
+    assert "note: sampled one prompt at a time, which is slower: as the test wants it" in capsys.readouterr().err
+
+
+def test_stop_texts_end_a_response_and_are_left_out_of_it(settings, tmp_path):
+    free = responses(run_generate(load_recipe(settings)))
+    stopped = responses(run_generate(load_recipe(changed(settings, stop=["o", "e"])), output=tmp_path / "s.jsonl"))
+    cut = 0
+    for row_id, each in free.items():
+        for before, after in zip(each, stopped[row_id], strict=True):
+            places = [place for place, letter in enumerate(before["text"]) if letter in "oe"]
+            assert after["text"] == (before["text"][: places[0]] if places else before["text"])
+            assert after["finished"] or not places
+            cut += bool(places)
+    assert cut > 3
+
+
+def test_adapters_and_run_directories_are_models_too(settings, tmp_path, tiny_model):
+    from peft import LoraConfig
+    from transformers import AutoModelForCausalLM
+
+    from simpo.model.load import add_adapters
+
+    plain = responses(run_generate(load_recipe(settings)))
+    run = tmp_path / "trained"
+    shutil.copytree(tiny_model, run / "model")
+    moved = load_recipe({**settings, "model_name_or_path": str(run)})
+    assert responses(run_generate(moved, output=tmp_path / "moved.jsonl")) == plain
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    model = add_adapters(AutoModelForCausalLM.from_pretrained(tiny_model), config, seed=0)
+    model.save_pretrained(tmp_path / "adapter")
+    adapted = load_recipe({**settings, "model_name_or_path": str(tmp_path / "adapter")})
+    assert responses(run_generate(adapted, output=tmp_path / "adapted.jsonl")) != plain
+
+
+def test_a_prompt_that_is_too_long_is_left_out_with_the_reason(settings, tmp_path):
+    prompts = tmp_path / "long.jsonl"
+    prompts.write_text(json.dumps({"prompt": "water"}) + "\n" + json.dumps({"prompt": "stone " * 600}) + "\n")
+    recipe = load_recipe({**settings, "dataset_mixer": {str(prompts): 1.0}})
+    path = run_generate(recipe)
+    assert [row["row_id"] for row in read_rows(path)] == ["long.jsonl/train#0"]
+    (example,) = read_about(path)["left_out"]["too long"]["examples"]
+    assert example["row_id"] == "long.jsonl/train#1"
+    assert "generate.max_new_tokens 12 in 512 positions" in example["detail"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"temperature": 0}, "temperature 0 gives 3 equal responses; set generate.num_samples to 1"),
+        ({"max_new_tokens": 512}, "max_new_tokens = 512: .* has 512 positions"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(settings, keys, message):
+    with pytest.raises(ValueError, match=message):
+        run_generate(load_recipe(changed(settings, **keys)))
+
+
+def test_a_file_begun_by_another_model_is_not_gone_on_with(settings, model_folder):
+    run_generate(load_recipe(settings))
+    with pytest.raises(ValueError, match=r"begun with other settings \(model was .* and is "):
+        run_generate(load_recipe({**settings, "model_name_or_path": model_folder()}))
+
+
+NO_END = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
+
+
+def test_a_template_without_an_end_of_turn_is_refused_where_nothing_else_ends_one(settings, tmp_path, tiny_model):
+    folder = tmp_path / "endless"
+    shutil.copytree(tiny_model, folder)
+    for name in ("tokenizer_config.json", "config.json", "generation_config.json"):
+        content = json.loads((folder / name).read_text())
+        content.pop("eos_token", None)
+        content.pop("eos_token_id", None)
+        (folder / name).write_text(json.dumps(content))
+    (folder / "chat_template.jinja").write_text(NO_END)
+    endless = {**settings, "model_name_or_path": str(folder)}
+    with pytest.raises(ValueError, match=r"no end of turn: .* set generate.stop to the text that ends a turn"):
+        run_generate(load_recipe(endless))
+    assert len(responses(run_generate(load_recipe(changed(endless, stop=["water"]))))) == 12

@@ -60,7 +60,7 @@ class Journal:
             os.ftruncate(self._descriptor, end)  # what a killed process left of a line
             self._end = end
             self._is_complete = read_about(self.path).get("complete", None)
-            if self._is_complete is None:
+            if self._is_complete is None or not self.done:
                 self._write_about({"complete": False})
         except BaseException:
             self._lock.release()
@@ -142,7 +142,8 @@ class Journal:
                 f"{self.about}: written by simpo {about.get('simpo')}, in format {about['format']}; this is simpo "
                 f"{version('simpo')}, which reads up to format {FORMAT}"
             )
-        if changed := changed_settings(about.get("settings", {}), self.settings):
+        is_empty = not self.path.exists() or not self.path.stat().st_size  # it came to nothing before
+        if not is_empty and (changed := changed_settings(about.get("settings", {}), self.settings)):
             raise ValueError(
                 f"{self.path}: was begun with other settings ({changed}); give the same ones to go on, or write into "
                 "another file"
