@@ -33,6 +33,7 @@ from simpo.onpolicy.scorers.rating import Rater, Row, Scores, rate_each, windows
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.stopping import needs_memory
 
+_PADDED = 1.25  # a batch has at most this many times the tokens of its dialogues
 Work = Callable[[Sequence[Row]], list[Scores]]
 
 
@@ -143,12 +144,14 @@ class RewardModel:
         return found
 
     def _batches(self, places: list[Any], lengths: list[int]) -> Iterator[list[Any]]:
-        """Places in ascending order of length, in groups of at most `batch_tokens` with padding."""
-        start = 0
+        """Places in ascending order of length, in groups of at most `batch_tokens`, with little padding."""
+        start, tokens = 0, 0
         for end, length in enumerate(lengths):
-            if end > start and (end + 1 - start) * length > self.options.batch_tokens:
+            padded = (end + 1 - start) * length
+            if end > start and (padded > self.options.batch_tokens or padded > _PADDED * (tokens + length)):
                 yield places[start:end]
-                start = end
+                start, tokens = end, 0
+            tokens += length
         if places:
             yield places[start:]
 
