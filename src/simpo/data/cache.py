@@ -113,10 +113,12 @@ def fingerprint_tokens(dataset: Any) -> str:
     numbers: dict[str, list[np.ndarray]] = {}
     for table in scan(dataset, names):
         for name in names:
-            parts = [("", table[name])] if name.endswith("_start") else [("#", list_lengths(table[name]))]
-            parts += [("", _flat(table[name]))] if name.endswith("_gaps") else []
-            for kind, values in parts:
-                numbers.setdefault(kind + name, []).append(np.array(values, dtype="<i4"))
+            parts = (
+                {name: table[name].to_numpy()} if name.endswith("_start") else {f"#{name}": list_lengths(table[name])}
+            )
+            parts |= {name: _flat(table[name])} if name.endswith("_gaps") else {}
+            for part, values in parts.items():  # copied: a view would hold all that was read with it
+                numbers.setdefault(part, []).append(values.astype("<i4", copy=True))
     whole = {name: np.concatenate(parts) for name, parts in numbers.items()}
     for side in SIDES:
         digest.update(whole[f"#{side}_ids"].data)
