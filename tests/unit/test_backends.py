@@ -22,6 +22,7 @@ from simpo.onpolicy import client as client_module
 from simpo.onpolicy.backends import RayBackend, VllmBackend
 from simpo.onpolicy.generate import run_generate
 from simpo.onpolicy.journal import read_about, read_rows
+from simpo.onpolicy.rounds import run_rounds
 from simpo.recipe import load_recipe
 
 QUESTIONS = ["river?", "water and stone", "light", "a longer question about water, stone and light", "wind", "sand"]
@@ -132,6 +133,38 @@ def test_a_server_that_fails_midway_costs_no_row_and_gives_none_twice(settings, 
             again = command(settings, tmp_path, **keys | {"url": other.url})
     assert again.exit_code == 2
     assert "model was 'small' and is 'another'" in again.output
+
+
+@openai_is_there
+@pytest.mark.usefixtures("rounds_in_process")
+def test_a_round_of_pairs_by_a_server(settings, tmp_path):
+    """A server that answers by numbers of words, and a rule that likes them: the model trains on its answers."""
+    prompts = tmp_path / "many.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": f"water and stone {number}"}) + "\n" for number in range(24)))
+
+    def answer(body):
+        return completion(" ".join(["river"] * (1 + body["seed"] % 7)))
+
+    settings |= {
+        "generate": {"num_samples": 3, "max_new_tokens": 8, "backend": "openai", "prompts": {str(prompts): 1.0}},
+        "score": {"scorers": {"length": {"kind": "length"}}},
+        "pair": {"test_fraction": 0.25},
+        "rounds": {"rounds": 1},
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "num_train_epochs": 1,
+    }
+    with ChatServer(answer) as server:
+        settings["generate"]["url"] = server.url
+        path = run_rounds(load_recipe(settings))
+    folder = path.parent
+    assert all(
+        "river" in response["text"]
+        for row in read_rows(folder / "round-1" / "responses.jsonl")
+        for response in row["responses"]
+    )
+    assert (folder / "round-1" / "run" / "model" / "config.json").is_file()
+    assert len(json.loads(path.read_text())["models"]) == 2
 
 
 @openai_is_there
@@ -288,7 +321,7 @@ def cluster() -> Iterator[Any]:
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("default")  # Ray's own
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray")  # which it raises about itself
 def test_rays_workers_write_the_rows_of_one_process_though_one_is_killed(settings, tmp_path, monkeypatch, cluster):
     psutil = pytest.importorskip("psutil")
     settings["generate"] |= {"max_new_tokens": 40}
