@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from collections import Counter
 from itertools import pairwise
@@ -177,6 +178,18 @@ def test_an_answer_in_another_language_goes():
     PairCleaner(Clean(languages=["en", "de"]))(pairs["de"])
     with pytest.raises(ValueError, match=r"clean\.languages = 'english': no such language; .* such as 'en'"):
         PairCleaner(Clean(languages=["english"]))
+
+
+def test_filters_go_to_other_processes_as_they_are():
+    asked = {"max_length_ratio": 3, "template_residue": True, "refusals": "either", "truncated": "either"}
+    clean = Clean(**asked, benchmarks={"b.jsonl": 1.0})
+    examine = PairCleaner(clean, Ngrams(["one two three four five six seven eight"], 13))
+    there = pickle.loads(pickle.dumps(examine))
+    good = pair_from_row(row("q?", "yes indeed", "no, never"))
+    assert there(good) == examine(good)
+    for bad in ("yes" * 40, "x<|eot_id|>", "I cannot help.", "```\nx", "One two three four five six seven eight"):
+        with pytest.raises(RowError):
+            there(pair_from_row(row("q?", bad, "no, it is not so at all")))
 
 
 @pytest.mark.parametrize("settings", [{"near_duplicates": True}, {"leaks": "near"}])
