@@ -103,6 +103,18 @@ def test_batch_order_and_way_change_nothing():
     assert tokens(draw(model, shared=False)) == expected
 
 
+def test_responses_of_a_trained_model_do_not_depend_on_the_batch(smol_model):
+    model = transformers.AutoModelForCausalLM.from_pretrained(smol_model, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(smol_model)
+    asked = ["What is rain?", "Name three rivers and say where they are."]
+    chats = [[{"role": "user", "content": text}] for text in asked]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"] for chat in chats]
+    options = {"ends": {tokenizer.eos_token_id}, "max_new_tokens": 10}
+    together = sample_responses(model, prompts, KEYS[:2], Sampling(0.8, 0.95), **options)
+    alone = sample_responses(model, prompts[:1], KEYS[:1], Sampling(0.8, 0.95), **options)
+    assert tokens(together)[:1] == tokens(alone)
+
+
 def test_a_text_that_stops_ends_a_response():
     model = build("llama")
     free = draw(model)
