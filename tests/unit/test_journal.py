@@ -84,3 +84,12 @@ def test_what_cannot_go_on_is_said(tmp_path: Path):
         pass
     with pytest.raises(ValueError, match=r"a name that ends with \.jsonl"):
         Journal(tmp_path / "rows.json", {})
+
+
+def test_text_that_is_not_unicode_is_refused_and_the_file_goes_on(tmp_path: Path):
+    with Journal(tmp_path / "rows.jsonl", {}) as journal:
+        with pytest.raises(RowError, match="not valid Unicode"):
+            journal.add({"id": "a", "text": "half \ud800"})
+        journal.add({"id": "b", "text": "\u2028 \x00 \U0001f600"})
+        journal.finish(["a", "b"], {})
+    assert [row["text"] for row in journal.rows()] == ["\u2028 \x00 \U0001f600"]

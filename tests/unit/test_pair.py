@@ -255,3 +255,12 @@ def test_input_that_gives_no_pair_is_refused(tmp_path, rows, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         run(tmp_path, rows)
     assert not (tmp_path / "pairs").exists()
+
+
+def test_a_row_whose_text_is_not_unicode_is_counted_and_the_rest_is_paired(tmp_path: Path):
+    rows = [row_of(response("half \ud800", 1), response("b", 2), row_id="x"), SIX]
+    (tmp_path / "scored.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = load_recipe({"model_name_or_path": "any", "pair": {"test_fraction": 0.0}})
+    folder = run_pair(recipe, input=tmp_path / "scored.jsonl", output=tmp_path / "pairs")
+    assert len((folder / "train.jsonl").read_text(encoding="utf-8").splitlines()) == 1
+    assert json.loads((tmp_path / "pairs.json").read_text())["left_out"]["malformed"]["count"] == 1

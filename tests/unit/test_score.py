@@ -254,3 +254,11 @@ def test_keys_explain_every_kind_and_option():
     assert "a scorer of kind length" in said
     assert "score.scorers.NAME.unit" in said
     assert "allowed: words, characters or tokens" in said
+
+
+def test_a_row_whose_text_is_not_unicode_is_left_out_alone(tmp_path: Path):
+    write(tmp_path, [row("a", "half \ud800", "one"), row("b", "one", "one two"), row("c", "one", prompt="\udc00?")])
+    about = read_about(run_score(recipe(tmp_path, {"brief": BRIEF})))
+    assert about["rows"] == 1
+    assert about["left_out"]["malformed"]["count"] == 2
+    assert "not valid Unicode" in about["left_out"]["malformed"]["examples"][0]["detail"]

@@ -96,11 +96,13 @@ def _fill(journal: Journal, prompts: Sequence[Prompt], backend: Backend, console
                 prompt = by_id[row_id]
                 if not isinstance(found, RowError) and len(found) < num_samples:
                     found = RowError("fewer responses", f"{len(found)} of {num_samples}")
-                if isinstance(found, RowError):
-                    journal.leave_out(prompt.row_id, found)
-                else:
+                try:
+                    if isinstance(found, RowError):
+                        raise found
                     journal.add(_row(prompt, found))
                     units += sum(response.num_tokens or 0 for response in found)
+                except RowError as error:
+                    journal.leave_out(prompt.row_id, error)
             advance(len(together), units)
             for note in backend.notes[said:]:
                 console.print(f"note: {note}", markup=False)

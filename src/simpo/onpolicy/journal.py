@@ -76,12 +76,12 @@ class Journal:
         return row_id in self.done
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Write one row; its `id` must be new."""
+        """Write one row; its `id` must be new. Raises RowError as `as_line`."""
         if row["id"] in self.done:
             raise AssertionError(f"journal: {row['id']} twice")
+        line = as_line(row)
         if self._is_complete:
             self._write_about({"complete": False})
-        line = f"{json.dumps(row, ensure_ascii=False)}\n".encode()
         view = memoryview(line)
         while view:
             view = view[os.write(self._descriptor, view) :]
@@ -174,6 +174,15 @@ class Journal:
         head = {"simpo": version("simpo"), "format": FORMAT, "settings": self.settings}
         write_whole(self.about, json.dumps({**head, **content}, indent=1, ensure_ascii=False) + "\n")
         self._is_complete = content["complete"]
+
+
+def as_line(row: Mapping[str, Any]) -> bytes:
+    """A row as it is written. Raises RowError where its text is not Unicode: half of a surrogate pair."""
+    try:
+        return f"{json.dumps(row, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError as error:
+        wrong = ascii(error.object[error.start])
+        raise RowError("malformed", f"not valid Unicode: {error.reason} ({wrong})") from None
 
 
 def _flat(settings: Any, name: str = "") -> dict[str, Any]:

@@ -23,7 +23,7 @@ from simpo.data.columns import RowError
 from simpo.data.files import hash_files, write_whole
 from simpo.data.ledger import Dropped, count_rows
 from simpo.display import Display
-from simpo.onpolicy.journal import FORMAT, read_rows
+from simpo.onpolicy.journal import FORMAT, as_line, read_rows
 from simpo.recipe import Recipe
 from simpo.recipe.stages import Pair as PairKeys
 from simpo.run.lock import OutputLock
@@ -276,6 +276,7 @@ def _read_candidates(
             raise ValueError(f"{source}: {row['id']} is there twice; all responses to a prompt belong in one row")
         seen.add(row["id"])
         try:
+            as_line(row)
             answers = read_answers(row, account.responses)
             candidates[row["id"]] = choose_pairs(row, answers, keys, seed)
             rows[row["id"]] = _Row(row.get("prompt"), row.get("tools"), answers)

@@ -22,7 +22,7 @@ from rich.console import Console
 from simpo.data.columns import RowError
 from simpo.data.files import hash_files
 from simpo.display import counter
-from simpo.onpolicy.journal import Journal, read_about, read_rows
+from simpo.onpolicy.journal import Journal, as_line, read_about, read_rows
 from simpo.onpolicy.scorers import build_rater
 from simpo.onpolicy.scorers.rating import Rater, Row, Scores
 from simpo.recipe import Recipe
@@ -111,6 +111,10 @@ def _fault_of(row: Row) -> RowError | None:
         return RowError("malformed", "prompt is not a list of messages, with role and content")
     if not isinstance(row.get("columns", {}), dict):
         return RowError("malformed", "columns is not an object")
+    try:
+        as_line(row)
+    except RowError as error:
+        return error
     return None
 
 
