@@ -305,14 +305,20 @@ class PairWriter:
         """Leave out the pairs of a split where `mask` is False."""
         if mask.all():
             return
-        path, before = self._path(split), self.read(split)
-        if path is not None:
-            os.unlink(path)  # it is still mapped
+        self.read(split)  # so that it is complete
+        path = self._path(split)
+        with _storing():
+            # Read, not mapped: see `scan`.
+            before = pa.BufferReader(self._memory[split]) if path is None else pa.OSFile(path)
+            if path is not None:
+                os.unlink(path)  # it is still open
         begin = 0
-        self.write(split, before.slice(0, 0))
-        for batch in before.to_batches():
-            self.write(split, pa.Table.from_batches([batch]).filter(pa.array(mask[begin : begin + len(batch)])))
-            begin += len(batch)
+        self.write(split, _PAIRS.empty_table())
+        with before, pa.ipc.open_stream(before) as batches:
+            for batch in batches:
+                kept = pa.array(mask[begin : begin + len(batch)])
+                self.write(split, pa.Table.from_batches([batch]).filter(kept))
+                begin += len(batch)
 
     def store(self, ledger: Ledger) -> PreparedData:
         """Name what is written. The result is mapped from the store, or in memory where there is none."""
