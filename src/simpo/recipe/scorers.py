@@ -41,7 +41,8 @@ FORMATS = ("json", "code_block", "heading", "list", "table", "plain", "ends")
 class Scorer(BaseModel):
     """What every scorer may say."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=())
+    # Built when first used: reading recipes without scorers need not wait for it.
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, protected_namespaces=(), defer_build=True)
 
     weight: Number = _option(
         1.0, "What its numbers count in the score; below 0 where more is worse.", may_change=True)
