@@ -53,6 +53,12 @@ class Sampled:
     logprob: float
 
 
+def _device_of(model: nn.Module) -> torch.device:
+    weight = unwrap(model).get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.device
+
+
 def end_tokens(tokenizer: Any, generation_config: Any) -> set[int]:
     """Tokens that end a response: the tokenizer's end, and those that a model's generation config, if any, names."""
     configured = getattr(generation_config, "eos_token_id", None)
@@ -91,7 +97,7 @@ def sample_responses(
         each_step: called before each token.
     """
     num_samples = len(keys[0])
-    device = unwrap(model).get_input_embeddings().weight.device
+    device = _device_of(model)
     flat = torch.tensor([key for of_prompt in keys for key in of_prompt], device=device)
     responses = _Responses(flat, sampling, ends, max_new_tokens, is_stopped, each_step)
     if shared:
@@ -158,6 +164,8 @@ class _RoomyLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self.is_initialized or self.get_seq_length() == 0:
             return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None
+        assert self.values is not None
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
         if self._room is None or self._room[0].shape[-2] < end:
@@ -170,7 +178,7 @@ class _RoomyLayer(DynamicLayer):
         self.keys, self.values = (room[:, :, :end] for room in self._room)
         return self.keys, self.values
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
+    def reorder_cache(self, beam_idx: Any) -> None:
         self._room = None
         super().reorder_cache(beam_idx)
 
@@ -183,7 +191,7 @@ def _new_cache(model: nn.Module) -> DynamicCache:
 
 def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
     """Logits [prompts, vocabulary] of the first token, cache, mask and last positions; padded on the left."""
-    device = unwrap(model).get_input_embeddings().weight.device
+    device = _device_of(model)
     width = max(map(len, prompts))
     ids = torch.tensor([[0] * (width - len(prompt)) + list(prompt) for prompt in prompts], device=device)
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
@@ -258,7 +266,7 @@ def _generate_plainly(model: nn.Module, prompt: Sequence[int], rows: Tensor, res
         step += 1
         return torch.full_like(scores, -math.inf).scatter(1, chosen[:, None], 0.0)
 
-    base = unwrap(model)
+    base: Any = unwrap(model)
     before, base.generation_config = base.generation_config, GenerationConfig()
     try:
         base.generate(

@@ -51,7 +51,7 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
     wanted, console = recipe.generate, Console(stderr=True, highlight=False, soft_wrap=True)
     if output is None:
         recipe.require("output_dir")
-        output = Path(recipe.output_dir, "responses.jsonl")
+        output = Path(recipe.output_dir or "", "responses.jsonl")
     if wanted.temperature == 0 and wanted.num_samples > 1:
         raise ValueError(
             f"generate.temperature 0 gives {wanted.num_samples} equal responses; set generate.num_samples to 1, or a "

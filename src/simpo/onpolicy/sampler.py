@@ -10,7 +10,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -65,10 +65,13 @@ class Backend(Protocol):
         notes: lines for the user, known once it is there.
     """
 
-    settings: Mapping[str, Any]
-    notes: Sequence[str]
+    @property
+    def settings(self) -> Mapping[str, Any]: ...
 
-    def generate(self, prompts: Sequence[Prompt], done: Collection[str]) -> Iterator[Sequence[Answer]]:
+    @property
+    def notes(self) -> Sequence[str]: ...
+
+    def generate(self, prompts: Sequence[Prompt], done: Collection[str]) -> Generator[Sequence[Answer], None, None]:
         """Responses to all prompts but those whose id is in `done`, in any order, as soon as they are there: one
         answer at a time, or several that came together.
 
@@ -267,7 +270,7 @@ class LocalBackend:
                 "prompt and response"
             )
 
-    def generate(self, prompts: Sequence[Prompt], done: Collection[str]) -> Iterator[Sequence[Answer]]:
+    def generate(self, prompts: Sequence[Prompt], done: Collection[str]) -> Generator[Sequence[Answer], None, None]:
         """See `Backend`."""
         tokens: dict[str, list[int]] = {}
         failed: list[Answer] = []
