@@ -272,6 +272,7 @@ def test_generate_during_eval_says_what_to_set_instead():
 def test_nearest_key_prefers_ours():
     assert nearest_key("gama_beta_ratio") == "gamma_beta_ratio"
     assert nearest_key("per-device-train-batchsize") == "per_device_train_batch_size"
+    assert nearest_key("temperature") == nearest_key("tempertaure") == "generate.temperature"
     assert nearest_key("\x00" * 1000) in KEYS or nearest_key("\x00" * 1000) in ALIASES
 
 
