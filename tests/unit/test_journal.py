@@ -93,3 +93,8 @@ def test_text_that_is_not_unicode_is_refused_and_the_file_goes_on(tmp_path: Path
         journal.add({"id": "b", "text": "\u2028 \x00 \U0001f600"})
         journal.finish(["a", "b"], {})
     assert [row["text"] for row in journal.rows()] == ["\u2028 \x00 \U0001f600"]
+
+
+def test_a_missing_input_says_where_it_comes_from(tmp_path: Path):
+    with pytest.raises(ValueError, match="no such file; the step before writes it"):
+        ids(tmp_path / "scored.jsonl")

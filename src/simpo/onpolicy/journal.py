@@ -227,7 +227,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path}: no such file")
+        raise ValueError(f"{path}: no such file; the step before writes it, or name another one (`input`)")
     if read_about(path).get("complete") is False:
         raise ValueError(f"{path}: not complete yet; the command that writes it goes on when it is given again")
     yield from _rows_of(path)
