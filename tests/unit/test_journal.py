@@ -98,3 +98,19 @@ def test_text_that_is_not_unicode_is_refused_and_the_file_goes_on(tmp_path: Path
 def test_a_missing_input_says_where_it_comes_from(tmp_path: Path):
     with pytest.raises(ValueError, match="no such file; the step before writes it"):
         ids(tmp_path / "scored.jsonl")
+
+
+def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = tmp_path / "rows.jsonl"
+    with Journal(path, {}) as journal:
+        journal.add({"id": "a"})
+
+        def full(*_: object) -> int:
+            raise OSError(28, "No space left on device")
+
+        with monkeypatch.context() as patch:
+            patch.setattr("os.write", full)
+            with pytest.raises(OSError, match=r"rows\.jsonl: .*No space left.*1 rows"):
+                journal.add({"id": "b"})
+    with Journal(path, {}) as journal:
+        assert list(journal.done) == ["a"]

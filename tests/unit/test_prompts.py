@@ -64,6 +64,15 @@ def test_rows_are_accounted_for_and_columns_go_along(tmp_path: Path):
     }
 
 
+def test_a_kept_column_is_that_of_the_first_row_that_has_it(tmp_path: Path):
+    rows = [{"prompt": "x", "answer": None}, {"prompt": "x", "answer": "2"}, {"prompt": "x", "answer": "3"}]
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"prompt": "x", "answer": NaN}\n')
+    found = read(path, keep_columns=["answer"])
+    assert [prompt.columns for prompt in found.prompts] == [{"answer": "2"}]
+    assert "1 rows repeat a prompt with other values" in found.notes[-1]
+
+
 def test_a_limit_is_a_seeded_choice_in_order(tmp_path: Path):
     path = write(tmp_path, [{"prompt": f"{number}?"} for number in range(50)])
     places = [int(prompt.row_id.rpartition("#")[2]) for prompt in read(path, max_prompts=10).prompts]

@@ -83,8 +83,14 @@ class Journal:
         if self._is_complete:
             self._write_about({"complete": False})
         view = memoryview(line)
-        while view:
-            view = view[os.write(self._descriptor, view) :]
+        try:
+            while view:
+                view = view[os.write(self._descriptor, view) :]
+        except OSError as error:
+            raise OSError(
+                f"{self.path}: cannot be written ({error.strerror}); the {len(self.done)} rows that are there "
+                "stay, and the same command goes on from them"
+            ) from error
         self.done[row["id"]] = self._end
         self._end += len(line)
         if time.monotonic() - self._synced > SYNC_EVERY_S:
@@ -146,7 +152,7 @@ class Journal:
         if not is_empty and (changed := changed_settings(about.get("settings", {}), self.settings)):
             raise ValueError(
                 f"{self.path}: was begun with other settings ({changed}); give the same ones to go on, or write into "
-                "another file"
+                "another file (--output)"
             )
 
     def _read_done(self) -> int:

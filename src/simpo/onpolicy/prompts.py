@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from simpo.data.columns import RowError
@@ -65,18 +66,26 @@ def read_prompts(recipe: Recipe) -> Prompts:
     splits = load_splits(recipe, sources, group_answers=False)
     read = reader_of(recipe, sources, _reader)
     found: dict[str, Prompt] = {}
-    repeated = 0
+    repeated = differing = 0
     left_out: dict[str, dict[str, Any]] = {}
     for row_id, row in splits.train:
         try:
             pair = read(row, row_id=row_id)
             prompt_id = f"{pair.key() % 2**64:016x}"
-            columns = {name: row[name] for name in wanted.keep_columns or () if row.get(name) is not None}
+            columns = {name: row[name] for name in wanted.keep_columns or () if _is_given(row.get(name))}
             first = found.setdefault(prompt_id, Prompt(prompt_id, row_id, pair.turns, pair.tools, columns))
             repeated += first.row_id != row_id
+            known = {**columns, **first.columns}  # of the first row that has each
+            differing += any(known[name] != value for name, value in columns.items())
+            if known != first.columns:
+                found[prompt_id] = replace(first, columns=known)
         except RowError as error:
             count_rows(left_out, [Dropped(row_id, error.reason, error.detail)])
     prompts = list(found.values())
+    if differing:
+        splits.notes.append(
+            f"generate.keep_columns: {differing} rows repeat a prompt with other values; the first row's are kept"
+        )
     for name in wanted.keep_columns or ():
         if prompts and not any(name in prompt.columns for prompt in prompts):
             raise ValueError(f"generate.keep_columns: no row has a column {name!r}")
@@ -88,6 +97,10 @@ def read_prompts(recipe: Recipe) -> Prompts:
         splits.notes.append(f"generate.max_prompts: {wanted.max_prompts} of {len(prompts)} prompts")
         prompts = [prompts[index] for index in sorted(chosen)]
     return Prompts(prompts, len(splits.train), repeated, left_out, splits.notes)
+
+
+def _is_given(value: Any) -> bool:
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def _reader(recipe: Recipe) -> Callable[..., Pair]:

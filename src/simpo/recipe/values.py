@@ -167,7 +167,7 @@ _ENTRY = {
 def as_mixture(value: Any) -> Any:
     """{name: fraction}, or {name: {what `_ENTRY` knows}}; what an entry leaves null is left out."""
     if not isinstance(value, Mapping):
-        raise ValueError("a mapping of dataset name to fraction is needed")
+        raise ValueError("a mapping of dataset name to fraction is needed, such as {pairs.jsonl: 1.0}")
     if not value:
         raise ValueError("is empty; name at least one dataset")
     mixer = {}

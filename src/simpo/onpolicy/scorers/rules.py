@@ -20,7 +20,7 @@ from typing import Any
 
 from simpo.core.own_loss import find_function
 from simpo.data.cleaning import is_truncated
-from simpo.data.columns import RowError
+from simpo.data.columns import RowError, kind_of
 from simpo.data.language import identify_language, known_languages
 from simpo.data.near import split_words
 from simpo.evaluation.statistics import repeated_share
@@ -62,7 +62,10 @@ def _own_function(options: Any) -> Rater:
         texts = [response["text"] for response in row["responses"]]
         if names[1:2] != ["responses"]:
             return [function(row["prompt"], text, row, **options.options) for text in texts]
-        scores = list(function(row["prompt"], texts, row, **options.options))
+        returned = function(row["prompt"], texts, row, **options.options)
+        if not isinstance(returned, Iterable):
+            raise RowError("raised", f"{options.function} returned {kind_of(returned)}, not one for each response")
+        scores = list(returned)
         if len(scores) != len(texts):
             raise RowError("raised", f"{options.function} returned {len(scores)} numbers for {len(texts)} responses")
         return scores
