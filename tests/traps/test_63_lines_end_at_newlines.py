@@ -46,16 +46,27 @@ def test_pairs_with_separators_are_read_whole(tmp_path: Path, data_recipe: Any, 
     assert len(prepared.train) == len(SEPARATORS)
 
 
-def test_the_demo_reads_its_prompts_and_metrics_by_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_demo_pairs_its_answers_by_lines(tmp_path: Path) -> None:
     spec = importlib.util.spec_from_file_location("demo_run", REPO / "examples" / "demo" / "run.py")
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
-    (tmp_path / "pairs").mkdir()
-    prompts = [f"one{mark}two" for mark in RAW]
-    rows = [{"prompt": [{"role": "user", "content": prompt}]} for prompt in prompts]
-    (tmp_path / "pairs" / "test.jsonl").write_text(lines_of(*rows), encoding="utf-8")
-    monkeypatch.setattr(demo, "HERE", tmp_path)
-    assert demo.held_out_prompts() == prompts
+    (tmp_path / "rounds.json").write_text(json.dumps({"models": ["first", "trained"]}), encoding="utf-8")
+    for number in (0, 1):
+        rows = [
+            {
+                "id": str(place),
+                "prompt": [{"role": "user", "content": f"one{mark}two"}],
+                "responses": [{"text": f"{number}{mark}", "score": float(number)}],
+            }
+            for place, mark in enumerate(RAW)
+        ]
+        folder = tmp_path / f"round-{number}" / "evaluation"
+        folder.mkdir(parents=True)
+        (folder / "scored.jsonl").write_text(lines_of(*rows), encoding="utf-8")
+    answers = demo.pair_answers(tmp_path)
+    assert [(each["prompt"], each["before"], each["after"]) for each in answers] == [
+        (f"one{mark}two", f"0{mark}", f"1{mark}") for mark in RAW
+    ]
 
 
 @pytest.mark.parametrize("folder", ["src", "examples", "benchmarks"])
