@@ -60,8 +60,8 @@ def peak_bytes(function) -> int:
 def measure(keys: dict[str, Any], world: int = 2, *, enough: float = 0) -> dict[str, float]:
     """Bytes of this rank's weights, gradients and moments, and the peak of a later step above weights and moments.
 
-    The peak is that of the rank that holds the most. It varies by up to a fifth with how far gloo's threads have come:
-    the least of four steps counts, or the first that holds no more than `enough`.
+    The peak is that of the rank that holds the most. It varies by up to a fifth, and more beside busy processes, with
+    how far gloo's threads have come: the least of twenty steps counts, or the first that holds no more than `enough`.
     """
     from simpo.core.batch import build_batch
     from simpo.core.packing import TokenPair
@@ -103,7 +103,7 @@ def measure(keys: dict[str, Any], world: int = 2, *, enough: float = 0) -> dict[
     )
     gc.collect()  # peaks differ with what garbage is still there
     peaks: list[float] = []
-    while len(peaks) < 4 and min(peaks, default=enough + 1) > enough:
+    while len(peaks) < 20 and min(peaks, default=enough + 1) > enough:
         peaks.append(max(mesh.gather(peak_bytes(step))))
     held["peak"] = min(peaks)
     return held
