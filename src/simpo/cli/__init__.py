@@ -1,0 +1,15 @@
+"""The `simpo` command. Imports nothing heavy until the arguments are parsed: torch loads only where it computes.
+
+A module of this package holds the commands of one subject; a command loads its recipe, calls one function of the
+package and prints.
+"""
+
+from simpo.cli import training, recipes, onpolicy  # isort: skip  the order of the commands in `simpo --help`
+from simpo.cli.app import app
+
+__all__ = ["app", "main", "onpolicy", "recipes", "training"]
+
+
+def main() -> None:
+    """Entry point of the `simpo` script."""
+    app(prog_name="simpo")

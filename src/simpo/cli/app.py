@@ -1,0 +1,141 @@
+"""The command line itself: how a command reads its recipe, what its errors look like, and with what it exits.
+
+What the user can put right (a ValueError, a file that cannot be read or written) is printed in one line, without a
+traceback (SIMPO_TRACEBACK=1 shows it), and the command exits with 2. An interrupted run exits with 130; one whose loss
+is not finite, or that runs out of memory, with 1; a command that had to leave something out, with 3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
+
+
+class _OneLineErrors(TyperGroup):
+    """What the user can put right -> one line and exit 2; Ctrl-C -> exit 130."""
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            raise  # typer ends quietly when the reader of a pipe has gone
+        except (ValueError, OSError, NotImplementedError) as error:
+            if os.environ.get("SIMPO_TRACEBACK"):
+                raise
+            say_once(f"error: {error}", color="red")
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            typer.secho("interrupted", fg="yellow", err=True)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    name="simpo",
+    cls=_OneLineErrors,
+    help="Align language models with preference pairs by SimPO.",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file; see `simpo keys` for what it may hold.")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"simpo {version('simpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def load(recipe: str, overrides: list[str], *, processes: int | None = None, stage: str = "") -> Recipe:
+    """The recipe with its overrides; keys of `stage` may be given without its name in front."""
+    from simpo.recipe import KEYS, STAGE_KEYS, load_recipe
+
+    if recipe.startswith("-"):
+        raise ValueError(f"the recipe comes before its overrides: simpo COMMAND RECIPE {recipe} ...")
+    if stage:
+        own = {f"--{key.partition('.')[2]}" for key in STAGE_KEYS if key.startswith(f"{stage}.")}
+        own -= {f"--{key}" for key in KEYS}
+        overrides = [
+            f"--{stage}.{word[2:]}" if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in own else word
+            for word in overrides
+        ]
+    return load_recipe(recipe, overrides, processes=processes)
+
+
+def exit_by_account(account: Path) -> None:
+    """Exit 3 where the account of a finished command says that something was left out."""
+    from simpo.onpolicy.journal import read_about
+
+    left_out = read_about(account).get("left_out", {})
+    if left_out:
+        counts = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out.items())
+        for reason, entry in left_out.items():
+            example = entry["examples"][0]
+            typer.secho(f"{reason}, as {example['row_id']}: {example['detail']}", fg="yellow", err=True)
+        typer.secho(f"left out: {counts}; which and why is in {account}", fg="yellow", err=True)
+        raise typer.Exit(3)
+
+
+@contextlib.contextmanager
+def leaving_when_interrupted() -> Iterator[None]:
+    """Ctrl-C or SIGTERM in a command whose file goes on -> its one line, and exit 130; want of memory -> exit 1."""
+    from simpo.run.stopping import Interrupted, OutOfMemory
+
+    try:
+        yield
+    except Interrupted as stopped:
+        say_once(str(stopped), color="yellow")
+        raise typer.Exit(130) from None
+    except OutOfMemory as error:
+        say_once(f"error: {error}", color="red")
+        raise typer.Exit(1) from None
+
+
+_FOR_THE_FIRST_S = 10.0
+
+
+def say_once(line: str, *, color: str) -> None:
+    """A line on stderr: of several processes' equal lines the first process's; another process's own with its rank."""
+    rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
+    if _has_met_others():
+        from simpo.parallel.mesh import is_said_by_main
+
+        if is_said_by_main(line):
+            return
+    elif local_rank != "0":
+        # The machine's first process most likely fails alike. It says so, and its launcher ends this one; leaving at
+        # once would have the launcher end the first before it has said anything.
+        time.sleep(_FOR_THE_FIRST_S)
+    typer.secho(line if rank == "0" else f"rank {rank}: {line}", fg=color, err=True)
+
+
+def _has_met_others() -> bool:
+    if "torch" not in sys.modules:
+        return False
+    import torch.distributed as dist
+
+    return dist.is_initialized()

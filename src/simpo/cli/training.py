@@ -1,0 +1,94 @@
+"""Commands on a recipe's data and model: train, audit, eval."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simpo.cli.app import TAKES_OVERRIDES, RecipeFile, app, load, say_once
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def train(context: typer.Context, recipe: RecipeFile) -> None:
+    """Train. Any key can follow the recipe: --learning_rate 5e-7 --output_dir runs/first"""
+    resolved = load(recipe, context.args)
+    resolved.require("dataset_mixer", "output_dir")
+    from simpo.hosts.launcher import launched_by_accelerate
+    from simpo.parallel.mesh import leave_world
+    from simpo.run.stopping import Interrupted, NonFiniteError, OutOfMemory
+    from simpo.trainer import Trainer
+
+    try:
+        if launched_by_accelerate():
+            from simpo.hosts.hf import run_recipe
+
+            run_recipe(resolved)
+        else:
+            Trainer(resolved).run()
+    except Interrupted as stopped:
+        say_once(str(stopped), color="yellow")
+        raise typer.Exit(130) from None
+    except (NonFiniteError, OutOfMemory) as error:
+        say_once(f"error: {error}", color="red")
+        raise typer.Exit(1) from None
+    leave_world()
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def audit(
+    context: typer.Context,
+    recipe: RecipeFile,
+    examples: Annotated[
+        int, typer.Option("--examples", min=0, max=10, help="Pairs to print, the trained text marked.")
+    ] = 2,
+    output: Annotated[str | None, typer.Option("--output", help="File for the ledger, instead of output_dir.")] = None,
+) -> None:
+    """Read and tokenise the data, and account for every row: kept, cut or dropped, and why."""
+    resolved = load(recipe, context.args)
+    resolved.require("dataset_mixer")
+    from rich.console import Console
+
+    from simpo.data.prepare import prepare_pairs
+    from simpo.model.load import load_tokenizer
+    from simpo.run.session import check_token_ids
+
+    prepared = prepare_pairs(resolved, load_tokenizer(resolved))
+    check_token_ids(prepared, resolved)
+    prepared.ledger.render(Console(), examples=examples)
+    path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        listed = prepared.save_ledger(path)
+        typer.echo(f"ledger: {path}" + f"; every dropped row: {listed}" * bool(listed))
+
+
+@app.command(name="eval", context_settings=TAKES_OVERRIDES)
+def evaluate(
+    context: typer.Context,
+    recipe_or_data: Annotated[
+        str, typer.Argument(metavar="RECIPE_OR_DATA", help="A recipe, or a file or folder of pairs.")
+    ],
+    model: Annotated[
+        str | None, typer.Option("--model", help="Model to evaluate: a folder or a hub name. [default: the recipe's]")
+    ] = None,
+    compare: Annotated[str | None, typer.Option("--compare", help="A second model, on the same pairs.")] = None,
+    output: Annotated[str | None, typer.Option("--output", help="JSON file for the results.")] = None,
+    generations: Annotated[int, typer.Option("--generations", min=0, help="Prompts to answer and show.")] = 0,
+    max_pairs: Annotated[int | None, typer.Option("--max-pairs", min=1, help="At most this many pairs.")] = None,
+    split: Annotated[str, typer.Option("--split", help="Split of the data to use; test is what is held out.")] = "test",
+) -> None:
+    """Measure a model on held-out pairs: preference accuracy, margins, length bias. Any key can follow."""
+    from simpo.evaluation.command import run_eval_command
+
+    run_eval_command(
+        recipe_or_data=recipe_or_data,
+        model=model,
+        baseline=compare,
+        output=output,
+        generations=generations,
+        max_pairs=max_pairs,
+        split=split,
+        overrides=context.args,
+    )
