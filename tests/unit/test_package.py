@@ -37,5 +37,12 @@ def test_the_wheel_holds_every_source_file_and_only_the_package(shipped):
 
 def test_the_source_distribution_is_enough_to_build_from(shipped):
     _, sdist = shipped
-    assert {"pyproject.toml", "README.md", "LICENSE", "CHANGELOG.md", "src/simpo/py.typed", "src/simpo/cli/app.py"} <= sdist
+    assert {
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "CHANGELOG.md",
+        "src/simpo/py.typed",
+        "src/simpo/cli/app.py",
+    } <= sdist
     assert not [name for name in sdist if name.startswith(("tests", "benchmarks", "examples", "recipes", "docs"))]
