@@ -6,13 +6,22 @@ On a terminal a live bar; elsewhere (a log file, CI) one line per logged step.
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
+
+
+class _StepBar(Progress):
+    """A bar whose numbers stand in a line of their own below it: both fit 60 columns."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield from super().get_renderables()
+        yield from (Text(task.fields["numbers"], no_wrap=True, overflow="crop") for task in self.tasks)
 
 
 class Display:
@@ -23,8 +32,8 @@ class Display:
         self._has_bar = False
 
     def say(self, text: str) -> None:
-        """One line."""
-        self.console.print(text, markup=False)
+        """One line; folded between words where a terminal is narrower."""
+        self.console.print(_fold(text, self.console, hang=2), markup=False)
 
     @contextlib.contextmanager
     def progress(self, total_steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
@@ -32,16 +41,19 @@ class Display:
         columns = (
             TextColumn("[bold]step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
-            TextColumn("{task.fields[numbers]}"),
+            _bar(self.console, beside=36),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(elapsed_when_finished=False),
         )
-        self._has_bar = self.console.is_terminal and not self.console.quiet
-        with Progress(*columns, console=self.console, disable=not self._has_bar) as bar:
+        self._has_bar = _is_live(self.console)
+        with _StepBar(*columns, console=self.console, disable=not self._has_bar) as bar:
             task = bar.add_task("train", total=total_steps, completed=done, numbers="")
-            yield lambda step, values: bar.update(task, completed=step, numbers=format_numbers(values))
+
+            def show(step: int, values: Mapping[str, float]) -> None:
+                bar.update(task, completed=step, numbers=format_numbers(values, width=self.console.width))
+
+            yield show
 
     def log_step(self, step: int, total_steps: int, values: Mapping[str, float], *, left_s: float) -> None:
         """One line for a logged step, where there is no live bar."""
@@ -60,11 +72,25 @@ class Display:
             self.say(f"  {source}: {_result(values, prefix, f'/{source}')} ({pairs:.0f} pairs)")
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
-        """A two-column table."""
-        table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2))
+        """A two-column table; a line for each row where no terminal has a width."""
+        self.console.print(title, style="bold", markup=False)
+        keys = max(map(len, rows), default=0)
         for key, value in rows.items():
-            table.add_row(key, str(value))
-        self.console.print(table)
+            self.console.print(_fold(f"  {key:<{keys}}  {value}", self.console, hang=keys + 4), markup=False)
+
+
+def _fold(text: str, console: Console, *, hang: int) -> str:
+    """Text as it is shown, each further line indented by `hang`; words (paths, that is) are never cut."""
+    if not console.is_terminal or console.is_dumb_terminal or len(text) <= console.width:
+        return text
+    return textwrap.fill(
+        text,
+        max(console.width, hang + 20),
+        subsequent_indent=" " * hang,
+        replace_whitespace=False,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _result(values: Mapping[str, float], prefix: str, of: str = "") -> str:
@@ -73,22 +99,27 @@ def _result(values: Mapping[str, float], prefix: str, of: str = "") -> str:
     return f"loss {loss:.4f}, accuracy {accuracy:.1%}, margin {margin:+.4f}"
 
 
-def format_numbers(values: Mapping[str, float]) -> str:
-    """Loss, accuracy, margin and speed, as a short line."""
-    return (
-        f"loss {values['loss']:.4f}  acc {values['rewards/accuracies']:.0%}  "
-        f"margin {values['rewards/margins']:+.3f}  {values['pairs_per_s']:.2f} pairs/s"
+def format_numbers(values: Mapping[str, float], *, width: int = 10_000) -> str:
+    """Loss, accuracy, margin, the chosen log-prob (nats per token) and speed, as many of them as `width` holds."""
+    parts = (
+        f"loss {values['loss']:.4f}",
+        f"acc {values['rewards/accuracies']:.0%}",
+        f"margin {values['rewards/margins']:+.3f}",
+        f"chosen {values['logps/chosen']:.3f}",
+        f"{values['pairs_per_s']:.2f} pairs/s",
     )
+    lines = ("  ".join(parts[:count]) for count in range(len(parts), 0, -1))
+    return next((line for line in lines if len(line) <= width), "")
 
 
-@contextlib.contextmanager
-def progress_bar(console: Console, title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, elsewhere nothing. Gives a function that advances it."""
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    hidden = not console.is_terminal or console.quiet or not total
-    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda count: bar.advance(task, count)
+def _is_live(console: Console) -> bool:
+    """Whether a bar can move there."""
+    return console.is_terminal and not console.is_dumb_terminal and not console.quiet
+
+
+def _bar(console: Console, *, beside: int) -> BarColumn:
+    """A bar in a row that holds about so many other characters."""
+    return BarColumn(bar_width=min(40, max(4, console.width - beside)))
 
 
 _LINE_EVERY_S = 30.0
@@ -97,23 +128,29 @@ _LINE_EVERY_S = 30.0
 @contextlib.contextmanager
 def counter(
     console: Console, title: str, total: int, *, done: int = 0, unit: str = ""
-) -> Iterator[Callable[[int, float], None]]:
+) -> Iterator[Callable[..., None]]:
     """A bar with speed and time left on a terminal, elsewhere a line now and then.
 
     Args:
         title: what is counted, of which `total` there are and `done` were there before.
         unit: of what the speed is said.
     Returns:
-        A function that takes how many are done now, and how many units they took.
+        A function that takes how many more are done, and how many units they took.
     """
     began = shown = time.monotonic()
     new, units = 0, 0.0
-    columns = (TextColumn(title), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"))
-    has_bar = console.is_terminal and not console.quiet
+    beside = len(title) + 2 * len(str(total)) + len(unit) + 28
+    columns = (
+        TextColumn(title),
+        _bar(console, beside=beside),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}"),
+    )
+    has_bar = _is_live(console)
     with Progress(*columns, console=console, transient=True, disable=not has_bar) as bar:
         task = bar.add_task(title, total=total, completed=done, speed="")
 
-        def advance(count: int, amount: float) -> None:
+        def advance(count: int, amount: float = 0.0) -> None:
             nonlocal new, units, shown
             new, units, now = new + count, units + amount, time.monotonic()
             elapsed = max(now - began, 1e-9)

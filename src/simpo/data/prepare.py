@@ -42,7 +42,7 @@ from simpo.data.sources import Source, Splits
 from simpo.data.templates import CHATML, NO_TEMPLATE, load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import map_rows
-from simpo.display import progress_bar
+from simpo.display import counter
 
 NUM_EXAMPLES = 10
 """Pairs that the ledger keeps as text: as many as `simpo audit --examples` may ask for."""
@@ -85,7 +85,7 @@ def prepare_rows(
 
 
 def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool) -> PreparedData:
-    console = Console(stderr=True)
+    console = Console(stderr=True, soft_wrap=True)
     limits = token_limits(recipe, tokenizer)
     own = {source.label: _own_limits(source, recipe, tokenizer) for source in sources if source.own}
     templates = {label: each["chat_template"] for label, each in own.items()}
@@ -254,7 +254,7 @@ def _tokenize_all(
     rows: Rows, build: Callable[[], RowTokenizer], num_workers: int | None, console: Console, name: str
 ) -> Generator[Chunk]:
     """All rows as chunks in order, over several processes where that pays."""
-    with progress_bar(console, f"tokenising {name}", len(rows)) as advance:
+    with counter(console, f"tokenising {name}", len(rows)) as advance:
         for chunk in map_rows(build, rows, len(rows), num_workers):
             advance(chunk.table.num_rows + len(chunk.dropped))
             yield chunk

@@ -31,7 +31,7 @@ from simpo.data.ledger import SplitLedger
 from simpo.data.loader import PairStore
 from simpo.data.prepare import PreparedData, prepare_pairs
 from simpo.data.sources import EVAL_NAMES, find_sources
-from simpo.display import progress_bar
+from simpo.display import counter
 from simpo.evaluation.generate import generate_greedy
 from simpo.evaluation.results import Evaluation, Generation, PairRecord, build_evaluation
 from simpo.evaluation.statistics import repeated_share
@@ -291,13 +291,13 @@ def evaluate_pairs(
                 return compute_pair_logps(network, batch, chunk_size=settings.logits_chunk_size)
 
         layout = {"pairs_per_batch": batch_pairs, "pack": packed, "share_prompt": packed}
-        with progress_bar(console, "evaluating", len(stored)) as advance:
+        with counter(console, "evaluating", len(stored)) as advance:
             sums = pair_sums(forward, store, **layout, mesh=Mesh(MeshSizes(), device=device), advance=advance).tolist()
         answered = stored[:num_generations]
         prompts, responses = [pair.prompt_ids for pair in answered], []
         if prompts:  # else there may be no tokenizer
             size = {"max_new_tokens": max_new_tokens, "batch_size": batch_pairs}
-            with progress_bar(console, "answering", len(prompts)) as advance:
+            with counter(console, "answering", len(prompts)) as advance:
                 responses = generate_greedy(network, tokenizer, prompts, **size, advance=advance)
     lengths = store.response_lengths.tolist()
     return build_evaluation(

@@ -378,9 +378,12 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
     from peft import AutoPeftModelForCausalLM
     from transformers import AutoTokenizer
 
+    from simpo.run.export import saving_quietly
+
     aside = target.with_name(f".{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
-    AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().save_pretrained(aside)
+    with saving_quietly():
+        AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().save_pretrained(aside)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(aside)
     aside.rename(target)
 

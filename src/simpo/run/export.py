@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import accelerate.utils.other as unwrapping
 import torch
 from huggingface_hub import HfApi
 from torch import Tensor, nn
@@ -258,8 +260,7 @@ def _write_model(
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     base = unwrap(model)
-    transformers_logging.disable_progress_bar()  # it would cut through the run's own output
-    with plain_attention(model), as_configured(model), on_one_process(base):
+    with plain_attention(model), as_configured(model), on_one_process(base), saving_quietly():
         model.save_pretrained(aside, state_dict=state)
     if leftovers is not None:
         leftovers.add_to(aside)
@@ -270,6 +271,20 @@ def _write_model(
     _write_card(aside, recipe, data, results)
     sync_tree(aside)
     replace_folder(aside, folder)
+
+
+@contextlib.contextmanager
+def saving_quietly() -> Iterator[None]:
+    """Inside, `save_pretrained` shows no bar of its own, which would cut through the run's output, and leaves DeepSpeed
+    alone: wherever it is installed, accelerate imports it to see whether the model is one of its engines, which takes
+    seconds and prints warnings; without it in the process there is none."""
+    transformers_logging.disable_progress_bar()
+    is_available = unwrapping.is_deepspeed_available
+    unwrapping.is_deepspeed_available = lambda: "deepspeed" in sys.modules and is_available()
+    try:
+        yield
+    finally:
+        unwrapping.is_deepspeed_available = is_available
 
 
 def record_dtype(folder: Path, dtype: torch.dtype) -> None:
