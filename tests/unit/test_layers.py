@@ -30,8 +30,9 @@ LAYERS = {
     "trainer": 6,
     "hosts": 7,
     "onpolicy": 7,
-    "cli": 8,
-    "__main__": 9,
+    "judging": 7,
+    "cli": 9,
+    "__main__": 10,
 }
 HEAVY = {"torch", "transformers", "datasets", "numpy", "pyarrow", "peft", "accelerate"}
 

@@ -49,14 +49,17 @@ class Prompts:
     notes: list[str]
 
 
-def read_prompts(recipe: Recipe) -> Prompts:
+def read_prompts(recipe: Recipe, *, held_out: bool = False, also_keep: Sequence[str] = ()) -> Prompts:
     """The prompts that `recipe.generate` names, or those of its training rows.
 
+    Args:
+        held_out: those of the evaluation rows instead.
+        also_keep: columns to keep where a row has them, besides generate.keep_columns, which some row must have.
     Raises:
         ValueError: as `find_sources`; no row has a prompt; a column to keep is in no row.
     """
     wanted = recipe.generate
-    changes: dict[str, Any] = {"validation_fraction": 0.0, "max_train_samples": None}
+    changes: dict[str, Any] = {} if held_out else {"validation_fraction": 0.0, "max_train_samples": None}
     if wanted.prompts is not None:
         changes["dataset_mixer"] = wanted.prompts
     if not (wanted.prompts or recipe.dataset_mixer):
@@ -68,11 +71,12 @@ def read_prompts(recipe: Recipe) -> Prompts:
     found: dict[str, Prompt] = {}
     repeated = differing = 0
     left_out: dict[str, dict[str, Any]] = {}
-    for row_id, row in splits.train:
+    rows, kept = splits.eval if held_out else splits.train, (*(wanted.keep_columns or ()), *also_keep)
+    for row_id, row in rows:
         try:
             pair = read(row, row_id=row_id)
             prompt_id = f"{pair.key() % 2**64:016x}"
-            columns = {name: row[name] for name in wanted.keep_columns or () if _is_given(row.get(name))}
+            columns = {name: row[name] for name in kept if _is_given(row.get(name))}
             first = found.setdefault(prompt_id, Prompt(prompt_id, row_id, pair.turns, pair.tools, columns))
             repeated += first.row_id != row_id
             known = {**columns, **first.columns}  # of the first row that has each
@@ -91,12 +95,12 @@ def read_prompts(recipe: Recipe) -> Prompts:
             raise ValueError(f"generate.keep_columns: no row has a column {name!r}")
     if not prompts:
         lines = [f"{entry['count']} {reason}: {entry['examples'][0]['detail']}" for reason, entry in left_out.items()]
-        raise ValueError(f"none of {len(splits.train)} rows has a prompt ({'; '.join(lines)})")
+        raise ValueError(f"none of {len(rows)} rows has a prompt ({'; '.join(lines)})")
     if wanted.max_prompts is not None and wanted.max_prompts < len(prompts):
         chosen = random.Random(f"{recipe.seed} prompts").sample(range(len(prompts)), wanted.max_prompts)
         splits.notes.append(f"generate.max_prompts: {wanted.max_prompts} of {len(prompts)} prompts")
         prompts = [prompts[index] for index in sorted(chosen)]
-    return Prompts(prompts, len(splits.train), repeated, left_out, splits.notes)
+    return Prompts(prompts, len(rows), repeated, left_out, splits.notes)
 
 
 def _is_given(value: Any) -> bool:

@@ -39,6 +39,7 @@ from simpo.run.lock import OutputLock
 _CHANGE_NOTHING = {
     "generate": {"batch_size", "processes", "tensor_parallel", *SERVER_KEYS},
     "rounds": {"min_gain", "launcher"},
+    "judge": set(STAGES["judge"].model_fields),
 }
 """Keys of the stages that may be others when a loop goes on."""
 

@@ -24,20 +24,23 @@ from simpo.data.files import hash_files
 from simpo.display import counter
 from simpo.onpolicy.journal import Journal, as_line, read_about, read_rows
 from simpo.onpolicy.scorers import build_rater
-from simpo.onpolicy.scorers.rating import Rater, Row, Scores
+from simpo.onpolicy.scorers.rating import Explained, Rater, Row, Scores
 from simpo.recipe import Recipe
 from simpo.recipe.scorers import SCORER_KEYS, Scorer, read_scorer
 from simpo.run.lock import OutputLock
 from simpo.run.stopping import interruptible
 
 
-def run_score(recipe: Recipe, *, input: str | Path | None = None, output: str | Path | None = None) -> Path:
+def run_score(
+    recipe: Recipe, *, input: str | Path | None = None, output: str | Path | None = None, digest: str | None = None
+) -> Path:
     """Rate the responses of a file with the recipe's scorers; goes on where an earlier call stopped.
 
     Args:
         recipe: `score` says what rates.
         input: file of responses; None = the recipe's `score.input`, else responses.jsonl in output_dir.
         output: None = scored.jsonl in output_dir.
+        digest: stands for the input, whose rows may become more but do not change; None = the hash of its content.
     Returns:
         The output. Its account, in FILE.json, has the rows that were left out, by reason, and each scorer's range.
     Raises:
@@ -50,7 +53,7 @@ def run_score(recipe: Recipe, *, input: str | Path | None = None, output: str | 
     source = _path(recipe, input or settings.input, "responses.jsonl", "score.input")
     target = _path(recipe, output, "scored.jsonl", "--output")
     order, faults = _read_order(source)
-    digest = hash_files([source])
+    digest = digest or hash_files([source])
     scorers = {name: _Part(name, spec, digest, recipe, target) for name, spec in settings.scorers.items()}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with OutputLock(target.parent), interruptible(lambda: "what has been scored is kept"):
@@ -147,12 +150,14 @@ class _Part:
                 done = len(order) - len(left)
                 with counter(console, f"{self.name}: prompts", len(order), done=done, unit="responses") as advance:
                     for row_id, scores in self.rater.rate(rows):
-                        checked = _checked(scores)
+                        checked, because = _checked(scores), {}
+                        if isinstance(scores, Explained):
+                            because = {"because": scores.because}
                         if isinstance(checked, RowError):
                             failed[row_id] = RowError(f"{self.name}: {checked.reason}", checked.detail)
                             journal.leave_out(row_id, checked)
                         else:
-                            journal.add({"id": row_id, "scores": checked})
+                            journal.add({"id": row_id, "scores": checked, **because})
                         advance(1, 0 if isinstance(checked, RowError) else len(checked))
             journal.finish(order, _spread(journal.rows()))
         return failed
@@ -168,7 +173,7 @@ def _checked(scores: Scores) -> list[float] | RowError:
     """Finite numbers, or what is wrong with them."""
     if isinstance(scores, RowError):
         return scores
-    found = []
+    found, scores = [], scores.scores if isinstance(scores, Explained) else scores
     for place, score in enumerate(scores, start=1):
         score = score.item() if getattr(score, "ndim", None) == 0 else score  # of torch or NumPy
         if not isinstance(score, numbers.Real) or not math.isfinite(score):
@@ -220,7 +225,7 @@ def _combine(
     with Journal(target, settings) as journal:
         rated = {name: _Follower(read_rows(part.path)) for name, part in parts.items()}
         for row in read_rows(source):
-            found = {name: each.scores(row["id"]) for name, each in rated.items()}
+            found = {name: each.row(row["id"]) for name, each in rated.items()}
             if row["id"] in faults or None in found.values():
                 journal.leave_out(row["id"], faults.get(row["id"], RowError("not rated", "by an earlier call")))
             elif row["id"] not in journal:
@@ -230,20 +235,21 @@ def _combine(
 
 def _scored(
     row: Mapping[str, Any],
-    found: Mapping[str, list[float]],
+    found: Mapping[str, Mapping[str, Any]],
     parts: Mapping[str, _Part],
     spreads: Mapping[str, Mapping[str, float]] | None,
 ) -> dict[str, Any]:
     """The row with its responses' numbers and their weighted sum."""
     responses = []
     for place, response in enumerate(row["responses"]):
-        scores = {name: values[place] for name, values in found.items()}
+        scores = {name: rated["scores"][place] for name, rated in found.items()}
         weighed = scores
         if spreads is not None:
             weighed = {name: (x - spreads[name]["mean"]) / (spreads[name]["sd"] or 1.0) for name, x in scores.items()}
         total = math.fsum(parts[name].options.weight * x for name, x in weighed.items())
         responses.append({**response, "scores": scores, "score": total})
-    return {**row, "responses": responses}
+    because = {name: rated["because"] for name, rated in found.items() if "because" in rated}
+    return {**row, "responses": responses, **({"because": because} if because else {})}
 
 
 class _Follower:
@@ -253,8 +259,8 @@ class _Follower:
         self._rows = rows
         self._next = next(rows, None)
 
-    def scores(self, row_id: str) -> list[float] | None:
+    def row(self, row_id: str) -> dict[str, Any] | None:
         if self._next is None or self._next["id"] != row_id:
             return None
-        found, self._next = self._next["scores"], next(self._rows, None)
+        found, self._next = self._next, next(self._rows, None)
         return found

@@ -21,7 +21,7 @@ from simpo.core.optimizers import OPTIMIZERS
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS
 from simpo.recipe.checks import METRICS, resolve
 from simpo.recipe.declare import Key, declared_key, in_section
-from simpo.recipe.stages import STAGES, Clean, Generate, Pair, Rounds, Score
+from simpo.recipe.stages import STAGES, Clean, Generate, Judge, Pair, Rounds, Score
 from simpo.recipe.values import (
     OWN_KEYS,
     Number,
@@ -433,6 +433,8 @@ class Recipe(_LossKeys):
         Pair(), "How `simpo pair` makes pairs of them.", "mapping; see `simpo keys pair`")
     rounds: Annotated[Rounds, Field(strict=False)] = _stage(
         Rounds(), "How often `simpo rounds` goes from prompts to a model.", "mapping; see `simpo keys rounds`")
+    judge: Annotated[Judge, Field(strict=False)] = _stage(
+        Judge(), "Which answers `simpo judge` compares, and by what.", "mapping; see `simpo keys judge`")
     # fmt: on
 
     _notices: tuple[str, ...] = PrivateAttr(())

@@ -171,7 +171,7 @@ def nearest_key(name: str) -> str:
     ours = [*KEYS, *INPUT_KEYS, *ALIASES]
     close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.8)
     if not close:  # generate.temperature, written without its section
-        own = {key.partition(".")[2]: key for key in STAGE_KEYS}
+        own = {key.partition(".")[2]: key for key in reversed(STAGE_KEYS)}
         close = [own[near] for near in difflib.get_close_matches(name, own, n=1, cutoff=0.8)]
     close = close or difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
     close = close or difflib.get_close_matches(name, KNOWN_ELSEWHERE, n=1, cutoff=0.6)

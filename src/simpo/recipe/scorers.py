@@ -204,6 +204,8 @@ class Judge(Scorer):
         0.0, "Of the judge.", ge=0)
     max_tokens: Whole = _option(
         1024, "Longest answer of the judge.", ge=1)
+    keep_answers: bool = _option(
+        False, "Keep what the judge says, beside its numbers.", may_change=True)
     api_key_variable: Text | None = _option(
         None, "Environment variable with the server's key; the key itself is never written down.", "name",
         null="no key", may_change=True)

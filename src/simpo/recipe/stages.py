@@ -1,5 +1,5 @@
-"""The keys of the commands around training: what a recipe says under `generate`, `score`, `pair` and `rounds`; and
-those of cleaning, under `clean`.
+"""The keys of the commands around training: what a recipe says under `generate`, `score`, `pair`, `rounds` and `judge`;
+and those of cleaning, under `clean`.
 
 Declared as the recipe's own keys are, and checked with it: one file describes the whole loop, and each command reads
 its part. Written as a mapping in YAML, or one by one: `--generate.temperature 0.8`.
@@ -127,7 +127,7 @@ class Generate(Stage):
 SERVER_KEYS = ("url", "served_model", "api_key_variable", "concurrency", "timeout_s")
 """Keys of `generate` that say which server is asked, and how."""
 
-_score, _pair, _rounds = map(in_section, ("score", "pair", "rounds"))
+_score, _pair, _rounds, _judge = map(in_section, ("score", "pair", "rounds", "judge"))
 
 
 class Score(Stage):
@@ -197,10 +197,40 @@ class Rounds(Stage):
     launcher: Words = _rounds(
         [], "What starts training on several processes, such as torchrun --nproc_per_node=8.", "list of words; empty = "
         "one process")
+
+
+class Judge(Stage):
+    """`simpo judge`: two models' answers to the same prompts, and which are better."""
+
+    model: Text | None = _judge(
+        None, "What is judged: a model, or a file of its answers.", "folder, hub name or file",
+        null="the one trained in output_dir")
+    against: Text | None = _judge(
+        None, "What it is compared with: a model, or a file of answers (of this command or `simpo generate`, of "
+        "AlpacaEval or Arena-Hard).", "folder, hub name or file", null="model_name_or_path")
+    prompts: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture_or_null)] = _judge(
+        None, "Where the prompts are: datasets, as dataset_mixer names them, whose rows may have responses or not.",
+        "mapping of name to fraction > 0 or to settings", null="the held-out rows of dataset_mixer")
+    max_prompts: Whole | None = _judge(
+        None, "At most this many prompts, a seeded choice.", null="all", ge=1)
+    temperature: Number = _judge(
+        0.0, "Of the answers, one to a prompt; 0 takes the most likely token each time, as Arena-Hard does. The rest "
+        "of sampling is as `generate` says.", ge=0)
+    scorers: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(as_scorers_or_null)] = _judge(
+        None, "What judges: scorers as score.scorers has them. One of kind judge compares both answers in both orders; "
+        "of any other the higher score wins, and equal scores are a tie.",
+        "mapping of name to {kind, weight, options}", null="score.scorers")
 # fmt: on
 
 
-STAGES: dict[str, type[Stage]] = {"clean": Clean, "generate": Generate, "score": Score, "pair": Pair, "rounds": Rounds}
+STAGES: dict[str, type[Stage]] = {
+    "clean": Clean,
+    "generate": Generate,
+    "score": Score,
+    "pair": Pair,
+    "rounds": Rounds,
+    "judge": Judge,
+}
 """Key of a recipe -> what it may hold."""
 
 STAGE_KEYS: dict[str, Key] = {

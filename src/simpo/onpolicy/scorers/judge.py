@@ -19,7 +19,7 @@ from simpo.data.columns import RowError
 from simpo.data.messages import Message
 from simpo.errors import short
 from simpo.onpolicy.client import Choice, Client, Request
-from simpo.onpolicy.scorers.rating import Rater, Row, Scores, column
+from simpo.onpolicy.scorers.rating import Explained, Rater, Row, Scores, column
 
 _PLACES = {"grade": {"prompt", "response"}, "pairs": {"prompt", "first", "second"}}
 _PLACES["reference"] = _PLACES["pairs"]
@@ -73,6 +73,7 @@ class _Open:
     row: Row
     missing: int
     points: list[list[float]] = field(default_factory=list)
+    said: list[dict[str, Any]] = field(default_factory=list)
     error: RowError | None = None
 
 
@@ -103,7 +104,8 @@ def _judge(
             state.error = error
         if not state.missing:
             del open_rows[row_id]
-            yield row_id, state.error or [sum(each) / len(each) for each in state.points]
+            scores = [sum(each) / len(each) for each in state.points] if state.error is None else []
+            yield row_id, state.error or (Explained(scores, state.said) if options.keep_answers else scores)
         yield from refused
         refused.clear()
     yield from refused
@@ -111,7 +113,7 @@ def _judge(
 
 def _questions(row: Row, options: Any, template: str) -> Iterator[tuple[tuple[int, int], str]]:
     """What is asked about a row: the places of the two it is about (-1: the reference, or nothing), and the text."""
-    prompt, texts = _as_text(row["prompt"]), [response["text"] for response in row["responses"]]
+    prompt, texts = prompt_as_text(row["prompt"]), [response["text"] for response in row["responses"]]
     if options.form == "grade":
         for place, text in enumerate(texts):
             yield (place, -1), _filled(template, prompt=prompt, response=text)
@@ -133,7 +135,7 @@ def _filled(template: str, **values: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda found: values.get(found[1], found[0]), template)
 
 
-def _as_text(prompt: Sequence[Message]) -> str:
+def prompt_as_text(prompt: Sequence[Message]) -> str:
     if len(prompt) == 1:
         return prompt[0]["content"]
     return "\n\n".join(f"{message['role'].upper()}: {message['content']}" for message in prompt)
@@ -153,8 +155,10 @@ def _note(state: _Open, places: list[int], answer: list[Choice] | RowError, form
         if not 1 <= float(found[-1]) <= 10:
             raise RowError("unreadable", f"the judge's grade is {found[-1]}, not 1 to 10")
         state.points[first].append(float(found[-1]))
+        state.said.append({"response": first, "grade": float(found[-1]), "text": text})
         return
     points = _POINTS[found[-1].lower()]
+    state.said.append({"first": first, "second": second, "verdict": found[-1].lower(), "text": text})
     if first >= 0:
         state.points[first].append(points)
     if second >= 0:

@@ -12,7 +12,17 @@ from simpo.errors import one_line
 
 T = TypeVar("T")
 Row = Mapping[str, Any]
-Scores = list[Any] | RowError
+
+
+@dataclass(frozen=True)
+class Explained:
+    """Numbers with what they come from, for those who want to look: plain values."""
+
+    scores: list[Any]
+    because: list[dict[str, Any]]
+
+
+Scores = list[Any] | Explained | RowError
 """A number for each response of a row, or why there is none."""
 
 
