@@ -66,6 +66,7 @@ from simpo.run.session import (
     card_of_data,
     check_agreement,
     check_device,
+    check_early_stopping,
     check_token_ids,
     count_steps,
     describe_run,
@@ -95,6 +96,7 @@ class TrainResult:
         metrics: of the last evaluation (`eval_*`); empty without held-out pairs.
         saved_metrics: the same of the weights as they were written (`eval_saved_*`); empty where that rounds nothing.
         best_step, best_metric: of the best evaluation by `metric_for_best_model`; None without one.
+        why_early: why `early_stopping_patience` ended it before its last step; None where it did not.
     """
 
     output_dir: Path
@@ -104,6 +106,7 @@ class TrainResult:
     saved_metrics: dict[str, float]
     best_step: int | None
     best_metric: float | None
+    why_early: str | None = None
 
 
 class Trainer:
@@ -153,6 +156,7 @@ class Trainer:
             lambda: prepare_pairs(recipe, self.tokenizer, progress=self.mesh.is_main)
         )
         check_token_ids(self.data, recipe)
+        check_early_stopping(recipe, self.data)
         self.export_dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
         self.repository = self.mesh.on_main(lambda: create_repository(recipe))
         self.model = load_model(recipe, device=self.device, mesh=self.mesh)
@@ -212,6 +216,8 @@ class Trainer:
                     self._evaluate_and_log()
                 with self.display.progress(self.total_steps, self.progress.step) as show:
                     for plan in self.loader.plans(self.progress.step, self.total_steps):
+                        if self.progress.why_early(self.recipe) is not None:
+                            break
                         values = self.train_step(plan)
                         show(self.progress.step, values)
                         self._after_step(values)
@@ -287,6 +293,10 @@ class Trainer:
         at = {"step": step, "steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}
         if is_due(recipe.eval_strategy, recipe.eval_steps, **at):
             self._evaluate_and_log()
+        if not last and self.progress.why_early(recipe) is not None:
+            last, at["total_steps"] = True, step
+            if self.progress.logged_step != step:
+                self._log_window(values)
         if is_due(recipe.save_strategy, recipe.save_steps, **at):
             self.save()
         self.saver.finish(wait=last)
@@ -300,6 +310,9 @@ class Trainer:
 
     def _finish(self) -> TrainResult:
         progress = self.progress
+        why_early = progress.why_early(self.recipe) if progress.step < self.total_steps else None
+        if why_early is not None:
+            self.display.say(why_early)
         results, kept_step = progress.last_eval, progress.step
         if self.recipe.load_best_model_at_end and progress.best_step not in (None, progress.step):
             self.mesh.barrier()
@@ -318,7 +331,7 @@ class Trainer:
             leftovers=self.leftovers,
             dtype=self.export_dtype,
             untrained=self._untrained,
-            data=card_of_data(self.data, step=kept_step, total_steps=self.total_steps),
+            data=card_of_data(self.data, step=kept_step, total_steps=self.total_steps, why_early=why_early),
             results=results,
             evaluate=functools.partial(self.evaluate, prefix="eval_saved"),
             mesh=self.mesh,
@@ -337,6 +350,7 @@ class Trainer:
             saved_metrics=written,
             best_step=progress.best_step,
             best_metric=progress.best_metric,
+            why_early=why_early,
         )
 
     def _trained_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -369,7 +383,8 @@ class Trainer:
         if not values:
             return
         self.progress.last_eval_step, self.progress.last_eval = self.progress.step, values
-        self.progress.track_best(values, self.recipe)
+        if self.progress.step:  # before the first one there is no checkpoint to go back to
+            self.progress.track_best(values, self.recipe)
         self._write(values | {"epoch": self._epoch})
         self.display.say_evaluation(f"evaluation at step {self.progress.step}", values)
         if self.recipe.num_eval_generations:

@@ -66,6 +66,7 @@ def resolve(recipe: Recipe) -> list[str]:
     for step in (_resolve_loss, _resolve_model, _resolve_lengths, _resolve_evaluation):
         vars(recipe).update(step(recipe, notices))  # the model is frozen for everybody else
     _check_best_model(recipe)
+    _check_early_stopping(recipe)
     return notices
 
 
@@ -238,4 +239,20 @@ def _check_best_model(recipe: Recipe) -> None:
         raise ValueError(
             f"load_best_model_at_end: save_steps = {recipe.save_steps} must be a multiple of "
             f"eval_steps = {recipe.eval_steps}, so that every checkpoint has its metric"
+        )
+
+
+def _check_early_stopping(recipe: Recipe) -> None:
+    """It counts evaluations during training, so there have to be some."""
+    if recipe.early_stopping_patience is None:
+        if recipe.early_stopping_threshold:
+            raise ValueError(
+                f"early_stopping_threshold = {recipe.early_stopping_threshold:g}: means nothing without "
+                "early_stopping_patience, the number of evaluations without improvement after which training stops"
+            )
+    elif recipe.eval_strategy not in ("steps", "epoch"):
+        when = "once at the end" if recipe.eval_strategy is None else "no"
+        raise ValueError(
+            f"early_stopping_patience = {recipe.early_stopping_patience}: nothing is evaluated during training "
+            f"(eval_strategy: {when}); set eval_steps, or eval_strategy: epoch"
         )

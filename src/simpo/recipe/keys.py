@@ -377,6 +377,12 @@ class Recipe(_LossKeys):
         "one of " + ", ".join(METRICS), hf="argument")
     greater_is_better: bool = _evaluation(
         None, "Whether a larger metric is better.", derived="by the metric", hf="argument")
+    early_stopping_patience: Whole | None = _evaluation(
+        None, "Stop once metric_for_best_model has not improved in this many evaluations in a row.",
+        null="train to the end", hf="run", may_change=True, ge=1)
+    early_stopping_threshold: Number = _evaluation(
+        0.0, "What the best value has to be surpassed by to count as improvement, for early_stopping_patience.",
+        hf="run", may_change=True, ge=0)
     # -- saving
     output_dir: Text | None = _saving(
         None, "Folder of the run; needed to train.", "path", hf="run", may_change=True, shown=True)

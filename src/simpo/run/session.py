@@ -48,6 +48,7 @@ class Progress:
     best_step: int | None = None
     best_metric: float | None = None
     best_in: str | None = None  # the folder of the best checkpoint where it is not the run's own
+    evals_without_gain: int = 0  # running, up to the last one
     last_eval_step: int | None = None
     last_eval: dict[str, float] = field(default_factory=dict)
 
@@ -57,7 +58,7 @@ class Progress:
         return cls(**{item.name: state[item.name] for item in dataclasses.fields(cls) if item.name in state})
 
     def track_best(self, values: Mapping[str, float], recipe: Recipe) -> None:
-        """Take note of an evaluation after the present step if it is the best so far.
+        """Take note of an evaluation after the present step if it is the best so far, and of whether it is any gain.
 
         Raises:
             ValueError: it lacks `metric_for_best_model`.
@@ -65,8 +66,38 @@ class Progress:
         name, best = recipe.metric_for_best_model, self.best_metric
         if name not in values:
             raise ValueError(f"metric_for_best_model: {name!r} is not one of {', '.join(sorted(values))}")
-        if best is None or (values[name] > best if recipe.greater_is_better else values[name] < best):
-            self.best_metric, self.best_step, self.best_in = values[name], self.step, None
+        value = values[name]
+        is_better = best is None or (value > best if recipe.greater_is_better else value < best)
+        is_gain = is_better and (best is None or abs(value - best) > recipe.early_stopping_threshold)
+        self.evals_without_gain = 0 if is_gain else self.evals_without_gain + 1
+        if is_better:
+            self.best_metric, self.best_step, self.best_in = value, self.step, None
+
+    def why_early(self, recipe: Recipe) -> str | None:
+        """Why the run ends here, before its last step; None where it goes on."""
+        patience = recipe.early_stopping_patience
+        if patience is None or self.evals_without_gain < patience:
+            return None
+        return describe_early_stop(recipe, self.step, best_step=self.best_step, best_metric=self.best_metric)
+
+
+def describe_early_stop(recipe: Recipe, step: int, *, best_step: int | None, best_metric: float | None) -> str:
+    """What a run says that early_stopping_patience ends."""
+    patience, least = recipe.early_stopping_patience, recipe.early_stopping_threshold
+    best = "" if best_metric is None else f": its best value is {best_metric:.6g}, at step {best_step}"
+    return (
+        f"stopped early after step {step}: {recipe.metric_for_best_model} has not improved"
+        f"{f' by more than {least:g}' if least else ''} in {patience} evaluation{'s' * (patience != 1)}{best}"
+    )
+
+
+def check_early_stopping(recipe: Recipe, data: PreparedData) -> None:
+    """Raise ValueError for early stopping without held-out pairs."""
+    if recipe.early_stopping_patience is not None and data.eval is None:
+        raise ValueError(
+            f"early_stopping_patience = {recipe.early_stopping_patience}: there are no held-out pairs to evaluate on; "
+            "give an evaluation split or a validation_fraction"
+        )
 
 
 def locate_best(progress: Progress, resumed: Checkpoint, own: Path, recipe: Recipe, mesh: Mesh) -> str | None:
@@ -236,11 +267,13 @@ def open_output_dir(
     return aside and f"what was in {folder} and would be replaced is kept in {aside}"
 
 
-def card_of_data(data: PreparedData, *, step: int, total_steps: int) -> dict[str, Any]:
-    """What the model card says of the training: see `run.export.write_model`."""
+def card_of_data(data: PreparedData, *, step: int, total_steps: int, why_early: str | None = None) -> dict[str, Any]:
+    """What the model card says of the training: see `run.export.publish_model`."""
+    early = {} if why_early is None else {"end of the run": why_early}
     return {
         "training pairs": len(data.train),
         "held-out pairs": len(data.eval or ()),
         "data fingerprint": data.fingerprint,
         "optimizer step of these weights": f"{step} of {total_steps}",
+        **early,
     }

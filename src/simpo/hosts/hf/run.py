@@ -20,6 +20,7 @@ from simpo.core.optimizers import OPTIMIZERS
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.hosts.hf.config import RECIPE_FIELDS, SimPOConfig
+from simpo.hosts.hf.early_stop import EarlyStop
 from simpo.hosts.hf.launch import join_launched_world
 from simpo.hosts.hf.masters import local_masters
 from simpo.hosts.hf.trainer import SimPOTrainer
@@ -34,6 +35,7 @@ from simpo.run.lock import OutputLock
 from simpo.run.resume import find_checkpoint
 from simpo.run.session import (
     card_of_data,
+    check_early_stopping,
     check_token_ids,
     count_steps,
     describe_run,
@@ -77,17 +79,19 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
     if data.eval is None or recipe.eval_strategy is None:
         args.eval_strategy = "no"
     check_token_ids(data, recipe)
+    check_early_stopping(recipe, data)
     dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
     repository = mesh.on_main(lambda: create_repository(recipe))
     directory = RunDirectory(recipe, display, mesh, lambda: open_output_dir(recipe, data, resume, TRAINERS))
     directory.evaluates = data.eval is not None and recipe.eval_strategy != "no"
+    early = [] if recipe.early_stopping_patience is None else [EarlyStop(recipe)]
     trainer = SimPOTrainer(
         recipe.model_name_or_path,
         args,
         train_dataset=data,
         processing_class=tokenizer,
         peft_config=lora_config(recipe) if recipe.use_peft else None,
-        callbacks=[directory],
+        callbacks=[directory, *early],
     )
     # The same settings; with the rest of it, a checkpoint knows the whole run.
     trainer.recipe = recipe = as_it_trains(recipe, trainer.model)
@@ -100,7 +104,10 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
     model_dir = Path(recipe.output_dir) / "model"
     with directory.resources:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
-        save_final_model(trainer, model_dir, dtype, directory.untrained, leftovers)
+        why_early = next((stop.why for stop in early), None)
+        if why_early is not None:
+            display.say(why_early)
+        save_final_model(trainer, model_dir, dtype, directory.untrained, leftovers, why_early=why_early)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
     mesh.on_main(lambda: upload_model(model_dir, repository, recipe, display))
@@ -177,6 +184,8 @@ def save_final_model(
     dtype: torch.dtype,
     untrained: WeightSample | None,
     leftovers: Leftovers | None = None,
+    *,
+    why_early: str | None = None,
 ) -> None:
     """The model as the native trainer leaves it, put together from whatever engine held it. Every process calls it."""
     recipe = trainer.recipe
@@ -192,7 +201,7 @@ def save_final_model(
         leftovers=leftovers,
         dtype=dtype,
         untrained=untrained,
-        data=card_of_data(trainer.data, step=step, total_steps=trainer.state.max_steps),
+        data=card_of_data(trainer.data, step=step, total_steps=trainer.state.max_steps, why_early=why_early),
         results=results,
         evaluate=functools.partial(trainer.evaluate, metric_key_prefix=SAVED),
         mesh=trainer.mesh,

@@ -32,6 +32,7 @@ from simpo.data.templates import install_chat_template
 from simpo.display import Display
 from simpo.hosts.hf.batches import TrainingOrder, build_dataloader, evaluation_order, is_tokenised, prepare_datasets
 from simpo.hosts.hf.config import SimPOConfig
+from simpo.hosts.hf.early_stop import EarlyStop
 from simpo.hosts.hf.launch import check_launch, join_launched_world
 from simpo.hosts.hf.masters import give_masters, take_masters, whole_weights
 from simpo.hosts.hf.model import load_by_name, make_ready, weights_are_elsewhere, wrap_in_adapters
@@ -482,7 +483,7 @@ class SimPOTrainer(Trainer):
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
         """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
         self._total_steps = max_steps
-        *_, resume_from_checkpoint, _ = others
+        _, num_epochs, resume_from_checkpoint, _ = others
         if resume_from_checkpoint is not None:
             folder = Path(resume_from_checkpoint)
             if not (folder / IDENTITY_FILE).is_file():
@@ -493,7 +494,10 @@ class SimPOTrainer(Trainer):
             fits = all(self.loader.pairs_before(step) == count for step, count in counts)
             for line in check_same_run(saved, self._identity(), folder, recipe=self.recipe, pairs_fit=fits):
                 self.display.say(line)
-        return super()._init_training_state(max_steps, *others)
+        place = super()._init_training_state(max_steps, *others)
+        stops = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStop)]
+        has_ended = any([stop.count_again(self.args, self.state) for stop in stops])
+        return (num_epochs, 0) if has_ended else place
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         with only_data(checkpoint):
