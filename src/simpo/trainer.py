@@ -69,6 +69,7 @@ from simpo.run.session import (
     check_early_stopping,
     check_token_ids,
     count_steps,
+    describe_next,
     describe_run,
     is_due,
     locate_best,
@@ -342,6 +343,7 @@ class Trainer:
         metrics = self.output_dir / "metrics.jsonl"
         self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
         self.mesh.on_main(lambda: upload_model(model_dir, self.repository, self.recipe, self.display))
+        self.display.say(describe_next(self.recipe, self.data))
         return TrainResult(
             self.output_dir,
             model_dir,

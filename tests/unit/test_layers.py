@@ -31,6 +31,7 @@ LAYERS = {
     "hosts": 7,
     "onpolicy": 7,
     "judging": 7,
+    "shipping": 7,
     "cli": 9,
     "__main__": 10,
 }

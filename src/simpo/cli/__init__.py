@@ -4,10 +4,10 @@ A module of this package holds the commands of one subject; a command loads its 
 package and prints.
 """
 
-from simpo.cli import training, recipes, onpolicy, judging  # isort: skip  the order of the commands in `simpo --help`
+from simpo.cli import training, recipes, onpolicy, judging, shipping  # isort: skip  the order in `simpo --help`
 from simpo.cli.app import app
 
-__all__ = ["app", "judging", "main", "onpolicy", "recipes", "training"]
+__all__ = ["app", "judging", "main", "onpolicy", "recipes", "shipping", "training"]
 
 
 def main() -> None:

@@ -72,18 +72,23 @@ def _options(
 
 def load(recipe: str, overrides: list[str], *, processes: int | None = None, stage: str = "") -> Recipe:
     """The recipe with its overrides; keys of `stage` may be given without its name in front."""
-    from simpo.recipe import KEYS, STAGE_KEYS, load_recipe
+    from simpo.recipe import load_recipe
 
     if recipe.startswith("-"):
         raise ValueError(f"the recipe comes before its overrides: simpo COMMAND RECIPE {recipe} ...")
-    if stage:
-        own = {f"--{key.partition('.')[2]}" for key in STAGE_KEYS if key.startswith(f"{stage}.")}
-        own -= {f"--{key}" for key in KEYS}
-        overrides = [
-            f"--{stage}.{word[2:]}" if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in own else word
-            for word in overrides
-        ]
-    return load_recipe(recipe, overrides, processes=processes)
+    return load_recipe(recipe, name_stage(overrides, stage) if stage else overrides, processes=processes)
+
+
+def name_stage(overrides: list[str], stage: str) -> list[str]:
+    """Overrides with the stage's name in front of its keys, but for those that the recipe itself has too."""
+    from simpo.recipe import KEYS, STAGE_KEYS
+
+    own = {f"--{key.partition('.')[2]}" for key in STAGE_KEYS if key.startswith(f"{stage}.")}
+    own -= {f"--{key}" for key in KEYS}
+    return [
+        f"--{stage}.{word[2:]}" if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in own else word
+        for word in overrides
+    ]
 
 
 def exit_by_account(account: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -251,11 +253,18 @@ def add_adapters(model: PreTrainedModel, config: Any, *, seed: int, **options: A
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     torch.manual_seed(seed)
+    with quiet_peft():
+        return get_peft_model(model, config, **options)
+
+
+@contextlib.contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Inside, peft may wrap a model without warnings of what is looked after here."""
     with warnings.catch_warnings():
         # peft 0.21 reads an attribute that transformers 5.23 renamed.
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         warnings.filterwarnings("ignore", message=".*tie_word_embeddings|.*ensure_weight_tying", category=UserWarning)
-        return get_peft_model(model, config, **options)
+        yield
 
 
 def check_tied_adapters(model: nn.Module) -> None:

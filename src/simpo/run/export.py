@@ -10,7 +10,7 @@ import contextlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -186,7 +186,8 @@ def publish_model(
             narrow = value.detach().to(dtype) if value.is_floating_point() else value
             state[name] = narrow if narrow.dtype == value.dtype else narrow.cpu()
     tie(state, model)
-    mesh.on_main(lambda: _write_model(model, state, tokenizer, recipe, folder, leftovers, dtype, data, results))
+    card = build_model_card(recipe, data=data, results=results)
+    mesh.on_main(lambda: write_model(model, state, tokenizer, folder, leftovers=leftovers, dtype=dtype, card=card))
     state.clear()
     if not results:
         return {}
@@ -216,9 +217,13 @@ def create_repository(recipe: Recipe) -> str | None:
         raise ValueError(f"push_to_hub: the repository {name!r} cannot be created: {first_line(error)}") from error
 
 
-def upload_model(folder: Path, repository: str | None, recipe: Recipe, display: Display) -> None:
+def upload_model(
+    folder: Path, repository: str | None, recipe: Recipe, display: Display, *, card: str | None = None
+) -> None:
     """Upload a complete model's folder, if there is a repository for it. One process calls it.
 
+    Args:
+        card: in place of the folder's README.md.
     Raises:
         OSError: it failed; says where the model is, and how to upload it.
     """
@@ -227,7 +232,11 @@ def upload_model(folder: Path, repository: str | None, recipe: Recipe, display: 
     hub = HfApi(token=recipe.hub_token)
     try:
         message = f"Trained with simpo {version('simpo')}"
-        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message)
+        own_card = None if card is None else ["README.md"]
+        hub.upload_folder(repo_id=repository, folder_path=folder, commit_message=message, ignore_patterns=own_card)
+        if card is not None:
+            name = {"path_in_repo": "README.md", "repo_id": repository}
+            hub.upload_file(path_or_fileobj=card.encode(), commit_message=f"{message}: card", **name)
     except Exception as error:
         raise OSError(
             f"push_to_hub: the run is complete and its model is in {folder}, but uploading it to {repository} failed: "
@@ -245,17 +254,23 @@ def tie(state: dict[str, Tensor], model: nn.Module) -> None:
             state[name] = state[tied_to]
 
 
-def _write_model(
+def write_model(
     model: nn.Module,
     state: dict[str, torch.Tensor],
     tokenizer: Any,
-    recipe: Recipe,
     folder: Path,
+    *,
     leftovers: Leftovers | None,
     dtype: torch.dtype,
-    data: Mapping[str, Any],
-    results: Mapping[str, float],
+    card: str,
 ) -> None:
+    """Write a model's folder, whole or not at all; one process calls it.
+
+    Args:
+        state: its tensors by name, in `dtype`.
+        leftovers, dtype: as in `publish_model`.
+        card: its README.md.
+    """
     aside = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
@@ -268,7 +283,7 @@ def _write_model(
     tokenizer.save_pretrained(aside)
     if base.generation_config is not None:
         base.generation_config.save_pretrained(aside)
-    _write_card(aside, recipe, data, results)
+    (aside / "README.md").write_text(card, encoding="utf-8")
     sync_tree(aside)
     replace_folder(aside, folder)
 
@@ -300,8 +315,12 @@ def _write_card(folder: Path, recipe: Recipe, data: Mapping[str, Any], results: 
     (folder / "README.md").write_text(build_model_card(recipe, data=data, results=results), encoding="utf-8")
 
 
-def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mapping[str, float]) -> str:
-    """Markdown with the metadata block that model hubs read: what was trained, on what, how, and what came out."""
+def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mapping[str, float] | Sequence[str]) -> str:
+    """Markdown with the metadata block that model hubs read: what was trained, on what, how, and what came out.
+
+    Args:
+        results: metrics, or lines that say them.
+    """
     base = recipe.model_name_or_path
     header = ["---", f"base_model: {base}", "library_name: transformers", "pipeline_tag: text-generation"]
     if Path(base).is_dir():
@@ -322,11 +341,13 @@ def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mappin
         "## Results",
         "",
     ]
-    if results:
+    if not isinstance(results, Mapping):
+        lines += results
+    elif results:
         lines += ["| metric | value |", "|---|---|"]
         lines += [f"| {key} | {value:.6g} |" for key, value in results.items()]
     else:
         lines.append("No evaluation was run.")
     lines += ["", "## Recipe", "", "```yaml"]
     lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.to_dict().items()]
-    return "\n".join([*lines, "```", ""])
+    return "\n".join([*lines, "```", "", f"Trained with simpo {version('simpo')}.", ""])

@@ -38,6 +38,7 @@ from simpo.run.session import (
     check_early_stopping,
     check_token_ids,
     count_steps,
+    describe_next,
     describe_run,
     open_output_dir,
     set_up_process,
@@ -111,6 +112,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
     mesh.on_main(lambda: upload_model(model_dir, repository, recipe, display))
+    display.say(describe_next(recipe, data))
 
 
 def check_keys(recipe: Recipe) -> None:

@@ -1,0 +1,117 @@
+"""The model card of a run: what it was trained on and how, and what its evaluations say, with intervals. Read from the
+files of the run directory alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from simpo.evaluation.statistics import wilson_interval
+from simpo.recipe import Recipe, load_recipe
+from simpo.run.export import build_model_card
+from simpo.shipping.source import Source
+
+EVALUATION = "evaluation.json"
+"""Where in a run `simpo eval --output` puts what the card shows first."""
+
+_SHOWN = ("rewards/accuracies", "rewards/margins", "loss", "logps/chosen", "logps/rejected")
+
+
+def card_of(source: Source) -> str:
+    """Markdown for a model's README.md."""
+    if source.run is None or not (source.run / "recipe.yaml").is_file():
+        what = f"`{source.name}` merged into `{source.base}`" if source.is_adapter else f"`{source.name}`"
+        return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [simpo]\n---\n\n{what}.\n"
+    recipe = load_recipe(source.run / "recipe.yaml", processes=1)
+    rows = _read_lines(source.run / "metrics.jsonl")
+    step = source.checkpoint.step if source.checkpoint is not None else _step_of(rows, recipe)
+    return build_model_card(
+        recipe, data=dict(_data_lines(source.run, recipe, rows, step)), results=_results(source.run, rows, step)
+    )
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    if not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
+def _step_of(rows: list[dict[str, Any]], recipe: Recipe) -> int:
+    """The step whose weights a finished run's model has."""
+    name, best = recipe.metric_for_best_model, {}
+    for row in rows if recipe.load_best_model_at_end else ():
+        if name in row and row["step"]:
+            ahead = row[name] - best.get(name, row[name])
+            if not best or (ahead if recipe.greater_is_better else -ahead) > 0:
+                best = row
+    return best.get("step", max((row["step"] for row in rows), default=0))
+
+
+def _data_lines(run: Path, recipe: Recipe, rows: list[dict[str, Any]], step: int) -> Iterator[tuple[str, str]]:
+    yield "data sets", ", ".join(f"`{name}`" for name in recipe.dataset_mixer)
+    ledger = run / "audit.json"
+    if ledger.is_file():
+        account = json.loads(ledger.read_text(encoding="utf-8"))
+        for split, title in (("train", "training pairs"), ("eval", "held-out pairs")):
+            found = account.get("splits", {}).get(split)
+            if found is not None:
+                dropped = ", ".join(f"{entry['count']} {reason}" for reason, entry in found["dropped"].items())
+                yield title, f"{found['kept']} of {found['input']}" + (f"; dropped: {dropped}" if dropped else "")
+        if "fingerprint" in account:
+            yield "fingerprint of the data", account["fingerprint"]
+    yield "optimizer step of these weights", f"{step} of {max((row['step'] for row in rows), default=step)}"
+
+
+def _results(run: Path, rows: list[dict[str, Any]], step: int) -> list[str]:
+    """Tables for people; an evaluation by `simpo eval` first, for it has intervals of everything."""
+    found = run / EVALUATION
+    lines = _compared(json.loads(found.read_text(encoding="utf-8"))) if found.is_file() else []
+    evaluated = [row for row in rows if "eval_loss" in row or "eval_saved_loss" in row]
+    before = next((row for row in evaluated if row["step"] == 0), {})
+    after: dict[str, Any] = {}
+    for row in evaluated:
+        if row["step"] == step and step:
+            after |= {key.replace("eval_saved_", "eval_"): value for key, value in row.items()}
+    if not after:
+        return lines or ["No evaluation was run."]
+    lines += ["", "On the run's held-out pairs, with training's own loss:", ""] if lines else []
+    lines += (
+        ["| metric | before training | after |", "|---|---|---|"]
+        if before
+        else ["| metric | after training |", "|---|---|"]
+    )
+    for name in _SHOWN:
+        if f"eval_{name}" in after:
+            cells = [_cell(row, name) for row in ([before] if before else []) + [after]]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, "", f"{after.get('eval_pairs', 0):.0f} pairs; intervals at 95%."]
+
+
+def _cell(row: Mapping[str, Any], name: str) -> str:
+    value, pairs = row.get(f"eval_{name}"), row.get("eval_pairs")
+    if value is None:
+        return "-"
+    if name != "rewards/accuracies" or not pairs:
+        return f"{value:.4f}"
+    _, low, high = wilson_interval(value * pairs, int(pairs))
+    return f"{value:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _compared(evaluation: Mapping[str, Any]) -> list[str]:
+    """What `simpo eval --output` wrote, against the baseline where there is one."""
+    models = [evaluation.get("baseline"), evaluation]
+    models = [model for model in models if model]
+    title = ["before" if model is not evaluation else "after" for model in models]
+    lines = [f"| {evaluation['num_pairs']} held-out pairs | {' | '.join(title)} |", "|---" * (len(models) + 1) + "|"]
+    for name, key, form in (("preference accuracy", "accuracy", ".1%"), ("margin, nats per token", "margin", "+.4f")):
+        cells = [_interval(model[key], form) for model in models]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, "", f"Intervals at 95%; data {evaluation['data']}, tokens {evaluation['data_fingerprint']}."]
+
+
+def _interval(found: Mapping[str, float | None], form: str) -> str:
+    value, low, high = ("-" if found[name] is None else f"{found[name]:{form}}" for name in ("value", "low", "high"))
+    return f"{value} [{low}, {high}]"

@@ -1,0 +1,67 @@
+"""`simpo push`: a model to the hub, with a card that has the run's numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from simpo.display import Display
+from simpo.recipe import load_recipe
+from simpo.run.export import create_repository, upload_model
+from simpo.shipping.card import EVALUATION, card_of
+from simpo.shipping.source import Source, find_source
+
+KEYS = frozenset({"hub_model_id", "hub_private_repo", "hub_token"})
+
+
+def run_push(name: str, overrides: Sequence[str] = (), *, repo: str | None = None, dry_run: bool = False) -> None:
+    """Upload a model's folder, or show what would be sent.
+
+    Args:
+        name: a finished run, or a folder with a model or an adapter.
+        overrides: recipe keys: hub_private_repo, hub_token.
+        repo: the repository; None = the run's hub_model_id, or the name of the run or the folder.
+        dry_run: send nothing.
+    Raises:
+        ValueError: there is no folder to send, or the repository cannot be created.
+        OSError: the upload failed; says how to try again.
+    """
+    source, display = find_source(name, overrides, keys=KEYS), Display()
+    if source.folder is None:
+        raise ValueError(f"{name} is a checkpoint in shards; write it as a model first: simpo merge {name}")
+    folder = Path(source.folder)
+    if not folder.is_dir():
+        raise ValueError(f"{name}: there is no such folder")
+    repo = repo or source.recipe.hub_model_id or _name_of(source)
+    recipe = load_recipe(source.recipe, {"push_to_hub": True, "hub_model_id": repo})
+    card = _card(source, folder)
+    if card is None:
+        display.say(f"{folder / 'README.md'} was not written by simpo: it is sent as it is")
+    elif source.run is not None and not (source.run / EVALUATION).is_file():
+        display.say(
+            f"the card has the run's own evaluations; one against the base, with intervals of everything, comes with: "
+            f"simpo eval DATA --model {name} --compare {source.base} --output {source.run / EVALUATION}"
+        )
+    if dry_run:
+        display.table(f"would be sent to {repo}", _sizes(folder))
+        display.say("" if card is None else card)
+        return
+    upload_model(folder, create_repository(recipe), recipe, display, card=card)
+
+
+def _name_of(source: Source) -> str:
+    folder = Path(source.folder or "").resolve()
+    return (source.run if source.run is not None and folder.name == "model" else folder).resolve().name
+
+
+def _card(source: Source, folder: Path) -> str | None:
+    """The card to send; None where somebody wrote one."""
+    own = folder / "README.md"
+    if own.is_file() and "simpo" not in own.read_text(encoding="utf-8"):
+        return None
+    return card_of(source)
+
+
+def _sizes(folder: Path) -> dict[str, str]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and ".cache" not in path.parts)
+    return {str(path.relative_to(folder)): f"{path.stat().st_size / 2**20:,.1f} MiB" for path in files}

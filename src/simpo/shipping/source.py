@@ -1,0 +1,180 @@
+"""What a name given to `simpo chat`, `merge`, `export` or `push` stands for, and its weights and tokenizer.
+
+A run directory, a checkpoint of either host, a folder with a model or an adapter, or a name on the hub. Must not import
+the trainer or the hosts.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from simpo.data.templates import NO_TEMPLATE, install_chat_template
+from simpo.evaluation.run import READ_KEYS, base_model, find_tokenizer, model_folder
+from simpo.model.load import (
+    add_adapters,
+    load_pretrained,
+    load_tokenizer,
+    lora_config,
+    quantization_options,
+    quiet_peft,
+)
+from simpo.parallel.mesh import Mesh, MeshSizes
+from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.run.checkpoint import NATIVE, STATE_FILE, TRAINERS, Checkpoint, list_checkpoints, load_checkpoint
+
+_OF_ADAPTERS = frozenset(name for name, key in KEYS.items() if key.section == "lora")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model by any of its names.
+
+    Attributes:
+        name: as it was given.
+        folder: what `from_pretrained` takes; None for a checkpoint of the native trainer, which is `checkpoint`.
+        run: the run directory that it belongs to, if any.
+        base: the model that it was trained from; its own name where that is not known.
+        recipe: the run's, or the defaults, with overrides; `model_name_or_path` is `base`.
+    """
+
+    name: str
+    folder: str | None
+    checkpoint: Checkpoint | None
+    run: Path | None
+    base: str
+    recipe: Recipe
+
+    @property
+    def is_adapter(self) -> bool:
+        if self.folder is None:
+            return self.recipe.use_peft
+        return base_model(self.folder) != self.folder
+
+    @property
+    def place(self) -> Path:
+        """The folder, for names of what is made of it."""
+        return (
+            self.checkpoint.folder if self.folder is None and self.checkpoint is not None else Path(self.folder or "")
+        )
+
+
+def find_source(name: str, overrides: Sequence[str] = (), *, keys: Collection[str] = ()) -> Source:
+    """What `name` stands for.
+
+    Args:
+        overrides: words of a command line, `--key value`.
+        keys: of the recipe that the command reads besides those of model, data and adapters.
+    Raises:
+        ValueError: no such folder, or nothing in it that could be loaded.
+    """
+    folder, checkpoint, run = _find(name)
+    own = run / "recipe.yaml" if run is not None else None
+    if own is None or not own.is_file():
+        if checkpoint is not None:
+            raise ValueError(f"{name}: the checkpoint's run has no recipe.yaml, which says what model it is of")
+        own = {"model_name_or_path": base_model(folder or name)}
+    recipe = load_recipe(own, only=READ_KEYS | _OF_ADAPTERS | set(keys), processes=1)
+    if folder is not None and recipe.chat_template != NO_TEMPLATE:
+        recipe = load_recipe(recipe, {"chat_template": None})  # it was saved with the model
+    recipe = load_recipe(recipe, overrides, only=READ_KEYS | _OF_ADAPTERS | set(keys), processes=1)
+    return Source(name, folder, checkpoint, run, recipe.model_name_or_path, recipe)
+
+
+def _find(name: str) -> tuple[str | None, Checkpoint | None, Path | None]:
+    """A model's folder or hub name, or a native checkpoint; and the run that either belongs to."""
+    path = Path(name)
+    if not path.is_dir():
+        if path.exists():
+            raise ValueError(f"{name} is a file; give a run, a checkpoint, or a folder with a model or an adapter")
+        if name.startswith((".", "/", "~")) or name.count("/") > 1:
+            raise ValueError(f"{name}: there is no such folder; give a run, a checkpoint, a model's folder or hub name")
+        return name, None, None
+    if (path / STATE_FILE).is_file() and (path / "tensors").is_dir():
+        known = list_checkpoints(path.parent, NATIVE)
+        checkpoint = next((each for each in known if each.folder.name == path.name), None)
+        if checkpoint is None:
+            raise ValueError(f"{name} is a checkpoint whose folder was renamed; a complete one is called step-N")
+        return None, checkpoint, path.resolve().parent.parent
+    folder = model_folder(name)
+    if folder != name:
+        return folder, None, path
+    if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
+        above = path.resolve().parent
+        runs = [above] if path.resolve().name == "model" else [above.parent] if above.name == "checkpoints" else []
+        return name, None, next((run for run in runs if (run / "recipe.yaml").is_file()), None)
+    for kind in (NATIVE, TRAINERS):
+        if found := list_checkpoints(path / "checkpoints", kind):
+            return _find(str(found[-1].folder))
+    raise ValueError(f"{name} holds no model, no adapter and no run with a model or a complete checkpoint")
+
+
+def load_source_tokenizer(source: Source) -> Any:
+    """Its tokenizer, with the chat template that it was trained with."""
+    if source.folder is not None:
+        return find_tokenizer(source.recipe, source.folder)
+    tokenizer = load_tokenizer(source.recipe)
+    install_chat_template(tokenizer, source.recipe.chat_template)
+    return tokenizer
+
+
+def load_source(source: Source, *, device: torch.device, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Its model in eval mode with plain attention, a PEFT model where it is adapters; never quantised.
+
+    Raises:
+        ValueError: it cannot be loaded, or a file of the checkpoint is not as it was saved.
+    """
+    if source.folder is not None:
+        base = _load_base(source, base_model(source.folder))
+        model: nn.Module = _with_adapter(base, source.folder) if source.is_adapter else base
+    else:
+        assert source.checkpoint is not None
+        model = _load_native(source, source.checkpoint)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def _load_base(source: Source, name: str, **options: Any) -> Any:
+    dtype = {"dtype": getattr(torch, source.recipe.master_dtype)} | options
+    return load_pretrained(AutoModelForCausalLM, name, source.recipe, what="model", **dtype)
+
+
+def _with_adapter(base: nn.Module, folder: str) -> nn.Module:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ValueError(f"{folder} is an adapter, which needs peft: pip install 'simpo[peft]'") from error
+    with quiet_peft():
+        return PeftModel.from_pretrained(base, folder)
+
+
+def _load_native(source: Source, checkpoint: Checkpoint) -> nn.Module:
+    """A checkpoint of the native trainer, from whatever mesh, in a model as it was trained."""
+    recipe, cpu = source.recipe, torch.device("cpu")
+    options = quantization_options(recipe, cpu) if recipe.load_in_4bit else {}
+    model: nn.Module = _load_base(source, recipe.model_name_or_path, **options)
+    if recipe.use_peft:
+        model = add_adapters(model, lora_config(recipe), seed=recipe.seed)
+    load_checkpoint(checkpoint, model=model, mesh=Mesh(MeshSizes(), device=cpu))
+    if not recipe.load_in_4bit:
+        return model
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    trained = get_peft_model_state_dict(model)
+    model = add_adapters(_load_base(source, recipe.model_name_or_path), lora_config(recipe), seed=recipe.seed)
+    set_peft_model_state_dict(model, trained)
+    return model
+
+
+def results_at(source: Source) -> dict[str, float]:
+    """The evaluation that a native checkpoint holds; empty without one."""
+    if source.checkpoint is None:
+        return {}
+    state = json.loads((source.checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
+    return dict(state.get("progress", {}).get("last_eval", {}))

@@ -1,0 +1,129 @@
+"""`simpo merge`: what is written answers as what was trained, whatever it was trained as; nothing is overwritten."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mesh_runs
+import pytest
+import torch
+from mesh_runs import MESHES
+from ranks import Ranks
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from typer.testing import CliRunner
+
+from simpo.cli import app
+from simpo.display import Display
+from simpo.recipe import load_recipe
+from simpo.run.checkpoint import list_checkpoints
+from simpo.shipping.merge import run_merge
+from simpo.trainer import Trainer
+
+Settings = dict[str, Any]
+IDS = torch.arange(3, 40)[None]
+SHORT = {"max_steps": 4, "save_steps": 2, "eval_steps": 2}
+
+
+def train(settings: Settings, **changes: Any) -> Trainer:
+    trainer = Trainer(load_recipe({**settings, **SHORT, **changes}), display=Display(quiet=True))
+    trainer.run()
+    return trainer
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    """By the model's ordinary head."""
+    from simpo.model.attention import plain_attention
+
+    model.eval()
+    with plain_attention(model):
+        return model(input_ids=IDS, use_cache=False).logits.float()
+
+
+def load(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("changes", "tied"),
+    [
+        ({}, True),
+        ({"use_dora": True}, True),
+        ({"lora_modules_to_save": ["embed_tokens", "norm"]}, False),
+    ],
+    ids=["LoRA", "DoRA", "modules to save"],
+)
+def test_merged_adapters_have_the_trained_logits(
+    tiny_recipe: Settings, model_folder: Any, changes: Settings, tied: bool
+):
+    if not tied:
+        tiny_recipe |= {"model_name_or_path": str(model_folder(tie_word_embeddings=False))}
+    trainer = train(tiny_recipe, use_peft=True, learning_rate=0.05, **changes)
+    run = trainer.output_dir
+    expected, base = logits(trainer.model), logits(load(Path(trainer.recipe.model_name_or_path)))
+    merged = run_merge(str(run), ["--save_dtype", "float32"])
+    assert merged == run / "merged"
+    assert not (merged / "adapter_config.json").exists()
+    found = logits(load(merged))
+    assert (found - base).abs().max() > 0.05  # it was trained
+    torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+    tokenizer = AutoTokenizer.from_pretrained(merged)
+    assert tokenizer.chat_template == trainer.tokenizer.chat_template
+    assert (merged / "generation_config.json").is_file()
+    assert json.loads((merged / "config.json").read_text())["dtype"] == "float32"
+    again = run_merge(str(run / "checkpoints" / "step-4"), ["--save_dtype", "float32"], output=str(run / "again"))
+    torch.testing.assert_close(logits(load(again)), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh", ["fsdp2", "tp2"])
+def test_a_checkpoint_of_two_ranks_is_the_model_that_they_exported(
+    mesh: str, tiny_recipe: Settings, model_folder: Any, two_ranks: Ranks
+):
+    model = model_folder(num_attention_heads=6, num_key_value_heads=2, tie_word_embeddings=True)
+    settings = {**tiny_recipe, **SHORT, "save_steps": 4, "save_dtype": "float32", **MESHES[mesh]}
+    settings["model_name_or_path"] = model
+    assert two_ranks.run(mesh_runs.run, settings) == ["finished"] * 2
+    run = Path(settings["output_dir"])
+    merged = run_merge(str(run / "checkpoints" / "step-4"))
+    assert merged == run / "step-4-merged"
+    expected = load_file(run / "model" / "model.safetensors")
+    found = load_file(merged / "model.safetensors")
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+def test_a_name_that_is_a_model_already_and_a_folder_in_use_are_refused(tiny_recipe: Settings, tmp_path: Path):
+    run = train(tiny_recipe).output_dir
+    refused = CliRunner().invoke(app, ["merge", str(run)])
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "is an ordinary model already: there is nothing to merge" in refused.stderr
+    taken = tmp_path / "taken"
+    taken.mkdir()
+    (taken / "file").write_text("mine")
+    refused = CliRunner().invoke(app, ["merge", str(run / "checkpoints" / "step-2"), "--output", str(taken)])
+    assert refused.exit_code == 2
+    assert "is there already, and nothing is overwritten" in refused.stderr
+    assert [path.name for path in taken.iterdir()] == ["file"]
+    for name, message in (("/no/where", "there is no such folder"), (str(tmp_path), "holds no model")):
+        refused = CliRunner().invoke(app, ["merge", name])
+        assert (refused.exit_code, message in refused.stderr) == (2, True)
+    narrow = run_merge(str(run), ["--save_dtype", "bfloat16"], output=str(tmp_path / "narrow"))
+    assert load_file(narrow / "model.safetensors")["model.norm.weight"].dtype == torch.bfloat16
+
+
+def test_a_run_without_its_model_stands_for_its_newest_checkpoint(tiny_recipe: Settings):
+    trainer = train(tiny_recipe, save_dtype="float32")
+    expected = load_file(trainer.output_dir / "model" / "model.safetensors")
+    shutil.rmtree(trainer.output_dir / "model")
+    assert [c.step for c in list_checkpoints(trainer.checkpoint_dir)] == [2, 4]
+    merged = run_merge(str(trainer.output_dir), [])
+    for name, value in load_file(merged / "model.safetensors").items():
+        assert torch.equal(value, expected[name]), name
+    card = (merged / "README.md").read_text()
+    assert "optimizer step of these weights: 4 of 4" in card
+    assert "| rewards/accuracies |" in card
