@@ -213,3 +213,34 @@ def test_simpo_trainer_uploads_as_transformers_trainer_does(hub: Hub, tiny_model
     trainer.push_to_hub()
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md"} <= set(hub.files["team/small"])
     assert HfApi().endpoint.startswith("http://127.0.0.1")
+
+
+def test_a_finished_run_is_pushed_with_a_card_that_has_its_numbers(
+    hub: Hub, tiny_recipe: dict[str, Any], tmp_path: Path
+):
+    path = recipe_file(tmp_path, tiny_recipe, push_to_hub=False, hub_model_id=None, eval_on_start=True)
+    assert CliRunner().invoke(app, ["train", str(path)]).exit_code == 0
+    run = Path(tiny_recipe["output_dir"])
+    before = files_under(run)
+    shown = CliRunner().invoke(app, ["push", str(run), "--repo", "team/small", "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    assert "would be sent to team/small" in shown.stdout
+    assert "model.safetensors" in shown.stdout
+    assert not hub.created
+    pushed = CliRunner().invoke(app, ["push", str(run), "--repo", "team/small", "--hub_token", TOKEN])
+    assert pushed.exit_code == 0, pushed.output
+    sent = hub.files["team/small"]
+    assert sent.keys() == files_under(run / "model").keys()
+    card = sent.pop("README.md").decode()
+    assert sent == {name: content for name, content in files_under(run / "model").items() if name != "README.md"}
+    assert files_under(run) == before
+    for line in ("| metric | before training | after |", "- training pairs: 40 of 40", "- held-out pairs: 10 of 10"):
+        assert line in card
+    assert "10 pairs; intervals at 95%" in card
+    assert "fingerprint of the data" in card
+    assert hub.tokens == {f"Bearer {TOKEN}"}
+    assert TOKEN not in card + pushed.output
+    (run / "model" / "README.md").write_text("mine")
+    assert "was not written by simpo" in CliRunner().invoke(app, ["push", str(run), "--dry-run"]).stdout
+    refused = CliRunner().invoke(app, ["push", str(tmp_path / "nowhere")])
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)

@@ -1,4 +1,4 @@
-"""Commands on a finished run or any model: chat, merge, push."""
+"""Commands on a finished run or any model: chat, merge, export, push."""
 
 from __future__ import annotations
 
@@ -47,6 +47,26 @@ def merge(
     from simpo.shipping.merge import run_merge
 
     run_merge(model, context.args, output=output)
+
+
+@app.command(context_settings=TAKES_OVERRIDES)
+def export(
+    context: typer.Context,
+    model: Model,
+    gguf: Annotated[bool, typer.Option("--gguf", help="As one file for llama.cpp and ollama.")] = False,
+    quantize: Annotated[
+        str, typer.Option("--quantize", metavar="FORMAT", help="Of the weights: q8_0, f16, bf16 or f32.")
+    ] = "q8_0",
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help="New file. [default: beside the model, .gguf]")
+    ] = None,
+) -> None:
+    """Write a model as a .gguf file, adapters merged, with a Modelfile for ollama beside it."""
+    if not gguf:
+        raise ValueError("export: say --gguf, the one format that there is; as transformers loads it: simpo merge")
+    from simpo.shipping.gguf import run_export
+
+    run_export(model, context.args, quantize=quantize, output=output)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

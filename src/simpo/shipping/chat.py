@@ -91,7 +91,7 @@ class Speaker:
             responses = self.read(found)
             if isinstance(responses, RowError):
                 raise ValueError(f"{self.title}: {responses.detail}")
-            text = responses[0].text
+            text = responses[0].text.lstrip()
         finally:
             text = self._text(tokens) if text is None else text
             show(text)
