@@ -253,7 +253,7 @@ class _Stream:
         self.width = out.width if out.is_terminal else None
 
     def __call__(self, text: str) -> None:
-        text = self.whole = _printable(text)
+        text = self.whole = text if self.width is None else _printable(text)
         if self.width is not None:  # the last word may grow yet
             text = text[: len(text) - len(text.split(" ")[-1].split("\n")[-1])]
         self._put(text)
