@@ -24,6 +24,8 @@ from typing import Any
 
 PRELOADED = ["simpo.cli", "simpo.trainer", "transformers.trainer", "torch.distributed.launcher.api"]
 TIMEOUT_S = 600
+KILLS = int(os.environ.get("SIMPO_KILLS", "30"))
+"""How often the long tests of kills kill a command."""
 ENDING = (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 

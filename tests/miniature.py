@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,37 @@ def step_recipe(tiny_recipe: dict[str, Any]):
         return {**tiny_recipe, **changes, **keys}
 
     return build
+
+
+def sampling_recipe(folder: Path, model: Path, prompts: Sequence[Any], **generate: Any) -> dict[str, Any]:
+    """A recipe that samples answers to prompts in one process, in float32, with all it writes in a folder.
+
+    Args:
+        prompts: text or messages of each.
+        generate: keys of its own.
+    """
+    path = folder / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in prompts))
+    return {
+        "model_name_or_path": str(model),
+        "output_dir": str(folder / "run"),
+        "cache_dir": str(folder / "cache"),
+        "dataset_mixer": {str(path): 1.0},
+        "bf16": False,
+        "num_threads": 1,
+        "generate": {"num_samples": 3, "max_new_tokens": 12, "processes": 1, **generate},
+    }
+
+
+def rounds_recipe(folder: Path, model: Path, prompts: Sequence[Any], **generate: Any) -> dict[str, Any]:
+    """A recipe of one round that likes answers of six words, held-out prompts included."""
+    return {
+        **sampling_recipe(folder, model, prompts, **generate),
+        "max_length": 120,
+        "per_device_train_batch_size": 2,
+        "score": {"scorers": {"length": {"kind": "length", "min": 6}}},
+        "pair": {"test_fraction": 0.2, "finished_only": False},
+    }
 
 
 @pytest.fixture

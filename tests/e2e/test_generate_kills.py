@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import signal
 import time
@@ -11,6 +10,8 @@ from typing import Any
 
 import forks
 import pytest
+from forks import KILLS
+from miniature import sampling_recipe
 
 from simpo.onpolicy.generate import run_generate
 from simpo.recipe import load_recipe
@@ -28,22 +29,15 @@ def recipe(tmp_path: Path, tiny_model: Path, moments: int) -> dict[str, Any]:
     """Prompts in batches of four, in bfloat16, where rounding would tell a batch that was cut from a whole one."""
     rng = random.Random(1)
     words = ["water", "stone", "light", "bread"]
-    rows = [{"prompt": " ".join(rng.choice(words) for _ in range(rng.randint(3, 20)))} for _ in range(8 * moments + 8)]
-    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [" ".join(rng.choices(words, k=rng.randint(3, 20))) for _ in range(8 * moments + 8)]
     (tmp_path / "killed").mkdir()
-    settings = {
-        "model_name_or_path": str(tiny_model),
-        "output_dir": ".",
-        "cache_dir": str(tmp_path / "cache"),
-        "dataset_mixer": {str(tmp_path / "prompts.jsonl"): 1.0},
-        "num_threads": 1,
-        "generate": {"num_samples": 3, "max_new_tokens": 24, "batch_size": 12, "processes": 1},
-    }
+    keys = sampling_recipe(tmp_path, tiny_model, prompts, max_new_tokens=24, batch_size=12)
+    settings = {**keys, "bf16": True, "output_dir": "."}
     load_recipe(settings).save(tmp_path / "killed" / "recipe.yaml")
     return settings
 
 
-@pytest.mark.parametrize("moments", [2, pytest.param(30, marks=pytest.mark.long)], indirect=True)
+@pytest.mark.parametrize("moments", [2, pytest.param(KILLS, marks=pytest.mark.long)], indirect=True)
 def test_nothing_is_lost_and_nothing_is_there_twice(moments, recipe, tmp_path):
     whole = run_generate(load_recipe(recipe), output=tmp_path / "whole" / "responses.jsonl")
     killed, rng, kills = tmp_path / "killed" / "responses.jsonl", random.Random(moments), 0

@@ -2,43 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from miniature import rounds_recipe
 
 from simpo.onpolicy.rounds import run_command, run_rounds
 from simpo.recipe import load_recipe
-
-
-def loop_keys(folder: Path, model: Path) -> dict[str, Any]:
-    prompts = [{"prompt": f"water and stone, {number}?"} for number in range(30)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    return {
-        "model_name_or_path": str(model),
-        "output_dir": str(folder / "loop"),
-        "cache_dir": str(folder / "cache"),
-        "bf16": False,
-        "num_threads": 1,
-        "max_length": 120,
-        "learning_rate": 1e-2,
-        "per_device_train_batch_size": 2,
-        "save_strategy": "no",
-        "generate": {
-            "prompts": {str(folder / "prompts.jsonl"): 1.0},
-            "num_samples": 3,
-            "max_new_tokens": 12,
-            "processes": 1,
-        },
-        "score": {"scorers": {"length": {"kind": "length", "min": 6}}},
-        "pair": {"test_fraction": 0.2, "finished_only": False},
-        "rounds": {"rounds": 1, "prompts_per_round": 8, "eval_prompts": 4},
-    }
 
 
 @pytest.mark.usefixtures("rounds_in_process")
@@ -49,8 +23,10 @@ def test_a_rounds_adapter_is_merged_and_the_next_begins_with_that(tiny_model: Pa
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM
 
-    run_rounds(load_recipe({**loop_keys(tmp_path, tiny_model), "use_peft": True}))
-    place = tmp_path / "loop" / "round-1"
+    keys = rounds_recipe(tmp_path, tiny_model, [f"water and stone, {number}?" for number in range(30)])
+    more = {"use_peft": True, "learning_rate": 1e-2, "save_strategy": "no"}
+    run_rounds(load_recipe({**keys, **more, "rounds": {"rounds": 1, "prompts_per_round": 8, "eval_prompts": 4}}))
+    place = tmp_path / "run" / "round-1"
     assert load_recipe(place / "evaluation" / "recipe.yaml").model_name_or_path == str(place / "merged")
     base = AutoModelForCausalLM.from_pretrained(tiny_model)
     expected = PeftModel.from_pretrained(base, place / "run" / "model").merge_and_unload().state_dict()

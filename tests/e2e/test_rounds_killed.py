@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
+from miniature import rounds_recipe
 
 KILLS = int(os.environ.get("SIMPO_KILLS", "3"))
 
@@ -19,28 +19,10 @@ KILLS = int(os.environ.get("SIMPO_KILLS", "3"))
 def write_recipe(folder: Path, model: Path) -> Path:
     rng = random.Random(5)
     words = ("water", "stone", "bread", "river", "glass")
-    prompts = [{"prompt": f"{' '.join(rng.choices(words, k=4))} {number}?"} for number in range(60)]
-    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in prompts))
-    keys: dict[str, Any] = {
-        "model_name_or_path": str(model),
-        "cache_dir": str(folder / "cache"),
-        "bf16": False,
-        "num_threads": 1,
-        "max_length": 120,
-        "learning_rate": 1e-3,
-        "per_device_train_batch_size": 2,
-        "save_steps": 2,
-        "generate": {
-            "prompts": {str(folder / "prompts.jsonl"): 1.0},
-            "num_samples": 3,
-            "max_new_tokens": 16,
-            "processes": 1,
-            "batch_size": 6,
-        },
-        "score": {"scorers": {"length": {"kind": "length", "min": 6}}},
-        "pair": {"test_fraction": 0.2, "finished_only": False},
-        "rounds": {"rounds": 1, "prompts_per_round": 12, "eval_prompts": 5},
-    }
+    prompts = [f"{' '.join(rng.choices(words, k=4))} {number}?" for number in range(60)]
+    keys = rounds_recipe(folder, model, prompts, max_new_tokens=16, batch_size=6)
+    keys |= {"learning_rate": 1e-3, "save_steps": 2}
+    keys["rounds"] = {"rounds": 1, "prompts_per_round": 12, "eval_prompts": 5}
     path = folder / "recipe.yaml"
     path.write_text(json.dumps(keys))
     return path

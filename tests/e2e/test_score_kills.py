@@ -11,6 +11,7 @@ from pathlib import Path
 
 import forks
 import pytest
+from forks import KILLS
 
 from simpo.onpolicy.score import run_score
 from simpo.recipe import load_recipe
@@ -35,7 +36,7 @@ def size_of(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-@pytest.mark.parametrize("moments", [5, pytest.param(30, marks=pytest.mark.long)])
+@pytest.mark.parametrize("moments", [5, pytest.param(KILLS, marks=pytest.mark.long)])
 def test_nothing_is_lost_and_nothing_is_there_twice(moments: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     rng = random.Random(moments)
     texts = [" ".join(rng.choice("abcdefgh") for _ in range(rng.randint(1, 9))) for _ in range(10 * moments)]

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from chat_server import ChatServer, completion
+from miniature import sampling_recipe
 from typer.testing import CliRunner
 
 from simpo.cli import app
@@ -31,19 +32,9 @@ QUESTIONS = ["river?", "water and stone", "light", "a longer question about wate
 @pytest.fixture
 def settings(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
     """A recipe of six prompts, one of them with a system turn."""
-    rows: list[dict[str, Any]] = [{"prompt": question} for question in QUESTIONS]
-    rows[1] = {"prompt": [{"role": "system", "content": "short"}, {"role": "user", "content": QUESTIONS[1]}]}
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model_name_or_path": str(tiny_model),
-        "output_dir": str(tmp_path / "run"),
-        "cache_dir": str(tmp_path / "cache"),
-        "dataset_mixer": {str(path): 1.0},
-        "bf16": False,
-        "num_threads": 1,
-        "generate": {"num_samples": 3, "max_new_tokens": 12, "batch_size": 6, "processes": 1},
-    }
+    prompts: list[Any] = list(QUESTIONS)
+    prompts[1] = [{"role": "system", "content": "short"}, {"role": "user", "content": QUESTIONS[1]}]
+    return sampling_recipe(tmp_path, tiny_model, prompts, batch_size=6)
 
 
 def sample(settings: dict[str, Any], **keys: Any) -> dict[str, dict[str, Any]]:
@@ -117,7 +108,7 @@ def test_a_server_that_fails_midway_costs_no_row_and_gives_none_twice(settings, 
         keys = {"backend": "openai", "url": server.url}
         done = command(settings, tmp_path, **keys)
         assert done.exit_code == 3, done.output
-        assert "left out: 2 not an answer" in done.output
+        assert done.output.count("2 not an answer") == 1
         about = read_about(Path(settings["output_dir"], "responses.jsonl"))
         assert {reason: entry["count"] for reason, entry in about["left_out"].items()} == {
             "not an answer": 2,
@@ -129,6 +120,8 @@ def test_a_server_that_fails_midway_costs_no_row_and_gives_none_twice(settings, 
         assert sample(settings, **keys) == expected
         assert Path(settings["output_dir"], "responses.jsonl").read_bytes() == whole
         assert len(server.asked) == 1 + 4
+        assert sample(settings, **keys) == expected
+        assert len(server.asked) == 1 + 4, "of a file that is complete nothing is asked"
         with ChatServer(echo, models=("another",)) as other:
             again = command(settings, tmp_path, **keys | {"url": other.url})
     assert again.exit_code == 2
@@ -345,8 +338,11 @@ def test_rays_workers_write_the_rows_of_one_process_though_one_is_killed(setting
     assert killed == [2]
     path = Path(settings["output_dir"], "responses.jsonl")
     assert path.read_bytes() == whole
-    path.write_bytes(whole[: len(whole) // 2])
+    path.write_bytes(whole[: len(whole) // 2])  # begun by local, as its samples are the same
+    about = path.with_suffix(".json").read_bytes()
+    path.with_suffix(".json").write_bytes(Path(tmp_path, "run", "responses.json").read_bytes())
     assert sample(settings, backend="ray", processes=2) == expected
+    assert path.with_suffix(".json").read_bytes() == about
     assert path.read_bytes() == whole
     with pytest.raises(ValueError, match="the cluster has 0 GPUs, and each of its processes needs 4"):
         sample(settings | {"output_dir": str(tmp_path / "no")}, backend="ray", on_ray="vllm", tensor_parallel=4)

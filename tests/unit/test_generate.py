@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from miniature import sampling_recipe
 from typer.testing import CliRunner
 
 from simpo.cli import app
@@ -28,19 +29,9 @@ from simpo.recipe import load_recipe
 def settings(tmp_path: Path, tiny_model: Path) -> dict[str, Any]:
     """A recipe of twelve prompts of several lengths."""
     rng = random.Random(1)
-    rows = [{"prompt": " ".join(rng.choice(["water", "stone", "light"]) for _ in range(1 + 2 * n))} for n in range(12)]
-    rows[3] = {"prompt": [{"role": "system", "content": "short"}, {"role": "user", "content": "river?"}]}
-    path = tmp_path / "prompts.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return {
-        "model_name_or_path": str(tiny_model),
-        "output_dir": str(tmp_path / "run"),
-        "cache_dir": str(tmp_path / "cache"),
-        "dataset_mixer": {str(path): 1.0},
-        "bf16": False,
-        "num_threads": 1,
-        "generate": {"num_samples": 3, "max_new_tokens": 12, "batch_size": 12, "processes": 1},
-    }
+    prompts: list[Any] = [" ".join(rng.choices(["water", "stone", "light"], k=1 + 2 * n)) for n in range(12)]
+    prompts[3] = [{"role": "system", "content": "short"}, {"role": "user", "content": "river?"}]
+    return sampling_recipe(tmp_path, tiny_model, prompts, batch_size=12)
 
 
 def changed(settings: dict[str, Any], **keys: Any) -> dict[str, Any]:
@@ -110,6 +101,7 @@ def test_what_is_left_out_is_said_and_the_rest_goes_on(settings, monkeypatch, tm
     recipe.write_text(json.dumps(settings))
     result = CliRunner().invoke(app, ["generate", str(recipe)])
     assert result.exit_code == 3, result.output
+    assert result.output.count("timeout, as prompts.jsonl/train#1: 30 s") == 1
     account = read_about(tmp_path / "run" / "responses.jsonl")
     assert {reason: entry["count"] for reason, entry in account["left_out"].items()} == {
         "timeout": 1,
@@ -121,6 +113,23 @@ def test_what_is_left_out_is_said_and_the_rest_goes_on(settings, monkeypatch, tm
 
 def texts(path: Path) -> list[list[str]]:
     return [[response["text"] for response in row["responses"]] for row in read_rows(path)]
+
+
+def test_there_are_no_more_processes_than_memory_has_room_for(settings, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(sampler, "_num_cores", lambda: 4)
+    started = []
+
+    def start(self, batches, places, build):
+        started.append(len(places))
+        yield []
+
+    monkeypatch.setattr(sampler.LocalBackend, "_by_processes", start)
+    for free, expected in ((2**40, 4), (1_250_000, 2)):
+        monkeypatch.setattr(sampler, "free_memory", lambda device, free=free: free)
+        keys = changed(settings, processes=None, batch_size=3)
+        run_generate(load_recipe(keys), output=tmp_path / f"{free}.jsonl")
+        assert started.pop() == expected
+    assert "note: 2 of 4 processes: each takes about 0.0 GiB" in capsys.readouterr().err
 
 
 @pytest.mark.long

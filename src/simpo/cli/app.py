@@ -91,14 +91,14 @@ def name_stage(overrides: list[str], stage: str) -> list[str]:
     ]
 
 
-def exit_by_account(account: Path) -> None:
-    """Exit 3 where the account of a finished command says that something was left out."""
+def exit_by_account(account: Path, *, examples: bool = True) -> None:
+    """Say what the account of a finished command left out, with `examples` unless it has shown them, and exit 3."""
     from simpo.onpolicy.journal import read_about
 
     left_out = read_about(account).get("left_out", {})
     if left_out:
         counts = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out.items())
-        for reason, entry in left_out.items():
+        for reason, entry in left_out.items() if examples else ():
             example = entry["examples"][0]
             typer.secho(f"{reason}, as {example['row_id']}: {example['detail']}", fg="yellow", err=True)
         typer.secho(f"left out: {counts}; which and why is in {account}", fg="yellow", err=True)

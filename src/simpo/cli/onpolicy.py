@@ -53,7 +53,7 @@ def pair(
     resolved = load(recipe, context.args, stage="pair")
     from simpo.onpolicy.pair import account_of, run_pair
 
-    exit_by_account(account_of(run_pair(resolved, output=output)))
+    exit_by_account(account_of(run_pair(resolved, output=output)), examples=False)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

@@ -17,7 +17,7 @@ import re
 import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -274,14 +274,14 @@ def hash_files(parts: list[Path]) -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: str | Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all: aside, synced, then renamed over `path`."""
+def write_whole(path: str | Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts, so that the file is there whole or not at all: aside, synced, then renamed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+            file.writelines([text] if isinstance(text, str) else text)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(aside, 0o644)

@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -229,9 +230,18 @@ def _decode_shared(model: nn.Module, prompts: Sequence[Sequence[int]], num_sampl
         logits = _step(model, chosen, cache, mask, positions)
 
 
-@torch.no_grad()
+_tried: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
 def why_not_shared(model: nn.Module) -> str | None:
-    """Why the cache of a model cannot be repeated and thinned; None where it can: tried with a few tokens."""
+    """Why the cache of a model cannot be repeated and thinned; None where it can: tried once with a few tokens."""
+    if model not in _tried:
+        _tried[model] = _try_sharing(model)
+    return _tried[model]
+
+
+@torch.no_grad()
+def _try_sharing(model: nn.Module) -> str | None:
     prompts, after = [[11, 7, 5, 3, 13, 17, 2, 19], [23, 3, 29, 6, 31]], [9, 8, 14]
     try:
         logits, cache, mask, positions = _prefill(model, prompts)

@@ -51,7 +51,7 @@ class OpenaiBackend:
     the server.
 
     Raises:
-        ValueError: no such server, or it does not do what is asked; before any work.
+        ValueError: no such server, or, before any work, it does not do what is asked.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -76,22 +76,26 @@ class OpenaiBackend:
             concurrency=wanted.concurrency,
             timeout_s=wanted.timeout_s,
         )
-        with self.client as client:
-            client.try_out(self.sampling, num_choices=wanted.num_samples, logprobs=True)
+        if wanted.served_model is None:
+            with self.client as client:
+                client.find_model()
         self.settings = {"model": self.client.model}
-        self._has_said = False
-        self.notes = [] if self.client.gives_logprobs else ["the server gives no log-probs: they are null"]
+        self.notes: list[str] = []
         if recipe.chat_template is not None:
             self.notes.append("the server renders the prompts by its own chat template, not by the recipe's")
 
     def generate(self, prompts: Sequence[Prompt], done: Collection[str]) -> Iterator[list[Answer]]:
         """See `Backend`."""
         open_prompts = (prompt for prompt in prompts if prompt.id not in done)
+        has_said = False
         with self.client as client:
+            client.try_out(self.sampling, num_choices=self.num_samples, logprobs=True)
+            if not client.gives_logprobs:
+                self.notes.append("the server gives no log-probs: they are null")
             for row_id, found in client.chat_all((prompt.id, self._request(prompt)) for prompt in open_prompts):
                 if not isinstance(found, RowError):
-                    if not self._has_said and any(one.thought for one in found):
-                        self._has_said = True
+                    if not has_said and any(one.thought for one in found):
+                        has_said = True
                         self.notes.append(
                             "the server gives thinking apart from the answers, and only the answers are kept, without "
                             "log-probs; a server without a reasoning parser gives both as one text"

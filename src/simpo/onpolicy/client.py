@@ -115,13 +115,26 @@ class Client:
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
 
+    def find_model(self) -> list[str]:
+        """The names that the server lists, the only one of which is the model where none was named.
+
+        Raises:
+            ValueError: no server answers, or a model must be named.
+        """
+        names = self._portal.call(self._list_models)
+        if self.model is None:
+            if len(names) != 1:
+                raise ValueError(f"{self.url}: name the model to ask{_listed(names)}")
+            self.model = names[0]
+        return names
+
     def try_out(self, sampling: Mapping[str, Any], *, num_choices: int = 1, logprobs: bool = False) -> None:
         """Find the model and ask it for a few words with these settings, to learn which optional ones the server takes.
 
         Raises:
             ValueError: no server, no such model; it refuses the key or a setting, or answers as if at temperature 0.
         """
-        self._portal.call(self._try_out, sampling, num_choices, logprobs)
+        self._portal.call(self._try_out, sampling, num_choices, logprobs, _listed(self.find_model()))
 
     def chat(self, request: Request) -> list[Choice]:
         """The answers to one request. Raises RowError where there are none."""
@@ -197,13 +210,7 @@ class Client:
         except ValueError as error:
             raise RowError("not an answer", f"not JSON: {first_line(error)}") from None
 
-    async def _try_out(self, sampling: Mapping[str, Any], num_choices: int, logprobs: bool) -> None:
-        names = await self._list_models()
-        listed = f"; the server lists {', '.join(names[:20])}" if names else ""
-        if self.model is None:
-            if len(names) != 1:
-                raise ValueError(f"{self.url}: name the model to ask{listed}")
-            self.model = names[0]
+    async def _try_out(self, sampling: Mapping[str, Any], num_choices: int, logprobs: bool, listed: str) -> None:
         body = {**sampling, "messages": TRIAL, "max_tokens": 32, "seed": 0}
         count = min(num_choices, 2)
         try:
@@ -259,6 +266,10 @@ class Client:
             return []  # what matters is whether it answers
         models = reply.get("data") if isinstance(reply, dict) else None
         return [model["id"] for model in models or () if isinstance(model, dict) and isinstance(model.get("id"), str)]
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"; the server lists {', '.join(names[:20])}" if names else ""
 
 
 def for_the_protocol(messages: Sequence[Message]) -> list[Message]:

@@ -63,6 +63,8 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
     count = len(found.prompts)
     backend = _build_backend(recipe)
     keys = {name: value for name, value in wanted.model_dump().items() if name not in NOT_IN_RESPONSES}
+    if wanted.backend == "ray":  # its samples are those of what it spreads
+        keys |= {"backend": wanted.on_ray, "on_ray": "local"}
     keys["seed"] = recipe.seed if wanted.seed is None else wanted.seed
     keys |= {"chat_template": recipe.chat_template, "rendered_text": recipe.rendered_text}
     with Journal(output, {"generate": keys, **backend.settings}) as journal:
@@ -72,11 +74,6 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
         summary = {"input_rows": found.rows, "repeated_prompts": found.repeated, **_count(journal)}
         journal.finish([prompt.id for prompt in found.prompts], summary)
         console.print(f"responses: {journal.path}  ({_describe(summary)})", markup=False)
-        for reason, entry in journal.left_out.items():
-            example = entry["examples"][0]
-            console.print(
-                f"left out: {entry['count']} {reason}, such as {example['row_id']}: {example['detail']}", markup=False
-            )
     return journal.path
 
 

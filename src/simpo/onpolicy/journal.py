@@ -70,6 +70,9 @@ class Journal:
     def __exit__(self, *error: Any) -> None:
         os.fsync(self._descriptor)
         os.close(self._descriptor)
+        if error[0] is not None and not self.done:  # it came to nothing
+            self.path.unlink(missing_ok=True)
+            self.about.unlink(missing_ok=True)
         self._lock.release()
 
     def __contains__(self, row_id: str) -> bool:

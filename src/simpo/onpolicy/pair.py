@@ -15,7 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -96,8 +96,11 @@ def run_pair(recipe: Recipe, *, input: str | Path | None = None, output: str | P
     with OutputLock(folder.parent):
         about = account_of(folder)
         about.unlink(missing_ok=True)  # an account that is there is that of the files
-        counts = _write_splits(folder, keys, _pair_rows(pairs, rows))
         lists = folder.with_name("lists")
+        torn = (list(place.glob(".t*.jsonl.*")) for place in (folder, lists))
+        for path in (*folder.parent.glob(f".{about.name}.*"), *chain(*torn)):
+            path.unlink()  # begun by a process that was killed
+        counts = _write_splits(folder, keys, _pair_rows(pairs, rows))
         if keys.lists:
             _write_splits(lists, keys, _list_rows(pairs, rows))
         summary = {
@@ -441,7 +444,7 @@ def _write_splits(folder: Path, keys: PairKeys, rows: Iterable[tuple[str, dict[s
     for split, of_split in lines.items():
         path = folder / f"{split}.jsonl"
         if of_split:
-            write_whole(path, "".join(of_split))
+            write_whole(path, of_split)
         else:
             path.unlink(missing_ok=True)
     return {split: len(of_split) for split, of_split in lines.items()}

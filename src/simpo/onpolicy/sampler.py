@@ -10,13 +10,14 @@ import functools
 import hashlib
 import math
 import os
+import sys
 from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpo.data.columns import RowError
 from simpo.data.preferences import Pair
@@ -24,11 +25,13 @@ from simpo.data.templates import PROBE_ANSWERS
 from simpo.data.tokenize import PairTokenizer
 from simpo.data.workers import WorkersFailed, map_in_processes
 from simpo.evaluation.run import READ_KEYS, base_model, find_tokenizer, model_folder
+from simpo.model.costs import decoder_sizes
 from simpo.model.load import load_model, load_pretrained, pick_device, set_precision
 from simpo.model.sampling import Sampled, Sampling, end_tokens, noise_key, sample_responses, why_not_shared
 from simpo.onpolicy.prompts import Prompt
 from simpo.recipe import Recipe, load_recipe
 from simpo.recipe.stages import Generate
+from simpo.run.memory import free_memory
 from simpo.run.stopping import OutOfMemory, needs_memory
 
 PREFILL_TOKENS = 2**16  # of prompts that are computed together, at most
@@ -262,8 +265,8 @@ class LocalBackend:
             "model": identify_model(name, recipe.model_revision),
             "dtype": "bfloat16" if recipe.bf16 else "float32",
         }
-        config = load_pretrained(AutoConfig, base_model(name), self.recipe, what="configuration")
-        self.limit: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+        self.config = load_pretrained(AutoConfig, base_model(name), self.recipe, what="configuration")
+        self.limit: int | None = getattr(self.config.get_text_config(), "max_position_embeddings", None)
         if self.limit is not None and recipe.generate.max_new_tokens >= self.limit:
             raise ValueError(
                 f"generate.max_new_tokens = {recipe.generate.max_new_tokens}: {name} has {self.limit} positions for "
@@ -297,9 +300,11 @@ class LocalBackend:
         )
 
     def _computed(self, batches: Sequence[Job]) -> Iterator[list[Answer]]:
-        places, threads = find_places(self.recipe, len(batches), self.recipe.generate.processes)
         if not batches:
             return
+        wanted = self.recipe.generate.processes
+        most = len(batches) if wanted else min(len(batches), self._room(batches))
+        places, threads = find_places(self.recipe, most, wanted)
         if len(places) == 1:
             before = torch.get_num_threads()
             try:
@@ -310,6 +315,31 @@ class LocalBackend:
                 torch.set_num_threads(before)
             return
         yield from self._by_processes(batches, places, functools.partial(LocalSampler, self.recipe, threads=threads))
+
+    def _room(self, batches: Sequence[Job]) -> int:
+        """How many processes the CPU's free memory has room for, at least one; no limit on GPUs, which have one each.
+
+        Of each: the weights, and of the largest batch its keys and values at their longest and its log-probs.
+        """
+        free = free_memory(torch.device("cpu"))
+        if free is None or pick_device(self.recipe.device).type != "cpu":
+            return sys.maxsize
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(self.config, trust_remote_code=self.recipe.trust_remote_code)
+        wanted, sizes = self.recipe.generate, decoder_sizes(self.config)
+        number = 2 if self.recipe.bf16 else 4  # bytes of one
+        of_token = 2 * number * sizes["num_layers"] * sizes["num_kv_heads"] * sizes["head_dim"]
+        rows = max(map(len, batches)) * wanted.num_samples
+        width = max(len(ids) for _, ids in batches[0]) + wanted.max_new_tokens  # the longest prompts come first
+        each = number * sum(weight.numel() for weight in model.parameters())
+        each += rows * (width * of_token + 3 * 4 * sizes["vocab_size"])
+        count, most = max(1, free // each), min(_num_cores(), len(batches))
+        if count < most:
+            self.notes.append(
+                f"{count} of {most} processes: each takes about {each / 2**30:.1f} GiB, and {free / 2**30:.1f} are "
+                "free (generate.processes says another number, a lower generate.batch_size makes room)"
+            )
+        return count
 
     def _by_processes(
         self, batches: Sequence[Job], places: Sequence[Mapping[str, str]], build: Callable[..., Any]
@@ -346,7 +376,7 @@ def find_places(
     recipe: Recipe, num_jobs: int, processes: int | None, *, gpus_each: int = 1
 ) -> tuple[list[dict[str, str]], int]:
     """The environment of each process to work in, and its CPU threads; `processes` None: one a GPU, or core."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = _num_cores()
     on_gpu = pick_device(recipe.device).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpu else 0
     groups = gpus // gpus_each
@@ -361,6 +391,10 @@ def find_places(
     )
     starts = range(0, count * gpus_each, gpus_each)
     return [{"CUDA_VISIBLE_DEVICES": ",".join(seen[start : start + gpus_each])} for start in starts], threads
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def identify_model(name: str, revision: str | None) -> str:
