@@ -72,11 +72,13 @@ class Display:
             self.say(f"  {source}: {_result(values, prefix, f'/{source}')} ({pairs:.0f} pairs)")
 
     def table(self, title: str, rows: Mapping[str, Any]) -> None:
-        """A two-column table; a line for each row where no terminal has a width."""
+        """A two-column table; a line for each row, and for each item of one, where no terminal has a width."""
         self.console.print(title, style="bold", markup=False)
         keys = max(map(len, rows), default=0)
         for key, value in rows.items():
-            self.console.print(_fold(f"  {key:<{keys}}  {value}", self.console, hang=keys + 4), markup=False)
+            for place, item in enumerate(value if isinstance(value, list) else [value]):
+                line = f"  {key if place == 0 else '':<{keys}}  {item}"
+                self.console.print(_fold(line, self.console, hang=keys + 4), markup=False)
 
 
 def _fold(text: str, console: Console, *, hang: int) -> str:

@@ -32,6 +32,7 @@ LAYERS = {
     "onpolicy": 7,
     "judging": 7,
     "shipping": 7,
+    "starting": 7,
     "cli": 9,
     "__main__": 10,
 }

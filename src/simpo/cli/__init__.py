@@ -4,10 +4,10 @@ A module of this package holds the commands of one subject; a command loads its 
 package and prints.
 """
 
-from simpo.cli import training, recipes, onpolicy, judging, shipping  # isort: skip  the order in `simpo --help`
+from simpo.cli import start, training, recipes, onpolicy, judging, shipping  # isort: skip  the order in `simpo --help`
 from simpo.cli.app import app
 
-__all__ = ["app", "judging", "main", "onpolicy", "recipes", "shipping", "training"]
+__all__ = ["app", "judging", "main", "onpolicy", "recipes", "shipping", "start", "training"]
 
 
 def main() -> None:

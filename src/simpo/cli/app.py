@@ -11,7 +11,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -51,6 +51,12 @@ app = typer.Typer(
 
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file; see `simpo keys` for what it may hold.")]
+RecipeOrData = Annotated[
+    str,
+    typer.Argument(
+        metavar="RECIPE_OR_DATA", help="YAML file, or pairs (file, folder, hub name) with --model: the rest is chosen."
+    ),
+]
 
 
 def _version(wanted: bool) -> None:
@@ -76,6 +82,13 @@ def load(recipe: str, overrides: list[str], *, processes: int | None = None, sta
 
     if recipe.startswith("-"):
         raise ValueError(f"the recipe comes before its overrides: simpo COMMAND RECIPE {recipe} ...")
+    overrides = name_model(overrides)
+    if not stage and _is_data(recipe, overrides):
+        from simpo.starting import choose_recipe
+
+        chosen = choose_recipe(recipe, overrides, recipe_name=recipe)
+        say_chosen(chosen.facts)
+        return load_recipe(chosen.values, overrides, processes=processes)
     return load_recipe(recipe, name_stage(overrides, stage) if stage else overrides, processes=processes)
 
 
@@ -89,6 +102,34 @@ def name_stage(overrides: list[str], stage: str) -> list[str]:
         f"--{stage}.{word[2:]}" if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in own else word
         for word in overrides
     ]
+
+
+def name_model(words: list[str]) -> list[str]:
+    """Words of a command line, --model by the name of its key."""
+    long = "--model_name_or_path"
+    return [long + word[7:] if word == "--model" or word.startswith("--model=") else word for word in words]
+
+
+def _is_data(name: str, words: list[str]) -> bool:
+    """Whether what stands where a recipe may is pairs."""
+    path = Path(name)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        return False
+    names_model = any(word.startswith("--model_name_or_path") for word in words)
+    looks_so = path.is_dir() or bool({".jsonl", ".csv", ".tsv", ".parquet", ".arrow", ".gz"} & set(path.suffixes))
+    if looks_so and path.exists() and not names_model:
+        raise ValueError(f"{name} is not a recipe (.yaml); if it holds pairs, say with --model which model to train")
+    return names_model and (looks_so or path.suffix == ".json" or not path.exists())
+
+
+def say_chosen(facts: Mapping[str, Any]) -> None:
+    """What was looked at to choose a recipe, on stderr, once."""
+    if os.environ.get("RANK", "0") == "0":
+        from rich.console import Console
+
+        from simpo.display import Display
+
+        Display(console=Console(stderr=True, highlight=False, soft_wrap=True)).table("chosen for", facts)
 
 
 def exit_by_account(account: Path, *, examples: bool = True) -> None:

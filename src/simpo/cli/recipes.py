@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, RecipeFile, app, load
+from simpo.cli.app import TAKES_OVERRIDES, RecipeFile, RecipeOrData, app, load
 
 if TYPE_CHECKING:
     from simpo.recipe import Key, Recipe
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 @app.command(context_settings=TAKES_OVERRIDES)
 def check(
     context: typer.Context,
-    recipe: RecipeFile,
+    recipe: RecipeOrData,
     full: Annotated[bool, typer.Option("--full", help="Print every key, as YAML.")] = False,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Data-parallel processes of the run.")] = 1,
 ) -> None:

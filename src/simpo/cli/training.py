@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, RecipeFile, app, load, say_once
+from simpo.cli.app import TAKES_OVERRIDES, RecipeOrData, app, load, say_once
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
-def train(context: typer.Context, recipe: RecipeFile) -> None:
+def train(context: typer.Context, recipe: RecipeOrData) -> None:
     """Train. Any key can follow the recipe: --learning_rate 5e-7 --output_dir runs/first"""
     resolved = load(recipe, context.args)
     resolved.require("dataset_mixer", "output_dir")
@@ -39,7 +39,7 @@ def train(context: typer.Context, recipe: RecipeFile) -> None:
 @app.command(context_settings=TAKES_OVERRIDES)
 def audit(
     context: typer.Context,
-    recipe: RecipeFile,
+    recipe: RecipeOrData,
     examples: Annotated[
         int, typer.Option("--examples", min=0, max=10, help="Pairs to print, the trained text marked.")
     ] = 2,

@@ -1,0 +1,110 @@
+"""A first recipe: what `simpo init` writes can be checked and trained as it stands, and every choice has its reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from simpo import starting
+from simpo.cli import app
+from simpo.plan.search import Machines
+from simpo.recipe import load_recipe
+
+
+def run(*words: object) -> Any:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+@pytest.fixture(autouse=True)
+def _here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_init_writes_a_recipe_that_checks_and_trains_as_it_stands(tiny_model: Path, pair_files: Path):
+    done = run("init", "--model", tiny_model, "--data", pair_files, "--num_threads", 1)
+    assert done.exit_code == 0, done.output
+    assert "40 pairs to train, 10 held out" in done.stderr
+    assert done.stdout.splitlines()[-1] == "  simpo train recipe.yaml"
+    text = Path("recipe.yaml").read_text()
+    keys = [line for line in text.splitlines() if line and line[0] != "#"]
+    assert all("  # " in line or line.startswith(("model_name_or_path", "dataset_name", "output_dir")) for line in keys)
+    recipe = load_recipe("recipe.yaml", processes=1)
+    assert (recipe.max_length, recipe.pairs_per_step(1), recipe.num_threads) == (64, 8, 1)
+    assert "this recipe can be trained" in run("check", "recipe.yaml").output
+    assert run("train", "recipe.yaml", "--max_steps", 1).exit_code == 0
+    assert (Path(recipe.output_dir) / "model" / "model.safetensors").is_file()
+    assert "not overwritten" in run("init", "--model", tiny_model, "--data", pair_files).stderr
+    assert Path("recipe.yaml").read_text() == text
+
+
+def test_train_needs_no_recipe_and_what_is_given_wins(tiny_model: Path, pair_files: Path):
+    words = ("--model", tiny_model, "--max_steps=1", "--gradient_accumulation_steps=1", "--validation_fraction=0.2")
+    done = run("train", pair_files / "train.jsonl", *words, "--output_dir", "run", "--learning_rate", "3e-4")
+    assert done.exit_code == 0, done.output
+    saved = load_recipe("run/recipe.yaml")
+    assert (saved.learning_rate, saved.max_length, saved.validation_fraction) == (3e-4, 64, 0.2)
+    assert (saved.per_device_train_batch_size, saved.gradient_accumulation_steps) == (2, 1)
+    assert json.loads(Path("run/audit.json").read_text())["splits"]["eval"]["kept"] == 8
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("init",), "at a terminal only; give --model NAME and --data FILE"),
+        (("init", "pairs.jsonl"), "a recipe's name ends in .yaml"),
+        (("train", "."), "say with --model which model to train"),
+        (("train", "none.jsonl", "--model", "MODEL"), "none.jsonl"),
+        (("train", "nothing"), "no such recipe file"),
+    ],
+)
+def test_what_is_missing_is_one_line(words: tuple[str, ...], said: str, tiny_model: Path):
+    done = run(*(word.replace("MODEL", str(tiny_model)) for word in words))
+    assert done.exit_code == 2, done.output
+    assert said in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "gib", "gpus", "chosen"),
+    [
+        pytest.param("llama-8b", 200.0, 1, {"learning_rate": 5e-7}, marks=pytest.mark.long),
+        pytest.param("llama-8b", 80.0, 8, {"learning_rate": 5e-7}, marks=pytest.mark.long),
+        pytest.param("llama-8b", 80.0, 1, {"optim": "adamw_bf16", "master_dtype": "bfloat16"}, marks=pytest.mark.long),
+        pytest.param(
+            "llama-8b",
+            24.0,
+            1,
+            {"use_peft": True, "master_dtype": "bfloat16", "learning_rate": 5e-6},
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            "llama-8b", 16.0, 1, {"use_peft": True, "load_in_4bit": True, "learning_rate": 5e-6}, marks=pytest.mark.long
+        ),
+        ("llama-1b", 80.0, 1, {"learning_rate": 1e-6}),
+    ],
+)
+def test_memory_and_size_decide(
+    model: str, gib: float, gpus: int, chosen: dict[str, Any], tiny_model: Path, pair_files: Path, monkeypatch
+):
+    config = starting.load_config(model)
+    machines = Machines.of(gpus=gpus, nodes=None, gpus_per_node=None, gpu_gib=gib)
+    monkeypatch.setattr(starting, "_machine", lambda gpus: (machines, "a machine"))
+    monkeypatch.setattr(starting, "load_config", lambda name, **options: config)
+    monkeypatch.setattr("simpo.plan.search.load_config", lambda name, **options: config)
+    found = starting.choose_recipe(
+        str(pair_files), ["--model_name_or_path", str(tiny_model), "--max_length", "1024"], recipe_name="r.yaml"
+    )
+    keys = {*chosen, "use_peft", "load_in_4bit", "optim", "master_dtype"}
+    assert {key: found.values[key] for key in keys if key in found.values} == chosen
+    assert found.launch.startswith("torchrun --nproc-per-node 8" if gpus == 8 else "simpo train r.yaml")
+
+
+def test_a_rate_and_a_batch_have_a_place_to_start():
+    assert [rate for _, rate, _ in starting._RATES] == sorted(rate for _, rate, _ in starting._RATES)
+    assert not torch.cuda.is_available() or starting._machine(None)[0].gpus == torch.cuda.device_count()
