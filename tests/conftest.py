@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -10,12 +11,19 @@ import tokenizers_for_tests
 
 import simpo  # noqa: F401  before torch: its settings of the environment
 
+gc.disable()  # until all is imported, of which nothing is garbage
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 pytest_plugins = ["miniature", "ranks"]
 
 REPO = Path(__file__).resolve().parents[1]
+
+
+def pytest_collection_finish() -> None:
+    import frozen  # noqa: F401
+
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

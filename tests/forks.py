@@ -22,7 +22,7 @@ from multiprocessing import reduction
 from pathlib import Path
 from typing import Any
 
-PRELOADED = ["simpo.cli", "simpo.trainer", "transformers.trainer", "torch.distributed.launcher.api"]
+PRELOADED = ["simpo.cli", "simpo.trainer", "transformers.trainer", "torch.distributed.launcher.api", "frozen"]
 TIMEOUT_S = 600
 KILLS = int(os.environ.get("SIMPO_KILLS", "30"))
 """How often the long tests of kills kill a command."""
