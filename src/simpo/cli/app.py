@@ -82,14 +82,14 @@ def load(recipe: str, overrides: list[str], *, processes: int | None = None, sta
 
     if recipe.startswith("-"):
         raise ValueError(f"the recipe comes before its overrides: simpo COMMAND RECIPE {recipe} ...")
-    overrides = name_model(overrides)
+    overrides = name_model(name_stage(overrides, stage) if stage else overrides)
     if not stage and _is_data(recipe, overrides):
         from simpo.starting import choose_recipe
 
         chosen = choose_recipe(recipe, overrides, recipe_name=recipe)
         say_chosen(chosen.facts)
         return load_recipe(chosen.values, overrides, processes=processes)
-    return load_recipe(recipe, name_stage(overrides, stage) if stage else overrides, processes=processes)
+    return load_recipe(recipe, overrides, processes=processes)
 
 
 def name_stage(overrides: list[str], stage: str) -> list[str]:
