@@ -114,7 +114,7 @@ def build_batch(
     ]
     for each in lists:
         for response, side in zip(_responses(each), SIDES):
-            _check_response(*response, what=f"pair {each.row_id}: the {side} response")
+            check_response(*response, what=f"pair {each.row_id}: the {side} response")
     return _lay_out(lists, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
 
 
@@ -142,7 +142,7 @@ def build_list_batch(
                 "response, one start for each, and lists of gaps for each or for none"
             )
         for index, response in enumerate(_responses(each), 1):
-            _check_response(*response, what=f"list {each.row_id}: response {index} of {count}")
+            check_response(*response, what=f"list {each.row_id}: response {index} of {count}")
     return _lay_out(lists, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
 
 
@@ -152,7 +152,8 @@ def _responses(each: TokenList) -> list[tuple[Sequence[int], int, Sequence[int]]
     return list(zip(each.sequences, each.starts, gaps, strict=True))
 
 
-def _check_response(ids: Sequence[int], start: int, gaps: Sequence[int], *, what: str) -> None:
+def check_response(ids: Sequence[int], start: int, gaps: Sequence[int], *, what: str) -> None:
+    """Raise ValueError for a response without a token before it or of its own, or with gaps that are not inside it."""
     if not 1 <= start < len(ids):
         raise ValueError(
             f"{what} starts at token {start} of {len(ids)}; it needs at least one token before it and one of its own"

@@ -20,14 +20,10 @@ Block = tuple[int, int, int, int]
 
 @dataclass(frozen=True, eq=False)
 class AttentionBlocks:
-    """The blocks of a flattened row, ascending and without overlap; an object, so that it passes through wrappers.
+    """The blocks of a flattened row, ascending and without overlap; an object, so that it passes through wrappers."""
 
-    Attributes:
-        ranges: (prefix_start, prefix_end, start, end) each, with prefix_end <= start < end.
-        group: the ranks that hold the row's slices, equal in size and in the group's order; None = all of it is here.
-    """
-
-    ranges: tuple[Block, ...]
+    ranges: tuple[Block, ...]  # (prefix_start, prefix_end, start, end) each, with prefix_end <= start < end
+    # the ranks that hold the row's slices, equal in size and in the group's order; None = all of it is here
     group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:

@@ -71,10 +71,6 @@ class PairLogps:
         return self.ref_chosen_sum, self.ref_rejected_sum
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Declarations
-# ---------------------------------------------------------------------------------------------------------------------
-
 GENERAL_KEYS = ("beta", "gamma_beta_ratio", "label_smoothing")
 """Loss keys that several losses read; `recipe.keys` describes them."""
 
@@ -200,11 +196,6 @@ def _simpo_at_zero(beta: float, gamma_beta_ratio: float, label_smoothing: float)
 
 def _log_2(**options: float) -> float:
     return math.log(2.0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The losses
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 @declare("-log sigmoid(z)", "SimPO, arXiv:2405.14734", at_zero_margin=_simpo_at_zero)

@@ -10,21 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Optimizer:
-    """What is asked of an optimizer before it is built. What is not said is taken to be missing.
+    """What is asked of an optimizer before it is built. What is not said is taken to be missing."""
 
-    Attributes:
-        meaning: for `simpo keys`; "" where its name says it.
-        moment_bytes: of each trained weight; None = two numbers in the weight's own format.
-        shards: whether it updates sharded weights.
-        offloads: whether it can keep its moments in CPU memory.
-        is_transformers: whether transformers' Trainer builds it under this name.
-    """
-
-    meaning: str = ""
-    moment_bytes: int | None = None
-    shards: bool = False
-    offloads: bool = False
-    is_transformers: bool = False
+    meaning: str = ""  # for `simpo keys`; "" where its name says it
+    moment_bytes: int | None = None  # of each trained weight; None = two numbers in the weight's own format
+    shards: bool = False  # whether it updates sharded weights
+    offloads: bool = False  # whether it can keep its moments in CPU memory
+    is_transformers: bool = False  # whether transformers' Trainer builds it under this name
 
 
 OPTIMIZERS: dict[str, Optimizer] = {

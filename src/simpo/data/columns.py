@@ -59,9 +59,6 @@ class RowError(Exception):
         return f"{self.reason}: {self.detail}"
 
 
-# --- answers and scores ---------------------------------------------------------------------------------------------
-
-
 def find_column(row: Mapping, names: Sequence[str], what: str) -> Any:
     """The first value that is not null under one of `names`."""
     for name in names:
@@ -200,9 +197,6 @@ def drop_ties(row: Mapping) -> None:
         chosen, rejected = _number(row.get(chosen_name)), _number(row.get(rejected_name))
         if chosen is not None and chosen == rejected:
             raise RowError("tie", f"{chosen_name} and {rejected_name} are both {chosen:g}")
-
-
-# --- cells -----------------------------------------------------------------------------------------------------------
 
 
 def kind_of(value: Any) -> str:

@@ -153,21 +153,13 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One optimizer step, before any tensor exists.
+    """One optimizer step, before any tensor exists."""
 
-    Attributes:
-        step: optimizer step, 0-based, counted over all epochs.
-        epoch: which pass over the data it belongs to, 0-based.
-        num_pairs: pairs in the step, over all ranks.
-        num_chosen_tokens: trained tokens of the chosen responses in the step, over all ranks.
-        micro_batches: this rank's micro-batches as indices into the store; every rank has the same number, some may be
-            empty.
-    """
-
-    step: int
-    epoch: int
-    num_pairs: int
-    num_chosen_tokens: int
+    step: int  # optimizer step, 0-based, counted over all epochs
+    epoch: int  # which pass over the data it belongs to, 0-based
+    num_pairs: int  # pairs in the step, over all ranks
+    num_chosen_tokens: int  # trained tokens of the chosen responses in the step, over all ranks
+    # this rank's micro-batches as indices into the store; every rank has the same number, some may be empty
     micro_batches: tuple[tuple[int, ...], ...]
 
 

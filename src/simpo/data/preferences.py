@@ -191,9 +191,6 @@ def prompt_from_row(
     return pair
 
 
-# --- columns ---------------------------------------------------------------------------------------------------------
-
-
 def _prompt(row: Mapping, names: Sequence[str], notes: Notes) -> str | list[Message]:
     value = find_column(row, names, "prompt")
     if any(value is row.get(name) for name in MESSAGE_COLUMNS):
@@ -243,9 +240,6 @@ def _common_beginning(row: Mapping, chosen: str, rejected: str, notes: Notes) ->
     return chosen[:at], chosen[at:], rejected[at:]
 
 
-# --- values ----------------------------------------------------------------------------------------------------------
-
-
 def _as_turns(prompt: str | list[Message]) -> list[Message]:
     return [turn("user", prompt)] if isinstance(prompt, str) else prompt
 
@@ -261,9 +255,6 @@ def _decoded(value: Any, what: str, notes: Notes, *, transcript: bool) -> str | 
             raise RowError("empty", f"{what} is an empty list")
         return [read_message(item, what, notes) for item in value]
     raise RowError("malformed", f"{what} is {kind_of(value)}, expected text or messages")
-
-
-# --- prompt and responses --------------------------------------------------------------------------------------------
 
 
 def _split(

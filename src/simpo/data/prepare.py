@@ -174,9 +174,6 @@ def _reader(tokenizer: Any, recipe: Any) -> Callable[..., Pair]:
     return pair_reader(recipe, empty_system=with_empty)
 
 
-# --- rows to tokens --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Chunk:
     """What some rows gave: a table of kept pairs, in order, the rows dropped, and what was done to those kept."""
@@ -258,9 +255,6 @@ def _tokenize_all(
         for chunk in map_rows(build, rows, len(rows), num_workers):
             advance(chunk.table.num_rows + len(chunk.dropped))
             yield chunk
-
-
-# --- the account -----------------------------------------------------------------------------------------------------
 
 
 _Numbers = dict[str, np.ndarray]

@@ -209,9 +209,6 @@ def _read_by_source(readers: Mapping[str, Callable[..., Pair]], row: Any, *, row
     return readers.get(source_of(row_id), readers[""])(row, row_id=row_id)
 
 
-# --- names and splits ------------------------------------------------------------------------------------------------
-
-
 def _labels(names: list[str]) -> dict[str, str]:
     """A short name for row ids: the last part of the path, or all of it where two would be the same."""
     short = {name: re.split(r"[/\\]", name.rstrip("/\\"))[-1] or name for name in names}
@@ -310,9 +307,6 @@ def _select(row: Any, columns: list[str] | None) -> Any:
     if columns is None or not isinstance(row, Mapping):
         return row
     return {column: row[column] for column in columns if column in row}
-
-
-# --- finding ---------------------------------------------------------------------------------------------------------
 
 
 def _find_entry(name: str, label: str, entry: Mapping[str, Any], config: str | None) -> Source:

@@ -82,9 +82,6 @@ def template_takes_system(tokenizer: Any, template: str | None) -> bool:
         return False
 
 
-# --- rendering -------------------------------------------------------------------------------------------------------
-
-
 Span = tuple[int, int]
 """Begin and end of a stretch of characters."""
 
@@ -396,9 +393,6 @@ def _with_arguments_as_text(message: Message) -> Message:
         text = json.dumps(function["arguments"], ensure_ascii=False)
         calls.append({**call, "function": {**function, "arguments": text}})
     return {**message, "tool_calls": calls}
-
-
-# --- without a template ----------------------------------------------------------------------------------------------
 
 
 class PlainRenderer:

@@ -101,9 +101,6 @@ def plan_cut(prompt: int, chosen: int, rejected: int, *, max_length: int, max_pr
     return Cut(prompt - kept_prompt, max(0, chosen - room), max(0, rejected - room))
 
 
-# --- tokens ----------------------------------------------------------------------------------------------------------
-
-
 class PairTokenizer:
     """Batches of pairs to tokens, for one tokenizer and one set of limits.
 

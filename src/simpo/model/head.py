@@ -193,8 +193,6 @@ def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int 
     return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2], router_loss=added)
 
 
-# --- the auxiliary loss of routers -----------------------------------------------------------------------------------
-
 _ROUTER = "_simpo_router_loss"  # where a transformers model keeps the coefficient, and how many experts a token gets
 
 

@@ -30,20 +30,14 @@ class _CpuCopy:
 
     Every operation that saved the tensor holds this object and lets go of it once its own backward is done: with the
     last of them both copies are free.
-
-    Attributes:
-        place: in the order of copies out.
-        copied: reached when a CUDA copy out is whole; None off CUDA.
-        back: the copy that came back.
-        arrived: reached when a CUDA copy back is whole.
     """
 
     values: Tensor
     device: torch.device
-    place: int
-    copied: torch.cuda.Event | None
-    back: Tensor | None = None
-    arrived: torch.cuda.Event | None = None
+    place: int  # in the order of copies out
+    copied: torch.cuda.Event | None  # reached when a CUDA copy out is whole; None off CUDA
+    back: Tensor | None = None  # the copy that came back
+    arrived: torch.cuda.Event | None = None  # reached when a CUDA copy back is whole
 
 
 @dataclass(eq=False)

@@ -55,23 +55,17 @@ _PROMPTS, _CHOSEN, _REJECTED = (12, 20, 8, 16), 52, 40
 
 @dataclass(frozen=True)
 class Agreement:
-    """How a layout's log-probs compare with the ordinary ones.
+    """How a layout's log-probs compare with the ordinary ones."""
 
-    Attributes:
-        rms: root mean square of the differences in nats, without the tenth of the labels that differ most; of chosen or
-            of rejected responses, whichever is larger.
-        rms_of_all: with that tenth.
-        noise: what rounding moves the ordinary ones by, as `rms`; None where it was not needed.
-        scales: the factors on the logits that would explain the differences best, one in the head and one behind it,
-            each with the nats (root of the sum of squares) by which a factor of 2 would show.
-        precision: what was computed in.
-    """
-
+    # root mean square of the differences in nats, without the tenth of the labels that differ most; of chosen or of
+    # rejected responses, whichever is larger
     rms: float
-    rms_of_all: float
-    noise: float | None
+    rms_of_all: float  # with that tenth
+    noise: float | None  # what rounding moves the ordinary ones by, as `rms`; None where it was not needed
+    # the factors on the logits that would explain the differences best, one in the head and one behind it, each with
+    # the nats (root of the sum of squares) by which a factor of 2 would show
     scales: tuple[tuple[float, float], ...]
-    precision: torch.dtype
+    precision: torch.dtype  # what was computed in
 
     @property
     def limit(self) -> float:

@@ -154,9 +154,6 @@ class _Responses:
         return [Sampled(*each) for each in zip(self.tokens, self.finished, self.logprobs.tolist(), strict=True)]
 
 
-# --- a prompt once for its samples -----------------------------------------------------------------------------------
-
-
 class _RoomyLayer(DynamicLayer):
     """A cache layer with room for further tokens, which transformers' own copies itself for at each one."""
 
@@ -263,9 +260,6 @@ def _try_sharing(model: nn.Module) -> str | None:
     return None if apart <= limit else f"with padding its probabilities are others (by {apart:.2g})"
 
 
-# --- the slow way ----------------------------------------------------------------------------------------------------
-
-
 def _generate_plainly(model: nn.Module, prompt: Sequence[int], rows: Tensor, responses: _Responses) -> None:
     """By `model.generate`, which asks for each token here."""
     going, step = torch.ones_like(rows, dtype=torch.bool), 0
@@ -287,9 +281,6 @@ def _generate_plainly(model: nn.Module, prompt: Sequence[int], rows: Tensor, res
         )
     finally:
         base.generation_config = before
-
-
-# --- the choice of a token -------------------------------------------------------------------------------------------
 
 
 def choose_tokens(logprobs: Tensor, keys: Tensor, step: int, sampling: Sampling) -> Tensor:

@@ -28,9 +28,6 @@ def notes_of(model: nn.Module) -> list[str]:
     return unwrap(model).__dict__.setdefault(_NOTES, [])
 
 
-# --- chance ----------------------------------------------------------------------------------------------------------
-
-
 def disable_dropout(model: nn.Module) -> None:
     """Set every rate of dropout, layer dropout and jitter to 0: a policy's log-probs should not depend on chance.
 
@@ -91,9 +88,6 @@ def _stay_in_eval(mode: bool = True) -> None:
     """In place of a module's `train`."""
 
 
-# --- rotary factors --------------------------------------------------------------------------------------------------
-
-
 def fix_rotary_factors(model: nn.Module, max_length: int) -> None:
     """Fix rotary factors that follow the longest row of a batch (longrope, dynamic) to those of `max_length` tokens.
 
@@ -122,9 +116,6 @@ def fix_rotary_factors(model: nn.Module, max_length: int) -> None:
                 module.rope_type = "fixed"
             else:
                 module.rope_type = {**module.rope_type, layer: "fixed"}
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def attend_packed(model: nn.Module, recipe: Recipe, *, device: torch.device) -> str | None:

@@ -249,9 +249,6 @@ def _portable(error: Exception | None) -> Exception | None:
     return kind(f"{type(error).__name__}: {error}")
 
 
-# --- the process group -----------------------------------------------------------------------------------------------
-
-
 def local_rank() -> int:
     """Which process of its machine this one is."""
     return _number("LOCAL_RANK", dist.get_rank() if dist.is_initialized() else 0)

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from simpo.recipe import Recipe
 
 
-# --- loading ---------------------------------------------------------------------------------------------------------
-
-
 def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
     """What `from_pretrained` needs to load this process's shards and nothing more; empty for a whole model."""
     sizes = mesh.sizes
@@ -157,9 +154,6 @@ def swap_class(module: nn.Module, new: type) -> None:
     module.__class__ = type(f"FSDP{new.__name__}", (FSDPModule, new), {}) if isinstance(module, FSDPModule) else new
 
 
-# --- adapters on sharded models --------------------------------------------------------------------------------------
-
-
 def rebuild_adapters(model: nn.Module, *, seed: int) -> None:
     """Give LoRA adapters on a tensor-parallel model the shapes of whole layers, and shard them like their layers.
 
@@ -241,9 +235,6 @@ def _is_known_to_fsdp(parameter: nn.Parameter) -> bool:
     return "fsdp" in (names or ())
 
 
-# --- gradients -------------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def total_norm(gradients: list[Tensor]) -> Tensor:
     """The 2-norm of all gradients together, whole, however each is sharded; the same on every process.
@@ -302,9 +293,6 @@ def _sum_of_squares(parts: list[Tensor]) -> Tensor:
 def local_part(tensor: Tensor) -> Tensor:
     """This process's part of a sharded tensor; any other tensor itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-# --- whole weights ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

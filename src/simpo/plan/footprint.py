@@ -35,9 +35,6 @@ _BERTHS = 8  # bytes a number: AdamWBf16 keeps two pieces' two moments on the GP
 _BNB_BLOCK, _BNB_SMALLEST = 256, 4096  # bitsandbytes: numbers that share a scale; smaller tensors stay fp32
 
 
-# --- number formats --------------------------------------------------------------------------------------------------
-
-
 def compute_bytes(recipe: Recipe) -> int:
     """Of a number computed with."""
     return 2 if recipe.bf16 else 4
@@ -51,9 +48,6 @@ def master_bytes(recipe: Recipe) -> int:
 def gather_bytes(recipe: Recipe) -> int:
     """Of a weight of a block that FSDP2 has gathered."""
     return 2 if recipe.bf16 and recipe.fsdp_param_dtype != "float32" else master_bytes(recipe)
-
-
-# --- weights, gradients, moments -------------------------------------------------------------------------------------
 
 
 class StateBytes(NamedTuple):
@@ -121,22 +115,13 @@ def key_copies(model: ModelSizes, mesh: MeshSizes) -> int:
     return mesh.cp // math.gcd(max(1, model.num_kv_heads // mesh.tp), mesh.cp)
 
 
-# --- the moments of a step -------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Footprint:
-    """What one GPU holds at each of `MOMENTS`, in bytes.
+    """What one GPU holds at each of `MOMENTS`, in bytes."""
 
-    Attributes:
-        moments: of each its parts, which add up.
-        offloaded: in CPU memory throughout, of every process.
-        saving: in CPU memory besides while something is saved, of the process that has the most.
-    """
-
-    moments: dict[str, Parts]
-    offloaded: Parts
-    saving: Parts
+    moments: dict[str, Parts]  # of each its parts, which add up
+    offloaded: Parts  # in CPU memory throughout, of every process
+    saving: Parts  # in CPU memory besides while something is saved, of the process that has the most
 
     @property
     def totals(self) -> dict[str, int]:

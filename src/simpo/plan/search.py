@@ -36,15 +36,11 @@ _ROUND_TO, _MOST_TOKENS = 64, 2**24
 
 @dataclass(frozen=True)
 class Machines:
-    """The GPUs of a run.
-
-    Attributes:
-        gpu_gib: memory of one; what is sold as 80 GB is 79 to 80 GiB.
-    """
+    """The GPUs of a run."""
 
     gpus: int
     gpus_per_node: int
-    gpu_gib: float
+    gpu_gib: float  # memory of one; what is sold as 80 GB is 79 to 80 GiB
 
     @property
     def gpu_bytes(self) -> int:
@@ -189,16 +185,11 @@ class Search:
 
 @dataclass(frozen=True)
 class Plan:
-    """A mesh, and what it comes to.
+    """A mesh, and what it comes to."""
 
-    Attributes:
-        search: that found it: what was asked for, and what could be had instead.
-        recipe: with the plan's gradient_checkpointing.
-    """
-
-    search: Search
+    search: Search  # that found it: what was asked for, and what could be had instead
     mesh: MeshSizes
-    recipe: Recipe
+    recipe: Recipe  # with the plan's gradient_checkpointing
 
     @property
     def model(self) -> ModelSizes:

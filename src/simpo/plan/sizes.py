@@ -29,22 +29,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Weight:
-    """One parameter of a model.
-
-    Attributes:
-        unit: what FSDP2 gathers together: a block's name, "embedding", "end" (last norm and head), "rest"; of an
-            adapter, which FSDP2 is not told of, "".
-        split_dim: the dim that tensor parallelism splits; None = whole on every tp rank.
-        num_bytes: of one of its numbers.
-        is_trained: whether it has a gradient and moments.
-    """
+    """One parameter of a model."""
 
     name: str
     shape: tuple[int, ...]
+    # what FSDP2 gathers together: a block's name, "embedding", "end" (last norm and head), "rest"; of an adapter, which
+    # FSDP2 is not told of, ""
     unit: str
-    split_dim: int | None
-    num_bytes: float
-    is_trained: bool
+    split_dim: int | None  # the dim that tensor parallelism splits; None = whole on every tp rank
+    num_bytes: float  # of one of its numbers
+    is_trained: bool  # whether it has a gradient and moments
     kind: Literal["linear", "experts", "embedding", "head", "adapter", "other"]
 
     def local_shape(self, *, shard: int = 1, tp: int = 1) -> tuple[int, ...]:
@@ -62,20 +56,13 @@ class Weight:
 
 @dataclass(frozen=True, eq=False)
 class ModelSizes:
-    """A decoder, as far as its memory goes.
-
-    Attributes:
-        config: transformers'.
-        weights: every parameter once; a tied head is the embedding.
-        head_tied: whether the head is the embedding.
-        share_of_experts: how many of a block's experts a token is sent to, of all; 1 without experts.
-    """
+    """A decoder, as far as its memory goes."""
 
     name: str
-    config: Any
-    weights: tuple[Weight, ...]
-    head_tied: bool
-    share_of_experts: float
+    config: Any  # transformers'
+    weights: tuple[Weight, ...]  # every parameter once; a tied head is the embedding
+    head_tied: bool  # whether the head is the embedding
+    share_of_experts: float  # how many of a block's experts a token is sent to, of all; 1 without experts
     num_layers: int
     hidden_size: int
     intermediate_size: int

@@ -37,19 +37,12 @@ Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all"]
 
 @dataclass(frozen=True)
 class Links:
-    """Speeds that estimates assume, for one GPU and one direction; those of an H100 node with a 400 Gbit/s card a GPU.
+    """Speeds that estimates assume, for one GPU and one direction; an H100 node's, with a 400 Gbit/s card a GPU."""
 
-    Attributes:
-        node_bytes_per_s: between GPUs of one node.
-        network_bytes_per_s: from one GPU into the network between nodes.
-        hop_s: latency of one step around a ring.
-        flops_per_s: of matrix products in bf16, where computing is compared with sending.
-    """
-
-    node_bytes_per_s: float = 450e9
-    network_bytes_per_s: float = 50e9
-    hop_s: float = 5e-6
-    flops_per_s: float = 400e12
+    node_bytes_per_s: float = 450e9  # between GPUs of one node
+    network_bytes_per_s: float = 50e9  # from one GPU into the network between nodes
+    hop_s: float = 5e-6  # latency of one step around a ring
+    flops_per_s: float = 400e12  # of matrix products in bf16, where computing is compared with sending
 
 
 @dataclass(frozen=True)

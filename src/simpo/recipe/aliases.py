@@ -17,24 +17,17 @@ UNSET = object()
 
 @dataclass(frozen=True, slots=True)
 class Alias:
-    """Another name of one of our keys.
+    """Another name of one of our keys."""
 
-    Attributes:
-        target: our key, or an input key.
-        convert: the value under our key, or UNSET, where the other program counts or spells differently; raises
-            ValueError for a value that has no equal here.
-        is_switch: whether it is true or false.
-        yields: whether it gives way, with a notice, where our own key is given too; else that is a contradiction.
-        notice: printed when the alias is used, with {value}; "" for a plain renaming.
-        unset: printed when the value asks for nothing.
-    """
-
-    target: str
+    target: str  # our key, or an input key
+    # the value under our key, or UNSET, where the other program counts or spells differently; raises ValueError for a
+    # value that has no equal here
     convert: Callable[[Any], Any] | None = None
-    is_switch: bool = False
+    is_switch: bool = False  # whether it is true or false
+    # whether it gives way, with a notice, where our own key is given too; else that is a contradiction
     yields: bool = False
-    notice: str = ""
-    unset: str = "not used here (it changes nothing)"
+    notice: str = ""  # printed when the alias is used, with {value}; "" for a plain renaming
+    unset: str = "not used here (it changes nothing)"  # printed when the value asks for nothing
 
 
 def _switch(target: str, when_true: str) -> Alias:
@@ -385,10 +378,6 @@ def refusal(name: str, value: Any) -> str | None:
 def _asks_nothing(name: str, value: Any) -> bool:
     return value in _ASKS_NOTHING or value in _IS_DONE_HERE.get(name, ())
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Recipes for something else
-# ---------------------------------------------------------------------------------------------------------------------
 
 _SIGNS: Mapping[str, tuple[str, str]] = {
     "an SFT": (

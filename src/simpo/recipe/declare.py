@@ -23,35 +23,23 @@ does it."""
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """One key of a recipe, as it was declared. A flag that is not given there is the careful one.
-
-    Attributes:
-        allowed: its values in words, from the type and range where they say it all.
-        default: as YAML, or a sentence where it depends on other keys; "required" where there is none.
-        aliases: other accepted names.
-        types: the plain types of its values; null left out.
-        nullable: whether null is one of them.
-        may_change: whether a resumed run may have another value: it changes what is written and shown, or at most the
-            order of sums, never what is computed.
-        decides_tokens: whether prepared data is stored by its value.
-        hf: how the Hugging Face host takes it.
-        megatron: the name of the Megatron host's argument; "" for none.
-        shown: whether `simpo check` shows it at its default too.
-    """
+    """One key of a recipe, as it was declared. A flag that is not given there is the careful one."""
 
     name: str
     section: str
     meaning: str
-    allowed: str
-    default: str
-    aliases: tuple[str, ...]
-    types: frozenset[type]
-    nullable: bool
+    allowed: str  # its values in words, from the type and range where they say it all
+    default: str  # as YAML, or a sentence where it depends on other keys; "required" where there is none
+    aliases: tuple[str, ...]  # other accepted names
+    types: frozenset[type]  # the plain types of its values; null left out
+    nullable: bool  # whether null is one of them
+    # whether a resumed run may have another value: it changes what is written and shown, or at most the order of sums,
+    # never what is computed
     may_change: bool = False
-    decides_tokens: bool = False
-    hf: Hosted = "refused"
-    megatron: str = ""
-    shown: bool = False
+    decides_tokens: bool = False  # whether prepared data is stored by its value
+    hf: Hosted = "refused"  # how the Hugging Face host takes it
+    megatron: str = ""  # the name of the Megatron host's argument; "" for none
+    shown: bool = False  # whether `simpo check` shows it at its default too
 
 
 def in_section(section: str, **of_section: Any):

@@ -388,11 +388,6 @@ def _explain_one(key: str, found: Any, message: str, spelled: Mapping[str, str])
     return f"{name} = {short(value)}: {message[0].lower() + message[1:]} (allowed: {declared.allowed})"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The command line's overrides
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """Keys as spelled, with underscores, to plain values: `--key value`, `--key=value`, `key=value`, `--flag` for true.
 

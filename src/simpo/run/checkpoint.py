@@ -64,19 +64,12 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class CheckpointKind:
-    """How a host's checkpoints are known.
+    """How a host's checkpoints are known."""
 
-    Attributes:
-        command: that writes and resumes them.
-        prefix: of their folders' names, which the number of steps follows.
-        state_file: where `stamp` and the run's identity are.
-        marker: a file that only whole ones have; "" where the folder's name says so.
-    """
-
-    command: str
-    prefix: str
-    state_file: str
-    marker: str = ""
+    command: str  # that writes and resumes them
+    prefix: str  # of their folders' names, which the number of steps follows
+    state_file: str  # where `stamp` and the run's identity are
+    marker: str = ""  # a file that only whole ones have; "" where the folder's name says so
 
 
 NATIVE = CheckpointKind("simpo train or torchrun -m simpo train", "step", STATE_FILE)

@@ -27,19 +27,12 @@ _OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_pr
 
 @dataclass(frozen=True)
 class Leftovers:
-    """Parts of a checkpoint that a model does not hold.
+    """Parts of a checkpoint that a model does not hold."""
 
-    Attributes:
-        tensors: name -> the safetensors file that it is in.
-        files: the checkpoint's configuration, and those of its processors.
-        loaded_as: the class that does not load them.
-        parts: what the tensors belong to, for people.
-    """
-
-    tensors: dict[str, Path]
-    files: tuple[Path, ...]
-    loaded_as: str
-    parts: tuple[str, ...]
+    tensors: dict[str, Path]  # name -> the safetensors file that it is in
+    files: tuple[Path, ...]  # the checkpoint's configuration, and those of its processors
+    loaded_as: str  # the class that does not load them
+    parts: tuple[str, ...]  # what the tensors belong to, for people
 
     def __str__(self) -> str:
         shown = ", ".join(self.parts[:4]) + ", ..." * (len(self.parts) > 4)

@@ -88,19 +88,13 @@ def _scores(shape: PairShape) -> int:
 
 @dataclass(frozen=True, slots=True)
 class ActivationBytes:
-    """What a micro-batch holds at its peak beyond weights, gradients and moments, in bytes.
+    """What a micro-batch holds at its peak beyond weights, gradients and moments, in bytes."""
 
-    Attributes:
-        fixed: whatever it consists of: casts of weights, mostly.
-        per_pair, per_token, per_label, per_score: for each pair, packed token, trained token and attention score
-            (the last is 0 wherever attention is computed in tiles).
-    """
-
-    fixed: float
+    fixed: float  # whatever it consists of: casts of weights, mostly
     per_pair: float
-    per_token: float
-    per_label: float
-    per_score: float
+    per_token: float  # packed
+    per_label: float  # trained token
+    per_score: float  # of attention; 0 wherever that is computed in tiles
 
     def of_pairs(self, shape: PairShape, num_labels: Any) -> Any:
         """Bytes of a pair, without `fixed`; arrays give an array."""
@@ -239,21 +233,14 @@ def step_bytes(model: nn.Module, *, optim: str, chunk_size: int | None = None) -
 
 @dataclass(frozen=True, slots=True)
 class TokenBudget:
-    """How many packed tokens a micro-batch may hold.
+    """How many packed tokens a micro-batch may hold."""
 
-    Attributes:
-        tokens: at least the longest pair's.
-        fixed_bytes: what an optimizer step needs however small its micro-batches, beyond what is allocated before it.
-        bytes_per_token: the most that a token of any pair takes.
-        free_bytes: free when it was picked.
-        warning: one line where the longest pair eats into the reserve; None otherwise.
-    """
-
-    tokens: int
+    tokens: int  # at least the longest pair's
+    # what an optimizer step needs however small its micro-batches, beyond what is allocated before it
     fixed_bytes: float
-    bytes_per_token: float
-    free_bytes: int
-    warning: str | None = None
+    bytes_per_token: float  # the most that a token of any pair takes
+    free_bytes: int  # free when it was picked
+    warning: str | None = None  # one line where the longest pair eats into the reserve; None otherwise
 
     @property
     def needed_bytes(self) -> float:
@@ -335,9 +322,6 @@ def pick_token_budget(
     if budget >= longest:
         return TokenBudget(budget, fixed, per_token, free_bytes)
     return TokenBudget(longest, fixed, per_token, free_bytes, warning=f"{where}, little or no reserve; {advice}")
-
-
-# --- free memory -----------------------------------------------------------------------------------------------------
 
 
 def free_memory(device: torch.device) -> int | None:

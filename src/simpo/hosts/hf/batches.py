@@ -22,14 +22,10 @@ from simpo.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class Work:
-    """What a process computes in one turn of the Trainer's loop: a micro-batch, or several where tokens are limited.
+    """What a process computes in one turn of the Trainer's loop: a micro-batch, or several where tokens are limited."""
 
-    Attributes:
-        plan: of the optimizer step.
-        parts: pairs of each micro-batch, as indices into the store; an empty part waits for other processes.
-    """
-
-    plan: StepPlan
+    plan: StepPlan  # of the optimizer step
+    # pairs of each micro-batch, as indices into the store; an empty part waits for other processes
     parts: tuple[tuple[int, ...], ...]
 
 
@@ -96,9 +92,6 @@ def build_dataloader(loader: StepLoader, order: Any, args: Any, *, name: str) ->
         persistent_workers=args.dataloader_persistent_workers,
         multiprocessing_context=args.dataloader_multiprocessing_context,
     )
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
 
 
 def is_tokenised(dataset: Any) -> bool:

@@ -7,6 +7,7 @@ What a key means, its default and what is wrong with a value is the recipe's to 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field, make_dataclass
 from typing import Any
 
@@ -61,9 +62,9 @@ def _field(name: str) -> tuple[str, Any, Any]:
     return name, declared, field(default=None, metadata={"help": meaning.replace("%", "%%")})
 
 
-def _other(meaning: str) -> Any:
-    """A field under another program's name."""
-    return field(default=None, metadata={"help": meaning})
+def _argument(meaning: str, default: Any = None) -> Any:
+    """A field with what --help says of it."""
+    return field(default=default, metadata={"help": meaning})
 
 
 # TrainingArguments and the fields of the recipe. (Any: they are known once this has run, not to a type checker.)
@@ -71,7 +72,7 @@ _Arguments: Any = make_dataclass(
     "_Arguments",
     [
         *map(_field, RECIPE_FIELDS),
-        *((name, kind | None, _other("Accepted, not used here.")) for name, kind in _MEANINGLESS.items()),
+        *((name, kind | None, _argument("Accepted, not used here.")) for name, kind in _MEANINGLESS.items()),
     ],
     bases=(TrainingArguments,),
 )
@@ -102,38 +103,32 @@ class SimPOConfig(_Arguments):
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "loss_kwargs", "clean"]  # noqa: RUF012
 
     # --- TrainingArguments' own, with a recipe's defaults
-    per_device_train_batch_size: int = field(default=2, metadata={"help": "Pairs in one micro-batch of one process."})
-    per_device_eval_batch_size: int = field(default=4, metadata={"help": "Pairs in one evaluation batch."})
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training pairs."})
-    learning_rate: float = field(default=1e-6, metadata={"help": "Peak learning rate."})
-    lr_scheduler_type: str = field(default="cosine", metadata={"help": "Shape of the learning rate after warm-up."})
-    warmup_steps: float = field(default=0.1, metadata={"help": "Steps of warm-up; below 1, a share of all steps."})
-    logging_steps: float = field(
-        default=1, metadata={"help": "Steps between two logged lines, which are means over them."}
+    per_device_train_batch_size: int = _argument("Pairs in one micro-batch of one process.", 2)
+    per_device_eval_batch_size: int = _argument("Pairs in one evaluation batch.", 4)
+    num_train_epochs: float = _argument("Passes over the training pairs.", 1.0)
+    learning_rate: float = _argument("Peak learning rate.", 1e-6)
+    lr_scheduler_type: str = _argument("Shape of the learning rate after warm-up.", "cosine")
+    warmup_steps: float = _argument("Steps of warm-up; below 1, a share of all steps.", 0.1)
+    logging_steps: float = _argument("Steps between two logged lines, which are means over them.", 1)
+    bf16: bool | None = _argument("Compute in bfloat16; null = true.")
+    ddp_find_unused_parameters: bool | None = _argument(
+        "As in TrainingArguments; true where an architecture leaves weights unused.", False
     )
-    bf16: bool | None = field(default=None, metadata={"help": "Compute in bfloat16; null = true."})
-    ddp_find_unused_parameters: bool | None = field(
-        default=False, metadata={"help": "As in TrainingArguments; true where an architecture leaves weights unused."}
-    )
-
-    gamma: float | None = _other("Target reward margin of the paper: gamma_beta_ratio times beta. Never both.")
+    gamma: float | None = _argument("Target reward margin of the paper: gamma_beta_ratio times beta. Never both.")
 
     # --- this host's own
-    text_as_is: bool | None = field(
-        default=None,
-        metadata={"help": "Another name of rendered_text: true = keep, false = render."},
-    )
+    text_as_is: bool | None = _argument("Another name of rendered_text: true = keep, false = render.")
     model_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "Further options of from_pretrained, for a model given by name."}
     )
 
     # --- names of TRL's CPOConfig, of the SimPO authors' config and of older transformers
-    simpo_gamma: float | None = _other("TRL's name of gamma.")
-    cpo_alpha: float | None = _other("TRL's name of sft_weight.")
-    alpha: float | None = _other("TRL's name of alphapo_alpha; not 0 means loss_type alphapo.")
-    dataset_num_proc: int | None = _other("TRL's name of preprocessing_num_workers.")
-    warmup_ratio: float | None = _other("Share of the steps over which the learning rate rises.")
-    evaluation_strategy: str | None = _other("Older name of eval_strategy.")
+    simpo_gamma: float | None = _argument("TRL's name of gamma.")
+    cpo_alpha: float | None = _argument("TRL's name of sft_weight.")
+    alpha: float | None = _argument("TRL's name of alphapo_alpha; not 0 means loss_type alphapo.")
+    dataset_num_proc: int | None = _argument("TRL's name of preprocessing_num_workers.")
+    warmup_ratio: float | None = _argument("Share of the steps over which the learning rate rises.")
+    evaluation_strategy: str | None = _argument("Older name of eval_strategy.")
 
     def __post_init__(self, *keywords: Any) -> None:
         vars(self).update(zip(KEYWORDS, keywords, strict=True))
@@ -243,3 +238,18 @@ class SimPOConfig(_Arguments):
         """What of `model_init_kwargs` goes to from_pretrained as it is."""
         options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         return {name: value for name, value in options.items() if name not in (*_OF_MODEL, "revision")}
+
+
+def check_arguments(args: Any, others: Mapping[str, Any]) -> None:
+    """Raise ValueError for arguments of transformers' Trainer that `SimPOTrainer` does not take."""
+    if not isinstance(args, SimPOConfig):
+        raise ValueError(f"args: a SimPOConfig is needed, not {type(args).__name__}")
+    refused = {
+        "data_collator": "batches are planned and built here",
+        "compute_loss_func": "the loss is loss_type",
+        "compute_metrics": "there are no logits to compute from; rewards, log-probs and accuracies are logged",
+        "preprocess_logits_for_metrics": "there are no logits to process",
+    }
+    for name, reason in refused.items():
+        if others.get(name) is not None:
+            raise ValueError(f"{name}: not taken by this trainer: {reason}")

@@ -18,8 +18,6 @@ from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabl
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _READ = "_read_in_fp32"  # attribute of a ZeRO-3 parameter: this process's partition as it was read
 
-# --- at the start ----------------------------------------------------------------------------------------------------
-
 
 def _zero3_config() -> dict[str, Any]:
     """DeepSpeed's own configuration; empty without ZeRO-3."""
@@ -83,9 +81,6 @@ def give_masters(masters: dict[nn.Parameter, Tensor]) -> None:
             parameter._z3_optimizer.set_local_hp_param(master, parameter)
         elif hasattr(parameter, "set_full_hp_param"):
             parameter.set_full_hp_param(master)
-
-
-# --- exports ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

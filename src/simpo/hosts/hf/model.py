@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,12 +18,16 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 from simpo.hosts.hf.masters import narrow_partitions, reading_in_fp32
 from simpo.model.attention import is_packed, plain_implementation, unwrap
 from simpo.model.head import install_head, install_router_loss
-from simpo.model.load import add_adapters, check_tied_adapters, keep_quantized_trainable, load_pretrained
+from simpo.model.load import (
+    add_adapters,
+    check_tied_adapters,
+    keep_quantized_trainable,
+    load_pretrained,
+    load_tokenizer,
+)
 from simpo.model.low_memory import install_low_memory_blocks
 from simpo.model.settle import attend_packed, disable_dropout, fix_rotary_factors
-
-if TYPE_CHECKING:
-    from simpo.recipe import Recipe
+from simpo.recipe import Recipe, load_recipe
 
 
 def load_by_name(name: str, recipe: Recipe, options: dict[str, Any]) -> PreTrainedModel:
@@ -40,6 +44,14 @@ def load_by_name(name: str, recipe: Recipe, options: dict[str, Any]) -> PreTrain
         model = load_pretrained(AutoModelForCausalLM, name, recipe, what="model", dtype=dtype, **options)
     narrow_partitions(model)
     return model
+
+
+def tokenizer_of(model: Any, recipe: Recipe) -> Any:
+    """The tokenizer that lies beside a model. Raises ValueError where it does not say where that is."""
+    name = getattr(getattr(unwrap(model), "config", None), "name_or_path", "") if model is not None else ""
+    if not name:
+        raise ValueError("processing_class: this model has no name_or_path to load one from; give its tokenizer")
+    return load_tokenizer(load_recipe(recipe, {"model_name_or_path": name}))
 
 
 def wrap_in_adapters(model: nn.Module, peft_config: Any, *, seed: int) -> nn.Module:

@@ -31,15 +31,14 @@ from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.data.templates import install_chat_template
 from simpo.display import Display
 from simpo.hosts.hf.batches import TrainingOrder, build_dataloader, evaluation_order, is_tokenised, prepare_datasets
-from simpo.hosts.hf.config import SimPOConfig
+from simpo.hosts.hf.config import SimPOConfig, check_arguments
 from simpo.hosts.hf.early_stop import EarlyStop
 from simpo.hosts.hf.launch import check_launch, join_launched_world
 from simpo.hosts.hf.masters import give_masters, take_masters, whole_weights
-from simpo.hosts.hf.model import load_by_name, make_ready, weights_are_elsewhere, wrap_in_adapters
+from simpo.hosts.hf.model import load_by_name, make_ready, tokenizer_of, weights_are_elsewhere, wrap_in_adapters
 from simpo.hosts.hf.reference import load_references, save_references
-from simpo.model.attention import plain_attention, unwrap
+from simpo.model.attention import plain_attention
 from simpo.model.head import compute_pair_logps
-from simpo.model.load import load_tokenizer
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.checkpoint import TRAINERS, load_state, stamp
@@ -92,7 +91,7 @@ class SimPOTrainer(Trainer):
         **others: Any,
     ) -> None:
         args = SimPOConfig(output_dir="simpo_trainer") if args is None else args
-        _check_arguments(args, {"data_collator": data_collator, **others})
+        check_arguments(args, {"data_collator": data_collator, **others})
         self.recipe: Recipe = args.to_recipe(model if isinstance(model, str) else None)
         self.mesh = join_launched_world(args)
         self.references: dict[str, ReferenceLogps] = {}  # by name of pairs, from when training begins
@@ -105,7 +104,7 @@ class SimPOTrainer(Trainer):
             raise ValueError(
                 "model_init_kwargs: the model is loaded already; give its name, or give them to from_pretrained"
             )
-        tokenizer = processing_class or tokenizer or _tokenizer_of(model, self.recipe)
+        tokenizer = processing_class or tokenizer or tokenizer_of(model, self.recipe)
         if tokenizer.pad_token is None:
             tokenizer.pad_token = tokenizer.eos_token
         install_chat_template(tokenizer, self.recipe.chat_template)
@@ -150,8 +149,6 @@ class SimPOTrainer(Trainer):
             if no_lock is not None:
                 self.display.say(no_lock)
             return super().train(resume_from_checkpoint, **options)
-
-    # --- what is trained ---------------------------------------------------------------------------------------------
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -238,8 +235,6 @@ class SimPOTrainer(Trainer):
         shapes = {name: getattr(p, "ds_shape", p.shape) for name, p in model.named_parameters()}  # ZeRO-3's are flat
         return [name for name, shape in shapes.items() if len(shape) >= 2]
 
-    # --- batches -----------------------------------------------------------------------------------------------------
-
     def get_train_dataloader(self) -> DataLoader:
         """The plan of this process; see `hosts.hf.batches`."""
         self.loader = self.build_loader(self.train_dataset)
@@ -291,8 +286,6 @@ class SimPOTrainer(Trainer):
             return dataset
         limit = load_recipe(self.recipe, {"max_train_samples": self.recipe.max_eval_samples})
         return self._prepare(dataset, None, recipe=limit).train
-
-    # --- the model ---------------------------------------------------------------------------------------------------
 
     def _ready(self, model: nn.Module) -> nn.Module:
         if self._peft_config is not None:
@@ -375,8 +368,6 @@ class SimPOTrainer(Trainer):
         }
         model.train()
 
-    # --- metrics -----------------------------------------------------------------------------------------------------
-
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; a training line has the means over all pairs since the last one, of all processes."""
         if "loss" in logs and self.is_in_train and self.state.global_step > self._logged[0]:
@@ -417,8 +408,6 @@ class SimPOTrainer(Trainer):
         values = total.means() | total.counts() | {"time_s": time.perf_counter() - started}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         return output
-
-    # --- saving and resuming -----------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """As in transformers, with the weights that the optimizer updates, wherever the engine has them.
@@ -509,27 +498,3 @@ class SimPOTrainer(Trainer):
 
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.recipe, self.data, self.loader, total_steps=self._total_steps)
-
-
-# --- start-up --------------------------------------------------------------------------------------------------------
-
-
-def _check_arguments(args: Any, others: Mapping[str, Any]) -> None:
-    if not isinstance(args, SimPOConfig):
-        raise ValueError(f"args: a SimPOConfig is needed, not {type(args).__name__}")
-    refused = {
-        "data_collator": "batches are planned and built here",
-        "compute_loss_func": "the loss is loss_type",
-        "compute_metrics": "there are no logits to compute from; rewards, log-probs and accuracies are logged",
-        "preprocess_logits_for_metrics": "there are no logits to process",
-    }
-    for name, reason in refused.items():
-        if others.get(name) is not None:
-            raise ValueError(f"{name}: not taken by this trainer: {reason}")
-
-
-def _tokenizer_of(model: Any, recipe: Recipe) -> Any:
-    name = getattr(getattr(unwrap(model), "config", None), "name_or_path", "") if model is not None else ""
-    if not name:
-        raise ValueError("processing_class: this model has no name_or_path to load one from; give its tokenizer")
-    return load_tokenizer(load_recipe(recipe, {"model_name_or_path": name}))

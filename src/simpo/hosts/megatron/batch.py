@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from simpo.core.batch import check_response
 from simpo.core.packing import SIDES, TokenPair, epoch_order, num_steps_per_epoch, trained_ranges
 from simpo.hosts.megatron.settings import MegatronSettings
 
@@ -78,8 +79,14 @@ def collate(
     for pair in pairs:
         for side in SIDES:
             ids, start = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_start")
-            _check_row(pair.row_id, side, ids, start, settings.seq_length)
-            rows.append((ids, trained_ranges(start, getattr(pair, f"{side}_gaps"), len(ids))))
+            gaps, what = getattr(pair, f"{side}_gaps"), f"pair {pair.row_id}: the {side}"
+            check_response(ids, start, gaps, what=f"{what} response")
+            if len(ids) > settings.seq_length:
+                raise ValueError(
+                    f"{what} sequence has {len(ids)} tokens; seq_length is {settings.seq_length}. Raise it, or prepare "
+                    "the pairs with max_length of at most that"
+                )
+            rows.append((ids, trained_ranges(start, gaps, len(ids))))
     if settings.fixed_shapes:
         num_rows, width = settings.actual_micro_batch_size, settings.seq_length
     else:
@@ -146,19 +153,6 @@ def iterate_batches(
                 reference=reference,
             )
         step += 1
-
-
-def _check_row(row_id: str, side: str, ids: Sequence[int], start: int, seq_length: int) -> None:
-    if not 1 <= start < len(ids):
-        raise ValueError(
-            f"pair {row_id}: the {side} response starts at token {start} of {len(ids)}; it needs at least one token "
-            "before it and one of its own"
-        )
-    if len(ids) > seq_length:
-        raise ValueError(
-            f"pair {row_id}: the {side} sequence has {len(ids)} tokens; seq_length is {seq_length}. Raise it, or "
-            "prepare the pairs with max_length of at most that"
-        )
 
 
 def _look_up(pairs: Sequence[TokenPair], reference: ReferenceSums) -> Tensor:
