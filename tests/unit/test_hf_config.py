@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from transformers import TrainingArguments
 
 from simpo.hosts import hf
 from simpo.hosts.hf import SimPOConfig
+from simpo.hosts.hf.config import check_arguments
+from simpo.hosts.hf.model import tokenizer_of
 from simpo.hosts.hf.run import build_config, check_keys
 from simpo.hosts.launcher import launched_by_accelerate
 from simpo.recipe import KEYS, load_recipe
@@ -253,3 +256,17 @@ def test_names_in_the_tables_of_the_documentation_are_fields_or_keys():
         if line.startswith("| ") and "|---" not in line:
             for name in re.findall(r'`"?(\w+)', line):
                 assert name in fields | elsewhere, name
+
+
+def test_what_the_trainer_cannot_take_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="args: a SimPOConfig is needed, not TrainingArguments"):
+        check_arguments(TrainingArguments(use_cpu=True), {})
+    with pytest.raises(ValueError, match="compute_loss_func: not taken by this trainer: the loss is loss_type"):
+        check_arguments(config(use_cpu=True), {"callbacks": [], "compute_loss_func": print})
+    check_arguments(config(use_cpu=True), {"callbacks": [], "compute_loss_func": None})
+
+
+def test_a_model_of_no_name_needs_its_tokenizer_given() -> None:
+    for model in (None, torch.nn.Linear(1, 1)):
+        with pytest.raises(ValueError, match="processing_class: this model has no name_or_path"):
+            tokenizer_of(model, config(use_cpu=True).to_recipe())
