@@ -31,9 +31,9 @@ class Display:
         self.console = console or Console(quiet=quiet, highlight=False, soft_wrap=True)
         self._has_bar = False
 
-    def say(self, text: str) -> None:
-        """One line; folded between words where a terminal is narrower."""
-        self.console.print(_fold(text, self.console, hang=2), markup=False)
+    def say(self, text: str, *, style: str = "") -> None:
+        """One line; folded between words where a terminal is narrower. `style`: a colour of rich."""
+        self.console.print(_fold(text, self.console, hang=2), markup=False, style=style)
 
     @contextlib.contextmanager
     def progress(self, total_steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:

@@ -29,7 +29,7 @@ from torch import Tensor
 from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps
 from simpo.data.loader import MicroBatch, StepPlan
-from simpo.data.prepare import PreparedData, prepare_pairs
+from simpo.data.prepare import PreparedData, dropped_by_source, prepare_pairs
 from simpo.data.templates import install_chat_template
 from simpo.display import Display
 from simpo.evaluation.generate import save_samples
@@ -45,6 +45,7 @@ from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
 from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
+from simpo.run.guard import RunGuard
 from simpo.run.leftovers import find_leftovers
 from simpo.run.lock import OutputLock
 from simpo.run.memory import TokenBudget, fit_micro_batches
@@ -207,21 +208,24 @@ class Trainer:
         """Train to the last step and save the final model.
 
         Raises:
-            Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved first.
+            Interrupted: Ctrl-C or SIGTERM, or, a StoppedByGuard, its guard; a checkpoint was saved first.
             NonFiniteError: a loss or gradient is not finite.
         """
         self.display.table("training", self._describe())
         with self.lock, open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh) as self.log:
             with self._stop.listening():
+                self.guard = RunGuard(self.recipe, self.output_dir, self.mesh, self.display, done=self.progress.step)
+                self.guard.begin(dropped_by_source(self.data.ledger))
                 if self.recipe.eval_on_start and self.progress.step == 0:
                     self._evaluate_and_log()
                 with self.display.progress(self.total_steps, self.progress.step) as show:
                     for plan in self.loader.plans(self.progress.step, self.total_steps):
-                        if self.progress.why_early(self.recipe) is not None:
+                        if self._is_ended_by_guard() or self.progress.why_early(self.recipe) is not None:
                             break
                         values = self.train_step(plan)
                         show(self.progress.step, values)
                         self._after_step(values)
+                self._is_ended_by_guard()  # after the last step
             return self._finish()
 
     def train_step(self, plan: StepPlan) -> dict[str, float]:
@@ -302,26 +306,28 @@ class Trainer:
             self.save()
         self.saver.finish(wait=last)
         if (self._stop.is_set() if self.mesh.sizes.world == 1 else self._stop_together) and not last:
-            saved = self.save()
-            self.saver.finish()
             raise Interrupted(
-                f"stopped after step {step} of {self.total_steps} and saved {saved.folder}; "
+                f"stopped after step {step} of {self.total_steps} and saved {self._save_to_stop()}; "
                 "to resume, run the same command with --resume_from_checkpoint true"
             )
 
     def _finish(self) -> TrainResult:
         progress = self.progress
-        why_early = progress.why_early(self.recipe) if progress.step < self.total_steps else None
+        is_early = progress.step < self.total_steps and self.guard.back_to is None
+        why_early = progress.why_early(self.recipe) if is_early else None
         if why_early is not None:
             self.display.say(why_early)
         results, kept_step = progress.last_eval, progress.step
-        if self.recipe.load_best_model_at_end and progress.best_step not in (None, progress.step):
+        best_step, folder = self.guard.back_to, self.checkpoint_dir
+        if best_step is None and self.recipe.load_best_model_at_end:
+            best_step, folder = progress.best_step, progress.best_in or self.checkpoint_dir
+        if best_step not in (None, progress.step):
             self.mesh.barrier()
-            folder = progress.best_in or self.checkpoint_dir
-            best = self.mesh.on_main(lambda: best_checkpoint(progress.best_step, folder))
+            best = self.mesh.on_main(lambda: best_checkpoint(best_step, folder))
             state = checkpoints.load_checkpoint(best, model=self.model, mesh=self.mesh)
             results, kept_step = state["progress"]["last_eval"], best.step
-            self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
+            if self.guard.back_to is None:
+                self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
         model_dir = self.output_dir / "model"
         written = publish_model(
             self.model,
@@ -341,7 +347,8 @@ class Trainer:
         if written:
             self._write(written)
         metrics = self.output_dir / "metrics.jsonl"
-        self.display.table("done", {"run directory": self.output_dir, "model": model_dir, "metrics": metrics})
+        done = {"run directory": self.output_dir, "model": model_dir, "metrics": metrics}
+        self.display.table("done", done | self.guard.summary())
         self.mesh.on_main(lambda: upload_model(model_dir, self.repository, self.recipe, self.display))
         self.display.say(describe_next(self.recipe, self.data))
         return TrainResult(
@@ -389,10 +396,10 @@ class Trainer:
             self.progress.track_best(values, self.recipe)
         self._write(values | {"epoch": self._epoch})
         self.display.say_evaluation(f"evaluation at step {self.progress.step}", values)
-        if self.recipe.num_eval_generations:
-            self._generate_samples()
+        answers = self._generate_samples() if self.recipe.num_eval_generations else []
+        self.guard.heed(self.progress.step, values, answers)
 
-    def _generate_samples(self) -> None:
+    def _generate_samples(self) -> list[dict[str, Any]]:
         store, recipe = self.eval_loader.store, self.recipe
         # Sharded blocks are gathered in bf16, which fp32 activations meet only under autocast.
         sharded = self.mesh.sizes.is_sharded and bool(recipe.bf16)
@@ -400,7 +407,7 @@ class Trainer:
             needs_memory("generating samples", advice="lower num_eval_generations or eval_generation_max_new_tokens"),
             torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=sharded),
         ):
-            save_samples(
+            answers = save_samples(
                 self.generations_path if self.mesh.is_main else None,
                 self.model,
                 self.tokenizer,
@@ -410,6 +417,7 @@ class Trainer:
                 max_new_tokens=recipe.eval_generation_max_new_tokens,
             )
         drop_gathered(self.model)
+        return answers
 
     # --- saving and resuming -----------------------------------------------------------------------------------------
 
@@ -496,6 +504,20 @@ class Trainer:
         self._write(values)
         left_s = progress.train_time_s / progress.step * (self.total_steps - progress.step)
         self.display.log_step(progress.step, self.total_steps, values, left_s=left_s)
+        self.guard.heed(progress.step, values)
+
+    def _is_ended_by_guard(self) -> bool:
+        """Whether it goes back to a checkpoint instead of on; raises where it stops the run."""
+        if self.guard.verdict is not None and self.guard.back_to is None:
+            self.guard.choose([saved.step for saved in checkpoints.list_checkpoints(self.checkpoint_dir)])
+            if self.guard.back_to is None:
+                raise self.guard.stopped(self.total_steps, self._save_to_stop())
+        return self.guard.back_to is not None
+
+    def _save_to_stop(self) -> Path:
+        saved = self.save()
+        self.saver.finish()
+        return saved.folder
 
     def _write(self, values: Mapping[str, Any]) -> None:
         if self.log is not None:

@@ -1,8 +1,9 @@
 """The command line itself: how a command reads its recipe, what its errors look like, and with what it exits.
 
 What the user can put right (a ValueError, a file that cannot be read or written) is printed in one line, without a
-traceback (SIMPO_TRACEBACK=1 shows it), and the command exits with 2. An interrupted run exits with 130; one whose loss
-is not finite, or that runs out of memory, with 1; a command that had to leave something out, with 3.
+traceback (SIMPO_TRACEBACK=1 shows it), and the command exits with 2. An interrupted run exits with 130; one that its
+guard stopped, with 4; one whose loss is not finite, or that runs out of memory, with 1; a command that had to leave
+something out, with 3.
 """
 
 from __future__ import annotations

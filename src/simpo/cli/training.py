@@ -29,7 +29,7 @@ def train(context: typer.Context, recipe: RecipeOrData) -> None:
             Trainer(resolved).run()
     except Interrupted as stopped:
         say_once(str(stopped), color="yellow")
-        raise typer.Exit(130) from None
+        raise typer.Exit(stopped.exit_code) from None
     except (NonFiniteError, OutOfMemory) as error:
         say_once(f"error: {error}", color="red")
         raise typer.Exit(1) from None

@@ -339,11 +339,25 @@ def _example(row: dict[str, Any], tokenizer: Any) -> dict[str, str]:
     return example
 
 
+def _count_unasked(dropped: Mapping[str, int]) -> int:
+    """Rows of {reason: count} but for those dropped on request."""
+    requested = {"duplicate", *REASONS.values()}
+    return sum(count for reason, count in dropped.items() if reason not in requested)
+
+
+def dropped_by_source(ledger: Ledger) -> dict[str, tuple[int, int]]:
+    """Of each source its training rows that were dropped, though not on request, and all of them."""
+    sources = ledger.splits["train"].sources if "train" in ledger.splits else {}
+    return {
+        name: (_count_unasked(counts["dropped"]), counts["kept"] + sum(counts["dropped"].values()))
+        for name, counts in sources.items()
+    }
+
+
 def _check_dropped(ledger: Ledger, max_dropped_fraction: float) -> None:
     """Stop where the data is not what the recipe expects. What was dropped on request does not count."""
-    requested = {"duplicate", *REASONS.values()}
     for name, split in ledger.splits.items():
-        dropped = sum(entry["count"] for reason, entry in split.dropped.items() if reason not in requested)
+        dropped = _count_unasked({reason: entry["count"] for reason, entry in split.dropped.items()})
         if dropped > max_dropped_fraction * split.input:
             raise ValueError(
                 f"{dropped} of {split.input} {name} rows are dropped ({dropped / split.input:.1%}), more than "

@@ -8,16 +8,25 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
 
+from simpo.evaluation.statistics import repeated_share
 from simpo.model.attention import plain_attention, unwrap
 from simpo.model.sampling import Sampling, end_tokens, sample_responses, why_not_shared
 
 if TYPE_CHECKING:
     from simpo.data.loader import PairStore
+
+
+class Generated(NamedTuple):
+    """A response: its text without special tokens, its tokens, and whether it came to an end by itself."""
+
+    text: str
+    ids: list[int]
+    finished: bool
 
 
 def generate_greedy(
@@ -28,7 +37,7 @@ def generate_greedy(
     max_new_tokens: int,
     batch_size: int = 16,
     advance: Callable[[int], Any] = lambda count: None,
-) -> list[str]:
+) -> list[Generated]:
     """The most likely response to each prompt, token by token.
 
     Args:
@@ -39,10 +48,10 @@ def generate_greedy(
         batch_size: prompts generated together, padded on the left.
         advance: is told how many prompts were answered.
     Returns:
-        One text for each prompt, special tokens left out.
+        One response to each prompt.
     """
     ends = end_tokens(tokenizer, getattr(unwrap(model), "generation_config", None))
-    was_training, texts = model.training, []
+    was_training, answers = model.training, []
     model.eval()
     try:
         # Compiled blocks would be compiled again for single tokens with a cache and a mask.
@@ -52,11 +61,15 @@ def generate_greedy(
                 batch = prompts[start : start + batch_size]
                 size = {"max_new_tokens": max_new_tokens, "shared": shared}
                 found = sample_responses(model, batch, [[0]] * len(batch), Sampling(), ends=ends, **size)
-                texts += tokenizer.batch_decode([response.ids for (response,) in found], skip_special_tokens=True)
+                texts = tokenizer.batch_decode([response.ids for (response,) in found], skip_special_tokens=True)
+                answers += [
+                    Generated(text.strip(), response.ids, response.finished)
+                    for text, (response,) in zip(texts, found, strict=True)
+                ]
                 advance(len(batch))
     finally:
         model.train(was_training)
-    return [text.strip() for text in texts]
+    return answers
 
 
 def save_samples(
@@ -68,21 +81,29 @@ def save_samples(
     step: int,
     count: int,
     max_new_tokens: int,
-) -> None:
+) -> list[dict[str, Any]]:
     """Answer the first prompts of a store, and append one JSON line for each to `generations.jsonl`.
 
     Args:
         path: None = this process takes part without writing.
         step: of the optimizer, for the lines.
         count: prompts.
+    Returns:
+        What the lines hold; nothing where none are written.
     """
     indices = range(min(count, len(store)))
     prompts = [store[i].prompt_ids for i in indices]
     responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
     if path is None:
-        return
+        return []
+    records = [
+        {
+            **{"step": step, "row_id": store[i].row_id, "prompt": store.texts(i)["prompt_text"]},
+            **{"response": response.text, "tokens": len(response.ids), "finished": response.finished},
+            "repeated_share": repeated_share(response.ids),
+        }
+        for i, response in zip(indices, responses, strict=True)
+    ]
     with path.open("a", encoding="utf-8") as file:
-        for i, response in zip(indices, responses, strict=True):
-            prompt = store.texts(i)["prompt_text"]
-            record = {"step": step, "row_id": store[i].row_id, "prompt": prompt, "response": response}
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    return records

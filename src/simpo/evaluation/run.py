@@ -298,7 +298,8 @@ def evaluate_pairs(
         if prompts:  # else there may be no tokenizer
             size = {"max_new_tokens": max_new_tokens, "batch_size": batch_pairs}
             with counter(console, "answering", len(prompts)) as advance:
-                responses = generate_greedy(network, tokenizer, prompts, **size, advance=advance)
+                answers = generate_greedy(network, tokenizer, prompts, **size, advance=advance)
+                responses = [answer.text for answer in answers]
     lengths = store.response_lengths.tolist()
     return build_evaluation(
         [PairRecord(pair.row_id, *sums[i], *lengths[i]) for i, pair in enumerate(stored)],

@@ -225,19 +225,20 @@ def _resolve_evaluation(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
 
 
 def _check_best_model(recipe: Recipe) -> None:
-    """load_best_model_at_end needs every checkpoint evaluated when it is saved."""
-    if not recipe.load_best_model_at_end:
+    """load_best_model_at_end, and a guard that goes back, need every checkpoint evaluated when it is saved."""
+    key = "load_best_model_at_end" if recipe.load_best_model_at_end else "guard: back"
+    if key == "guard: back" and "back" not in recipe.guard.values():
         return
     saves, evaluates = recipe.save_strategy, recipe.eval_strategy
     if evaluates == "no" or saves != evaluates:
         raise ValueError(
-            f"load_best_model_at_end: eval_strategy ({evaluates or 'once at the end'}) and save_strategy ({saves}) "
+            f"{key}: eval_strategy ({evaluates or 'once at the end'}) and save_strategy ({saves}) "
             "must be the same, steps or epoch, so that every checkpoint has its metric"
         )
     steps = recipe.eval_steps or 0  # set where eval_strategy is steps
     if saves == "steps" and (steps < 1 or recipe.save_steps % steps):
         raise ValueError(
-            f"load_best_model_at_end: save_steps = {recipe.save_steps} must be a multiple of "
+            f"{key}: save_steps = {recipe.save_steps} must be a multiple of "
             f"eval_steps = {recipe.eval_steps}, so that every checkpoint has its metric"
         )
 

@@ -23,6 +23,7 @@ from simpo.recipe.checks import METRICS, resolve
 from simpo.recipe.declare import Key, declared_key, in_section
 from simpo.recipe.stages import STAGES, Clean, Generate, Judge, Pair, Rounds, Score
 from simpo.recipe.values import (
+    GUARD_CHECKS,
     OWN_KEYS,
     Number,
     RenderedText,
@@ -32,6 +33,7 @@ from simpo.recipe.values import (
     TrainOn,
     Whole,
     Words,
+    as_guard,
     as_lora_targets,
     as_loss,
     as_mixture,
@@ -379,6 +381,11 @@ class Recipe(_LossKeys):
     early_stopping_threshold: Number = _evaluation(
         0.0, "What the best value has to be surpassed by to count as improvement, for early_stopping_patience.",
         hf="run", may_change=True, ge=0)
+    guard: Annotated[dict[str, str], BeforeValidator(as_guard)] = _evaluation(
+        {"all": "warn"}, "What happens when training looks like a collapse, for all checks or for each: see "
+        "docs/trouble.md. stop saves a checkpoint and exits with 4; back ends with the best checkpoint before it.",
+        "off, say, warn, stop or back; or a mapping of " + ", ".join(GUARD_CHECKS) + " or all to them", derived="warn",
+        hf="field", may_change=True)
     # -- saving
     output_dir: Text | None = _saving(
         None, "Folder of the run; needed to train.", "path", hf="run", may_change=True, shown=True)

@@ -196,6 +196,24 @@ def _entry(value: Mapping[Any, Any]) -> dict[str, Any]:
     return checked
 
 
+GuardLevel = Literal["off", "say", "warn", "stop", "back"]
+"""What a finding of the guard does: nothing; a line; a line that stands out and is repeated at the end; end the run
+with a checkpoint; end it with the best earlier checkpoint as the model."""
+GUARD_CHECKS = ("displacement", "margin", "overfitting", "answers", "gradient", "sources", "learning_rate")
+
+
+def as_guard(value: Any) -> Any:
+    """A level for all checks, or {check: level}, `all` for those that are not named; {"all": ..., check: ...}."""
+    value = {"all": value} if not isinstance(value, Mapping) else {"all": "warn", **value}
+    levels = {name: "off" if level is False else level for name, level in value.items()}  # YAML reads a bare `off` so
+    for name, level in levels.items():
+        if name != "all" and name not in GUARD_CHECKS:
+            raise ValueError(f"{short(name)} is not a check")
+        if level not in get_args(GuardLevel):
+            raise ValueError(f"{short(level)} is not a level")
+    return levels
+
+
 def as_lora_targets(value: Any) -> Any:
     if value is None or value == "all-linear" or value == ["all-linear"]:
         return "all-linear"

@@ -30,6 +30,14 @@ class OutOfMemory(RuntimeError):
 class Interrupted(RuntimeError):
     """The run was asked to stop, has saved itself, and says how to resume it."""
 
+    exit_code = 130
+
+
+class StoppedByGuard(Interrupted):
+    """The guard stopped the run at a level of `guard: stop`; it has saved itself."""
+
+    exit_code = 4
+
 
 StepLosses = list[tuple[tuple[str, ...], Tensor]]
 """Of each micro-batch the names of its pairs, and their losses [P]."""

@@ -110,7 +110,8 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
             display.say(why_early)
         save_final_model(trainer, model_dir, dtype, directory.untrained, leftovers, why_early=why_early)
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
-    display.table("done", {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics})
+    done = {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics}
+    display.table("done", done | trainer.guard.summary())
     mesh.on_main(lambda: upload_model(model_dir, repository, recipe, display))
     display.say(describe_next(recipe, data))
 

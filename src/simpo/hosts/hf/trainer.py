@@ -28,6 +28,7 @@ from simpo.core.losses import PairLogps
 from simpo.data.cache import PreparedData, fingerprint_tokens
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
+from simpo.data.prepare import dropped_by_source
 from simpo.data.templates import install_chat_template
 from simpo.display import Display
 from simpo.hosts.hf.batches import TrainingOrder, build_dataloader, evaluation_order, is_tokenised, prepare_datasets
@@ -41,8 +42,9 @@ from simpo.model.attention import plain_attention
 from simpo.model.head import compute_pair_logps
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.checkpoint import TRAINERS, load_state, stamp
+from simpo.run.checkpoint import TRAINERS, list_checkpoints, load_state, stamp
 from simpo.run.export import overflows, record_dtype, tie
+from simpo.run.guard import RunGuard
 from simpo.run.lock import OutputLock
 from simpo.run.metrics import StepTotals, peak_memory_gib
 from simpo.run.objective import micro_batch_losses
@@ -134,6 +136,7 @@ class SimPOTrainer(Trainer):
             self._check_if_here(self.model)
         self._total_steps = 0
         self._train_sums = StepTotals()
+        self._guard: RunGuard | None = None
         self._eval_totals: StepTotals | None = None
         self._step_losses: StepLosses = []
         self._logged = (0, time.perf_counter())
@@ -148,7 +151,10 @@ class SimPOTrainer(Trainer):
             no_lock = self.mesh.on_main(lock.acquire)
             if no_lock is not None:
                 self.display.say(no_lock)
-            return super().train(resume_from_checkpoint, **options)
+            result = super().train(resume_from_checkpoint, **options)
+            if self.guard.verdict is not None and self.guard.back_to is None:
+                raise self.guard.stopped(self.state.max_steps, self._checkpoint_of(self.state.global_step))
+            return result
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -192,6 +198,8 @@ class SimPOTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, or of the several that max_tokens_per_micro_batch makes of it."""
         parts, is_last = inputs["parts"], self.accelerator.sync_gradients
+        guard = self.guard  # before the first step, at the latest
+        assert guard.verdict is None
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(parts, start=1):
             syncs = is_last and number == len(parts)
@@ -344,6 +352,7 @@ class SimPOTrainer(Trainer):
         aside = self.mesh.on_main(lambda: supersede_checkpoints(folder, step, TRAINERS))
         if aside is not None:
             self.display.say(f"later checkpoints of {folder} are kept in {aside}")
+        self._guard = None
         return model, dataloader
 
     def _prepare_references(self, model: nn.Module, resume_from_checkpoint: Any) -> None:
@@ -373,6 +382,32 @@ class SimPOTrainer(Trainer):
         if "loss" in logs and self.is_in_train and self.state.global_step > self._logged[0]:
             logs |= self._window()
         super().log(logs, start_time)
+        if self.is_in_train:
+            self.guard.heed(self.state.global_step, logs)
+            if self.guard.verdict is not None and not self.control.should_training_stop:
+                self._end_by_guard()
+
+    @property
+    def guard(self) -> RunGuard:
+        """Of the training that is under way, or was the last one."""
+        if self._guard is None:  # not before the run directory is open
+            done, history, folder = self.state.global_step, self.state.log_history, Path(self.recipe.output_dir)
+            self._guard = RunGuard(self.recipe, folder, self.mesh, self.display, done=done, history=history)
+            self._guard.begin(dropped_by_source(self.ledger))
+        return self._guard
+
+    def _end_by_guard(self) -> None:
+        """Stop after this step: with a checkpoint of it, or with the weights of an earlier one."""
+        self.guard.choose([saved.step for saved in list_checkpoints(Path(self.args.output_dir), TRAINERS)])
+        self.control.should_training_stop = True
+        self.control.should_save |= self.guard.back_to is None
+        if self.guard.back_to is not None:
+            self.args.load_best_model_at_end = True
+            self.recipe = self.recipe.model_copy(update={"load_best_model_at_end": True})
+            self.state.best_model_checkpoint = str(self._checkpoint_of(self.guard.back_to))
+
+    def _checkpoint_of(self, step: int) -> Path:
+        return Path(self.args.output_dir) / f"checkpoint-{step}"
 
     def _window(self) -> dict[str, float]:
         """Means over every pair, and speed, since the last training line; every process calls it."""
@@ -493,6 +528,9 @@ class SimPOTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.guard.back_to is not None:  # what was saved since may have been better by its metric
+            self.state.best_global_step = self.guard.back_to
+            self.state.best_model_checkpoint = str(self._checkpoint_of(self.guard.back_to))
         with only_data(self.state.best_model_checkpoint):
             super()._load_best_model()
 

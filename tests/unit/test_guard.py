@@ -1,0 +1,189 @@
+"""The guard's verdicts on streams of logged numbers, each with the one thing that is wrong with it."""
+
+from __future__ import annotations
+
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from simpo.recipe import KEYS, load_recipe
+from simpo.recipe.values import GUARD_CHECKS
+from simpo.run.guard import CHECKS, Finding, Guard
+
+DOC = Path(__file__).resolve().parents[2] / "docs" / "trouble.md"
+
+
+def stream(steps: int = 40, *, seed: int = 0, noise: float = 0.15, **changes: Any) -> list[dict[str, Any]]:
+    """An ordinary run of four pairs a step, evaluated every tenth; `changes`: name -> what to add at each step."""
+    rng, lines = random.Random(seed), []
+
+    def values(step: int, noise: float, prefix: str = "") -> dict[str, float]:
+        margin = 0.02 * step + rng.gauss(0, noise)
+        chosen = -1.1 - 0.002 * step + rng.gauss(0, noise)
+        found = {
+            "logps/chosen": chosen,
+            "logps/rejected": chosen - margin / 2,
+            "rewards/margins": margin,
+            "rewards/accuracies": min(1.0, max(0.0, 0.5 + 0.005 * step + rng.gauss(0, noise))),
+        }
+        for name, of in changes.items():
+            if name in found:
+                found[name] += of(step)
+            elif name == prefix + "own":
+                found |= of(step)
+        return found
+
+    for step in range(steps + 1):
+        if step:
+            grad_norm = {"grad_norm": 8.0 * math.exp(rng.gauss(0, 0.4)) * changes.get("spike", lambda step: 1)(step)}
+            lines.append({"step": step, "loss": 1.0, "pairs_seen": 4 * step, **values(step, noise), **grad_norm})
+        if step % 10 == 0:
+            numbers = {f"eval_{name}": value for name, value in values(step, 0.02, "eval_").items()}
+            lines.append({"step": step, "eval_loss": 1.0, "eval_pairs": 100, **numbers})
+    return lines
+
+
+def judge(lines: list[dict[str, Any]], guard: Guard | None = None) -> list[Finding]:
+    guard = guard or Guard(gamma=1.0)
+    return [finding for line in lines for finding in guard.read(line)]
+
+
+def only(findings: list[Finding]) -> Finding:
+    assert len(findings) == 1, findings
+    return findings[0]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_ordinary_numbers_are_passed_over(seed: int) -> None:
+    assert judge(stream(seed=seed, noise=0.25)) == []
+
+
+def test_a_chosen_log_prob_that_falls_faster_than_the_margin_grows() -> None:
+    falling = {"logps/chosen": lambda step: -0.03 * step, "logps/rejected": lambda step: -0.03 * step}
+    found = only(judge(stream(**falling)))
+    assert (found.check, found.step <= 30, found.since_step <= found.step) == ("displacement", True, True)
+    margin_too = falling | {"logps/rejected": lambda step: -0.09 * step}
+    assert judge(stream(**margin_too)) == []  # the margin grows twice as fast as the chosen log-prob falls
+
+
+def test_a_crash_shows_in_two_lines_and_one_odd_line_is_passed_over() -> None:
+    gone = only(judge(stream(9, **{"logps/chosen": lambda step: -3.0 * (step >= 4), "logps/rejected": lambda step: 0})))
+    assert (gone.check, gone.step, gone.since_step) == ("displacement", 5, 4)
+    assert judge(stream(9, **{"logps/chosen": lambda step: -3.0 * (step == 4)})) == []
+    far = {name: lambda step: -30.0 * (step >= 3) for name in ("logps/chosen", "logps/rejected")}
+    assert only(judge(stream(9, **far))).step == 3
+
+
+def test_a_margin_beyond_what_gamma_asks() -> None:
+    grown = stream(**{"rewards/margins": lambda step: 0.2 * step})
+    found = only(judge(grown))
+    assert found.check == "margin"
+    assert "asks for 1" in found.saw
+    assert judge(grown, Guard(gamma=5.0)) == []  # Gemma's, whose target is 5
+    assert judge(grown, Guard(gamma=None)) == []
+
+
+def test_accuracy_on_training_pairs_alone() -> None:
+    lines = stream(60, noise=0.05, **{"rewards/accuracies": lambda step: 0.006 * step})
+    for line in lines:
+        if "eval_loss" in line:
+            line["eval_rewards/accuracies"] = 0.5
+    found = only(judge(lines))
+    assert found.check == "overfitting"
+    assert "held-out pairs from 50% to 50%" in found.saw
+
+
+def test_a_held_out_margin_that_falls_while_that_of_training_grows() -> None:
+    lines = stream()
+    for line in lines:
+        if "eval_loss" in line:
+            line["eval_rewards/margins"] = -0.01 * line["step"]
+    found = only(judge(lines))
+    assert (found.check, found.step, found.since_step) == ("overfitting", 30, 20)
+
+
+def test_a_spike_of_the_gradient() -> None:
+    found = only(judge(stream(spike=lambda step: 25 if step == 30 else 1)))
+    assert (found.check, found.step) == ("gradient", 30)
+    assert judge(stream(spike=lambda step: 25 if step == 3 else 1)) == []  # nothing is usual yet
+
+
+def test_a_source_that_pulls_the_other_way_and_one_that_is_only_harder() -> None:
+    def sources(bad: float) -> list[dict[str, Any]]:
+        rng = random.Random(1)
+        lines = stream(20)
+        for line in lines:
+            if "loss" in line:
+                line |= {f"rewards/margins/{n}": m + rng.gauss(0, 0.5) for n, m in (("good", 0.4), ("bad", bad))}
+        return lines
+
+    found = only(judge(sources(-4.0)))
+    assert (found.check, found.source, found.step <= 8) == ("sources", "bad", True)
+    assert judge(sources(0.1)) == []
+
+
+def test_what_can_be_seen_before_the_first_step() -> None:
+    found = only(Guard(gamma=1.0).read_start(0.3, {"a": (0, 50), "b": (1, 40)}, 0.2))
+    assert (found.check, found.step) == ("learning_rate", 0)
+    found = only(Guard(gamma=1.0).read_start(5e-5, {"a": (1, 500), "b": (20, 40)}, 0.2))
+    assert (found.check, found.source, found.saw) == ("sources", "b", "20 of 40 rows of b were dropped")
+
+
+def answers(**changes: Any) -> list[dict[str, Any]]:
+    plain = {"response": "A short answer.", "tokens": 40, "finished": True, "repeated_share": 0.1}
+    return [{"row_id": str(row), **plain, **{k: v[row] for k, v in changes.items()}} for row in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"repeated_share": [0.9, 0.1, 0.8, 0.1]}, "2 of 4 held-out answers repeat themselves; 0 did at the start"),
+        ({"finished": [False, False, True, True]}, "2 of 4 held-out answers run to the limit; 0 did at the start"),
+        ({"tokens": [90, 90, 90, 10]}, "held-out answers are 2.2 times as long as at the start (median)"),
+        ({"tokens": [12, 13, 10, 40]}, "held-out answers are 0.31 times as long as at the start (median)"),
+    ],
+)
+def test_answers_that_are_ruined(changes: dict[str, Any], says: str) -> None:
+    guard = Guard(gamma=1.0)
+    assert guard.read_answers(0, answers()) == []
+    assert guard.read_answers(5, answers(tokens=[60, 30, 25, 50], finished=[True, True, True, False])) == []
+    found = only(guard.read_answers(10, answers(**changes)))
+    assert (found.check, found.step, found.saw) == ("answers", 10, says)
+    assert guard.read_answers(15, answers(**changes)) == []  # once
+
+
+def test_answers_in_another_language() -> None:
+    pytest.importorskip("py3langid")
+    english = "The weather is lovely today, and we should go for a walk in the park before it starts to rain again."
+    german = (
+        "Das Wetter ist heute sehr schön, und wir sollten im Park spazieren gehen, bevor es wieder zu regnen beginnt."
+    )
+    guard = Guard(gamma=1.0)
+    assert guard.read_answers(0, answers(response=[english] * 4)) == []
+    assert guard.read_answers(1, answers(response=[english] * 3 + [german])) == []
+    assert "another language" in only(guard.read_answers(2, answers(response=[english] * 2 + [german] * 2))).saw
+
+
+def test_levels_by_check() -> None:
+    def guard(value: Any) -> dict[str, str]:
+        return load_recipe({"model_name_or_path": "m", "guard": value}).guard
+
+    assert guard("stop") == {"all": "stop"}
+    assert guard(False) == {"all": "off"}  # a bare `off` in YAML
+    assert guard({"answers": "stop"}) == {"all": "warn", "answers": "stop"}
+    for wrong, says in (("loud", "'loud' is not a level"), ({"answer": "stop"}, "'answer' is not a check")):
+        with pytest.raises(ValueError, match=says):
+            guard(wrong)
+    with pytest.raises(ValueError, match="guard: back: eval_strategy"):
+        guard("back")
+    assert KEYS["guard"].default == "warn"
+
+
+def test_the_page_shows_every_check_as_the_code_has_it() -> None:
+    assert tuple(CHECKS) == GUARD_CHECKS
+    page = DOC.read_text(encoding="utf-8")
+    for name, check in CHECKS.items():
+        assert f"| `{name}` | {check.when} | {check.source} | {check.advice} |" in page
