@@ -44,6 +44,7 @@ from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
+from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.guard import RunGuard
 from simpo.run.leftovers import find_leftovers
@@ -135,6 +136,7 @@ class Trainer:
         self.output_dir = Path(recipe.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
         self.generations_path = self.output_dir / "generations.jsonl"
+        self.eval_pairs = EvalPairs(self.output_dir)
         self.lock = OutputLock(self.output_dir)
         no_lock = self.mesh.on_main(self.lock.acquire)
         weakref.finalize(self, self.lock.release)  # of a trainer that never runs
@@ -285,7 +287,8 @@ class Trainer:
         logps = self._logps(self.mesh.own_rows(micro_batch.pairs))
         if self.reference is not None and micro_batch.indices:
             logps = self.reference[split].put_into(logps, micro_batch.indices)
-        return micro_batch_losses(logps, micro_batch, plan, self.recipe)
+        pairs = self.eval_pairs if split == "eval" else None
+        return micro_batch_losses(logps, micro_batch, plan, self.recipe, pairs=pairs)
 
     def _logps(self, batch: PackedPairs) -> PairLogps:
         return recipe_logps(self.gradients.module, batch.to(self.device), self.recipe)
@@ -374,6 +377,7 @@ class Trainer:
             return {}
         started, totals = time.perf_counter(), StepTotals(self.eval_loader.store.sources.names)
         whole = self.eval_loader.plan_everything()
+        self.eval_pairs.clear()
         self.model.eval()
         with needs_memory("evaluation", advice="lower per_device_eval_batch_size"):
             for micro_batch in self.eval_loader.micro_batches(whole):
@@ -395,6 +399,7 @@ class Trainer:
         if self.progress.step:  # before the first one there is no checkpoint to go back to
             self.progress.track_best(values, self.recipe)
         self._write(values | {"epoch": self._epoch})
+        self.eval_pairs.save(self.progress.step, self.mesh, best_step=self.progress.best_step)
         self.display.say_evaluation(f"evaluation at step {self.progress.step}", values)
         answers = self._generate_samples() if self.recipe.num_eval_generations else []
         self.guard.heed(self.progress.step, values, answers)

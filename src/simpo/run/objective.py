@@ -21,6 +21,7 @@ from simpo.run.metrics import num_sums, pair_metric_sums
 if TYPE_CHECKING:
     from simpo.data.loader import MicroBatch, StepPlan
     from simpo.recipe import Recipe
+    from simpo.run.eval_pairs import EvalPairs
 
 
 def recipe_logps(model: nn.Module, batch: PackedPairs, recipe: Recipe) -> PairLogps:
@@ -58,11 +59,14 @@ def trained_losses(
 
 
 def micro_batch_losses(
-    logps: PairLogps, micro_batch: MicroBatch, plan: StepPlan, recipe: Recipe
+    logps: PairLogps, micro_batch: MicroBatch, plan: StepPlan, recipe: Recipe, *, pairs: EvalPairs | None = None
 ) -> tuple[Tensor, Tensor]:
     """As `trained_losses`, of one micro-batch of a step; a stand-in for no pair counts for nothing.
 
     Every weight takes part in a stand-in, with a gradient of zero, so that processes meet in their collectives.
+
+    Args:
+        pairs: takes note of the pairs, one by one.
     """
     sources = micro_batch.sources
     if not micro_batch.indices:
@@ -70,5 +74,7 @@ def micro_batch_losses(
         width = num_sums(0 if sources is None else len(sources))
         return nothing, torch.zeros(width, dtype=torch.float64, device=nothing.device)
     sources = None if sources is None else move(sources, logps.chosen_sum.device)
+    if pairs is not None:
+        pairs.add(logps, micro_batch, recipe)
     counts = {"num_pairs": plan.num_pairs, "num_chosen_tokens": plan.num_chosen_tokens}
     return trained_losses(logps, recipe, **counts, sources=sources)

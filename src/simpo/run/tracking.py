@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpo.run.eval_pairs import EVAL_PAIRS_FILE
+
 if TYPE_CHECKING:
     from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
@@ -56,12 +58,13 @@ class MetricsLog:
 def open_log(folder: Path, recipe: Recipe, *, done: int, mesh: Mesh) -> Iterator[MetricsLog | None]:
     """The log of a run directory, on the first process; None on the others.
 
-    What a run that is resumed after `done` steps will do again is dropped from it first, and from generations.jsonl.
+    What a run that is resumed after `done` steps will do again is dropped first, from it and from what lies beside it.
     """
     if not mesh.is_main:
         yield None
         return
-    forget_lines_after(folder / "generations.jsonl", done)
+    for name in ("generations.jsonl", EVAL_PAIRS_FILE):
+        forget_lines_after(folder / name, done)
     with contextlib.closing(MetricsLog(folder / "metrics.jsonl", recipe, resume_step=done)) as log:
         yield log
 

@@ -29,6 +29,7 @@ from simpo.model.settle import as_it_trains
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
 from simpo.run.checkpoint import TRAINERS, Checkpoint
+from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.leftovers import Leftovers, find_leftovers
 from simpo.run.lock import OutputLock
@@ -94,6 +95,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
         peft_config=lora_config(recipe) if recipe.use_peft else None,
         callbacks=[directory, *early],
     )
+    trainer.eval_pairs = EvalPairs(Path(recipe.output_dir))
     # The same settings; with the rest of it, a checkpoint knows the whole run.
     trainer.recipe = recipe = as_it_trains(recipe, trainer.model)
     trainer.remove_callback(PrinterCallback)

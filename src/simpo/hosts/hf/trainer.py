@@ -43,6 +43,7 @@ from simpo.model.head import compute_pair_logps
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.checkpoint import TRAINERS, list_checkpoints, load_state, stamp
+from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import overflows, record_dtype, tie
 from simpo.run.guard import RunGuard
 from simpo.run.lock import OutputLock
@@ -138,6 +139,7 @@ class SimPOTrainer(Trainer):
         self._train_sums = StepTotals()
         self._guard: RunGuard | None = None
         self._eval_totals: StepTotals | None = None
+        self.eval_pairs: EvalPairs | None = None  # of a run directory
         self._step_losses: StepLosses = []
         self._logged = (0, time.perf_counter())
 
@@ -182,7 +184,8 @@ class SimPOTrainer(Trainer):
         logps = compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
         if self.recipe.loss.needs_reference and part.indices:
             logps = self._with_reference(logps, part.indices, name)
-        return micro_batch_losses(logps, part, plan, self.recipe)
+        pairs = None if model.training else self.eval_pairs
+        return micro_batch_losses(logps, part, plan, self.recipe, pairs=pairs)
 
     def _with_reference(self, logps: PairLogps, indices: Sequence[int], name: str) -> PairLogps:
         if name in self.references:
@@ -435,6 +438,8 @@ class SimPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Means over all pairs of all processes, each pair once."""
         started, self._eval_totals = time.perf_counter(), StepTotals(dataloader.dataset.loader.store.sources.names)
+        if self.eval_pairs is not None:
+            self.eval_pairs.clear()
         output = super().evaluation_loop(
             dataloader, description, *others, metric_key_prefix=metric_key_prefix, **options
         )
@@ -442,6 +447,8 @@ class SimPOTrainer(Trainer):
         self._logged = (self._logged[0], self._logged[1] + time.perf_counter() - started)  # not time of training
         values = total.means() | total.counts() | {"time_s": time.perf_counter() - started}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
+        if self.eval_pairs is not None and metric_key_prefix == "eval":
+            self.eval_pairs.save(self.state.global_step, self.mesh, best_step=self.state.best_global_step)
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
