@@ -8,27 +8,17 @@ wider.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-SIMILAR_LENGTH = 0.1
-"""Two lengths are similar when they differ by at most this share of the longer one."""
+from simpo.evaluation.plain import SIMILAR_LENGTH, Interval, Z, wilson_interval
+from simpo.evaluation.plain import repeated_share as repeated_share
 
-_Z = 1.959963984540054  # 97.5% of a normal distribution lie below
 _NUM_FLIPS = 10_000  # sign patterns that are drawn; their number bounds the smallest p-value
 _EXACT_FLIPS = 12  # up to 2^12 sign patterns are all looked at
 _FLIPS_PER_CHUNK = 2**22  # signs held at one time
-
-
-class Interval(NamedTuple):
-    """An estimate and its confidence interval; `low` and `high` are nan where one observation gives none."""
-
-    value: float
-    low: float
-    high: float
 
 
 class LengthBucket(NamedTuple):
@@ -64,22 +54,6 @@ def preference_scores(margins: Tensor) -> Tensor:
     return 0.5 * (torch.sign(margins) + 1)
 
 
-def wilson_interval(successes: float, trials: int) -> Interval:
-    """A proportion with Wilson's score interval; stays inside [0, 1] and is sensible at 0 and 1.
-
-        (k + z^2/2 +- z * sqrt(k * (n - k) / n + z^2/4)) / (n + z^2)
-
-    Args:
-        successes: k, in 0..n; a tie counts half, so it need not be whole.
-        trials: n >= 1.
-    Source: E. B. Wilson, JASA 22 (1927), p. 209.
-    """
-    middle = successes + _Z * _Z / 2
-    spread = _Z * math.sqrt(successes * (trials - successes) / trials + _Z * _Z / 4)
-    scale = trials + _Z * _Z
-    return Interval(successes / trials, max(0.0, (middle - spread) / scale), min(1.0, (middle + spread) / scale))
-
-
 def preference_accuracy(margins: Tensor) -> Interval:
     """Share of pairs whose margin is positive, ties half, with Wilson's interval."""
     return wilson_interval(float(preference_scores(margins).sum()), len(margins))
@@ -90,7 +64,7 @@ def mean_interval(values: Tensor) -> Interval:
     mean = float(values.mean())
     if len(values) == 1:
         return Interval(mean, math.nan, math.nan)
-    half = _Z * float(values.std(correction=1)) / math.sqrt(len(values))
+    half = Z * float(values.std(correction=1)) / math.sqrt(len(values))
     return Interval(mean, mean - half, mean + half)
 
 
@@ -183,17 +157,3 @@ def _sign_flip_p(differences: Tensor) -> float:
         size = min(chunk, _NUM_FLIPS - done)
         found += hits(torch.randint(0, 2, (size, count), generator=generator, dtype=torch.int8))
     return (1 + found) / (1 + _NUM_FLIPS)
-
-
-# --- generations -----------------------------------------------------------------------------------------------------
-
-
-def repeated_share(tokens: Sequence[int]) -> float:
-    """Share of the 4-grams of a response's tokens that have occurred in it before: 1 - distinct / all.
-
-    0 for text without repetition or shorter than 4; a response stuck in a loop approaches 1.
-
-    Source: "seq-rep-n" of Welleck et al., arXiv:1908.04319.
-    """
-    grams = [tuple(tokens[i : i + 4]) for i in range(len(tokens) - 3)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
