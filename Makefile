@@ -53,7 +53,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) install $(TORCH)
-	$(PIP) install --constraint constraints.txt --editable '.[peft,tensorboard,trl,clean,math,bench,demo,dev]'
+	$(PIP) install --constraint constraints.txt --editable '.[peft,tensorboard,trl,clean,math,demo,dev]'
 	@touch $@
 
 # Engines that only tests and their users need; without one its tests skip.

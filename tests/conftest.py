@@ -12,6 +12,7 @@ import tokenizers_for_tests
 import simpo  # noqa: F401  before torch: its settings of the environment
 
 gc.disable()  # until all is imported, of which nothing is garbage
+os.environ["SIMPO_REPORT"] = "0"  # a second or two a run, in this process and those it starts; its own tests turn it on
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -141,7 +141,7 @@ def _report(results: dict[str, Any], folder: Path, console: Console) -> None:
     render(results, console)
     written = save_report(results, folder)
     if len(written) == 1:
-        console.print("no charts: matplotlib is not installed: pip install 'simpo\\[bench]'", soft_wrap=True)
+        console.print("no charts: matplotlib is not installed: pip install matplotlib", soft_wrap=True)
 
 
 class _Benchmark:

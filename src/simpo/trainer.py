@@ -42,6 +42,7 @@ from simpo.model.settle import as_it_trains, notes_of
 from simpo.parallel.mesh import join_world
 from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe
+from simpo.report import leave_report
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import Checkpoint, CheckpointSaver
 from simpo.run.eval_pairs import EvalPairs
@@ -214,7 +215,9 @@ class Trainer:
             NonFiniteError: a loss or gradient is not finite.
         """
         self.display.table("training", self._describe())
-        with self.lock, open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh) as self.log:
+        report = leave_report(self.output_dir, self.display.say, is_main=self.mesh.is_main)
+        log = open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh)
+        with self.lock, report, log as self.log:
             with self._stop.listening():
                 self.guard = RunGuard(self.recipe, self.output_dir, self.mesh, self.display, done=self.progress.step)
                 self.guard.begin(dropped_by_source(self.data.ledger))

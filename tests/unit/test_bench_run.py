@@ -207,7 +207,7 @@ def test_without_matplotlib_the_table_is_written_and_the_charts_are_missed_aloud
     console = Console(width=120)
     with console.capture() as capture:
         bench._report(results, tmp_path, console)
-    assert "no charts: matplotlib is not installed: pip install 'simpo[bench]'" in capture.get()
+    assert "no charts: matplotlib is not installed: pip install matplotlib" in capture.get()
     assert [path.name for path in tmp_path.iterdir()] == ["table.md"]
 
 

@@ -27,6 +27,7 @@ LAYERS = {
     "evaluation": 5,
     "run": 5,
     "plan": 6,
+    "report": 6,
     "trainer": 6,
     "hosts": 7,
     "onpolicy": 7,

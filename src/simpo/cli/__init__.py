@@ -4,10 +4,10 @@ A module of this package holds the commands of one subject; a command loads its 
 package and prints.
 """
 
-from simpo.cli import start, training, recipes, onpolicy, judging, shipping  # isort: skip  the order in `simpo --help`
+from simpo.cli import start, training, report, recipes, onpolicy, judging, shipping  # isort: skip  as in `simpo --help`
 from simpo.cli.app import app
 
-__all__ = ["app", "judging", "main", "onpolicy", "recipes", "shipping", "start", "training"]
+__all__ = ["app", "judging", "main", "onpolicy", "recipes", "report", "shipping", "start", "training"]
 
 
 def main() -> None:

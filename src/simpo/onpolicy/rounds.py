@@ -34,6 +34,7 @@ from simpo.onpolicy.prompts import Prompt, read_prompts
 from simpo.onpolicy.table import Measures, compare_models, measure_model, show_table, standard_error, table_lines
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.recipe.stages import SERVER_KEYS, STAGES, Generate
+from simpo.report import leave_report
 from simpo.run.lock import OutputLock
 
 _CHANGE_NOTHING = {
@@ -64,8 +65,9 @@ def run_rounds(recipe: Recipe) -> Path:
     """
     _check(recipe)
     folder = Path(recipe.output_dir or "")
-    with OutputLock(folder):
-        return _Loop(recipe, folder).run()
+    loop = _Loop(recipe, folder)
+    with OutputLock(folder), leave_report(folder, loop.display.say):
+        return loop.run()
 
 
 def _check(recipe: Recipe) -> None:

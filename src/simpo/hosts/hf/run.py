@@ -28,6 +28,7 @@ from simpo.model.load import load_tokenizer, lora_config, pick_device, quantizat
 from simpo.model.settle import as_it_trains
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
+from simpo.report import leave_report
 from simpo.run.checkpoint import TRAINERS, Checkpoint
 from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
@@ -105,7 +106,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
         display.say(str(leftovers))
     display.table("training", describe(trainer))
     model_dir = Path(recipe.output_dir) / "model"
-    with directory.resources:
+    with leave_report(recipe.output_dir, display.say, is_main=mesh.is_main), directory.resources:
         trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
         why_early = next((stop.why for stop in early), None)
         if why_early is not None:

@@ -1,0 +1,256 @@
+"""What the folder of a run holds: reads whatever is there, of runs that are half done, damaged or of older versions.
+
+Plain values and numbers. Nothing here raises for what a file lacks: it is said in `Run.notes`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import socket
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from simpo.errors import first_line
+from simpo.recipe import Recipe, load_recipe
+from simpo.recipe.yaml import read_recipe_file
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One number over a run: `steps` and `values`, [n] each; what was not a number is nan."""
+
+    steps: np.ndarray
+    values: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def last(self) -> float:
+        """The last finite value; nan without one."""
+        finite = self.values[np.isfinite(self.values)]
+        return float(finite[-1]) if len(finite) else math.nan
+
+
+NOTHING = Curve(np.zeros(0), np.zeros(0))
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its folder shows it.
+
+    Attributes:
+        curves: name in metrics.jsonl -> its curve; those of evaluations begin with eval_.
+        evaluations: lines of eval_pairs.jsonl, in the order of their steps.
+        generations: row id -> step -> the answer; `prompts`: row id -> the prompt.
+        ledger: audit.json, {} without one.
+        settings: recipe.yaml as plain values, {} without one.
+        recipe: the same, checked; None where this version does not know a key of it.
+        guard: lines of guard.jsonl.
+        compared: files that `simpo eval --output` left there, by name.
+        notes: what could not be read.
+    """
+
+    folder: Path
+    curves: Mapping[str, Curve]
+    evaluations: list[dict[str, Any]]
+    generations: dict[str, dict[int, str]]
+    prompts: dict[str, str]
+    ledger: dict[str, Any]
+    settings: dict[str, Any]
+    recipe: Recipe | None
+    guard: list[dict[str, Any]]
+    compared: dict[str, dict[str, Any]]
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The recipe's run_name, or the last parts of the folder that tell it apart."""
+        named = self.settings.get("run_name")
+        path = Path(os.path.abspath(self.folder))
+        return str(named) if named else f"{path.parent.name}/run" if path.name == "run" else path.name
+
+    def curve(self, name: str) -> Curve:
+        return self.curves.get(name, NOTHING)
+
+    @cached_property
+    def steps_done(self) -> int:
+        """The last step that was logged."""
+        return max((int(curve.steps[-1]) for curve in self.curves.values() if len(curve)), default=0)
+
+    @cached_property
+    def pairs_per_step(self) -> int | None:
+        seen = self.curve("pairs_seen")
+        return round(seen.values[0] / seen.steps[0]) if len(seen) and seen.steps[0] and seen.values[0] > 0 else None
+
+    @cached_property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run; None where that cannot be told."""
+        if self.is_finished:
+            return self.steps_done
+        kept = self.ledger.get("splits", {}).get("train", {}).get("kept")
+        most, epochs = self.settings.get("max_steps", -1), self.settings.get("num_train_epochs")
+        if isinstance(most, int) and most > 0:
+            return most
+        if not kept or not epochs or not self.pairs_per_step:
+            return None
+        return math.ceil(epochs * math.ceil(kept / self.pairs_per_step))
+
+    @property
+    def is_finished(self) -> bool:
+        """Its final model is there."""
+        return (self.folder / "model").is_dir()
+
+    @cached_property
+    def owner(self) -> str | None:
+        """The process that works in the folder, as far as this machine can tell."""
+        try:
+            text = (self.folder / "_lock").read_text(encoding="utf-8", errors="replace").strip()
+        except OSError:
+            return None
+        found = re.match(r"process (\d+) on (\S+)", text)
+        if found and found[2] == socket.gethostname():
+            is_gone = Path("/proc").is_dir() and not Path("/proc", found[1]).exists()
+            return None if is_gone or int(found[1]) == os.getpid() else text  # this process: it is at its end
+        return text or None
+
+    @cached_property
+    def checkpoints(self) -> list[str]:
+        """Names of the checkpoints, the newest last."""
+        folders = (self.folder / "checkpoints").glob("*-*") if (self.folder / "checkpoints").is_dir() else ()
+        found = ((re.fullmatch(r"(?:step|checkpoint)-(\d+)", each.name), each.name) for each in folders)
+        return [name for _, name in sorted((int(match[1]), name) for match, name in found if match)]
+
+    @property
+    def training_time_s(self) -> float:
+        """Seconds of training steps, evaluation and saving left out."""
+        each = self.curve("step_time_s")
+        return float(np.nansum(each.values * np.diff(each.steps, prepend=0))) if len(each) else math.nan
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder holds a run, begun at least."""
+    metrics, recipe, ledger = ((folder / name).is_file() for name in ("metrics.jsonl", "recipe.yaml", "audit.json"))
+    return metrics or (recipe and ledger)
+
+
+def read_run(folder: str | Path) -> Run:
+    """What a run's folder holds.
+
+    Raises:
+        ValueError: it is no run's.
+    """
+    folder = Path(folder)
+    if not is_run(folder):
+        what = "no run in it (no metrics.jsonl)" if folder.is_dir() else "no such folder"
+        raise ValueError(f"{folder}: {what}; name the output_dir of a run")
+    notes: list[str] = []
+    prompts, generations = _generations(_lines(folder / "generations.jsonl", notes))
+    settings, recipe = _recipe(folder / "recipe.yaml", notes)
+    pairs = [line for line in _lines(folder / "eval_pairs.jsonl", notes) if line.get("row_ids")]
+    return Run(
+        folder=folder,
+        curves=_curves(_lines(folder / "metrics.jsonl", notes)),
+        evaluations=sorted(pairs, key=lambda line: line["step"]),
+        generations=generations,
+        prompts=prompts,
+        ledger=_json(folder / "audit.json", notes),
+        settings=settings,
+        recipe=recipe,
+        guard=[line for line in _lines(folder / "guard.jsonl", notes) if "saw" in line],
+        compared=_compared(folder),
+        notes=notes,
+    )
+
+
+def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file; a line that is none is counted, but for the last, which may be in the writing."""
+    if not path.is_file():
+        return
+    broken, waiting = 0, 0
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for line in file:
+            broken, waiting = broken + waiting, 0
+            try:
+                row = json.loads(line)
+            except ValueError:
+                waiting = 1
+                continue
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+            else:
+                broken += 1
+    if broken:
+        notes.append(f"{path.name}: {broken} lines could not be read and are left out")
+
+
+def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
+    found: dict[str, tuple[list[int], list[float]]] = {}
+    for line in lines:
+        step = line["step"]
+        for name, value in line.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                steps, values = found.setdefault(name, ([], []))
+                steps.append(step)
+                values.append(value)
+    return {name: _in_order(np.array(steps), np.array(values, dtype=float)) for name, (steps, values) in found.items()}
+
+
+def _in_order(steps: np.ndarray, values: np.ndarray) -> Curve:
+    """By step; of several lines of one step the last."""
+    if (np.diff(steps) > 0).all():
+        return Curve(steps, values)
+    unique, places = np.unique(steps[::-1], return_index=True)
+    return Curve(unique, values[::-1][places])
+
+
+def _generations(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, dict[int, str]]]:
+    prompts: dict[str, str] = {}
+    answers: dict[str, dict[int, str]] = {}
+    for line in lines:
+        row_id = str(line.get("row_id", len(prompts)))
+        prompts[row_id] = str(line.get("prompt", ""))
+        answers.setdefault(row_id, {})[line["step"]] = str(line.get("response", ""))
+    return prompts, answers
+
+
+def _recipe(path: Path, notes: list[str]) -> tuple[dict[str, Any], Recipe | None]:
+    if not path.is_file():
+        return {}, None
+    try:
+        settings = read_recipe_file(path)
+    except ValueError as error:
+        notes.append(f"the recipe cannot be read: {first_line(error)}")
+        return {}, None
+    try:
+        recipe = load_recipe(str(path))
+    except ValueError as error:
+        notes.append(f"the recipe is of another version and is shown unchecked: {first_line(error)}")
+        return settings, None
+    return recipe.to_dict(), recipe
+
+
+def _json(path: Path, notes: list[str]) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        notes.append(f"{path.name} cannot be read: {first_line(error)}")
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _compared(folder: Path) -> dict[str, dict[str, Any]]:
+    """Results of `simpo eval`, the older first."""
+    paths = [path for path in folder.glob("*.json") if path.name != "audit.json"]
+    found = {path.name: _json(path, []) for path in sorted(paths, key=lambda path: path.stat().st_mtime)}
+    return {name: content for name, content in found.items() if "accuracy_by_length" in content}

@@ -1,0 +1,130 @@
+"""Writes reports: which folder is what, where the page goes, and that a report which fails costs a run nothing.
+
+write_report(["runs/first"])                    # -> runs/first/report.html and runs/first/report/*.png
+write_report(["runs/first", "runs/second"])     # -> runs/report.html, the two compared
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from simpo.data.files import write_whole
+from simpo.errors import one_line
+from simpo.report.charts import to_png
+from simpo.report.one_run import page_of_run
+from simpo.report.page import render
+from simpo.report.read import is_run, read_run
+from simpo.report.rounds import is_rounds, page_of_rounds, runs_of_rounds
+from simpo.report.several import page_of_runs
+
+OFF = "SIMPO_REPORT"
+"""In the environment, 0 keeps runs from leaving reports; `simpo report` writes them all the same."""
+
+
+def report_path(folder: str | Path) -> Path:
+    """Where the report of a folder lies."""
+    return Path(folder) / "report.html"
+
+
+def write_report(
+    folders: Sequence[str | Path], output: str | Path | None = None, *, reload_s: int | None = None
+) -> Path:
+    """Write the report of a run, of rounds, or of several runs compared, and charts as PNG beside it.
+
+    Args:
+        folders: output_dirs of runs or of `simpo rounds`, or folders that hold some.
+        output: the page; by default report.html in the folder, or in the one that several share.
+        reload_s: the page loads itself again after so many seconds.
+    Raises:
+        ValueError: a folder holds no run.
+    """
+    places = [Path(folder) for folder in folders]
+    runs = find_runs(places)
+    home = places[0] if len(places) == 1 else Path(os.path.commonpath([os.path.abspath(place) for place in places]))
+    path = report_path(home) if output is None else Path(output)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if len(places) == 1 and is_rounds(home):
+        page = page_of_rounds(home, path.parent)
+    elif len(runs) == 1:
+        page = page_of_run(read_run(runs[0]))
+    else:
+        page = page_of_runs([read_run(run) for run in runs], path.parent, title=home.resolve().name)
+    for name, charts in page.pictures.items() if not reload_s else ():
+        to_png(name, charts, path.with_suffix(""))
+    write_whole(path, render(page, reload_s=reload_s, pictures=path.with_suffix("").name))
+    return path
+
+
+def find_runs(places: Sequence[Path]) -> list[Path]:
+    """The runs that folders are or hold.
+
+    Raises:
+        ValueError: a folder holds none.
+    """
+    found: list[Path] = []
+    for place in places:
+        if is_rounds(place):
+            inside = runs_of_rounds(place)
+        elif is_run(place):
+            inside = [place]
+        else:
+            inside = [run for each in sorted(place.glob("*/")) for run in ([each] if is_run(each) else [])]
+        if not inside and not is_rounds(place):
+            what = "no run in it (no metrics.jsonl)" if place.is_dir() else "no such folder"
+            raise ValueError(f"{place}: {what}; name the output_dir of a run, or a folder that holds some")
+        found += inside
+    return list(dict.fromkeys(found))
+
+
+@contextmanager
+def leave_report(folder: str | Path, say: Callable[[str], None], *, is_main: bool = True) -> Iterator[None]:
+    """Around a run: at its end, however it ends, its report is written; what goes wrong with that is one line.
+
+    Args:
+        folder: the run's output_dir.
+        say: shows a line.
+        is_main: of several processes one writes.
+    """
+    try:
+        yield
+    finally:
+        place = Path(folder)
+        if is_main and os.environ.get(OFF) != "0" and (is_run(place) or is_rounds(place)):
+            try:
+                say(f"report: {write_report([place])}")
+            except Exception as error:
+                say(f"report: not written ({one_line(error)}); the run is not touched by that")
+
+
+def watch_runs(
+    folders: Sequence[str | Path],
+    output: str | Path | None = None,
+    *,
+    say: Callable[[str], None],
+    every_s: float = 2.0,
+) -> None:
+    """Write the report whenever a run has logged more, until all of them are finished; the page follows by itself."""
+    runs = find_runs([Path(folder) for folder in folders])
+    seen: list[tuple[int, int]] = []
+    said = False
+    while True:
+        done = all((run / "model").is_dir() for run in runs)
+        files = [run / name for run in runs for name in _GROWING]
+        now = [(stat.st_mtime_ns, stat.st_size) for file in files if file.is_file() for stat in [file.stat()]]
+        if now != seen or done:
+            path = write_report(folders, output, reload_s=None if done else _RELOAD_S)
+            seen = now
+            if not said or done:
+                say(f"report: {path}" + ("" if done else " (follows the run until it ends; Ctrl-C to leave)"))
+                said = True
+        if done:
+            return
+        time.sleep(every_s)
+
+
+_GROWING = ("metrics.jsonl", "generations.jsonl", "guard.jsonl")
+_RELOAD_S = 5
