@@ -16,7 +16,7 @@ os.environ["SIMPO_REPORT"] = "0"  # a second or two a run, in this process and t
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-pytest_plugins = ["miniature", "ranks"]
+pytest_plugins = ["miniature", "ranks", "traces"]
 
 REPO = Path(__file__).resolve().parents[1]
 

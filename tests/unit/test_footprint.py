@@ -26,6 +26,7 @@ from simpo.recipe import load_recipe
 from simpo.run.memory import kept_bytes
 from simpo.run.optim import build_optimizer
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
 CPU = torch.device("cpu")
 ONE = MeshSizes()
 

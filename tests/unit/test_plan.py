@@ -15,6 +15,7 @@ from simpo.plan.report import describe_plan, launch_line, plan_as_dict
 from simpo.plan.search import Machines, plan_recipe
 from simpo.recipe import load_recipe
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
 RECIPES = Path(__file__).resolve().parents[2] / "recipes"
 
 

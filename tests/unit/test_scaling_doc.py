@@ -12,6 +12,7 @@ from torch.distributed.run import get_args_parser
 
 from simpo.recipe import KEYS
 
+pytestmark = pytest.mark.usefixtures("shared_traces")
 REPO = Path(__file__).resolve().parents[2]
 TEXT = (REPO / "docs" / "scaling.md").read_text(encoding="utf-8")
 
