@@ -75,8 +75,8 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
     finally:
         aside.unlink(missing_ok=True)
     display.say(f"{path}: {path.stat().st_size / 2**20:,.1f} MiB, {quantize}")
-    why_not = write_modelfile(modelfile, tokenizer, path.name, source.recipe)
-    display.say(f"{modelfile}: ollama create NAME -f {modelfile}" if why_not is None else f"no Modelfile: {why_not}")
+    for line in write_modelfile(modelfile, tokenizer, path.name, source.recipe):
+        display.say(line)
     return path
 
 

@@ -47,6 +47,10 @@ class Pieces:
     joined: str = ""
     between: str = ""
 
+    @property
+    def takes_system(self) -> bool:
+        return bool(self.joined) or "system" in self.around
+
     def to_go(self) -> str:
         """ollama's template; nothing is trimmed in it, so that every blank stands for itself."""
         default = f'{{{{ if ne (index .Messages 0).Role "system" }}}}{_text(self.default)}{{{{ end }}}}'
@@ -82,26 +86,29 @@ def _text(text: str) -> str:
     return text.replace("{{", '{{ "{{" }}')
 
 
-def write_modelfile(path: Path, tokenizer: Any, model: str, recipe: Recipe) -> str | None:
-    """Write it; or why it is not written.
+def write_modelfile(path: Path, tokenizer: Any, model: str, recipe: Recipe) -> list[str]:
+    """Write it, if the chat template can be said in it; lines to show.
 
     Args:
         model: the .gguf file's name, in the same folder.
-        recipe: its chat_template, system_prompt and sampling settings.
+        recipe: its chat_template and system_prompt.
     """
     found = find_pieces(tokenizer, recipe.chat_template)
     if isinstance(found, str):
-        return found
+        return [f"no Modelfile: {found}; llama.cpp uses the chat template in the file itself"]
     if _adds_bos(tokenizer):  # ollama does as well, as the file says
+        if not found.begin.startswith(tokenizer.bos_token):
+            return [f"no Modelfile: ollama would begin with {tokenizer.bos_token}, and the chat template does not"]
         found = replace(found, begin=found.begin.removeprefix(tokenizer.bos_token))
     template, end = found.to_go(), found.around["assistant"][1].strip()
     lines = [f"FROM ./{model}", f'TEMPLATE """{template}"""', *[f"PARAMETER stop {_quoted(end)}"] * bool(end)]
     if recipe.system_prompt:
         lines.append(f'SYSTEM """{recipe.system_prompt}"""')
     if '"""' in template or '"""' in (recipe.system_prompt or ""):
-        return 'the chat template or the system prompt holds """, which a Modelfile cannot'
+        return ['no Modelfile: the chat template or the system prompt holds """']
     path.write_text("\n".join([*lines, ""]), encoding="utf-8")
-    return None
+    without = "; the chat template has no system turn, so ollama leaves one out" * (not found.takes_system)
+    return [f"{path}: ollama create NAME -f {path}{without}"]
 
 
 def _quoted(text: str) -> str:
@@ -128,7 +135,8 @@ def find_pieces(tokenizer: Any, chat_template: str | None = None) -> Pieces | st
 
     try:
         pieces = _pieces(render)
-        wrong = next((roles for roles in DIALOGUES if pieces.render(stand_ins(roles)) != render(roles)), None)
+        known = [roles for roles in DIALOGUES if pieces.takes_system or "system" not in roles]
+        wrong = next((roles for roles in known if pieces.render(stand_ins(roles)) != render(roles)), None)
     except Exception as error:  # templates raise what they like
         return f"the chat template is not understood here: {one_line(error)}"
     if wrong is not None:
@@ -163,12 +171,16 @@ def _pieces(render: Any) -> Pieces:
     end_answer = around("user", "assistant")[2]
     _, to_answer, to_user, _ = around("user", "assistant", "user")
     begin_answer, begin_user = to_answer.removeprefix(end_user), to_user.removeprefix(end_answer)
-    before_system, between, _ = around("system", "user")
     default = opening.removesuffix(begin_user)
-    begin = _common_begin(default, before_system)
     answers = {"user": (begin_user, end_user), "assistant": (begin_answer, end_answer)}
+    try:
+        before_system, between, _ = around("system", "user")
+    except Exception:  # whatever a template raises that has none
+        return Pieces(default, "", answers, header)
+    begin = _common_begin(default, before_system)
     if before_system == default + begin_user:  # it is part of a user's turn
-        joined = "first" if around("system", "user", "assistant", "user")[0] == before_system else "last"
+        longer = render(("system", "user", "assistant", "user"), False)
+        joined = "first" if longer.startswith(f"{before_system}{stand_ins(('system',))[0]['content']}") else "last"
         return Pieces(default, "", answers, header, joined, between)
     begin_system, end_system = before_system.removeprefix(begin), between.removesuffix(begin_user)
     return Pieces(begin, default.removeprefix(begin), {"system": (begin_system, end_system)} | answers, header)
