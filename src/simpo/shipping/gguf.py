@@ -22,8 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from simpo.display import Display
-from simpo.run.export import export_dtype
-from simpo.shipping.merge import merge_adapters, write_folder
+from simpo.shipping.merge import merge_adapters, stored_dtype, write_folder
 from simpo.shipping.modelfile import write_modelfile
 from simpo.shipping.source import Source, find_source, load_source, load_source_tokenizer
 
@@ -59,7 +58,7 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
     tokenizer = load_source_tokenizer(source)
     # Merging wants fp32; a model that is written as it is has no more than its own files.
     exact = source.is_adapter or source.folder is None
-    dtype = torch.float32 if exact else export_dtype(source.recipe)
+    dtype = torch.float32 if exact else stored_dtype(source)
     model = load_source(source, device=torch.device("cpu"), dtype=dtype)
     if source.is_adapter:
         model, _ = merge_adapters(model)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from simpo.display import Display
+from simpo.recipe import load_recipe
 from simpo.run.export import dtype_name, export_dtype, overflows, tie, write_model
 from simpo.run.leftovers import find_leftovers
 from simpo.shipping.card import card_of
@@ -36,7 +37,7 @@ def run_merge(name: str, overrides: Sequence[str] = (), *, output: str | None = 
             "say, it is written again in that number format)"
         )
     folder = new_folder(Path(output) if output is not None else _default(source))
-    dtype = export_dtype(recipe)
+    dtype = stored_dtype(source)
     tokenizer = load_source_tokenizer(source)
     model = load_source(source, device=torch.device("cpu"))
     if source.is_adapter:
@@ -45,6 +46,11 @@ def run_merge(name: str, overrides: Sequence[str] = (), *, output: str | None = 
     write_folder(model, tokenizer, source, folder, dtype)
     display.say(f"{folder}: an ordinary model in {dtype_name(dtype)}, with its tokenizer")
     return folder
+
+
+def stored_dtype(source: Source) -> torch.dtype:
+    """The dtype to write it in: `save_dtype`, or that of the files that its weights come from."""
+    return export_dtype(load_recipe(source.recipe, {"model_name_or_path": source.origin}))
 
 
 def new_folder(folder: Path) -> Path:
@@ -92,7 +98,7 @@ def _probe(model: nn.Module) -> Tensor:
 
 def write_folder(model: nn.Module, tokenizer: object, source: Source, folder: Path, dtype: torch.dtype) -> None:
     """Write a whole model that has no adapters any more."""
-    leftovers = find_leftovers(model, source.base, revision=source.recipe.model_revision)
+    leftovers = find_leftovers(model, source.origin, revision=source.recipe.model_revision)
     if overflows(model.state_dict().values(), dtype):
         raise ValueError(f"save_dtype: a weight is too large for {dtype_name(dtype)}; choose bfloat16 or float32")
     state = {

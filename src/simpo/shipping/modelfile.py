@@ -134,7 +134,7 @@ def find_pieces(tokenizer: Any, chat_template: str | None = None) -> Pieces | st
         )
 
     try:
-        pieces = _pieces(render)
+        pieces = _pieces(render, tokenizer.bos_token if _adds_bos(tokenizer) else "")
         known = [roles for roles in DIALOGUES if pieces.takes_system or "system" not in roles]
         wrong = next((roles for roles in known if pieces.render(stand_ins(roles)) != render(roles)), None)
     except Exception as error:  # templates raise what they like
@@ -150,11 +150,12 @@ def stand_ins(roles: tuple[str, ...]) -> list[Message]:
     return [turn(role, f"{said[role]} {place}") for place, role in enumerate(roles)]
 
 
-def _pieces(render: Any) -> Pieces:
+def _pieces(render: Any, bos: str) -> Pieces:
     """By what stands around the stand-ins in the smallest dialogues that show it.
 
     Args:
         render: of roles, with the header or without.
+        bos: what the tokenizer sets in front of every text.
     """
 
     def around(*roles: str, header: bool = False) -> list[str]:
@@ -177,15 +178,12 @@ def _pieces(render: Any) -> Pieces:
         before_system, between, _ = around("system", "user")
     except Exception:  # whatever a template raises that has none
         return Pieces(default, "", answers, header)
-    begin = _common_begin(default, before_system)
+    begin = bos if default.startswith(bos) and before_system.startswith(bos) else ""
+    if before_system.startswith(default):
+        begin = default
     if before_system == default + begin_user:  # it is part of a user's turn
         longer = render(("system", "user", "assistant", "user"), False)
         joined = "first" if longer.startswith(f"{before_system}{stand_ins(('system',))[0]['content']}") else "last"
         return Pieces(default, "", answers, header, joined, between)
     begin_system, end_system = before_system.removeprefix(begin), between.removesuffix(begin_user)
     return Pieces(begin, default.removeprefix(begin), {"system": (begin_system, end_system)} | answers, header)
-
-
-def _common_begin(a: str, b: str) -> str:
-    count = next((at for at, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-    return a[:count]

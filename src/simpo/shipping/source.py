@@ -59,6 +59,11 @@ class Source:
         return base_model(self.folder) != self.folder
 
     @property
+    def origin(self) -> str:
+        """The whole model that its weights are stored like: its own folder, or the base of adapters and shards."""
+        return self.base if self.folder is None or self.is_adapter else self.folder
+
+    @property
     def place(self) -> Path:
         """The folder, for names of what is made of it."""
         return (
