@@ -241,7 +241,9 @@ def run(*arguments):
 
 
 def test_the_command_prints_the_plan_and_writes_json(recipe_file, tmp_path):
-    result = run(recipe_file, "--gpus", 8, "--gpu-memory", 80, "--shape", "llama-8b", "--json", tmp_path / "plan.json")
+    result = run(
+        recipe_file, "--gpus", 8, "--gpu-memory", 80, "--shape", "llama-8b", "--output", tmp_path / "plan.json"
+    )
     assert result.exit_code == 0, result.output
     assert "8.03 billion parameters" in result.output
     assert "batch: 128 pairs an optimizer step (2 x 8 accumulated x 8 ranks)" in result.output

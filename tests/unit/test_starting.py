@@ -108,3 +108,16 @@ def test_memory_and_size_decide(
 def test_a_rate_and_a_batch_have_a_place_to_start():
     assert [rate for _, rate, _ in starting._RATES] == sorted(rate for _, rate, _ in starting._RATES)
     assert not torch.cuda.is_available() or starting._machine(None)[0].gpus == torch.cuda.device_count()
+
+
+def test_the_shell_completes_commands_options_and_keys():
+    def completed(words: str) -> list[str]:
+        place = str(len(words.split(" ")) - 1)
+        env = {"_SIMPO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": place}
+        return CliRunner().invoke(app, [], env=env, prog_name="simpo").stdout.split()
+
+    assert completed("simpo tr") == ["train"]
+    assert completed("simpo train r.yaml --learn") == ["--learning_rate"]
+    assert completed("simpo generate r.yaml --num-s") == ["--num_samples"]
+    assert completed("simpo audit r.yaml --exa") == ["--examples"]
+    assert completed("simpo train rec") == []  # the shell's own: files

@@ -4,6 +4,9 @@ A module of this package holds the commands of one subject; a command loads its 
 package and prints.
 """
 
+import io
+import sys
+
 from simpo.cli import start, training, report, recipes, onpolicy, judging, shipping  # isort: skip  as in `simpo --help`
 from simpo.cli.app import app
 
@@ -12,4 +15,7 @@ __all__ = ["app", "judging", "main", "onpolicy", "recipes", "report", "shipping"
 
 def main() -> None:
     """Entry point of the `simpo` script."""
+    for stream in (sys.stdout, sys.stderr):  # a log in ASCII is no reason for a run to end
+        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
+            stream.reconfigure(errors="backslashreplace")
     app(prog_name="simpo")

@@ -14,10 +14,11 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -27,6 +28,8 @@ class _OneLineErrors(TyperGroup):
     """What the user can put right -> one line and exit 2; Ctrl-C -> exit 130."""
 
     def invoke(self, ctx: typer.Context) -> Any:
+        if "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":
+            ctx.color = False
         try:
             return super().invoke(ctx)
         except BrokenPipeError:
@@ -41,15 +44,37 @@ class _OneLineErrors(TyperGroup):
             raise typer.Exit(130) from None
 
 
-app = typer.Typer(
+class _CompletesKeys(TyperCommand):
+    """Completes the keys of a recipe, after `--`, where a command takes them."""
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        found = super().shell_complete(ctx, incomplete)
+        if self.context_settings.get("allow_extra_args") and incomplete.startswith("--"):
+            from simpo.recipe import KEYS, STAGE_KEYS
+
+            names = [*KEYS, *(key.partition(".")[2] for key in STAGE_KEYS if key.startswith(f"{self.name}."))]
+            begun = incomplete[2:].replace("-", "_")
+            # As click's CompletionItem, which typer keeps in another place in each of its versions.
+            found += [SimpleNamespace(value=f"--{n}", type="plain", help=None) for n in names if n.startswith(begun)]
+        return found
+
+
+class _App(typer.Typer):
+    def command(self, name: str | None = None, **options: Any) -> Any:
+        return super().command(name, **{"cls": _CompletesKeys, **options})
+
+
+app = _App(
     name="simpo",
     cls=_OneLineErrors,
     help="Align language models with preference pairs by SimPO.",
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout; what else is said goes to stderr.")
+]
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file; see `simpo keys` for what it may hold.")]
 RecipeOrData = Annotated[
@@ -133,11 +158,38 @@ def say_chosen(facts: Mapping[str, Any]) -> None:
         Display(console=Console(stderr=True, highlight=False, soft_wrap=True)).table("chosen for", facts)
 
 
-def exit_by_account(account: Path, *, examples: bool = True) -> None:
-    """Say what the account of a finished command left out, with `examples` unless it has shown them, and exit 3."""
+def print_json(content: Any) -> None:
+    """What `--json` asks for."""
+    import json
+
+    typer.echo(json.dumps(content, indent=1, default=str))
+
+
+@contextlib.contextmanager
+def stdout_for_json(wanted: bool) -> Iterator[None]:
+    """Inside, where `--json` is wanted, all that is printed goes to stderr, that of child processes too."""
+    if not wanted:
+        yield
+        return
+    sys.stdout.flush()
+    ours = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(ours, 1)
+        os.close(ours)
+
+
+def exit_by_account(account: Path, *, examples: bool = True, as_json: bool = False) -> None:
+    """Print a finished command's account, `as_json`; say what it left out, with `examples` or without, and exit 3."""
     from simpo.onpolicy.journal import read_about
 
-    left_out = read_about(account).get("left_out", {})
+    about = read_about(account)
+    if as_json:
+        print_json(about)
+    left_out = about.get("left_out", {})
     if left_out:
         counts = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out.items())
         for reason, entry in left_out.items() if examples else ():

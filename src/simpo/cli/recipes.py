@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, RecipeFile, RecipeOrData, app, load
+from simpo.cli.app import TAKES_OVERRIDES, AsJson, RecipeFile, RecipeOrData, app, load, print_json
 
 if TYPE_CHECKING:
     from simpo.recipe import Key, Recipe
@@ -18,12 +18,16 @@ def check(
     recipe: RecipeOrData,
     full: Annotated[bool, typer.Option("--full", help="Print every key, as YAML.")] = False,
     processes: Annotated[int, typer.Option("--processes", min=1, help="Data-parallel processes of the run.")] = 1,
+    as_json: AsJson = False,
 ) -> None:
     """Check a recipe and print what it resolves to; needs no model, data, network or torch."""
     resolved = load(recipe, context.args, processes=processes)
     from simpo.recipe.vocabulary import check_vocabulary
 
     vocabulary = check_vocabulary(resolved)
+    if as_json:
+        print_json(_checked(resolved, processes) | {"vocabulary": vocabulary})
+        return
     typer.echo(resolved.to_yaml() if full else _key_lines(resolved))
     prefix = "# " if full else ""
     for line in [*_effective_lines(resolved, processes), *([vocabulary] if vocabulary else [])]:
@@ -44,11 +48,12 @@ def plan(
         str | None,
         typer.Option("--shape", help="Plan for another model: llama-70b and others by name, or a .json or .yaml file."),
     ] = None,
-    output: Annotated[str | None, typer.Option("--json", metavar="PATH", help="Write the plan as JSON too.")] = None,
+    output: Annotated[str | None, typer.Option("--output", metavar="PATH", help="Write the plan as JSON too.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Compute memory by part, pick a mesh and other sizes, say what is sent; reads no weights. Any key can follow."""
     resolved = load(recipe, context.args, processes=1)
-    from simpo.plan.report import describe_plan, save_plan
+    from simpo.plan.report import describe_plan, plan_as_dict, save_plan
     from simpo.plan.search import Machines, plan_recipe
 
     machines = Machines.of(gpus=gpus, nodes=nodes, gpus_per_node=gpus_per_node, gpu_gib=gpu_memory)
@@ -57,7 +62,10 @@ def plan(
     shared = load(recipe, context.args, processes=found.mesh.data * resolved.cp * resolved.tp)
     if shared != resolved:
         found = plan_recipe(shared, machines, shape=shape)
-    typer.echo(describe_plan(found, shared, recipe_name=recipe))
+    if as_json:
+        print_json(plan_as_dict(found))
+    else:
+        typer.echo(describe_plan(found, shared, recipe_name=recipe))
     if output is not None:
         save_plan(found, output)
 
@@ -67,12 +75,18 @@ def keys(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="One key, by any of its names; or a command's, as generate.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Explain the keys of a recipe: meaning, allowed values, default."""
     from simpo.recipe import KEYS, STAGE_KEYS
 
     if name is not None:
-        typer.echo(_explain_key(name.removeprefix("--").replace("-", "_")))
+        name = name.removeprefix("--").replace("-", "_")
+    if as_json:
+        print_json(_keys_as_dicts(name))
+        return
+    if name is not None:
+        typer.echo(_explain_key(name))
         return
     section = None
     for doc in (*KEYS.values(), *STAGE_KEYS.values()):
@@ -83,10 +97,14 @@ def keys(
 
 
 @app.command()
-def losses() -> None:
+def losses(as_json: AsJson = False) -> None:
     """List the losses: equation, defaults, source."""
     from simpo.core.losses import LOSSES
 
+    if as_json:
+        shown = ("name", "equation", "defaults", "sft_weight", "needs_reference", "source")
+        print_json([{name: getattr(loss, name) for name in shown} for loss in LOSSES.values()])
+        return
     typer.echo("l: summed log-prob of a response; m = l/length; p = exp(m); w chosen, r rejected; M = m_w - m_r;")
     typer.echo("z = beta (M - gamma_beta_ratio); D: l_w - l_r less the same under the reference; sft = -m_w\n")
     for name, loss in LOSSES.items():
@@ -118,12 +136,35 @@ def _plain(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:97]}..."
 
 
+def _data_ranks(recipe: Recipe, processes: int) -> int:
+    return max(1, processes // (recipe.cp * recipe.tp))  # processes of one cp or tp group compute the same pairs
+
+
+def _missing(recipe: Recipe) -> list[str]:
+    return [name for name in ("dataset_mixer", "output_dir") if not getattr(recipe, name)]
+
+
+def _checked(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """What `simpo check` says, for programs."""
+    from simpo.recipe.checks import far_from_published
+
+    pairs = recipe.pairs_per_step(_data_ranks(recipe, processes))
+    return {
+        "recipe": recipe.to_dict(),
+        "loss": {"equation": recipe.loss.equation, "source": recipe.loss.source, "as_set": recipe.describe_loss()},
+        "pairs_per_step": pairs,
+        "notices": list(recipe.notices),
+        "warnings": far_from_published(recipe, pairs),
+        "missing": _missing(recipe),
+    }
+
+
 def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
     """Loss and batch as they will act, notices, and what is still missing to train."""
     from simpo.recipe.checks import far_from_published
 
     each, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
-    data = max(1, processes // (recipe.cp * recipe.tp))  # processes of one cp or tp group compute the same pairs
+    data = _data_ranks(recipe, processes)
     many = f"{data} process{'es' * (data > 1)}" + " that see other pairs" * (data != processes)
     lines = [
         "",
@@ -134,7 +175,7 @@ def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
     ]
     lines += [f"notice: {notice}" for notice in recipe.notices]
     lines += [f"warning: {line}" for line in far_from_published(recipe, recipe.pairs_per_step(data))]
-    missing = [name for name in ("dataset_mixer", "output_dir") if not getattr(recipe, name)]
+    missing = _missing(recipe)
     lines.append(f"to train, still give: {', '.join(missing)}" if missing else "this recipe can be trained")
     return lines
 
@@ -142,6 +183,19 @@ def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
 def _key_text(doc: Key) -> str:
     aliases = f"\n      also: {', '.join(doc.aliases)}" if doc.aliases else ""
     return f"  {doc.name}\n      {doc.meaning}\n      allowed: {doc.allowed}\n      default: {doc.default}{aliases}"
+
+
+def _keys_as_dicts(name: str | None) -> list[dict[str, Any]]:
+    """All keys, or those that a name stands for, for programs."""
+    from simpo.recipe import KEYS, STAGE_KEYS
+    from simpo.recipe.aliases import ALIASES, INPUT_KEYS
+
+    if name is not None:
+        _explain_key(name)  # an unknown one is an error
+        name = ALIASES[name].target if name in ALIASES else INPUT_KEYS.get(name, (name,))[0]
+    shown = ("name", "section", "meaning", "allowed", "default", "aliases", "nullable")
+    found = [key for key in (KEYS | STAGE_KEYS).values() if name in (None, key.name, key.section)]
+    return [{part: getattr(key, part) for part in shown} for key in found]
 
 
 def _explain_key(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, RecipeOrData, app, load, say_once
+from simpo.cli.app import TAKES_OVERRIDES, AsJson, RecipeOrData, app, load, print_json, say_once, stdout_for_json
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -44,6 +44,7 @@ def audit(
         int, typer.Option("--examples", min=0, max=10, help="Pairs to print, the trained text marked.")
     ] = 2,
     output: Annotated[str | None, typer.Option("--output", help="File for the ledger, instead of output_dir.")] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Read and tokenise the data, and account for every row: kept, cut or dropped, and why."""
     resolved = load(recipe, context.args)
@@ -54,14 +55,17 @@ def audit(
     from simpo.model.load import load_tokenizer
     from simpo.run.session import check_token_ids
 
-    prepared = prepare_pairs(resolved, load_tokenizer(resolved))
-    check_token_ids(prepared, resolved)
-    prepared.ledger.render(Console(), examples=examples)
-    path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        listed = prepared.save_ledger(path)
-        typer.echo(f"ledger: {path}" + f"; every dropped row: {listed}" * bool(listed))
+    with stdout_for_json(as_json):
+        prepared = prepare_pairs(resolved, load_tokenizer(resolved))
+        check_token_ids(prepared, resolved)
+        prepared.ledger.render(Console(), examples=examples)
+        path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
+        if path:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            listed = prepared.save_ledger(path)
+            typer.echo(f"ledger: {path}" + f"; every dropped row: {listed}" * bool(listed))
+    if as_json:
+        print_json(prepared.ledger.model_dump(mode="json"))
 
 
 @app.command(name="eval", context_settings=TAKES_OVERRIDES)
@@ -78,17 +82,21 @@ def evaluate(
     generations: Annotated[int, typer.Option("--generations", min=0, help="Prompts to answer and show.")] = 0,
     max_pairs: Annotated[int | None, typer.Option("--max-pairs", min=1, help="At most this many pairs.")] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the data to use; test is what is held out.")] = "test",
+    as_json: AsJson = False,
 ) -> None:
     """Measure a model on held-out pairs: preference accuracy, margins, length bias. Any key can follow."""
     from simpo.evaluation.command import run_eval_command
 
-    run_eval_command(
-        recipe_or_data=recipe_or_data,
-        model=model,
-        baseline=compare,
-        output=output,
-        generations=generations,
-        max_pairs=max_pairs,
-        split=split,
-        overrides=context.args,
-    )
+    with stdout_for_json(as_json):
+        content = run_eval_command(
+            recipe_or_data=recipe_or_data,
+            model=model,
+            baseline=compare,
+            output=output,
+            generations=generations,
+            max_pairs=max_pairs,
+            split=split,
+            overrides=context.args,
+        )
+    if as_json:
+        print_json(content)

@@ -32,8 +32,8 @@ def run_eval_command(
     max_pairs: int | None,
     split: str,
     overrides: Sequence[str],
-) -> None:
-    """`simpo eval`: evaluate, compare with a baseline if there is one, print, write.
+) -> dict[str, Any]:
+    """`simpo eval`: evaluate, compare with a baseline if there is one, print, write; what is written in --output.
 
     Args (others are the command's options):
         output: JSON file; the per-pair records go to FILE.pairs.jsonl next to it.
@@ -85,3 +85,4 @@ def run_eval_command(
         save_json(content, path)
         evaluation.save_pairs(path.with_suffix(".pairs.jsonl"))
         console.print(f"results: {path}, {path.with_suffix('.pairs.jsonl')}", markup=False, soft_wrap=True)
+    return content
