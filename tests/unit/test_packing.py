@@ -15,6 +15,7 @@ from transformers import LlamaConfig
 from simpo.core.packing import (
     CostWeights,
     PairShape,
+    TokenPair,
     epoch_order,
     fill_to_budget,
     iterate_steps,
@@ -146,6 +147,20 @@ def test_spread_evenly_is_within_four_thirds_of_the_best_there_is(costs, num_bin
 def test_spread_evenly_gives_every_bin_an_item_when_there_are_enough():
     assert all(spread_evenly([0.0] * 8, 8))  # equal (here zero) costs must not pile up in the first bin
     assert sorted(len(items) for items in spread_evenly([1.0] * 7, 3)) == [2, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("pair", "length"),
+    [
+        (TokenPair("one turn", [1, 2, 3, 4, 5], 3, [1, 2, 3, 9], 3), 3),
+        (TokenPair("seams apart", [1, 2, 3, 4, 5], 3, [1, 2, 3, 9], 2), 2),
+        (TokenPair("differ in the last", [*range(9)], 2, [*range(6), 0, 0], 2, [4, 6], [4, 6]), 6),
+        (TokenPair("differ in the first", [1, 2, 3, 4, 5, 6], 2, [1, 2, 9, 4, 5, 6], 2, [3, 4], [3, 4]), 2),
+    ],
+    ids=lambda value: getattr(value, "row_id", ""),
+)
+def test_the_prompt_to_answer_ends_where_the_first_differing_turn_begins(pair, length):
+    assert pair.prompt_ids == pair.chosen_ids[:length]
 
 
 def test_spread_evenly_refuses_no_bins():

@@ -59,6 +59,10 @@ SHAPES = {
         {"instruction": "Really?", "history": [["Why?", "Because."]], "chosen": "Yes.", "rejected": "No."},
         TURNS,
     ),
+    "a prompt beside somebody's history": (
+        {"prompt": "Why?", "history": [["Really?", "No."]], "chosen": "Yes.", "rejected": "No."},
+        "Why?",
+    ),
     "ShareGPT": (
         {
             "conversations": [gpt("Why?", "human"), gpt("Because."), gpt("Really?", "human")],
