@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from simpo.data.preferences import RowError, pair_from_row
+from simpo.data.preferences import RowError, pair_from_row, prompt_from_row
 
 USER = {"role": "user", "content": "Why?"}
 TURNS = [USER, {"role": "assistant", "content": "Because."}, {"role": "user", "content": "Really?"}]
@@ -251,3 +251,30 @@ def test_every_real_row_gives_a_pair(real_data):
     for file in sorted(real_data.glob("*/test.jsonl.gz")):
         for row in read_file(file):
             assert pair_from_row(row).prompt == row["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"prompt": "Why?"}, "Why?"),
+        ({"messages": [*TURNS, say("Yes.")], "tools": []}, TURNS),
+        ({"chosen": [USER, say("Yes.")], "rejected": [USER, say("No.")]}, [USER]),
+    ],
+)
+def test_a_prompt_alone_is_read_without_its_answers(row, prompt):
+    found = prompt_from_row(row, row_id="x/train#1")
+    assert (found.row_id, found.prompt, found.chosen, found.rejected) == ("x/train#1", prompt, "", "")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "\ud800"}, "malformed: not valid Unicode"),
+        ({"prompt": "  "}, "empty: the prompt is blank"),
+        ({"chosen": "Yes."}, "missing column: no prompt column"),
+        ([], "malformed: the row is a list"),
+    ],
+)
+def test_what_is_no_prompt_is_left_out_with_its_reason(row, words):
+    with pytest.raises(RowError, match=words):
+        prompt_from_row(row)

@@ -323,6 +323,15 @@ def test_process_that_dies_is_told_from_wrong_data():
         list(map_in_processes(lambda: None, [1], 1))
 
 
+def test_processes_that_cannot_be_started_are_told_from_wrong_data(monkeypatch):
+    def refuse(environment):
+        raise OSError("no memory")
+
+    monkeypatch.setattr(workers, "_start", refuse)
+    with pytest.raises(WorkersFailed, match=r"no further process could be started \(no memory\)"):
+        list(map_in_processes(Fragile, [1], 2))
+
+
 def test_processes_that_fail_are_replaced_by_this_one(messy, build_tokenizer, data_recipe, monkeypatch, capsys):
     def fail(*_):
         raise WorkersFailed("none left")
