@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from simpo.run.stopping import StoppedByGuard
 
 WINDOW = 8  # logged lines in "the start" and in "now"
-FALL = 0.5  # of the log-prob at the start
+FALL = 0.75  # of the log-prob at the start
 CRASH = 2.3  # nats: a token's probability falls to a tenth
 BROKEN = -10.0  # nats a token
 BEYOND_GAMMA = 4.0  # sigmoid(-4) = 0.018: what is left of a pair's gradient
