@@ -34,6 +34,7 @@ LAYERS = {
     "judging": 7,
     "shipping": 7,
     "starting": 7,
+    "tuning": 8,
     "cli": 9,
     "__main__": 10,
 }

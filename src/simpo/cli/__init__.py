@@ -7,10 +7,10 @@ package and prints.
 import io
 import sys
 
-from simpo.cli import start, training, report, recipes, onpolicy, judging, shipping  # isort: skip  as in `simpo --help`
+from simpo.cli import start, training, report, recipes, onpolicy, tuning, judging, shipping  # isort: skip  as in --help
 from simpo.cli.app import app
 
-__all__ = ["app", "judging", "main", "onpolicy", "recipes", "report", "shipping", "start", "training"]
+__all__ = ["app", "judging", "main", "onpolicy", "recipes", "report", "shipping", "start", "training", "tuning"]
 
 
 def main() -> None:

@@ -23,14 +23,14 @@ class Interval(NamedTuple):
     high: float
 
 
-def wilson_interval(successes: float, trials: int) -> Interval:
+def wilson_interval(successes: float, trials: float) -> Interval:
     """A proportion with Wilson's score interval; stays inside [0, 1] and is sensible at 0 and 1.
 
         (k + z^2/2 +- z * sqrt(k * (n - k) / n + z^2/4)) / (n + z^2)
 
     Args:
         successes: k, in 0..n; a tie counts half, so it need not be whole.
-        trials: n >= 1.
+        trials: n > 0; pairs that count in part need not make it whole.
     Source: E. B. Wilson, JASA 22 (1927), p. 209.
     """
     middle = successes + Z * Z / 2

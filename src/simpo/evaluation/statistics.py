@@ -99,6 +99,34 @@ def accuracy_by_length(margins: Tensor, chosen_lengths: Tensor, rejected_lengths
     )
 
 
+def length_balanced(values: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Tensor:
+    """Values of pairs [P] weighted so that their mean counts pairs with a longer and with a shorter chosen side alike.
+
+    Of preference scores that mean is an accuracy that length cannot buy: whoever prefers the longer response, or the
+    shorter, has 0.5 of it. A pair of equal lengths counts half on either side. Where one side has no pair, all count
+    alike.
+    """
+    longer = 0.5 * (torch.sign(chosen_lengths - rejected_lengths).double() + 1)
+    shorter = 1 - longer
+    if not longer.sum() or not shorter.sum():
+        return values.double()
+    return values * len(values) / 2 * (longer / longer.sum() + shorter / shorter.sum())
+
+
+def length_balanced_accuracy(margins: Tensor, chosen_lengths: Tensor, rejected_lengths: Tensor) -> Interval:
+    """The accuracy of `length_balanced`: the mean of two accuracies, its interval made of their Wilson intervals.
+
+    Source: R. G. Newcombe, Statistics in Medicine 17 (1998), p. 873, method 10, of a sum in place of a difference.
+    """
+    scores = preference_scores(margins).double()
+    longer = 0.5 * (torch.sign(chosen_lengths - rejected_lengths).double() + 1)
+    sides = [weights for weights in (longer, 1 - longer) if weights.sum()]
+    parts = [wilson_interval(float((scores * weights).sum()), float(weights.sum())) for weights in sides]
+    value = sum(part.value for part in parts) / len(parts)
+    below, above = (math.hypot(*(part.value - part[end] for part in parts)) / len(parts) for end in (1, 2))
+    return Interval(value, value - below, value + above)
+
+
 # --- two models on the same pairs ------------------------------------------------------------------------------------
 
 

@@ -393,7 +393,7 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
 
 # A process goes with the one that started it, however that ends: on Linux by a signal that survives exec. A launcher
 # gets the one that launchers pass on.
-_GO_WITH = (
+GO_WITH_PARENT = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {signal}); os.getppid() == {parent} or os._exit(1); "
     "os.execvp(sys.argv[1], sys.argv[1:])"
 )
@@ -406,7 +406,7 @@ def run_command(words: Sequence[str], *, is_launcher: bool = False) -> int:
     """
     if sys.platform == "linux":
         goes_with = signal.SIGTERM if is_launcher else signal.SIGKILL
-        start = _GO_WITH.format(signal=int(goes_with), parent=os.getpid())
+        start = GO_WITH_PARENT.format(signal=int(goes_with), parent=os.getpid())
         words = [sys.executable, "-c", start, *words]
     in_main_thread = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None

@@ -1,0 +1,1 @@
+"""Choosing settings: `simpo sweep` tries them, `simpo calibrate` proposes them."""

@@ -1,0 +1,216 @@
+"""Sweeps: what is tried, in which order, what counts as best, what is done once; with stand-ins for training."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from simpo.cli import app
+from simpo.evaluation.statistics import length_balanced, length_balanced_accuracy, preference_scores
+from simpo.recipe import load_recipe
+from simpo.tuning import jobs
+from simpo.tuning.calibrate import Margins
+from simpo.tuning.space import Range, propose_all, propose_next, read_space
+from simpo.tuning.sweep import read_sweep, run_sweep
+
+# --- the space -------------------------------------------------------------------------------------------------------
+
+
+def test_keys_with_several_values_are_varied_and_all_others_left():
+    words = ["--learning_rate", "3e-7,5e-7", "--beta=2,10", "--dataset_splits", "[a, b]", "--seed", "1", "--bf16"]
+    space, rest = read_space([*words, "--sft_weight", "0..0.5"])
+    assert space == {"learning_rate": ("3e-7", "5e-7"), "beta": ("2", "10"), "sft_weight": Range(0, 0.5)}
+    assert rest == ["--dataset_splits=[a, b]", "--seed=1", "--bf16"]
+
+
+def test_a_grid_is_every_combination_and_a_random_search_has_no_repetition():
+    space = {"learning_rate": ("1", "2", "3"), "beta": ("4", "5")}
+    grid = propose_all(space, method="grid", trials=None, seed=0)
+    assert [tuple(each.values()) for each in grid] == [(a, b) for a in "123" for b in "45"]
+    drawn = propose_all(space, method="random", trials=100, seed=0)
+    assert sorted(map(str, drawn)) == sorted(map(str, grid))
+
+
+def test_learning_rates_are_drawn_by_their_logarithm():
+    rates = [float(each["x"]) for each in propose_all({"x": Range(1e-7, 1e-5)}, method="random", trials=200, seed=0)]
+    assert 80 < sum(rate < 1e-6 for rate in rates) < 120
+    assert min(rates) >= 1e-7
+    assert max(rates) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--beta", "2"], "nothing to vary"),
+        (["--beta", "2,,3"], "a value is missing"),
+        (["--beta", "2,3", "--beta", "4,5"], "given twice"),
+        (["--beta", "3..2"], "from a smaller number to a larger"),
+        (["--beta", "1..2"], "a grid needs a list"),
+        (["--beta", "2,x"], "beta = 'x'"),
+        (["--beta", "2,3", "--method", "random"], "needs --trials"),
+        (["--beta", "2,3", "--trials", "3"], "tries every combination"),
+        (["--beta", "2,3", "--rungs", "10,5"], "ascending"),
+        (["--beta", "2,3", "--method", "bayes"], "one of grid, random, optuna"),
+    ],
+)
+def test_a_space_that_cannot_be_is_refused_in_a_line(words, message, tiny_recipe, tmp_path):
+    path = load_recipe(tiny_recipe).save(tmp_path / "recipe.yaml") or tmp_path / "recipe.yaml"
+    result = CliRunner().invoke(app, ["sweep", str(path), *words])
+    assert result.exit_code == 2
+    assert message in result.output
+
+
+def test_optuna_learns_from_what_was_tried_and_proposes_the_same_again():
+    pytest.importorskip("optuna")
+    space = {"x": Range(0.0, 1.0)}
+
+    def search() -> list[float]:
+        tried: list = []
+        while len(tried) < 24:
+            settings = propose_next(space, tried, seed=0)
+            tried.append((settings, None if len(tried) == 3 else -abs(float(settings["x"]) - 0.8)))
+        return [float(settings["x"]) for settings, _ in tried]
+
+    found = search()
+    assert found == search()
+    assert sum(abs(x - 0.8) < 0.15 for x in found[12:]) > 6
+
+
+# --- the measure -----------------------------------------------------------------------------------------------------
+
+
+def test_preferring_the_longer_response_buys_nothing():
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(5, 50, (500,), generator=generator).double()
+    longer = torch.rand(500, generator=generator) < 0.8
+    rejected = chosen - torch.where(longer, 1, -1) * torch.randint(1, 20, (500,), generator=generator)
+    margins = chosen - rejected
+    plain = float(preference_scores(margins).mean())
+    assert plain > 0.7
+    balanced = length_balanced_accuracy(margins, chosen, rejected)
+    assert balanced.value == pytest.approx(0.5)
+    assert float(length_balanced(preference_scores(margins), chosen, rejected).mean()) == pytest.approx(0.5)
+
+
+def test_the_balanced_accuracy_holds_the_truth_in_95_of_100_intervals():
+    generator = torch.Generator().manual_seed(0)
+    longer = torch.rand(80, generator=generator) < 0.7
+    chosen = torch.where(longer, 20.0, 10.0)
+    chances = torch.where(longer, 0.8, 0.4)
+    hits = 0
+    for _ in range(400):
+        margins = torch.where(torch.rand(80, generator=generator) < chances, 1.0, -1.0)
+        _, low, high = length_balanced_accuracy(margins, chosen, torch.full((80,), 15.0))
+        hits += low <= 0.6 <= high
+    assert 0.92 < hits / 400 <= 0.99
+
+
+# --- the loop --------------------------------------------------------------------------------------------------------
+
+
+class Trainings:
+    """Stands for the commands: how good a model is follows from its settings and steps."""
+
+    def __init__(self, skill) -> None:
+        self.skill, self.words, self.stop_after = skill, [], None
+
+    def __call__(self, words, log: Path, **_: object) -> tuple[int, str]:
+        self.words.append(words[:2])
+        if self.stop_after is not None and len(self.words) > self.stop_after:
+            raise KeyboardInterrupt
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if words[0] == "train":
+            recipe = load_recipe(words[1])
+            if recipe.learning_rate > 1:
+                return 1, "error: step 3: the loss is not finite"
+            (Path(recipe.output_dir) / "model").mkdir(parents=True)
+            return 0, ""
+        result = Path(words[words.index("--output") + 1])
+        recipe = load_recipe(result.parent / "recipe.yaml")
+        skill = self.skill(recipe) if "--model" in words else 0.5
+        records = [
+            {"row_id": str(i), "margin": 1 if i < 100 * skill else -1, "chosen_length": i % 2, "rejected_length": 0.5}
+            for i in range(100)
+        ]
+        result.with_suffix(".pairs.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+        repeated = 0.9 if recipe.learning_rate > 0.5 and "--model" in words else 0.1
+        content = {"margin": [skill, 0, 1], "chosen_mean": -1.0, "repeated_share": repeated}
+        content["margin"] = {"value": skill, "low": 0, "high": 1}
+        result.write_text(json.dumps(content))
+        return 0, ""
+
+
+@pytest.fixture
+def trainings(monkeypatch):
+    made = Trainings(lambda recipe: 0.5 + 3 * recipe.learning_rate + 0.01 * recipe.beta)
+    monkeypatch.setattr(jobs, "run_command_line", made)
+    return made
+
+
+RATES = ("0.01", "0.03", "0.1", "0.9", "5")
+
+
+def test_the_best_is_named_and_collapsed_and_failed_runs_are_not(trainings, tiny_recipe, tmp_path):
+    path = run_sweep(load_recipe(tiny_recipe), {"learning_rate": RATES, "beta": ("2", "3")})
+    found = read_sweep(path)
+    assert found.best.settings == {"learning_rate": "0.1", "beta": "3"}
+    assert [trial.settings["beta"] for trial in found.as_good] == ["2"]
+    failed = {
+        t["settings"]["learning_rate"]: t["results"][-1]["failed"] for t in json.loads(path.read_text())["trials"]
+    }
+    assert "collapsed: 90%" in failed["0.9"]
+    assert "not finite" in failed["5"]
+    assert failed["0.03"] is None
+    best = load_recipe(path.parent / "best.yaml")
+    assert (best.learning_rate, best.beta) == (0.1, 3)
+    assert len(list(path.parent.glob("trial-*/run/run/model"))) == 1
+    table = (path.parent / "sweep.md").read_text()
+    assert "| none |" in table
+    assert "counts for nothing: collapsed" in table
+
+
+def test_of_each_rung_the_best_go_on_and_every_rung_costs_about_the_same(trainings, tiny_recipe):
+    path = run_sweep(load_recipe(tiny_recipe), {"learning_rate": RATES[:3], "beta": ("2", "4", "6")}, rungs=(5, 15, 45))
+    trials = json.loads(path.read_text())["trials"]
+    assert sorted(len(trial["results"]) for trial in trials) == [1] * 6 + [2] * 2 + [3]
+    steps = [result["steps"] for trial in trials for result in trial["results"]]
+    assert {count: steps.count(count) * count for count in (5, 15, 45)} == {5: 45, 15: 45, 45: 45}
+    assert read_sweep(path).best.settings == {"learning_rate": "0.1", "beta": "6"}
+    recipe = load_recipe(path.parent / "trial-09" / "steps-45" / "recipe.yaml")
+    assert (recipe.max_steps, recipe.learning_rate) == (45, 0.1)
+
+
+@pytest.mark.parametrize("stop_after", [0, 1, 4, 9])
+def test_given_again_it_does_what_was_left_and_the_untrained_model_is_measured_once(stop_after, trainings, tiny_recipe):
+    recipe, space = load_recipe(tiny_recipe), {"learning_rate": RATES[:3], "beta": ("2", "4")}
+    trainings.stop_after = stop_after
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep(recipe, space)
+    trainings.words, trainings.stop_after = trainings.words[:-1], None
+    path = run_sweep(recipe, space)
+    commands = [tuple(words) for words in trainings.words]
+    assert len([words for words in commands if words[0] == "train"]) == 6
+    assert len([words for words in commands if words[0] == "eval"]) == 7  # six trials, and the untrained model once
+    done = path.read_text()
+    run_sweep(recipe, space)
+    assert path.read_text() == done
+    with pytest.raises(ValueError, match="space changed"):
+        run_sweep(recipe, {"learning_rate": RATES[:3], "beta": ("2", "5")})
+
+
+def test_a_sweep_needs_held_out_pairs_and_one_run_that_can_be_trained(trainings, tiny_recipe):
+    with pytest.raises(ValueError, match=r"every run failed .*not finite"):
+        run_sweep(load_recipe(tiny_recipe), {"learning_rate": ("5", "6")})
+    recipe = load_recipe(tiny_recipe, {"dataset_splits": ["train"], "validation_fraction": 0.0, "output_dir": "other"})
+    with pytest.raises(ValueError, match="no held-out pairs"):
+        run_sweep(recipe, {"learning_rate": ("0.1", "0.2")})
+
+
+def test_margins_that_a_model_begins_with_are_read_by_their_quantiles():
+    margins = Margins.of(torch.randn(20_000, generator=torch.Generator().manual_seed(0)).mul(0.3).tolist())
+    assert margins.spread == pytest.approx(0.3, rel=0.03)
+    assert margins.target == pytest.approx(1.2816 * 0.3, rel=0.03)
