@@ -12,7 +12,7 @@ import math
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from itertools import chain, product
@@ -100,9 +100,9 @@ def run_pair(recipe: Recipe, *, input: str | Path | None = None, output: str | P
         torn = (list(place.glob(".t*.jsonl.*")) for place in (folder, lists))
         for path in (*folder.parent.glob(f".{about.name}.*"), *chain(*torn)):
             path.unlink()  # begun by a process that was killed
-        counts = _write_splits(folder, keys, _pair_rows(pairs, rows))
+        counts = _write_splits(folder, keys, pairs, lambda own: _pair_rows(own, rows))
         if keys.lists:
-            _write_splits(lists, keys, _list_rows(pairs, rows))
+            _write_splits(lists, keys, pairs, lambda own: _list_rows(own, rows))
         summary = {
             "simpo": version("simpo"),
             "format": FORMAT,
@@ -261,8 +261,7 @@ def _hash(*parts: Any) -> bytes:
 class _Row(NamedTuple):
     """What is kept of a prompt that gives pairs."""
 
-    prompt: Any
-    tools: Any
+    asked: dict[str, Any]  # prompt, and tools where it has some
     answers: list[Answer]
 
 
@@ -282,7 +281,8 @@ def _read_candidates(
             as_line(row)
             answers = read_answers(row, account.responses)
             candidates[row["id"]] = choose_pairs(row, answers, keys, seed)
-            rows[row["id"]] = _Row(row.get("prompt"), row.get("tools"), answers)
+            tools = {"tools": row["tools"]} if row.get("tools") else {}
+            rows[row["id"]] = _Row({"prompt": row.get("prompt"), **tools}, answers)
         except RowError as error:
             account.leave_out(row["id"], error)
     if not seen:
@@ -401,53 +401,44 @@ def describe_length(found: Mapping[str, list[Candidate]], length: Callable[[Answ
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def _pair_rows(pairs: Mapping[str, list[Candidate]], rows: Mapping[str, _Row]) -> Iterable[tuple[str, dict[str, Any]]]:
+def _pair_rows(pairs: Mapping[str, list[Candidate]], rows: Mapping[str, _Row]) -> Iterator[dict[str, Any]]:
     for prompt_id, found in pairs.items():
-        row = rows[prompt_id]
         for number, each in enumerate(found):
-            yield (
-                prompt_id,
-                {
-                    "id": prompt_id if len(found) == 1 else f"{prompt_id}-{number}",
-                    "prompt": row.prompt,
-                    **({"tools": row.tools} if row.tools else {}),
-                    "chosen": [{"role": "assistant", "content": each.chosen.text}],
-                    "rejected": [{"role": "assistant", "content": each.rejected.text}],
-                    "score_chosen": each.chosen.score,
-                    "score_rejected": each.rejected.score,
-                },
-            )
+            yield {
+                "id": prompt_id if len(found) == 1 else f"{prompt_id}-{number}",
+                **rows[prompt_id].asked,
+                "chosen": [{"role": "assistant", "content": each.chosen.text}],
+                "rejected": [{"role": "assistant", "content": each.rejected.text}],
+                "score_chosen": each.chosen.score,
+                "score_rejected": each.rejected.score,
+            }
 
 
-def _list_rows(pairs: Mapping[str, Any], rows: Mapping[str, _Row]) -> Iterable[tuple[str, dict[str, Any]]]:
+def _list_rows(pairs: Mapping[str, list[Candidate]], rows: Mapping[str, _Row]) -> Iterator[dict[str, Any]]:
     """All responses of each prompt that gives pairs, best first."""
     for prompt_id in pairs:
-        row = rows[prompt_id]
-        yield (
-            prompt_id,
-            {
-                "id": prompt_id,
-                "prompt": row.prompt,
-                **({"tools": row.tools} if row.tools else {}),
-                "responses": [answer.text for answer in row.answers],
-                "scores": [answer.score for answer in row.answers],
-            },
-        )
+        answers = rows[prompt_id].answers
+        of_each = {"responses": [each.text for each in answers], "scores": [each.score for each in answers]}
+        yield {"id": prompt_id, **rows[prompt_id].asked, **of_each}
 
 
-def _write_splits(folder: Path, keys: PairKeys, rows: Iterable[tuple[str, dict[str, Any]]]) -> dict[str, int]:
-    """train.jsonl and test.jsonl; a split without rows has no file. Returns how many rows each has."""
-    lines: dict[str, list[str]] = {"train": [], "test": []}
-    for prompt_id, row in rows:
-        split = "test" if is_held_out(prompt_id, keys.test_fraction) else "train"
-        lines[split].append(json.dumps(row, ensure_ascii=False) + "\n")
-    for split, of_split in lines.items():
+def _write_splits(
+    folder: Path,
+    keys: PairKeys,
+    pairs: Mapping[str, list[Candidate]],
+    build: Callable[[Mapping[str, list[Candidate]]], Iterable[dict[str, Any]]],
+) -> dict[str, int]:
+    """train.jsonl and test.jsonl; a split without rows has no file. Returns how many pairs each has."""
+    counts = {}
+    for split in ("train", "test"):
+        own = {k: v for k, v in pairs.items() if is_held_out(k, keys.test_fraction) == (split == "test")}
+        counts[split] = sum(map(len, own.values()))
         path = folder / f"{split}.jsonl"
-        if of_split:
-            write_whole(path, of_split)
+        if own:
+            write_whole(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in build(own)))
         else:
             path.unlink(missing_ok=True)
-    return {split: len(of_split) for split, of_split in lines.items()}
+    return counts
 
 
 def _show(summary: Mapping[str, Any], folder: Path, lists: Path | None) -> None:

@@ -103,7 +103,8 @@ class Generate(Stage):
     batch_size: Whole = _generate(
         128, "Responses computed together (local); memory for their keys and values is the limit.", ge=1)
     processes: Whole | None = _generate(
-        None, "Processes that sample side by side (local, vllm, ray).", null="one a GPU; one a core on a CPU", ge=1)
+        None, "Processes that sample side by side (local, vllm, ray).",
+        null="one a GPU; on a CPU one a core, as far as free memory goes", ge=1)
     tensor_parallel: Whole = _generate(
         1, "GPUs that one engine of vLLM is spread over (vllm, ray).", ge=1)
     on_ray: Literal["local", "vllm"] = _generate(
