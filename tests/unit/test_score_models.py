@@ -73,10 +73,14 @@ def reward_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
     return build
 
 
-def rate(folder: Path, rows: list[dict[str, Any]], **options: Any) -> list[Any]:
+def load(folder: Path, **options: Any) -> RewardModel:
     chosen = read_scorer({"kind": "reward_model", "model": str(folder), "dtype": "float32", **options})[1]
     own = load_recipe({"model_name_or_path": str(folder), "trust_remote_code": chosen.trust_remote_code})
-    return RewardModel(chosen, own)(rows)
+    return RewardModel(chosen, own)
+
+
+def rate(folder: Path, rows: list[dict[str, Any]], **options: Any) -> list[Any]:
+    return load(folder, **options)(rows)
 
 
 def flat(scores: list[Any]) -> list[float]:
@@ -107,8 +111,12 @@ def test_batches_score_as_each_dialogue_alone(kind: str, pad: str, reward_model,
     alone = [[float(each.logits) for each in row] for row in one_by_one(folder, rows)]
     assert max(abs(score) for row in alone for score in row) > 2
     for batch_tokens in (1, 300, 10**6):
-        scores = rate(folder, rows, batch_tokens=batch_tokens)
-        torch.testing.assert_close(flat(scores), flat(alone), rtol=0, atol=2e-5)
+        model = load(folder, batch_tokens=batch_tokens)
+        assert model.is_packed, "a prompt is computed once for its responses"
+        torch.testing.assert_close(flat(model(rows)), flat(alone), rtol=0, atol=2e-5)
+        model.model.set_attn_implementation("sdpa")
+        model.is_packed = False
+        torch.testing.assert_close(flat(model(rows)), flat(alone), rtol=0, atol=2e-5)
 
 
 def test_bf16_is_near(reward_model):

@@ -7,9 +7,12 @@ left out, never cut.
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import chain
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,7 +28,7 @@ from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
 from simpo.errors import one_line
 from simpo.evaluation.run import READ_KEYS, find_tokenizer, model_folder, ready_model
-from simpo.model.attention import unwrap
+from simpo.model.attention import PACKED, is_packed, unwrap
 from simpo.model.head import compute_response_logps
 from simpo.model.load import load_pretrained, pick_device
 from simpo.onpolicy.sampler import find_places, identify_model
@@ -113,17 +116,31 @@ class RewardModel:
             self.tokenizer.model_max_length,
         )
         self.limit = min(limit for limit in limits if limit)
+        self.is_packed = False
+        self.is_packed = self._takes_packed()
 
     def __call__(self, rows: Sequence[Row]) -> list[Scores]:
         tokens = [self._tokenize(row) for row in rows]
         found: list[Scores] = [each if isinstance(each, RowError) else [None] * len(each) for each in tokens]
-        places = [(i, j) for i, each in enumerate(tokens) if not isinstance(each, RowError) for j in range(len(each))]
-        places.sort(key=lambda place: len(tokens[place[0]][place[1]]))  # type: ignore[index]
-        for batch in self._batches(places, [len(tokens[i][j]) for i, j in places]):  # type: ignore[index]
-            scores = self.rate([tokens[i][j] for i, j in batch])  # type: ignore[index]
-            for (i, j), score in zip(batch, scores, strict=True):
+        units = sorted(self._units(tokens), key=lambda unit: sum(len(ids) for _, _, ids in unit))
+        for batch in self._batches(units, [sum(len(ids) for _, _, ids in unit) for unit in units]):
+            scores = self.rate([[ids for _, _, ids in unit] for unit in batch])
+            for (i, j, _), score in zip(chain(*batch), scores, strict=True):
                 found[i][j] = score  # type: ignore[index]
         return found
+
+    def _units(self, tokens: Sequence[list[list[int]] | RowError]) -> list[list[tuple[int, int, list[int]]]]:
+        """What shares its prompt: a row's dialogues, as far as `batch_tokens` goes; padded, each by itself."""
+        units: list[list[tuple[int, int, list[int]]]] = []
+        for i, each in enumerate(tokens):
+            room = 0
+            for j, ids in enumerate([] if isinstance(each, RowError) else each):
+                if not (self.is_packed and room >= len(ids)):
+                    units.append([])
+                    room = self.options.batch_tokens
+                units[-1].append((i, j, ids))
+                room -= len(ids)
+        return units
 
     def _tokenize(self, row: Row) -> list[list[int]] | RowError:
         """The tokens of each response with its prompt."""
@@ -156,8 +173,9 @@ class RewardModel:
             yield places[start:]
 
     @torch.no_grad()
-    def rate(self, dialogues: Sequence[Sequence[int]]) -> list[float]:
-        """The scores of some dialogues, as tokens, in one forward pass."""
+    def rate(self, units: Sequence[Sequence[Sequence[int]]]) -> list[float]:
+        """The scores of some dialogues, as tokens, in one forward pass; those of a unit may begin alike."""
+        dialogues = [*chain(*units)]
         config = self.model.config.get_text_config()
         pad, was = config.pad_token_id, config.pad_token_id
         if pad is None:  # the model looks for its last token by this id, so any will do that is in none of them
@@ -167,12 +185,51 @@ class RewardModel:
         mask = torch.tensor([[1] * len(each) + [0] * (width - len(each)) for each in dialogues], device=self.device)
         advice = "lower the scorer's batch_tokens or max_length"
         with needs_memory(f"scoring {len(dialogues)} dialogues of up to {width} tokens", advice=advice):
+            if self.is_packed:
+                return self._read(self._packed(units, was))
             try:
                 config.pad_token_id = pad
                 output = self.model(input_ids=ids, attention_mask=mask)
             finally:
                 config.pad_token_id = was
             return self._read(output)
+
+    def _packed(self, units: Sequence[Sequence[Sequence[int]]], pad: int | None) -> Any:
+        """The same logits from one row of all dialogues, in which those of a unit share what they begin with."""
+        lists = []
+        for unit in units:
+            # transformers reads the last token that is no padding. Here that is the row that predicts one more.
+            ends = [max((at for at, number in enumerate(ids, 1) if number != pad), default=len(ids)) for ids in unit]
+            lists.append(TokenList("", [[*ids[:end], 0] for ids, end in zip(unit, ends, strict=True)], ends))
+        batch = build_list_batch(lists).to(self.device)
+        inputs = {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "packed_blocks": batch.blocks}
+        mask = torch.ones_like(batch.input_ids, dtype=torch.bool)
+        hidden = self.model.base_model(**inputs, attention_mask=mask, use_cache=False).last_hidden_state
+        return SimpleNamespace(logits=self.model.score(hidden.flatten(0, 1)[batch.source_rows]))
+
+    @torch.no_grad()
+    def _takes_packed(self) -> bool:
+        """Whether it is a classifier of transformers' own whose scores are the same in packed rows: tried here."""
+        if self.options.output not in (None, "logits") or not type(self.model).__module__.startswith("transformers."):
+            return False
+        before = self.model.config._attn_implementation
+        begin, size = [11, 7, 5, 3, 13, 17, 2, 19], self.model.config.get_text_config().vocab_size
+        units = [[[*begin, 23, 29], [*begin, 31, 37, 41], [*begin, 43]], [[5, 47, 6, 4, 8, 9, 21]]]
+        units = [[[number % size for number in ids] for ids in unit] for unit in units]
+        padded = torch.tensor(self.rate(units))
+        try:
+            self.model.set_attn_implementation(PACKED)
+            packed = self._read(self._packed(units, self.model.config.get_text_config().pad_token_id))
+        except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, KeyError):
+            packed = [math.nan]
+        limit = 1e-3 if self.model.dtype == torch.float32 else 0.2  # of what dialogues differ by
+        spread = (padded.max() - padded.min()).item()
+        if is_packed(self.model.config._attn_implementation) and (
+            len(packed) == len(padded) and (torch.tensor(packed) - padded).abs().max().item() <= limit * spread
+        ):
+            return True
+        self.model.set_attn_implementation(before)
+        return False
 
     def _read(self, output: Any) -> list[float]:
         """One number for each dialogue from the output that the scorer's options mean."""
