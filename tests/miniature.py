@@ -1,4 +1,7 @@
-"""A whole run in miniature: a tiny random Llama, a small tokenizer with a chat template, forty pairs, one recipe."""
+"""A whole run in miniature: a tiny random Llama, a small tokenizer with a chat template, forty pairs, one recipe.
+
+Imports torch when a fixture is asked for: the process that only hands out tests to others needs none.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 WORDS = (  # noqa: SIM905  a list of fifty quoted words reads worse
     "the a of and to in is was for on with as by at from it an be this that which or are not have has had were one two "
@@ -44,6 +46,7 @@ def write_pairs(path: Path, count: int, *, seed: int) -> Path:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a two-layer Llama (9 query and 3 KV heads, tied embeddings) and its tokenizer."""
+    import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -139,6 +142,7 @@ def tiny_recipe(tiny_recipe_in, tmp_path: Path) -> dict[str, Any]:
 @pytest.fixture(scope="session")
 def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
     """build(**config): a folder with a random two-layer Llama of that shape and the tiny tokenizer."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     made: dict[str, Path] = {}
@@ -173,6 +177,7 @@ def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
 @pytest.fixture
 def saved_model(tiny_model: Path, tmp_path: Path):
     """save(model, name): a folder with a model of any family, logits of realistic size, and the tiny tokenizer."""
+    import torch
     import transformers
 
     def save(model: Any, name: str = "model") -> str:
