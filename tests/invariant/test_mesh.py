@@ -518,7 +518,7 @@ def measure(settings: Settings) -> dict[str, float]:
 
 
 def test_sharding_halves_the_state_and_leaves_activations(two_ranks: Ranks, model_folder, step_recipe, tmp_path):
-    settings = step_recipe(model_folder(), 2, **FSDP)
+    settings = step_recipe(model_folder(), 2, max_tokens_per_micro_batch=None, **FSDP)
     alone = measure({**settings, "dp_shard": 1, "output_dir": str(tmp_path / "alone")})
     sharded, other = two_ranks.run(measure, settings)
     assert sharded["budget"] == other["budget"]  # equal plans, whatever each process found free
