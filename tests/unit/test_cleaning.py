@@ -25,7 +25,7 @@ from simpo.data.cleaning import (
     refuses,
 )
 from simpo.data.near import NUM_HASHES, find_near, has_minhash, load_minhash, sign_words, split_words
-from simpo.data.overlap import Ngrams
+from simpo.data.overlap import Ngrams, hash_runs
 from simpo.data.preferences import RowError, pair_from_row
 from simpo.data.prepare import prepare_pairs
 from simpo.data.review import Review, correlate
@@ -538,3 +538,9 @@ def test_advice_has_numbers_and_keys(tmp_path, build_tokenizer, data_recipe):
         "chosen answers that stop in the middle: 1 (16.7%; clean.truncated)",
         "pairs with marks of a chat template in their texts: 1 (16.7%; clean.template_residue)",
     ]
+
+
+@pytest.mark.parametrize(("words", "size", "runs"), [(12, 13, 0), (13, 13, 1), (15, 13, 3)])
+def test_a_text_has_as_many_runs_as_places_to_begin(words, size, runs):
+    hashes = hash_runs([str(number) for number in range(words)], size)
+    assert len(hashes) == len(set(hashes.tolist())) == runs

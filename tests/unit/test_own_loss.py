@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from simpo.cli import app
 from simpo.core.losses import LOSSES, PairLogps
+from simpo.core.own_loss import find_function
 from simpo.recipe import KEYS, Recipe, load_recipe
 
 NAMES = (f"own_losses_{number}" for number in itertools.count())
@@ -151,6 +152,17 @@ def test_a_module_that_is_not_there_is_named_with_the_folder_that_was_searched(w
     (tmp_path / "package_of_losses").mkdir()
     with pytest.raises(ValueError, match=r"there is no module 'package_of_losses.inner'"):
         recipe("package_of_losses.inner:f")
+
+
+def test_a_module_of_the_working_directory_comes_before_one_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("elsewhere", "here"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "module_in_two_places.py").write_text(f"def where():\n    return {folder!r}\n")
+    monkeypatch.syspath_prepend(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "here")
+    assert find_function("module_in_two_places:where", "loss_type")() == "here"
 
 
 def test_options_are_for_a_loss_of_ones_own() -> None:

@@ -6,6 +6,7 @@ import json
 
 import pytest
 
+from simpo.data.columns import decode_list
 from simpo.data.preferences import RowError, pair_from_row, prompt_from_row
 
 USER = {"role": "user", "content": "Why?"}
@@ -278,3 +279,8 @@ def test_a_prompt_alone_is_read_without_its_answers(row, prompt):
 def test_what_is_no_prompt_is_left_out_with_its_reason(row, words):
     with pytest.raises(RowError, match=words):
         prompt_from_row(row)
+
+
+@pytest.mark.parametrize("text", ['1, {"a": 2}', '{"a": 1}, 2]', "[1, 2", "{}x", "", 5])
+def test_a_cell_that_is_no_list_stays_as_it_is(text):
+    assert decode_list(text) is text
