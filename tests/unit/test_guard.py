@@ -77,6 +77,96 @@ def test_a_crash_shows_in_two_lines_and_one_odd_line_is_passed_over() -> None:
     assert only(judge(stream(9, **far))).step == 3
 
 
+# Of real runs of SmolLM2-135M-Instruct, 4 pairs a step in bf16: log-prob of the chosen answers, reward margin.
+AT_RATE_03 = [(-1.39, -0.40), (-1.23, 0.11), (-23.99, 2.69), (-137.69, 18.91)]  # the first step has rate 0
+RECOVERS = list(  # at rate 5e-5, on its own best and worst answers
+    zip(
+        [
+            -1.32,
+            -1.36,
+            -1.01,
+            -0.93,
+            -1.15,
+            -1.2,
+            -1.09,
+            -1.05,
+            -0.91,
+            -0.89,
+            -1.36,
+            -1.15,
+            -1.37,
+            -1.47,
+            -1.54,
+            -1.45,
+            -1.89,
+            -1.66,
+            -1.76,
+            -1.9,
+            -1.75,
+            -1.59,
+            -1.69,
+            -1.48,
+            -1.6,
+            -1.29,
+            -1.65,
+            -1.53,
+            -1.56,
+            -1.28,
+            -1.26,
+        ],
+        [
+            0.02,
+            -0.43,
+            0.19,
+            0.3,
+            0.11,
+            -0.1,
+            0.42,
+            0.6,
+            -0.35,
+            0.04,
+            0.29,
+            0.28,
+            0.67,
+            0.04,
+            0.07,
+            0.54,
+            0.25,
+            1.04,
+            0.87,
+            1.0,
+            0.26,
+            0.04,
+            1.45,
+            0.48,
+            1.56,
+            1.06,
+            1.59,
+            0.89,
+            0.45,
+            1.36,
+            2.04,
+        ],
+        strict=True,
+    )
+)
+
+
+def recorded(numbers: list[tuple[float, float]]) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "loss": 1.0, "rewards/accuracies": 0.7, "rewards/margins": margin, "grad_norm": 8.0}
+        | {"logps/chosen": chosen, "logps/rejected": chosen - margin / 2, "pairs_seen": 4 * step}
+        for step, (chosen, margin) in enumerate(numbers, start=1)
+    ]
+
+
+def test_real_runs_one_that_collapses_at_its_first_update_and_one_that_recovers() -> None:
+    found = only(judge(recorded(AT_RATE_03)))
+    assert (found.check, found.step) == ("displacement", 3)
+    assert found.saw.endswith("went from -1.39 to -23.99 nats a token")
+    assert judge(recorded(RECOVERS)) == []
+
+
 def test_a_margin_beyond_what_gamma_asks() -> None:
     grown = stream(**{"rewards/margins": lambda step: 0.2 * step})
     found = only(judge(grown))

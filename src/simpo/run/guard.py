@@ -229,7 +229,7 @@ class Guard:
         for source in margins:
             own = [each[source] for each in self._margins if source in each]
             rest = [value for each in self._margins for other, value in each.items() if other != source]
-            if min(len(own), len(rest)) < 5:
+            if min(len(own), len(rest)) < 4:
                 continue
             mean, others = statistics.fmean(own), statistics.fmean(rest)
             error = math.sqrt(statistics.variance(own) / len(own) + statistics.variance(rest) / len(rest))
