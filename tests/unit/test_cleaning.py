@@ -23,6 +23,7 @@ from simpo.data.cleaning import (
     is_truncated,
     read_signs,
     refuses,
+    spoken,
 )
 from simpo.data.near import NUM_HASHES, find_near, has_minhash, load_minhash, sign_words, split_words
 from simpo.data.overlap import Ngrams, hash_runs
@@ -544,3 +545,15 @@ def test_advice_has_numbers_and_keys(tmp_path, build_tokenizer, data_recipe):
 def test_a_text_has_as_many_runs_as_places_to_begin(words, size, runs):
     hashes = hash_runs([str(number) for number in range(words)], size)
     assert len(hashes) == len(set(hashes.tolist())) == runs
+
+
+def test_an_answer_says_what_its_assistant_says():
+    turns = [{"role": "assistant", "content": "I look."}, {"role": "tool", "content": "I cannot help you."}]
+    assert spoken([*turns, {"role": "assistant", "content": "Blue."}]) == "I look.\nBlue."
+
+
+def test_a_split_without_pairs_leaks_nothing():
+    data, _ = table(random.Random(0), 5)
+    gone, advice = review({"leaks": "exact", "leaks_from": "train"}, train=data, eval=data.slice(0, 0))
+    assert gone == {"train": {}, "eval": {}}
+    assert not any("also trained on" in line for line in advice)
