@@ -72,21 +72,34 @@ def audit(
 def evaluate(
     context: typer.Context,
     recipe_or_data: Annotated[
-        str, typer.Argument(metavar="RECIPE_OR_DATA", help="A recipe, or a file or folder of pairs.")
-    ],
+        str | None,
+        typer.Argument(
+            metavar="RECIPE_OR_DATA", help="A recipe, or a file or folder of pairs; may be left out with --tasks."
+        ),
+    ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Model to evaluate: a folder or a hub name. [default: the recipe's]")
     ] = None,
     compare: Annotated[str | None, typer.Option("--compare", help="A second model, on the same pairs.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            "--tasks", help="Benchmarks of lm-evaluation-harness in place of pairs: names or YAML files, with commas."
+        ),
+    ] = None,
     output: Annotated[str | None, typer.Option("--output", help="JSON file for the results.")] = None,
     generations: Annotated[int, typer.Option("--generations", min=0, help="Prompts to answer and show.")] = 0,
-    max_pairs: Annotated[int | None, typer.Option("--max-pairs", min=1, help="At most this many pairs.")] = None,
+    max_pairs: Annotated[
+        int | None, typer.Option("--max-pairs", min=1, help="At most this many pairs, or documents a task.")
+    ] = None,
     split: Annotated[str, typer.Option("--split", help="Split of the data to use; test is what is held out.")] = "test",
     as_json: AsJson = False,
 ) -> None:
     """Measure a model on held-out pairs: preference accuracy, margins, length bias. Any key can follow."""
     from simpo.evaluation.command import run_eval_command
 
+    if tasks and recipe_or_data and recipe_or_data.startswith("-"):  # the first key, where no recipe is given
+        recipe_or_data, context.args[:0] = None, [recipe_or_data]
     with stdout_for_json(as_json):
         content = run_eval_command(
             recipe_or_data=recipe_or_data,
@@ -97,6 +110,7 @@ def evaluate(
             max_pairs=max_pairs,
             split=split,
             overrides=context.args,
+            tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks else (),
         )
     if as_json:
         print_json(content)

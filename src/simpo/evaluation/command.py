@@ -10,6 +10,7 @@ from rich.console import Console
 
 from simpo.evaluation.results import Evaluation, compare, save_json
 from simpo.evaluation.run import (
+    HELD_OUT,
     READ_KEYS,
     EvalPairs,
     evaluate_pairs,
@@ -18,13 +19,14 @@ from simpo.evaluation.run import (
     load_pairs,
     model_folder,
 )
+from simpo.evaluation.tasks import compare_tasks, measure_tasks, show_tasks
 from simpo.recipe import load_recipe
 from simpo.run.optim import set_threads
 
 
 def run_eval_command(
     *,
-    recipe_or_data: str,
+    recipe_or_data: str | None,
     model: str | None,
     baseline: str | None,
     output: str | None,
@@ -32,25 +34,41 @@ def run_eval_command(
     max_pairs: int | None,
     split: str,
     overrides: Sequence[str],
+    tasks: Sequence[str] = (),
 ) -> dict[str, Any]:
     """`simpo eval`: evaluate, compare with a baseline if there is one, print, write; what is written in --output.
 
     Args (others are the command's options):
         output: JSON file; the per-pair records go to FILE.pairs.jsonl next to it.
         overrides: recipe keys from the command line, such as `--max_length 700 --bf16 false`.
+        tasks: benchmarks of lm-eval to run in place of pairs, on at most max_pairs documents each.
     Raises:
         ValueError: as `evaluate`; also a data file without a model.
     """
     console = Console(highlight=False)
-    data = None if is_recipe_file(recipe_or_data) else recipe_or_data
-    if data is not None and model is None:
-        raise ValueError(f"{recipe_or_data} is not a recipe (.yaml): say with --model which model to evaluate")
+    is_recipe = recipe_or_data is not None and is_recipe_file(recipe_or_data)
+    data = None if is_recipe else recipe_or_data
+    if data is None and not is_recipe and not tasks:
+        raise ValueError("say what to evaluate on: a recipe, a file of pairs, or --tasks")
+    if tasks and (data is not None or generations or split != HELD_OUT):
+        raise ValueError("--tasks runs benchmarks in place of pairs: leave out the data, --generations and --split")
+    if not is_recipe and model is None:
+        raise ValueError(f"{data or '--tasks'} is not a recipe (.yaml): say with --model which model to evaluate")
     words = [*overrides, *([] if model is None else ["--model_name_or_path", model])]
-    settings = load_recipe(recipe_or_data if data is None else {}, words, only=READ_KEYS)
+    settings = load_recipe(str(recipe_or_data) if is_recipe else {}, words, only=READ_KEYS)
     settings = load_recipe(settings, {"model_name_or_path": model_folder(settings.model_name_or_path)})
     for notice in settings.notices if data is None else ():
         console.print(f"notice: {notice}", markup=False, soft_wrap=True)
     set_threads(settings.num_threads)
+    if tasks:
+        names = [settings.model_name_or_path, *([] if baseline is None else [baseline])]
+        measured = [measure_tasks(name, tasks, settings, max_documents=max_pairs) for name in names]
+        content = compare_tasks(measured[0], measured[1] if baseline is not None else None)
+        show_tasks(content, console)
+        if output is not None:
+            save_json(content, output)
+            console.print(f"results: {output}", markup=False, soft_wrap=True)
+        return content
     tokenizer = find_tokenizer(settings, settings.model_name_or_path)
     pairs = load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs)
 
