@@ -60,8 +60,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 engines: $(VENV)/.engines
 
 $(VENV)/.engines: $(VENV)/.installed
-	@echo "installing DeepSpeed, Megatron-Core, Ray, bitsandbytes and a server into $(VENV) (once; for the tests)"
-	$(PIP) install --constraint constraints.txt --editable '.[ray,8bit,openai,serving,sweep]'
+	@echo "installing DeepSpeed, Megatron-Core, Ray, bitsandbytes, lm-eval and a server into $(VENV) (once; for the tests)"
+	$(PIP) install --constraint constraints.txt --editable '.[ray,8bit,openai,serving,sweep,tasks]'
 	$(PIP) install --constraint constraints.txt --no-deps 'megatron-core~=0.16.0'
 	$(PIP) install --upgrade setuptools wheel ninja
 	DS_BUILD_OPS=0 $(PIP) install --constraint constraints.txt --no-build-isolation 'deepspeed~=0.19.0'

@@ -14,6 +14,7 @@ from chat_server import ChatServer, completion
 from typer.testing import CliRunner
 
 from simpo.cli import app
+from simpo.judging.alpaca import alpaca_eval_win_rate
 from simpo.judging.answers import label_sides, read_answers
 from simpo.judging.command import run_judge
 from simpo.judging.winrate import fit_logistic, length_controlled_win_rate, win_rate
@@ -332,3 +333,88 @@ def test_equal_lengths_and_lists_too_short_to_fit_keep_the_win_rate_in_reach():
     assert length_controlled_win_rate(np.ones(3), np.arange(3), length[:3]) == win_rate(np.ones(3))
     decided = length_controlled_win_rate(np.array([0.0, 0, 1, 1]), np.array([1, 2, 17, 18]), length)
     assert 0.3 < decided.value < 0.7  # length explains all of it
+
+
+# --- AlpacaEval ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def alpaca_eval():
+    """The package, where it works: it needs setuptools below 81, whose pkg_resources it imports."""
+    return pytest.importorskip("alpaca_eval", exc_type=ImportError)
+
+
+@pytest.mark.filterwarnings("ignore")  # the package's, and of what it imports
+def test_alpaca_eval_reads_outputs_and_judgements(keys, alpaca_eval):
+    """Its `evaluate` on our files: nothing is annotated anew, and its win rate is ours."""
+    found, folder = judgement(keys), Path(keys["output_dir"], "judged/alpaca_eval")
+    config = folder / "annotator" / "configs.yaml"
+    config.parent.mkdir()
+    (config.parent / "question.txt").write_text("{instruction}{output_1}{output_2}")
+    asks = {"prompt_template": "annotator/question.txt", "fn_completions": "openai_completions"}
+    config.write_text(json.dumps({"long": asks}))  # would ask OpenAI about what it does not find
+    leaderboard, annotations = alpaca_eval.evaluate(
+        model_outputs=folder / "model_outputs.json",
+        reference_outputs=folder / "reference_outputs.json",
+        annotators_config=config,
+        caching_path=folder / "annotations.json",
+        fn_metric="get_winrate",
+        sort_by="win_rate",
+        precomputed_leaderboard=None,
+        output_path=None,
+        is_return_instead_of_print=True,
+    )
+    row = leaderboard.loc["ours-7b"]
+    assert row["win_rate"] == pytest.approx(100 * found["win_rate"]["value"])
+    assert (row["n_wins"], row["n_draws"], row["n_wins_base"]) == (found["wins"], found["ties"], found["losses"])
+    assert [(each["output_2"], each["output_1"]) for each in annotations] == list(ANSWERS.values())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_alpaca_evals_own_regression_is_used_for_its_own_prompts(alpaca_eval, tmp_path, monkeypatch):
+    """On its 805 prompts, with the file of difficulties that it reads from the hub made up here."""
+    rng = random.Random(0)
+    datasets = ["helpful_base", "koala", "oasst", "selfinstruct", "vicuna"]
+    annotations = [
+        {
+            "dataset": datasets[place % 5],
+            "instruction": f"Question {place}?",
+            "output_1": "x" * rng.randrange(50, 500),
+            "generator_1": "theirs",
+            "output_2": "y" * rng.randrange(50, 900),
+            "generator_2": "ours",
+            "annotator": "gpt",
+            "preference": rng.choice([1.0, 2.0, 2.0]),
+        }
+        for place in range(805)
+    ]
+    rows = [
+        {
+            "model": model,
+            "index": place,
+            "preference": rng.random(),
+            "std_delta_len": rng.gauss(0, 1),
+            "instruction_difficulty": rng.gauss(0, 1),
+            "not_gamed_baseline": False,
+        }
+        for model in ("concise", "verbose")
+        for place in range(805)
+    ]
+    (tmp_path / "df_gamed.csv").write_text(
+        "\n".join([",".join(rows[0]), *(",".join(map(str, row.values())) for row in rows)])
+    )
+    asked = []
+    monkeypatch.setattr(
+        "alpaca_eval.metrics.glm_winrate.hf_hub_download",
+        lambda **what: asked.append(what["filename"]) or tmp_path / "df_gamed.csv",
+    )
+    found, note = alpaca_eval_win_rate(annotations)
+    assert note is None
+    assert asked == ["df_gamed.csv"]
+    assert 0.5 < found["value"] < 0.8
+    assert 0 <= found["standard_error"] < 0.1
+    assert alpaca_eval_win_rate(annotations[:100]) == (None, None)
+    monkeypatch.setattr("alpaca_eval.metrics.glm_winrate.hf_hub_download", None)
+    found, note = alpaca_eval_win_rate(annotations)
+    assert found is None
+    assert note.startswith("alpaca-eval could not compute its own length-controlled win rate: TypeError")

@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, RecipeFile, app, exit_by_account, leaving_when_interrupted, load
+from simpo.cli.app import (
+    TAKES_OVERRIDES,
+    AsJson,
+    RecipeFile,
+    app,
+    exit_by_account,
+    leaving_when_interrupted,
+    load,
+    print_json,
+    stdout_for_json,
+)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -16,22 +26,21 @@ def judge(
     output: Annotated[
         str | None, typer.Option("--output", metavar="FOLDER", help="[default: judged in output_dir]")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the numbers as JSON instead of a table.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare two models' answers: win rate, also at equal length. Keys can follow: --model A --against B"""
     resolved = load(recipe, context.args, stage="judge")
+    import json
+
     from rich.console import Console
 
     from simpo.judging.command import run_judge, show_judgement
 
-    with leaving_when_interrupted():
+    with stdout_for_json(as_json), leaving_when_interrupted():
         path = run_judge(resolved, output=output)
-    content = path.read_text(encoding="utf-8")
-    if as_json:
-        typer.echo(content, nl=False)
-    else:
-        import json
-
-        show_judgement(json.loads(content), Console(highlight=False))
+        content = json.loads(path.read_text(encoding="utf-8"))
+        show_judgement(content, Console(highlight=False))
         typer.echo(f"numbers: {path}; answers and judgements: {path.parent}")
+    if as_json:
+        print_json(content)
     exit_by_account(path)
