@@ -192,12 +192,15 @@ def test_two_models_answer_the_held_out_prompts(tmp_path, tiny_model):
     keys["judge"]["temperature"] = 1.0
     with pytest.raises(ValueError, match=r"generate\.temperature was 0\.0 and is 1\.0"):
         judgement(keys)
+    with pytest.raises(ValueError, match="dataset_mixer has no held-out rows"):
+        judgement({**keys, "validation_fraction": 0.0})
 
 
 def test_what_cannot_be_judged_is_said_in_one_line(keys, tmp_path):
     for judge, words in (
         ({"scorers": None}, "judge.scorers: nothing to judge with"),
         ({"prompts": None}, "judge.prompts: no prompts to answer"),
+        ({"prompts": {str(tmp_path / "nowhere.jsonl"): 1.0}}, "nowhere.jsonl"),
         ({"against": str(tmp_path / "none.json")}, "none.json: no such file of answers"),
         ({"against": str(tmp_path / "ours.json")}, "there is nothing to compare"),
     ):

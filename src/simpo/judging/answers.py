@@ -7,6 +7,7 @@ model_answer, or any rows with a prompt and an answer.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,12 +65,7 @@ def find_prompts(recipe: Recipe) -> Prompts:
     held_out = wanted.prompts is None
     if held_out and not recipe.dataset_mixer:
         raise ValueError("judge.prompts: no prompts to answer; name a file or dataset of prompts there")
-    try:
-        return read_prompts(load_recipe(recipe, changes), held_out=held_out, also_keep=KEPT_COLUMNS)
-    except ValueError as error:
-        if held_out:
-            raise ValueError(f"no held-out prompts in dataset_mixer ({error}); name prompts in judge.prompts") from None
-        raise
+    return read_prompts(load_recipe(recipe, changes), held_out=held_out, also_keep=KEPT_COLUMNS)
 
 
 def save_prompts(prompts: Sequence[Prompt], path: Path) -> None:
@@ -169,7 +165,7 @@ def read_answers(path: Path, prompts: Sequence[Prompt], recipe: Recipe) -> tuple
         generator = generator or next((str(row[name]) for name in _NAME_COLUMNS if row.get(name)), None)
     if not found:
         raise ValueError(f"{path}: none of its {rows} rows answers one of the {len(prompts)} prompts")
-    return found, generator and generator.rpartition("/")[2]
+    return found, generator and re.sub(r"[^\w.-]+", "-", generator.rpartition("/")[2])
 
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:

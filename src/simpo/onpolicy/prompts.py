@@ -72,6 +72,8 @@ def read_prompts(recipe: Recipe, *, held_out: bool = False, also_keep: Sequence[
     repeated = differing = 0
     left_out: dict[str, dict[str, Any]] = {}
     rows, kept = splits.eval if held_out else splits.train, (*(wanted.keep_columns or ()), *also_keep)
+    if held_out and not rows:
+        raise ValueError("dataset_mixer has no held-out rows: add an evaluation split, or name prompts (judge.prompts)")
     for row_id, row in rows:
         try:
             pair = read(row, row_id=row_id)
