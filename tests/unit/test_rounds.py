@@ -19,6 +19,7 @@ from simpo.onpolicy.journal import Journal
 from simpo.onpolicy.pair import is_held_out
 from simpo.onpolicy.prompts import Prompt, read_prompts
 from simpo.onpolicy.rounds import StageFailed, run_rounds, split_prompts
+from simpo.onpolicy.table import measure_model, table_lines
 from simpo.recipe import Recipe, load_recipe
 
 NUM_PROMPTS = 80
@@ -286,3 +287,14 @@ def test_prompts_are_split_or_drawn():
     assert drawn[0] != drawn[1]
     with pytest.raises(ValueError, match="11 rounds of 1 prompts need 11, and there are 10"):
         split_prompts(prompts, 11, each=None, reuse=False, seed=1)
+
+
+def test_one_held_out_pair_has_numbers_without_an_interval(tmp_path: Path) -> None:
+    scored, pairs = tmp_path / "scored.jsonl", tmp_path / "pairs.json"
+    responses = [{"text": "water", "score": 1.0, "scores": {"rule": 1.0}}]
+    scored.write_text(json.dumps({"id": "a", "responses": responses}) + "\n")
+    margin = {"value": 0.25, "low": None, "high": None}
+    pairs.write_text(json.dumps({"accuracy": {"value": 1.0, "low": 0.2, "high": 1.0}, "margin": margin}))
+    model = measure_model(1, "model", scored, pairs)
+    assert model.to_dict()["margin"] == margin
+    assert table_lines([model])[2].endswith("| 100.0% (20.0% to 100.0%) | +0.2500 |")

@@ -64,7 +64,8 @@ def measure_model(number: int, model: str, scored: Path, pairs: Path | None) -> 
     numbers = {name: _interval([each[name] for each in of_prompts.values()]) for name in names}
     if pairs is not None:
         content = json.loads(pairs.read_text(encoding="utf-8"))
-        numbers |= {name: Interval(**content[name]) for name in ("accuracy", "margin")}
+        for name in ("accuracy", "margin"):  # null: of one pair there is no interval
+            numbers[name] = Interval(**{key: math.nan if x is None else x for key, x in content[name].items()})
     return Measures(number, model, numbers, of_prompts)
 
 
