@@ -283,6 +283,9 @@ def _style(axes: Any, chart: Chart, colours: Mapping[str, str]) -> None:
     axes.set_xlabel(chart.of, fontsize=11, color=colours["ink"], loc="right", labelpad=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=5))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x / 1000:g}k" if x >= 10_000 else f"{x:g}"))
+    steps = np.concatenate([line.curve.steps for line in chart.lines])
+    if len(np.unique(steps)) == 1:
+        axes.set_xlim(steps[0] - 1, steps[0] + 1)
     values = np.concatenate([line.curve.values for line in chart.lines])
     values = values[np.isfinite(values)]
     if len(values) and values.min() > 0 and values.max() > 30 * np.median(values):
@@ -300,7 +303,7 @@ def _style(axes: Any, chart: Chart, colours: Mapping[str, str]) -> None:
 
 
 def _tick(unit: str) -> Callable[[float, Any], str]:
-    return lambda value, _: f"{value:.0%}" if unit == "%" else number(0.0 if abs(value) < 1e-12 else value)
+    return lambda value, _: f"{100 * value:.3g}%" if unit == "%" else number(0.0 if abs(value) < 1e-12 else value)
 
 
 @_plainly
@@ -368,7 +371,7 @@ def _inline(figure: Any, name: str, label: str) -> str:
     text = text.replace("xlink:href", "href")
     for colour, stand_in in _STANDS_FOR.items():
         text = text.replace(stand_in, f"var(--{colour})")
-    text = re.sub(r"(\d+\.\d\d)\d+", r"\1", text)
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d+\.\d\d)\d+", r"\1", tag[0]), text)  # and no label
     text = re.sub(r"font: (\d+)px [^;\"]*", r"font-size: \1px", text)
     box = re.search(r'viewBox="[^"]+"', text)
     head = f'<svg {box[0] if box else ""} role="img" aria-label="{escape(label)}" focusable="false">'

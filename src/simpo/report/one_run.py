@@ -18,7 +18,7 @@ from simpo.recipe import KEYS, STAGES, load_recipe
 from simpo.recipe.checks import far_from_published
 from simpo.report.charts import SERIES, Chart, Level, Line, number, to_bars, to_whiskers
 from simpo.report.held_out import HeldOut, Row, of_command, of_run
-from simpo.report.page import Answer, Card, Page, Table, answers_side_by_side, last_turn, signed, span
+from simpo.report.page import Answer, Card, Page, Table, answers_side_by_side, last_turn, measure, signed, span
 from simpo.report.read import Curve, Run
 
 
@@ -127,15 +127,15 @@ def _cards(run: Run, held_out: HeldOut | None) -> list[Card]:
 
 
 def _change_card(label: str, row: Row, unit: str, *, better: int) -> Card:
-    value = number(row.after.value, unit) if row.after else "\u2013"
+    value = measure(row.after.value, unit) if row.after else "\u2013"
     if row.change is None or row.before is None:
         note, kind = span(row.after, unit), ""
         return Card(label, value, note and f"95%: {note}", kind)
-    points = 100 if unit == "%" else 1
-    change = Interval(*(points * x for x in row.change))
-    note = f"{signed(change.value)}{' points' if unit == '%' else ''}"
+    scale, kind_of = (100, "points") if unit == "%" else (1, "change")
+    change = Interval(*(scale * x for x in row.change))
+    note = signed(change.value, kind_of) + (" points" if unit == "%" else "")
     if not math.isnan(change.low):
-        note += f" (95%: {signed(change.low)} to {signed(change.high)})"
+        note += f" (95%: {signed(change.low, kind_of)} to {signed(change.high, kind_of)})"
         sure = 1 if change.low > 0 else -1 if change.high < 0 else 0
         return Card(label, value, note, {1: "good", -1: "bad"}.get(sure * better, ""))
     return Card(label, value, note)
@@ -186,10 +186,12 @@ def _more_charts(run: Run, marks: Sequence[int]) -> list[Chart]:
     steps = sorted({step for answers in run.generations.values() for step in answers})
     if steps:
         texts = [[answers[step] for answers in run.generations.values() if step in answers] for step in steps]
-        lengths = Curve(np.array(steps), np.array([np.mean([len(text) for text in each]) for each in texts]))
+        counted = steps == sorted(run.answer_tokens)
+        sizes = [run.answer_tokens[step] for step in steps] if counted else [[len(t) for t in each] for each in texts]
+        lengths = Curve(np.array(steps), np.array([np.mean(each) for each in sizes]))
         repeated = [np.mean([repeated_share(text.split()) for text in each]) for each in texts]
         line = Line("held-out prompts", lengths, SERIES[1], dots=True)
-        charts.append(Chart("answers", "Length of answers", "characters", [line], (), marks))
+        charts.append(Chart("answers", "Length of answers", "tokens" if counted else "characters", [line], (), marks))
         line = Line("held-out prompts", Curve(np.array(steps), np.array(repeated)), SERIES[1], dots=True)
         charts.append(Chart("repetition", "Repeated 4-word runs in answers", "%", [line], (), marks, share="of runs"))
     return charts
@@ -242,6 +244,8 @@ def _evaluation(title: str, name: str, held_out: HeldOut) -> dict[str, Any]:
 def _eval_advice(run: Run, held_out: HeldOut | None) -> str:
     if held_out is None:
         return "No held-out pairs were evaluated. A test split, or validation_fraction: 0.1, holds some out."
+    if held_out.after == "before training":
+        return "So far the model before training is all that was evaluated."
     if not held_out.before:
         return "There is no evaluation of the model before training to compare with: eval_on_start: true makes one."
     return ""

@@ -74,15 +74,22 @@ class Page:
 # --- values in words ---
 
 
-def signed(value: float) -> str:
-    text = f"{value:+.1f}" if abs(value) >= 10 else f"{value:+.2g}" if abs(value) < 0.1 else f"{value:+.2f}"
-    return text.replace("-", "\u2212")
+def measure(value: float, unit: str = "") -> str:
+    """A measure of a table: below 100 with three decimals, so that columns line up."""
+    if unit == "%" or not math.isfinite(value) or abs(value) >= 100:
+        return number(value, unit)
+    return f"{value:.3f}".replace("-", "\u2212")
+
+
+def signed(value: float, unit: str = "change") -> str:
+    """A change, with its sign; `unit` is points or change."""
+    return (f"{value:+.1f}" if unit == "points" else f"{value:+.3f}").replace("-", "\u2212")
 
 
 def span(interval: Interval | None, unit: str) -> str:
     if interval is None or math.isnan(interval.low):
         return ""
-    return f"{number(interval.low, unit)} to {number(interval.high, unit)}"
+    return f"{measure(interval.low, unit)} to {measure(interval.high, unit)}"
 
 
 # --- answers ---
@@ -159,9 +166,9 @@ def _value(cell: Cell) -> str:
     interval, unit = cell
     if interval is None or math.isnan(interval.value):
         return "\u2013"
-    if unit == "points":
-        return signed(100 * interval.value)
-    return signed(interval.value) if unit == "change" else number(interval.value, unit)
+    if unit in ("points", "change"):
+        return signed(interval.value * (100 if unit == "points" else 1), unit)
+    return measure(interval.value, unit)
 
 
 def _breakable(text: str) -> Markup:
@@ -175,5 +182,5 @@ def _cell_span(cell: Cell) -> str:
     interval, unit = cell
     if unit in ("points", "change"):
         scale = 100 if unit == "points" else 1
-        return f"{signed(scale * interval.low)} to {signed(scale * interval.high)}"
+        return f"{signed(scale * interval.low, unit)} to {signed(scale * interval.high, unit)}"
     return span(interval, unit)

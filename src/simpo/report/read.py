@@ -51,6 +51,7 @@ class Run:
         curves: name in metrics.jsonl -> its curve; those of evaluations begin with eval_.
         evaluations: lines of eval_pairs.jsonl, in the order of their steps.
         generations: row id -> step -> the answer; `prompts`: row id -> the prompt.
+        answer_tokens: step -> the tokens of each answer, where they were counted.
         ledger: audit.json, {} without one.
         settings: recipe.yaml as plain values, {} without one.
         recipe: the same, checked; None where this version does not know a key of it.
@@ -64,6 +65,7 @@ class Run:
     evaluations: list[dict[str, Any]]
     generations: dict[str, dict[int, str]]
     prompts: dict[str, str]
+    answer_tokens: dict[int, list[int]]
     ledger: dict[str, Any]
     settings: dict[str, Any]
     recipe: Recipe | None
@@ -153,7 +155,12 @@ def read_run(folder: str | Path) -> Run:
         what = "no run in it (no metrics.jsonl)" if folder.is_dir() else "no such folder"
         raise ValueError(f"{folder}: {what}; name the output_dir of a run")
     notes: list[str] = []
-    prompts, generations = _generations(_lines(folder / "generations.jsonl", notes))
+    answers = list(_lines(folder / "generations.jsonl", notes))
+    prompts, generations = _generations(answers)
+    answer_tokens: dict[int, list[int]] = {}
+    for line in answers:
+        if isinstance(line.get("tokens"), int):
+            answer_tokens.setdefault(line["step"], []).append(line["tokens"])
     settings, recipe = _recipe(folder / "recipe.yaml", notes)
     pairs = [line for line in _lines(folder / "eval_pairs.jsonl", notes) if line.get("row_ids")]
     return Run(
@@ -162,6 +169,7 @@ def read_run(folder: str | Path) -> Run:
         evaluations=sorted(pairs, key=lambda line: line["step"]),
         generations=generations,
         prompts=prompts,
+        answer_tokens=answer_tokens,
         ledger=_json(folder / "audit.json", notes),
         settings=settings,
         recipe=recipe,
