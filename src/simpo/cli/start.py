@@ -37,7 +37,7 @@ def init(
     if not asks and not (data and model):
         raise ValueError("init asks its questions at a terminal only; give --model NAME and --data FILE")
     model = model or typer.prompt("Which model (folder or hub name)?", err=True)
-    data = data or typer.prompt("Which pairs (file, folder or hub name)?", err=True)
+    data = data or str(typer.prompt("Which pairs (file, folder or hub name)?", err=True))
     if asks and output_dir is None:
         output_dir = typer.prompt("Where shall the run be written?", default="as chosen", err=True)
     words += ["--model_name_or_path", model]
