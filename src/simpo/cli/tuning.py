@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, RecipeFile, app, leaving_when_interrupted, load
+from simpo.cli.app import (
+    TAKES_OVERRIDES,
+    AsJson,
+    RecipeFile,
+    app,
+    leaving_when_interrupted,
+    load,
+    print_json,
+    stdout_for_json,
+)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -24,6 +34,7 @@ def sweep(
     generations: Annotated[int, typer.Option("--generations", min=0, help="Answers that show a collapse.")] = 8,
     ray: Annotated[bool, typer.Option("--ray", help="Run by Ray Tune, over its cluster.")] = False,
     keep_models: Annotated[bool, typer.Option("--keep-models", help="Keep all models, not the best alone.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Try several settings, name the best: --learning_rate 3e-7,1e-6 --beta 2,10; given again, it goes on."""
     from simpo.tuning.space import METHODS, read_space
@@ -34,8 +45,8 @@ def sweep(
     if method not in METHODS:
         raise ValueError(f"--method {method}: one of {', '.join(METHODS)} is needed")
     steps = [int(part) if part.strip().isdecimal() else 0 for part in rungs.split(",")] if rungs else []
-    with leaving_when_interrupted():
-        run_sweep(
+    with leaving_when_interrupted(), stdout_for_json(as_json):
+        path = run_sweep(
             resolved,
             space,
             method=method,
@@ -45,6 +56,8 @@ def sweep(
             ray=ray,
             keep_models=keep_models,
         )
+    if as_json:
+        print_json(json.loads(path.read_text(encoding="utf-8")))
 
 
 @app.command(context_settings=TAKES_OVERRIDES)

@@ -80,6 +80,16 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
+def try_report(folders: Sequence[Path], say: Callable[[str], None], output: Path | None = None) -> None:
+    """`write_report`, unless `OFF` is set; what goes wrong with it is one line."""
+    if os.environ.get(OFF) == "0":
+        return
+    try:
+        say(f"report: {write_report(folders, output)}")
+    except Exception as error:
+        say(f"report: not written ({one_line(error)}); the run is not touched by that")
+
+
 @contextmanager
 def leave_report(folder: str | Path, say: Callable[[str], None], *, is_main: bool = True) -> Iterator[None]:
     """Around a run: at its end, however it ends, its report is written; what goes wrong with that is one line.
@@ -93,11 +103,8 @@ def leave_report(folder: str | Path, say: Callable[[str], None], *, is_main: boo
         yield
     finally:
         place = Path(folder)
-        if is_main and os.environ.get(OFF) != "0" and (is_run(place) or is_rounds(place)):
-            try:
-                say(f"report: {write_report([place])}")
-            except Exception as error:
-                say(f"report: not written ({one_line(error)}); the run is not touched by that")
+        if is_main and (is_run(place) or is_rounds(place)):
+            try_report([place], say)
 
 
 def watch_runs(

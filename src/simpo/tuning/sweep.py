@@ -30,6 +30,8 @@ from simpo.display import Display, format_duration
 from simpo.evaluation.statistics import Interval
 from simpo.model.load import load_tokenizer
 from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.report import report_path, try_report
+from simpo.report.read import is_run
 from simpo.run.lock import OutputLock
 from simpo.tuning.jobs import Job, Result, Trial, Workers, compare_folders, run_here, run_on_ray
 from simpo.tuning.space import Settings, Space, check_space, propose_all, propose_next
@@ -253,6 +255,8 @@ class _Sweep:
         self.display.console.print(table)
         for line in lines:
             self.display.say(line)
+        runs = [self._place(trial) / "run" for trial in self.trials if trial.results]
+        try_report([run for run in runs if is_run(run)], self.display.say, report_path(self.folder))
         self.display.say(
             f"recipe: {self.folder / 'best.yaml'}\nmodel: {self._place(best) / 'run' / 'model'}\nnumbers: {self.path}"
         )
