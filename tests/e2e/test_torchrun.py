@@ -70,7 +70,8 @@ def test_a_launch_leaves_the_run_directory_of_one_process(recipe: Settings, unin
     assert num_tracebacks(done.stdout) == 0, done.stdout
     folder = Path(recipe["output_dir"])
     names = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    assert names == {"audit.json", "checkpoints", "generations.jsonl", "metrics.jsonl", "model", "recipe.yaml"}
+    logs = {"audit.json", "eval_pairs.jsonl", "generations.jsonl", "metrics.jsonl"}
+    assert names == {*logs, "checkpoints", "model", "recipe.yaml"}
     lines = [line for line in metrics(folder) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 11))
     assert [line["step"] for line in metrics(folder) if "eval_loss" in line] == [5, 10]

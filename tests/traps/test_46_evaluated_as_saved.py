@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from simpo.display import Display
 from simpo.recipe import load_recipe
 from simpo.run.export import WeightSample, as_saved, describe_loss_by_rounding, overflows, saved_tensors
+from simpo.run.guard import RunGuard
 from simpo.trainer import Trainer, TrainResult
 
 SMALL_STEPS = {"learning_rate": 1e-6, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 4}
@@ -27,7 +28,7 @@ class Lines(Display):
         super().__init__(quiet=True)
         self.said: list[str] = []
 
-    def say(self, text: str) -> None:
+    def say(self, text: str, **_: object) -> None:
         self.said.append(text)
 
 
@@ -117,6 +118,7 @@ def test_weights_that_float16_cannot_hold_are_written_in_float32(tiny_recipe: di
     trainer = Trainer(recipe, display=display)
     with torch.no_grad():
         trainer.model.model.layers[0].mlp.down_proj.weight[0, 0] = 7e4
+    trainer.guard = RunGuard(recipe, trainer.output_dir, trainer.mesh, display)  # as run() makes it
     result = trainer._finish()
     assert "save_dtype: a weight is too large for float16; the model is written in float32" in display.said
     assert {weight.dtype for weight in saved(result).values()} == {torch.float32}

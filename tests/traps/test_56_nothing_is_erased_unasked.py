@@ -91,11 +91,11 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_and_keeps_its_log(
     folder = Path(finished["output_dir"])
     shutil.rmtree(folder / "model")
     (folder / "recipe.yaml").write_text("# by hand\n")
-    log = (folder / "metrics.jsonl").read_bytes()
+    logs = {name: (folder / name).read_bytes() for name in ("metrics.jsonl", "eval_pairs.jsonl")}
     trainer = build(finished, resume_from_checkpoint=True)
     assert trainer.progress.step == 0
     aside = folder / "_superseded-1"
-    assert content(aside) == {"metrics.jsonl": log, "recipe.yaml": b"# by hand\n"}
+    assert content(aside) == {**logs, "recipe.yaml": b"# by hand\n"}
 
 
 def test_what_is_done_again_on_purpose_is_kept_until_its_owner_deletes_it(finished: Settings) -> None:
@@ -103,7 +103,8 @@ def test_what_is_done_again_on_purpose_is_kept_until_its_owner_deletes_it(finish
     before = content(folder)
     step_4 = str(folder / "checkpoints" / "step-4")
     build(finished, resume_from_checkpoint=step_4).run()
-    logs_and_model = {name for name in before if name.startswith("model/")} | {"metrics.jsonl"}
+    logs_and_model = {name for name in before if name.startswith("model/")}
+    logs_and_model |= {"metrics.jsonl", "eval_pairs.jsonl"}
     assert content(folder / "_superseded-1") == {name: before[name] for name in logs_and_model}
     later = content(folder / "checkpoints" / "_superseded-1")
     assert later == {

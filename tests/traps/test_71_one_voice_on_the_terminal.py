@@ -97,13 +97,14 @@ def test_a_run_speaks_with_one_voice_and_imports_what_it_uses(
     recipe = tmp_path / "recipe.yaml"
     settings = {**tiny_recipe, "save_strategy": "no", "output_dir": "run", **keys}
     recipe.write_text(dump_yaml(settings), encoding="utf-8")
-    env = {**os.environ, "TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"}
+    env = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES")}
+    env |= {"TERM": "xterm-256color", "PYTHONUNBUFFERED": "1"}
     code, sent = in_terminal([sys.executable, "-c", RUN, "train", str(recipe)], columns=columns, env=env, cwd=tmp_path)
     lines = screen_of(sent, columns=columns)
     text = "\n".join(lines)
     assert code == 0, text
     assert lines[-2:] == ["imported:", ""], text
-    ours = re.compile(r"training$|evaluation at step|step 10/10 |loss 0\.|done$|imported:$|  |$")
+    ours = re.compile(r"training$|evaluation at step|step 10/10 |loss 0\.|done$|next:$|imported:$|  |$")
     whole = [line for before, line in pairwise(["", *lines]) if len(before) < columns]  # the others hold a path's rest
     assert all(ours.match(line) for line in whole), text
     assert not re.search(r"WARNING|Loading weights|Writing model|…", text)

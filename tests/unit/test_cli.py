@@ -66,9 +66,8 @@ def test_commands_that_compute_nothing_load_no_framework_and_are_fast(words, rec
     )
     runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
     assert all(len(done.stdout.split()) == 1 for done in runs), runs[0].stdout
-    assert (
-        min(float(done.stdout) for done in runs) < 0.5
-    )  # seconds of processor, so that a busy machine does not matter
+    # Seconds of processor, which a busy machine makes more of too; one framework takes over two.
+    assert min(float(done.stdout) for done in runs) < 0.9
 
 
 def test_python_m_simpo_is_the_command():
@@ -258,6 +257,7 @@ def test_eval_hands_its_options_on(monkeypatch):
         "generations": 0,
         "max_pairs": 5,
         "split": "test",
+        "tasks": (),
         "overrides": ["--max_length", "64"],
     }
 

@@ -171,7 +171,7 @@ def test_every_key_of_the_recipe_is_honoured_or_refused():
         *("push_to_hub", "hub_model_id", "hub_private_repo", "hub_token", "use_rslora", "use_dora"),
         *("use_peft", "lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save"),
         *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
-        *("generate", "score", "pair", "rounds"),  # other commands read them
+        *("generate", "score", "pair", "rounds", "judge"),  # other commands read them
         *("early_stopping_patience", "early_stopping_threshold"),
         "eval_generation_max_new_tokens",  # means nothing without num_eval_generations
     }

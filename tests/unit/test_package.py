@@ -29,7 +29,11 @@ def shipped(tmp_path_factory: pytest.TempPathFactory) -> tuple[set[str], set[str
 def test_the_wheel_holds_every_source_file_and_only_the_package(shipped):
     wheel, _ = shipped
     files = (REPO / "src" / "simpo").rglob("*.*")
-    sources = {str(path.relative_to(REPO / "src")) for path in files if path.suffix in (".py", ".txt", ".typed")}
+    sources = {
+        str(path.relative_to(REPO / "src"))
+        for path in files
+        if path.suffix in (".py", ".txt", ".typed", ".css", ".html")
+    }
     assert {name for name in wheel if ".dist-info/" not in name} == sources
     assert any(name.endswith(".dist-info/entry_points.txt") for name in wheel)
     assert any(name.endswith("/LICENSE") for name in wheel)
