@@ -32,6 +32,9 @@ from simpo.parallel.sharding import (
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
 
+# peft imports bitsandbytes, which on a CPU warns of a kernel for inference that it would fetch from the hub.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+
 
 def pick_device(requested: str) -> torch.device:
     """The recipe's `device` as a torch device.
@@ -181,8 +184,6 @@ def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:
 
 def quantization_options(recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """What `from_pretrained` needs to hold the weights in 4 bits; a ValueError where this machine cannot."""
-    # On a CPU it warns of a kernel for inference that it would fetch from the hub.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes
     except ImportError as error:
