@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -155,8 +154,6 @@ def build_on_meta(config: Any, recipe: Recipe, *, num_layers: int | None = None)
         for module in _linear_layers(model):
             module.__class__ = FourBitLinear
     if recipe.use_peft:
-        # bitsandbytes, which peft loads, warns of a kernel for inference.
-        logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
         with torch.device("meta"):
             model = add_adapters(model, lora_config(recipe), seed=recipe.seed)
     if recipe.device != "cpu":

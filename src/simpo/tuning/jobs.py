@@ -113,7 +113,7 @@ def run_job(
     model, result = job.folder / "run" / "model", job.folder / "result.json"
     measure = ["eval", str(job.measured_by or recipe), "--generations", str(job.generations)]
     measure += ["--output", str(result), *(["--model", str(model)] if job.measured_by else [])]
-    commands = [measure] if result.exists() is False else []
+    commands = [] if result.exists() else [measure]
     if job.measured_by and commands and not model.exists():
         commands.insert(0, ["train", str(recipe), "--resume_from_checkpoint", "true"])
     for words in commands:

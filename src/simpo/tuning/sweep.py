@@ -245,8 +245,8 @@ class _Sweep:
         self.about |= {"best": best.name, "as_good": [t.name for t in alike]}
         self._save()
         lines = self._lines(best, alike)
-        write_whole(self.folder / "sweep.md", "\n".join([*_markdown(*self._cells()), "", *lines, ""]))
         head, rows = self._cells()
+        write_whole(self.folder / "sweep.md", "\n".join([*_markdown(head, rows), "", *lines, ""]))
         table = Table(title="held-out pairs", title_justify="left")
         for name in head:
             table.add_column(name, justify="right", overflow="fold")
