@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import hashlib
+import io
 import json
 import os
 import pickle
@@ -201,9 +203,13 @@ def test_a_user_who_has_switched_the_restriction_off_is_protected_here(
 # --- other files that are read ---------------------------------------------------------------------------------------
 
 
-def test_cached_log_probs_are_numbers(tmp_path: Path, harm: Harm) -> None:
-    np.save(tmp_path / "cached.npy", np.array([[harm, harm]], dtype=object), allow_pickle=True)
-    assert reference._read(tmp_path / "cached.npy", 1) is None
+def test_cached_log_probs_are_numbers(tmp_path: Path, harm: Harm, capsys: pytest.CaptureFixture[str]) -> None:
+    content = io.BytesIO()
+    np.save(content, np.array([[harm, harm]], dtype=object), allow_pickle=True)
+    digest = hashlib.blake2b(content.getvalue(), digest_size=16).digest()
+    (tmp_path / "cached").write_bytes(content.getvalue() + digest)
+    assert reference._read(tmp_path / "cached", 1) is None
+    assert "allow_pickle" in capsys.readouterr().err
 
 
 def test_every_reader_of_pickles_in_the_package_is_known() -> None:

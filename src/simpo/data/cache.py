@@ -1,6 +1,7 @@
 """Owns the store of prepared pairs: its key, its files, and how they are written whole and read back.
 
-One folder for each key under `cache_dir`: an Arrow stream for each split and ledger.json. Imports no torch.
+One folder for each key under `cache_dir`: an Arrow stream for each split, ledger.json, the rows that were dropped, and
+the digests of all of these. Imports no torch.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from rich.console import Console
 
 from simpo.core.packing import SIDES
 from simpo.data import sources as source_files
+from simpo.data.files import digest_file, load_json, sync, sync_tree
 from simpo.data.ledger import Dropped, Ledger
 from simpo.data.overlap import benchmark_sources
 from simpo.data.sources import Source
@@ -53,6 +55,7 @@ _ASIDE = ".new-"
 BATCH_ROWS = 4096
 """Pairs to a record batch: a few MB, so that a mapped store of millions is a few thousand pieces."""
 _DROPPED = "dropped.jsonl"
+_DIGESTS = "digests.json"
 
 
 def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
@@ -209,6 +212,7 @@ def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None
     if not folder.is_dir():
         return None
     try:
+        _check_digests(folder)
         ledger = Ledger.load(folder / "ledger.json")
         if ledger.fingerprint != key:
             raise ValueError("it holds other data")
@@ -218,6 +222,14 @@ def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None
         console.print(f"data cache {folder} is broken ({reason}); building it again", markup=False, highlight=False)
         shutil.rmtree(folder, ignore_errors=True)
         return None
+
+
+def _check_digests(folder: Path) -> None:
+    """Raise ValueError, or OSError, for a file of a store that is not as it was written."""
+    written = load_json(folder / _DIGESTS)
+    for name, digest in written.items():
+        if digest_file(folder / name) != digest:
+            raise ValueError(f"{name} is not as it was written")
 
 
 class NotStored(Exception):
@@ -294,8 +306,6 @@ class PairWriter:
                 if self._aside is None:
                     self._memory[split] = file.getvalue()
                 else:
-                    file.flush()
-                    os.fsync(file.fileno())
                     file.close()
             path = self._path(split)
             source = pa.BufferReader(self._memory[split]) if path is None else pa.memory_map(path)
@@ -331,9 +341,14 @@ class PairWriter:
             }
             return PreparedData(datasets["train"], datasets.get("eval") or None, ledger)
         with _storing():
-            ledger.save(Path(self._aside.name, "ledger.json"))
+            aside = Path(self._aside.name)
+            ledger.save(aside / "ledger.json")
+            digests = {path.name: digest_file(path) for path in sorted(aside.iterdir())}
+            (aside / _DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
+            sync_tree(aside)
             try:
-                os.rename(self._aside.name, self.folder)
+                os.rename(aside, self.folder)
+                sync(self.folder.parent)
             except OSError:  # another process may have stored the same meanwhile; then its store stands
                 if not (self.folder / "ledger.json").is_file():
                     raise
@@ -360,11 +375,19 @@ def _storing() -> Iterator[None]:
 
 
 def _open(folder: Path, ledger: Ledger) -> PreparedData:
-    """The stored datasets, memory-mapped."""
+    """The stored datasets, memory-mapped. Raises ValueError or ArrowException for what is no store of pairs."""
     from datasets import Dataset
 
-    datasets = {name: Dataset.from_file(str(folder / f"{name}.arrow")) for name in ledger.splits}
-    for name, dataset in datasets.items():
-        if len(dataset) != ledger.splits[name].kept or dataset.column_names != list(PAIR_COLUMNS):
-            raise ValueError(f"{name} has {len(dataset)} rows, the ledger {ledger.splits[name].kept}")
+    datasets = {}
+    for name, account in ledger.splits.items():
+        path, count = str(folder / f"{name}.arrow"), 0
+        with pa.OSFile(path) as file, pa.ipc.open_stream(file) as batches:  # not mapped: see `scan`
+            if not batches.schema.equals(_PAIRS):
+                raise ValueError(f"{name} has other columns")
+            for batch in batches:
+                batch.validate(full=True)  # Arrow follows offsets wherever they lead
+                count += len(batch)
+        if count != account.kept:
+            raise ValueError(f"{name} has {count} rows, the ledger {account.kept}")
+        datasets[name] = Dataset.from_file(path)
     return PreparedData(datasets["train"], datasets.get("eval") or None, ledger, folder / _DROPPED)

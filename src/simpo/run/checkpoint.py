@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `step-N`. It is written under another name, synced to disk, and renamed;
 a folder that has its final name is therefore complete. Model and optimizer go through torch.distributed.checkpoint:
-every process writes its own shards, and a run may be resumed from them on another mesh. Must not import data, the
+every process writes its own shards, and a run may be resumed from them on another mesh. Must not import the
 trainer or evaluation.
 
 A checkpoint of any older simpo has to be resumable: `load_state` gives its state in the present format. Raise `FORMAT`
@@ -13,7 +13,6 @@ keys, fields of the progress and metrics may come and go without that: what is m
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 import warnings
@@ -39,6 +38,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
+from simpo.data.files import sync, sync_tree
 from simpo.errors import first_line
 from simpo.parallel.mesh import Mesh
 from simpo.parallel.sharding import local_part
@@ -401,20 +401,6 @@ def _sharded_like(state: Any, live: Any) -> Any:
     return tree_map(as_live, state, live)
 
 
-def sync_tree(folder: Path) -> None:
-    """Make every file below a folder survive a power cut."""
-    for path in [folder, *folder.rglob("*")]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def replace_folder(aside: Path, final: Path) -> None:
     """Give a finished folder its final name; one that is there already steps aside first, and goes afterwards."""
     old = final.with_name(f".{final.name}.old")
@@ -423,7 +409,7 @@ def replace_folder(aside: Path, final: Path) -> None:
         final.rename(old)
     aside.rename(final)
     shutil.rmtree(old, ignore_errors=True)
-    _sync(final.parent)
+    sync(final.parent)
 
 
 def _ignore_single_process_warning() -> None:

@@ -21,12 +21,13 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
+from simpo.data.files import sync_tree
 from simpo.errors import first_line
 from simpo.model.attention import plain_attention, unwrap
 from simpo.model.load import source_dtype
 from simpo.model.settle import as_configured
 from simpo.parallel.sharding import local_part, on_one_process
-from simpo.run.checkpoint import replace_folder, sync_tree
+from simpo.run.checkpoint import replace_folder
 
 if TYPE_CHECKING:
     from simpo.display import Display

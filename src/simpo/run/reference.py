@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,12 +17,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.device import move
 from simpo.core.losses import PairLogps
 from simpo.data.cache import cache_folder, user_cache
+from simpo.data.files import sync
 from simpo.data.loader import PairStore, evaluation_batches
+from simpo.errors import first_line
 from simpo.model.load import load_model
 from simpo.run.objective import recipe_logps
 from simpo.run.stopping import needs_memory
@@ -120,7 +124,7 @@ def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path
     root = cache_folder(recipe) if recipe.cache_dir else user_cache()
     settings = f"{_model_fingerprint(name, recipe.model_revision)}|{fingerprint}|{split}|{recipe.bf16}"
     key = hashlib.sha256(settings.encode()).hexdigest()[:20]
-    return root / "reference" / f"{key}.npy"
+    return root / "reference" / f"{key}.logps"
 
 
 def _model_fingerprint(name: str, revision: str) -> str:
@@ -133,16 +137,38 @@ def _model_fingerprint(name: str, revision: str) -> str:
 
 
 def _read(path: Path, num_pairs: int) -> ReferenceLogps | None:
-    try:
-        logps = ReferenceLogps(np.load(path))
-    except (OSError, ValueError):  # not there, or cut short: computed again
+    """What is stored; None where nothing is, or what was not written so, which is removed with a line."""
+    if not path.exists():
         return None
-    return logps if logps.is_of(num_pairs) else None
+    try:
+        content = path.read_bytes()
+        if hashlib.blake2b(content[:-_DIGEST_SIZE], digest_size=_DIGEST_SIZE).digest() != content[-_DIGEST_SIZE:]:
+            raise ValueError("it is not as it was written")
+        logps = ReferenceLogps(np.load(io.BytesIO(content)))
+        if not logps.is_of(num_pairs):
+            raise ValueError("it is of other pairs")
+    except (OSError, ValueError, EOFError) as error:
+        _say(f"cached reference log-probs {path} are broken ({first_line(error)}); computing them again")
+        path.unlink(missing_ok=True)
+        return None
+    return logps
+
+
+_DIGEST_SIZE = 16  # bytes, behind the array, which np.load does not look at
 
 
 def _write(path: Path, logps: ReferenceLogps) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("wb") as file:
-        np.save(file, logps.sums)
-    os.replace(aside, path)
+    aside, content = path.with_name(f".{path.name}.{os.getpid()}"), io.BytesIO()
+    np.save(content, logps.sums)
+    digest = hashlib.blake2b(content.getbuffer(), digest_size=_DIGEST_SIZE).digest()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside.write_bytes(content.getvalue() + digest)
+        sync(aside)
+        os.replace(aside, path)
+    except OSError as error:
+        _say(f"reference log-probs not cached: {error}")
+
+
+def _say(line: str) -> None:
+    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
