@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from simpo.data import cache
 from simpo.data.cleaning import (
     FINDINGS,
     REASONS,
@@ -388,7 +389,11 @@ def test_near_prompts_of_another_split_alone_count_as_leaks(tmp_path, build_toke
 
 
 @needs_minhash
-def test_of_near_duplicate_prompts_the_first_stays_with_all_its_pairs(tmp_path, build_tokenizer, data_recipe):
+@pytest.mark.parametrize("large", [1, cache._LARGE])
+def test_of_near_duplicate_prompts_the_first_stays_with_all_its_pairs(
+    large, tmp_path, build_tokenizer, data_recipe, monkeypatch
+):
+    monkeypatch.setattr(cache, "_LARGE", large)  # bytes from which numbers of pairs lie in a file
     rng = random.Random(3)
     first, other = texts(2, rng)
     near = edited(first, 0.03, rng)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -232,12 +233,26 @@ def test_cache_that_cannot_be_written_is_said_and_does_not_stop(messy, build_tok
     assert "not written" in capsys.readouterr().err
 
 
+@pytest.mark.skipif(not hasattr(os, "posix_fallocate"), reason="numbers of pairs lie in memory here")
+def test_a_disk_that_is_full_of_numbers_is_said_and_does_not_stop(
+    messy, build_tokenizer, data_recipe, monkeypatch, capsys
+):
+    def fail(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(cache, "_LARGE", 1)
+    monkeypatch.setattr(os, "posix_fallocate", fail)
+    assert len(prepare(data_recipe(messy, max_dropped_fraction=0.5), build_tokenizer("chatml")).train) > 5
+    assert "No space left" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("size", [1, 7, 20])
 def test_however_pairs_are_cut_into_batches_they_are_the_same(size, messy, build_tokenizer, data_recipe, monkeypatch):
     """With duplicates dropped, so that the store is written twice; 7 pairs divide what there is, 20 are more."""
     keys = {"validation_fraction": 0, "max_dropped_fraction": 0.5, "drop_duplicates": True}
     whole = prepare(data_recipe(messy, **keys), build_tokenizer("chatml"))
     monkeypatch.setattr(cache, "BATCH_ROWS", size)
+    monkeypatch.setattr(cache, "_LARGE", 1)  # all numbers of pairs lie in files
     monkeypatch.setattr(workers, "CHUNK_ROWS", 3)
     cut = prepare(data_recipe(messy, **keys, cache_dir=f"{messy}.cache"), build_tokenizer("chatml"))
     assert cut.train[:] == whole.train[:]

@@ -54,6 +54,8 @@ _PAIRS = pa.schema(PAIR_COLUMNS)
 _ASIDE = ".new-"
 BATCH_ROWS = 4096
 """Pairs to a record batch: a few MB, so that a mapped store of millions is a few thousand pieces."""
+_LARGE = 1 << 25
+"""Bytes from which an array lies in a file."""
 _DROPPED = "dropped.jsonl"
 _DIGESTS = "digests.json"
 
@@ -295,6 +297,15 @@ class PairWriter:
             for row in rows:
                 file.write(json.dumps({"split": split, **row._asdict()}, ensure_ascii=False) + "\n")
                 yield row
+
+    def array(self, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        """An array to work with; a large one lies in a file without a name, whose memory the system may take back."""
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        if self._aside is None or size < _LARGE or not hasattr(os, "posix_fallocate"):
+            return np.empty(shape, dtype)
+        with _storing(), tempfile.TemporaryFile(dir=self._aside.name) as file:
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, later it would be a signal
+            return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
     def read(self, split: str) -> pa.Table:
         """The pairs of a split, mapped; it is complete then."""

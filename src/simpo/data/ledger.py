@@ -83,11 +83,10 @@ class SplitLedger(BaseModel):
 
     def add_dropped(self, rows: Iterable[Dropped]) -> None:
         """Count rows as dropped, keeping the first few of each reason as examples."""
-        rows = list(rows)
-        count_rows(self.dropped, rows)
-        for (source, reason), count in Counter((source_of(row.row_id), row.reason) for row in rows).items():
-            dropped = self._of(source)["dropped"]
-            dropped[reason] = dropped.get(reason, 0) + count
+        for row in rows:
+            count_rows(self.dropped, [row])
+            dropped = self._of(source_of(row.row_id))["dropped"]
+            dropped[row.reason] = dropped.get(row.reason, 0) + 1
 
     def add_kept(self, row_ids: Iterable[str]) -> None:
         """Count rows as kept."""

@@ -74,14 +74,15 @@ def find_near(
     Returns:
         [rows] the index of the most similar candidate, -1 where none is near; and [rows] how similar it is.
     """
-    rows = np.arange(len(signatures))
-    nearest, best = np.full(len(rows), -1), np.zeros(len(rows), np.float32)
+    rows = np.arange(len(signatures), dtype=np.int32)
+    nearest, best = np.full(len(rows), -1, np.int32), np.zeros(len(rows), np.float32)
     bands = np.ascontiguousarray(signatures).view(f"u{BAND}")
     for band in range(bands.shape[1]):
-        keys = bands[:, band]
-        order = np.argsort(keys, kind="stable")
-        starts = np.r_[True, keys[order][1:] != keys[order][:-1]] if len(rows) else rows
-        first_of_run = np.maximum.accumulate(np.where(starts, rows, 0))
+        keys = bands[:, band].copy()
+        order = np.argsort(keys, kind="stable").astype(np.int32)
+        keys = keys[order]
+        starts = np.r_[True, keys[1:] != keys[:-1]] if len(rows) else rows
+        first_of_run = np.maximum.accumulate(np.where(starts, rows, 0), dtype=np.int32)
         for before in (first_of_run, np.maximum(rows - 1, first_of_run)):
             candidates = np.empty_like(rows)
             candidates[order] = order[before]

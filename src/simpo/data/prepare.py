@@ -133,18 +133,17 @@ def _write(
             account = ledger.splits[name] = SplitLedger(input=len(rows))
             with contextlib.closing(_tokenize_all(rows, build, recipe.preprocessing_num_workers, bars, name)) as chunks:
                 numbers[name] = _write_split(chunks, name, account, writer)
-    for name, keep in _choose(numbers, ledger, writer, recipe).items():
+    kept = _choose(numbers, ledger, writer, recipe)
+    for name, keep in kept.items():
         account = ledger.splits[name]
         writer.keep(name, keep)
-        rest = {column: values for column, values in numbers[name].items() if column not in FINDINGS}
-        numbers[name] = rest if keep.all() else {column: values[keep] for column, values in rest.items()}
-        _describe(numbers[name], account)
-        kept = writer.read(name)
-        account.add_kept(row_id for chunk in kept["row_id"].chunks for row_id in chunk.to_pylist())
-        account.examples = [_example(row, tokenizer) for row in kept.slice(0, NUM_EXAMPLES).to_pylist()]
+        _describe(numbers[name], keep, account)
+        pairs = writer.read(name)
+        account.add_kept(row_id for chunk in pairs["row_id"].chunks for row_id in chunk.to_pylist())
+        account.examples = [_example(row, tokenizer) for row in pairs.slice(0, NUM_EXAMPLES).to_pylist()]
         account.check()
     if "eval" in numbers:
-        prompts = {name: each["prompt_key"] for name, each in numbers.items()}
+        prompts = {name: each["prompt_key"][kept[name]] for name, each in numbers.items()}
         ledger.eval_prompts_in_train = int(np.isin(prompts["eval"], prompts["train"]).sum())
     return writer.store(ledger)
 
@@ -270,7 +269,7 @@ def _write_split(chunks: Iterable[Chunk], split: str, account: SplitLedger, writ
         account.add_noticed(chunk.noticed)
         writer.write(split, chunk.table)
         for name, values in _numbers(chunk.table).items():
-            whole = numbers.setdefault(name, np.empty(account.input, values.dtype))
+            whole = numbers.setdefault(name, writer.array((account.input,), values.dtype))
             whole[count : count + len(values)] = values
         count += chunk.table.num_rows
     return {name: values[:count] for name, values in (numbers or _numbers(_SCHEMA.empty_table())).items()}
@@ -298,30 +297,34 @@ def _choose(numbers: Mapping[str, _Numbers], ledger: Ledger, writer: PairWriter,
         if recipe.drop_duplicates and account.duplicates:
             mask[:] = False
             mask[first] = True
-            repeated = row_ids[name].filter(pa.array(~mask)).to_pylist()
-            twins = (Dropped(row_id, "duplicate", "equal to an earlier row") for row_id in repeated)
+            repeated = row_ids[name].filter(pa.array(~mask))
+            twins = (Dropped(row_id.as_py(), "duplicate", "equal to an earlier row") for row_id in repeated)
             account.add_dropped(writer.listed(name, twins))
-    review = Review(numbers, keep, row_ids, recipe.clean)
+    review = Review(numbers, keep, row_ids, recipe.clean, writer.array)
     for name, account in ledger.splits.items():
         account.add_dropped(writer.listed(name, review.removed(name)))
     ledger.advice = review.advise()
     return keep
 
 
-def _describe(numbers: _Numbers, account: SplitLedger) -> None:
+def _describe(numbers: _Numbers, keep: np.ndarray, account: SplitLedger) -> None:
     """Counts and lengths of the kept pairs."""
-    account.kept = len(numbers["pair_key"])
-    account.seam_shifted = int(numbers["seam_shifted"].sum())
-    account.same_prompt = account.kept - len(np.unique(numbers["prompt_key"]))
+
+    def kept(name: str) -> np.ndarray:
+        return numbers[name][keep]
+
+    account.kept = int(keep.sum())
+    account.seam_shifted = int(kept("seam_shifted").sum())
+    account.same_prompt = account.kept - len(np.unique(kept("prompt_key")))
     for side, end in (("prompt", "left"), ("chosen", "right"), ("rejected", "right")):
-        counts = numbers[f"{side}_cut"]
+        counts = kept(f"{side}_cut")
         account.cut[f"{side}_{end}"] = {"pairs": int((counts > 0).sum()), "tokens": int(counts.sum())}
     account.lengths = {
-        "prompt": describe_lengths(numbers["chosen_start"]),
-        **{side: describe_lengths(numbers[f"{side}_trained"]) for side in SIDES},
+        "prompt": describe_lengths(kept("chosen_start")),
+        **{side: describe_lengths(kept(f"{side}_trained")) for side in SIDES},
     }
-    account.tokens = sum(int(numbers[f"{side}_tokens"].sum()) for side in SIDES)
-    shared = 2 * int(numbers["shared_prefix"].sum())
+    account.tokens = sum(int(kept(f"{side}_tokens").sum()) for side in SIDES)
+    shared = 2 * int(kept("shared_prefix").sum())
     account.shared_prefix_share = shared / account.tokens if account.tokens else 0.0
 
 

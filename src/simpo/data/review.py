@@ -6,11 +6,13 @@ few hundred megabytes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from itertools import chain
 
 import numpy as np
 import pyarrow as pa
 
+from simpo.data.cache import BATCH_ROWS
 from simpo.data.cleaning import REASONS, Sign
 from simpo.data.ledger import Dropped
 from simpo.data.near import NUM_HASHES, find_near
@@ -28,6 +30,7 @@ class Review:
         keep: split -> [pairs] which are there; changed.
         row_ids: split -> the ids of its rows.
         clean: the recipe's section.
+        array: makes a large array of a shape and type.
     """
 
     def __init__(
@@ -36,8 +39,9 @@ class Review:
         keep: Mapping[str, np.ndarray],
         row_ids: Mapping[str, pa.ChunkedArray],
         clean: Clean,
+        array: Callable[..., np.ndarray] = np.empty,
     ):
-        self.splits = {name: _Split(each, keep[name], row_ids[name]) for name, each in numbers.items()}
+        self.splits = {name: _Split(each, keep[name], row_ids[name], array) for name, each in numbers.items()}
         self.clean = clean
         for split in self.splits.values():
             if clean.contradictions:
@@ -52,9 +56,9 @@ class Review:
             if clean.one_pair_a_prompt:
                 split.drop(split.further_pairs(), "one_pair_a_prompt", "{} is kept")
 
-    def removed(self, split: str) -> list[Dropped]:
+    def removed(self, split: str) -> Iterator[Dropped]:
         """The pairs of a split that the filters dropped, in order."""
-        return self.splits[split].removed
+        return chain.from_iterable(removed() for removed in self.splits[split].removed)
 
     def _leaks(self, dropped: str, other: str, *, near: bool) -> Iterator[tuple[np.ndarray, str]]:
         """[pairs] a pair of `other` with the prompt of each pair of `dropped` (-1: none): exactly, then nearly."""
@@ -86,17 +90,23 @@ class Review:
 class _Split:
     """The pairs of one split, and which of them are still there."""
 
-    def __init__(self, numbers: Numbers, kept: np.ndarray, row_ids: pa.ChunkedArray):
-        self.numbers, self.kept, self.row_ids = numbers, kept, row_ids
+    def __init__(self, numbers: Numbers, kept: np.ndarray, row_ids: pa.ChunkedArray, array: Callable[..., np.ndarray]):
+        self.numbers, self.kept, self.row_ids, self.array = numbers, kept, row_ids, array
         self.prompts = numbers["prompt_key"]
-        self.removed: list[Dropped] = []
+        self.removed: list[Callable[[], Iterator[Dropped]]] = []
 
     def drop(self, others: np.ndarray, key: str, detail: str, split: _Split | None = None) -> None:
         """Drop those pairs for which another one is named; -1 names none."""
         gone = np.flatnonzero((others >= 0) & self.kept)
-        ids = self.row_ids.take(pa.array(gone)).to_pylist()
-        named = (split or self).row_ids.take(pa.array(others[gone])).to_pylist()
-        self.removed += [Dropped(mine, REASONS[key], detail.format(other)) for mine, other in zip(ids, named)]
+        named = others[gone]
+
+        def removed() -> Iterator[Dropped]:
+            for at in range(0, len(gone), BATCH_ROWS):
+                some = (pa.array(places[at : at + BATCH_ROWS]) for places in (gone, named))
+                ids = (of.row_ids.take(each).to_pylist() for of, each in zip((self, split or self), some))
+                yield from (Dropped(mine, REASONS[key], detail.format(other)) for mine, other in zip(*ids))
+
+        self.removed.append(removed)
         self.kept[gone] = False
 
     # What follows: [pairs] the pair that is the reason to drop each, or -1.
@@ -127,24 +137,33 @@ class _Split:
         """[pairs, NUM_HASHES]"""
         return self.numbers["signature"].view(np.uint8).reshape(-1, NUM_HASHES)
 
-    def signed(self) -> tuple[np.ndarray, np.ndarray]:
-        """The first kept pair of each prompt that has a signature, in order; and the signatures."""
+    def signed(self) -> np.ndarray:
+        """The first kept pair of each prompt that has a signature, in order."""
         there = np.flatnonzero(self.kept & self.signatures.any(axis=1))
         _, first = np.unique(self.prompts[there], return_index=True)
-        firsts = there[np.sort(first)]
-        return firsts, self.signatures[firsts]
+        return there[np.sort(first)]
+
+    def gather(self, *some: tuple[_Split, np.ndarray]) -> np.ndarray:
+        """The signatures of some pairs of some splits, one after the other: [pairs, NUM_HASHES]."""
+        signatures, end = self.array((sum(len(pairs) for _, pairs in some), NUM_HASHES), np.uint8), 0
+        for split, pairs in some:
+            for at in range(0, len(pairs), BATCH_ROWS):
+                these = pairs[at : at + BATCH_ROWS]
+                signatures[end : end + len(these)] = split.signatures[these]
+                end += len(these)
+        return signatures
 
     def near(self, others: _Split, similarity: float) -> np.ndarray:
         """Pairs whose prompt is nearly one of another split."""
-        (mine, signatures), (theirs, known) = self.signed(), others.signed()
-        nearest, _ = find_near(np.concatenate([known, signatures]), similarity, num_others=len(theirs))
+        mine, theirs = self.signed(), others.signed()
+        nearest, _ = find_near(self.gather((others, theirs), (self, mine)), similarity, num_others=len(theirs))
         nearest = nearest[len(theirs) :]
         return self._for_all_pairs(mine[nearest >= 0], theirs[nearest[nearest >= 0]])
 
     def near_duplicates(self, similarity: float) -> np.ndarray:
         """Pairs whose prompt is nearly an earlier one."""
-        firsts, signatures = self.signed()
-        nearest, _ = find_near(signatures, similarity)
+        firsts = self.signed()
+        nearest, _ = find_near(self.gather((self, firsts)), similarity)
         return self._for_all_pairs(firsts[nearest >= 0], firsts[nearest[nearest >= 0]])
 
     def _for_all_pairs(self, firsts: np.ndarray, found: np.ndarray) -> np.ndarray:
