@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import random
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
+import forks
 import numpy as np
 import pytest
 from chat_server import ChatServer, completion
@@ -139,6 +141,34 @@ def test_killed_at_any_byte_nothing_is_judged_twice(keys):
         before = len([body for body in server.asked if places_in(body)])
         assert judgement(keys)["compared"] == 5
         assert len([body for body in server.asked if places_in(body)]) == before + 2
+
+
+def test_killed_while_the_judge_is_asked_it_goes_on_and_asks_nothing_twice_but_what_was_in_hand(keys, tmp_path):
+    pytest.importorskip("openai")
+    program: forks.Program | None = None
+    kills = [3, 6]  # asked in the middle of a row, and at its beginning
+
+    def kills_now_and_then(body: dict[str, Any]) -> Any:
+        if places_in(body) and kills and len([each for each in server.asked if places_in(each)]) == kills[0]:
+            kills.pop(0)
+            program.kill()
+            program.wait()
+        return likes_the_longer(body)
+
+    with ChatServer(kills_now_and_then) as server:
+        spec = {"kind": "judge", "url": server.url, "model": "small", "concurrency": 1}
+        (tmp_path / "recipe.yaml").write_text(json.dumps(changed(keys, scorers={"gpt": spec})))
+        codes = []
+        while not codes or codes[-1] < 0:
+            program = forks.Program(["-m", "simpo", "judge", "recipe.yaml"], cwd=tmp_path)
+            codes.append(program.wait(60))
+        assert codes == [-signal.SIGKILL, -signal.SIGKILL, 0]
+        asked = [tuple(places_in(body)) for body in server.asked if places_in(body)]
+        assert len(asked) == 6 + 2  # a row in hand is asked about again, one that was judged is not
+        folder = Path(keys["output_dir"], "judged")
+        whole = run_judge(load_recipe(changed(keys, scorers={"gpt": spec})), output=tmp_path / "undisturbed")
+    for path in whole.parent.rglob("*.json*"):
+        assert (folder / path.relative_to(whole.parent)).read_bytes() == path.read_bytes(), path
 
 
 def test_another_judge_of_the_same_answers_may_follow(keys):
@@ -283,6 +313,40 @@ def test_arena_hard_reads_its_fields_in_both_versions(keys):
         ["A=B", "A=B"],
         ["A>B", "B>A"],
     ]
+
+
+def test_arena_hards_reading_of_judgements_comes_to_our_win_rate(keys):
+    """v2.0 reads with pandas: the second game as it stands, the first turned; style from both models' metadata."""
+    pandas = pytest.importorskip("pandas")
+    found, folder = judgement(keys), Path(keys["output_dir"], "judged/arena_hard")
+    judged = pandas.read_json(folder / "model_judgment/long/ours-7b.jsonl", lines=True)
+    wins = {"A>B": 1.0, "A=B": 0.5, "B>A": 0.0}
+    points = [[wins[games[1]["score"]], 1 - wins[games[0]["score"]]] for games in judged["games"]]
+    assert np.mean(points) == found["win_rate"]["value"]
+    style = {}
+    for label in ("ours-7b", "theirs-7b"):
+        answers = pandas.read_json(folder / f"model_answer/{label}.jsonl", lines=True)
+        style[answers.iloc[0]["model"]] = answers.set_index("uid")["metadata"].to_dict()
+    for _, row in judged.iterrows():
+        ours, theirs = style[row["model"]][row["uid"]], style[row["baseline"]][row["uid"]]
+        assert all(
+            np.isfinite(sum(each.values()) / known["token_len"])
+            for known in (ours, theirs)
+            for name, each in known.items()
+            if name != "token_len"
+        )
+
+
+def test_arena_hard_of_the_papers_time_finds_an_answers_length_in_its_turn(keys, tmp_path):
+    """v0.1 as it was in May 2024; later conv_metadata has it. An answer without words is no division by zero."""
+    path = tmp_path / "ours.json"
+    outputs = json.loads(path.read_text())
+    outputs[0]["output"] = ""
+    path.write_text(json.dumps(outputs))
+    judgement(keys)
+    rows = read_lines(Path(keys["output_dir"], "judged/arena_hard/model_answer/ours-7b.jsonl"))
+    lengths = [row["choices"][0]["turns"][0]["token_len"] for row in rows]
+    assert lengths == [row["conv_metadata"]["token_len"] for row in rows] == [1, 7, 2, 1]
 
 
 # --- numbers ---------------------------------------------------------------------------------------------------------

@@ -1,7 +1,8 @@
 """Owns the files in which AlpacaEval 2 and Arena-Hard keep answers and judgements, written as those tools read them.
 
-Arena-Hard has had two layouts: v0.1's rows have question_id, model_id, choices and conv_metadata; v2.0's have uid,
-model, messages and metadata. Neither minds the other's fields, so that each row has both.
+Arena-Hard has had two layouts: v0.1's rows have question_id, model_id, choices (at first with token_len in a turn) and
+conv_metadata; v2.0's have uid, model, messages and metadata. Neither minds the other's fields, so that each row has
+both.
 """
 
 from __future__ import annotations
@@ -127,7 +128,7 @@ def _arena_answer(prompt: Prompt, answer: Answer, label: str) -> dict[str, Any]:
         "model": label,
         "model_id": label,
         "messages": [*prompt.turns, {"role": "assistant", "content": {"answer": answer.text}}],
-        "choices": [{"index": 0, "turns": [{"content": answer.text}]}],
+        "choices": [{"index": 0, "turns": [{"content": answer.text, "token_len": style["token_len"]}]}],
         "metadata": style,
         "conv_metadata": style,
     }
@@ -138,7 +139,8 @@ def _style_of(answer: Answer) -> dict[str, Any]:
     text = re.sub(r"```.*?```", "", answer.text, flags=re.DOTALL)
     levels = [len(marks) for marks in re.findall(r"^(#{1,6})\s", text, re.MULTILINE)]
     return {
-        "token_len": len(answer.text.split()) if answer.num_tokens is None else answer.num_tokens,
+        # Arena-Hard divides by it.
+        "token_len": max(1, len(answer.text.split()) if answer.num_tokens is None else answer.num_tokens),
         "header_count": {f"h{level}": levels.count(level) for level in range(1, 7)},
         "list_count": {
             "ordered": len(re.findall(r"^\s*\d+\.\s", text, re.MULTILINE)),
