@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -149,7 +150,12 @@ def test_a_model_behind_compare_is_told_from_values_of_keys():
         parse_compare(["other"], False)
 
 
-def test_a_dialogue_that_does_not_fit_is_said(tiny_model: Path):
-    result = CliRunner().invoke(app, ["chat", str(tiny_model), "--max_new_tokens", "511"], input="water light\n")
+def test_an_answer_has_the_room_that_is_left_and_a_dialogue_that_leaves_none_is_refused(model_folder: Any):
+    model = model_folder(max_position_embeddings=40)
+    answer = spoken(model, "--temperature", "0", "--bf16", "false", turns="water\n")
+    assert answer.strip()
+    result = CliRunner().invoke(app, ["chat", model], input="water " * 40 + "\n")
     assert result.exit_code == 2
-    assert "of 512 positions; /reset begins anew" in result.stderr
+    assert re.search(
+        rf"error: {model}: the dialogue has \d+ tokens, and the model takes 40; /reset begins anew", result.stderr
+    )

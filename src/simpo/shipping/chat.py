@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -42,7 +43,7 @@ class Speaker:
     """
 
     def __init__(self, source: Source, title: str, *, template: str | None = None) -> None:
-        recipe, self.title = source.recipe, title
+        recipe, self.name, self.title = source.recipe, source.name, title
         self.wanted, self.turns = recipe.generate, _system(recipe.system_prompt)
         self.seed = recipe.seed if self.wanted.seed is None else self.wanted.seed
         device = pick_device(recipe.device)
@@ -67,6 +68,11 @@ class Speaker:
             ValueError: the template refuses the dialogue, or there is no room for an answer.
         """
         ids = self._prompt()
+        room = math.inf if self.limit is None else self.limit - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"{self.name}: the dialogue has {len(ids)} tokens, and the model takes {self.limit}; /reset begins anew"
+            )
         tokens: list[int] = []
 
         def each(so_far: list[int]) -> bool:
@@ -84,13 +90,13 @@ class Speaker:
                 [[noise_key(self.seed, len(self.turns), *ids)]],
                 Sampling(wanted.temperature, wanted.top_p, wanted.top_k, wanted.min_p),
                 ends=self.read.ends,
-                max_new_tokens=wanted.max_new_tokens,
+                max_new_tokens=int(min(wanted.max_new_tokens, room)),
                 is_stopped=each,
                 shared=self.shares,
             )
             responses = self.read(found)
             if isinstance(responses, RowError):
-                raise ValueError(f"{self.title}: {responses.detail}")
+                raise ValueError(f"{self.name}: {responses.detail}")
             text = responses[0].text.lstrip()
         finally:
             text = self._text(tokens) if text is None else text
@@ -100,13 +106,7 @@ class Speaker:
     def _prompt(self) -> list[int]:
         (found,) = self.tokenize([Prompt("chat", "the dialogue", self.turns)])
         if isinstance(found, RowError):
-            raise ValueError(f"{self.title}: {found.detail}")
-        more = self.wanted.max_new_tokens
-        if self.limit is not None and len(found) + more > self.limit:
-            raise ValueError(
-                f"{self.title}: the dialogue has {len(found)} tokens and an answer may have {more}, of {self.limit} "
-                "positions; /reset begins anew"
-            )
+            raise ValueError(f"{self.name}: {found.detail}")
         return found
 
     def _text(self, ids: Sequence[int]) -> str:
@@ -133,7 +133,15 @@ def run_chat(name: str, overrides: Sequence[str] = (), *, compare: str | None = 
     if compare is not None:
         if not compare and source.folder is not None and source.base in (source.folder, source.name):
             raise ValueError(f"--compare: what {name} was trained from is not known here; name it: --compare MODEL")
-        other = find_source(compare or source.base, overrides, keys=KEYS)
+        try:
+            other = find_source(compare or source.base, overrides, keys=KEYS)
+        except ValueError as error:
+            if compare:
+                raise
+            raise ValueError(
+                f"--compare: {name} was trained from {source.base}, which is not found from here ({error}); go to the "
+                "folder that it was trained in, or name it: --compare MODEL"
+            ) from error
     trained = Speaker(source, name if other is not None else "")
     speakers = [trained]
     if other is not None:
