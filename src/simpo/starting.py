@@ -11,14 +11,17 @@ import math
 import os
 import tempfile
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from simpo.data.language import MIN_CONFIDENCE, identify_language
 from simpo.data.loader import PairStore
 from simpo.data.prepare import prepare_pairs
 from simpo.data.sources import find_sources, load_splits
@@ -32,6 +35,7 @@ from simpo.recipe.yaml import dump_yaml
 from simpo.run.memory import free_memory
 
 _SAMPLE = 1000  # pairs that are tokenised to know their lengths
+_READ = 200  # of them, whose language is told
 _LENGTHS_TO = 64  # max_length is a multiple of it
 _PUBLISHED_LENGTH, _PUBLISHED_PAIRS = 2048, 128
 _FEWEST_STEPS, _FEWEST_PAIRS = 30, 8
@@ -124,6 +128,7 @@ def choose_recipe(data: str, words: Sequence[str], *, recipe_name: str, gpus: in
 
     facts: dict[str, Any] = {
         "data": look.sentence,
+        "language": look.languages,
         "machine": where,
         "model": f"{given.model_name_or_path}, {_in_words(size)} parameters; {trained}",
     }
@@ -154,6 +159,7 @@ class _Look:
     held_out: int
     lengths: np.ndarray
     responses: np.ndarray
+    languages: str
     dropped: str
     advice: list[str]
 
@@ -184,8 +190,21 @@ def _look_at(recipe: Recipe, tokenizer: Any) -> _Look:
         prepared = prepare_pairs(whole, tokenizer, progress=False)
         store, account = PairStore(prepared.train), prepared.ledger.splits["train"]
         lengths, responses = store.sequence_lengths.max(axis=1), np.array(store.response_lengths)
+        languages = _languages(store)
     dropped = f"; {account.num_dropped} of {account.input} rows unusable" if account.num_dropped else ""
-    return _Look(len(splits.train), len(splits.eval), lengths, responses, dropped, prepared.ledger.advice)
+    return _Look(len(splits.train), len(splits.eval), lengths, responses, languages, dropped, prepared.ledger.advice)
+
+
+def _languages(store: PairStore) -> str:
+    """Those of some of the chosen answers, the most frequent first."""
+    if find_spec("py3langid") is None:
+        return "not looked at: pip install 'simpo[clean]'"
+    found: Counter[str] = Counter()
+    for index in range(0, len(store), math.ceil(len(store) / _READ)):
+        language, confidence = identify_language(store.texts(index)["chosen_text"]) or ("", 0.0)
+        found[language if confidence >= MIN_CONFIDENCE else "too short or unclear"] += 1
+    shares = (f"{language} {count / found.total():.0%}" for language, count in found.most_common(4))
+    return f"{', '.join(shares)} (of {found.total()} chosen answers)"
 
 
 def _choose_lengths(look: _Look, given: Recipe, choose: Any) -> None:

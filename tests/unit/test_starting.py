@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,41 @@ def test_train_needs_no_recipe_and_what_is_given_wins(tiny_model: Path, pair_fil
     assert json.loads(Path("run/audit.json").read_text())["splits"]["eval"]["kept"] == 8
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
+def test_a_table_is_looked_at_like_lines(suffix: str, tiny_model: Path, pair_files: Path):
+    import pandas
+
+    rows = pandas.read_json(pair_files / "train.jsonl", lines=True)
+    path = Path(f"pairs{suffix}")
+    rows.to_csv(path, index=False) if suffix == ".csv" else rows.to_parquet(path)
+    done = run("init", "--model", tiny_model, "--data", path)
+    assert done.exit_code == 0, done.output
+    assert "40 pairs to train, 0 held out" in done.stderr
+    assert load_recipe("recipe.yaml").validation_fraction == 0.1
+
+
+def test_the_languages_of_the_answers_are_said(tiny_model: Path):
+    pytest.importorskip("py3langid")
+    rows = [
+        {"prompt": f"{place}?", "chosen": text, "rejected": "no"}
+        for place, text in enumerate(
+            ["The river runs down to the sea, where the water is deep and cold."] * 6
+            + ["Der Fluss fließt hinunter zum Meer, wo das Wasser tief und kalt ist."] * 3
+            + ["Yes."]
+        )
+    ]
+    Path("pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run("init", "--model", tiny_model, "--data", "pairs.jsonl").exit_code == 0
+    line = r"^# language: en \d\d%, de \d\d%.* \(of \d+ chosen answers\)$"
+    assert re.search(line, Path("recipe.yaml").read_text(), re.MULTILINE)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
+        (("init", "--model", "MODEL", "--data", "."), "no "),
+        (("init", "--model", "MODEL", "--data", "org/pairs"), "org/pairs"),
+        (("init", "--model", "org/model", "--data", "none.jsonl"), "org/model"),
         (("init",), "at a terminal only; give --model NAME and --data FILE"),
         (("init", "pairs.jsonl"), "a recipe's name ends in .yaml"),
         (("train", "."), "say with --model which model to train"),
