@@ -262,3 +262,20 @@ def rounds_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         return result.exit_code
 
     monkeypatch.setattr(rounds, "run_command", run)
+
+
+@pytest.fixture
+def sweeps_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The commands of a sweep's trials in this process."""
+    from typer.testing import CliRunner
+
+    from simpo.cli import app
+    from simpo.tuning import calibrate, jobs
+
+    def run(words: list[str], log: Path, **_: object) -> tuple[int, str]:
+        result = CliRunner().invoke(app, words)
+        log.write_text(result.output)
+        return result.exit_code, result.output.strip().rpartition("\n")[2]
+
+    for module in (jobs, calibrate):
+        monkeypatch.setattr(module, "run_command_line", run)

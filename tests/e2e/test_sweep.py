@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from simpo.cli import app
 from simpo.recipe import load_recipe
-from simpo.tuning import jobs
 from simpo.tuning.sweep import read_sweep, run_sweep
 
 pytestmark = pytest.mark.long
@@ -27,20 +26,8 @@ def save(recipe: dict[str, Any], path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def in_process(monkeypatch):
-    """The commands of trials in this process, which has loaded torch already."""
-
-    def run(words, log: Path, **_: object) -> tuple[int, str]:
-        result = CliRunner().invoke(app, words)
-        log.write_text(result.output)
-        return result.exit_code, result.output.strip().rpartition("\n")[2]
-
-    monkeypatch.setattr(jobs, "run_command_line", run)
-    monkeypatch.setattr("simpo.tuning.calibrate.run_command_line", run)
-
-
-def test_calibrate_writes_a_recipe_that_trains_with_the_reasons_in_front(in_process, tiny_recipe, tmp_path):
+@pytest.mark.usefixtures("sweeps_in_process")
+def test_calibrate_writes_a_recipe_that_trains_with_the_reasons_in_front(tiny_recipe, tmp_path):
     path = save(tiny_recipe, tmp_path / "recipe.yaml")
     result = CliRunner().invoke(app, ["calibrate", str(path), "--max_steps", "24"])
     assert result.exit_code == 0, result.output

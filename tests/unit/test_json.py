@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from miniature import rounds_recipe
 from typer.testing import CliRunner
 
 from simpo.cli import app
@@ -45,6 +46,18 @@ def test_audit_and_eval(recipe: Path, tiny_model: Path, pair_files: Path):
     assert said("audit", recipe)["splits"]["train"]["kept"] == 40
     found = said("eval", pair_files, "--model", tiny_model, "--max-pairs", 4, "--bf16", "false")
     assert found["num_pairs"] == 4
+
+
+@pytest.mark.usefixtures("rounds_in_process")
+def test_the_on_policy_commands(tiny_model: Path, tmp_path: Path):
+    keys = rounds_recipe(tmp_path, tiny_model, [f"water and stone, {number}?" for number in range(30)])
+    more = {"save_strategy": "no", "rounds": {"rounds": 1, "prompts_per_round": 8, "eval_prompts": 4}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_yaml({**keys, **more}), encoding="utf-8")
+    assert said("generate", path)["rows"] == 30
+    assert said("score", path)["rows"] == 30
+    assert said("pair", path, code=3)["pairs"] == {"train": 20, "test": 7}  # three prompts have equal scores
+    assert said("rounds", path, "--output_dir", tmp_path / "rounds")["models"][1]["round"] == 1
 
 
 @pytest.mark.long

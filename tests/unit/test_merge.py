@@ -79,6 +79,28 @@ def test_merged_adapters_have_the_trained_logits(
     torch.testing.assert_close(logits(load(again)), expected, atol=2e-4, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+@pytest.mark.parametrize("changes", [{}, {"lora_modules_to_save": ["norm"]}], ids=["QLoRA", "and modules to save"])
+def test_adapters_trained_over_four_bits_are_merged_into_weights_that_never_were(
+    tiny_recipe: Settings, model_folder: Any, changes: Settings
+):
+    pytest.importorskip("bitsandbytes")
+    pytest.importorskip("peft")
+    from peft import PeftModel
+
+    base = str(model_folder(hidden_size=64, intermediate_size=128))
+    tiny_recipe |= {"model_name_or_path": base, "use_peft": True, "load_in_4bit": True, "learning_rate": 0.05}
+    trainer = train(tiny_recipe, **changes)
+    run = trainer.output_dir
+    adapted = PeftModel.from_pretrained(load(Path(base)), run / "model")
+    expected, quantised, before = logits(adapted), logits(trainer.model), logits(load(Path(base)))
+    for name, output in ((run, None), (run / "checkpoints" / "step-4", str(run / "again"))):
+        found = logits(load(run_merge(str(name), ["--save_dtype", "float32"], output=output)))
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=1e-4)
+        # Nearer to what was trained, the rounding to four bits aside, than the base is.
+        assert (found - quantised).norm() < 0.5 * (before - quantised).norm()
+
+
 @pytest.mark.parametrize("mesh", ["fsdp2", "tp2"])
 def test_a_checkpoint_of_two_ranks_is_the_model_that_they_exported(
     mesh: str, tiny_recipe: Settings, model_folder: Any, two_ranks: Ranks

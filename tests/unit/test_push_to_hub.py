@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shlex
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -244,3 +246,19 @@ def test_a_finished_run_is_pushed_with_a_card_that_has_its_numbers(
     assert "was not written by simpo" in CliRunner().invoke(app, ["push", str(run), "--dry-run"]).stdout
     refused = CliRunner().invoke(app, ["push", str(tmp_path / "nowhere")])
     assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
+
+
+def test_what_a_run_says_to_type_next_can_be_typed_and_ends_on_the_card(tiny_recipe: dict[str, Any], tmp_path: Path):
+    path = recipe_file(tmp_path, tiny_recipe, push_to_hub=False, hub_model_id=None, use_peft=True, learning_rate=0.05)
+    lines = CliRunner().invoke(app, ["train", str(path)]).stdout.split("next:\n")[1].splitlines()
+    assert [line.split()[1] for line in lines] == ["chat", "eval", "report", "merge"]
+    for line in lines:
+        done = CliRunner().invoke(app, shlex.split(line)[1:], input="water\n")
+        assert done.exit_code == 0, (line, done.output)
+    run = Path(tiny_recipe["output_dir"])
+    compared = json.loads((run / "evaluation.json").read_text())
+    shown = CliRunner().invoke(app, ["push", str(run), "--dry-run"]).stdout
+    assert "| 10 held-out pairs | before | after |" in shown
+    before, after = (f"{each['accuracy']['value']:.1%}" for each in (compared["baseline"], compared))
+    assert re.search(rf"\| preference accuracy \| {before} \[.*\] \| {after} \[.*\] \|", shown)
+    assert f"tokens {compared['data_fingerprint']}" in shown
