@@ -6,6 +6,7 @@ On a terminal a live bar; elsewhere (a log file, CI) one line per logged step.
 from __future__ import annotations
 
 import contextlib
+import re
 import textwrap
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -32,8 +33,8 @@ class Display:
         self._has_bar = False
 
     def say(self, text: str, *, style: str = "") -> None:
-        """One line; folded between words where a terminal is narrower. `style`: a colour of rich."""
-        self.console.print(_fold(text, self.console, hang=2), markup=False, style=style)
+        """As `say`."""
+        say(text, self.console, style=style)
 
     @contextlib.contextmanager
     def progress(self, total_steps: int, done: int) -> Iterator[Callable[[int, Mapping[str, float]], None]]:
@@ -79,6 +80,27 @@ class Display:
             for place, item in enumerate(value if isinstance(value, list) else [value]):
                 line = f"  {key if place == 0 else '':<{keys}}  {item}"
                 self.console.print(_fold(line, self.console, hang=keys + 4), markup=False)
+
+
+_COMMAND = re.compile(r" *(start: )?(simpo|torchrun) ")
+
+
+def say(text: str, console: Console | None = None, *, style: str = "") -> None:
+    """Print lines; where a terminal is narrower, each is folded between words, below where its last column begins.
+
+    A command that is to be typed stays whole, so that it can be copied.
+
+    Args:
+        console: None = stdout.
+        style: a colour of rich.
+    """
+    console = console or Console()
+    for line in text.split("\n"):
+        columns = (found.end() for found in re.finditer(r"(?<=\S)  +(?=\S)", line))
+        begins = [place for place in columns if place <= console.width / 2]
+        hang = begins[-1] if begins else len(line) - len(line.lstrip()) + 2
+        shown = line if _COMMAND.match(line) else _fold(line, console, hang=hang)
+        console.print(shown, markup=False, highlight=False, style=style, soft_wrap=True)
 
 
 def _fold(text: str, console: Console, *, hang: int) -> str:

@@ -17,7 +17,7 @@ import pytest
 from rich.console import Console
 from terminal import in_terminal, screen_of
 
-from simpo.display import Display, counter
+from simpo.display import Display, counter, say
 from simpo.recipe.yaml import dump_yaml
 
 VALUES = {
@@ -65,6 +65,17 @@ def test_without_a_live_terminal_a_step_is_a_line(settings: dict[str, str], monk
         f"  run directory  {'/a/very/long/path' * 8}",
         "  model          m",
     ]
+
+
+def test_lines_are_folded_between_words_below_their_last_column_and_commands_stay_whole():
+    sent = io.StringIO()
+    console = Console(file=sent, width=60, force_terminal=True, color_system=None)
+    words = " ".join(["words"] * 20)
+    say(f"generate   {words}\nnotice: {words} /a/path/{'x' * 60}\n  simpo eval {words}", console)
+    lines = sent.getvalue().splitlines()
+    assert lines[:2] == [f"{begin:<11}{' '.join(['words'] * 8)}" for begin in ("generate", "")]
+    assert all(len(line) <= 60 for line in lines[:-2])
+    assert lines[-2:] == [f"  /a/path/{'x' * 60}", f"  simpo eval {words}"]
 
 
 def test_a_counter_fits_the_terminal():

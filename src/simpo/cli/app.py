@@ -40,7 +40,7 @@ class _OneLineErrors(TyperGroup):
             say_once(f"error: {error}", color="red")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.secho("interrupted", fg="yellow", err=True)
+            _complain("interrupted")
             raise typer.Exit(130) from None
 
 
@@ -194,8 +194,8 @@ def exit_by_account(account: Path, *, examples: bool = True, as_json: bool = Fal
         counts = ", ".join(f"{entry['count']} {reason}" for reason, entry in left_out.items())
         for reason, entry in left_out.items() if examples else ():
             example = entry["examples"][0]
-            typer.secho(f"{reason}, as {example['row_id']}: {example['detail']}", fg="yellow", err=True)
-        typer.secho(f"left out: {counts}; which and why is in {account}", fg="yellow", err=True)
+            _complain(f"{reason}, as {example['row_id']}: {example['detail']}")
+        _complain(f"left out: {counts}; which and why is in {account}")
         raise typer.Exit(3)
 
 
@@ -229,7 +229,15 @@ def say_once(line: str, *, color: str) -> None:
         # The machine's first process most likely fails alike. It says so, and its launcher ends this one; leaving at
         # once would have the launcher end the first before it has said anything.
         time.sleep(_FOR_THE_FIRST_S)
-    typer.secho(line if rank == "0" else f"rank {rank}: {line}", fg=color, err=True)
+    _complain(line if rank == "0" else f"rank {rank}: {line}", color)
+
+
+def _complain(line: str, color: str = "yellow") -> None:
+    from rich.console import Console
+
+    from simpo.display import say
+
+    say(line, Console(stderr=True), style=color)
 
 
 def _has_met_others() -> bool:

@@ -34,13 +34,14 @@ def judge(
 
     from rich.console import Console
 
+    from simpo.display import say
     from simpo.judging.command import run_judge, show_judgement
 
     with stdout_for_json(as_json), leaving_when_interrupted():
         path = run_judge(resolved, output=output)
         content = json.loads(path.read_text(encoding="utf-8"))
         show_judgement(content, Console(highlight=False))
-        typer.echo(f"numbers: {path}; answers and judgements: {path.parent}")
+        say(f"numbers: {path}; answers and judgements: {path.parent}")
     if as_json:
         print_json(content)
     exit_by_account(path)

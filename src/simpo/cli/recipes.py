@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from simpo.cli.app import TAKES_OVERRIDES, AsJson, RecipeFile, RecipeOrData, app, load, print_json
+from simpo.display import say
 
 if TYPE_CHECKING:
     from simpo.recipe import Key, Recipe
@@ -28,10 +29,11 @@ def check(
     if as_json:
         print_json(_checked(resolved, processes) | {"vocabulary": vocabulary})
         return
-    typer.echo(resolved.to_yaml() if full else _key_lines(resolved))
+    tell = typer.echo if full else say
+    tell(resolved.to_yaml() if full else _key_lines(resolved))
     prefix = "# " if full else ""
     for line in [*_effective_lines(resolved, processes), *([vocabulary] if vocabulary else [])]:
-        typer.echo(prefix + line)
+        tell(prefix + line)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -65,7 +67,7 @@ def plan(
     if as_json:
         print_json(plan_as_dict(found))
     else:
-        typer.echo(describe_plan(found, shared, recipe_name=recipe))
+        say(describe_plan(found, shared, recipe_name=recipe))
     if output is not None:
         save_plan(found, output)
 
@@ -86,14 +88,14 @@ def keys(
         print_json(_keys_as_dicts(name))
         return
     if name is not None:
-        typer.echo(_explain_key(name))
+        say(_explain_key(name))
         return
     section = None
     for doc in (*KEYS.values(), *STAGE_KEYS.values()):
         if doc.section != section:
-            typer.echo(f"\n{doc.section.upper()}")
+            say(f"\n{doc.section.upper()}")
             section = doc.section
-        typer.echo(_key_text(doc))
+        say(_key_text(doc))
 
 
 @app.command()
@@ -105,13 +107,13 @@ def losses(as_json: AsJson = False) -> None:
         shown = ("name", "equation", "defaults", "sft_weight", "needs_reference", "source")
         print_json([{name: getattr(loss, name) for name in shown} for loss in LOSSES.values()])
         return
-    typer.echo("l: summed log-prob of a response; m = l/length; p = exp(m); w chosen, r rejected; M = m_w - m_r;")
-    typer.echo("z = beta (M - gamma_beta_ratio); D: l_w - l_r less the same under the reference; sft = -m_w\n")
+    say("l: summed log-prob of a response; m = l/length; p = exp(m); w chosen, r rejected; M = m_w - m_r;")
+    say("z = beta (M - gamma_beta_ratio); D: l_w - l_r less the same under the reference; sft = -m_w\n")
     for name, loss in LOSSES.items():
         shown = ", ".join(f"{key} {value}" for key, value in {**loss.defaults, "sft_weight": loss.sft_weight}.items())
         needs = "; needs a reference model" if loss.needs_reference else ""
-        typer.echo(f"{name:<10} {loss.equation}\n{'':<10} {shown}\n{'':<10} {loss.source}{needs}\n")
-    typer.echo(
+        say(f"{name:<10} {loss.equation}\n{'':<10} {shown}\n{'':<10} {loss.source}{needs}\n")
+    say(
         f"{'module:function':<10}\n{'':<10} a loss of your own; see `simpo keys loss_type` and `simpo keys loss_kwargs`"
     )
 

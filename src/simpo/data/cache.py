@@ -30,6 +30,7 @@ from simpo.data.files import digest_file, load_json, sync, sync_tree
 from simpo.data.ledger import Dropped, Ledger
 from simpo.data.overlap import benchmark_sources
 from simpo.data.sources import Source
+from simpo.display import say
 from simpo.errors import one_line
 from simpo.recipe import KEYS
 
@@ -221,7 +222,7 @@ def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None
         return _open(folder, ledger)
     except (OSError, ValueError, pa.ArrowException) as error:
         reason = one_line(error, 120)
-        console.print(f"data cache {folder} is broken ({reason}); building it again", markup=False, highlight=False)
+        say(f"data cache {folder} is broken ({reason}); building it again", console)
         shutil.rmtree(folder, ignore_errors=True)
         return None
 

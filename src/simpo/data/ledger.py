@@ -18,6 +18,7 @@ from rich.text import Text
 
 from simpo.data.files import write_whole
 from simpo.data.rows import source_of
+from simpo.display import say
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 EXAMPLES_PER_REASON = 5
@@ -155,7 +156,7 @@ class Ledger(BaseModel):
             console.print(self._table_of(names))
         for name, split in self.splits.items():
             if split.lengths:
-                console.print(_histogram_table(name, split.lengths))
+                console.print(_histogram_table(name, split.lengths, width=min(20, max(0, console.width - 63))))
         lines = [*self.notes, *self.notices]
         lines += [
             f"dropped from {name}:\n{each.top_reasons(None)}" for name, each in self.splits.items() if each.dropped
@@ -163,7 +164,7 @@ class Ledger(BaseModel):
         if self.advice:
             lines += ["worth knowing:", *(f"  {line}" for line in self.advice)]
         for line in lines:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
+            say(line, console)
         for example in self.splits["train"].examples[:examples]:
             _print_example(console, example)
 
@@ -223,7 +224,7 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _histogram_table(split: str, lengths: Mapping[str, Mapping[str, Any]]) -> Table:
+def _histogram_table(split: str, lengths: Mapping[str, Mapping[str, Any]], *, width: int) -> Table:
     table = Table(title=f"{split}: tokens")
     for column in ("", "mean", "p5", "p50", "p95", "max"):
         table.add_column(column, justify="left" if not column else "right")
@@ -231,17 +232,17 @@ def _histogram_table(split: str, lengths: Mapping[str, Mapping[str, Any]]) -> Ta
     for side, stats in lengths.items():
         if stats:
             cells = [f"{stats['mean']:.0f}", *(f"{stats[key]}" for key in ("p5", "p50", "p95", "max"))]
-            table.add_row(side, *cells, _bars(stats["histogram"]))
+            table.add_row(side, *cells, _bars(stats["histogram"], width))
     return table
 
 
-def _bars(histogram: Mapping[str, list[int]]) -> str:
+def _bars(histogram: Mapping[str, list[int]], width: int) -> str:
     """One line for each bin of a histogram: upper edge, bar, count."""
     top = max(histogram["counts"])
     lines = []
     for edge, count in zip(histogram["edges"][1:], histogram["counts"]):
-        bar = "█" * round(20 * count / top) or ("▏" if count else "")
-        lines.append(f"<{edge:>6} {bar} {count}")
+        bar = "█" * round(width * count / top) or ("▏" if count and width else "")
+        lines.append(" ".join(filter(None, (f"<{edge:>6}", bar, str(count)))))
     return "\n".join(lines)
 
 

@@ -42,7 +42,7 @@ from simpo.data.sources import Source, Splits
 from simpo.data.templates import CHATML, NO_TEMPLATE, load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import map_rows
-from simpo.display import counter
+from simpo.display import counter, say
 
 NUM_EXAMPLES = 10
 """Pairs that the ledger keeps as text: as many as `simpo audit --examples` may ask for."""
@@ -107,11 +107,11 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
             with PairWriter(folder) as writer:
                 prepared = write(writer)
         except NotStored as error:
-            console.print(f"data cache not written to {folder.parent}: {error}", markup=False, highlight=False)
+            say(f"data cache not written to {folder.parent}: {error}", console)
             with PairWriter(None) as writer:
                 prepared = write(writer)
     for line in prepared.ledger.notices:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        say(line, console)
     _check_dropped(prepared.ledger, recipe.max_dropped_fraction)
     return prepared
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from simpo.display import say
 from simpo.evaluation.results import Evaluation, compare, save_json
 from simpo.evaluation.run import (
     HELD_OUT,
@@ -58,7 +59,7 @@ def run_eval_command(
     settings = load_recipe(str(recipe_or_data) if is_recipe else {}, words, only=READ_KEYS)
     settings = load_recipe(settings, {"model_name_or_path": model_folder(settings.model_name_or_path)})
     for notice in settings.notices if data is None else ():
-        console.print(f"notice: {notice}", markup=False, soft_wrap=True)
+        say(f"notice: {notice}", console)
     set_threads(settings.num_threads)
     if tasks:
         names = [settings.model_name_or_path, *([] if baseline is None else [baseline])]
@@ -67,7 +68,7 @@ def run_eval_command(
         show_tasks(content, console)
         if output is not None:
             save_json(content, output)
-            console.print(f"results: {output}", markup=False, soft_wrap=True)
+            say(f"results: {output}", console)
         return content
     tokenizer = find_tokenizer(settings, settings.model_name_or_path)
     pairs = load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs)
@@ -102,5 +103,5 @@ def run_eval_command(
         path = Path(output)
         save_json(content, path)
         evaluation.save_pairs(path.with_suffix(".pairs.jsonl"))
-        console.print(f"results: {path}, {path.with_suffix('.pairs.jsonl')}", markup=False, soft_wrap=True)
+        say(f"results: {path}, {path.with_suffix('.pairs.jsonl')}", console)
     return content

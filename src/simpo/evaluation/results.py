@@ -23,6 +23,7 @@ from torch import Tensor
 
 from simpo.data.files import write_whole
 from simpo.data.rows import name_sources
+from simpo.display import say
 from simpo.evaluation.statistics import (
     SIMILAR_LENGTH,
     AccuracyTest,
@@ -177,8 +178,8 @@ class Evaluation:
         """Print as a table, and the generations."""
         console = console or Console(highlight=False)
         split = "" if self.split is None else f", split {self.split}"
-        _say(console, f"model  {self.model}", style="bold")
-        _say(console, f"data   {self.data}{split}: {self.num_pairs} pairs, tokens {self.data_fingerprint}")
+        say(f"model  {self.model}", console, style="bold")
+        say(f"data   {self.data}{split}: {self.num_pairs} pairs, tokens {self.data_fingerprint}", console)
         table = _table("", "value", "95% interval")
         table.add_row("preference accuracy", *_percent(self.accuracy))
         table.add_row("margin M, nats per token", *_nats(self.margin))
@@ -199,7 +200,7 @@ class Evaluation:
         console.print(table)
         self._render_generations(console)
         for note in self.notes:
-            _say(console, f"note: {note}", style="yellow")
+            say(f"note: {note}", console, style="yellow")
 
     def _render_generations(self, console: Console) -> None:
         for generation in self.generations:
@@ -208,7 +209,7 @@ class Evaluation:
             title = f"{generation.row_id}: {generation.num_tokens} tokens, {generation.repeated_share:.0%} repeated"
             console.print(Panel(text, title=Text(title), title_align="left"))
         if self.generations:
-            _say(console, f"repeated 4-token sequences: {self.repeated_share:.1%} on average")
+            say(f"repeated 4-token sequences: {self.repeated_share:.1%} on average", console)
 
 
 @dataclass(frozen=True)
@@ -256,8 +257,8 @@ class Comparison:
     def render(self, console: Console | None = None) -> None:
         """Print as a table."""
         console = console or Console(highlight=False)
-        _say(console, f"a  {self.model_a}", style="bold")
-        _say(console, f"b  {self.model_b}", style="bold")
+        say(f"a  {self.model_a}", console, style="bold")
+        say(f"b  {self.model_b}", console, style="bold")
         table = _table(f"a - b on {self.num_pairs} pairs", "value", "95% interval", "p")
         test = self.accuracy_test
         name = f"accuracy {self.accuracy_a.value:.1%} - {self.accuracy_b.value:.1%}, points"
@@ -276,7 +277,7 @@ class Comparison:
             table.add_row("  margin M", *_nats(Interval(*each.margin[:3])), _p(each.margin.p_value))
         console.print(table)
         for note in self.notes:
-            _say(console, f"note: {note}", style="yellow")
+            say(f"note: {note}", console, style="yellow")
 
 
 # --- from records to numbers -----------------------------------------------------------------------------------------
@@ -423,10 +424,6 @@ def _table(*columns: str) -> Table:
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", header_style="dim", no_wrap=bool(index))
     return table
-
-
-def _say(console: Console, text: str, *, style: str | None = None) -> None:
-    console.print(text, markup=False, highlight=False, style=style, soft_wrap=True)
 
 
 def _percent(interval: Interval) -> tuple[str, str]:

@@ -31,7 +31,7 @@ from simpo.data.ledger import SplitLedger
 from simpo.data.loader import PairStore
 from simpo.data.prepare import PreparedData, prepare_pairs
 from simpo.data.sources import EVAL_NAMES, find_sources
-from simpo.display import counter
+from simpo.display import counter, say
 from simpo.evaluation.generate import generate_greedy
 from simpo.evaluation.results import Evaluation, Generation, PairRecord, build_evaluation
 from simpo.evaluation.statistics import repeated_share
@@ -283,7 +283,7 @@ def evaluate_pairs(
     stored = [store[i] for i in range(len(store))]
     with ready_model(model, settings) as (network, packed, notes):
         for note in notes:
-            console.print(f"note: {note}", markup=False, soft_wrap=True)
+            say(f"note: {note}", console)
         device = unwrap(network).get_input_embeddings().weight.device
 
         def forward(batch: PackedPairs) -> PairLogps:

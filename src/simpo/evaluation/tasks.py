@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from simpo.display import say
 from simpo.errors import one_line
 from simpo.evaluation.run import find_tokenizer, load_to_evaluate, model_folder
 from simpo.evaluation.statistics import (
@@ -70,11 +71,12 @@ def measure_tasks(name: str, tasks: Sequence[str], settings: Recipe, *, max_docu
     """
     if find_spec("lm_eval") is None:
         raise ValueError("--tasks needs lm-evaluation-harness: pip install 'simpo[tasks]'")
-    from lm_eval.evaluator import simple_evaluate
+    from lm_eval import evaluator
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    evaluator.get_git_commit_hash = str  # git would print an error where a run's folder is no repository
     files = [Path(task).suffix in (".yaml", ".yml") for task in tasks]
     for task in (task for task, is_file in zip(tasks, files) if is_file and not Path(task).is_file()):
         raise ValueError(f"--tasks: {task}: no such file")
@@ -94,7 +96,7 @@ def measure_tasks(name: str, tasks: Sequence[str], settings: Recipe, *, max_docu
         ("random_seed", "numpy_random_seed", "torch_random_seed", "fewshot_random_seed"), settings.seed
     )
     try:
-        found: Any = simple_evaluate(
+        found: Any = evaluator.simple_evaluate(
             lm, tasks=list(tasks), task_manager=manager, limit=max_documents, bootstrap_iters=0, **seeds
         )
     except (KeyError, TypeError) as error:  # what a task file that is none makes it raise
@@ -189,13 +191,19 @@ def compare_tasks(after: TaskResults, before: TaskResults | None) -> dict[str, A
 
 def show_tasks(content: Mapping[str, Any], console: Console) -> None:
     """Print what `compare_tasks` gives as a table: a row for each task or group, and each of its metrics."""
-    console.print(f"model     {content['model']}", markup=False, soft_wrap=True)
+    say(f"model     {content['model']}", console)
     if content["baseline"]:
-        console.print(f"baseline  {content['baseline']}", markup=False, soft_wrap=True)
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
+        say(f"baseline  {content['baseline']}", console)
+    table = Table(box=None, padding=(0, 1), pad_edge=False)
     columns = ("baseline", "change", "95% interval", "p") if content["baseline"] else ("95% interval",)
     for place, column in enumerate(("task, metric", "value", *columns)):
-        table.add_column(column, justify="right" if place else "left", header_style="dim", no_wrap=bool(place))
+        table.add_column(
+            column,
+            justify="right" if place else "left",
+            header_style="dim",
+            no_wrap=bool(place),
+            min_width=12 * (not place),
+        )
     for row in content["tasks"]:
         if row["task"] in content["inner"]:
             continue
@@ -211,4 +219,4 @@ def show_tasks(content: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for name, value in content["others"].items():
         other = content["others_of_baseline"].get(name)
-        console.print(f"{name}: {value:.4g}" + (f" (baseline {other:.4g})" if other is not None else ""), markup=False)
+        say(f"{name}: {value:.4g}" + (f" (baseline {other:.4g})" if other is not None else ""), console)

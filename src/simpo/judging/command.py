@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from simpo.data.files import write_whole
+from simpo.display import say
 from simpo.evaluation.results import save_json
 from simpo.evaluation.statistics import Interval
 from simpo.judging.alpaca import alpaca_eval_win_rate
@@ -58,11 +59,11 @@ def run_judge(recipe: Recipe, *, output: str | Path | None = None) -> Path:
     first, second = str(wanted.model or recipe.output_dir), str(wanted.against or recipe.model_name_or_path)
     labels = label_sides(first, second)
     folder = Path(output or Path(str(recipe.output_dir), "judged"))
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True)
     with OutputLock(folder), interruptible(lambda: "what has been answered and judged is kept"):
         found = find_prompts(recipe)
         for note in found.notes:
-            console.print(f"note: {note}", markup=False)
+            say(f"note: {note}", console)
         asked = folder / "prompts.jsonl"
         save_prompts(found.prompts, asked)
         sides = [
@@ -211,9 +212,9 @@ def _save(folder: Path, both: _Both, judged: Mapping[str, _Judged], result: dict
 def show_judgement(result: Mapping[str, Any], console: Console) -> None:
     """Print the numbers of a judgement as a table."""
     for title in ("model", "against"):
-        console.print(f"{title:<7}  {result[title]}", markup=False, soft_wrap=True)
+        say(f"{title:<7}  {result[title]}", console)
     kinds = ", ".join(f"{name} ({spec['kind']})" for name, spec in result["judges"].items())
-    console.print(f"judge    {kinds}, on {result['compared']} prompts", markup=False, soft_wrap=True)
+    say(f"judge    {kinds}, on {result['compared']} prompts", console)
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     for place, column in enumerate(("", "value", "95% interval")):
         table.add_column(column, justify="right" if place else "left", header_style="dim", no_wrap=bool(place))
@@ -232,7 +233,7 @@ def show_judgement(result: Mapping[str, Any], console: Console) -> None:
         table.add_row("prefers what comes first", f"{result['first_preferred']:.0%}", "")
     console.print(table)
     for note in result["notes"]:
-        console.print(f"note: {note}", markup=False, soft_wrap=True, style="yellow")
+        say(f"note: {note}", console, style="yellow")
 
 
 def _percent(interval: Interval) -> tuple[str, str]:

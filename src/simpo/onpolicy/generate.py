@@ -18,7 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from simpo.data.columns import RowError
-from simpo.display import counter
+from simpo.display import counter, say
 from simpo.onpolicy.journal import Journal
 from simpo.onpolicy.prompts import Prompt, read_prompts
 from simpo.onpolicy.sampler import Backend, LocalBackend, Response
@@ -59,7 +59,7 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
         )
     found = read_prompts(recipe)
     for note in found.notes:
-        console.print(f"note: {note}", markup=False)
+        say(f"note: {note}", console)
     count = len(found.prompts)
     backend = _build_backend(recipe)
     keys = {name: value for name, value in wanted.model_dump().items() if name not in NOT_IN_RESPONSES}
@@ -73,7 +73,7 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
             _fill(journal, found.prompts, backend, console, wanted.num_samples)
         summary = {"input_rows": found.rows, "repeated_prompts": found.repeated, **_count(journal)}
         journal.finish([prompt.id for prompt in found.prompts], summary)
-        console.print(f"responses: {journal.path}  ({_describe(summary)})", markup=False)
+        say(f"responses: {journal.path}  ({_describe(summary)})", console)
     return journal.path
 
 
@@ -102,7 +102,7 @@ def _fill(journal: Journal, prompts: Sequence[Prompt], backend: Backend, console
                     journal.leave_out(prompt.row_id, error)
             advance(len(together), units)
             for note in backend.notes[said:]:
-                console.print(f"note: {note}", markup=False)
+                say(f"note: {note}", console)
             said = len(backend.notes)
 
 

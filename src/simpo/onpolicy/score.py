@@ -21,7 +21,7 @@ from rich.console import Console
 
 from simpo.data.columns import RowError
 from simpo.data.files import hash_files
-from simpo.display import counter
+from simpo.display import counter, say
 from simpo.onpolicy.journal import Journal, as_line, read_about, read_rows
 from simpo.onpolicy.scorers import build_rater
 from simpo.onpolicy.scorers.rating import Explained, Rater, Row, Scores
@@ -61,12 +61,10 @@ def run_score(
             faults |= part.work(source, order, faults, console)
         _combine(source, target, order, scorers, faults, standardize=settings.standardize, digest=digest)
     about = read_about(target)
-    console.print(f"scored: {target}  ({about['rows']} of {len(order)} prompts)", markup=False)
+    say(f"scored: {target}  ({about['rows']} of {len(order)} prompts)", console)
     for name, spread in about["scores"].items():
         low, mean, high = (f"{spread[each]:.4g}" for each in ("min", "mean", "max"))
-        console.print(
-            f"  {name}: {mean} on average, {low} to {high}, standard deviation {spread['sd']:.4g}", markup=False
-        )
+        say(f"  {name}: {mean} on average, {low} to {high}, standard deviation {spread['sd']:.4g}", console)
     if not about["rows"]:
         lines = [
             f"{each['count']} {reason}: {each['examples'][0]['detail']}" for reason, each in about["left_out"].items()

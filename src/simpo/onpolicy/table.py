@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
+from simpo.display import say
 from simpo.evaluation.statistics import Interval, mean_interval, repeated_share
 from simpo.onpolicy.journal import read_rows
 
@@ -117,7 +118,7 @@ def show_table(console: Console, models: Sequence[Measures], notes: Sequence[str
     console.print()
     console.print(table)
     for note in notes:
-        console.print(note, markup=False, soft_wrap=True)
+        say(note, console)
 
 
 _SHARES = ("accuracy", "repetition", "finished")
