@@ -39,7 +39,7 @@ FOUR = ("fsdp2 x tp2", "hsdp 2x2", "cp2 x tp2", "dp2 x tp2")
 TIED = {"tie_word_embeddings": True, "vocab_size": 509}  # whose shards do not divide
 UNTIED = {"vocab_size": 509, "attention_bias": True, "mlp_bias": True}
 LORA = {"use_peft": True, "lora_r": 4}
-TIMES = {"step_time_s", "pairs_per_s", "memory_gib", "eval_time_s"}
+TIMES = {"step_time_s", "pairs_per_s", "memory_gib", "eval_time_s", "eval_saved_time_s"}
 
 
 def data_ranks(mesh: str) -> int:

@@ -26,6 +26,7 @@ from simpo.run.checkpoint import (
     list_checkpoints,
     load_state,
 )
+from simpo.run.tracking import LOGS
 
 if TYPE_CHECKING:
     from simpo.data.cache import PreparedData
@@ -130,7 +131,7 @@ def put_aside(recipe: Recipe, resumed: Checkpoint | None, kind: CheckpointKind =
     its logs hold so far, and later checkpoints. Call it once nothing can be refused any more.
     """
     output_dir, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
-    logs = [output_dir / f"{name}.jsonl" for name in ("metrics", "generations", "eval_pairs", "guard")]
+    logs = [output_dir / name for name in LOGS]
     if resumed is None or resumed.folder.resolve().parent != (output_dir / "checkpoints").resolve():
         old = output_dir / "recipe.yaml"
         is_other = old.is_file() and old.read_text(encoding="utf-8", errors="replace") != recipe.to_yaml()

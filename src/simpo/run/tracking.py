@@ -1,6 +1,6 @@
 """Where metrics are written: `metrics.jsonl` always; TensorBoard, wandb and trackio on request.
 
-Must not import data, the trainer or evaluation.
+Must not import the trainer or evaluation.
 """
 
 from __future__ import annotations
@@ -15,11 +15,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpo.data.files import sync, write_whole
 from simpo.run.eval_pairs import EVAL_PAIRS_FILE
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
+
+
+LOGS = ("metrics.jsonl", "generations.jsonl", EVAL_PAIRS_FILE, "guard.jsonl")
+"""What a run directory holds of each step."""
 
 
 class MetricsLog:
@@ -44,9 +49,8 @@ class MetricsLog:
             tracker.log(numbers, step)
 
     def sync(self) -> None:
-        """Make what was written survive a power cut; called before a checkpoint that refers to it."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Make what the logs hold survive a power cut; called before a checkpoint that refers to it."""
+        sync_logs(self.path.parent)
 
     def close(self) -> None:
         self._file.close()
@@ -69,6 +73,13 @@ def open_log(folder: Path, recipe: Recipe, *, done: int, mesh: Mesh) -> Iterator
         yield log
 
 
+def sync_logs(folder: Path) -> None:
+    """Make what was written to the logs of a run directory survive a power cut."""
+    for path in (*(folder / name for name in LOGS), folder):
+        if path.exists():
+            sync(path)
+
+
 def forget_lines_after(path: Path, step: int) -> None:
     """Drop lines of steps that a resumed run will do again, and a last line that a kill cut short.
 
@@ -80,9 +91,7 @@ def forget_lines_after(path: Path, step: int) -> None:
         return
     *lines, _ = path.read_text(encoding="utf-8").split("\n")
     kept = [line + "\n" for line in lines if not _is_done_again(line, step)]
-    aside = path.with_suffix(".jsonl.tmp")
-    aside.write_text("".join(kept), encoding="utf-8")
-    os.replace(aside, path)
+    write_whole(path, kept)
 
 
 def _is_done_again(line: str, step: int) -> bool:
