@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from simpo.display import Display
+from simpo.hosts.hf import SimPOTrainer, run_recipe
 from simpo.recipe import load_recipe
 from simpo.run import checkpoint as checkpoints
 from simpo.trainer import Trainer
@@ -64,3 +65,24 @@ def test_files_are_synced_before_the_rename(tiny_recipe: dict[str, Any], monkeyp
     first_rename = events.index("rename")
     assert events[:first_rename].count("sync") >= 5  # tensors, their index, RNG, state, digests
     assert events[first_rename + 1 :] == ["sync"]  # and the folder that holds the new name
+
+
+def test_the_trainer_deletes_no_checkpoint_before_the_next_one_is_whole(
+    tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    identity = SimPOTrainer._identity
+
+    def die_at_the_second(trainer: SimPOTrainer) -> dict[str, Any]:
+        if trainer.state.global_step == 2:
+            raise PowerCut
+        return identity(trainer)
+
+    monkeypatch.setattr(SimPOTrainer, "_identity", die_at_the_second)
+    keys = {"max_steps": 2, "save_steps": 1, "save_total_limit": 1}
+    with pytest.raises(PowerCut):
+        run_recipe(load_recipe({**tiny_recipe, **keys}))
+    monkeypatch.undo()
+    folder = Path(tiny_recipe["output_dir"], "checkpoints")
+    assert [c.step for c in checkpoints.list_checkpoints(folder, checkpoints.TRAINERS)] == [1]
+    run_recipe(load_recipe({**tiny_recipe, **keys, "resume_from_checkpoint": True}))
+    assert [c.step for c in checkpoints.list_checkpoints(folder, checkpoints.TRAINERS)] == [2]

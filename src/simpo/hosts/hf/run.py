@@ -262,10 +262,6 @@ class RunDirectory(TrainerCallback):
             left_s = logs["step_time_s"] * (state.max_steps - state.global_step)
             self.display.log_step(state.global_step, state.max_steps, logs, left_s=left_s)
 
-    def on_save(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        if self.log is not None:
-            self.log.sync()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """After the last step: log, evaluate and save, whatever the intervals."""
         if state.global_step >= state.max_steps:

@@ -21,11 +21,12 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps
 from simpo.data.cache import PreparedData, fingerprint_tokens
+from simpo.data.files import sync, sync_tree, write_whole
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.data.prepare import dropped_by_source
@@ -54,6 +55,7 @@ from simpo.run.reference import ReferenceLogps
 from simpo.run.resume import check_same_run, run_identity, supersede_checkpoints
 from simpo.run.session import build_loader, check_agreement
 from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
+from simpo.run.tracking import sync_logs
 
 IDENTITY_FILE = TRAINERS.state_file  # in each checkpoint: what must be equal to resume it
 
@@ -503,13 +505,21 @@ class SimPOTrainer(Trainer):
             yield from self.model.state_dict().items()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
+        self.args.save_total_limit = limit
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             if self.references:
                 save_references(folder, self.references)
             # Last, for a checkpoint that has it is whole.
-            (folder / IDENTITY_FILE).write_text(json.dumps({**stamp(), **self._identity()}), encoding="utf-8")
+            sync_tree(folder)
+            sync_logs(Path(self.recipe.output_dir or "."))
+            write_whole(folder / IDENTITY_FILE, json.dumps({**stamp(), **self._identity()}))
+            sync(folder)
+            # Only now may an earlier one go, which the Trainer deletes before this one is whole.
+            best = self.state.best_model_checkpoint
+            rotate_checkpoints(str(folder.parent), limit, best_model_checkpoint=best, use_mtime=True)
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
         """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
