@@ -52,8 +52,10 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
     source, display = find_source(name, overrides), Display()
     path = Path(output) if output is not None else _default(source, quantize)
     modelfile = path.with_name("Modelfile" if path.stem == "model" else f"{path.stem}.Modelfile")
+    # A Modelfile of a file that is not there is what a killed export left, and stays.
+    is_left = modelfile.is_file() and f"FROM ./{path.name}\n" in modelfile.read_text(encoding="utf-8")
     for each in (path, modelfile):
-        if each.exists():
+        if each.exists() and not (each == modelfile and is_left):
             raise ValueError(f"{each} is there already, and nothing is overwritten; choose another --output")
     tokenizer = load_source_tokenizer(source)
     # Merging wants fp32; a model that is written as it is has no more than its own files.
@@ -70,11 +72,12 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
                 display.say(note)
         else:
             _convert(model, tokenizer, source, aside, quantize)
-        aside.replace(path)
+        said = [] if is_left else write_modelfile(modelfile, tokenizer, path.name, source.recipe)
+        aside.replace(path)  # last: with it the export is whole
     finally:
         aside.unlink(missing_ok=True)
     display.say(f"{path}: {path.stat().st_size / 2**20:,.1f} MiB, {quantize}")
-    for line in write_modelfile(modelfile, tokenizer, path.name, source.recipe):
+    for line in said:
         display.say(line)
     return path
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from simpo.data.files import write_whole
 from simpo.data.messages import Message, turn
 from simpo.data.templates import PROBE_ANSWERS, PROBE_USER, load_chat_template
 from simpo.errors import one_line
@@ -106,7 +107,7 @@ def write_modelfile(path: Path, tokenizer: Any, model: str, recipe: Recipe) -> l
         lines.append(f'SYSTEM """{recipe.system_prompt}"""')
     if '"""' in template or '"""' in (recipe.system_prompt or ""):
         return ['no Modelfile: the chat template or the system prompt holds """']
-    path.write_text("\n".join([*lines, ""]), encoding="utf-8")
+    write_whole(path, "\n".join([*lines, ""]))
     without = "; the chat template has no system turn, so ollama leaves one out" * (not found.takes_system)
     return [f"{path}: ollama create NAME -f {path}{without}"]
 
