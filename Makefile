@@ -11,13 +11,15 @@ VENV   ?= .venv
 TORCH  ?= torch==2.13.0
 # A folder of SmolLM2-135M-Instruct; fetched once into the user cache when not given.
 MODEL  ?=
+# Trials of each kind with each command, for make chaos: a number, or all.
+CHAOS  ?= all
 # Options of benchmarks/bench.py, for make bench.
 BENCH  ?=
 
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 
-.PHONY: demo test test-scale test-long bench docs install engines model lint check clean help
+.PHONY: demo test chaos test-scale test-long bench docs install engines model lint check clean help
 
 demo: model
 	MODEL="$(MODEL)" $(RUN) examples/demo/run.py
@@ -25,6 +27,11 @@ demo: model
 # Two files at a time, one thread each, in the order of their names: e2e, which has the longest, comes first.
 test: engines
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+# Kills, full disks, wrong bits, losses of power: hours. A part of it: make chaos CHAOS=20 CHAOS_ARGS="-k train"
+chaos: engines
+	@mkdir -p build
+	SIMPO_CHAOS=$(CHAOS) SIMPO_CHAOS_LOG=build/chaos.jsonl $(RUN) -m pytest tests/chaos -m long $(CHAOS_ARGS)
 
 # The same claims on four processes: a few minutes more.
 test-scale: engines
