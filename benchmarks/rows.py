@@ -2,12 +2,14 @@
 
     python benchmarks/rows.py make rows.jsonl --rows 1000000 --pairs FOLDER
     python benchmarks/rows.py watch simpo audit recipe.yaml
+    python benchmarks/rows.py watch python benchmarks/rows.py compare FOLDER --rows 10000000
 
 `make` writes JSON Lines, a JSON list, CSV or Parquet, as the name says: rows of about 270 to 1,500 bytes whose prompts
 and answers are put together from different pairs, 1% of them equal to an earlier row. `watch` prints wall and CPU time
 and the peak of the resident memory of the command and all its processes together (PSS, so that what they share counts
 once): what they hold themselves, and the pages of files that are mapped, which the system takes back when it needs
-them. Linux only.
+them. Linux only. `compare` does what follows the tokenisers (the filters of all pairs, the account, the store in
+FOLDER) with made-up pairs of four tokens: its memory is what a pair takes while the rest of its split is prepared.
 """
 
 from __future__ import annotations
@@ -117,6 +119,52 @@ def _memory(pid: int) -> dict[str, int]:
     return {name: int(fields[name].split()[0]) for name in ("Pss", "Pss_Anon", "Pss_File") if name in fields}
 
 
+def compare(folder: Path, count: int) -> None:
+    """Filter and store `count` made-up pairs: 1% contradict another, 5% have a signature that others have."""
+    import numpy as np
+    import pyarrow as pa
+
+    from simpo.data import prepare
+    from simpo.data.ledger import Ledger
+    from simpo.recipe import load_recipe
+
+    rng, size = np.random.default_rng(0), 4096
+    common = rng.integers(0, 256, (size, 128), np.uint8)
+
+    def column(field: pa.Field, rows: range) -> pa.Array:
+        n = len(rows)
+        if field.name == "row_id":
+            return pa.array([f"made-up/train#{row}" for row in rows])
+        if field.name == "signature":
+            signatures = rng.integers(0, 256, (n, 128), np.uint8)
+            alike = rng.random(n) < 0.05
+            signatures[alike] = common[rng.integers(0, size, alike.sum())]
+            return pa.FixedSizeBinaryArray.from_buffers(field.type, n, [None, pa.py_buffer(signatures.tobytes())])
+        if field.name.endswith("_key"):
+            keys = rng.integers(-(2**62), 2**62, n)
+            return pa.array(np.where(rng.random(n) < 0.01, 7, keys) if field.name == "answers_key" else keys)
+        if pa.types.is_boolean(field.type):
+            return pa.array(rng.random(n) < 0.5)
+        if pa.types.is_list(field.type):
+            each = 0 if field.name.endswith("gaps") else 4
+            ends = np.arange(n + 1, dtype=np.int32) * each
+            return pa.ListArray.from_arrays(ends, pa.array(np.zeros(n * each, np.int32))).cast(field.type)
+        return pa.array(np.ones(n)).cast(field.type)
+
+    def tokenised(rows: range, *_: Any) -> Iterator[Any]:
+        for at in range(0, len(rows), size):
+            some = rows[at : at + size]
+            columns = [column(field, some) for field in prepare._SCHEMA]
+            yield prepare.Chunk(pa.Table.from_arrays(columns, schema=prepare._SCHEMA), [], [])
+
+    prepare._tokenize_all, prepare._example = tokenised, lambda *_: {}
+    clean = {"near_duplicates": True, "leaks": "near", "contradictions": True}
+    recipe = load_recipe({"model_name_or_path": "-", "dataset_name": "-", "drop_duplicates": True, "clean": clean})
+    splits = argparse.Namespace(train=range(count * 19 // 20), eval=range(count // 20))
+    with prepare.PairWriter(folder / "store") as writer:
+        print(prepare._write(recipe, None, None, splits, Ledger(fingerprint="store"), None, writer).ledger.splits)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parts = parser.add_subparsers(dest="part", required=True)
@@ -125,9 +173,14 @@ def main() -> None:
     make.add_argument("--rows", type=int, default=1_000_000)
     make.add_argument("--pairs", type=Path, required=True, help="folder with train.jsonl.gz: pairs with messages")
     parts.add_parser("watch").add_argument("command", nargs=argparse.REMAINDER)
+    made_up = parts.add_parser("compare")
+    made_up.add_argument("folder", type=Path)
+    made_up.add_argument("--rows", type=int, default=1_000_000)
     args = parser.parse_args()
     if args.part == "make":
         write(args.path, synthetic_rows(args.pairs, args.rows))
+    elif args.part == "compare":
+        compare(args.folder, args.rows)
     else:
         raise SystemExit(watch(args.command))
 

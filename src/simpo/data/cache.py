@@ -55,7 +55,7 @@ _PAIRS = pa.schema(PAIR_COLUMNS)
 _ASIDE = ".new-"
 BATCH_ROWS = 4096
 """Pairs to a record batch: a few MB, so that a mapped store of millions is a few thousand pieces."""
-_LARGE = 1 << 25
+_LARGE = 1 << 22
 """Bytes from which an array lies in a file."""
 _DROPPED = "dropped.jsonl"
 _DIGESTS = "digests.json"

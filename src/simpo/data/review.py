@@ -1,7 +1,7 @@
 """Owns what only all pairs together show: the filters of `clean` that compare pairs, and the advice of `simpo audit`.
 
-Works on small numbers of each pair (`cleaning.FINDINGS` and its keys), never on texts, so that a million pairs need a
-few hundred megabytes.
+Works on small numbers of each pair (`cleaning.FINDINGS` and its keys), never on texts, so that a million pairs need
+about a hundred megabytes.
 """
 
 from __future__ import annotations
