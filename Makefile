@@ -18,6 +18,7 @@ BENCH  ?=
 
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
+TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test chaos test-scale test-long bench docs install engines model lint check clean help
 
@@ -26,20 +27,20 @@ demo: model
 
 # Two files at a time, one thread each, in the order of their names: e2e, which has the longest, comes first.
 test: engines
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(TWO_FILES)
 
 # Kills, full disks, wrong bits, losses of power: hours. A part of it: make chaos CHAOS=20 CHAOS_ARGS="-k train"
 chaos: engines
 	@mkdir -p build
 	SIMPO_CHAOS=$(CHAOS) SIMPO_CHAOS_LOG=build/chaos.jsonl $(RUN) -m pytest tests/chaos -m long $(CHAOS_ARGS)
 
-# The same claims on four processes: a few minutes more.
+# The same claims on four processes: a few minutes more. Only the files that have such tests are read.
 test-scale: engines
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m four_processes
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m four_processes $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.four_processes tests | sort)
 
 # And those that take most of a minute each: DeepSpeed, Ray, compiling, real weights on two processes.
 test-long: engines
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'long and not four_processes' -n 2
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'long and not four_processes' $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.long tests | sort)
 
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model

@@ -27,6 +27,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> None:
+    if session.items and not session.config.option.collectonly:
+        import forks
+
+        forks.serve()
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Folder of real preference pairs (`SIMPO_DATA`, else `../shared/data` beside the checkout)."""

@@ -1,5 +1,7 @@
 """Python programs in forks of one process that has imported torch, transformers and simpo, and has computed nothing.
 
+That process is a fork of pytest's, made when all tests are collected (conftest.py).
+
     done = forks.run("-m", "simpo", "train", "recipe.yaml")
 
 A program started so costs what it does, without the seconds of processor time that its imports take; so do the
@@ -13,13 +15,17 @@ import functools
 import multiprocessing
 import os
 import runpy
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from multiprocessing import reduction
+from concurrent.futures import thread
+from multiprocessing import connection, forkserver, reduction, resource_tracker
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 PRELOADED = ["simpo.cli", "simpo.trainer", "transformers.trainer", "torch.distributed.launcher.api", "frozen"]
@@ -42,6 +48,38 @@ def _context(in_fork: bool) -> Any:
     return context
 
 
+def serve() -> None:
+    """Let programs be forks of a fork of this process, which has imported most already.
+
+    A server that multiprocessing starts would import it all again, for ten seconds of processor time.
+    """
+    if sys.version_info >= (3, 14):  # whose server wants a key
+        return
+    resource_tracker.ensure_running()
+    listener, address = socket.socket(socket.AF_UNIX), connection.arbitrary_address("AF_UNIX")
+    listener.bind(address)
+    os.chmod(address, 0o600)
+    listener.listen()
+    alive, keep_alive = os.pipe()
+    sys.stdout.flush()
+    number = os.fork()
+    if number == 0:
+        os.close(keep_alive)
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        for stream in range(3):
+            os.dup2(nowhere, stream)
+        try:
+            ready, _, _ = select.select([alive, listener], [], [])
+            if alive not in ready:
+                forkserver.main(listener.detach(), alive, PRELOADED)
+        finally:
+            os._exit(0)
+    listener.close()
+    os.close(alive)
+    server = forkserver._forkserver
+    server._forkserver_address, server._forkserver_alive_fd, server._forkserver_pid = address, keep_alive, number
+
+
 class Program:
     """`subprocess.Popen` of a command that starts Python, as far as tests and launchers use it."""
 
@@ -51,10 +89,13 @@ class Program:
         *,
         env: Mapping[str, str] | None = None,
         cwd: Path | str | None = None,
+        stdin: Any = None,
         stdout: Any = None,
         stderr: Any = None,
         start_new_session: bool = False,
+        process_group: int | None = None,
     ) -> None:
+        stderr = stdout if stderr == subprocess.STDOUT else stderr
         streams = [_Stream(file.fileno()) if file else None for file in (stdout, stderr)]
         self._process = process(
             _become, [str(word) for word in args], dict(os.environ if env is None else env), cwd, streams
@@ -101,6 +142,12 @@ def run(
         return subprocess.CompletedProcess(words, code, said.read(), "")
 
 
+def start_forks(module: ModuleType) -> None:
+    """In a forked program: the commands that this module starts are forks of it, and go with it as they would."""
+    module.subprocess = SimpleNamespace(Popen=Program, STDOUT=subprocess.STDOUT, DEVNULL=subprocess.DEVNULL)
+    os.execvp = lambda _, words: _run(words)  # where a command says that it goes with its parent
+
+
 def num_tracebacks(output: str) -> int:
     """Of a launcher's processes; torchrun's own report that one has failed ends in another."""
     return output.count("Traceback (most recent call last)") - ("ChildFailedError" in output)
@@ -139,7 +186,12 @@ def _become(words: list[str], env: dict[str, str], cwd: Any, streams: list[_Stre
     for file in (sys.stdout, sys.stderr):
         file.reconfigure(line_buffering=True)
     torch.set_num_threads(1)
+    thread._threads_queues.clear()  # or a fork that a thread of a pool has made would wait for itself in the end
     subprocess_handler.Popen = Program
+    _run(words)
+
+
+def _run(words: list[str]) -> None:
     while words[0] in (sys.executable, "-u"):
         words = words[1:]
     match words:
