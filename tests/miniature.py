@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -264,8 +264,8 @@ def rounds_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rounds, "run_command", run)
 
 
-@pytest.fixture
-def sweeps_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module")
+def sweeps_in_process() -> Iterator[None]:
     """The commands of a sweep's trials in this process."""
     from typer.testing import CliRunner
 
@@ -277,5 +277,7 @@ def sweeps_in_process(monkeypatch: pytest.MonkeyPatch) -> None:
         log.write_text(result.output)
         return result.exit_code, result.output.strip().rpartition("\n")[2]
 
-    for module in (jobs, calibrate):
-        monkeypatch.setattr(module, "run_command_line", run)
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (jobs, calibrate):
+            patch.setattr(module, "run_command_line", run)
+        yield

@@ -10,10 +10,12 @@ import sys
 import time
 from pathlib import Path
 
+import forks
 import pytest
 from miniature import rounds_recipe
 
 KILLS = int(os.environ.get("SIMPO_KILLS", "3"))
+LOOP = "import forks, simpo.cli, simpo.onpolicy.rounds as r; forks.start_forks(r); simpo.cli.main()"
 
 
 def write_recipe(folder: Path, model: Path) -> Path:
@@ -28,10 +30,10 @@ def write_recipe(folder: Path, model: Path) -> Path:
     return path
 
 
-def start(recipe: Path, output: Path) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "simpo", "rounds", str(recipe), "--output_dir", str(output)]
+def start(recipe: Path, output: Path) -> forks.Program:
+    command = ["-c", LOOP, "rounds", str(recipe), "--output_dir", str(output)]
     with output.with_suffix(".log").open("ab") as log:
-        return subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        return forks.Program(command, stdout=log, stderr=log, env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
 def children_of(process: int) -> list[int]:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from typer.testing import CliRunner
 
@@ -42,40 +39,52 @@ def test_calibrate_writes_a_recipe_that_trains_with_the_reasons_in_front(tiny_re
     assert CliRunner().invoke(app, ["train", str(written), "--max_steps", "2"]).exit_code == 0
 
 
-def test_a_killed_sweep_goes_on_and_comes_to_the_same(tiny_recipe, tmp_path):
-    words = [sys.executable, "-m", "simpo", "sweep", str(save(tiny_recipe, tmp_path / "recipe.yaml"))]
-    words += ["--learning_rate", "1e-3,4e-3", "--max_steps", "4", "--generations", "0"]
-    found = []
-    for name, kills in (("whole", 0), ("killed", 2)):
-        folder = tmp_path / name
-        for _ in range(kills):
-            child = subprocess.Popen([*words, "--output_dir", str(folder)], start_new_session=True)
-            before = (folder / "sweep.json").stat().st_mtime_ns if (folder / "sweep.json").exists() else 0
-            while not (folder / "sweep.json").exists() or (folder / "sweep.json").stat().st_mtime_ns == before:
-                assert child.poll() is None
-                time.sleep(0.05)
-            os.kill(child.pid, signal.SIGKILL)
-            child.wait()
-            time.sleep(1)  # its child goes with it
-        subprocess.run([*words, "--output_dir", str(folder)], check=True)
-        content = json.loads((folder / "sweep.json").read_text())
+def words_of(recipe: dict[str, Any], folder: Path) -> list[str]:
+    path = save({**recipe, "output_dir": str(folder)}, folder.parent / "recipe.yaml")
+    return ["sweep", str(path), "--learning_rate", "1e-3,4e-3", "--max_steps", "4", "--generations", "0"]
+
+
+@pytest.fixture(scope="module")
+def whole(sweeps_in_process, tiny_recipe_in, tmp_path_factory) -> Path:
+    """sweep.json of an undisturbed one."""
+    folder = tmp_path_factory.mktemp("whole")
+    result = CliRunner().invoke(app, words_of(tiny_recipe_in(folder), folder / "sweep"))
+    assert result.exit_code == 0, result.output
+    return folder / "sweep" / "sweep.json"
+
+
+def test_a_killed_sweep_goes_on_and_comes_to_the_same(whole, tiny_recipe, tmp_path):
+    """Its commands, forks like itself, go with it."""
+    start = "import forks, simpo.cli, simpo.tuning.jobs as jobs; forks.start_forks(jobs); simpo.cli.main()"
+    words, found = ["-c", start, *words_of(tiny_recipe, tmp_path / "sweep")], tmp_path / "sweep" / "sweep.json"
+    for _ in range(2):
+        child = forks.Program(words)
+        before = found.stat().st_mtime_ns if found.exists() else 0
+        while not found.exists() or found.stat().st_mtime_ns == before:
+            assert child.poll() is None
+            time.sleep(0.05)
+        child.kill()
+        child.wait()
+        time.sleep(1)  # its child goes with it
+    done = forks.run(*words)
+    assert done.returncode == 0, done.stdout
+    contents = [json.loads(path.read_text()) for path in (whole, found)]
+    for content in contents:
         for each in [content["untrained"], *(r for t in content["trials"] for r in t["results"])]:
             del each["time_s"]
-        found.append(content)
-    assert found[0] == found[1]
+    assert contents[0] == contents[1]
 
 
-def test_ray_tune_runs_trials_and_comes_to_the_same(tiny_recipe, tmp_path):
+def test_ray_tune_runs_trials_and_comes_to_the_same(whole, tiny_recipe, tmp_path):
     ray = pytest.importorskip("ray")
     pytest.importorskip("ray.tune")
-    space = {"learning_rate": ("1e-3", "4e-3")}
-    results = []
     ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
     try:
-        for name in ("here", "ray"):
-            recipe = load_recipe(tiny_recipe, {"output_dir": str(tmp_path / name), "max_steps": 4})
-            found = read_sweep(run_sweep(recipe, space, generations=0, ray=name == "ray"))
-            results.append((found.best.settings, found.best.last.accuracy, found.best.last.margin))
+        recipe = load_recipe(tiny_recipe, {"max_steps": 4})
+        path = run_sweep(recipe, {"learning_rate": ("1e-3", "4e-3")}, generations=0, ray=True)
     finally:
         ray.shutdown()
-    assert results[0] == results[1]
+    expected, found = read_sweep(whole).best, read_sweep(path).best
+    assert (found.settings, found.last.accuracy, found.last.margin) == (
+        *(expected.settings, expected.last.accuracy, expected.last.margin),
+    )
