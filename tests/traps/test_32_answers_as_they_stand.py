@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from tokenizers_for_tests import CHATML, LLAMA3, tokenize_pair, trained_texts
 
+from simpo.data.comparison import check_answer
 from simpo.data.ledger import Dropped, SplitLedger
 from simpo.data.preferences import Pair, RowError, pair_from_row
 
@@ -106,3 +107,12 @@ def test_what_was_done_to_kept_rows_is_counted_with_examples():
         [Dropped("a#1", "thoughts put elsewhere", "'hm'"), Dropped("a#2", "thoughts put elsewhere", "")]
     )
     assert account.notices == ["2 rows: thoughts put elsewhere (a#1: 'hm')"]
+
+
+def test_marks_of_a_thought_may_be_the_templates_own():
+    said = {"role": "assistant", "content": "<think>hm</think>yes"}
+    check_answer(said, "", "[hm] yes", "chosen", is_apart=True)
+    with pytest.raises(RowError, match="<think>"):
+        check_answer(said, "", "[hm] yes", "chosen", is_apart=False)
+    with pytest.raises(RowError, match="hm"):
+        check_answer(said, "", "yes", "chosen", is_apart=True)

@@ -8,6 +8,7 @@ import json
 import pytest
 from row_outcomes import outcome
 
+from simpo.data.columns import message_columns
 from simpo.data.files import read_file
 
 
@@ -84,3 +85,15 @@ def test_two_columns_of_one_name_are_refused(tmp_path):
     (tmp_path / "a.csv").write_text("prompt,chosen,rejected,chosen\nq,a,b,c\n")
     with pytest.raises(ValueError, match=r"a\.csv: several columns are called 'chosen'; rename or remove them"):
         list(read_file(tmp_path / "a.csv"))
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "expected"),
+    [
+        ('[{"role": "user", "content": "a"}]', "[{'from': 'gpt', 'value': 'b'}]", ["chosen", "rejected"]),
+        ('[{"role": "user", "content": "a"}]', "b", []),
+        ('[{"role": "user", "content": "a"}]', '[{"content": "b"}]', []),
+    ],
+)
+def test_columns_of_answers_are_messages_together_or_not_at_all(chosen, rejected, expected):
+    assert message_columns([{"prompt": "q", "chosen": chosen, "rejected": rejected}]) == expected

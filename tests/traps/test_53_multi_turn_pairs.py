@@ -107,3 +107,13 @@ def test_texts_that_begin_alike_hold_their_prompt(chosen, rejected, prompt):
 def test_texts_without_a_common_beginning_or_beside_other_text_have_no_prompt(more):
     with pytest.raises(RowError, match="missing column: no prompt column"):
         pair_from_row({"chosen": "Blue.", "rejected": "Green.", **more})
+
+
+def test_a_turn_behind_the_cut_leaves_no_gap(build_tokenizer):
+    chosen = [user("Which?"), say("Yes " * 30), user("And?"), say("So.")]
+    pair = pair_from_row({"chosen": chosen, "rejected": [user("Which?"), say("No.")]})
+    tokenizer = build_tokenizer("chatml")
+    whole = tokenize_pair(pair, tokenizer, max_length=1000)
+    assert len(whole.chosen_gaps) == 2
+    cut = tokenize_pair(pair, tokenizer, max_length=whole.chosen_start + 10, max_prompt_length=whole.chosen_start)
+    assert (cut.chosen_ids, list(cut.chosen_gaps)) == (whole.chosen_ids[: whole.chosen_start + 10], [])

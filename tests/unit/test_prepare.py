@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from simpo.data import cache, workers
+from simpo.data import ledger as ledgers
 from simpo.data import prepare as data_prepare
 from simpo.data.ledger import Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.prepare import prepare_pairs
@@ -89,6 +90,7 @@ def test_columns_and_types(messy, build_tokenizer, data_recipe):
         assert row["chosen_ids"][shared] != row["rejected_ids"][shared]
     splits = prepared.ledger.splits
     assert splits["train"].input + splits["eval"].input == 20
+    assert len(prepared.fingerprint) == 32
 
 
 def test_duplicates_go_only_when_asked_and_repeats_stay(messy, build_tokenizer, data_recipe):
@@ -395,6 +397,8 @@ def test_examples_per_reason_are_few():
 def test_printed_ledger_marks_trained_text_without_colour(messy, build_tokenizer, data_recipe):
     recipe = data_recipe(messy, max_dropped_fraction=0.5, validation_fraction=0.2, max_length=60, max_prompt_length=30)
     ledger = prepare(recipe, build_tokenizer("chatml")).ledger
+    assert ledger.splits["train"].examples[0]["chosen_prompt"].startswith("<|im_start|>user\n")
+    ledger.notes.append("noted beside the tables")
     stream = io.StringIO()
     ledger.render(Console(file=stream, width=120, color_system=None))
     text = stream.getvalue()
@@ -403,7 +407,13 @@ def test_printed_ledger_marks_trained_text_without_colour(messy, build_tokenizer
     assert "rows in" in text
     assert "dropped: missing column" in text
     assert "held out by prompt" in text
+    assert "\nnoted beside the tables\n" in text
     assert "\x1b" not in text
+
+
+def test_the_fullest_bin_of_a_histogram_has_a_bar_of_twenty():
+    lines = ledgers._bars({"edges": [0, 16, 32, 64], "counts": [4, 1, 0]}).splitlines()
+    assert [line.count("█") for line in lines] == [20, 5, 0]
 
 
 def test_real_data_is_kept_whole(real_data, smol_model, data_recipe):
