@@ -153,6 +153,11 @@ def write_rows(root: Path, name: str, *, scored: bool) -> None:
     (root / "run" / f"{name}.json").write_text(json.dumps(account))
 
 
+def rows_written(root: Path) -> int:
+    """How far a command has come that writes rows."""
+    return sum(path.read_bytes().count(b"\n") for path in (root / "run").rglob("*.jsonl"))
+
+
 def save(root: Path, keys: Mapping[str, Any]) -> str:
     load_recipe(dict(keys), processes=1).save(root / "recipe.yaml")
     return "recipe.yaml"
@@ -161,7 +166,8 @@ def save(root: Path, keys: Mapping[str, Any]) -> str:
 @command
 def generate(root: Path, model: Path) -> Case:
     recipe = sampling_recipe(root, model, write_prompts(root, 8), num_samples=2, max_new_tokens=6, batch_size=4)
-    return Case(["generate", save(root, recipe)], lambda root: files(root / "run", "responses.*"), given=INPUTS)
+    words = ["generate", save(root, recipe)]
+    return Case(words, lambda root: files(root / "run", "responses.*"), progress=rows_written, given=INPUTS)
 
 
 SCORERS = {"clean": {"kind": "repetition", "weight": 5}, "brief": {"kind": "length", "max": 4}}
@@ -172,7 +178,9 @@ def score(root: Path, model: Path) -> Case:
     write_rows(root, "responses", scored=False)
     recipe = {"model_name_or_path": "any", "output_dir": str(root / "run")}
     recipe["score"] = {"scorers": SCORERS, "standardize": True}
-    return Case(["score", save(root, recipe)], lambda root: files(root / "run", "scored.*", "scores/*"), given=INPUTS)
+    patterns = ("scored.*", "scores/*")
+    words = ["score", save(root, recipe)]
+    return Case(words, lambda root: files(root / "run", *patterns), progress=rows_written, given=INPUTS)
 
 
 @command

@@ -227,14 +227,11 @@ class Scene:
     def _names(self) -> set[str]:
         return {path.relative_to(self.root).as_posix() for path in self.root.rglob("*") if path.is_file()}
 
-    def choose(self, places: Sequence[Any], kind: str, most: int | None = None) -> list[Any]:
-        """As many of these as shall be tried, the same for the same number."""
-        wanted = len(places) if TRIALS == "all" else int(TRIALS)
-        wanted = min(wanted, len(places), most or len(places))
-        chosen = random.Random(f"{self.name} {kind} {os.environ.get('SIMPO_CHAOS_SEED', 0)}").sample(
-            range(len(places)), wanted
-        )
-        return [places[each] for each in sorted(chosen)]
+    def choose(self, places: Sequence[Any], kind: str) -> list[Any]:
+        """As many of these as shall be tried, in their order; the same for the same number."""
+        wanted = len(places) if TRIALS == "all" else min(int(TRIALS), len(places))
+        rng = random.Random(f"{self.name} {kind} {os.environ.get('SIMPO_CHAOS_SEED', 0)}")
+        return [places[each] for each in sorted(rng.sample(range(len(places)), wanted))]
 
 
 # --- what is done ----------------------------------------------------------------------------------------------------
@@ -266,9 +263,9 @@ def kill_at_operations(scene: Scene) -> Table:
 
 
 def kill_at_random(scene: Scene) -> Table:
-    """Kill it after a random time, again and again until it comes to its end; then start over."""
+    """Kill it after a random time, then give it again."""
     table, rng = Table("killed at random", scene.name), random.Random(scene.name)
-    for number in scene.choose(range(10**6 if TRIALS == "all" else RANDOM_KILLS), "", most=RANDOM_KILLS):
+    for number in scene.choose(range(RANDOM_KILLS), table.kind):
         scene.reset()
         limit_s = rng.uniform(0, 1.1 * scene.whole.wall_s)
         _killed(scene, table, f"{number}, after {limit_s:.3f} s", scene.run(limit_s=limit_s))
@@ -312,9 +309,9 @@ def fill_disk(scene: Scene) -> Table:
 
 
 def flip_bits(scene: Scene, flips: int = 3) -> Table:
-    """A bit is wrong in a file that the command reads when it is given again after it was killed on its way."""
+    """A bit is wrong in a file that the command finds when it is given again, after it was killed or was done."""
     table = Table("one bit wrong", scene.name)
-    stops = [scene.num_operations * part // 10 for part in (4, 6, 8, 9)]
+    stops = [scene.num_operations * part // 10 for part in (4, 6, 8, 9)] + [scene.num_operations + 1]
     kinds: dict[str, tuple[int, str]] = {}
     for at in stops:
         scene.reset()
