@@ -96,6 +96,14 @@ def train(root: Path, model: Path) -> Case:
 
 
 @command
+def train_from_a_named_checkpoint(root: Path, model: Path) -> Case:
+    """Of a finished run."""
+    recipe = train_recipe(root, model, save_total_limit=None)
+    words = ["train", recipe, "--resume_from_checkpoint", "run/checkpoints/step-2"]
+    return Case(words, run_directory, given=INPUTS, first=[["train", recipe]])
+
+
+@command
 def train_async(root: Path, model: Path) -> Case:
     recipe = train_recipe(root, model, async_save=True, use_peft=True, lora_r=2, lora_dropout=0.1)
     return Case(["train", recipe], run_directory, given=INPUTS, progress=newest_checkpoint)

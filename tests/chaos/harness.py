@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Case:
 
     Attributes:
         words: what follows `simpo`; given again after a kill.
+        first: commands, as words, whose results it begins with.
         promises: name -> value, of a finished command's folder: what must be the same however often it was killed.
         progress: of a folder: how far the command has come, which may never become less; none = it starts anew.
         given: patterns of the files that the user gave: a wrong bit in one is another input.
@@ -50,6 +51,7 @@ class Case:
 
     words: Sequence[str]
     promises: Promises
+    first: Sequence[Sequence[str]] = ()
     progress: Callable[[Path], int] = lambda root: 0
     given: Sequence[str] = ()
     is_there: str | None = None
@@ -174,6 +176,9 @@ class Scene:
         self.root, self._before, self._aside = folder / "at", folder / "before", folder
         self.root.mkdir(parents=True)
         self.case = build(self.root)
+        for words in self.case.first:
+            done = server.run(replace(self.case, words=words), self.root)
+            assert done.is_fine, done.said
         shutil.copytree(self.root, self._before)
         recording = folder / "recording"
         plan = Plan(folder / "plan", self.root, record=recording)

@@ -127,6 +127,19 @@ def test_a_checkpoint_that_cannot_be_resumed_moves_nothing(finished: Settings) -
     assert content(folder) == before
 
 
+def test_a_kill_while_things_are_put_aside_leaves_the_logs(finished: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Path(finished["output_dir"])
+    before = (folder / "metrics.jsonl").read_text()
+
+    def die(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "rename", die)
+    with pytest.raises(KeyboardInterrupt):
+        build(finished, resume_from_checkpoint=str(folder / "checkpoints" / "step-4"))
+    assert (folder / "metrics.jsonl").read_text() == before
+
+
 def test_the_last_checkpoint_of_a_finished_run_still_gives_its_model_again(finished: Settings) -> None:
     folder = Path(finished["output_dir"])
     before = content(folder)

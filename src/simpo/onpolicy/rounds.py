@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from simpo.data.files import hash_files, write_whole
+from simpo.data.files import hash_files, sync_tree, write_whole
 from simpo.display import Display, format_duration
 from simpo.onpolicy.journal import changed_settings, read_about
 from simpo.onpolicy.pair import is_held_out, run_pair
@@ -388,6 +388,7 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
     with saving_quietly():
         AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().save_pretrained(aside)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(aside)
+    sync_tree(aside)
     aside.rename(target)
 
 

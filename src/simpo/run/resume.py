@@ -138,10 +138,7 @@ def put_aside(recipe: Recipe, resumed: Checkpoint | None, kind: CheckpointKind =
         return supersede(output_dir, [*logs, *[old] * is_other])
     if not isinstance(wanted, str) or Path(wanted).resolve() != resumed.folder.resolve():
         return None
-    aside = supersede(output_dir, [output_dir / "model", *logs])
-    for log in logs:
-        if aside is not None and (aside / log.name).exists():
-            shutil.copy(aside / log.name, log)
+    aside = supersede(output_dir, [output_dir / "model"], copied=logs)
     supersede_checkpoints(output_dir / "checkpoints", resumed.step, kind)
     return aside
 
@@ -152,14 +149,16 @@ def supersede_checkpoints(folder: Path, step: int, kind: CheckpointKind) -> Path
     return supersede(folder, [c.folder for c in every if c.step > step])
 
 
-def supersede(folder: Path, paths: Iterable[Path]) -> Path | None:
-    """Move what there is of these into a new folder next to them, and return that."""
-    there = [path for path in paths if path.exists()]
-    if not there:
+def supersede(folder: Path, paths: Iterable[Path], *, copied: Iterable[Path] = ()) -> Path | None:
+    """Move what there is of these into a new folder next to them, copy some there, and return it."""
+    there, copied = [path for path in paths if path.exists()], [path for path in copied if path.exists()]
+    if not there and not copied:
         return None
     # transformers' Trainer neither deletes nor uploads what begins with "_".
     aside = next(path for n in itertools.count(1) if not (path := folder / f"_superseded-{n}").exists())
     aside.mkdir()
+    for path in copied:
+        shutil.copy(path, aside / path.name)
     for path in there:
         path.rename(aside / path.name)
     return aside

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from simpo.data.files import sync
 from simpo.display import Display
 from simpo.shipping.merge import merge_adapters, stored_dtype, write_folder
 from simpo.shipping.modelfile import write_modelfile
@@ -73,6 +74,7 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
         else:
             _convert(model, tokenizer, source, aside, quantize)
         said = [] if is_left else write_modelfile(modelfile, tokenizer, path.name, source.recipe)
+        sync(aside)
         aside.replace(path)  # last: with it the export is whole
     finally:
         aside.unlink(missing_ok=True)
