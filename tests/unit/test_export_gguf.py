@@ -146,6 +146,25 @@ def test_transformers_reads_back_the_same_model_and_the_same_tokens(family: tupl
     assert its_tokenizer.chat_template == tokenizer.chat_template
 
 
+@torch.no_grad()
+def test_llama_cpp_itself_reads_the_tokens_and_answers_as_the_model(family: tuple[Any, Any], tmp_path: Path):
+    xllamacpp = pytest.importorskip("xllamacpp", reason="no llama.cpp (pip install xllamacpp)")
+    model, tokenizer = family
+    write_gguf(model, tokenizer, tmp_path / "x.gguf", quantize="f32", name="tiny")
+    settings = xllamacpp.CommonParams()
+    settings.model.path, settings.n_ctx, settings.n_parallel, settings.warmup = str(tmp_path / "x.gguf"), 256, 1, False
+    settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = 1
+    asked = {"temperature": 0, "max_tokens": 8, "logprobs": 1, "ignore_eos": True}
+    reply = xllamacpp.Server(settings).handle_completions({"prompt": TEXTS[0], **asked})
+    ids = tokenizer(TEXTS[0])["input_ids"]
+    assert reply["usage"]["prompt_tokens"] == len(ids)
+    for said in reply["choices"][0]["logprobs"]["content"]:
+        logps = model(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+        assert logps[said["id"]] > logps.max() - 0.02
+        assert said["logprob"] == pytest.approx(float(logps[said["id"]]), abs=0.05)  # its cache is in float16
+        ids = [*ids, said["id"]]
+
+
 def test_formats_between_are_rounded_as_torch_rounds(family: tuple[Any, Any], tmp_path: Path):
     model, tokenizer = family
     for quantize, dtype in (("f16", torch.float16), ("bf16", torch.bfloat16)):
