@@ -184,6 +184,23 @@ def test_of_each_rung_the_best_go_on_and_every_rung_costs_about_the_same(trainin
     assert (recipe.max_steps, recipe.learning_rate) == (45, 0.1)
 
 
+def test_short_rungs_are_judged_by_how_far_pairs_lean_before_any_changes_sides(trainings, tiny_recipe, monkeypatch):
+    def run(words, log, **options):
+        code, said = trainings(words, log, **options)
+        if words[0] == "eval" and "steps-2" in str(log):  # accuracy 0.5 for all, as of the untrained model
+            pairs = log.parent / "result.pairs.jsonl"
+            rate, records = load_recipe(log.parent / "recipe.yaml").learning_rate, pairs.read_text().splitlines()
+            records = [{**json.loads(each), "margin": (1 if i < 50 else -1) + rate} for i, each in enumerate(records)]
+            pairs.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return code, said
+
+    monkeypatch.setattr(jobs, "run_command_line", run)
+    path = run_sweep(load_recipe(tiny_recipe), {"learning_rate": RATES[:3]}, rungs=(2, 6))
+    trials = json.loads(path.read_text())["trials"]
+    assert [trial["results"][0]["accuracy"][0] for trial in trials] == [0.5] * 3
+    assert [len(trial["results"]) for trial in trials] == [1, 1, 2]
+
+
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 9])
 def test_given_again_it_does_what_was_left_and_the_untrained_model_is_measured_once(stop_after, trainings, tiny_recipe):
     recipe, space = load_recipe(tiny_recipe), {"learning_rate": RATES[:3], "beta": ("2", "4")}

@@ -42,6 +42,8 @@ class Result:
         steps: optimizer steps it was given; None = as the recipe says.
         accuracy: on held-out pairs, those with a longer and with a shorter chosen response counting alike.
         margin, chosen: mean over pairs, nats per token.
+        leaning: as accuracy, with sigmoid(margin / spread of the untrained model's margins) for each pair instead of 0
+            or 1: what a few steps have changed shows in it though no pair has changed sides.
         repeated: share of 4-grams of its greedy answers that came before in them; None without answers.
         failed: why it counts for nothing.
         time_s: of training and measuring.
@@ -51,6 +53,7 @@ class Result:
     accuracy: Interval | None = None
     margin: Interval | None = None
     chosen: float | None = None
+    leaning: float | None = None
     repeated: float | None = None
     failed: str | None = None
     time_s: float = 0.0
@@ -125,7 +128,7 @@ def run_job(
             raise KeyboardInterrupt
         if code:
             return Result(None, failed=f"simpo {words[0]} ended with {code}: {said}")
-    return _measured(job.folder, time.perf_counter() - began)
+    return _measured(job, time.perf_counter() - began)
 
 
 def run_command_line(
@@ -156,11 +159,15 @@ def run_command_line(
     return code, next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
 
 
-def _measured(folder: Path, time_s: float) -> Result:
-    content = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+def _measured(job: Job, time_s: float) -> Result:
+    content = json.loads((job.folder / "result.json").read_text(encoding="utf-8"))
+    margins, *lengths = read_pairs(job.folder, "margin", "chosen_length", "rejected_length")
+    (before,) = read_pairs(job.measured_by.parent if job.measured_by else job.folder, "margin")
+    leaning = torch.sigmoid(margins / before.std(correction=0).clamp(min=1e-6))
     return Result(
         None,
-        accuracy=length_balanced_accuracy(*read_pairs(folder, "margin", "chosen_length", "rejected_length")),
+        accuracy=length_balanced_accuracy(margins, *lengths),
+        leaning=float(length_balanced(leaning, *lengths).mean()),
         margin=Interval(**content["margin"]),
         chosen=content["chosen_mean"],
         repeated=content["repeated_share"],

@@ -174,7 +174,7 @@ class _Sweep:
             remaining = remaining[: max(1, round(len(remaining) * (before or 1) / (steps or 1)))]
             self._train(remaining, workers, rung=rung, steps=steps)
             remaining = self._alive(remaining)
-        return self._finish(remaining)
+        return self._finish(sorted(remaining, key=self._worth, reverse=True))
 
     def _propose_one_by_one(self, space: Space, workers: Workers, *, steps: int | None, count: int) -> None:
         self._train(self.trials, workers, rung=0, steps=steps)
@@ -222,8 +222,9 @@ class _Sweep:
     # --- what came out -----------------------------------------------------------------------------------------------
 
     def _alive(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Those that did not fail, the best first."""
-        return sorted((t for t in trials if t.results and not t.last.failed), key=self._worth, reverse=True)
+        """Those that did not fail, first those that lean furthest to the chosen answers."""
+        alive = [t for t in trials if t.results and not t.last.failed]
+        return sorted(alive, key=lambda t: (t.last.leaning or 0.0, self._worth(t)), reverse=True)
 
     @staticmethod
     def _worth(trial: Trial) -> float:
