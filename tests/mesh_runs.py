@@ -16,7 +16,8 @@ from torch.distributed.tensor import DTensor
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import Checkpoint, CheckpointSaver, read_state
+from simpo.run.checkpoint import CheckpointSaver
+from simpo.run.saved import Checkpoint, read_state
 from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]

@@ -21,8 +21,8 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.checkpoint import list_checkpoints
 from simpo.run.resume import find_checkpoint
+from simpo.run.saved import list_checkpoints
 
 
 def train_on_worker(config: dict[str, Any]) -> None:

@@ -44,7 +44,7 @@ from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe
 from simpo.report import leave_report
 from simpo.run import checkpoint as checkpoints
-from simpo.run.checkpoint import Checkpoint, CheckpointSaver
+from simpo.run.checkpoint import CheckpointSaver
 from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.guard import RunGuard
@@ -63,6 +63,7 @@ from simpo.run.optim import (
 )
 from simpo.run.reference import load_references
 from simpo.run.resume import best_checkpoint, check_same_run, find_checkpoint, run_identity
+from simpo.run.saved import Checkpoint
 from simpo.run.session import (
     Progress,
     build_loader,
@@ -331,7 +332,7 @@ class Trainer:
             self.mesh.barrier()
             best = self.mesh.on_main(lambda: best_checkpoint(best_step, folder))
             state = checkpoints.load_checkpoint(best, model=self.model, mesh=self.mesh)
-            results, kept_step = state["progress"]["last_eval"], best.step
+            results, kept_step = Progress.from_checkpoint(state, best).last_eval, best.step
             if self.guard.back_to is None:
                 self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
         model_dir = self.output_dir / "model"
@@ -445,13 +446,14 @@ class Trainer:
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = self.mesh.on_main(lambda: checkpoints.read_state(checkpoint))
-        fits = self.loader.pairs_before(state["step"]) == state["progress"]["pairs_seen"]
+        progress = Progress.from_checkpoint(state, checkpoint)
+        fits = self.loader.pairs_before(state["step"]) == progress.pairs_seen
         identity = self._identity()
         for line in check_same_run(state, identity, checkpoint.folder, recipe=self.recipe, pairs_fit=fits):
             self.display.say(line)
         self.mesh.on_main(lambda: checkpoints.clear_leftovers(self.checkpoint_dir))
         checkpoints.load_checkpoint(checkpoint, model=self.model, optimizer=self.optimizer, mesh=self.mesh)
-        self.progress = Progress.from_json(state["progress"])
+        self.progress = progress
         if self.recipe.load_best_model_at_end and self.progress.best_step is not None:
             line = locate_best(self.progress, checkpoint, self.checkpoint_dir, self.recipe, self.mesh)
             if line is not None:

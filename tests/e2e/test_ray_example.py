@@ -21,7 +21,7 @@ from mesh_runs import losses
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import list_checkpoints
+from simpo.run.saved import list_checkpoints
 from simpo.trainer import Trainer
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed (simpo[ray])")

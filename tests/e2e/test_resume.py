@@ -19,7 +19,7 @@ from miniature import recipe_in
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import list_checkpoints
+from simpo.run.saved import list_checkpoints
 from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]

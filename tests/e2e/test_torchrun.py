@@ -23,8 +23,8 @@ from miniature import recipe_in
 from ranks import Ranks
 
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import list_checkpoints
 from simpo.run.resume import find_checkpoint, record_launch
+from simpo.run.saved import list_checkpoints
 
 Settings = dict[str, Any]
 

@@ -15,7 +15,7 @@ from simpo.core.losses import LOSSES, sigmoid
 from simpo.display import Display
 from simpo.model.head import compute_pair_logps
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import list_checkpoints
+from simpo.run.saved import list_checkpoints
 from simpo.trainer import Trainer, TrainResult
 
 Settings = dict[str, Any]

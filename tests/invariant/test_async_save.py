@@ -21,7 +21,7 @@ from mesh_runs import (
     whole_state,
 )
 
-from simpo.run.checkpoint import list_checkpoints
+from simpo.run.saved import list_checkpoints
 
 KEYS = {"max_steps": 8, "save_steps": 2, "eval_steps": 4, "async_save": True}
 WAIT_S = 120

@@ -14,7 +14,7 @@ from mesh_runs import build as build_trainer
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from simpo.run.checkpoint import list_checkpoints
+from simpo.run.saved import list_checkpoints
 
 KEYS = {"max_steps": 2, "save_strategy": "no", "eval_strategy": "no", "warmup_ratio": 0.0}
 TRACES = ("distributed", "FSDP", "fsdp", "mesh", "tp_plan", "tp_size", "DTensor", "LogprobHead")

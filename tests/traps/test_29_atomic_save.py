@@ -12,6 +12,7 @@ from simpo.display import Display
 from simpo.hosts.hf import SimPOTrainer, run_recipe
 from simpo.recipe import load_recipe
 from simpo.run import checkpoint as checkpoints
+from simpo.run.saved import list_checkpoints
 from simpo.trainer import Trainer
 
 
@@ -40,7 +41,7 @@ def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
             patch.setattr(owner, name, die)
             with pytest.raises((PowerCut, RuntimeError)):  # what goes wrong inside dcp is reported as the latter
                 trainer.save()
-        assert [c.step for c in checkpoints.list_checkpoints(trainer.checkpoint_dir)] == [1], name
+        assert [c.step for c in list_checkpoints(trainer.checkpoint_dir)] == [1], name
         assert list(trainer.checkpoint_dir.glob(".step-*")), name
         again = Trainer(load_recipe({**tiny_recipe, "resume_from_checkpoint": True}), display=Display(quiet=True))
         assert again.progress.step == 1, name

@@ -20,9 +20,9 @@ from simpo.data import cache
 from simpo.data.cache import fingerprint_tokens
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import FORMAT
 from simpo.run.digest import record_files
 from simpo.run.metrics import PAIR_METRICS
+from simpo.run.saved import FORMAT
 from simpo.trainer import Trainer
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "checkpoints"

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import list_checkpoints
+from simpo.run.saved import list_checkpoints
 from simpo.run.stopping import StoppedByGuard
 from simpo.trainer import Trainer, TrainResult
 

@@ -12,8 +12,8 @@ from hf_hosts import read_rows, settings
 from simpo.display import Display
 from simpo.hosts.hf import SimPOConfig, SimPOTrainer, run_recipe
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import TRAINERS
 from simpo.run.resume import find_checkpoint, record_launch
+from simpo.run.saved import TRAINERS
 from simpo.trainer import Trainer
 
 Settings = dict[str, Any]

@@ -26,9 +26,10 @@ from simpo.display import Display
 from simpo.hosts.hf import run_recipe
 from simpo.recipe import load_recipe
 from simpo.run import reference
-from simpo.run.checkpoint import list_checkpoints, load_checkpoint
+from simpo.run.checkpoint import load_checkpoint
 from simpo.run.digest import record_files
 from simpo.run.plain import NotData, only_data
+from simpo.run.saved import list_checkpoints
 from simpo.trainer import Trainer
 
 Settings = dict[str, Any]

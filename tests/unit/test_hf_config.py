@@ -20,8 +20,8 @@ from simpo.hosts.hf.model import tokenizer_of
 from simpo.hosts.hf.run import build_config, check_keys
 from simpo.hosts.launcher import launched_by_accelerate
 from simpo.recipe import KEYS, load_recipe
-from simpo.run.checkpoint import TRAINERS
 from simpo.run.resume import find_checkpoint
+from simpo.run.saved import TRAINERS
 
 REPO = Path(__file__).resolve().parents[2]
 WILD = sorted((REPO / "tests" / "unit" / "recipes_in_the_wild").glob("*.yaml"))

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from simpo.cli import app
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import list_checkpoints
+from simpo.run.saved import list_checkpoints
 from simpo.shipping.merge import run_merge
 from simpo.trainer import Trainer
 

@@ -14,17 +14,18 @@ import io
 import json
 import os
 import re
+import shutil
 import sys
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 from simpo.data.columns import RowError, message_columns, type_cells
-from simpo.errors import one_line
+from simpo.errors import one_line, short
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
@@ -84,9 +85,21 @@ def _read_jsonl(path: Path) -> Iterator[Any]:
                 yield _json_line(line.removesuffix(b"\n"), f"{path.name} line {number}")
 
 
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    held = dict(pairs)
+    if len(held) < len(pairs):  # json would take the last and say nothing
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in {short(held)}")
+    return held
+
+
+_JSON = json.JSONDecoder(object_pairs_hook=_object)
+
+
 def _json_line(line: bytes, where: str) -> Any:
     try:
-        return json.loads(line.decode("utf-8"))
+        return _JSON.decode(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         return RowError("malformed", f"{where}: not JSON ({error.msg} at column {error.colno})")
     except (ValueError, RecursionError) as error:
@@ -130,7 +143,7 @@ def json_kind(path: Path) -> str:
 
 def _items(path: Path) -> Iterator[Any]:
     """The items of a JSON list one by one. Raises ValueError where it cannot tell how they go on."""
-    decode, blank = json.JSONDecoder().raw_decode, re.compile(r"[ \t\n\r]*")
+    decode, blank = _JSON.raw_decode, re.compile(r"[ \t\n\r]*")
 
     def skip(text: str, at: int) -> int:
         return blank.match(text, at).end()  # type: ignore[union-attr]
@@ -163,7 +176,7 @@ def load_json(path: Path) -> Any:
     if not data.strip():
         raise ValueError(f"{path}: the file has no rows")
     try:
-        return json.loads(data.decode("utf-8"))
+        return _JSON.decode(data.decode("utf-8"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path}: broken JSON at line {error.lineno}, column {error.colno}: {error.msg}") from error
     except (ValueError, RecursionError) as error:
@@ -220,8 +233,7 @@ def _numbered(reader: Any) -> Iterator[tuple[list[str], int]]:
 
 def _rows_of_cells(lines: Iterator[tuple[list[str], int]], path: Path) -> Iterator[dict[str, str | None] | RowError]:
     header, begins = next(lines)
-    if twice := sorted({name for name in header if name and header.count(name) > 1}):
-        raise ValueError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename or remove them")
+    _check_columns(header, path)
     for cells, line in lines:
         if cells == [_END]:
             return
@@ -235,6 +247,11 @@ def _rows_of_cells(lines: Iterator[tuple[list[str], int]], path: Path) -> Iterat
     raise ValueError(f"{path}: the row that begins at line {begins + 1} has a quote that is never closed")
 
 
+def _check_columns(names: list[str], path: Path) -> None:
+    if twice := sorted({name for name in names if name and names.count(name) > 1}):
+        raise ValueError(f"{path}: several columns are called {', '.join(map(repr, twice))}; rename or remove them")
+
+
 def _read_parquet(path: Path) -> Iterator[Any]:
     import pyarrow
     import pyarrow.parquet
@@ -243,6 +260,7 @@ def _read_parquet(path: Path) -> Iterator[Any]:
         with open(path, "rb") as stream:
             # Read in parts of a column: neither the file nor a row group has to fit in memory.
             file = pyarrow.parquet.ParquetFile(stream, buffer_size=_BLOCK, pre_buffer=False)
+            _check_columns(file.schema_arrow.names, path)
             for batch in file.iter_batches(batch_size=1000):
                 yield from batch.to_pylist()
     except (pyarrow.ArrowException, OSError) as error:
@@ -293,6 +311,41 @@ def hash_files(parts: list[Path]) -> str:
             while block := stream.read(1 << 20):
                 digest.update(block)
     return digest.hexdigest()
+
+
+def check_own(path: str | Path, *keys: str) -> dict[str, Any]:
+    """What a JSON file holds that a command is about to write anew; empty where there is none.
+
+    Raises:
+        ValueError: it is no object with these keys, so that it is somebody else's.
+    """
+    path = Path(path)
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or not {*keys} <= content.keys():
+        raise ValueError(
+            f"{path}: is there already, is not this command's, and is not overwritten; choose another place (--output)"
+        )
+    return content
+
+
+def supersede(folder: Path, paths: Iterable[Path], *, copied: Iterable[Path] = ()) -> Path | None:
+    """Move what there is of these into a new folder next to them, copy some there, and return it."""
+    there, copied = [path for path in paths if path.exists()], [path for path in copied if path.exists()]
+    if not there and not copied:
+        return None
+    # transformers' Trainer neither deletes nor uploads what begins with "_".
+    aside = next(path for n in count(1) if not (path := folder / f"_superseded-{n}").exists())
+    aside.mkdir()
+    for path in copied:
+        shutil.copy(path, aside / path.name)
+    for path in there:
+        path.rename(aside / path.name)
+    return aside
 
 
 def write_whole(path: str | Path, text: str | Iterable[str]) -> None:

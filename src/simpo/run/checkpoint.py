@@ -4,21 +4,13 @@ A checkpoint is a folder `step-N`. It is written under another name, synced to d
 a folder that has its final name is therefore complete. Model and optimizer go through torch.distributed.checkpoint:
 every process writes its own shards, and a run may be resumed from them on another mesh. Must not import the
 trainer or evaluation.
-
-A checkpoint of any older simpo has to be resumable: `load_state` gives its state in the present format. Raise `FORMAT`
-when an older simpo would read a new checkpoint wrongly, and teach `load_state` what the format before it had. Recipe
-keys, fields of the progress and metrics may come and go without that: what is missing gets its default.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import shutil
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -39,55 +31,25 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
 from simpo.data.files import sync, sync_tree
-from simpo.errors import first_line
 from simpo.parallel.mesh import Mesh
 from simpo.parallel.sharding import local_part
 from simpo.run.cpu_memory import empty_on_cpu
-from simpo.run.digest import check_files, digest_tensors, record_files
+from simpo.run.digest import digest_tensors, digest_values, record_files
 from simpo.run.optim import pack_rng, rng_state, set_rng_state
 from simpo.run.plain import NotData, only_data
-
-FORMAT = 2
-"""0: no number is written; sums of metrics in a list; the data is known by a hash of source files. 1: sums by name; the
-data is known by its tokens. 2: random-number states in JSON, not pickled; digests of all files."""
-STATE_FILE = "trainer_state.json"
-RNG_FILE = "rng-{rank}.json"
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """A complete checkpoint on disk."""
-
-    folder: Path
-    step: int
-
-
-@dataclass(frozen=True)
-class CheckpointKind:
-    """How a host's checkpoints are known."""
-
-    command: str  # that writes and resumes them
-    prefix: str  # of their folders' names, which the number of steps follows
-    state_file: str  # where `stamp` and the run's identity are
-    marker: str = ""  # a file that only whole ones have; "" where the folder's name says so
-
-
-NATIVE = CheckpointKind("simpo train or torchrun -m simpo train", "step", STATE_FILE)
-TRAINERS = CheckpointKind("accelerate launch", "checkpoint", "simpo.json", "simpo.json")
-
-
-def list_checkpoints(folder: Path, kind: CheckpointKind = NATIVE) -> list[Checkpoint]:
-    """Complete checkpoints of a kind below a run's `checkpoints/`, oldest first."""
-    if not folder.is_dir():
-        return []
-    names = [(path, re.fullmatch(rf"{kind.prefix}-(\d+)", path.name)) for path in folder.iterdir() if path.is_dir()]
-    found = [Checkpoint(path, int(name[1])) for path, name in names if name and (path / kind.marker).exists()]
-    return sorted(found, key=lambda checkpoint: checkpoint.step)
-
-
-def checkpoint_at(folder: Path, step: int) -> Checkpoint | None:
-    """The complete checkpoint of a step; None where there is none."""
-    return next((checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.step == step), None)
+from simpo.run.saved import (
+    RNG_FILE,
+    STATE_FILE,
+    Checkpoint,
+    check_digests,
+    checkpoint_at,
+    ignore_single_process_warning,
+    list_checkpoints,
+    read_state,
+    reason_of,
+    stamp,
+    with_advice,
+)
 
 
 class CheckpointSaver:
@@ -135,7 +97,8 @@ class CheckpointSaver:
         checkpoint, aside = Checkpoint(self.folder / f"step-{step}", step), self.folder / f".step-{step}.writing"
         tensors = _in_one_piece(_tensor_state(model, optimizer))
         digest = digest_tensors(tensors, self._mesh)
-        record = {**stamp(), **state, "step": step, "mesh": str(self._mesh.sizes), "digest": digest}
+        sums = {"digest": digest, "values": digest_values(tensors)}
+        record = {**stamp(), **state, "step": step, "mesh": str(self._mesh.sizes), **sums}
         self._begin(aside, record)
         self._pending = (checkpoint, aside, self._write(tensors, aside / "tensors"), protect)
         self.finish(wait=self._copies is None)
@@ -164,7 +127,7 @@ class CheckpointSaver:
 
         (torch 2.13's own `dcp.async_save` cannot copy what FSDP2 shards.)
         """
-        _ignore_single_process_warning()
+        ignore_single_process_warning()
         if self._copies is not None:
             thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
             copies = self._copies.of(tensors)
@@ -195,7 +158,7 @@ class CheckpointSaver:
         try:
             written.result()
         except (Exception, CheckpointException) as cause:  # dcp's own wrapper is a BaseException
-            error = RuntimeError(f"checkpoint {checkpoint.folder} could not be written: {_reason(cause)}")
+            error = RuntimeError(f"checkpoint {checkpoint.folder} could not be written: {reason_of(cause)}")
             error.__cause__ = cause
         self._mesh.raise_together(error)
 
@@ -252,33 +215,32 @@ def load_checkpoint(
     state = mesh.on_main(lambda: read_state(checkpoint))
     live = _tensor_state(model, optimizer)
     tensors = _in_one_piece(live)
-    rng, error = None, None
-    _ignore_single_process_warning()
+    rng, error = [], None
+    ignore_single_process_warning()
     try:
         with only_data(checkpoint.folder):
             dcp.load(tensors, checkpoint_id=checkpoint.folder / "tensors")
             if optimizer is not None and state["mesh"] == str(mesh.sizes):
-                rng = _read_rng(checkpoint.folder / RNG_FILE.format(rank=mesh.rank), state["format"])
+                rng.append(_read_rng(checkpoint.folder / RNG_FILE.format(rank=mesh.rank), state["format"]))
     except NotData as cause:
         error = cause
     except (Exception, CheckpointException) as cause:
-        error = ValueError(
-            f"checkpoint {checkpoint.folder} cannot be loaded into this model: {_reason(cause)}; "
-            "resume from an earlier one with resume_from_checkpoint: PATH"
-        )
+        error = ValueError(f"checkpoint {checkpoint.folder} cannot be loaded into this model: {reason_of(cause)}")
         error.__cause__ = cause
-    mesh.raise_together(error)
-    if digest_tensors(tensors, mesh) != {part: state["digest"][part] for part in tensors}:
-        raise ValueError(
-            f"checkpoint {checkpoint.folder} is damaged: its tensors are not the ones that were saved; "
-            "resume from an earlier one with resume_from_checkpoint: PATH"
-        )
+    with with_advice(checkpoint, mesh=mesh):
+        mesh.raise_together(error)
+        check_digests(state, digest_tensors(tensors, mesh), tensors, checkpoint)
     tensors = _sharded_like(tensors, live)
     set_model_state_dict(model, tensors["model"], options=StateDictOptions(strict=False))
     if optimizer is not None:
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_OPTIMIZER_OPTIONS)
-    if rng is not None:
-        set_rng_state(rng)
+    if rng:
+        try:
+            set_rng_state(rng[0])
+        except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as cause:
+            raise ValueError(
+                f"checkpoint {checkpoint.folder} is damaged: its random-number states are none ({reason_of(cause)})"
+            ) from cause
     return state
 
 
@@ -286,60 +248,6 @@ def _read_rng(path: Path, written_in: int) -> dict[str, Any]:
     if written_in < 2:
         return pack_rng(**torch.load(path.with_suffix(".pt"), weights_only=True))
     return json.loads(path.read_text(encoding="utf-8"))
-
-
-def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The trainer state of a checkpoint; as `load_state`.
-
-    Raises:
-        ValueError: also for another file that is missing or not as it was saved.
-    """
-    state = load_state(checkpoint.folder / STATE_FILE)
-    if state["format"] >= 2:
-        try:
-            check_files(checkpoint.folder)
-        except (OSError, ValueError, AttributeError) as error:
-            raise ValueError(
-                f"checkpoint {checkpoint.folder} is damaged: {_reason(error)}; "
-                "resume from an earlier one with resume_from_checkpoint: PATH"
-            ) from error
-    return state
-
-
-def stamp() -> dict[str, Any]:
-    """What every checkpoint says of its writer."""
-    return {"format": FORMAT, "simpo": version("simpo")}
-
-
-def load_state(path: Path) -> dict[str, Any]:
-    """The state that a host left in its checkpoint, as one of this version would have left it.
-
-    "format" stays what it was.
-
-    Raises:
-        ValueError: the file is missing, damaged, or of a newer format.
-    """
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        state["format"] = int(state.get("format", 0))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path.parent} is not a complete checkpoint: {_reason(error)}") from error
-    if state["format"] > FORMAT:
-        raise ValueError(
-            f"{path.parent} was written by simpo {state.get('simpo', '(unknown)')} in checkpoint format "
-            f"{state['format']}; this is simpo {version('simpo')}, which reads formats up to {FORMAT}: update simpo"
-        )
-    if state["format"] == 0 and "window" in state:
-        sums, num_pairs = state["window"]["sums"] or [], state["window"]["num_pairs"]
-        named = dict(zip(_METRICS_OF_FORMAT_0, sums, strict=False))
-        state["window"] = {"sums": named, "pairs": dict.fromkeys(named, num_pairs)}
-    return state
-
-
-_METRICS_OF_FORMAT_0 = (
-    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
-    *("logps/chosen", "logps/rejected", "sft_loss"),
-)
 
 
 def clear_leftovers(folder: Path) -> None:
@@ -410,17 +318,3 @@ def replace_folder(aside: Path, final: Path) -> None:
     aside.rename(final)
     shutil.rmtree(old, ignore_errors=True)
     sync(final.parent)
-
-
-def _ignore_single_process_warning() -> None:
-    """Without a process group dcp warns each time, in a thread too, that it assumes one process; here that is so."""
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-
-
-def _reason(error: BaseException) -> str:
-    """What went wrong, in one line; of the processes' errors that dcp collects, the first rank's."""
-    where = ""
-    if isinstance(error, CheckpointException):
-        rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
-        where, error = f"rank {rank}: " if rank or len(error.failures) > 1 else "", inner
-    return where + first_line(error)

@@ -39,6 +39,19 @@ def check_files(folder: Path) -> None:
             raise ValueError(f"{name} is {'not as it was saved' if name in found else 'missing'}")
 
 
+def digest_values(tensors: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """A checksum of what is not a tensor in each part (the settings of an optimizer's groups), by the last word of its
+    name: a version of torch that has further ones still knows these."""
+    found: dict[str, dict[str, Any]] = {}
+    for part, values in tensors.items():
+        digests = found.setdefault(part, {})
+        for name, value in sorted(values.items()):
+            if not isinstance(value, Tensor):
+                digest = digests.setdefault(name.rpartition(".")[2], hashlib.blake2b(digest_size=8))
+                digest.update(f"{name} {value!r}\n".encode())
+    return {part: {name: digest.hexdigest() for name, digest in digests.items()} for part, digests in found.items()}
+
+
 def digest_tensors(tensors: dict[str, Any], mesh: Mesh) -> dict[str, str]:
     """A checksum of every bit of the whole tensors of each part: of elements, not of files; the same on every mesh.
 

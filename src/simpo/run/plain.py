@@ -60,6 +60,12 @@ class _IndexReader(pickle.Unpickler):
         return super().find_class(module, name)
 
 
+def read_index(folder: Path) -> Any:
+    """The index that torch.distributed.checkpoint wrote into a folder; UnpicklingError for more than data."""
+    with (folder / ".metadata").open("rb") as file:
+        return _IndexReader(file).load()
+
+
 @contextlib.contextmanager
 def only_data(checkpoint: str | Path | None) -> Iterator[None]:
     """Inside, whoever reads tensors, pickled values and indexes below a checkpoint's folder gets data or an error.
@@ -77,8 +83,7 @@ def only_data(checkpoint: str | Path | None) -> Iterator[None]:
     os.environ[_FORCE] = "1"
     try:
         for index in sorted(folder.rglob(".metadata")):
-            with index.open("rb") as file:
-                _IndexReader(file).load()
+            read_index(index.parent)
         with safe_globals([*_ARRAYS, *_of_deepspeed()]):
             yield
     except (Exception, CheckpointException) as error:  # the latter is a BaseException, with the first ranks' errors

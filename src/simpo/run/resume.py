@@ -1,23 +1,22 @@
 """Which checkpoint a run is resumed from, and whether it is the same run.
 
-Owns the rules; reading and writing checkpoints is `run.checkpoint`'s.
+Owns the rules; reading and writing checkpoints is `run.saved`'s and `run.checkpoint`'s.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
-import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from simpo.data.files import supersede
 from simpo.parallel.mesh import restart_count
 from simpo.recipe import KEYS, load_recipe
 from simpo.recipe.yaml import parse_yaml
-from simpo.run.checkpoint import (
+from simpo.run.saved import (
     NATIVE,
     TRAINERS,
     Checkpoint,
@@ -25,6 +24,7 @@ from simpo.run.checkpoint import (
     checkpoint_at,
     list_checkpoints,
     load_state,
+    with_advice,
 )
 from simpo.run.tracking import LOGS
 
@@ -103,8 +103,9 @@ def _refuse_to_overwrite(recipe: Recipe, newest: Checkpoint | None, kind: Checkp
                 "another output_dir"
             )
     if newest is not None and resumes:
-        steps = load_state(newest.folder / kind.state_file).get("total_steps", newest.step) if is_finished else 0
-        if newest.step >= steps:
+        with with_advice(newest, kind):
+            state = load_state(newest.folder / kind.state_file) if is_finished else {"total_steps": 0}
+        if newest.step >= state.get("total_steps", newest.step):
             return
         advice = f"--resume_from_checkpoint {newest.folder} does the steps after it again; or"
     elif newest is None and is_finished:
@@ -149,21 +150,6 @@ def supersede_checkpoints(folder: Path, step: int, kind: CheckpointKind) -> Path
     return supersede(folder, [c.folder for c in every if c.step > step])
 
 
-def supersede(folder: Path, paths: Iterable[Path], *, copied: Iterable[Path] = ()) -> Path | None:
-    """Move what there is of these into a new folder next to them, copy some there, and return it."""
-    there, copied = [path for path in paths if path.exists()], [path for path in copied if path.exists()]
-    if not there and not copied:
-        return None
-    # transformers' Trainer neither deletes nor uploads what begins with "_".
-    aside = next(path for n in itertools.count(1) if not (path := folder / f"_superseded-{n}").exists())
-    aside.mkdir()
-    for path in copied:
-        shutil.copy(path, aside / path.name)
-    for path in there:
-        path.rename(aside / path.name)
-    return aside
-
-
 def best_checkpoint(step: int, folder: str | Path) -> Checkpoint:
     """The checkpoint of the best evaluation.
 
@@ -204,7 +190,7 @@ def check_same_run(
     ignored, with a line that names it. Data is the same if its tokens are, wherever they came from.
 
     Args:
-        saved: the checkpoint's state, as `run.checkpoint.load_state` gives it.
+        saved: the checkpoint's state, as `run.saved.load_state` gives it.
         current: `run_identity` of the run at hand, with its recipe.
         folder: the checkpoint's.
         pairs_fit: whether the pairs trained on by the checkpoint's step are as many as they would be in this run.

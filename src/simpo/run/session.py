@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import AutoConfig
 
@@ -24,16 +25,16 @@ from simpo.model.costs import cost_weights
 from simpo.model.kernels import describe_attention
 from simpo.model.load import load_pretrained, set_precision
 from simpo.recipe.checks import describe_long_warmup
-from simpo.run.checkpoint import NATIVE, CheckpointKind
 from simpo.run.cpu_memory import keep_freed_memory
 from simpo.run.optim import set_threads
 from simpo.run.resume import best_checkpoint, put_aside, record_launch
+from simpo.run.saved import NATIVE, CheckpointKind, wrong_type
 
 if TYPE_CHECKING:
     from simpo.data.prepare import PreparedData
     from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
-    from simpo.run.checkpoint import Checkpoint
+    from simpo.run.saved import Checkpoint
 
 
 @dataclass
@@ -54,9 +55,18 @@ class Progress:
     last_eval: dict[str, float] = field(default_factory=dict)
 
     @classmethod
-    def from_json(cls, state: Mapping[str, Any]) -> Progress:
-        """From a checkpoint, perhaps of another version: what it lacks gets its default, what is unknown is ignored."""
-        return cls(**{item.name: state[item.name] for item in dataclasses.fields(cls) if item.name in state})
+    def from_checkpoint(cls, state: Mapping[str, Any], checkpoint: Checkpoint) -> Progress:
+        """From a state, perhaps of another version: what it lacks gets its default, what is unknown is ignored.
+
+        Raises:
+            ValueError: a value is of another type.
+        """
+        held = state["progress"]
+        known = {item.name: held[item.name] for item in dataclasses.fields(cls) if item.name in held}
+        try:
+            return TypeAdapter(cls).validate_python(known)
+        except ValidationError as error:
+            raise ValueError(f"checkpoint {checkpoint.folder} is damaged: progress: {wrong_type(error)}") from error
 
     def track_best(self, values: Mapping[str, float], recipe: Recipe) -> None:
         """Take note of an evaluation after the present step if it is the best so far, and of whether it is any gain.

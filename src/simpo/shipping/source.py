@@ -28,7 +28,8 @@ from simpo.model.load import (
 )
 from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.recipe import KEYS, Recipe, load_recipe
-from simpo.run.checkpoint import NATIVE, STATE_FILE, TRAINERS, Checkpoint, list_checkpoints, load_checkpoint
+from simpo.run.checkpoint import load_checkpoint
+from simpo.run.saved import NATIVE, STATE_FILE, TRAINERS, Checkpoint, list_checkpoints
 
 _OF_ADAPTERS = frozenset(name for name, key in KEYS.items() if key.section == "lora")
 

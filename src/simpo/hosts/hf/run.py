@@ -29,12 +29,12 @@ from simpo.model.settle import as_it_trains
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
 from simpo.report import leave_report
-from simpo.run.checkpoint import TRAINERS, Checkpoint
 from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.leftovers import Leftovers, find_leftovers
 from simpo.run.lock import OutputLock
 from simpo.run.resume import find_checkpoint
+from simpo.run.saved import TRAINERS, Checkpoint
 from simpo.run.session import (
     card_of_data,
     check_early_stopping,

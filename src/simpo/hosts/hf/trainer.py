@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,7 +25,6 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps
 from simpo.data.cache import PreparedData, fingerprint_tokens
-from simpo.data.files import sync, sync_tree, write_whole
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.data.prepare import dropped_by_source
@@ -43,7 +41,6 @@ from simpo.model.attention import plain_attention
 from simpo.model.head import compute_pair_logps
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.checkpoint import TRAINERS, list_checkpoints, load_state, stamp
 from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import overflows, record_dtype, tie
 from simpo.run.guard import RunGuard
@@ -53,6 +50,7 @@ from simpo.run.objective import micro_batch_losses
 from simpo.run.plain import only_data
 from simpo.run.reference import ReferenceLogps
 from simpo.run.resume import check_same_run, run_identity, supersede_checkpoints
+from simpo.run.saved import TRAINERS, check_sealed, list_checkpoints, load_state, read_sealed, seal
 from simpo.run.session import build_loader, check_agreement
 from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
 from simpo.run.tracking import sync_logs
@@ -155,6 +153,12 @@ class SimPOTrainer(Trainer):
             no_lock = self.mesh.on_main(lock.acquire)
             if no_lock is not None:
                 self.display.say(no_lock)
+            if resume_from_checkpoint is True:
+                found = list_checkpoints(Path(self.args.output_dir), TRAINERS)
+                resume_from_checkpoint = str(found[-1].folder) if found else True
+            if isinstance(resume_from_checkpoint, str) and Path(resume_from_checkpoint, IDENTITY_FILE).is_file():
+                folder = Path(resume_from_checkpoint)
+                self.mesh.on_main(lambda: read_sealed(folder))
             result = super().train(resume_from_checkpoint, **options)
             if self.guard.verdict is not None and self.guard.back_to is None:
                 raise self.guard.stopped(self.state.max_steps, self._checkpoint_of(self.state.global_step))
@@ -508,15 +512,13 @@ class SimPOTrainer(Trainer):
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         super()._save_checkpoint(model, trial)
         self.args.save_total_limit = limit
+        self.mesh.barrier()  # the others' files are there
         if self.args.should_save:
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             if self.references:
                 save_references(folder, self.references)
-            # Last, for a checkpoint that has it is whole.
-            sync_tree(folder)
             sync_logs(Path(self.recipe.output_dir or "."))
-            write_whole(folder / IDENTITY_FILE, json.dumps({**stamp(), **self._identity()}))
-            sync(folder)
+            seal(folder, self._identity())
             # Only now may an earlier one go, which the Trainer deletes before this one is whole.
             best = self.state.best_model_checkpoint
             rotate_checkpoints(str(folder.parent), limit, best_model_checkpoint=best, use_mtime=True)
@@ -548,6 +550,9 @@ class SimPOTrainer(Trainer):
         if self.guard.back_to is not None:  # what was saved since may have been better by its metric
             self.state.best_global_step = self.guard.back_to
             self.state.best_model_checkpoint = str(self._checkpoint_of(self.guard.back_to))
+        best = Path(self.state.best_model_checkpoint)
+        if (best / IDENTITY_FILE).is_file():
+            self.mesh.on_main(lambda: check_sealed(best))
         with only_data(self.state.best_model_checkpoint):
             super()._load_best_model()
 

@@ -1,0 +1,302 @@
+"""What lies on the disk: which checkpoints there are, their states in any format, and whether they are whole.
+
+Every file that a resumed run reads is checked first: it has a digest, and what it holds the right type. Where something
+is wrong, the newest checkpoint that is whole to its last bit is named. Must not import the trainer or evaluation.
+
+A checkpoint of any older simpo has to be resumable: `load_state` gives its state in the present format. Raise `FORMAT`
+when an older simpo would read a new checkpoint wrongly, and teach `load_state` what the format before it had. Recipe
+keys, fields of the progress and metrics may come and go without that: what is missing gets its default.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from pydantic import BaseModel, ValidationError
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from simpo.data.files import digest_file, sync, sync_tree, write_whole
+from simpo.errors import first_line
+from simpo.parallel.mesh import Mesh, MeshSizes
+from simpo.run.digest import FILES_FILE, check_files, digest_tensors, digest_values
+from simpo.run.plain import NotData, only_data, read_index
+
+FORMAT = 2
+"""0: no number is written; sums of metrics in a list; the data is known by a hash of source files. 1: sums by name; the
+data is known by its tokens. 2: random-number states in JSON, not pickled; digests of all files."""
+STATE_FILE = "trainer_state.json"
+RNG_FILE = "rng-{rank}.json"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A complete checkpoint on disk."""
+
+    folder: Path
+    step: int
+
+
+@dataclass(frozen=True)
+class CheckpointKind:
+    """How a host's checkpoints are known."""
+
+    command: str  # that writes and resumes them
+    prefix: str  # of their folders' names, which the number of steps follows
+    state_file: str  # where `stamp` and the run's identity are
+    marker: str = ""  # a file that only whole ones have; "" where the folder's name says so
+
+
+NATIVE = CheckpointKind("simpo train or torchrun -m simpo train", "step", STATE_FILE)
+TRAINERS = CheckpointKind("accelerate launch -m simpo train", "checkpoint", "simpo.json", "simpo.json")
+
+
+def list_checkpoints(folder: Path, kind: CheckpointKind = NATIVE) -> list[Checkpoint]:
+    """Complete checkpoints of a kind below a run's `checkpoints/`, oldest first."""
+    if not folder.is_dir():
+        return []
+    names = [(path, re.fullmatch(rf"{kind.prefix}-(\d+)", path.name)) for path in folder.iterdir() if path.is_dir()]
+    found = [Checkpoint(path, int(name[1])) for path, name in names if name and (path / kind.marker).exists()]
+    return sorted(found, key=lambda checkpoint: checkpoint.step)
+
+
+def checkpoint_at(folder: Path, step: int) -> Checkpoint | None:
+    """The complete checkpoint of a step; None where there is none."""
+    return next((checkpoint for checkpoint in list_checkpoints(folder) if checkpoint.step == step), None)
+
+
+def check_digests(
+    state: dict[str, Any], found: dict[str, str], tensors: dict[str, Any], checkpoint: Checkpoint
+) -> None:
+    """Raise ValueError unless tensors and what is beside them are what was saved; `found` are the tensors' digests."""
+    values = digest_values(tensors)
+    for part, saved in state.get("values", {}).items():  # older ones have none
+        changed = [name for name, digest in values.get(part, {}).items() if saved.get(name, digest) != digest]
+        if changed:
+            raise ValueError(f"checkpoint {checkpoint.folder} is damaged: {part}: {changed[0]} is not as it was saved")
+    if found != {part: state["digest"].get(part) for part in found}:
+        raise ValueError(f"checkpoint {checkpoint.folder} is damaged: its tensors are not the ones that were saved")
+
+
+def read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The trainer state of a checkpoint; as `load_state`.
+
+    Raises:
+        ValueError: also for another file that is missing or not as it was saved.
+    """
+    with with_advice(checkpoint):
+        return _read_state(checkpoint)
+
+
+def _read_state(checkpoint: Checkpoint) -> dict[str, Any]:
+    state = load_state(checkpoint.folder / STATE_FILE)
+    if state["format"] >= 2 or (checkpoint.folder / FILES_FILE).exists():
+        try:
+            check_files(checkpoint.folder)
+        except (OSError, ValueError, AttributeError) as error:
+            raise ValueError(f"checkpoint {checkpoint.folder} is damaged: {reason_of(error)}") from error
+    _check_types(_NativeState, state, checkpoint.folder)
+    return state
+
+
+def _check_types(kind: type[BaseModel], state: dict[str, Any], folder: Path) -> None:
+    try:
+        kind.model_validate(state, strict=True)
+    except ValidationError as error:
+        raise ValueError(f"checkpoint {folder} is damaged: {wrong_type(error)}") from error
+
+
+def wrong_type(error: ValidationError) -> str:
+    """The first thing that is wrong with a state, in a line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or STATE_FILE}: {first['msg']}"
+
+
+class _TooNew(ValueError):
+    """A checkpoint of a later simpo, as all of its run may be."""
+
+
+class _State(BaseModel):
+    """What `check_same_run` reads of any host's checkpoint."""
+
+    recipe: dict[str, Any]
+    data_fingerprint: str
+    pairs_per_step: int
+    total_steps: int
+
+
+class _Window(BaseModel):
+    sums: dict[str, float]
+    pairs: dict[str, int]
+
+
+class _NativeState(_State):
+    """What a run of the native trainer goes on from; what else is there may come and go."""
+
+    format: int
+    step: int
+    mesh: str
+    digest: dict[str, str]
+    values: dict[str, dict[str, str]] = {}
+    progress: dict[str, Any]
+    window: _Window
+    max_tokens_per_micro_batch: int | None = None
+    max_tokens_asked_for: int | None = None
+
+
+# --- a damaged checkpoint, and what to do then -----------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def with_advice(checkpoint: Checkpoint, kind: CheckpointKind = NATIVE, mesh: Mesh | None = None) -> Iterator[None]:
+    """What is wrong with a checkpoint is said with the command that goes on from the newest whole one."""
+    try:
+        yield
+    except (NotData, _TooNew):
+        raise
+    except ValueError as error:
+        advise = functools.partial(advise_whole, checkpoint, kind)
+        advice = advise() if mesh is None else mesh.on_main(advise)
+        raise ValueError(f"{error}; {advice}") from error
+
+
+def advise_whole(damaged: Checkpoint, kind: CheckpointKind) -> str:
+    """The newest checkpoint beside a damaged one that is whole to its last bit, with the command to go on from it."""
+    folder = damaged.folder.parent
+    for other in reversed(list_checkpoints(folder, kind)):
+        if other.step != damaged.step and _is_whole(other, kind):
+            recipe = folder.parent / "recipe.yaml"
+            words = f"{recipe if recipe.is_file() else 'RECIPE'} --resume_from_checkpoint {other.folder}"
+            return (
+                f"{other.folder.name} is the newest whole one; go on from it: {kind.command.split(' or ')[0]} {words}"
+            )
+    return f"no other one in {folder} is whole: start anew in another output_dir"
+
+
+def _is_whole(checkpoint: Checkpoint, kind: CheckpointKind) -> bool:
+    try:
+        if kind == TRAINERS:
+            check_sealed(checkpoint.folder)
+        else:
+            _check_tensors(checkpoint, _read_state(checkpoint))
+    except (Exception, CheckpointException):  # whatever a damaged file raises
+        return False
+    return True
+
+
+def _check_tensors(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
+    """Read everything that a checkpoint holds, one tensor at a time. Raises where it is not what was saved."""
+    alone, place = Mesh(MeshSizes(), device=torch.device("cpu")), checkpoint.folder / "tensors"
+    index, sums, values = read_index(place), dict.fromkeys(state["digest"], 0), {}
+    ignore_single_process_warning()
+    with only_data(checkpoint.folder):
+        for key, about in index.state_dict_metadata.items():
+            part, name = index.planner_data[key]
+            is_tensor = isinstance(about, TensorStorageMetadata)
+            held = {part: {name: torch.empty(about.size, dtype=about.properties.dtype) if is_tensor else None}}
+            dcp.load(held, checkpoint_id=place, no_dist=True)
+            sums[part] += int(digest_tensors(held, alone)[part], 16)
+            if not is_tensor:
+                values.setdefault(part, {})[name] = held[part][name]
+    found = {part: f"{total % 2**64:016x}" for part, total in sums.items()}
+    check_digests(state, found, values, checkpoint)
+
+
+def seal(folder: Path, identity: dict[str, Any]) -> None:
+    """Write a Trainer's state file, last and whole, with the digests of everything else in its checkpoint."""
+    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files.pop(TRAINERS.state_file, None)
+    sync_tree(folder)
+    content = {**stamp(), **identity, "files": {name: digest_file(path) for name, path in files.items()}}
+    write_whole(folder / TRAINERS.state_file, json.dumps({**content, "digest": _digest_of(content)}))
+    sync(folder)
+
+
+def check_sealed(folder: Path) -> dict[str, Any]:
+    """The state that `seal` wrote, once every file is as it was then. Raises ValueError where one is not."""
+    state = load_state(folder / TRAINERS.state_file)
+    if "files" in state or "digest" in state:  # older checkpoints have neither
+        content = json.loads((folder / TRAINERS.state_file).read_text(encoding="utf-8"))
+        if content.pop("digest", None) != _digest_of(content):
+            raise ValueError(f"checkpoint {folder} is damaged: {TRAINERS.state_file} is not as it was saved")
+        for name, digest in state["files"].items():
+            if not (folder / name).is_file() or digest_file(folder / name) != digest:
+                raise ValueError(f"checkpoint {folder} is damaged: {name} is not as it was saved")
+    return state
+
+
+def read_sealed(folder: Path) -> dict[str, Any]:
+    """As `check_sealed`; says how to go on where it is damaged."""
+    step = folder.name.rpartition("-")[2]
+    with with_advice(Checkpoint(folder, int(step) if step.isdecimal() else -1), TRAINERS):
+        return check_sealed(folder)
+
+
+def _digest_of(content: Any) -> str:
+    return hashlib.blake2b(json.dumps(content).encode(), digest_size=16).hexdigest()
+
+
+# --- versions --------------------------------------------------------------------------------------------------------
+
+
+def stamp() -> dict[str, Any]:
+    """What every checkpoint says of its writer."""
+    return {"format": FORMAT, "simpo": version("simpo")}
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """The state that a host left in its checkpoint, as one of this version would have left it.
+
+    "format" stays what it was.
+
+    Raises:
+        ValueError: the file is missing, damaged, or of a newer format.
+    """
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        state["format"] = int(state.get("format", 0))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path.parent} is not a complete checkpoint: {reason_of(error)}") from error
+    if state["format"] > FORMAT:
+        raise _TooNew(
+            f"{path.parent} was written by simpo {state.get('simpo', '(unknown)')} in checkpoint format "
+            f"{state['format']}; this is simpo {version('simpo')}, which reads formats up to {FORMAT}: update simpo"
+        )
+    _check_types(_State, state, path.parent)
+    if state["format"] == 0 and "window" in state:
+        sums, num_pairs = state["window"]["sums"] or [], state["window"]["num_pairs"]
+        named = dict(zip(_METRICS_OF_FORMAT_0, sums, strict=False))
+        state["window"] = {"sums": named, "pairs": dict.fromkeys(named, num_pairs)}
+    return state
+
+
+_METRICS_OF_FORMAT_0 = (
+    *("loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"),
+    *("logps/chosen", "logps/rejected", "sft_loss"),
+)
+
+
+def reason_of(error: BaseException) -> str:
+    """What went wrong, in one line; of the processes' errors that dcp collects, the first rank's."""
+    where = ""
+    if isinstance(error, CheckpointException):
+        rank, (inner, _) = min(error.failures.items(), key=lambda item: item[0])
+        where, error = f"rank {rank}: " if rank or len(error.failures) > 1 else "", inner
+    return where + first_line(error)
+
+
+def ignore_single_process_warning() -> None:
+    """Without a process group dcp warns each time, in a thread too, that it assumes one process; here that is so."""
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
