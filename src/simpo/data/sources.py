@@ -14,7 +14,6 @@ import functools
 import glob
 import hashlib
 import json
-import os
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
@@ -33,6 +32,7 @@ from simpo.data.files import (
     load_json,
     read_file,
 )
+from simpo.data.folders import find_parts
 from simpo.data.preferences import Pair, pair_reader
 from simpo.data.rows import Groups, RawRow, Readable, Rows, all_rows, hold_out, source_of, take_fraction, take_limit
 from simpo.errors import one_line
@@ -43,6 +43,9 @@ EVAL_NAMES = ("test", "test_prefs", "validation", "eval", "valid", "val", "dev",
 
 BUILDERS = {"json": ".json", "csv": ".csv", "parquet": ".parquet"}
 """How `datasets` calls formats of files -> the ending of a file whose own says nothing."""
+
+MOST_NAMES = 100
+"""Of files that are not read, in one note."""
 
 _EVAL_WORD = re.compile(r"(?:^|[-_.])(?:test|valid\w*|eval\w*|val|dev)(?:$|[-_.\d])")
 _SHARD = re.compile(r"[-_.]?\d+-of-\d+$")
@@ -63,7 +66,8 @@ class Source:
 
     `splits` maps each split to a function that reads its rows from the first on; `content` reads as little as it can to
     tell whether the rows have changed. `wanted` names the splits to read, in place of dataset_splits; `columns` are
-    those to keep; `own` are keys of the recipe that the entry gives for itself.
+    those to keep; `own` are keys of the recipe that the entry gives for itself; `unread` are the files of a folder that
+    hold no rows that could be read, and why.
     """
 
     splits: Mapping[str, Callable[[], Iterable[Any]]]
@@ -75,6 +79,7 @@ class Source:
     wanted: list[str] | None = None
     columns: list[str] | None = None
     own: Mapping[str, Any] = field(default_factory=dict)
+    unread: Mapping[str, str] = field(default_factory=dict)
 
     def settings(self, recipe: Any) -> Any:
         """The recipe as this source is read by."""
@@ -168,6 +173,10 @@ def load_splits(
         }
         base.append(all_rows(read[name] for name in trained))
         eval_rows += all_rows(read[name] for name in evaluated)
+        for why in dict.fromkeys(source.unread.values()):
+            names = [each for each, reason in source.unread.items() if reason == why]
+            more = f" and {len(names) - MOST_NAMES} more" * (len(names) > MOST_NAMES)
+            notes.append(f"{source.name}: not read, {why}: {', '.join(names[:MOST_NAMES])}{more}")
         if unread := sorted(source.splits.keys() - {*trained, *evaluated}):
             notes.append(f"{source.name}: not read, since dataset_splits does not name it: {', '.join(unread)}")
     if not eval_rows and recipe.validation_fraction > 0:
@@ -335,6 +344,8 @@ def _find(name: str, config: str | None, data_files: Any) -> Source:
         return _find_file(path)
     if is_folder:
         return _find_folder(path)
+    if path.exists():
+        raise _read_once(path)
     if _looks_like_path(name):
         raise ValueError(f"dataset_mixer: no such file or folder: {name}{_nearest(path)}")
     return _find_on_hub(name, config, data_files)
@@ -351,6 +362,8 @@ def _find_files(folder: Path, data_files: Any, builder: str | None) -> Source:
             if not found:
                 raise ValueError(f"dataset_mixer: data_files: no such file: {pattern}{_nearest(folder / pattern)}")
     for file in (file for files in splits.values() for file in files):
+        if not (file.is_file() or file.is_dir()):
+            raise _read_once(file)
         if not (file_format(file) or builder or is_saved_dataset(file)):
             raise ValueError(
                 f"dataset_mixer: data_files: {file}: unknown kind of file; use one of {', '.join(FORMATS)}"
@@ -361,6 +374,13 @@ def _find_files(folder: Path, data_files: Any, builder: str | None) -> Source:
     }
     every = [file for files in splits.values() for file in files]
     return Source(readers, lambda: hash_files(every), is_plain_file=named is not data_files)
+
+
+def _read_once(path: Path) -> ValueError:
+    return ValueError(
+        f"dataset_mixer: {path} is a pipe or a device, from which rows come once; they are read several times, so save "
+        "them to a file first"
+    )
 
 
 def _looks_like_path(name: str) -> bool:
@@ -397,10 +417,13 @@ def _find_file(path: Path) -> Source:
 
 def _find_folder(path: Path) -> Source:
     """A folder with a file, several shards, a folder for each split, or what `save_to_disk` wrote in any of these."""
-    parts = [path] if is_saved_dataset(path) else _parts(path)
+    parts, unread = ([path], {}) if is_saved_dataset(path) else find_parts(path)
     if not parts:
         allowed = ", ".join(FORMATS)
-        raise ValueError(f"dataset_mixer: the folder {path} holds no file with rows ({allowed}, or .gz)")
+        there = "; ".join(f"{name}: {why}" for name, why in list(unread.items())[:3])
+        raise ValueError(
+            f"dataset_mixer: the folder {path} holds no file with rows ({allowed}, or .gz){'; ' * bool(there)}{there}"
+        )
     splits: dict[str, list[Path]] = {}
     for part in parts:
         splits.setdefault(_split_of(part, path), []).append(part)
@@ -411,28 +434,8 @@ def _find_folder(path: Path) -> Source:
         split: (lambda parts=parts: (row for part in parts for row in read_file(part)))
         for split, parts in splits.items()
     }
-    return Source(readers, lambda: hash_files(parts), is_plain_file=parts == [path])
-
-
-def _parts(folder: Path) -> list[Path]:
-    """Files of rows, and folders that `save_to_disk` wrote; behind links too."""
-    found, seen = [], set()
-    for name, below, files in os.walk(folder, followlinks=True):
-        here = Path(name)
-        if here.resolve() in seen:  # a link to a folder above would never end
-            below.clear()
-        elif is_saved_dataset(here):
-            below.clear()
-            found.append(here)
-        else:
-            below[:] = sorted(each for each in below if not each.startswith((".", "_")))
-            found += [here / each for each in files if file_format(here / each) and not _hidden(each)]
-        seen.add(here.resolve())
-    return sorted(found)
-
-
-def _hidden(file: str) -> bool:
-    return file.startswith((".", "_", "dataset_info", "dataset_dict.json"))
+    names = json.dumps(unread) if unread else ""  # they are in the ledger
+    return Source(readers, lambda: hash_files(parts) + names, is_plain_file=parts == [path], unread=unread)
 
 
 def _split_of(file: Path, folder: Path) -> str:
