@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from simpo.core.packing import SIDES, common_prefix_length
 from simpo.data.columns import RowError
 from simpo.data.comparison import check_answer, check_prompt
+from simpo.data.limits import MEMORY, REASON, limited
 from simpo.data.messages import REASONING, Message, Notes, turn
 from simpo.data.preferences import Pair
 from simpo.errors import one_line
@@ -77,7 +78,8 @@ def template_takes_system(tokenizer: Any, template: str | None) -> bool:
     """Whether the template renders a system turn."""
     messages = [turn("system", PROBE_ANSWERS[0]), turn("user", PROBE_USER)]
     try:
-        return template is not None and PROBE_ANSWERS[0] in _render(tokenizer, template, messages, header=True)
+        with limited():
+            return template is not None and PROBE_ANSWERS[0] in render_chat(tokenizer, template, messages, header=True)
     except RowError:  # many templates refuse on purpose here
         return False
 
@@ -100,16 +102,30 @@ class PairTexts(NamedTuple):
     notes: Notes
 
 
-def _render(
+def render_chat(
     tokenizer: Any, template: str, dialogue: list[Message], *, tools: Sequence[Any] = (), header: bool = False
 ) -> str:
+    """What a template makes of a dialogue. Raises RowError where it cannot, or where that is too long.
+
+    In time and memory it is bounded by `limited` alone, around it.
+    """
     options = {"tools": list(tools)} if tools else {}
     try:
-        return tokenizer.apply_chat_template(
+        text = tokenizer.apply_chat_template(
             dialogue, chat_template=template, tokenize=False, add_generation_prompt=header, **options
         )
+    except RowError:
+        raise
+    except MemoryError:
+        raise RowError(REASON, f"rendering it takes more than {MEMORY >> 20} MiB") from None
     except Exception as error:  # a template may raise anything
         raise RowError("template", f"the chat template refuses this dialogue: {one_line(error)}") from error
+    if len(text) > MOST_CHARACTERS:
+        raise RowError(REASON, f"its rendering is longer than {MOST_CHARACTERS:,} characters")
+    return text
+
+
+MOST_CHARACTERS = 1 << 24
 
 
 _THOUGHT = re.compile(r"\s*(?:<think>)?\n*(.*?)\n*</think>\n*", re.DOTALL)
@@ -157,8 +173,9 @@ class TemplateRenderer:
         self.reasoning = next((name for name in REASONING if re.search(rf"\b{name}\b", template)), REASONING[0])
         prompt = [turn("user", PROBE_USER)]
         try:
-            self.sample = self._render(prompt, header=True)
-            first, second = self._probe_answers(prompt, 1)
+            with limited():
+                self.sample = self._render(prompt, header=True)
+                first, second = self._probe_answers(prompt, 1)
         except RowError as error:
             raise ValueError(
                 f"chat_template: it cannot render a user turn and an answer ({one_line(error.__cause__ or error)}); "
@@ -260,7 +277,7 @@ class TemplateRenderer:
         return {self.reasoning if name == "reasoning_content" else name: held for name, held in message.items()}
 
     def _render(self, dialogue: list[Message], *, tools: Sequence[Any] = (), header: bool = False) -> str:
-        return _render(self.tokenizer, self.template, dialogue, tools=tools, header=header)
+        return render_chat(self.tokenizer, self.template, dialogue, tools=tools, header=header)
 
     def _probe_answers(self, dialogue: list[Message], at: int, tools: Sequence[Any] = ()) -> list[str]:
         """The dialogue with a stand-in as its turn `at`, twice."""

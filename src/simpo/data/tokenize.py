@@ -25,6 +25,7 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 from simpo.core.packing import SIDES, common_prefix_length, prompt_length, trained_ranges
 from simpo.data.columns import RowError
+from simpo.data.limits import limited
 from simpo.data.messages import Notes, as_text
 from simpo.data.preferences import Pair
 from simpo.data.templates import (
@@ -144,7 +145,11 @@ class PairTokenizer:
 
     def __call__(self, pairs: Sequence[Pair]) -> list[TokenizedPair | RowError]:
         """The tokens of each pair, in order, or the `RowError` that says why there are none."""
-        texts = [_or_error(self.render, pair) for pair in pairs]
+        texts = []
+        with limited() as begin:
+            for pair in pairs:
+                begin()
+                texts.append(_or_error(self.render, pair))
         rendered = [(pair, text) for pair, text in zip(pairs, texts) if isinstance(text, PairTexts)]
         tokens = iter(self.encode(rendered))
         return [text if isinstance(text, RowError) else _or_error(self._finish, next(tokens)) for text in texts]

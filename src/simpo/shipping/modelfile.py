@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from simpo.data.files import write_whole
+from simpo.data.limits import limited
 from simpo.data.messages import Message, turn
-from simpo.data.templates import PROBE_ANSWERS, PROBE_USER, load_chat_template
+from simpo.data.templates import PROBE_ANSWERS, PROBE_USER, load_chat_template, render_chat
 from simpo.errors import one_line
 from simpo.recipe import Recipe
 
@@ -130,9 +131,8 @@ def find_pieces(tokenizer: Any, chat_template: str | None = None) -> Pieces | st
         return "there is no chat template"
 
     def render(roles: tuple[str, ...], header: bool = True) -> str:
-        return tokenizer.apply_chat_template(
-            stand_ins(roles), chat_template=template, tokenize=False, add_generation_prompt=header
-        )
+        with limited():
+            return render_chat(tokenizer, template, stand_ins(roles), header=header)
 
     try:
         pieces = _pieces(render, tokenizer.bos_token if _adds_bos(tokenizer) else "")

@@ -20,13 +20,13 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from simpo.core.batch import TokenList, build_list_batch
 from simpo.data.columns import RowError
+from simpo.data.limits import limited
 from simpo.data.messages import turn
 from simpo.data.preferences import Pair
 from simpo.data.prepare import token_limits
-from simpo.data.templates import PROBE_ANSWERS, load_chat_template
+from simpo.data.templates import PROBE_ANSWERS, load_chat_template, render_chat
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
-from simpo.errors import one_line
 from simpo.evaluation.run import READ_KEYS, find_tokenizer, model_folder, ready_model
 from simpo.model.attention import PACKED, is_packed, unwrap
 from simpo.model.head import compute_response_logps
@@ -144,15 +144,14 @@ class RewardModel:
 
     def _tokenize(self, row: Row) -> list[list[int]] | RowError:
         """The tokens of each response with its prompt."""
-        found, tools = [], {"tools": row["tools"]} if row.get("tools") else {}
+        found, tools = [], row.get("tools") or ()
         for place, response in enumerate(row["responses"], start=1):
             dialogue = [*row["prompt"], turn("assistant", response["text"])]
             try:
-                text = self.tokenizer.apply_chat_template(
-                    dialogue, chat_template=self.template, tokenize=False, **tools
-                )
-            except Exception as error:  # a template may raise anything
-                return RowError("template", f"the chat template refuses this dialogue: {one_line(error)}")
+                with limited():
+                    text = render_chat(self.tokenizer, self.template, dialogue, tools=tools)
+            except RowError as error:
+                return error
             found.append(self.tokenizer(text, add_special_tokens=False)["input_ids"])
             if len(found[-1]) > self.limit:
                 return RowError(
