@@ -51,15 +51,18 @@ def audit(
     resolved.require("dataset_mixer")
     from rich.console import Console
 
+    from simpo.data.files import check_own
     from simpo.data.prepare import prepare_pairs
     from simpo.model.load import load_tokenizer
     from simpo.run.session import check_token_ids
 
     with stdout_for_json(as_json):
+        path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
+        if path:
+            check_own(path, "splits", "fingerprint")
         prepared = prepare_pairs(resolved, load_tokenizer(resolved))
         check_token_ids(prepared, resolved)
         prepared.ledger.render(Console(), examples=examples)
-        path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             listed = prepared.save_ledger(path)

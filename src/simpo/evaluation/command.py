@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
+from simpo.data.files import check_own
 from simpo.display import say
 from simpo.evaluation.results import Evaluation, compare, save_json
 from simpo.evaluation.run import (
@@ -61,6 +62,8 @@ def run_eval_command(
     for notice in settings.notices if data is None else ():
         say(f"notice: {notice}", console)
     set_threads(settings.num_threads)
+    if output is not None:
+        _check_output(Path(output), settings.model_name_or_path, is_tasks=bool(tasks))
     if tasks:
         names = [settings.model_name_or_path, *([] if baseline is None else [baseline])]
         measured = [measure_tasks(name, tasks, settings, max_documents=max_pairs) for name in names]
@@ -105,3 +108,10 @@ def run_eval_command(
         evaluation.save_pairs(path.with_suffix(".pairs.jsonl"))
         say(f"results: {path}, {path.with_suffix('.pairs.jsonl')}", console)
     return content
+
+
+def _check_output(path: Path, model: str, *, is_tasks: bool) -> None:
+    """Raise ValueError where something else is there than an earlier evaluation of the same kind and model."""
+    before = check_own(path, "model", "versions", "tasks" if is_tasks else "margin")
+    if before and before["model"] != model:
+        raise ValueError(f"{path}: is of {before['model']}, and is not overwritten; choose another --output")

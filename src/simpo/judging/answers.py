@@ -68,10 +68,17 @@ def find_prompts(recipe: Recipe) -> Prompts:
     return read_prompts(load_recipe(recipe, changes), held_out=held_out, also_keep=KEPT_COLUMNS)
 
 
-def save_prompts(prompts: Sequence[Prompt], path: Path) -> None:
-    """Write prompts as data that `generate.prompts` can name."""
+def save_prompts(prompts: Sequence[Prompt], path: Path, *, is_own: bool) -> None:
+    """Write prompts as data that `generate.prompts` can name.
+
+    Raises:
+        ValueError: other ones are there, unless these are the command's `own`.
+    """
     rows = ({**each.columns, "prompt": each.turns, **({"tools": each.tools} if each.tools else {})} for each in prompts)
-    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    if path.exists() and not is_own and path.read_bytes() != text.encode():
+        raise ValueError(f"{path}: holds other prompts already, and is not overwritten; choose another --output")
+    write_whole(path, text)
 
 
 def label_sides(first: str, second: str) -> tuple[str, str]:

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from simpo.data.files import write_whole
+from simpo.data.files import check_own, supersede, write_whole
 from simpo.display import say
 from simpo.evaluation.results import save_json
 from simpo.evaluation.statistics import Interval
@@ -28,7 +28,7 @@ from simpo.judging.alpaca import alpaca_eval_win_rate
 from simpo.judging.answers import Side, answers_of, find_prompts, label_sides, save_prompts
 from simpo.judging.formats import games_of, save_alpaca_eval, save_arena_hard
 from simpo.judging.winrate import length_controlled_win_rate, win_rate
-from simpo.onpolicy.journal import read_about, read_rows
+from simpo.onpolicy.journal import changed_settings, read_about, read_rows
 from simpo.onpolicy.prompts import Prompt
 from simpo.onpolicy.score import run_score
 from simpo.recipe import Recipe, load_recipe
@@ -65,7 +65,12 @@ def run_judge(recipe: Recipe, *, output: str | Path | None = None) -> Path:
         for note in found.notes:
             say(f"note: {note}", console)
         asked = folder / "prompts.jsonl"
-        save_prompts(found.prompts, asked)
+        before = check_own(folder / "judgement.json", "model", "against", "judges")
+        now = {"model": first, "against": second, "judges": json.loads(json.dumps({**scorers}))}
+        if before and (changed := changed_settings({name: before[name] for name in now}, now)):
+            aside = supersede(folder, [folder / name for name in _RESULTS])
+            say(f"{changed}: the judgement that was there is kept in {aside}", console)
+        save_prompts(found.prompts, asked, is_own=bool(before))
         sides = [
             answers_of(recipe, name, label, found.prompts, asked, folder / "answers")
             for name, label in zip((first, second), labels, strict=True)
@@ -76,6 +81,9 @@ def run_judge(recipe: Recipe, *, output: str | Path | None = None) -> Path:
         result["left_out"] = _left_out(found.left_out, sides, folder)
         _save(folder, both, judged, result)
     return folder / "judgement.json"
+
+
+_RESULTS = ("judgement.json", "judged.jsonl", "judged.json", "compared.jsonl", "alpaca_eval", "arena_hard")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.data.columns import RowError
-from simpo.data.files import write_whole
+from simpo.data.files import check_own, write_whole
 from simpo.data.ledger import Dropped, count_rows
 from simpo.errors import short
 from simpo.run.lock import OutputLock
@@ -146,6 +146,7 @@ class Journal:
                 )
             return
         about = read_about(self.path)
+        check_own(self.about, "format", "settings")
         if about.get("format", 0) > FORMAT:
             raise ValueError(
                 f"{self.about}: written by simpo {about.get('simpo')}, in format {about['format']}; this is simpo "
@@ -235,6 +236,8 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         ValueError: no such file, one whose command has not come to its end, or a line that is no such row.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: not a file; its rows are read several times, so save them to one first")
     if not path.is_file():
         raise ValueError(f"{path}: no such file; the step before writes it, or name another one (`input`)")
     if read_about(path).get("complete") is False:

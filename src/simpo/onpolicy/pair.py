@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from simpo.data.columns import RowError
-from simpo.data.files import hash_files, write_whole
+from simpo.data.files import check_own, hash_files, supersede, write_whole
 from simpo.data.ledger import Dropped, count_rows
 from simpo.display import Display
 from simpo.onpolicy.journal import FORMAT, as_line, read_rows
@@ -93,10 +93,16 @@ def run_pair(recipe: Recipe, *, input: str | Path | None = None, output: str | P
             for reason, entry in account.without_pair.items()
         )
         raise ValueError(f"{source}: none of {account.prompts} prompts gives a pair ({reasons})")
+    settings = keys.model_dump(exclude={"input"}) | {"seed": recipe.seed, "input": hash_files([source])}
+    head = {"simpo": version("simpo"), "format": FORMAT, "settings": settings}
     with OutputLock(folder.parent):
-        about = account_of(folder)
-        about.unlink(missing_ok=True)  # an account that is there is that of the files
-        lists = folder.with_name("lists")
+        about, lists = account_of(folder), folder.with_name("lists")
+        if check_own(about, "format", "settings").get("settings") != json.loads(json.dumps(settings)):
+            for place in (folder, *[lists] * keys.lists):
+                aside = supersede(place, [place / "train.jsonl", place / "test.jsonl", *[about] * (place == folder)])
+                if aside is not None:
+                    Display().say(f"what was in {place}, of other settings or another input, is kept in {aside}")
+        write_whole(about, json.dumps({**head, "complete": False}, indent=1) + "\n")
         torn = (list(place.glob(".t*.jsonl.*")) for place in (folder, lists))
         for path in (*folder.parent.glob(f".{about.name}.*"), *chain(*torn)):
             path.unlink()  # begun by a process that was killed
@@ -104,9 +110,7 @@ def run_pair(recipe: Recipe, *, input: str | Path | None = None, output: str | P
         if keys.lists:
             _write_splits(lists, keys, pairs, lambda own: _list_rows(own, rows))
         summary = {
-            "simpo": version("simpo"),
-            "format": FORMAT,
-            "settings": keys.model_dump(exclude={"input"}) | {"seed": recipe.seed, "input": hash_files([source])},
+            **head,
             "complete": True,
             "prompts": account.prompts,
             "prompts_with_pairs": len(pairs),

@@ -26,7 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from simpo.data.files import hash_files, sync_tree, write_whole
+from simpo.data.files import check_own, hash_files, sync_tree, write_whole
 from simpo.display import Display, format_duration
 from simpo.onpolicy.journal import changed_settings, read_about
 from simpo.onpolicy.pair import is_held_out, run_pair
@@ -149,10 +149,15 @@ class _Loop:
         """Raise ValueError where the folder belongs to a loop with other settings or prompts."""
         path = self.folder / "settings.json"
         current = self._settings() | {"prompts": _fingerprint(sorted(prompt.id for prompt in prompts))}
+        if not path.exists() and (found := sorted(self.folder.glob("round-*"))):
+            raise ValueError(
+                f"{self.folder}: holds {found[0].name}, and no {path.name} that says of which loop; choose another "
+                "output_dir"
+            )
         if not path.exists():
             write_whole(path, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
             return
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = check_own(path, "prompts")
         if changed := changed_settings(before, json.loads(json.dumps(current))):
             raise ValueError(
                 f"{self.folder}: was begun with other settings ({changed}); give the same ones to go on, or another "

@@ -47,6 +47,8 @@ def write_report(
     home = places[0] if len(places) == 1 else Path(os.path.commonpath([os.path.abspath(place) for place in places]))
     path = report_path(home) if output is None else Path(output)
     path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not _is_report(path):
+        raise ValueError(f"{path}: is there already, is no report, and is not overwritten; choose another --output")
     if len(places) == 1 and is_rounds(home):
         page = page_of_rounds(home, path.parent)
     elif len(runs) == 1:
@@ -57,6 +59,11 @@ def write_report(
         to_png(name, charts, path.with_suffix(""))
     write_whole(path, render(page, reload_s=reload_s, pictures=path.with_suffix("").name))
     return path
+
+
+def _is_report(path: Path) -> bool:
+    with path.open("rb") as file:
+        return b": simpo report</title>" in file.read(4096)
 
 
 def find_runs(places: Sequence[Path]) -> list[Path]:

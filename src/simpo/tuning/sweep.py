@@ -24,7 +24,7 @@ from typing import Any
 
 from rich.table import Table
 
-from simpo.data.files import write_whole
+from simpo.data.files import check_own, write_whole
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display, format_duration
 from simpo.evaluation.statistics import Interval
@@ -134,7 +134,7 @@ class _Sweep:
         asked |= {"generations": self.generations, "recipe": _identity(self.base)}
         asked = json.loads(json.dumps(asked))
         if self.path.exists():
-            before = json.loads(self.path.read_text(encoding="utf-8"))
+            before = check_own(self.path, "asked", "untrained", "trials")
             changed = [name for name, value in asked.items() if before["asked"].get(name) != value]
             if changed:
                 raise ValueError(
@@ -143,12 +143,20 @@ class _Sweep:
                 )
             self.untrained = Result.of_json(before["untrained"])
             self.trials = [Trial.of_json(each) for each in before["trials"]]
+            self.keep_models |= "best" in before  # it was finished, and what it left is its owner's
+        elif found := [each.name for each in (*self.folder.glob("untrained"), *self.folder.glob("trial-*"))]:
+            raise ValueError(
+                f"{self.folder}: holds {found[0]} of a sweep, and no {self.path.name} that says of which; choose "
+                "another output_dir"
+            )
         self.about = {"asked": asked}
         data = prepare_pairs(self.base, load_tokenizer(self.base), progress=True)
         if not len(data.eval or ()):
             raise ValueError(
                 "no held-out pairs to choose by: add a test split to dataset_splits, or give validation_fraction 0.1"
             )
+        if not self.path.exists():
+            self._save()
         self.display.say(f"pairs: {len(data.train)} to train, {len(data.eval or ())} held out")
 
     def run(
