@@ -15,7 +15,7 @@ from mesh_runs import metrics
 from miniature import WORDS, rounds_recipe, sampling_recipe
 
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import NATIVE, TRAINERS, list_checkpoints
+from simpo.run.saved import NATIVE, TRAINERS, list_checkpoints
 
 COMMANDS: dict[str, Callable[[Path, Path], Case]] = {}
 """Name -> build(folder, model): fills the folder with what a user gives, and says what the command promises."""

@@ -12,7 +12,7 @@ from simpo.display import Display
 from simpo.hosts.hf import SimPOTrainer, run_recipe
 from simpo.recipe import load_recipe
 from simpo.run import checkpoint as checkpoints
-from simpo.run.saved import list_checkpoints
+from simpo.run.saved import TRAINERS, list_checkpoints
 from simpo.trainer import Trainer
 
 
@@ -84,6 +84,6 @@ def test_the_trainer_deletes_no_checkpoint_before_the_next_one_is_whole(
         run_recipe(load_recipe({**tiny_recipe, **keys}))
     monkeypatch.undo()
     folder = Path(tiny_recipe["output_dir"], "checkpoints")
-    assert [c.step for c in checkpoints.list_checkpoints(folder, checkpoints.TRAINERS)] == [1]
+    assert [c.step for c in list_checkpoints(folder, TRAINERS)] == [1]
     run_recipe(load_recipe({**tiny_recipe, **keys, "resume_from_checkpoint": True}))
-    assert [c.step for c in checkpoints.list_checkpoints(folder, checkpoints.TRAINERS)] == [2]
+    assert [c.step for c in list_checkpoints(folder, TRAINERS)] == [2]
