@@ -13,7 +13,7 @@ from simpo.core.batch import PackedPairs, build_batch, build_list_batch
 from simpo.core.blocks import dense_mask
 from simpo.core.packing import PairShape, shared_prefix_length
 
-reproducible = settings(deadline=None, derandomize=True, max_examples=150)
+reproducible = settings(deadline=None, derandomize=True, max_examples=60)
 
 LAYOUTS = [(True, True), (True, False), (False, True), (False, False)]
 
