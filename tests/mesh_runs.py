@@ -16,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.checkpoint import CheckpointSaver
 from simpo.run.saved import Checkpoint, read_state
 from simpo.trainer import Interrupted, Trainer
 
@@ -104,20 +103,19 @@ def _shake_adapters(model: torch.nn.Module) -> None:
 
 
 def load_and_save_again(settings: Settings, *saved: str) -> list[dict[str, Any]]:
-    """What one trainer holds that resumes from each checkpoint in turn, and the digests of its own checkpoints of them.
+    """What a trainer holds that resumes from each checkpoint in turn, and the digest of its own checkpoint of the last.
 
     Between two of them nothing is left of the one before.
     """
     trainer = build({**settings, "resume_from_checkpoint": saved[0]})
-    answers = []
-    for index, folder in enumerate(saved):
-        if index > 0:
-            _wipe(trainer)
-            _restore(trainer, folder)
-            trainer.saver = CheckpointSaver(trainer.output_dir / f"checkpoints-{index}", trainer.mesh)
-        again = trainer.save()
-        trainer.mesh.barrier()
-        answers.append(as_answer(trainer, digest=read_state(again)["digest"], step=trainer.progress.step))
+    answers = [as_answer(trainer, step=trainer.progress.step)]
+    for folder in saved[1:]:
+        _wipe(trainer)
+        _restore(trainer, folder)
+        answers.append(as_answer(trainer, step=trainer.progress.step))
+    again = trainer.save()
+    trainer.mesh.barrier()
+    answers[-1]["digest"] = read_state(again)["digest"]
     return answers
 
 

@@ -46,9 +46,11 @@ def check_reshards(loaded_on: dict[str, tuple[str, ...]], shape: Settings, on_me
         ranks = on_mesh(target, load_and_save_again, settings, *(saved[source]["folder"] for source in sources))
         for index, source in enumerate(sources):
             assert_equal_bits(ranks[0][index]["state"], saved[source]["state"])
-            expected = {"fingerprint": saved[source]["fingerprint"], "digest": saved[source]["digest"], "step": 2}
+            expected = {"fingerprint": saved[source]["fingerprint"], "step": 2}
+            if index == len(sources) - 1:  # these bits are the others' too
+                expected["digest"] = saved[source]["digest"]
             for answers in ranks:
-                found = {name: answers[index][name] for name in expected}
+                found = {name: value for name, value in answers[index].items() if name != "state"}
                 assert found == expected, f"saved on {source}, loaded on {target}"
 
 
