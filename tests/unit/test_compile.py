@@ -42,7 +42,7 @@ def make_model(architecture: str) -> nn.Module:
         vocab_size=128,
         hidden_size=64,
         intermediate_size=96,
-        num_hidden_layers=4,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=16,
@@ -73,7 +73,7 @@ def test_each_piece_of_a_block_is_compiled_once_and_gives_the_same_gradients(arc
     from torch._dynamo.backends.debugging import aot_eager
 
     model = make_model(architecture)
-    batches = [make_batch(seed) for seed in range(8)]
+    batches = [make_batch(seed) for seed in range(5)]
     expected = [gradients(model, batch) for batch in batches]
     compilations: set[Any] = set()
 
@@ -82,7 +82,7 @@ def test_each_piece_of_a_block_is_compiled_once_and_gives_the_same_gradients(arc
         return aot_eager(graph, example_inputs)
 
     torch._dynamo.reset()
-    assert len(compile_blocks(model, device=torch.device("cpu"), backend=backend)) == 4
+    assert len(compile_blocks(model, device=torch.device("cpu"), backend=backend)) == 2
     compilations.clear()  # the trial's
     for batch, theirs in zip(batches, expected, strict=True):
         ours = gradients(model, batch)
