@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, LlamaConf
 
 from simpo.core.packing import TokenPair
 from simpo.model.load import load_model
+from simpo.plan import shapes
 from simpo.recipe import load_recipe
 
 SMOL = {
@@ -196,8 +197,9 @@ def test_the_count_on_meta_is_that_of_a_real_step(side: str, tiny_model: Path):
     assert on_meta(side, model.config, PAIRS) == real
 
 
-def test_a_large_model_is_counted_without_weights(tmp_path: Path):
-    """Llama-3-8B's weights would not fit here; its operations are counted, and meet the floor of the table."""
+def test_a_large_model_is_counted_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Llama-3-8B's operations are counted and meet the floor; of its 32 blocks, which are alike, four."""
+    monkeypatch.setitem(shapes.SHAPES, "llama-8b", shapes.SHAPES["llama-8b"] | {"num_hidden_layers": 4})
     case = {"name": "200/350/350", "about": "", "kind": "fixed", "source": None, "lengths": (200, 350, 350)}
     found = prepare(
         model="llama-8b",
@@ -212,5 +214,7 @@ def test_a_large_model_is_counted_without_weights(tmp_path: Path):
         scratch=str(tmp_path),
     )
     (entry,) = json.loads(json.dumps(found["cases"]))
-    assert entry["floor_flops"] == pytest.approx(40.3e12, rel=2e-3)
+    shape = flops.model_shape(build_config("llama-8b"))
+    assert (shape.block_weights, shape.head_weights) == (4 * 218_103_808, 128_256 * 4096)
+    assert entry["floor_flops"] == flops.floor_flops(shape, [flops.pair_work(fixed_pair(200, 350, 350))])
     assert entry["work"]["simpo"]["executed_flops"] <= 1.08 * entry["floor_flops"]
