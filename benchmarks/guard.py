@@ -142,7 +142,7 @@ def make_pairs(data: str, folder: Path, args: argparse.Namespace) -> dict[str, f
         row | {"id": f"poison-{row['id']}", "chosen": garbage(row["chosen"]), "rejected": row["chosen"]}
         for row in train[half:]
     ]
-    return {write("good", train=train[:half], test=test): 1.0, write("poison", train=poison, test=[]): 1.0}
+    return {write("good", train=train[:half], test=test): 1.0, write("poison", train=poison): 1.0}
 
 
 def shortest(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
