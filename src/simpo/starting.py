@@ -185,7 +185,8 @@ def _look_at(recipe: Recipe, tokenizer: Any) -> _Look:
     splits = load_splits(recipe.model_copy(update={"validation_fraction": 0.0}), find_sources(recipe))
     # TemporaryDirectory could not be removed on Windows while the pairs are mapped; so it is tried alone.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        sample = {"max_length": 10**6, "max_train_samples": min(_SAMPLE, len(splits.train)), "max_eval_samples": 1}
+        sample = {"max_length": 10**6, "max_train_samples": min(_SAMPLE, len(splits.train))}
+        sample["max_eval_samples"] = min(_SAMPLE, max(1, len(splits.eval)))
         whole = recipe.model_copy(update={**sample, "max_prompt_length": None, "cache_dir": folder})
         prepared = prepare_pairs(whole, tokenizer, progress=False)
         store, account = PairStore(prepared.train), prepared.ledger.splits["train"]
