@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
+from simpo.errors import explain, is_disk_full
+
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
 
@@ -32,12 +34,11 @@ class _OneLineErrors(TyperGroup):
             ctx.color = False
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:
-            raise  # typer ends quietly when the reader of a pipe has gone
-        except (ValueError, OSError, NotImplementedError) as error:
-            if os.environ.get("SIMPO_TRACEBACK"):
+        except Exception as error:
+            is_users = isinstance(error, ValueError | OSError | NotImplementedError) or is_disk_full(error)
+            if not is_users or os.environ.get("SIMPO_TRACEBACK"):
                 raise
-            say_once(f"error: {error}", color="red")
+            say_once(f"error: {explain(error)}", color="red")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
             _complain("interrupted")
@@ -64,6 +65,8 @@ class _App(typer.Typer):
         return super().command(name, **{"cls": _CompletesKeys, **options})
 
 
+LEFT_OUT = 3
+
 app = _App(
     name="simpo",
     cls=_OneLineErrors,
@@ -75,6 +78,21 @@ app = _App(
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout; what else is said goes to stderr.")
 ]
+
+
+def output_option(text: str, *, metavar: str = "FILE", is_folder: bool = False) -> Any:
+    """The option --output: where nothing can be written is said before the work."""
+
+    def check(context: typer.Context, given: str | None) -> str | None:
+        if given is not None and not context.resilient_parsing:
+            from simpo.data.files import check_writable
+
+            check_writable(given, "--output", is_folder=is_folder)
+        return given
+
+    return typer.Option("--output", metavar=metavar, callback=check, help=text)
+
+
 TAKES_OVERRIDES = {"allow_extra_args": True, "ignore_unknown_options": True}
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="YAML file; see `simpo keys` for what it may hold.")]
 RecipeOrData = Annotated[
@@ -102,20 +120,32 @@ def _options(
     pass
 
 
-def load(recipe: str, overrides: list[str], *, processes: int | None = None, stage: str = "") -> Recipe:
-    """The recipe with its overrides; keys of `stage` may be given without its name in front."""
+def load(
+    recipe: str, overrides: list[str], *, processes: int | None = None, stage: str = "", writes: bool = False
+) -> Recipe:
+    """The recipe with its overrides; keys of `stage` may be given without its name in front.
+
+    Args:
+        writes: the command will write into output_dir: that it cannot is said at once.
+    """
     from simpo.recipe import load_recipe
 
     if recipe.startswith("-"):
         raise ValueError(f"the recipe comes before its overrides: simpo COMMAND RECIPE {recipe} ...")
     overrides = name_model(name_stage(overrides, stage) if stage else overrides)
+    values: Any = recipe
     if not stage and _is_data(recipe, overrides):
         from simpo.starting import choose_recipe
 
         chosen = choose_recipe(recipe, overrides, recipe_name=recipe)
         say_chosen(chosen.facts)
-        return load_recipe(chosen.values, overrides, processes=processes)
-    return load_recipe(recipe, overrides, processes=processes)
+        values = chosen.values
+    resolved = load_recipe(values, overrides, processes=processes)
+    if writes and resolved.output_dir is not None:
+        from simpo.data.files import check_writable
+
+        check_writable(resolved.output_dir, "output_dir", is_folder=True)
+    return resolved
 
 
 def name_stage(overrides: list[str], stage: str) -> list[str]:
@@ -196,7 +226,7 @@ def exit_by_account(account: Path, *, examples: bool = True, as_json: bool = Fal
             example = entry["examples"][0]
             _complain(f"{reason}, as {example['row_id']}: {example['detail']}")
         _complain(f"left out: {counts}; which and why is in {account}")
-        raise typer.Exit(3)
+        raise typer.Exit(LEFT_OUT)
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from simpo.cli.app import (
     exit_by_account,
     leaving_when_interrupted,
     load,
+    output_option,
     print_json,
     stdout_for_json,
 )
@@ -24,12 +25,12 @@ def judge(
     context: typer.Context,
     recipe: RecipeFile,
     output: Annotated[
-        str | None, typer.Option("--output", metavar="FOLDER", help="[default: judged in output_dir]")
+        str | None, output_option("[default: judged in output_dir]", metavar="FOLDER", is_folder=True)
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare two models' answers: win rate, also at equal length. Keys can follow: --model A --against B"""
-    resolved = load(recipe, context.args, stage="judge")
+    resolved = load(recipe, context.args, stage="judge", writes=output is None)
     import json
 
     from rich.console import Console

@@ -14,6 +14,7 @@ from simpo.cli.app import (
     exit_by_account,
     leaving_when_interrupted,
     load,
+    output_option,
     say_once,
     stdout_for_json,
 )
@@ -23,13 +24,11 @@ from simpo.cli.app import (
 def generate(
     context: typer.Context,
     recipe: RecipeFile,
-    output: Annotated[
-        str | None, typer.Option("--output", help="File to write. [default: responses.jsonl in output_dir]")
-    ] = None,
+    output: Annotated[str | None, output_option("File to write. [default: responses.jsonl in output_dir]")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Sample responses to prompts; given again, it goes on. Keys can follow: --num_samples 8 --temperature 0.7"""
-    resolved = load(recipe, context.args, stage="generate")
+    resolved = load(recipe, context.args, stage="generate", writes=output is None)
     from simpo.onpolicy.generate import run_generate
 
     with leaving_when_interrupted(), stdout_for_json(as_json):
@@ -41,13 +40,11 @@ def generate(
 def score(
     context: typer.Context,
     recipe: RecipeFile,
-    output: Annotated[
-        str | None, typer.Option("--output", metavar="FILE", help="[default: scored.jsonl in output_dir]")
-    ] = None,
+    output: Annotated[str | None, output_option("[default: scored.jsonl in output_dir]")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rate responses by rules, functions, models, a judge. Any key can follow: --input FILE --standardize true"""
-    resolved = load(recipe, context.args, stage="score")
+    resolved = load(recipe, context.args, stage="score", writes=output is None)
     from simpo.onpolicy.score import run_score
 
     with leaving_when_interrupted(), stdout_for_json(as_json):
@@ -59,11 +56,13 @@ def score(
 def pair(
     context: typer.Context,
     recipe: RecipeFile,
-    output: Annotated[str | None, typer.Option("--output", help="Folder. [default: pairs in output_dir]")] = None,
+    output: Annotated[
+        str | None, output_option("Folder. [default: pairs in output_dir]", metavar="FOLDER", is_folder=True)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Make preference pairs of scored responses. Any key can follow: --method best_sigma --min_gap 0.3"""
-    resolved = load(recipe, context.args, stage="pair")
+    resolved = load(recipe, context.args, stage="pair", writes=output is None)
     from simpo.onpolicy.pair import account_of, run_pair
 
     with stdout_for_json(as_json):
@@ -74,7 +73,7 @@ def pair(
 @app.command(context_settings=TAKES_OVERRIDES)
 def rounds(context: typer.Context, recipe: RecipeFile, as_json: AsJson = False) -> None:
     """Generate, score, pair, train, evaluate, several times; given again, it goes on. Any key can follow: --rounds 3"""
-    resolved = load(recipe, context.args, stage="rounds")
+    resolved = load(recipe, context.args, stage="rounds", writes=True)
     from simpo.onpolicy.rounds import StageFailed, run_rounds
 
     try:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, AsJson, RecipeFile, RecipeOrData, app, load, print_json
+from simpo.cli.app import TAKES_OVERRIDES, AsJson, RecipeFile, RecipeOrData, app, load, output_option, print_json
 from simpo.display import say
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def plan(
         str | None,
         typer.Option("--shape", help="Plan for another model: llama-70b and others by name, or a .json or .yaml file."),
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", metavar="PATH", help="Write the plan as JSON too.")] = None,
+    output: Annotated[str | None, output_option("Write the plan as JSON too.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compute memory by part, pick a mesh and other sizes, say what is sent; reads no weights. Any key can follow."""
@@ -64,12 +64,12 @@ def plan(
     shared = load(recipe, context.args, processes=found.mesh.data * resolved.cp * resolved.tp)
     if shared != resolved:
         found = plan_recipe(shared, machines, shape=shape)
+    if output is not None:
+        save_plan(found, output)
     if as_json:
         print_json(plan_as_dict(found))
     else:
         say(describe_plan(found, shared, recipe_name=recipe))
-    if output is not None:
-        save_plan(found, output)
 
 
 @app.command(context_settings={"ignore_unknown_options": True})

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from simpo.cli.app import app
+from simpo.cli.app import app, output_option
 
 
 @app.command()
@@ -16,9 +16,7 @@ def report(
         list[Path],
         typer.Argument(metavar="RUN...", help="Output folders of runs, of rounds, or folders that hold some."),
     ],
-    output: Annotated[
-        Path | None, typer.Option("--output", help="The page. [default: report.html in the folder]")
-    ] = None,
+    output: Annotated[Path | None, output_option("The page. [default: report.html in the folder]")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Write it anew whenever a run has logged more.")] = False,
 ) -> None:
     """Write the report of a run as one HTML page, also while it goes on; of several runs, compare them."""

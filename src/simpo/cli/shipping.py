@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, app, name_stage
+from simpo.cli.app import TAKES_OVERRIDES, app, name_stage, output_option
 
 Model = Annotated[
     str,
@@ -40,7 +40,7 @@ def merge(
     context: typer.Context,
     model: Model,
     output: Annotated[
-        str | None, typer.Option("--output", metavar="DIR", help="New folder. [default: beside the model, -merged]")
+        str | None, output_option("New folder. [default: beside the model, -merged]", metavar="DIR", is_folder=True)
     ] = None,
 ) -> None:
     """Write adapters merged into their base, or a checkpoint, as an ordinary model folder. --save_dtype can follow."""
@@ -57,9 +57,7 @@ def export(
     quantize: Annotated[
         str, typer.Option("--quantize", metavar="FORMAT", help="Of the weights: q8_0, f16, bf16 or f32.")
     ] = "q8_0",
-    output: Annotated[
-        str | None, typer.Option("--output", metavar="FILE", help="New file. [default: beside the model, .gguf]")
-    ] = None,
+    output: Annotated[str | None, output_option("New file. [default: beside the model, .gguf]")] = None,
 ) -> None:
     """Write a model as a .gguf file, adapters merged, with a Modelfile for ollama beside it."""
     if not gguf:

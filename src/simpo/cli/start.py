@@ -31,6 +31,9 @@ def init(
     path = Path(recipe)
     if path.suffix not in (".yaml", ".yml"):
         raise ValueError(f"{recipe}: a recipe's name ends in .yaml; the pairs are given with --data")
+    from simpo.data.files import check_writable
+
+    check_writable(path, "init")
     if path.exists():
         raise ValueError(f"{recipe} is there already and is not overwritten; give another name: simpo init NAME.yaml")
     asks = sys.stdin.isatty()

@@ -7,7 +7,17 @@ from typing import Annotated
 
 import typer
 
-from simpo.cli.app import TAKES_OVERRIDES, AsJson, RecipeOrData, app, load, print_json, say_once, stdout_for_json
+from simpo.cli.app import (
+    TAKES_OVERRIDES,
+    AsJson,
+    RecipeOrData,
+    app,
+    load,
+    output_option,
+    print_json,
+    say_once,
+    stdout_for_json,
+)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -43,11 +53,11 @@ def audit(
     examples: Annotated[
         int, typer.Option("--examples", min=0, max=10, help="Pairs to print, the trained text marked.")
     ] = 2,
-    output: Annotated[str | None, typer.Option("--output", help="File for the ledger, instead of output_dir.")] = None,
+    output: Annotated[str | None, output_option("File for the ledger, instead of output_dir.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Read and tokenise the data, and account for every row: kept, cut or dropped, and why."""
-    resolved = load(recipe, context.args)
+    resolved = load(recipe, context.args, writes=output is None)
     resolved.require("dataset_mixer")
     from rich.console import Console
 
@@ -62,10 +72,11 @@ def audit(
             check_own(path, "splits", "fingerprint")
         prepared = prepare_pairs(resolved, load_tokenizer(resolved))
         check_token_ids(prepared, resolved)
-        prepared.ledger.render(Console(), examples=examples)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             listed = prepared.save_ledger(path)
+        prepared.ledger.render(Console(), examples=examples)
+        if path:
             typer.echo(f"ledger: {path}" + f"; every dropped row: {listed}" * bool(listed))
     if as_json:
         print_json(prepared.ledger.model_dump(mode="json"))
@@ -90,7 +101,7 @@ def evaluate(
             "--tasks", help="Benchmarks of lm-evaluation-harness in place of pairs: names or YAML files, with commas."
         ),
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", help="JSON file for the results.")] = None,
+    output: Annotated[str | None, output_option("JSON file for the results.")] = None,
     generations: Annotated[int, typer.Option("--generations", min=0, help="Prompts to answer and show.")] = 0,
     max_pairs: Annotated[
         int | None, typer.Option("--max-pairs", min=1, help="At most this many pairs, or documents a task.")

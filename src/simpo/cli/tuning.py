@@ -14,6 +14,7 @@ from simpo.cli.app import (
     app,
     leaving_when_interrupted,
     load,
+    output_option,
     print_json,
     stdout_for_json,
 )
@@ -41,7 +42,7 @@ def sweep(
     from simpo.tuning.sweep import run_sweep
 
     space, rest = read_space(context.args)
-    resolved = load(recipe, rest)
+    resolved = load(recipe, rest, writes=True)
     if method not in METHODS:
         raise ValueError(f"--method {method}: one of {', '.join(METHODS)} is needed")
     steps = [int(part) if part.strip().isdecimal() else 0 for part in rungs.split(",")] if rungs else []
@@ -64,12 +65,10 @@ def sweep(
 def calibrate(
     context: typer.Context,
     recipe: RecipeFile,
-    output: Annotated[
-        str | None, typer.Option("--output", metavar="FILE", help="[default: calibrated.yaml in output_dir]")
-    ] = None,
+    output: Annotated[str | None, output_option("[default: calibrated.yaml in output_dir]")] = None,
 ) -> None:
     """Propose gamma_beta_ratio, beta, learning rate and budget by measuring and short probes. Any key can follow."""
-    resolved = load(recipe, context.args)
+    resolved = load(recipe, context.args, writes=True)
     from simpo.tuning.calibrate import run_calibrate
 
     with leaving_when_interrupted():

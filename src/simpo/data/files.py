@@ -14,9 +14,9 @@ import io
 import json
 import os
 import re
+import secrets
 import shutil
 import sys
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.data.columns import RowError, message_columns, type_cells
-from simpo.errors import one_line, short
+from simpo.errors import explain, is_disk_full, one_line, short
 
 FORMATS = (".jsonl", ".json", ".parquet", ".csv", ".tsv")
 
@@ -348,21 +348,78 @@ def supersede(folder: Path, paths: Iterable[Path], *, copied: Iterable[Path] = (
     return aside
 
 
-def write_whole(path: str | Path, text: str | Iterable[str]) -> None:
-    """Write a text, or its parts, so that the file is there whole or not at all: aside, synced, then renamed."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+@contextlib.contextmanager
+def named_if_refused(key: str, path: Path) -> Iterator[None]:
+    """Inside, what the system refuses to write at a path is a ValueError of one line that begins with a key's name."""
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines([text] if isinstance(text, str) else text)
+        yield
+    except OSError as error:
+        there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+        why = explain(error) if there.is_dir() or there == path else f"{there} is a file, not a folder"
+        why = why.removeprefix(f"{path}: ")
+        advice = "make room, or choose another place" if is_disk_full(error) else "choose another place"
+        raise ValueError(f"{key}: {path} cannot be written ({why}); {advice}") from error
+
+
+def check_writable(path: str | Path, key: str, *, is_folder: bool = False) -> None:
+    """Raise ValueError where no file, or nothing in a folder, could be written, before work is done for it.
+
+    Nothing is left behind.
+
+    Args:
+        key: that says where; named in the error.
+    """
+    path, made = Path(path), []
+    with named_if_refused(key, path):
+        try:
+            made = [each for each in path.parents if not each.exists()]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.is_dir() != is_folder and path.exists():
+                raise OSError(f"it is a {'file' if is_folder else 'folder'}")
+            if not path.exists() or path.is_dir() or path.is_file():  # a pipe or a device is written as it is
+                probe = path if not path.exists() else (path if is_folder else path.parent) / f".probe-{os.getpid()}"
+                with open(probe, "xb"):
+                    pass
+                probe.unlink()
+        finally:
+            for each in made:
+                with contextlib.suppress(OSError):  # another process may have begun to use it
+                    each.rmdir()
+
+
+def write_whole(path: str | Path, text: str | Iterable[str]) -> None:
+    """Write a text, or its parts, so that the file is there whole or not at all: aside, synced, then renamed.
+
+    What is no regular file, such as /dev/stdout, is written to as it is.
+    """
+    path = Path(path)
+    parts = [text] if isinstance(text, str) else text
+    if path.exists() and not path.is_file():
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(parts)
+        return
+    path = path.resolve()  # a link stays one
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
+    try:
+        with open(aside, "x", encoding="utf-8", newline="\n") as file:  # by the umask, which tempfile ignores
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
         os.replace(aside, path)
     except BaseException:
-        os.unlink(aside)
+        aside.unlink(missing_ok=True)
         raise
+
+
+def follow_umask(folder: Path) -> None:
+    """Give weights that safetensors wrote, for their owner's eyes alone, the mode of any new file in their folder."""
+    probe = folder / f".probe-{secrets.token_hex(4)}"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*.safetensors"):
+        path.chmod(mode)
 
 
 def sync_tree(folder: Path) -> None:
@@ -373,7 +430,9 @@ def sync_tree(folder: Path) -> None:
 
 def sync(path: Path) -> None:
     """Make a file, or the names in a folder, survive a power cut."""
-    descriptor = os.open(path, os.O_RDONLY)
+    if os.name != "posix" and path.is_dir():  # Windows opens no folders
+        return
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:

@@ -68,9 +68,10 @@ def run_eval_command(
         names = [settings.model_name_or_path, *([] if baseline is None else [baseline])]
         measured = [measure_tasks(name, tasks, settings, max_documents=max_pairs) for name in names]
         content = compare_tasks(measured[0], measured[1] if baseline is not None else None)
-        show_tasks(content, console)
         if output is not None:
             save_json(content, output)
+        show_tasks(content, console)
+        if output is not None:
             say(f"results: {output}", console)
         return content
     tokenizer = find_tokenizer(settings, settings.model_name_or_path)
@@ -88,25 +89,23 @@ def run_eval_command(
         )
 
     evaluation = run(settings.model_name_or_path, pairs, tokenizer)
-    evaluation.render(console)
     content = evaluation.to_dict()
+    _save(content, evaluation, output)  # before anything is shown, or another model run
+    evaluation.render(console)
     if baseline is not None:
         its_tokenizer = find_tokenizer(settings, model_folder(baseline))
         # The very same tokens where the vocabulary is the same: a base model may lack its child's chat template.
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             pairs = load_pairs(data, settings, its_tokenizer, split=split, max_pairs=max_pairs)
         other = run(baseline, pairs, its_tokenizer)
-        console.print()
-        other.render(console)
-        console.print()
         comparison = compare(evaluation, other)
-        comparison.render(console)
         content |= {"baseline": other.to_dict(), "comparison": comparison.to_dict()}
+        _save(content, evaluation, output)
+        for each in (other, comparison):
+            console.print()
+            each.render(console)
     if output is not None:
-        path = Path(output)
-        save_json(content, path)
-        evaluation.save_pairs(path.with_suffix(".pairs.jsonl"))
-        say(f"results: {path}, {path.with_suffix('.pairs.jsonl')}", console)
+        say(f"results: {output}, {_beside(output)}", console)
     return content
 
 
@@ -115,3 +114,13 @@ def _check_output(path: Path, model: str, *, is_tasks: bool) -> None:
     before = check_own(path, "model", "versions", "tasks" if is_tasks else "margin")
     if before and before["model"] != model:
         raise ValueError(f"{path}: is of {before['model']}, and is not overwritten; choose another --output")
+
+
+def _beside(output: str) -> Path:
+    return Path(output).with_suffix(".pairs.jsonl")
+
+
+def _save(content: dict[str, Any], evaluation: Evaluation, output: str | None) -> None:
+    if output is not None:
+        save_json(content, output)
+        evaluation.save_pairs(_beside(output))

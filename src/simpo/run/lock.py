@@ -7,7 +7,9 @@ locks on (NFS and GPFS do; Lustre mounted with `localflock` and NFS with `nolock
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import importlib
 import os
 import socket
 from dataclasses import dataclass
@@ -15,10 +17,13 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from simpo.data.files import named_if_refused
+
 try:
     import fcntl
 except ImportError:  # Windows
     fcntl = None
+msvcrt = importlib.import_module("msvcrt") if os.name == "nt" else None
 
 LOCK_FILE = "_lock"  # transformers' Trainer uploads nothing that begins with "_"
 
@@ -48,12 +53,13 @@ class OutputLock:
         """Take it; of several processes of one run the first does. A line to show where there are no locks.
 
         Raises:
-            ValueError: another process has it.
+            ValueError: another process has it, or nothing can be written there.
         """
         key = (os.getpid(), self.folder)
         if key not in _held:
-            made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-            descriptor = _open_locked(self.folder)
+            with named_if_refused("output_dir", self.folder):
+                made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+                descriptor = _open_locked(self.folder)
             if descriptor is None:
                 return f"output_dir: {self.folder} is on a system without file locks: start no second run in it"
             _held[key] = _Held(descriptor, made)
@@ -71,8 +77,12 @@ class OutputLock:
         if held.users:
             return
         del _held[key]
-        (self.folder / LOCK_FILE).unlink(missing_ok=True)
-        os.close(held.descriptor)
+        if fcntl is None:  # Windows removes no file that is open
+            os.close(held.descriptor)
+        with contextlib.suppress(PermissionError):  # there: another process has opened it meanwhile
+            (self.folder / LOCK_FILE).unlink(missing_ok=True)
+        if fcntl is not None:
+            os.close(held.descriptor)
         for path in held.made:
             try:
                 path.rmdir()
@@ -86,23 +96,42 @@ class OutputLock:
         self.release()
 
 
+_FAR = 2**30  # Windows lets nobody read what is locked, and the owner's name is to be read
+_TRIES = 1000
+
+
+def _lock(descriptor: int) -> None:
+    """Raises OSError: EACCES or EAGAIN where another process has it, another number where there are no locks."""
+    if fcntl is not None:
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    elif msvcrt is not None:
+        os.lseek(descriptor, _FAR, os.SEEK_SET)
+        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+    else:
+        raise OSError(errno.ENOSYS, "no locks")
+
+
 def _open_locked(folder: Path) -> int | None:
     """A descriptor of the lock file, locked; None where the system has no locks."""
     path = folder / LOCK_FILE
-    if fcntl is None:
-        return None
+    tries = 0
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # its owner has just removed the folder
+            tries += 1
+            if tries == _TRIES:
+                raise
             continue
         try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _lock(descriptor)
             is_there = os.path.samestat(os.fstat(descriptor), path.stat())
         except FileNotFoundError:
             is_there = False
         except OSError as error:
+            os.lseek(descriptor, 0, os.SEEK_SET)
             owner = os.read(descriptor, 1000).decode(errors="replace") or "another process"
             os.close(descriptor)
             from simpo.run.resume import is_begun_by_this_launch  # loads torch, which taking a lock need not wait for
@@ -118,9 +147,14 @@ def _open_locked(folder: Path) -> int | None:
             path.unlink(missing_ok=True)  # of an attempt that is over, on a machine that was lost
             continue
         if is_there:
-            os.ftruncate(descriptor, 0)
-            os.write(
-                descriptor, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}".encode()
-            )
+            try:
+                os.ftruncate(descriptor, 0)
+                os.write(
+                    descriptor, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}".encode()
+                )
+            except OSError:
+                path.unlink(missing_ok=True)
+                os.close(descriptor)
+                raise
             return descriptor
         os.close(descriptor)  # its owner removed it before it was locked here

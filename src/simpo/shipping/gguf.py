@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from simpo.data.files import sync
+from simpo.data.files import check_writable, sync
 from simpo.display import Display
 from simpo.shipping.merge import merge_adapters, stored_dtype, write_folder
 from simpo.shipping.modelfile import write_modelfile
@@ -58,6 +58,7 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
     for each in (path, modelfile):
         if each.exists() and not (each == modelfile and is_left):
             raise ValueError(f"{each} is there already, and nothing is overwritten; choose another --output")
+    check_writable(path, "--output")
     tokenizer = load_source_tokenizer(source)
     # Merging wants fp32; a model that is written as it is has no more than its own files.
     exact = source.is_adapter or source.folder is None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from simpo.data.files import check_writable
 from simpo.display import Display
 from simpo.recipe import load_recipe
 from simpo.run.export import dtype_name, export_dtype, overflows, tie, write_model
@@ -54,9 +55,10 @@ def stored_dtype(source: Source) -> torch.dtype:
 
 
 def new_folder(folder: Path) -> Path:
-    """Raise ValueError where something is in the way."""
+    """Raise ValueError where something is in the way, or nothing can be written."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already, and nothing is overwritten; choose another --output")
+    check_writable(folder, "--output", is_folder=True)
     return folder
 
 
