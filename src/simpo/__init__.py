@@ -56,13 +56,16 @@ def train(recipe: str | Path | Mapping[str, Any] | Recipe, **overrides: Any) -> 
         Where the run and its model are, and the last evaluation's metrics.
     Raises:
         ValueError: recipe, data, model or run directory do not fit together.
-        simpo.Interrupted: Ctrl-C or SIGTERM; a checkpoint was saved first.
+        OSError: a file of the run cannot be written any more; says where it can be resumed from.
+        simpo.Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint was saved first.
         simpo.NonFiniteError: a loss or gradient is not finite.
     """
     from simpo.recipe import load_recipe
+    from simpo.streams import lasting_streams
     from simpo.trainer import Trainer
 
-    return Trainer(load_recipe(recipe, overrides)).run()
+    with lasting_streams():
+        return Trainer(load_recipe(recipe, overrides)).run()
 
 
 def __getattr__(name: str) -> Any:

@@ -32,6 +32,7 @@ from simpo.data.loader import MicroBatch, StepPlan
 from simpo.data.prepare import PreparedData, dropped_by_source, prepare_pairs
 from simpo.data.templates import install_chat_template
 from simpo.display import Display
+from simpo.errors import is_disk_full
 from simpo.evaluation.generate import save_samples
 from simpo.model.attention import unwrap
 from simpo.model.compile import compile_blocks
@@ -44,7 +45,7 @@ from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe
 from simpo.report import leave_report
 from simpo.run import checkpoint as checkpoints
-from simpo.run.checkpoint import CheckpointSaver
+from simpo.run.checkpoint import CheckpointSaver, NotSaved
 from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.guard import RunGuard
@@ -71,12 +72,14 @@ from simpo.run.session import (
     check_agreement,
     check_device,
     check_early_stopping,
+    check_room,
     check_token_ids,
     count_steps,
     describe_next,
     describe_run,
     is_due,
     locate_best,
+    not_written,
     open_output_dir,
     set_up_process,
 )
@@ -184,6 +187,9 @@ class Trainer:
         self.eval_loader = build(self.data.eval, evaluation=True) if self.data.eval is not None else None
         self.total_steps = count_steps(recipe, self.loader.steps_per_epoch)
         self.optimizer = build_optimizer(self.model, recipe)
+        steps = {"total_steps": self.total_steps, "steps_per_epoch": self.loader.steps_per_epoch}
+        if (line := self.mesh.on_main(lambda: check_room(recipe, self.model, self.export_dtype, **steps))) is not None:
+            self.display.say(line)
         stores = {"train": self.loader.store} | ({} if self.eval_loader is None else {"eval": self.eval_loader.store})
         self.reference = load_references(recipe, stores, mesh=self.mesh, fingerprint=self.data.fingerprint)
         self.progress = Progress()
@@ -219,20 +225,42 @@ class Trainer:
         report = leave_report(self.output_dir, self.display.say, is_main=self.mesh.is_main)
         log = open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh)
         with self.lock, report, log as self.log:
-            with self._stop.listening():
-                self.guard = RunGuard(self.recipe, self.output_dir, self.mesh, self.display, done=self.progress.step)
-                self.guard.begin(dropped_by_source(self.data.ledger))
-                if self.recipe.eval_on_start and self.progress.step == 0:
-                    self._evaluate_and_log()
-                with self.display.progress(self.total_steps, self.progress.step) as show:
-                    for plan in self.loader.plans(self.progress.step, self.total_steps):
-                        if self._is_ended_by_guard() or self.progress.why_early(self.recipe) is not None:
-                            break
-                        values = self.train_step(plan)
-                        show(self.progress.step, values)
+            self._train()
+            with self._naming_what_is_whole():
+                result = self._finish()
+            self.mesh.on_main(lambda: upload_model(result.model_dir, self.repository, self.recipe, self.display))
+            self.display.say(describe_next(self.recipe, self.data))
+        return result
+
+    def _train(self) -> None:
+        """All steps that are left, unless it is ended before."""
+        with self._stop.listening():
+            self.guard = RunGuard(self.recipe, self.output_dir, self.mesh, self.display, done=self.progress.step)
+            self.guard.begin(dropped_by_source(self.data.ledger))
+            if self.recipe.eval_on_start and self.progress.step == 0:
+                self._evaluate_and_log()
+            with self.display.progress(self.total_steps, self.progress.step) as show:
+                for plan in self.loader.plans(self.progress.step, self.total_steps):
+                    if self._is_ended_by_guard() or self.progress.why_early(self.recipe) is not None:
+                        break
+                    values = self.train_step(plan)
+                    show(self.progress.step, values)
+                    with self._naming_what_is_whole(saves=self.mesh.sizes.world == 1):  # others may be elsewhere
                         self._after_step(values)
-                self._is_ended_by_guard()  # after the last step
-            return self._finish()
+            self._is_ended_by_guard()  # after the last step
+
+    @contextlib.contextmanager
+    def _naming_what_is_whole(self, *, saves: bool = False) -> Iterator[None]:
+        """Around what writes files, between steps: where that fails, a checkpoint is tried, if `saves`, and named."""
+        try:
+            yield
+        except Exception as error:
+            if not (isinstance(error, OSError) or is_disk_full(error)):
+                raise
+            if saves and not isinstance(error, NotSaved):
+                with contextlib.suppress(OSError):
+                    self._save_to_stop()
+            raise not_written(error, checkpoints.list_checkpoints(self.checkpoint_dir)) from error
 
     def train_step(self, plan: StepPlan) -> dict[str, float]:
         """One optimizer step over the plan's pairs; returns their means, the gradient norm and the speed."""
@@ -356,8 +384,6 @@ class Trainer:
         metrics = self.output_dir / "metrics.jsonl"
         done = {"run directory": self.output_dir, "model": model_dir, "metrics": metrics}
         self.display.table("done", done | self.guard.summary())
-        self.mesh.on_main(lambda: upload_model(model_dir, self.repository, self.recipe, self.display))
-        self.display.say(describe_next(self.recipe, self.data))
         return TrainResult(
             self.output_dir,
             model_dir,
@@ -509,9 +535,9 @@ class Trainer:
             "pairs_per_s": num_pairs / time_s,
             "memory_gib": max(self.mesh.gather(peak_memory_gib(self.device))),
         }
-        self.window = Totals()
-        progress.logged_step, progress.logged_time_s = progress.step, progress.train_time_s
         self._write(values)
+        self.window = Totals()  # only now: what could not be written is in the next line
+        progress.logged_step, progress.logged_time_s = progress.step, progress.train_time_s
         left_s = progress.train_time_s / progress.step * (self.total_steps - progress.step)
         self.display.log_step(progress.step, self.total_steps, values, left_s=left_s)
         self.guard.heed(progress.step, values)

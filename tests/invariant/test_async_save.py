@@ -138,8 +138,9 @@ def test_a_full_disk_on_one_process_is_reported_by_all(step, mesh, in_background
     answers = on_mesh(mesh, error_of_a_run_that_cannot_write, settings_of(mesh, TIED, name="run", **keys))
     assert len(set(answers)) == 1, answers
     kind, text = answers[0]
-    assert kind == "RuntimeError"
+    assert kind == "OSError"
     assert f"step-{step} could not be written" in text
+    assert "the disk is full" in text
     assert "No space left on device" in text
     assert "\n" not in text
     if mesh != "1 process":

@@ -39,10 +39,10 @@ def test_a_save_that_dies_anywhere_leaves_the_previous_checkpoint_whole(
     for owner, name in DEATHS:
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, die)
-            with pytest.raises((PowerCut, RuntimeError)):  # what goes wrong inside dcp is reported as the latter
+            with pytest.raises((PowerCut, OSError)) as died:  # what goes wrong inside dcp is reported as the latter
                 trainer.save()
         assert [c.step for c in list_checkpoints(trainer.checkpoint_dir)] == [1], name
-        assert list(trainer.checkpoint_dir.glob(".step-*")), name
+        assert any(trainer.checkpoint_dir.glob(".step-*")) == (died.type is PowerCut), name
         again = Trainer(load_recipe({**tiny_recipe, "resume_from_checkpoint": True}), display=Display(quiet=True))
         assert again.progress.step == 1, name
         assert [path.name for path in trainer.checkpoint_dir.iterdir()] == [good.folder.name]  # no half-written ones

@@ -19,6 +19,8 @@ FILES = sorted(SOURCE.rglob("*.py"))
 LAYERS = {
     "environment": 1,
     "errors": 1,
+    "hub": 1,
+    "streams": 1,
     "core": 1,
     "parallel": 2,
     "model": 3,

@@ -4,18 +4,23 @@ A module of this package holds the commands of one subject; a command loads its 
 package and prints.
 """
 
-import io
-import sys
+import signal
 
 from simpo.cli import start, training, report, recipes, onpolicy, tuning, judging, shipping  # isort: skip  as in --help
-from simpo.cli.app import app
+from simpo.cli.app import LEFT_OUT, app
+from simpo.streams import lasting_streams, open_standard_descriptors
 
 __all__ = ["app", "judging", "main", "onpolicy", "recipes", "report", "shipping", "start", "training", "tuning"]
 
 
 def main() -> None:
     """Entry point of the `simpo` script."""
-    for stream in (sys.stdout, sys.stderr):  # a log in ASCII is no reason for a run to end
-        if isinstance(stream, io.TextIOWrapper) and not stream.encoding.lower().startswith("utf"):
-            stream.reconfigure(errors="backslashreplace")
-    app(prog_name="simpo")
+    open_standard_descriptors()
+    try:
+        with lasting_streams() as lost:
+            app(prog_name="simpo")
+    except SystemExit as end:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # what is left to do at the end of Python may be left, silently
+        if lost and not end.code:
+            raise SystemExit(LEFT_OUT) from None
+        raise

@@ -19,14 +19,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from simpo.data.files import check_own, hash_files, sync_tree, write_whole
+from simpo.data.files import check_own, follow_umask, hash_files, sync_tree, write_whole
 from simpo.display import Display, format_duration
 from simpo.onpolicy.journal import changed_settings, read_about
 from simpo.onpolicy.pair import is_held_out, run_pair
@@ -36,6 +35,7 @@ from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.recipe.stages import SERVER_KEYS, STAGES, Generate
 from simpo.report import leave_report
 from simpo.run.lock import OutputLock
+from simpo.run.stopping import on_stop_signal
 
 _CHANGE_NOTHING = {
     "generate": {"batch_size", "processes", "tensor_parallel", *SERVER_KEYS},
@@ -393,6 +393,7 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
     with saving_quietly():
         AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().save_pretrained(aside)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(aside)
+    follow_umask(aside)
     sync_tree(aside)
     aside.rename(target)
 
@@ -408,24 +409,27 @@ GO_WITH_PARENT = (
 def run_command(words: Sequence[str], *, is_launcher: bool = False) -> int:
     """Run a program to its end and return its exit code.
 
-    Ctrl-C and SIGTERM here reach it once, as SIGINT, and it is waited for.
+    Ctrl-C, SIGTERM and SIGHUP here reach it once, as SIGINT, and it is waited for.
     """
     if sys.platform == "linux":
         goes_with = signal.SIGTERM if is_launcher else signal.SIGKILL
         start = GO_WITH_PARENT.format(signal=int(goes_with), parent=os.getpid())
         words = [sys.executable, "-c", start, *words]
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
-    child = subprocess.Popen(words, process_group=0)  # not in the group that the terminal sends Ctrl-C to
-    try:
-        return child.wait()
-    except KeyboardInterrupt:
-        child.send_signal(signal.SIGINT)
-        child.wait()
-        raise
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
+    with on_stop_signal():
+        child = subprocess.Popen(words, process_group=0)  # not in the group that the terminal sends Ctrl-C to
+        try:
+            return child.wait()
+        except KeyboardInterrupt:
+            ask_to_stop(child)
+            child.wait()
+            raise
+
+
+def ask_to_stop(child: subprocess.Popen[Any]) -> None:
+    """As Ctrl-C does, which on Windows reaches the children of a terminal's process by itself."""
+    if os.name == "posix" and child.poll() is None:
+        inherits_deafness = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        child.send_signal(signal.SIGTERM if inherits_deafness else signal.SIGINT)
 
 
 def _fingerprint(parts: Sequence[str]) -> str:

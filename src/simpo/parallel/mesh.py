@@ -27,6 +27,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from simpo.core.context import split_rows
+from simpo.errors import explain
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -245,6 +246,8 @@ def _portable(error: Exception | None) -> Exception | None:
     """The exception as another process can raise it: kinds with arguments of their own do not always pickle."""
     if error is None or type(error) in (ValueError, RuntimeError):
         return error and type(error)(str(error))
+    if isinstance(error, OSError):
+        return OSError(explain(error))
     kind = ValueError if isinstance(error, ValueError) else RuntimeError
     return kind(f"{type(error).__name__}: {error}")
 

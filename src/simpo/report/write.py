@@ -106,11 +106,14 @@ def leave_report(folder: str | Path, say: Callable[[str], None], *, is_main: boo
         say: shows a line.
         is_main: of several processes one writes.
     """
+    place, at_once = Path(folder), False
     try:
         yield
+    except KeyboardInterrupt:
+        at_once = not is_rounds(place)  # the second Ctrl-C
+        raise
     finally:
-        place = Path(folder)
-        if is_main and (is_run(place) or is_rounds(place)):
+        if is_main and not at_once and (is_run(place) or is_rounds(place)):
             try_report([place], say)
 
 

@@ -31,6 +31,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
 from simpo.data.files import sync, sync_tree
+from simpo.errors import is_disk_full
 from simpo.parallel.mesh import Mesh
 from simpo.parallel.sharding import local_part
 from simpo.run.cpu_memory import empty_on_cpu
@@ -50,6 +51,10 @@ from simpo.run.saved import (
     stamp,
     with_advice,
 )
+
+
+class NotSaved(OSError):
+    """A checkpoint could not be written; what there was of it is gone."""
 
 
 class CheckpointSaver:
@@ -88,7 +93,7 @@ class CheckpointSaver:
             state: JSON-able trainer state.
             protect: a step whose checkpoint is not deleted, however old.
         Raises:
-            RuntimeError: some process could not write; on every process.
+            OSError: some process could not write; on every process.
         """
         self.finish()
         existing = self._mesh.on_main(lambda: checkpoint_at(self.folder, step))
@@ -137,7 +142,7 @@ class CheckpointSaver:
         written = Future()
         try:
             written.set_result(dcp.save(tensors, checkpoint_id=folder))
-        except CheckpointException as cause:
+        except (OSError, CheckpointException) as cause:
             written.set_exception(cause)
         return written
 
@@ -147,7 +152,7 @@ class CheckpointSaver:
         Args:
             wait: for the writers; otherwise nothing happens before they are done.
         Raises:
-            RuntimeError: some process could not write; on every process.
+            OSError: some process could not write; on every process.
         """
         if self._pending is None:
             return
@@ -158,9 +163,17 @@ class CheckpointSaver:
         try:
             written.result()
         except (Exception, CheckpointException) as cause:  # dcp's own wrapper is a BaseException
-            error = RuntimeError(f"checkpoint {checkpoint.folder} could not be written: {reason_of(cause)}")
+            if any(isinstance(inner, KeyboardInterrupt) for inner, _ in getattr(cause, "failures", {}).values()):
+                raise KeyboardInterrupt from None
+            reason = f"the disk is full ({reason_of(cause)})" if is_disk_full(cause) else reason_of(cause)
+            error = NotSaved(f"checkpoint {checkpoint.folder} could not be written: {reason}")
             error.__cause__ = cause
-        self._mesh.raise_together(error)
+        try:
+            self._mesh.raise_together(error)
+        except OSError:
+            if self._mesh.is_main:
+                shutil.rmtree(aside, ignore_errors=True)
+            raise
 
         def give_name() -> None:
             record_files(aside)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import shlex
-from collections.abc import Mapping
+import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +20,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 from transformers import AutoConfig
 
+from simpo.core.optimizers import OPTIMIZERS
 from simpo.data.loader import PairStore, StepLoader
+from simpo.errors import explain
 from simpo.model.attention import unwrap
 from simpo.model.costs import cost_weights
 from simpo.model.kernels import describe_attention
@@ -213,6 +216,55 @@ def check_device(recipe: Recipe, mesh: Mesh) -> None:
             "optimizer_offload: only for weights that are whole on each process; with sharded ones "
             "fsdp_cpu_offload: true keeps the moments in CPU memory"
         )
+
+
+def check_room(
+    recipe: Recipe, model: nn.Module, saved: torch.dtype, *, total_steps: int, steps_per_epoch: int
+) -> str | None:
+    """Whether what the run is to write fits on the disk of its folder; a line to show where not all checkpoints do.
+
+    Args:
+        saved: dtype of the final model's weights.
+    Raises:
+        ValueError: not even one checkpoint and the final model.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = OPTIMIZERS[recipe.optim].moment_bytes
+    each = sum(p.numel() * (p.element_size() + (2 * p.element_size() if moments is None else moments)) for p in trained)
+    weights = trained if recipe.use_peft else list(model.parameters())
+    needed = sum(p.numel() for p in weights) * saved.itemsize
+    count = 0
+    if recipe.save_strategy != "no":
+        every = steps_per_epoch if recipe.save_strategy == "epoch" else recipe.save_steps or total_steps
+        every = max(1, math.ceil(every * total_steps if every < 1 else every))
+        limit = (
+            math.inf if recipe.save_total_limit is None else recipe.save_total_limit + 1
+        )  # the newest is written first
+        count = int(min(math.ceil(total_steps / every), limit))
+        needed += each
+    place = Path(recipe.output_dir)
+    free = shutil.disk_usage(next(folder for folder in (place, *place.absolute().parents) if folder.exists())).free
+    gib = f"output_dir: {place} has room for {free / 2**30:.1f} GiB"
+    if free < needed:
+        raise ValueError(
+            f"{gib}, and {f'a checkpoint ({each / 2**30:.1f} GiB) and ' * bool(count)}the final model take "
+            f"{needed / 2**30:.1f} GiB: make room, or choose another output_dir"
+        )
+    if count < 2 or free >= needed + (count - 1) * each:
+        return None
+    total = needed + (count - 1) * each
+    return (
+        f"{gib}, and this run's {count} checkpoints and its model take {total / 2**30:.1f} GiB: lower "
+        "save_total_limit, or make room"
+    )
+
+
+def not_written(error: Exception, saved: Sequence[Checkpoint]) -> OSError:
+    """The error of a run that cannot write a file any more: what is wrong, and where it can be resumed from."""
+    where = "there is no checkpoint yet"
+    if saved:
+        where = f"{saved[-1].folder} is whole; the same command with --resume_from_checkpoint true goes on from it"
+    return OSError(f"{explain(error)}; {where}")
 
 
 def check_agreement(mesh: Mesh, recipe: Recipe, data: PreparedData, loader: StepLoader, *, step: int) -> None:

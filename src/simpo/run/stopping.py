@@ -68,8 +68,31 @@ def not_finite(
     )
 
 
+_ASKS_TO_STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def on_stop_signal(handler: Callable[[int, Any], Any] = signal.default_int_handler) -> Iterator[None]:
+    """Inside, Ctrl-C, SIGTERM and the end of the terminal call `handler`; by default they raise KeyboardInterrupt.
+
+    What nohup, or a shell for what runs in the background, has this process ignore stays ignored. Threads other than
+    the main one have no signals.
+    """
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.getsignal(number) for number in _ASKS_TO_STOP}
+    before = {number: own for number, own in before.items() if own not in (signal.SIG_IGN, None)}
+    for number in before:
+        signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, own in before.items():
+            signal.signal(number, own)
+
+
 class StopRequest(threading.Event):
-    """Set by the first Ctrl-C or SIGTERM while `listening`: stop after this step. A second Ctrl-C stops at once.
+    """Set by the first Ctrl-C, SIGTERM or SIGHUP while `listening`: stop after this step. A second Ctrl-C does at once.
 
     Args:
         say: prints a line.
@@ -79,18 +102,9 @@ class StopRequest(threading.Event):
         super().__init__()
         self._say = say
 
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside, the signals of this process come here; other threads than the main one cannot have them."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {number: signal.signal(number, self._request) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def listening(self) -> contextlib.AbstractContextManager[None]:
+        """Inside, the signals of this process come here."""
+        return on_stop_signal(self._request)
 
     def _request(self, number: int, frame: Any) -> None:
         if self.is_set() and number == signal.SIGINT:
@@ -101,22 +115,18 @@ class StopRequest(threading.Event):
 
 @contextlib.contextmanager
 def interruptible(progress: Callable[[], str]) -> Iterator[None]:
-    """Around work that loses nothing when it ends at any moment: Ctrl-C and SIGTERM end it at once.
+    """Around work that loses nothing when it ends at any moment: Ctrl-C, SIGTERM and SIGHUP end it at once.
 
     Args:
         progress: says how far it has come.
     Raises:
         Interrupted: with that, and that the same command goes on.
     """
-    in_main_thread = threading.current_thread() is threading.main_thread()  # others cannot have signals
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if in_main_thread else None
     try:
-        yield
+        with on_stop_signal():
+            yield
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted; {progress()}; the same command goes on") from None
-    finally:
-        if in_main_thread:
-            signal.signal(signal.SIGTERM, before)
 
 
 # What torch raises for want of memory without its own class for it: cuBLAS, cuDNN, other CUDA calls, the CPU.

@@ -37,13 +37,17 @@ class MetricsLog:
         self.path = path
         forget_lines_after(path, resume_step)
         self._trackers = [_TRACKERS[name](recipe, path.parent) for name in recipe.report_to]
-        self._file = path.open("a", encoding="utf-8")
+        self._file = path.open("ab", buffering=0)
 
     def write(self, values: Mapping[str, Any], *, step: int) -> None:
-        """Write one line, in full or not at all as far as a reader can tell (one write, flushed)."""
-        record = {"step": step, **values}
-        self._file.write(json.dumps(record, allow_nan=True) + "\n")
-        self._file.flush()
+        """Write one line, in full or not at all as far as a reader can tell (one write)."""
+        line, begin = json.dumps({"step": step, **values}, allow_nan=True).encode() + b"\n", self._file.tell()
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            self._file.truncate(begin)
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         for tracker in self._trackers:
             tracker.log(numbers, step)

@@ -24,6 +24,7 @@ from simpo.onpolicy.sampler import PromptTokenizer, ResponseReader
 from simpo.recipe import load_recipe
 from simpo.run.optim import set_threads
 from simpo.shipping.source import Source, find_source, load_source, load_source_tokenizer
+from simpo.streams import is_stdout_lost
 
 SIDE_BY_SIDE = 100
 """Columns of a terminal from which two answers stand side by side."""
@@ -159,12 +160,12 @@ class Chat:
     out: Console = field(default_factory=lambda: Console(highlight=False, soft_wrap=True))
 
     def run(self) -> None:
-        """Until stdin ends, /quit, or Ctrl-C where nothing is being answered."""
+        """Until stdin ends, nobody reads the answers any more, /quit, or Ctrl-C where nothing is being answered."""
         self.talks = sys.stdin.isatty()
         if self.talks:
             self.out.print(Text(HELP, style="dim"))
         for said in self._lines():
-            if said == "/quit":
+            if said == "/quit" or is_stdout_lost():
                 return
             if said == "/reset":
                 for speaker in self.speakers:

@@ -29,8 +29,9 @@ from simpo.evaluation.statistics import (
     paired_difference,
     preference_scores,
 )
-from simpo.onpolicy.rounds import GO_WITH_PARENT
+from simpo.onpolicy.rounds import GO_WITH_PARENT, ask_to_stop
 from simpo.recipe import load_recipe
+from simpo.run.stopping import on_stop_signal
 from simpo.tuning.space import Settings
 
 
@@ -215,21 +216,16 @@ def run_here(jobs: Sequence[Job], note: Callable[[Job, Result], None], *, launch
         finally:
             free.put(device)
 
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with concurrent.futures.ThreadPoolExecutor(count) as pool:
-            running = {pool.submit(work, job): job for job in jobs}
-            try:
-                for done in concurrent.futures.as_completed(running):
-                    note(running[done], done.result())
-            except KeyboardInterrupt:
-                pool.shutdown(wait=False, cancel_futures=True)
-                for child in children:
-                    if child.poll() is None:
-                        child.send_signal(signal.SIGINT)
-                raise
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with on_stop_signal(), concurrent.futures.ThreadPoolExecutor(count) as pool:
+        running = {pool.submit(work, job): job for job in jobs}
+        try:
+            for done in concurrent.futures.as_completed(running):
+                note(running[done], done.result())
+        except KeyboardInterrupt:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in children:
+                ask_to_stop(child)
+            raise
 
 
 def run_on_ray(jobs: Sequence[Job], note: Callable[[Job, Result], None]) -> None:

@@ -17,6 +17,8 @@ def join_launched_world(args: SimPOConfig) -> Mesh:
     Raises:
         ValueError: fewer met than were started, or they talk through a backend that does not fit the device.
     """
+    if args.device.type == "mps":
+        raise ValueError("device: mps (Apple's GPUs) has not been tested and is refused; set use_cpu=True")
     started = int(os.environ.get("WORLD_SIZE", "1"))
     if args.world_size != started:
         raise ValueError(

@@ -19,6 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from simpo.core.optimizers import OPTIMIZERS
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
+from simpo.errors import is_disk_full
 from simpo.hosts.hf.config import RECIPE_FIELDS, SimPOConfig
 from simpo.hosts.hf.early_stop import EarlyStop
 from simpo.hosts.hf.launch import join_launched_world
@@ -34,7 +35,7 @@ from simpo.run.export import WeightSample, create_repository, export_dtype, publ
 from simpo.run.leftovers import Leftovers, find_leftovers
 from simpo.run.lock import OutputLock
 from simpo.run.resume import find_checkpoint
-from simpo.run.saved import TRAINERS, Checkpoint
+from simpo.run.saved import TRAINERS, Checkpoint, list_checkpoints
 from simpo.run.session import (
     card_of_data,
     check_early_stopping,
@@ -42,6 +43,7 @@ from simpo.run.session import (
     count_steps,
     describe_next,
     describe_run,
+    not_written,
     open_output_dir,
     set_up_process,
 )
@@ -107,11 +109,16 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
     display.table("training", describe(trainer))
     model_dir = Path(recipe.output_dir) / "model"
     with leave_report(recipe.output_dir, display.say, is_main=mesh.is_main), directory.resources:
-        trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
-        why_early = next((stop.why for stop in early), None)
-        if why_early is not None:
-            display.say(why_early)
-        save_final_model(trainer, model_dir, dtype, directory.untrained, leftovers, why_early=why_early)
+        try:
+            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+            why_early = next((stop.why for stop in early), None)
+            if why_early is not None:
+                display.say(why_early)
+            save_final_model(trainer, model_dir, dtype, directory.untrained, leftovers, why_early=why_early)
+        except Exception as error:
+            if not (isinstance(error, OSError) or is_disk_full(error)):
+                raise
+            raise not_written(error, list_checkpoints(Path(recipe.output_dir, "checkpoints"), TRAINERS)) from error
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     done = {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics}
     display.table("done", done | trainer.guard.summary())

@@ -25,6 +25,7 @@ from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps
 from simpo.data.cache import PreparedData, fingerprint_tokens
+from simpo.data.files import follow_umask
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.data.prepare import dropped_by_source
@@ -54,6 +55,7 @@ from simpo.run.saved import TRAINERS, check_sealed, list_checkpoints, load_state
 from simpo.run.session import build_loader, check_agreement
 from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
 from simpo.run.tracking import sync_logs
+from simpo.streams import lasting_streams
 
 IDENTITY_FILE = TRAINERS.state_file  # in each checkpoint: what must be equal to resume it
 
@@ -149,7 +151,7 @@ class SimPOTrainer(Trainer):
         Raises:
             ValueError: another process does, or the checkpoint is another run's.
         """
-        with OutputLock(Path(self.args.output_dir)) as lock:
+        with lasting_streams(), OutputLock(Path(self.args.output_dir)) as lock:
             no_lock = self.mesh.on_main(lock.acquire)
             if no_lock is not None:
                 self.display.say(no_lock)
@@ -517,6 +519,7 @@ class SimPOTrainer(Trainer):
             folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             if self.references:
                 save_references(folder, self.references)
+            follow_umask(folder)
             sync_logs(Path(self.recipe.output_dir or "."))
             seal(folder, self._identity())
             # Only now may an earlier one go, which the Trainer deletes before this one is whole.
