@@ -36,6 +36,7 @@ from simpo.data.folders import find_parts
 from simpo.data.preferences import Pair, pair_reader
 from simpo.data.rows import Groups, RawRow, Readable, Rows, all_rows, hold_out, source_of, take_fraction, take_limit
 from simpo.errors import one_line
+from simpo.hub import unreachable_hub
 from simpo.recipe.values import OWN_KEYS
 
 TRAIN_NAMES = ("train", "train_prefs", "training")
@@ -451,6 +452,7 @@ def _split_of(file: Path, folder: Path) -> str:
 
 
 def _find_on_hub(name: str, config: str | None, data_files: Any) -> Source:
+    why = unreachable_hub()
     from datasets import load_dataset
 
     try:
@@ -458,7 +460,7 @@ def _find_on_hub(name: str, config: str | None, data_files: Any) -> Source:
     except Exception as error:  # offline, unknown name, unknown config: many types, one remedy
         raise ValueError(
             f"dataset_mixer: {name!r} is not a local file or folder, and could not be loaded from the hub "
-            f"({one_line(error)}); check the name, dataset_configs and the connection, or give a local path"
+            f"({why or one_line(error)}); check the name, dataset_configs and the connection, or give a local path"
         ) from error
     readers = {str(split): (lambda rows=rows: rows) for split, rows in loaded.items()}
     prints = json.dumps({str(split): rows._fingerprint for split, rows in loaded.items()}, sort_keys=True)

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as transformers_logging
 
 from simpo.errors import first_line
+from simpo.hub import unreachable_hub
 from simpo.model.attention import plain_implementation, unwrap
 from simpo.model.head import install_head, install_router_loss
 from simpo.model.low_memory import install_liger_kernels, install_low_memory_blocks, why_no_liger
@@ -166,13 +167,18 @@ def load_pretrained(
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"{key}: folder {name!r} does not exist; give a folder or a hub name")
-    if Path(name).is_dir():  # only a download deserves a bar of its own
+    is_local = Path(name).is_dir()
+    if is_local:  # only a download deserves a bar of its own
         transformers_logging.disable_progress_bar()
+    unreachable = "" if is_local else unreachable_hub()
     try:
         revision = recipe.model_revision or "main"
         return factory.from_pretrained(name, revision=revision, trust_remote_code=recipe.trust_remote_code, **options)
     except (OSError, KeyError, ImportError) as error:  # a missing or broken checkpoint, an attention not installed
-        raise ValueError(f"cannot load the {what} {name!r}: {first_line(error)}") from error
+        why = first_line(error)
+        if unreachable and isinstance(error, OSError):
+            why = f"it is neither a folder nor in the hub's cache, and the hub cannot be reached ({unreachable})"
+        raise ValueError(f"cannot load the {what} {name!r}: {why}") from error
 
 
 def checkpoint_activations(model: PreTrainedModel, **options: Any) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from simpo.errors import first_line
+from simpo.hub import unreachable_hub
 
 _OF_WIDTH = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "head_dim")
 
@@ -87,6 +88,8 @@ def load_config(name: str, *, revision: str = "main", trust_remote_code: bool = 
 
     known = next((shape for shape, beginnings, *_ in _KNOWN if name.startswith(beginnings)), None)
     options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": known is not None}
+    if known is None and not Path(name).is_dir():
+        unreachable_hub()
     try:
         return AutoConfig.from_pretrained(name, **options)
     except (OSError, KeyError, ValueError) as error:
