@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import tempfile
 import time
@@ -207,7 +208,11 @@ def cache_folder(recipe: Any) -> Path:
 
 def user_cache() -> Path:
     """This package's folder in the user's cache; may not exist."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "simpo"
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "simpo"
+    except RuntimeError:  # a user without a home, as in a container; a shared folder could hold another user's tokens
+        return Path.cwd() / ".cache" / "simpo"
 
 
 def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None:
@@ -252,7 +257,7 @@ class PairWriter:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._aside: tempfile.TemporaryDirectory | None = None
+        self._aside: Path | None = None
         self._files: dict[str, Any] = {}  # split -> the file that is being written
         self._writers: dict[str, Any] = {}
         self._memory: dict[str, pa.Buffer] = {}
@@ -263,16 +268,16 @@ class PairWriter:
             with _storing():
                 self.folder.parent.mkdir(parents=True, exist_ok=True)
                 _clear_leftovers(self.folder.parent)
-                self._aside = tempfile.TemporaryDirectory(
-                    dir=self.folder.parent, prefix=_ASIDE, ignore_cleanup_errors=True
-                )
+                aside = self.folder.with_name(f"{_ASIDE}{secrets.token_hex(6)}")
+                aside.mkdir()  # by the umask, which tempfile ignores
+                self._aside = aside
         return self
 
     def __exit__(self, *error: Any) -> None:
         for file in self._files.values():
             file.close()
         if self._aside is not None:
-            self._aside.cleanup()
+            shutil.rmtree(self._aside, ignore_errors=True)
 
     def write(self, split: str, table: pa.Table) -> None:
         """Add pairs to a split; an empty table makes it known."""
@@ -293,7 +298,7 @@ class PairWriter:
 
     def listed(self, split: str, rows: Iterable[Dropped]) -> Iterator[Dropped]:
         """The rows, which are not trained on; the store lists each."""
-        path = os.devnull if self._aside is None else os.path.join(self._aside.name, _DROPPED)
+        path = os.devnull if self._aside is None else os.path.join(self._aside, _DROPPED)
         with _storing(), open(path, "a", encoding="utf-8", errors="backslashreplace") as file:
             for row in rows:
                 file.write(json.dumps({"split": split, **row._asdict()}, ensure_ascii=False) + "\n")
@@ -304,7 +309,7 @@ class PairWriter:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         if self._aside is None or size < _LARGE or not hasattr(os, "posix_fallocate"):
             return np.empty(shape, dtype)
-        with _storing(), tempfile.TemporaryFile(dir=self._aside.name) as file:
+        with _storing(), tempfile.TemporaryFile(dir=self._aside) as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error now, later it would be a signal
             return np.asarray(np.memmap(file, dtype, "r+", shape=shape))
 
@@ -353,7 +358,7 @@ class PairWriter:
             }
             return PreparedData(datasets["train"], datasets.get("eval") or None, ledger)
         with _storing():
-            aside = Path(self._aside.name)
+            aside = self._aside
             ledger.save(aside / "ledger.json")
             digests = {path.name: digest_file(path) for path in sorted(aside.iterdir())}
             (aside / _DIGESTS).write_text(json.dumps(digests, indent=1), encoding="utf-8")
@@ -367,7 +372,7 @@ class PairWriter:
             return _open(self.folder, ledger)
 
     def _path(self, split: str) -> str | None:
-        return None if self._aside is None else os.path.join(self._aside.name, f"{split}.arrow")
+        return None if self._aside is None else os.path.join(self._aside, f"{split}.arrow")
 
 
 def _clear_leftovers(parent: Path) -> None:

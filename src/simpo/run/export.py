@@ -21,7 +21,7 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from simpo.data.files import sync_tree
+from simpo.data.files import follow_umask, sync_tree
 from simpo.errors import first_line
 from simpo.model.attention import plain_attention, unwrap
 from simpo.model.load import source_dtype
@@ -285,6 +285,7 @@ def write_model(
     if base.generation_config is not None:
         base.generation_config.save_pretrained(aside)
     (aside / "README.md").write_text(card, encoding="utf-8")
+    follow_umask(aside)
     sync_tree(aside)
     replace_folder(aside, folder)
 
