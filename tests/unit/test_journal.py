@@ -110,7 +110,7 @@ def test_a_full_disk_is_named_and_loses_nothing(tmp_path: Path, monkeypatch: pyt
 
         with monkeypatch.context() as patch:
             patch.setattr("os.write", full)
-            with pytest.raises(OSError, match=r"rows\.jsonl: .*No space left.*1 rows"):
+            with pytest.raises(OSError, match=r"rows\.jsonl: .*the disk is full.*1 rows"):
                 journal.add({"id": "b"})
     with Journal(path, {}) as journal:
         assert list(journal.done) == ["a"]

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from simpo.onpolicy.scorers import build_rater, jail
+from simpo.onpolicy.scorers import build_rater
+from simpo.onpolicy.scorers import code as scorer
 from simpo.onpolicy.scorers.code import find_code, run_tests
 from simpo.recipe import load_recipe
 from simpo.recipe.scorers import read_scorer
@@ -114,7 +115,7 @@ def test_threads_and_libraries_work_and_nothing_of_the_environment_is_there(monk
 
 def test_no_process_stays_behind():
     passes("import os\nos.setsid() if os.getpid() != os.getsid(0) else None\nimport time; time.sleep(60)")
-    mine = Path(jail.__file__).name
+    mine = scorer._JAIL.name
     commands = [path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline") if os.access(path, os.R_OK)]
     assert not [command for command in commands if mine.encode() in command and b"-I" in command]
 
@@ -122,9 +123,9 @@ def test_no_process_stays_behind():
 def test_a_machine_that_cannot_lock_code_up_is_refused_unless_the_recipe_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    source = Path(jail.__file__).read_text()
+    source = scorer._JAIL.read_text()
     (tmp_path / "jail.py").write_text(source.replace("platform.machine()", "'pdp11'"))
-    monkeypatch.setattr(jail, "__file__", str(tmp_path / "jail.py"))
+    monkeypatch.setattr(scorer, "_JAIL", tmp_path / "jail.py")
     recipe = load_recipe({"model_name_or_path": "any"})
     with pytest.raises(ValueError, match=r"there is no isolation for linux on pdp11.*or set unsafe: true"):
         build_rater("code", options(), recipe)

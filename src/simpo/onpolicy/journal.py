@@ -18,11 +18,12 @@ from typing import Any
 from simpo.data.columns import RowError
 from simpo.data.files import check_own, write_whole
 from simpo.data.ledger import Dropped, count_rows
-from simpo.errors import short
+from simpo.errors import explain, short
 from simpo.run.lock import OutputLock
 
 FORMAT = 1
 SYNC_EVERY_S = 2.0
+_APPENDS = os.O_RDWR | os.O_APPEND | getattr(os, "O_BINARY", 0)  # Windows would write other line ends
 
 
 class Journal:
@@ -56,7 +57,7 @@ class Journal:
         try:
             self._check_settings()
             end = self._read_done()
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            self._descriptor = os.open(self.path, _APPENDS | os.O_CREAT, 0o666)
             os.ftruncate(self._descriptor, end)  # what a killed process left of a line
             self._end = end
             self._is_complete = read_about(self.path).get("complete", None)
@@ -91,7 +92,7 @@ class Journal:
                 view = view[os.write(self._descriptor, view) :]
         except OSError as error:
             raise OSError(
-                f"{self.path}: cannot be written ({error.strerror}); the {len(self.done)} rows that are there "
+                f"{self.path}: cannot be written ({explain(error)}); the {len(self.done)} rows that are there "
                 "stay, and the same command goes on from them"
             ) from error
         self.done[row["id"]] = self._end
@@ -133,9 +134,12 @@ class Journal:
                 target.write(source.readline())
             target.flush()
             os.fsync(target.fileno())
-        os.replace(aside, self.path)
-        os.close(self._descriptor)
-        self.done, self._descriptor = begins, os.open(self.path, os.O_RDWR | os.O_APPEND)
+        os.close(self._descriptor)  # first: Windows replaces no file that is open
+        try:
+            os.replace(aside, self.path)
+            self.done = begins
+        finally:
+            self._descriptor = os.open(self.path, _APPENDS)
 
     def _check_settings(self) -> None:
         if not self.about.exists():

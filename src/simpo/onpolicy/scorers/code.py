@@ -20,9 +20,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from simpo.onpolicy.scorers import jail
 from simpo.onpolicy.scorers.rating import Rater, Row, Scores, column, guarded, windows
 
+_JAIL = Path(__file__).with_name("jail.py")
 _STARTING_S = 5.0  # for the process itself, which stops the code in time unless the code prevents it
 _BLOCK = re.compile(r"^[ \t]*```[ \t]*(\w*)[^\n]*\n(.*?)(?:^[ \t]*```[ \t]*$|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -75,12 +75,12 @@ def run_tests(code: str, tests: str, options: Any) -> tuple[bool, str]:
     line = json.dumps({**job, "time_s": options.timeout_s}).encode() + b"\n"
     with tempfile.TemporaryDirectory(prefix="simpo-code-") as folder:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", jail.__file__, folder],
+            [sys.executable, "-I", "-B", str(_JAIL), folder],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd=folder,
-            env={},
+            env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},  # without it no Windows
             start_new_session=True,
         )
         try:
@@ -89,7 +89,10 @@ def run_tests(code: str, tests: str, options: Any) -> tuple[bool, str]:
             pass
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+                if hasattr(os, "killpg"):
+                    os.killpg(process.pid, signal.SIGKILL)
+                else:
+                    process.kill()
             process.wait()
         result = Path(folder, "result")
         written = result.read_bytes() if result.exists() else b""

@@ -14,7 +14,6 @@ import json
 import math
 import os
 import platform
-import resource
 import signal
 import sys
 import types
@@ -68,7 +67,8 @@ def main() -> None:
             os.write(result, f"{error.strerror}".encode())
             os._exit(1)
     module = sys.modules["solution"] = types.ModuleType("solution")
-    signal.setitimer(signal.ITIMER_REAL, job["time_s"])  # what sets it aside meets the one outside
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, job["time_s"])  # what sets it aside meets the one outside
     try:
         for part in ("code", "tests"):
             exec(compile(job[part], part, "exec"), module.__dict__)
@@ -79,7 +79,11 @@ def main() -> None:
 
 
 def limit(memory: int, time_s: float) -> None:
-    """Resource limits of this process, in bytes and seconds."""
+    """Resource limits of this process, in bytes and seconds; none on Windows, which has none of these."""
+    try:
+        import resource
+    except ImportError:
+        return
     seconds = math.ceil(time_s)
     for name, most in (
         ("AS", memory),
