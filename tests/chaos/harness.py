@@ -306,7 +306,7 @@ def fill_disk(scene: Scene) -> Table:
         elif mode == layer.SHORT or end.is_fine:
             fault = scene.difference(end)
             fault = fault and f"with exit {end.code}, {fault}"
-        elif not re.search(r"disk is full|No space left", end.said):
+        elif not re.search(r"disk (is|may be) full|No space left", end.said):
             fault = f"does not say that the disk is full: {end.last_words}"
         again = scene.run()
         table.add(where, fault or scene.difference(again), end, again, outcome=f"exit {end.code}")

@@ -511,12 +511,18 @@ class SimPOTrainer(Trainer):
             yield from self.model.state_dict().items()
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
         limit, self.args.save_total_limit = self.args.save_total_limit, None
-        super()._save_checkpoint(model, trial)
-        self.args.save_total_limit = limit
+        try:
+            super()._save_checkpoint(model, trial)
+        except RuntimeError as error:
+            if "inline_container" not in str(error):  # torch's writer of files, which does not say why it cannot
+                raise
+            raise OSError(f"{folder} could not be written; the disk may be full") from error
+        finally:
+            self.args.save_total_limit = limit
         self.mesh.barrier()  # the others' files are there
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"checkpoint-{self.state.global_step}"
             if self.references:
                 save_references(folder, self.references)
             follow_umask(folder)
