@@ -63,7 +63,8 @@ def run_directory(root: Path) -> dict[str, Any]:
         for each in list_checkpoints(run / "checkpoints", kind):
             states[each.folder.name] = json.loads((each.folder / kind.state_file).read_text()).get("digest")
     logs = ("generations.jsonl", "eval_pairs.jsonl", "audit.json", "recipe.yaml", "guard.jsonl")
-    return {"metrics": metrics(run), "checkpoints": states, **files(run, *logs), **model_in(run / "model")}
+    lines = [{k: v for k, v in line.items() if not k.endswith(("runtime", "per_second"))} for line in metrics(run)]
+    return {"metrics": lines, "checkpoints": states, **files(run, *logs), **model_in(run / "model")}
 
 
 def files(folder: Path, *patterns: str) -> dict[str, bytes]:
