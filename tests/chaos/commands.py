@@ -61,7 +61,8 @@ def run_directory(root: Path) -> dict[str, Any]:
     states = {}
     for kind in (NATIVE, TRAINERS):
         for each in list_checkpoints(run / "checkpoints", kind):
-            states[each.folder.name] = json.loads((each.folder / kind.state_file).read_text()).get("digest")
+            state = json.loads((each.folder / kind.state_file).read_text())
+            states[each.folder.name] = state["digest"] if kind is NATIVE else None  # the Trainer's files have times
     logs = ("generations.jsonl", "eval_pairs.jsonl", "audit.json", "recipe.yaml", "guard.jsonl")
     lines = [{k: v for k, v in line.items() if not k.endswith(("runtime", "per_second"))} for line in metrics(run)]
     return {"metrics": lines, "checkpoints": states, **files(run, *logs), **model_in(run / "model")}
