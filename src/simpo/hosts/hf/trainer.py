@@ -548,7 +548,10 @@ class SimPOTrainer(Trainer):
                 self.display.say(line)
         place = super()._init_training_state(max_steps, *others)
         stops = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStop)]
-        has_ended = any([stop.count_again(self.args, self.state) for stop in stops])
+        # The Trainer would do a step beyond the last one before it looks.
+        has_ended = (
+            any([stop.count_again(self.args, self.state) for stop in stops]) or self.state.global_step >= max_steps
+        )
         return (num_epochs, 0) if has_ended else place
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
