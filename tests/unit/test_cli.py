@@ -64,10 +64,10 @@ def test_commands_that_compute_nothing_load_no_framework_and_are_fast(words, rec
         "with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(SystemExit): main()\n"
         f"print(time.process_time(), *[name for name in {HEAVY!r} if name in sys.modules])"
     )
-    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(2)]
-    assert all(len(done.stdout.split()) == 1 for done in runs), runs[0].stdout
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert len(done.stdout.split()) == 1, done.stdout
     # Seconds of processor, which a busy machine makes more of too; one framework takes over two.
-    assert min(float(done.stdout) for done in runs) < 0.9
+    assert float(done.stdout) < 1.2
 
 
 def test_python_m_simpo_is_the_command():
