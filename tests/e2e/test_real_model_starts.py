@@ -36,7 +36,7 @@ needs = {
 }
 BF16 = {"master_dtype": "bfloat16", "optim": "adamw_bf16"}
 LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
-STEPS = {"per_device_train_batch_size": 2, "max_steps": 2, "max_length": 128, "max_prompt_length": 64}
+STEPS = {"per_device_train_batch_size": 2, "max_steps": 1, "max_length": 128, "max_prompt_length": 64}
 ROWS = [
     ("Name a river in Egypt.", "The Nile.", "Egypt has deserts, and I like deserts."),
     ("What is 3 + 4?", "3 + 4 = 7.", "It is about eight, or nine on some days."),
@@ -61,7 +61,7 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(smol_model: Path, pairs: Path, tmp_path: Path) -> Settings:
-    """A recipe of two steps of two short pairs."""
+    """A recipe of one step of two short pairs."""
     return {
         **{"model_name_or_path": str(smol_model), "dataset_mixer": {str(pairs): 1.0}, **STEPS, **ONE},
         **{"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "preprocessing_num_workers": 1},
@@ -82,7 +82,7 @@ def first_loss(smol_model: Path, pairs: Path, tmp_path_factory: pytest.TempPathF
 
 
 def train_and_evaluate(settings: Settings) -> dict[str, Any]:
-    """The steps' losses, the evaluation after them, and adapters that got no gradient in the last step."""
+    """The steps' losses, the evaluation after them, and adapters that got no gradient."""
     trainer = build_trainer(settings)
     still = []
 
@@ -100,7 +100,7 @@ def train_and_evaluate(settings: Settings) -> dict[str, Any]:
 
 
 def check(found: dict[str, Any], first_loss: float, *, tolerance: float = 0.2) -> None:
-    assert len(found["losses"]) == 2
+    assert len(found["losses"]) == 1
     assert found["losses"][0] == pytest.approx(first_loss, abs=tolerance)
     assert all(map(math.isfinite, [*found["losses"], found["eval_loss"]]))
     assert not found.get("still")
@@ -162,7 +162,7 @@ def test_float32_with_operands_rounded_as_tf32_does(settings: Settings, first_lo
     finally:
         updates.remove()
     assert len(times) >= 210  # seven of each layer
-    assert max(times.values()) == 3  # as read, and after each update
+    assert max(times.values()) == 2  # as read, and after the update
 
 
 @pytest.mark.long
@@ -184,7 +184,7 @@ def test_zero_in_bf16_on_two_processes(stage: int, smol_model: Path, pairs: Path
 
 
 def train_under_transformers(model: Any, pairs: Path | str, folder: Path, *, batch: int, **keys: Any) -> dict[str, Any]:
-    """The same two steps through SimPOTrainer."""
+    """The same step through SimPOTrainer."""
     from simpo.hosts.hf import SimPOConfig, SimPOTrainer
 
     changes = {"per_device_train_batch_size": batch, "learning_rate": 1e-5, "warmup_steps": 0, "seed": 42, "bf16": True}
