@@ -29,7 +29,7 @@ from simpo.run import reference
 from simpo.run.checkpoint import load_checkpoint
 from simpo.run.digest import record_files
 from simpo.run.plain import NotData, only_data
-from simpo.run.saved import list_checkpoints
+from simpo.run.saved import list_checkpoints, seal
 from simpo.trainer import Trainer
 
 Settings = dict[str, Any]
@@ -173,6 +173,8 @@ def test_code_in_a_checkpoint_of_the_trainer_does_not_run(
     tiny_recipe: Settings, of_the_trainer: Path, harm: Harm, file: str
 ) -> None:
     torch.save({"state": harm, "python": harm}, of_the_trainer / file)
+    state = json.loads((of_the_trainer / "simpo.json").read_text())
+    seal(of_the_trainer, {name: value for name, value in state.items() if name not in ("files", "digest")})
     keys = {"max_steps": 2, "save_steps": 1, "resume_from_checkpoint": str(of_the_trainer)}
     with pytest.raises(ValueError, match=SAID):
         run_recipe(load_recipe({**tiny_recipe, **keys}))
@@ -225,7 +227,7 @@ def test_every_reader_of_pickles_in_the_package_is_known() -> None:
                 found.add((path.name, ast.unparse(node.func)))
     between_own_processes = {("workers.py", "pickle.load"), ("backends.py", "pickle.loads")}
     own_file_without_a_name = {("rows.py", "pickle.load")}
-    under_only_data = {("checkpoint.py", "dcp.load"), ("checkpoint.py", "torch.load")}
+    under_only_data = {("checkpoint.py", "dcp.load"), ("checkpoint.py", "torch.load"), ("saved.py", "dcp.load")}
     arrays_alone = {("reference.py", "np.load")}
     assert found == between_own_processes | own_file_without_a_name | under_only_data | arrays_alone
 

@@ -52,6 +52,7 @@ def _finished(settings: Settings, original: Path, start: Callable[[Any], Any]) -
         shutil.copytree(folder, original)
     else:
         shutil.copytree(original, folder)
+        load_recipe(settings).save(folder / "recipe.yaml")
     return folder
 
 
