@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,9 +50,9 @@ def test_a_line_separator_inside_a_response_does_not_end_its_line(tmp_path: Path
     assert path.read_text(encoding="utf-8") == line
 
 
-@pytest.mark.parametrize("name", ["wandb", "trackio"])
+@pytest.mark.parametrize(("name", "run_name"), [("wandb", "name"), ("trackio", "name"), ("swanlab", "experiment_name")])
 def test_trackers_get_name_config_and_every_finite_number(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, run_name: str
 ) -> None:
     calls: list[tuple[str, Any]] = []
     fake = SimpleNamespace(
@@ -64,9 +65,29 @@ def test_trackers_get_name_config_and_every_finite_number(
     log.write({"loss": 1.5, "rewards/margins": math.nan}, step=7)
     log.close()
     assert [kind for kind, _ in calls] == ["init", "log", "finish"]
-    assert calls[0][1]["name"] == "first"
+    assert calls[0][1][run_name] == "first"
     assert calls[0][1]["config"]["loss_type"] == "sigmoid"
     assert calls[1][1] == (7, {"loss": 1.5})
+
+
+def test_mlflow_gets_the_same_through_transformers_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, Any]] = []
+    fake = ModuleType("mlflow")
+    fake.__spec__, fake.__version__ = ModuleSpec("mlflow", None), "3.0.0"
+    for name in ("start_run", "log_params", "log_metrics", "end_run"):
+        setattr(fake, name, lambda *values, _name=name, **options: calls.append((_name, values or options)))
+    fake.is_tracking_uri_set = lambda: False
+    fake.active_run = lambda: SimpleNamespace(info=SimpleNamespace(run_id="1")) if calls else None
+    fake.utils = SimpleNamespace(validation=SimpleNamespace(MAX_PARAM_VAL_LENGTH=6000, MAX_PARAMS_TAGS_PER_BATCH=1000))
+    monkeypatch.setitem(sys.modules, "mlflow", fake)
+    log = MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=["mlflow"], run_name="first"))
+    log.write({"loss": 1.5, "rewards/margins": math.nan}, step=7)
+    log.close()
+    found = dict(calls)
+    assert found["start_run"]["run_name"] == "first"
+    assert found["log_params"][0]["loss_type"] == "sigmoid"
+    assert found["log_metrics"] == {"metrics": {"loss": 1.5}, "step": 7, "synchronous": False}
+    assert calls[-1][0] == "end_run"
 
 
 def test_a_tracker_that_is_not_installed_is_one_clear_line() -> None:

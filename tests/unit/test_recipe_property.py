@@ -127,7 +127,7 @@ VALID = {
     "system_prompt": line,
     "dataset_mixer": st.dictionaries(line, positive, min_size=1, max_size=3),
     "dataset_splits": st.lists(line, min_size=1, max_size=3),
-    "report_to": st.lists(st.sampled_from(["wandb", "tensorboard", "trackio"]), max_size=2),
+    "report_to": st.lists(st.sampled_from(["wandb", "tensorboard", "trackio", "mlflow"]), max_size=2),
     "lora_target_modules": st.lists(st.text(string.ascii_letters, min_size=1), min_size=1, max_size=3),
     "overlong": st.sampled_from(["truncate", "drop", "error"]),
     "resume_from_checkpoint": st.one_of(st.booleans(), line, st.none()),

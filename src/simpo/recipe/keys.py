@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, ConfigDict, Field, PrivateAttr, create_model, model_validator
 
@@ -30,6 +30,7 @@ from simpo.recipe.values import (
     Steps,
     Strategy,
     Text,
+    Tracker,
     TrainOn,
     Whole,
     Words,
@@ -367,9 +368,10 @@ class Recipe(_LossKeys):
     per_device_eval_batch_size: Whole = _evaluation(
         4, "Pairs in one evaluation batch of one process; also for reference log-probs.", hf="shared", ge=1)
     num_eval_generations: Whole = _evaluation(
-        0, "Evaluation prompts whose answer is generated and written down at each evaluation.", may_change=True, ge=0)
+        0, "Evaluation prompts whose answer is generated and written down at each evaluation.", hf="field",
+        may_change=True, ge=0)
     eval_generation_max_new_tokens: Whole = _evaluation(
-        128, "Longest generated answer, in tokens.", hf="run", may_change=True, ge=1)
+        128, "Longest generated answer, in tokens.", hf="field", may_change=True, ge=1)
     metric_for_best_model: Text = _evaluation(
         "eval_loss", "Metric that chooses the best checkpoint; `eval_` in front may be left out.",
         "one of " + ", ".join(METRICS), hf="argument")
@@ -422,9 +424,9 @@ class Recipe(_LossKeys):
     logging_steps: Whole = _run(
         1, "Optimizer steps from one line of metrics to the next; each line holds means over them.",
         hf="argument", may_change=True, ge=1)
-    report_to: Annotated[list[Literal["tensorboard", "wandb", "trackio"]], BeforeValidator(as_trackers)] = _run(
+    report_to: Annotated[list[Tracker], BeforeValidator(as_trackers)] = _run(
         [], "Trackers, in addition to metrics.jsonl (each installed on its own).",
-        "list of tensorboard, wandb, trackio; none", hf="run", may_change=True)
+        f"list of {', '.join(get_args(Tracker))}; none", hf="run", may_change=True)
     run_name: Text | None = _run(
         None, "Name of the run in trackers.", "text", null="the folder's name", hf="argument", may_change=True)
     logging_dir: Text | None = _run(

@@ -80,6 +80,9 @@ def as_words_or_null(value: Any) -> Any:
     return None if value is None else _words(value)
 
 
+Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
+
+
 def as_trackers(value: Any) -> Any:
     if value is None or value is False or (isinstance(value, str) and value.lower() == "none"):
         return []

@@ -1,4 +1,4 @@
-"""Where metrics are written: `metrics.jsonl` always; TensorBoard, wandb and trackio on request.
+"""Where metrics are written: `metrics.jsonl` always; trackers on request.
 
 Must not import the trainer or evaluation.
 """
@@ -13,6 +13,7 @@ import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from simpo.data.files import sync, write_whole
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from simpo.recipe import Recipe
 
 
-LOGS = ("metrics.jsonl", "generations.jsonl", EVAL_PAIRS_FILE, "guard.jsonl")
+GENERATIONS_FILE = "generations.jsonl"
+LOGS = ("metrics.jsonl", GENERATIONS_FILE, EVAL_PAIRS_FILE, "guard.jsonl")
 """What a run directory holds of each step."""
 
 
@@ -71,7 +73,7 @@ def open_log(folder: Path, recipe: Recipe, *, done: int, mesh: Mesh) -> Iterator
     if not mesh.is_main:
         yield None
         return
-    for name in ("generations.jsonl", EVAL_PAIRS_FILE):
+    for name in (GENERATIONS_FILE, EVAL_PAIRS_FILE):
         forget_lines_after(folder / name, done)
     with contextlib.closing(MetricsLog(folder / "metrics.jsonl", recipe, resume_step=done)) as log:
         yield log
@@ -131,14 +133,14 @@ class _TensorBoard:
 
 
 class _RunTracker:
-    """wandb and trackio share one interface: init, log, finish."""
+    """wandb, trackio and swanlab share one interface: init, log, finish."""
 
     def __init__(self, name: str, recipe: Recipe) -> None:
         module = importlib.import_module(name)
         self._module = module
-        module.init(
-            project=os.environ.get(f"{name.upper()}_PROJECT", "simpo"), name=recipe.run_name, config=recipe.to_dict()
-        )
+        named = {"experiment_name" if name == "swanlab" else "name": recipe.run_name}
+        project = os.environ.get(f"{name.upper()}_PROJECT", "simpo")
+        module.init(project=project, config=recipe.to_dict(), **named)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._module.log(dict(values), step=step)
@@ -147,8 +149,30 @@ class _RunTracker:
         self._module.finish()
 
 
+class _MLflow:
+    """By transformers' callback, which reads MLflow's own variables and knows what a parameter may look like."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        from transformers import TrainerControl, TrainerState
+        from transformers.integrations import MLflowCallback
+
+        args = SimpleNamespace(run_name=recipe.run_name, to_dict=recipe.to_dict)
+        self._state, self._callback = TrainerState(), MLflowCallback()
+        self._about = (args, self._state, TrainerControl())
+        self._callback.on_train_begin(*self._about)
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        self._state.global_step = step
+        self._callback.on_log(*self._about, logs=dict(values))
+
+    def close(self) -> None:
+        self._callback.on_train_end(*self._about)
+
+
 _TRACKERS = {
     "tensorboard": _TensorBoard,
     "wandb": lambda recipe, folder: _RunTracker("wandb", recipe),
     "trackio": lambda recipe, folder: _RunTracker("trackio", recipe),
+    "mlflow": lambda recipe, folder: _MLflow(recipe),
+    "swanlab": lambda recipe, folder: _RunTracker("swanlab", recipe),
 }
