@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import thread
 from multiprocessing import connection, forkserver, reduction, resource_tracker
@@ -180,6 +181,9 @@ def _become(words: list[str], env: dict[str, str], cwd: Any, streams: list[_Stre
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd or ".")
+    warnings.resetwarnings()  # pytest's: a program has Python's own
+    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+        warnings.simplefilter("ignore", kind)
     for number, stream in enumerate(streams, start=1):
         if stream is not None:
             os.dup2(stream.number, number)

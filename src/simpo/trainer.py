@@ -53,6 +53,7 @@ from simpo.run.leftovers import find_leftovers
 from simpo.run.lock import OutputLock
 from simpo.run.memory import TokenBudget, fit_micro_batches
 from simpo.run.metrics import StepTotals, Totals, peak_memory_gib
+from simpo.run.next_commands import describe_next
 from simpo.run.objective import micro_batch_losses, recipe_logps
 from simpo.run.optim import (
     build_optimizer,
@@ -75,7 +76,6 @@ from simpo.run.session import (
     check_room,
     check_token_ids,
     count_steps,
-    describe_next,
     describe_run,
     is_due,
     locate_best,
@@ -140,7 +140,6 @@ class Trainer:
         self.display = display or Display(quiet=not self.mesh.is_main)
         self.output_dir = Path(recipe.output_dir)
         self.checkpoint_dir = self.output_dir / "checkpoints"
-        self.generations_path = self.output_dir / "generations.jsonl"
         self.eval_pairs = EvalPairs(self.output_dir)
         self.lock = OutputLock(self.output_dir)
         no_lock = self.mesh.on_main(self.lock.acquire)
@@ -229,7 +228,7 @@ class Trainer:
             with self._naming_what_is_whole():
                 result = self._finish()
             self.mesh.on_main(lambda: upload_model(result.model_dir, self.repository, self.recipe, self.display))
-            self.display.say(describe_next(self.recipe, self.data))
+            self.display.say(describe_next(self.recipe, held_out=self.data.eval is not None))
         return result
 
     def _train(self) -> None:
@@ -431,26 +430,15 @@ class Trainer:
         self._write(values | {"epoch": self._epoch})
         self.eval_pairs.save(self.progress.step, self.mesh, best_step=self.progress.best_step)
         self.display.say_evaluation(f"evaluation at step {self.progress.step}", values)
-        answers = self._generate_samples() if self.recipe.num_eval_generations else []
-        self.guard.heed(self.progress.step, values, answers)
+        self.guard.heed(self.progress.step, values, self._generate_samples())
 
     def _generate_samples(self) -> list[dict[str, Any]]:
-        store, recipe = self.eval_loader.store, self.recipe
         # Sharded blocks are gathered in bf16, which fp32 activations meet only under autocast.
-        sharded = self.mesh.sizes.is_sharded and bool(recipe.bf16)
-        with (
-            needs_memory("generating samples", advice="lower num_eval_generations or eval_generation_max_new_tokens"),
-            torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=sharded),
-        ):
-            answers = save_samples(
-                self.generations_path if self.mesh.is_main else None,
-                self.model,
-                self.tokenizer,
-                store,
-                step=self.progress.step,
-                count=recipe.num_eval_generations,
-                max_new_tokens=recipe.eval_generation_max_new_tokens,
-            )
+        sharded = self.mesh.sizes.is_sharded and bool(self.recipe.bf16)
+        place = {"step": self.progress.step, "mesh": self.mesh}
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=sharded):
+            store = self.eval_loader.store
+            answers = save_samples(self.output_dir, self.model, self.tokenizer, store, self.recipe, **place)
         drop_gathered(self.model)
         return answers
 

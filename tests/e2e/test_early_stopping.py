@@ -78,13 +78,18 @@ def test_only_what_surpasses_the_threshold_is_improvement(tiny_recipe: Settings)
 def test_the_trainer_under_accelerate_ends_after_the_same_step(
     tiny_recipe: Settings, capsys: pytest.CaptureFixture[str]
 ):
-    settings = {**tiny_recipe, **WORSE, "device": "cpu"}
+    settings = {**tiny_recipe, **WORSE, "device": "cpu", "logging_steps": 4}
     folder = Path(tiny_recipe["output_dir"])
     run_recipe(load_recipe(settings))
     assert WHY in " ".join(capsys.readouterr().out.split())
     assert WHY in (folder / "model" / "README.md").read_text()
     evaluations = [line["step"] for line in lines_of(folder) if "eval_loss" in line]
     assert evaluations == [2, 4, 6]
+    logged = [line for line in lines_of(folder) if "loss" in line]
+    assert [line["step"] for line in logged] == [4, 6]  # the steps since the last line are not lost
+    history = json.loads((folder / "checkpoints" / "checkpoint-6" / "trainer_state.json").read_text())["log_history"]
+    assert [line["step"] for line in history if "loss" in line] == [4, 6]
+    assert logged[-1]["pairs_seen"] == 24
     expected = weights(folder)
     for step in (4, 6):
         shutil.rmtree(folder / "model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +63,8 @@ def test_accelerate_launch_trains_a_recipe_into_the_usual_run_directory(
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe = {**tiny_recipe, "gradient_accumulation_steps": 1, "max_steps": 5}
+    answers = {"num_eval_generations": 2, "eval_generation_max_new_tokens": 3}
+    recipe = {**tiny_recipe, "gradient_accumulation_steps": 1, "max_steps": 5, **answers}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     done = launch("deepspeed_zero3.yaml", tmp_path, "-m", "simpo", "train", tmp_path / "recipe.yaml")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -71,10 +73,25 @@ def test_accelerate_launch_trains_a_recipe_into_the_usual_run_directory(
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4, 5]
     assert [line["step"] for line in lines if "eval_loss" in line] == [5]
+    generated = [json.loads(line) for line in (run / "generations.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [(line["step"], 0 < line["tokens"] <= 3) for line in generated] == [(5, True)] * 2
     assert sorted(p.name for p in (run / "checkpoints").glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-5"]
     trained, first = (AutoModelForCausalLM.from_pretrained(p) for p in (run / "model", recipe["model_name_or_path"]))
     assert not torch.equal(trained.lm_head.weight, first.lm_head.weight)
     assert AutoTokenizer.from_pretrained(run / "model").chat_template
+
+
+@pytest.mark.long
+@needs_deepspeed
+def test_the_guard_ends_both_processes_with_its_exit_code(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:
+    collapse = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0, "max_steps": 8}
+    keys = {"gradient_accumulation_steps": 1, "guard": {"displacement": "stop", "learning_rate": "off"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({**tiny_recipe, **collapse, **keys}), encoding="utf-8")
+    done = launch("deepspeed_zero3.yaml", tmp_path, "-m", "simpo", "train", tmp_path / "recipe.yaml")
+    assert done.returncode != 0
+    assert done.stdout.count("stopped by the guard after step") == 1, done.stdout
+    assert re.findall(r"exitcode +: (\d+)", done.stdout + done.stderr)[:1] == ["4"], done.stdout + done.stderr
+    assert len((Path(tiny_recipe["output_dir"]) / "guard.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
 def test_fsdp_where_there_is_no_gpu_stops_with_one_line(tiny_recipe: dict[str, Any], tmp_path: Path) -> None:

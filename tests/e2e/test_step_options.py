@@ -262,7 +262,7 @@ def test_padded_batches_and_generation_go_through_compiled_blocks(tiny_recipe: S
     assert max(backend.graphs.values()) <= 2
     trainer._generate_samples()
     assert backend.graphs.total() == before > 0
-    assert len(trainer.generations_path.read_text().splitlines()) == 2
+    assert len((trainer.output_dir / "generations.jsonl").read_text().splitlines()) == 2
 
 
 @dynamo_asks_for_gradients

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -111,6 +112,17 @@ def test_sigterm_to_one_process_stops_all_after_the_same_step(
     assert not list((folder / "checkpoints").glob(".*"))
     two_ranks.run(run, {**recipe, "resume_from_checkpoint": True})
     assert_same_run(folder, uninterrupted)
+
+
+@pytest.mark.long
+def test_the_guard_ends_both_processes_with_its_exit_code(recipe: Settings, tmp_path: Path):
+    collapse = {"learning_rate": 0.3, "lr_scheduler_type": "constant", "warmup_ratio": 0.0}
+    stop = {"guard": {"displacement": "stop", "learning_rate": "off"}}
+    done = launch({**recipe, **collapse, **stop}, "-m", "simpo", "train", "RECIPE", folder=tmp_path)
+    assert done.returncode != 0
+    assert done.stdout.count("stopped by the guard after step") == 1, done.stdout
+    assert re.findall(r"exitcode +: (\d+)", done.stdout)[:1] == ["4"], done.stdout
+    assert num_tracebacks(done.stdout) == 0, done.stdout
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from transformers import TrainingArguments
 from simpo.hosts import hf
 from simpo.hosts.hf import SimPOConfig
 from simpo.hosts.hf.config import check_arguments
+from simpo.hosts.hf.launch import check_launch
 from simpo.hosts.hf.model import tokenizer_of
 from simpo.hosts.hf.run import build_config, check_keys
 from simpo.hosts.launcher import launched_by_accelerate
@@ -173,7 +175,6 @@ def test_every_key_of_the_recipe_is_honoured_or_refused():
         *("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
         *("generate", "score", "pair", "rounds", "judge"),  # other commands read them
         *("early_stopping_patience", "early_stopping_threshold"),
-        "eval_generation_max_new_tokens",  # means nothing without num_eval_generations
     }
     elsewhere = {"greater_is_better", "load_best_model_at_end", "gradient_checkpointing_kwargs"}
     assert keys["argument"] | keys["shared"] == {*OTHER_VALUES} - keys["run"] | elsewhere
@@ -189,8 +190,7 @@ def test_the_authors_recipes_run_under_accelerate_as_they_are(path: Path):
     [
         *(("dp_replicate", 2), ("dp_shard", 2), ("cp", 2), ("tp", 2), ("fsdp_param_dtype", "float32")),
         *(("fsdp_cpu_offload", True), ("async_save", True), ("activation_offload", True), ("torch_compile", True)),
-        ("use_liger_kernel", True),
-        *(("num_eval_generations", 4), ("optim", "adamw_bf16")),
+        *(("use_liger_kernel", True), ("optim", "adamw_bf16")),
     ],
 )
 def test_a_key_that_only_the_native_trainer_honours_is_refused_by_name(tmp_path: Path, key: str, value: Any):
@@ -270,3 +270,10 @@ def test_a_model_of_no_name_needs_its_tokenizer_given() -> None:
     for model in (None, torch.nn.Linear(1, 1)):
         with pytest.raises(ValueError, match="processing_class: this model has no name_or_path"):
             tokenizer_of(model, config(use_cpu=True).to_recipe())
+
+
+def test_answers_are_refused_by_name_under_fsdp(tmp_path: Path):
+    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2)))
+    check_launch(accelerator, recipe_of(tmp_path))
+    with pytest.raises(ValueError, match=r"^num_eval_generations = 4: not under accelerate's FSDP"):
+        check_launch(accelerator, recipe_of(tmp_path, num_eval_generations=4))

@@ -62,3 +62,9 @@ def test_back_leaves_the_weights_of_the_best_checkpoint_from_before(
     now = {name: p for name, p in trainer.model.named_parameters() if name in kept}
     assert now
     assert all(torch.equal(p, kept[name]) for name, p in now.items())
+    # The same where it is found in the last line of all.
+    last = {**RISING, **OFTEN, **guard, "max_steps": found["step"]}
+    trainer = trainer_of(tiny_model, pair_files, tmp_path / "last", **last)
+    trainer.train()
+    assert findings(tmp_path / "last") == findings(tmp_path / "run")
+    assert all(torch.equal(p, kept[name]) for name, p in trainer.model.named_parameters() if name in kept)

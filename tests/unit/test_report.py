@@ -239,6 +239,20 @@ def test_runs_are_compared_in_one_page(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_the_trials_of_a_sweep_are_compared_by_their_held_out_measures(tmp_path: Path) -> None:
+    for number, accuracy in ((1, 0.625), (2, 0.75)):
+        trial = tmp_path / "sweep" / f"trial-0{number}" / "steps-3"
+        write_run(trial / "run", steps=3, evaluations=(), beta=float(number))
+        share, margin = ({"value": x, "low": x - 0.1, "high": x + 0.1} for x in (accuracy, 1.0))
+        means = {"model": "m", "num_pairs": 24, "chosen_mean": -1.5, "rejected_mean": -2.5, "accuracy_by_length": []}
+        (trial / "result.json").write_text(json.dumps({**means, "accuracy": share, "margin": margin}))
+    text = page_of(write_report([tmp_path / "sweep"])).text
+    for words in ("2 runs compared", "trial-01/steps-3/run", "62.5%", "75.0%", "65.0% to 85.0%"):
+        assert words in text, words
+    assert "There is none." not in text
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_rounds_are_shown_with_their_table(tmp_path: Path) -> None:
     folder = tmp_path / "rounds"
     write_run(folder / "round-1" / "run", evaluations=())

@@ -16,9 +16,13 @@ from torch import nn
 from simpo.evaluation.statistics import repeated_share
 from simpo.model.attention import plain_attention, unwrap
 from simpo.model.sampling import Sampling, end_tokens, sample_responses, why_not_shared
+from simpo.run.stopping import needs_memory
+from simpo.run.tracking import GENERATIONS_FILE
 
 if TYPE_CHECKING:
     from simpo.data.loader import PairStore
+    from simpo.parallel.mesh import Mesh
+    from simpo.recipe import Recipe
 
 
 class Generated(NamedTuple):
@@ -73,28 +77,32 @@ def generate_greedy(
 
 
 def save_samples(
-    path: Path | None,
+    folder: str | Path,
     model: nn.Module,
     tokenizer: Any,
     store: PairStore,
+    recipe: Recipe,
     *,
     step: int,
-    count: int,
-    max_new_tokens: int,
+    mesh: Mesh,
 ) -> list[dict[str, Any]]:
-    """Answer the first prompts of a store, and append one JSON line for each to `generations.jsonl`.
+    """Answer the first `num_eval_generations` prompts of held-out pairs; every process calls it.
 
     Args:
-        path: None = this process takes part without writing.
+        folder: of the run; the first process appends one JSON line for each answer to its `generations.jsonl`.
         step: of the optimizer, for the lines.
-        count: prompts.
     Returns:
-        What the lines hold; nothing where none are written.
+        What the lines hold; nothing on the other processes.
+    Raises:
+        OutOfMemory: it does not fit.
     """
-    indices = range(min(count, len(store)))
+    indices = range(min(recipe.num_eval_generations, len(store)))
+    if not indices:
+        return []
     prompts = [store[i].prompt_ids for i in indices]
-    responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=max_new_tokens)
-    if path is None:
+    with needs_memory("generating samples", advice="lower num_eval_generations or eval_generation_max_new_tokens"):
+        responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=recipe.eval_generation_max_new_tokens)
+    if not mesh.is_main:
         return []
     records = [
         {
@@ -104,6 +112,6 @@ def save_samples(
         }
         for i, response in zip(indices, responses, strict=True)
     ]
-    with path.open("a", encoding="utf-8") as file:
+    with Path(folder, GENERATIONS_FILE).open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     return records

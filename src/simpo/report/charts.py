@@ -297,7 +297,7 @@ def _style(axes: Any, chart: Chart, colours: Mapping[str, str]) -> None:
         axes.yaxis.set_major_locator(MultipleLocator(0.25))
     else:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
-        if len(values) and values.min() >= 0 and values.min() < 0.4 * values.max():
+        if len(values) and values.min() >= 0 and values.min() <= 0.4 * values.max():
             axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(_tick(chart.unit)))
 

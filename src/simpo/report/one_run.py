@@ -16,10 +16,11 @@ from simpo.display import format_duration
 from simpo.evaluation.plain import Interval, repeated_share
 from simpo.recipe import KEYS, STAGES, load_recipe
 from simpo.recipe.checks import far_from_published
-from simpo.report.charts import SERIES, Chart, Level, Line, number, to_bars, to_whiskers
+from simpo.report.charts import SERIES, Chart, Level, Line, number, smooth, to_bars, to_whiskers
 from simpo.report.held_out import HeldOut, Row, of_command, of_run
 from simpo.report.page import Answer, Card, Page, Table, answers_side_by_side, last_turn, measure, signed, span
 from simpo.report.read import Curve, Run
+from simpo.run.next_commands import next_commands
 
 
 class Spec(NamedTuple):
@@ -63,7 +64,7 @@ def page_of_run(run: Run) -> Page:
         cards=_cards(run, held_out),
         guard=run.guard if run.guard or (run.folder / "guard.jsonl").exists() else None,
         charts=charts,
-        chart_note="Faint: single logged steps. Bold: their mean over a twelfth of the run. Dots: held-out pairs.",
+        chart_note=_chart_note(run),
         values=_values(run),
         evaluations=evaluations,
         eval_advice=_eval_advice(run, held_out),
@@ -78,6 +79,11 @@ def page_of_run(run: Run) -> Page:
     if mains:
         page.pictures = {"curves": mains}
     return page
+
+
+def _chart_note(run: Run) -> str:
+    smoothed = "Faint: single logged steps. Bold: their mean over a twelfth of the run. "
+    return smoothed * (smooth(run.curve("loss")) is not None) + "Dots: held-out pairs."
 
 
 def describe_status(run: Run) -> str:
@@ -349,8 +355,8 @@ def _text_of(path: Path) -> str:
 def _commands(run: Run) -> list[tuple[str, str]]:
     """What to type next."""
     folder, recipe = shlex.quote(str(run.folder)), shlex.quote(str(run.folder / "recipe.yaml"))
-    again = ("make this page again, after anything was added", f"simpo report {folder}")
     if not run.is_finished:
+        again = ("make this page again, after anything was added", f"simpo report {folder}")
         host = any(name.startswith("checkpoint-") for name in run.checkpoints)
         train = "accelerate launch -m simpo train" if host else "simpo train"
         if run.owner:
@@ -358,6 +364,6 @@ def _commands(run: Run) -> list[tuple[str, str]]:
         if run.checkpoints:
             return [(f"go on from {run.checkpoints[-1]}", f"{train} {recipe} --resume_from_checkpoint true"), again]
         return [("start over: there is no checkpoint", f"simpo train {recipe} --resume_from_checkpoint true"), again]
-    model, base = shlex.quote(str(run.folder / "model")), shlex.quote(str(run.settings.get("model_name_or_path")))
-    compare = f"simpo eval {recipe} --model {model} --compare {base} --generations 8 --output {folder}/eval.json"
-    return [("measure it against the model before, with paired tests; the report shows it too", compare), again]
+    held_out = any(split.get("kept") for name, split in run.ledger.get("splits", {}).items() if name != "train")
+    base, adapters = str(run.settings.get("model_name_or_path")), bool(run.settings.get("use_peft"))
+    return next_commands(run.folder, base, held_out=held_out, adapters=adapters)

@@ -258,7 +258,8 @@ def _json(path: Path, notes: list[str]) -> dict[str, Any]:
 
 
 def _compared(folder: Path) -> dict[str, dict[str, Any]]:
-    """Results of `simpo eval`, the older first."""
-    paths = [path for path in folder.glob("*.json") if path.name != "audit.json"]
+    """Results of `simpo eval`, the older first; a trial of `simpo sweep` has its own beside it."""
+    beside = [path for path in [folder.parent / "result.json"] if folder.name == "run" and path.is_file()]
+    paths = beside + [path for path in folder.glob("*.json") if path.name != "audit.json"]
     found = {path.name: _json(path, []) for path in sorted(paths, key=lambda path: path.stat().st_mtime)}
     return {name: content for name, content in found.items() if "accuracy_by_length" in content}

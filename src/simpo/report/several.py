@@ -10,7 +10,7 @@ from typing import Any
 
 from simpo.evaluation.plain import Interval
 from simpo.report.charts import SERIES, Chart, Line, to_whiskers
-from simpo.report.held_out import between, final_line, of_run
+from simpo.report.held_out import between, final_line, of_command, of_run
 from simpo.report.one_run import OF_THE_PLACE, SPECS, Spec, describe_status, say
 from simpo.report.page import Answer, Page, Table, answers_side_by_side, last_turn
 from simpo.report.read import Run
@@ -74,7 +74,9 @@ def _charts_of(runs: Sequence[Run], names: Sequence[str], spec: Spec) -> list[Ch
 
 def _side_by_side(runs: Sequence[Run], names: Sequence[str]) -> dict[str, Any] | None:
     """The final evaluation of each run, and where pairs are the same the difference to the first run's."""
-    found = [(name, of_run(run), final_line(run)) for run, name in zip(runs, names)]
+    commands = ([of_command(content) for content in run.compared.values()] for run in runs)
+    each = ((of_run(run) or (last[-1] if last else None), run) for run, last in zip(runs, commands))
+    found = [(name, held_out, final_line(run)) for (held_out, run), name in zip(each, names)]
     found = [(name, held_out, line) for name, held_out, line in found if held_out]
     if not found:
         return None

@@ -79,7 +79,8 @@ def find_runs(places: Sequence[Path]) -> list[Path]:
         elif is_run(place):
             inside = [place]
         else:
-            inside = [run for each in sorted(place.glob("*/")) for run in ([each] if is_run(each) else [])]
+            below = [*sorted(place.glob("*/")), *sorted(place.glob("trial-*/*/run/"))]  # the latter of `simpo sweep`
+            inside = [each for each in below if is_run(each)]
         if not inside and not is_rounds(place):
             what = "no run in it (no metrics.jsonl)" if place.is_dir() else "no such folder"
             raise ValueError(f"{place}: {what}; name the output_dir of a run, or a folder that holds some")

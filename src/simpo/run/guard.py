@@ -20,7 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from simpo.run.tracking import forget_lines_after
+from simpo.run.tracking import GENERATIONS_FILE, forget_lines_after
 
 if TYPE_CHECKING:
     from simpo.display import Display
@@ -192,7 +192,7 @@ class Guard:
         if self._num_lines >= 2 * WINDOW:
             yield self._displacement()
         if self._gamma is not None and self._num_lines >= WINDOW:
-            yield _margin(statistics.median(each["rewards/margins"] for each in self._recent), self._gamma, "train")
+            yield _margin(statistics.median(each["rewards/margins"] for each in self._recent), self._gamma)
         yield from self._gradient(line.get("grad_norm"))
         yield from self._sources(line)
 
@@ -200,7 +200,7 @@ class Guard:
         """By two lines in a row, for one may have unusual pairs; by one alone where it is three times as far."""
         start = statistics.median(each["logps/chosen"] for each in self._first)
         *_, before, now = [start, *(each["logps/chosen"] for each in self._recent)]
-        one, two = _crash(start, now, "crash"), _crash(start, max(before, now), "crash")
+        one, two = _crash(start, now), _crash(start, max(before, now))
         return one._replace(severity=max(two.severity, one.severity / 3, min(one.severity, 0.5)))
 
     def _displacement(self) -> _Reading:
@@ -209,7 +209,7 @@ class Guard:
         start, fall = statistics.fmean(first), statistics.fmean(first) - statistics.fmean(now)
         growth = statistics.fmean(map(_margin_of, self._recent)) - statistics.fmean(map(_margin_of, self._first))
         error = math.sqrt((statistics.variance(first) + statistics.variance(now)) / WINDOW)
-        return _fall(start, fall, growth, "train", at_least=(SURE + 1) * error)
+        return _fall(start, fall, growth, at_least=(SURE + 1) * error)
 
     def _gradient(self, norm: float | None) -> Iterator[_Reading]:
         if norm is None:
@@ -250,10 +250,10 @@ class Guard:
             return
         start = self._held_out
         fall = start["logps/chosen"] - now["logps/chosen"]
-        yield _crash(start["logps/chosen"], now["logps/chosen"], "held-out crash")
-        yield _fall(start["logps/chosen"], fall, _margin_of(now) - _margin_of(start), "held-out")
-        yield self._gap(start, now)
-        yield self._held_out_fall(start, now)
+        yield _crash(start["logps/chosen"], now["logps/chosen"], "held-out ")
+        yield _fall(start["logps/chosen"], fall, _margin_of(now) - _margin_of(start), "held-out ")
+        yield from self._gap(start, now)
+        yield from self._held_out_fall(start, now)
         name = "rewards/accuracies/"
         for source in (key[len(name) :] for key in now if key.startswith(name) and key in start):
             pairs = now.get(f"pairs/{source}", 0)
@@ -262,24 +262,22 @@ class Guard:
             severity = (was - is_) / (SURE * _error((was, pairs), (is_, pairs)))
             yield _Reading("sources", severity, saw, source, "held-out")
 
-    def _gap(self, start: Mapping[str, float], now: Mapping[str, float]) -> _Reading:
+    def _gap(self, start: Mapping[str, float], now: Mapping[str, float]) -> Iterator[_Reading]:
         """Accuracy on training pairs between evaluations, against that on held-out pairs."""
         parts = [part for part in self._accuracies if part.pairs]
         if len(parts) < 2:
-            return _Reading("overfitting", 0.0, "", kind="gap")
+            return
         (was, n), (is_, m) = ((part.mean, part.pairs) for part in (parts[0], parts[-1]))
         before, after, pairs = start["rewards/accuracies"], now["rewards/accuracies"], now.get("pairs", 0)
         gap = (is_ - was) - (after - before)
         error = _error((was, n), (is_, m), (before, pairs), (after, pairs))
-        saw = (
-            f"accuracy on training pairs went from {was:.0%} to {is_:.0%}, on held-out pairs from {before:.0%} to "
-            f"{after:.0%}"
-        )
-        return _Reading("overfitting", gap / max(ACCURACY_GAP, SURE * error), saw, kind="gap")
+        trained = f"accuracy on training pairs went from {was:.0%} to {is_:.0%}"
+        saw = f"{trained}, on held-out pairs from {before:.0%} to {after:.0%}"
+        yield _Reading("overfitting", gap / max(ACCURACY_GAP, SURE * error), saw, kind="gap")
 
-    def _held_out_fall(self, start: Mapping[str, float], now: Mapping[str, float]) -> _Reading:
+    def _held_out_fall(self, start: Mapping[str, float], now: Mapping[str, float]) -> Iterator[_Reading]:
         if self._gamma is None or self._num_lines <= WINDOW:
-            return _Reading("overfitting", 0.0, "", kind="fall")
+            return
         before, after = start["rewards/margins"], now["rewards/margins"]
         was, is_ = (statistics.fmean(each["rewards/margins"] for each in part) for part in (self._first, self._recent))
         saw = (
@@ -287,7 +285,7 @@ class Guard:
             f"{is_:+.2f}"
         )
         severity = (before - after) / (HELD_OUT_FALL * (self._gamma or 1.0)) if is_ > was else 0.0
-        return _Reading("overfitting", severity, saw, kind="fall")
+        yield _Reading("overfitting", severity, saw, kind="fall")
 
     # --- answers -----------------------------------------------------------------------------------------------------
 
@@ -336,26 +334,23 @@ def _margin_of(values: Mapping[str, float]) -> float:
     return values["logps/chosen"] - values["logps/rejected"]
 
 
-def _margin(margin: float, gamma: float, kind: str) -> _Reading:
-    where = kind if kind == "held-out " else ""
+def _margin(margin: float, gamma: float, where: str = "") -> _Reading:
     saw = f"the {where}margin is {margin:+.2f}, and the loss asks for {gamma:g}"
-    return _Reading("margin", margin / (gamma + BEYOND_GAMMA), saw, kind=kind)
+    return _Reading("margin", margin / (gamma + BEYOND_GAMMA), saw, kind=where)
 
 
-def _crash(start: float, now: float, kind: str) -> _Reading:
-    where = "held-out " if kind.startswith("held-out") else ""
+def _crash(start: float, now: float, where: str = "") -> _Reading:
     saw = f"the log-prob of {where}chosen answers went from {start:.2f} to {now:.2f} nats a token"
-    return _Reading("displacement", max((start - now) / CRASH, now / BROKEN), saw, kind=kind)
+    return _Reading("displacement", max((start - now) / CRASH, now / BROKEN), saw, kind=f"{where}crash")
 
 
-def _fall(start: float, fall: float, growth: float, kind: str, *, at_least: float = 0.0) -> _Reading:
+def _fall(start: float, fall: float, growth: float, where: str = "", *, at_least: float = 0.0) -> _Reading:
     needed = max(FALL * abs(start), growth, at_least)
-    where = "held-out " if kind == "held-out" else ""
     saw = (
         f"the log-prob of {where}chosen answers fell from {start:.2f} to {start - fall:.2f} nats a token, while their "
         f"margin over the rejected ones grew by {growth:.2f}"
     )
-    return _Reading("displacement", fall / max(needed, 1e-12), saw, kind=kind)
+    return _Reading("displacement", fall / max(needed, 1e-12), saw, kind=f"{where}fall")
 
 
 def _error(*shares: tuple[float, float]) -> float:
@@ -384,9 +379,10 @@ class RunGuard:
     Args:
         folder: gets guard.jsonl, one line for each finding.
         done: steps that were done before; what was found up to there is not found again.
-        history: the lines of metrics.jsonl up to there; None = read them, and the answers, from the folder.
+        history: the lines of metrics.jsonl up to there; None = read them, as the answers always are, from the folder.
     Attributes:
         verdict: the finding that ends the run, and its level; None while it goes on.
+        has_chosen: whether `choose` was called.
         back_to: the step whose checkpoint becomes the model; set by `choose`.
     """
 
@@ -406,17 +402,13 @@ class RunGuard:
         self._evaluated: dict[int, float] = {}
         self._guard = Guard(gamma=recipe.gamma if "gamma_beta_ratio" in recipe.loss.defaults else None)
         self.verdict: tuple[Finding, str] | None = None
-        self.back_to: int | None = None
+        self.has_chosen, self.back_to = False, None
         if mesh.is_main:
             forget_lines_after(self._path, done if done else -1)
-            self._replay(folder, history)
-
-    def _replay(self, folder: Path, history: Iterable[Mapping[str, Any]] | None) -> None:
-        lines = _read_lines(folder / "metrics.jsonl") if history is None else history
-        answers = _read_lines(folder / "generations.jsonl") if history is None else ()
-        by_step = {step: list(group) for step, group in groupby(answers, lambda answer: answer["step"])}
-        for line in lines:
-            self._judge(line, by_step.get(line["step"], ()) if "eval_loss" in line else ())
+            answers = groupby(_read_lines(folder / GENERATIONS_FILE), lambda answer: answer["step"])
+            by_step = {step: list(group) for step, group in answers}
+            for line in _read_lines(folder / "metrics.jsonl") if history is None else history:
+                self._judge(line, by_step.get(line["step"], ()) if "eval_loss" in line else ())
 
     def begin(self, dropped: Mapping[str, tuple[int, int]]) -> None:
         """Before the first step of this start; see `Guard.read_start`.
@@ -464,14 +456,12 @@ class RunGuard:
     def choose(self, checkpoints: Sequence[int]) -> None:
         """After a verdict: which of the steps with a checkpoint to go back to, if any. Every process calls it."""
         assert self.verdict is not None
-        finding, level = self.verdict
+        self.has_chosen, (finding, level) = True, self.verdict
         if level == "back":
             self.back_to = self._mesh.from_main(self._best_before(finding, checkpoints))
         if self.back_to is not None:
-            self._display.say(
-                f"the guard goes back: the best evaluation before that was at step {self.back_to}; its weights are the "
-                "final model"
-            )
+            best = f"the best evaluation before that was at step {self.back_to}"
+            self._display.say(f"the guard goes back: {best}; its weights are the final model")
 
     def stopped(self, total_steps: int, saved: Path) -> StoppedByGuard:
         """The error to raise where the verdict leaves no checkpoint to go back to; `saved`: one of this moment."""

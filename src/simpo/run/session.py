@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import shlex
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -340,16 +339,3 @@ def card_of_data(data: PreparedData, *, step: int, total_steps: int, why_early: 
         "optimizer step of these weights": f"{step} of {total_steps}",
         **early,
     }
-
-
-def describe_next(recipe: Recipe, data: PreparedData) -> str:
-    """What can be typed once a run is done."""
-    run, base = shlex.quote(recipe.output_dir), shlex.quote(recipe.model_name_or_path)
-    compared = f"--compare {base} --output {shlex.quote(str(Path(recipe.output_dir, 'evaluation.json')))}"
-    lines = [f"simpo chat {run} --compare"]
-    if data.eval is not None:
-        lines.append(f"simpo eval {shlex.quote(str(Path(recipe.output_dir, 'recipe.yaml')))} --model {run} {compared}")
-    lines.append(f"simpo report {run}")
-    if recipe.use_peft:
-        lines.append(f"simpo merge {run}")
-    return "\n".join(["next:", *(f"  {line}" for line in lines)])

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from simpo.hosts.hf.config import SimPOConfig
 from simpo.parallel.mesh import Mesh, MeshSizes
+
+if TYPE_CHECKING:
+    from simpo.recipe import Recipe
 
 
 def join_launched_world(args: SimPOConfig) -> Mesh:
@@ -36,8 +39,9 @@ def join_launched_world(args: SimPOConfig) -> Mesh:
     return Mesh(MeshSizes(dp_replicate=started), device=args.device)
 
 
-def check_launch(accelerator: Any) -> None:
-    """Raise ValueError where accelerate has silently become something else than it was launched as."""
+def check_launch(accelerator: Any, recipe: Recipe) -> None:
+    """Raise ValueError where accelerate has silently become something else than it was launched as, or cannot do what
+    the recipe asks for."""
     for name, wanted in (("FSDP", "ACCELERATE_USE_FSDP"), ("DEEPSPEED", "ACCELERATE_USE_DEEPSPEED")):
         asked = os.environ.get(wanted, "false").lower() in ("1", "true")
         if asked and accelerator.distributed_type.value != name:
@@ -46,6 +50,11 @@ def check_launch(accelerator: Any) -> None:
                 "FSDP needs GPUs; choose another configuration file"
             )
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and recipe.num_eval_generations:
+        raise ValueError(
+            f"num_eval_generations = {recipe.num_eval_generations}: not under accelerate's FSDP, whose weights are put "
+            "together for training alone; DeepSpeed's ZeRO and the native trainer (torchrun, dp_shard) generate"
+        )
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError("fsdp_version: only 2 is supported; see recipes/accelerate/fsdp2.yaml")
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)

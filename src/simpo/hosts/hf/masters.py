@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from transformers.integrations import deepspeed_config, is_deepspeed_zero3_enabled
 
+from simpo.run.export import overflows, tie
+
 _HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _READ = "_read_in_fp32"  # attribute of a ZeRO-3 parameter: this process's partition as it was read
 
@@ -115,6 +117,31 @@ def whole_weights(engine: Any, *, keep: bool) -> Iterator[tuple[str, Tensor | No
     for name, buffer in model.named_buffers():
         if name in saved and not adapters:
             yield name, buffer.detach().cpu() if keep else None
+
+
+def whole_state_dict(
+    weights: Iterator[tuple[str, Tensor | None]], model: nn.Module, dtype: torch.dtype | None, *, keep: bool
+) -> dict[str, Tensor]:
+    """The state dict that `weights` make, in `dtype` if one is given; every process calls it.
+
+    They are narrowed one by one, so that no whole model is there in fp32.
+
+    Args:
+        keep: whether this process wants it; others get an empty one.
+    Raises:
+        ValueError: a weight is too large for the dtype.
+    """
+    state = {}
+    for name, value in weights:
+        narrows = value is not None and dtype is not None and value.is_floating_point()
+        if narrows and overflows([value], dtype):
+            raise ValueError(
+                f"save_dtype = {str(dtype).removeprefix('torch.')}: a weight of {name} is too large; use bfloat16"
+            )
+        if value is not None and keep:
+            state[name] = value.detach().to(dtype) if narrows else value
+    tie(state, model)
+    return state
 
 
 def local_masters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

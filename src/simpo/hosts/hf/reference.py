@@ -1,25 +1,79 @@
-"""Reference log-probs in the Trainer's checkpoints: a resumed run has no untrained model to ask for them."""
+"""Reference log-probs under transformers' Trainer: the model's own before its first update, kept in its checkpoints."""
 
 from __future__ import annotations
 
+import dataclasses
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from simpo.core.batch import PackedPairs
+from simpo.core.losses import PairLogps
+from simpo.data.cache import fingerprint_tokens
 from simpo.data.loader import PairStore
 from simpo.run.reference import ReferenceLogps
+from simpo.run.saved import TRAINERS, load_state
+
+if TYPE_CHECKING:
+    from simpo.parallel.mesh import Mesh
+    from simpo.recipe import Recipe
 
 REFERENCE_FILE = "reference.npz"  # name of the pairs -> [num_pairs, 2] sums, nats
 
 
-def save_references(checkpoint: Path, references: Mapping[str, ReferenceLogps]) -> None:
-    """Into a checkpoint's folder, by the name of the pairs: "train", or of held-out pairs their fingerprint."""
-    np.savez(checkpoint / REFERENCE_FILE, **{name: logps.sums for name, logps in references.items()})
+class References:
+    """By the name of pairs: "train", or that of held-out ones. Empty until training begins, or where the loss needs
+    none."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self._known: dict[str, ReferenceLogps] = {}
+
+    def name_of(self, held_out: Any) -> str:
+        """It takes a while, and is empty where the loss needs no reference."""
+        return fingerprint_tokens(held_out) if self._recipe.loss.needs_reference else ""
+
+    def compute(
+        self, forward: Callable[[PackedPairs], PairLogps], stores: Mapping[str, PairStore], recipe: Recipe, mesh: Mesh
+    ) -> None:
+        """Before the first update the model is the reference.
+
+        Args:
+            recipe: as it trains.
+        """
+        self._known = {name: ReferenceLogps.compute(forward, store, recipe, mesh) for name, store in stores.items()}
+
+    def load(self, checkpoint: Path, stores: Mapping[str, PairStore], mesh: Mesh) -> None:
+        """From a checkpoint's folder: a resumed run has no untrained model to ask; see `read_references`."""
+        by_position = load_state(checkpoint / TRAINERS.state_file)["format"] == 0  # held-out ones were named otherwise
+        self._known = mesh.on_main(lambda: read_references(checkpoint, stores, by_position=by_position))
+
+    def save(self, checkpoint: Path) -> None:
+        """Into a checkpoint's folder."""
+        if self._known:
+            np.savez(checkpoint / REFERENCE_FILE, **{name: logps.sums for name, logps in self._known.items()})
+
+    def put_into(self, logps: PairLogps, indices: Sequence[int], name: str, *, is_trained: bool) -> PairLogps:
+        """With the reference's sums.
+
+        Raises:
+            ValueError: pairs without any, and the model is no longer its own reference.
+        """
+        if name in self._known:
+            return self._known[name].put_into(logps, indices)
+        if is_trained:
+            raise ValueError(
+                f"loss_type = {self._recipe.loss_type}: these held-out pairs were not there when training began, so "
+                "the reference's log-probs of them are not known; give them to the trainer as eval_dataset"
+            )
+        untrained = {"ref_chosen_sum": logps.chosen_sum.detach(), "ref_rejected_sum": logps.rejected_sum.detach()}
+        return dataclasses.replace(logps, **untrained)
 
 
-def load_references(
+def read_references(
     checkpoint: Path, stores: Mapping[str, PairStore], *, by_position: bool
 ) -> dict[str, ReferenceLogps]:
     """From a checkpoint's folder.

@@ -34,6 +34,7 @@ from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import WeightSample, create_repository, export_dtype, publish_model, upload_model
 from simpo.run.leftovers import Leftovers, find_leftovers
 from simpo.run.lock import OutputLock
+from simpo.run.next_commands import describe_next
 from simpo.run.resume import find_checkpoint
 from simpo.run.saved import TRAINERS, Checkpoint, list_checkpoints
 from simpo.run.session import (
@@ -41,7 +42,6 @@ from simpo.run.session import (
     check_early_stopping,
     check_token_ids,
     count_steps,
-    describe_next,
     describe_run,
     not_written,
     open_output_dir,
@@ -83,6 +83,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
     data = mesh.main_first(lambda: prepare_pairs(recipe, tokenizer, progress=mesh.is_main))
     if data.eval is None or recipe.eval_strategy is None:
         args.eval_strategy = "no"
+    args.eval_on_start &= resume is None  # a run that goes on is not at its start
     check_token_ids(data, recipe)
     check_early_stopping(recipe, data)
     dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
@@ -123,7 +124,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
     done = {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics}
     display.table("done", done | trainer.guard.summary())
     mesh.on_main(lambda: upload_model(model_dir, repository, recipe, display))
-    display.say(describe_next(recipe, data))
+    display.say(describe_next(recipe, held_out=data.eval is not None))
 
 
 def check_keys(recipe: Recipe) -> None:

@@ -7,10 +7,9 @@ accelerate's. What is trained is the native trainer's: the same plan of the same
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,46 +17,44 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import TrainerState
 from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
 
 from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps
-from simpo.data.cache import PreparedData, fingerprint_tokens
+from simpo.data.cache import PreparedData
 from simpo.data.files import follow_umask
 from simpo.data.ledger import Ledger
 from simpo.data.loader import MicroBatch, StepLoader, StepPlan
 from simpo.data.prepare import dropped_by_source
 from simpo.data.templates import install_chat_template
 from simpo.display import Display
+from simpo.evaluation.generate import save_samples
 from simpo.hosts.hf.batches import TrainingOrder, build_dataloader, evaluation_order, is_tokenised, prepare_datasets
 from simpo.hosts.hf.config import SimPOConfig, check_arguments
 from simpo.hosts.hf.early_stop import EarlyStop
 from simpo.hosts.hf.launch import check_launch, join_launched_world
-from simpo.hosts.hf.masters import give_masters, take_masters, whole_weights
+from simpo.hosts.hf.masters import give_masters, take_masters, whole_state_dict, whole_weights
 from simpo.hosts.hf.model import load_by_name, make_ready, tokenizer_of, weights_are_elsewhere, wrap_in_adapters
-from simpo.hosts.hf.reference import load_references, save_references
+from simpo.hosts.hf.reference import References
+from simpo.hosts.hf.resume import IDENTITY_FILE, check_checkpoint
+from simpo.hosts.hf.window import Window
 from simpo.model.attention import plain_attention
 from simpo.model.head import compute_pair_logps
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.eval_pairs import EvalPairs
-from simpo.run.export import overflows, record_dtype, tie
+from simpo.run.export import record_dtype
 from simpo.run.guard import RunGuard
 from simpo.run.lock import OutputLock
-from simpo.run.metrics import StepTotals, peak_memory_gib
+from simpo.run.metrics import StepTotals
 from simpo.run.objective import micro_batch_losses
 from simpo.run.plain import only_data
-from simpo.run.reference import ReferenceLogps
-from simpo.run.resume import check_same_run, run_identity, supersede_checkpoints
-from simpo.run.saved import TRAINERS, check_sealed, list_checkpoints, load_state, read_sealed, seal
+from simpo.run.resume import run_identity, supersede_checkpoints
+from simpo.run.saved import TRAINERS, check_sealed, list_checkpoints, read_sealed, seal
 from simpo.run.session import build_loader, check_agreement
 from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
-from simpo.run.tracking import sync_logs
+from simpo.run.tracking import GENERATIONS_FILE, forget_lines_after, sync_logs
 from simpo.streams import lasting_streams
-
-IDENTITY_FILE = TRAINERS.state_file  # in each checkpoint: what must be equal to resume it
 
 
 class SimPOTrainer(Trainer):
@@ -99,7 +96,7 @@ class SimPOTrainer(Trainer):
         check_arguments(args, {"data_collator": data_collator, **others})
         self.recipe: Recipe = args.to_recipe(model if isinstance(model, str) else None)
         self.mesh = join_launched_world(args)
-        self.references: dict[str, ReferenceLogps] = {}  # by name of pairs, from when training begins
+        self.references = References(self.recipe)
         self.display = Display(quiet=not self.mesh.is_main)
         for notice in self.recipe.notices:
             self.display.say(notice)
@@ -126,24 +123,18 @@ class SimPOTrainer(Trainer):
             eval_dataset = {name: self._tokenised(rows) for name, rows in eval_dataset.items()}
         elif not isinstance(train_dataset, PreparedData):
             eval_dataset = self.data.eval
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=self.data.train,
-            eval_dataset=eval_dataset,
-            processing_class=tokenizer,
-            **others,
-        )
-        check_launch(self.accelerator)
+        given = {"train_dataset": self.data.train, "eval_dataset": eval_dataset, "processing_class": tokenizer}
+        super().__init__(model=model, args=args, **given, **others)
+        check_launch(self.accelerator, self.recipe)
         if self.model is not None:
             self._check_if_here(self.model)
         self._total_steps = 0
-        self._train_sums = StepTotals()
+        self._window: Window | None = None  # of the training that is under way
         self._guard: RunGuard | None = None
+        self._answers: list[dict[str, Any]] = []  # of the evaluation that is to be logged next
         self._eval_totals: StepTotals | None = None
         self.eval_pairs: EvalPairs | None = None  # of a run directory
         self._step_losses: StepLosses = []
-        self._logged = (0, time.perf_counter())
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
         """As in transformers. No other process may train into `output_dir` meanwhile, and no checkpoint in it is lost.
@@ -175,7 +166,7 @@ class SimPOTrainer(Trainer):
         losses, sums = self._pair_losses(model, part, plan, name=inputs["name"])
         loss = losses.sum() / plan.num_pairs
         if model.training:
-            self._train_sums.add(sums, losses, num_tokens=part.num_tokens)
+            self._window.sums.add(sums, losses, num_tokens=part.num_tokens)
             self._step_losses.append((part.pairs.row_ids, losses.detach()))
             if self.accelerator.sync_gradients:
                 self._stop_unless_finite()
@@ -191,20 +182,10 @@ class SimPOTrainer(Trainer):
         batch = part.pairs.to(self.args.device)
         logps = compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
         if self.recipe.loss.needs_reference and part.indices:
-            logps = self._with_reference(logps, part.indices, name)
+            is_trained = self.is_in_train or self.state.global_step > 0
+            logps = self.references.put_into(logps, part.indices, name, is_trained=is_trained)
         pairs = None if model.training else self.eval_pairs
         return micro_batch_losses(logps, part, plan, self.recipe, pairs=pairs)
-
-    def _with_reference(self, logps: PairLogps, indices: Sequence[int], name: str) -> PairLogps:
-        if name in self.references:
-            return self.references[name].put_into(logps, indices)
-        if self.is_in_train or self.state.global_step > 0:
-            raise ValueError(
-                f"loss_type = {self.recipe.loss_type}: these held-out pairs were not there when training began, so the "
-                "reference's log-probs of them are not known; give them to the trainer as eval_dataset"
-            )
-        untrained = {"ref_chosen_sum": logps.chosen_sum.detach(), "ref_rejected_sum": logps.rejected_sum.detach()}
-        return dataclasses.replace(logps, **untrained)  # before training the model is its own reference
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, or of the several that max_tokens_per_micro_batch makes of it."""
@@ -257,7 +238,7 @@ class SimPOTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """The plan of this process; see `hosts.hf.batches`."""
         self.loader = self.build_loader(self.train_dataset)
-        self._train_sums = StepTotals(self.loader.store.sources.names)
+        self._window = Window(self.loader, self.mesh)
         order = TrainingOrder(self.loader, lambda: self.state.global_step)
         return build_dataloader(self.loader, order, self.args, name="train")
 
@@ -271,7 +252,7 @@ class SimPOTrainer(Trainer):
             raise ValueError("eval_dataset: there is none to evaluate on; give one to the trainer or to evaluate()")
         pairs = self._tokenised(eval_dataset)
         loader = self.build_loader(pairs, evaluation=True)
-        return build_dataloader(loader, evaluation_order(loader), self.args, name=self._name_of(pairs))
+        return build_dataloader(loader, evaluation_order(loader), self.args, name=self.references.name_of(pairs))
 
     get_test_dataloader = get_eval_dataloader
 
@@ -281,22 +262,12 @@ class SimPOTrainer(Trainer):
             raise ValueError("train_dataset: there is none to train on")
         return build_loader(dataset, self.recipe, self.model, self._tokenizer, self.mesh, evaluation=evaluation)
 
-    def _name_of(self, held_out: Any) -> str:
-        """The name of held-out pairs in `references`; only losses with a reference need one, and it takes a while."""
-        return fingerprint_tokens(held_out) if self.recipe.loss.needs_reference else ""
-
     def _prepare(self, train: Any, evaluation: Any, *, recipe: Recipe | None = None) -> PreparedData:
         if train is None:
             return PreparedData(None, None if evaluation is None else self._tokenised(evaluation), Ledger())
+        options = {"text_as_is": self._text_as_is, "progress": self.mesh.is_main}
         return self.mesh.main_first(
-            lambda: prepare_datasets(
-                train,
-                evaluation,
-                recipe or self.recipe,
-                self._tokenizer,
-                text_as_is=self._text_as_is,
-                progress=self.mesh.is_main,
-            )
+            lambda: prepare_datasets(train, evaluation, recipe or self.recipe, self._tokenizer, **options)
         )
 
     def _tokenised(self, dataset: Any) -> Any:
@@ -317,13 +288,9 @@ class SimPOTrainer(Trainer):
 
     def _check_if_here(self, model: nn.Module) -> None:
         """Check the forward pass, once, of a model that is whole on the device that trains."""
-        if (
-            self._is_checked
-            or weights_are_elsewhere(model)
-            or next(model.parameters()).device.type != self.mesh.device.type
-        ):
-            return
-        self._check_forward(model, bf16=bool(self.recipe.bf16))
+        is_here = next(model.parameters()).device.type == self.mesh.device.type and not weights_are_elsewhere(model)
+        if is_here and not self._is_checked:
+            self._check_forward(model, bf16=bool(self.recipe.bf16))
 
     def _check_forward(self, model: nn.Module, *, bf16: bool) -> None:
         check_rows(model, self.recipe, bf16=bf16, mesh=self.mesh)
@@ -358,23 +325,23 @@ class SimPOTrainer(Trainer):
         check_agreement(self.mesh, self.recipe, self.data, self.loader, step=self.state.global_step)
         if self.recipe.loss.needs_reference:
             self._prepare_references(model, resume_from_checkpoint)
-        self._logged = (self.state.global_step, time.perf_counter())
+        self._window.begin(self.state.global_step)
         folder, step = Path(self.args.output_dir), self.state.global_step
         aside = self.mesh.on_main(lambda: supersede_checkpoints(folder, step, TRAINERS))
         if aside is not None:
             self.display.say(f"later checkpoints of {folder} are kept in {aside}")
         self._guard = None
+        self.mesh.on_main(lambda: forget_lines_after(Path(self.recipe.output_dir, GENERATIONS_FILE), step or -1))
         return model, dataloader
 
     def _prepare_references(self, model: nn.Module, resume_from_checkpoint: Any) -> None:
         """Before the first update the model is the reference; a resumed run has its log-probs from the checkpoint."""
         stores = {"train": self.loader.store}
         every = self.eval_dataset.values() if isinstance(self.eval_dataset, Mapping) else [self.eval_dataset]
-        stores |= {self._name_of(d): self.build_loader(d, evaluation=True).store for d in every if d is not None}
+        known = [dataset for dataset in every if dataset is not None]
+        stores |= {self.references.name_of(each): self.build_loader(each, evaluation=True).store for each in known}
         if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            by_position = load_state(folder / IDENTITY_FILE)["format"] == 0  # held-out pairs had another fingerprint
-            self.references = self.mesh.on_main(lambda: load_references(folder, stores, by_position=by_position))
+            self.references.load(Path(resume_from_checkpoint), stores, self.mesh)
             return
         self.display.say("computing the reference's log-probs: the model's own before its first update")
 
@@ -383,20 +350,30 @@ class SimPOTrainer(Trainer):
                 return compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
 
         model.eval()
-        self.references = {
-            name: ReferenceLogps.compute(forward, store, self.recipe, self.mesh) for name, store in stores.items()
-        }
+        self.references.compute(forward, stores, self.recipe, self.mesh)
         model.train()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; a training line has the means over all pairs since the last one, of all processes."""
-        if "loss" in logs and self.is_in_train and self.state.global_step > self._logged[0]:
-            logs |= self._window()
+        if not self.is_in_train:
+            super().log(logs, start_time)
+            return
+        guard, step = self.guard, self.state.global_step  # which has read the lines before this one
+        if "loss" in logs and step > self._window.step:
+            logs |= self._window.close(step, self.state.log_history, self.args.device)
         super().log(logs, start_time)
-        if self.is_in_train:
-            self.guard.heed(self.state.global_step, logs)
-            if self.guard.verdict is not None and not self.control.should_training_stop:
-                self._end_by_guard()
+        guard.heed(step, logs, self._answers)
+        self._answers = []
+        if guard.verdict is not None and not guard.has_chosen:
+            self._end_by_guard()
+
+    def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
+        """As in transformers; where training ends here, the steps since the last line are logged before the save."""
+        saves, self.control.should_save = self.control.should_save, False
+        super()._maybe_log_save_evaluate(*args, **options)
+        self.control.should_save |= saves
+        self.control.should_log |= self.control.should_training_stop
+        super()._maybe_log_save_evaluate(*args, **options)
 
     @property
     def guard(self) -> RunGuard:
@@ -420,22 +397,6 @@ class SimPOTrainer(Trainer):
     def _checkpoint_of(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{step}"
 
-    def _window(self) -> dict[str, float]:
-        """Means over every pair, and speed, since the last training line; every process calls it."""
-        (step, started), now = self._logged, time.perf_counter()
-        pairs_before = self.loader.pairs_before
-        pairs = pairs_before(self.state.global_step) - pairs_before(step)
-        total = self._train_sums.over(self.mesh, pairs)
-        earlier = (line["tokens_seen"] for line in reversed(self.state.log_history) if "tokens_seen" in line)
-        self._train_sums, self._logged = StepTotals(self.loader.store.sources.names), (self.state.global_step, now)
-        return total.means() | {
-            "pairs_seen": pairs_before(self.state.global_step),
-            "tokens_seen": next(earlier, 0) + total.num_tokens,
-            "step_time_s": (now - started) / (self.state.global_step - step),
-            "pairs_per_s": pairs / (now - started),
-            "memory_gib": max(self.mesh.gather(peak_memory_gib(self.args.device))),
-        }
-
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *others: Any, **options: Any) -> Any:
         """The loss of one evaluation batch; there are no logits to hand on."""
         with needs_memory("evaluation", advice="lower per_device_eval_batch_size"), torch.no_grad():
@@ -452,11 +413,17 @@ class SimPOTrainer(Trainer):
             dataloader, description, *others, metric_key_prefix=metric_key_prefix, **options
         )
         total, self._eval_totals = self._eval_totals.over(self.mesh, output.num_samples), None
-        self._logged = (self._logged[0], self._logged[1] + time.perf_counter() - started)  # not time of training
         values = total.means() | total.counts() | {"time_s": time.perf_counter() - started}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         if self.eval_pairs is not None and metric_key_prefix == "eval":
             self.eval_pairs.save(self.state.global_step, self.mesh, best_step=self.state.best_global_step)
+        if self.is_in_train and metric_key_prefix == "eval":
+            folder, place = self.recipe.output_dir, {"step": self.state.global_step, "mesh": self.mesh}
+            store = dataloader.dataset.loader.store
+            with self.compute_loss_context_manager():
+                self._answers = save_samples(folder, self.model, self._tokenizer, store, self.recipe, **place)
+        if self._window is not None:
+            self._window.leave_out(time.perf_counter() - started)
         return output
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -469,7 +436,7 @@ class SimPOTrainer(Trainer):
             if asked is None and not isinstance(self.deepspeed, nn.Module):
                 super().save_model(output_dir, _internal_call=_internal_call)
                 return
-            state = self._whole_state_dict(asked)
+            state = whole_state_dict(self.whole_weights(), self.model, asked, keep=self.mesh.is_main)
             folder = self.args.output_dir if output_dir is None else output_dir
             self._save(folder, state_dict=state)
         if self.args.should_save:
@@ -480,23 +447,6 @@ class SimPOTrainer(Trainer):
     def create_model_card(self, *positional: Any, dataset_name: str | None = None, **options: Any) -> None:
         """As in transformers; `dataset_name` is what TRL's scripts call `dataset`, in push_to_hub too."""
         super().create_model_card(*positional, **({"dataset": dataset_name} | options))
-
-    def _whole_state_dict(self, dtype: torch.dtype | None) -> dict[str, torch.Tensor]:
-        """The model's state dict with whole tensors, on the first process; every process calls it.
-
-        Weights are narrowed one by one, so that no whole model is there in fp32.
-        """
-        state = {}
-        for name, value in self.whole_weights():
-            narrows = value is not None and dtype is not None and value.is_floating_point()
-            if narrows and overflows([value], dtype):
-                raise ValueError(
-                    f"save_dtype = {self.recipe.save_dtype}: a weight of {name} is too large; use bfloat16"
-                )
-            if value is not None and self.mesh.is_main:
-                state[name] = value.detach().to(dtype) if narrows else value
-        tie(state, self.model)
-        return state
 
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """(name, whole tensor) of all that a saved model holds, as it is trained, on the first process; None elsewhere.
@@ -523,8 +473,7 @@ class SimPOTrainer(Trainer):
             self.args.save_total_limit = limit
         self.mesh.barrier()  # the others' files are there
         if self.args.should_save:
-            if self.references:
-                save_references(folder, self.references)
+            self.references.save(folder)
             follow_umask(folder)
             sync_logs(Path(self.recipe.output_dir or "."))
             seal(folder, self._identity())
@@ -537,14 +486,7 @@ class SimPOTrainer(Trainer):
         self._total_steps = max_steps
         _, num_epochs, resume_from_checkpoint, _ = others
         if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            if not (folder / IDENTITY_FILE).is_file():
-                raise ValueError(f"resume_from_checkpoint: {folder} was not saved by this trainer (no {IDENTITY_FILE})")
-            saved = load_state(folder / IDENTITY_FILE)
-            history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
-            counts = [(line["step"], line["pairs_seen"]) for line in history if "pairs_seen" in line]
-            fits = all(self.loader.pairs_before(step) == count for step, count in counts)
-            for line in check_same_run(saved, self._identity(), folder, recipe=self.recipe, pairs_fit=fits):
+            for line in check_checkpoint(Path(resume_from_checkpoint), self._identity(), self.loader, self.recipe):
                 self.display.say(line)
         place = super()._init_training_state(max_steps, *others)
         stops = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStop)]

@@ -1,0 +1,75 @@
+"""The guard on two processes, of both hosts: all end together, after the same step, and one of them writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hf_hosts import read_rows
+from mesh_runs import MESHES, final_weights
+
+from simpo.display import Display
+from simpo.hosts.hf.run import run_recipe
+from simpo.recipe import load_recipe
+from simpo.run.stopping import StoppedByGuard
+from simpo.trainer import Trainer
+
+Settings = dict[str, Any]
+ANSWERS = {"num_eval_generations": 3, "eval_generation_max_new_tokens": 3, "eval_on_start": True}
+# The rate rises to 3 over the run: the first steps are harmless.
+RISING = {
+    **{"learning_rate": 1.0, "lr_scheduler_type": "linear", "warmup_steps": 1000, "max_steps": 40, "bf16": False},
+    **{"eval_strategy": "steps", "eval_steps": 2, "save_steps": 2, "save_dtype": "float32", "device": "cpu", **ANSWERS},
+}
+
+
+def train(host: str, settings: Settings) -> tuple[str, int]:
+    """How a run ended on this process: what it said last, and the exit code."""
+    recipe = load_recipe(settings)
+    try:
+        if host == "native":
+            Trainer(recipe, display=Display(quiet=True)).run()
+        else:
+            run_recipe(recipe)
+    except StoppedByGuard as error:
+        return str(error), error.exit_code
+    return "finished", 0
+
+
+@pytest.fixture(params=["native dp2", "native fsdp2", "accelerate"])
+def host(request: pytest.FixtureRequest, tiny_recipe: Settings) -> tuple[str, Settings]:
+    name, _, mesh = request.param.partition(" ")
+    return name, {**tiny_recipe, **RISING, **(MESHES[mesh] if mesh else {}), "gradient_accumulation_steps": 1}
+
+
+def test_stop_ends_every_process_after_the_same_step(two_ranks: Any, host: tuple[str, Settings]) -> None:
+    name, settings = host
+    one, other = two_ranks.run(train, name, {**settings, "guard": {"all": "stop", "learning_rate": "off"}})
+    assert one == other
+    assert one[1] == 4
+    folder = Path(settings["output_dir"])
+    (found,) = read_rows(folder / "guard.jsonl")
+    assert f"stopped by the guard after step {found['step']} of 40" in one[0]
+    lines, answers = read_rows(folder / "metrics.jsonl"), read_rows(folder / "generations.jsonl")
+    evaluations = [line["step"] for line in lines if "eval_loss" in line]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, found["step"] + 1))
+    assert [answer["step"] for answer in answers] == [step for step in evaluations for _ in range(3)]
+
+
+@pytest.mark.long
+def test_back_gives_every_process_the_weights_from_before(two_ranks: Any, host: tuple[str, Settings]) -> None:
+    name, settings = host
+    ended = two_ranks.run(train, name, {**settings, "guard": {"all": "back", "learning_rate": "off"}})
+    assert ended == [("finished", 0)] * 2
+    folder = Path(settings["output_dir"])
+    (found,) = read_rows(folder / "guard.jsonl")
+    lines = [line for line in read_rows(folder / "metrics.jsonl") if "eval_loss" in line]
+    earlier = {line["step"]: line["eval_loss"] for line in lines if 0 < line["step"] <= found["since_step"] - 2}
+    best = min(earlier, key=lambda step: earlier[step])
+    again = {**settings, "output_dir": str(folder.with_name("short")), "guard": False}
+    again |= {"max_steps": best, "eval_strategy": "no", "eval_on_start": False, "num_eval_generations": 0}
+    two_ranks.run(train, name, again)
+    expected = final_weights(Path(again["output_dir"]))
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in final_weights(folder).items())
