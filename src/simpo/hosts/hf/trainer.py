@@ -190,8 +190,7 @@ class SimPOTrainer(Trainer):
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch, or of the several that max_tokens_per_micro_batch makes of it."""
         parts, is_last = inputs["parts"], self.accelerator.sync_gradients
-        guard = self.guard  # before the first step, at the latest
-        assert guard.verdict is None
+        assert self.guard.verdict is None  # it begins here, at the latest
         total = torch.zeros((), device=self.args.device)
         for number, part in enumerate(parts, start=1):
             syncs = is_last and number == len(parts)
@@ -356,8 +355,7 @@ class SimPOTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """As in transformers; a training line has the means over all pairs since the last one, of all processes."""
         if not self.is_in_train:
-            super().log(logs, start_time)
-            return
+            return super().log(logs, start_time)
         guard, step = self.guard, self.state.global_step  # which has read the lines before this one
         if "loss" in logs and step > self._window.step:
             logs |= self._window.close(step, self.state.log_history, self.args.device)
