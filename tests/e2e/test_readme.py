@@ -99,5 +99,5 @@ def test_every_command_of_the_list_runs_as_printed(tiny_model: Path, pair_files:
             pytest.importorskip("lm_eval", reason="no lm-evaluation-harness (simpo[tasks])")
         own = ["--output_dir", "runs/rounds"] if words[0] == "rounds" else []  # a folder that a run has is refused
         result = done[" ".join(words)] = CliRunner().invoke(app, [*words, *own], input="water\n")
-        assert result.exit_code == 0, (words, result.output)
+        assert result.exit_code in (0, 3), (words, result.output)  # 3: prompts of equal scores make no pair
     assert {command.split()[0] for command in done} == {command.name for command in app.registered_commands} - {"init"}
