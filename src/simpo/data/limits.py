@@ -64,12 +64,13 @@ def _limit_memory(at_end: contextlib.ExitStack) -> Callable[[], Any] | None:
         return None
     known = os.open("/proc/self/statm", os.O_RDONLY)
     at_end.callback(os.close, known)
-    before, page = resource.getrlimit(resource.RLIMIT_DATA), resource.getpagesize()
-    at_end.callback(resource.setrlimit, resource.RLIMIT_DATA, before)
+    which, put, page = resource.RLIMIT_DATA, resource.setrlimit, resource.getpagesize()
+    before = resource.getrlimit(which)
+    at_end.callback(put, which, before)
     most = min(limit if limit != resource.RLIM_INFINITY else math.inf for limit in before)
 
     def limit() -> None:
         held = int(os.pread(known, 200, 0).split()[5]) * page
-        resource.setrlimit(resource.RLIMIT_DATA, (int(min(held + MEMORY, most)), before[1]))
+        put(which, (int(min(held + MEMORY, most)), before[1]))
 
     return limit
