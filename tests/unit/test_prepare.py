@@ -411,8 +411,8 @@ def test_printed_ledger_marks_trained_text_without_colour(messy, build_tokenizer
     assert "\x1b" not in text
 
 
-def test_the_fullest_bin_of_a_histogram_has_a_bar_of_twenty():
-    lines = ledgers._bars({"edges": [0, 16, 32, 64], "counts": [4, 1, 0]}).splitlines()
+def test_the_fullest_bin_of_a_histogram_has_the_longest_bar():
+    lines = ledgers._bars({"edges": [0, 16, 32, 64], "counts": [4, 1, 0]}, 20).splitlines()
     assert [line.count("█") for line in lines] == [20, 5, 0]
 
 
