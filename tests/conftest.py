@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,11 @@ gc.disable()  # until all is imported, of which nothing is garbage
 os.environ["SIMPO_REPORT"] = "0"  # a second or two a run, in this process and those it starts; its own tests turn it on
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# In the background of a script, and under nohup, these are ignored; a command then ignores them as well.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGTERM", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+    if signal.getsignal(number := getattr(signal, name, signal.SIGTERM)) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 pytest_plugins = ["miniature", "ranks", "traces"]
 

@@ -72,6 +72,9 @@ def serve() -> None:
         try:
             ready, _, _ = select.select([alive, listener], [], [])
             if alive not in ready:
+                warnings.resetwarnings()  # pytest's: a program has Python's own
+                for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
+                    warnings.simplefilter("ignore", kind)
                 forkserver.main(listener.detach(), alive, PRELOADED)
         finally:
             os._exit(0)
@@ -181,9 +184,6 @@ def _become(words: list[str], env: dict[str, str], cwd: Any, streams: list[_Stre
     os.environ.clear()
     os.environ.update(env)
     os.chdir(cwd or ".")
-    warnings.resetwarnings()  # pytest's: a program has Python's own
-    for kind in (DeprecationWarning, PendingDeprecationWarning, ImportWarning, ResourceWarning):
-        warnings.simplefilter("ignore", kind)
     for number, stream in enumerate(streams, start=1):
         if stream is not None:
             os.dup2(stream.number, number)

@@ -251,13 +251,13 @@ def test_a_finished_run_is_pushed_with_a_card_that_has_its_numbers(
 def test_what_a_run_says_to_type_next_can_be_typed_and_ends_on_the_card(tiny_recipe: dict[str, Any], tmp_path: Path):
     path = recipe_file(tmp_path, tiny_recipe, push_to_hub=False, hub_model_id=None, use_peft=True, learning_rate=0.05)
     lines = CliRunner().invoke(app, ["train", str(path)]).stdout.split("next:\n")[1].splitlines()
-    assert [line.split()[1] for line in lines] == ["chat", "eval", "report", "merge"]
-    for line in lines:
+    assert [line.split()[1] for line in lines] == ["chat", "eval", "report", "merge", "export", "push"]
+    for line in lines[:-1]:
         done = CliRunner().invoke(app, shlex.split(line)[1:], input="water\n")
         assert done.exit_code == 0, (line, done.output)
     run = Path(tiny_recipe["output_dir"])
     compared = json.loads((run / "evaluation.json").read_text())
-    shown = CliRunner().invoke(app, ["push", str(run), "--dry-run"]).stdout
+    shown = CliRunner().invoke(app, [*shlex.split(lines[-1])[1:], "--dry-run"]).stdout
     assert "| 10 held-out pairs | before | after |" in shown
     before, after = (f"{each['accuracy']['value']:.1%}" for each in (compared["baseline"], compared))
     assert re.search(rf"\| preference accuracy \| {before} \[.*\] \| {after} \[.*\] \|", shown)

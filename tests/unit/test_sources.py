@@ -357,7 +357,7 @@ def test_hub_out_of_reach(monkeypatch, data_recipe):
 
     monkeypatch.setattr(datasets, "load_dataset", fake)
     with pytest.raises(
-        ValueError, match=r"'org/set' is not a local file or folder, and could not be loaded from the hub.*offline"
+        ValueError, match=r"'org/set' is not a local file or folder, and could not be loaded from the hub.*OFFLINE"
     ):
         find_sources(data_recipe({"org/set": 1.0}))
 
