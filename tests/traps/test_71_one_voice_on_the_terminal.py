@@ -49,11 +49,9 @@ def test_the_bar_shows_step_and_time_whole(columns: int):
 
 
 @pytest.mark.parametrize("settings", [{}, {"TERM": "dumb"}])
-def test_without_a_live_terminal_a_step_is_a_line(settings: dict[str, str], monkeypatch: pytest.MonkeyPatch):
-    for name, value in settings.items():
-        monkeypatch.setenv(name, value)
-    file = io.StringIO()
-    display = Display(console=Console(file=file, force_terminal=bool(settings), soft_wrap=True, color_system=None))
+def test_without_a_live_terminal_a_step_is_a_line(settings: dict[str, str]):
+    file, how = io.StringIO(), {"soft_wrap": True, "color_system": None, "_environ": settings}
+    display = Display(console=Console(file=file, force_terminal=bool(settings), **how))
     with display.progress(9999, 0) as show:
         show(1, VALUES)
         display.log_step(1, 9999, VALUES, left_s=100)
