@@ -102,8 +102,8 @@ class Server:
         return Ended(**answer, said=said.read_text(errors="replace") if said.exists() else "")
 
     def stop(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
+        with self._process:  # whose end closes its pipes
+            self._process.stdin.close()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,10 @@ import pytest
 from chaos.commands import COMMANDS
 from chaos.harness import KINDS
 
-pytestmark = pytest.mark.long
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),  # peft 0.21
+]
 
 EVERYTHING = list(itertools.product(COMMANDS, KINDS))
 SAMPLE = [("train", kind) for kind in KINDS]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from miniature import rounds_recipe
 from typer.testing import CliRunner
 
@@ -100,4 +101,4 @@ def test_every_command_of_the_list_runs_as_printed(tiny_model: Path, pair_files:
         own = ["--output_dir", "runs/rounds"] if words[0] == "rounds" else []  # a folder that a run has is refused
         result = done[" ".join(words)] = CliRunner().invoke(app, [*words, *own], input="water\n")
         assert result.exit_code in (0, 3), (words, result.output)  # 3: prompts of equal scores make no pair
-    assert {command.split()[0] for command in done} == {command.name for command in app.registered_commands} - {"init"}
+    assert {command.split()[0] for command in done} == {*typer.main.get_command(app).commands} - {"init"}
