@@ -113,8 +113,8 @@ def test_a_disk_is_known_to_be_full_whoever_says_so() -> None:
     hidden = RuntimeError("stopped")
     hidden.__context__, hidden.__suppress_context__ = named, True
     assert not is_disk_full(hidden)
-    assert explain(PermissionError(errno.EACCES, "Permission denied", "/root/a", None, "/root/b")) == (
-        "/root/a -> /root/b: Permission denied"
+    assert explain(PermissionError(errno.EACCES, "Permission denied", "/srv/a", None, "/srv/b")) == (
+        "/srv/a -> /srv/b: Permission denied"
     )
 
 
