@@ -1,13 +1,12 @@
 """`eval_pairs.jsonl`: the held-out pairs of a run's evaluations one by one, which intervals and comparisons need.
 
 It has one line for each of the first evaluation, the best and the latest, so that it stays small however long a run is.
-Must not import data, the trainer or evaluation.
+Must not import the trainer or evaluation.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from simpo.core.losses import PairLogps
+from simpo.data.files import write_whole
 
 if TYPE_CHECKING:
     from simpo.data.loader import MicroBatch
@@ -65,9 +65,7 @@ class EvalPairs:
         row_ids, *columns = zip(*(pairs[index] for index in sorted(pairs)), strict=True)
         numbers = {name: [float(f"{x:.7g}") for x in column] for name, column in zip(COLUMNS, columns, strict=True)}
         line = json.dumps({"step": step, "row_ids": row_ids, **numbers}, ensure_ascii=False)
-        aside = self.path.with_suffix(".jsonl.tmp")
-        aside.write_text("".join(each + "\n" for each in [*self._kept(step, best_step), line]), encoding="utf-8")
-        os.replace(aside, self.path)
+        write_whole(self.path, (each + "\n" for each in [*self._kept(step, best_step), line]))
 
     def _kept(self, step: int, best_step: int | None) -> list[str]:
         if not self.path.is_file():

@@ -236,9 +236,8 @@ def check_room(
     if recipe.save_strategy != "no":
         every = steps_per_epoch if recipe.save_strategy == "epoch" else recipe.save_steps or total_steps
         every = max(1, math.ceil(every * total_steps if every < 1 else every))
-        limit = (
-            math.inf if recipe.save_total_limit is None else recipe.save_total_limit + 1
-        )  # the newest is written first
+        # The newest is written before the oldest goes.
+        limit = math.inf if recipe.save_total_limit is None else recipe.save_total_limit + 1
         count = int(min(math.ceil(total_steps / every), limit))
         needed += each
     place = Path(recipe.output_dir)
