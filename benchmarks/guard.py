@@ -39,7 +39,7 @@ PLANTED = (
     Row("swapped labels", {"num_train_epochs": 3}, "swapped"),
     Row("one poisoned source", {}, "poisoned"),
 )
-ORDINARY = Row("demo's recipe", planted=False)
+ORDINARY = Row("demo's recipe", {"eval_generation_max_new_tokens": 160}, "whole", planted=False)
 HUMAN = Row("human labels", {"learning_rate": 1e-5}, "human", planted=False)
 SHORT: dict[str, Any] = {"max_steps": 12, "eval_steps": 6, "num_eval_generations": 0}
 
@@ -119,11 +119,14 @@ def train(row: Row, run: Path, args: argparse.Namespace) -> None:
 
 
 def make_pairs(data: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """The row's mixture: the demo's pairs, all training pairs swapped, or with a second source of garbage answers."""
+    """The row's mixture: the demo's pairs (the shortest, or as they come), all swapped, or half with garbage answers."""
     if data == "human":
         return {str(args.human): 1.0}
     rows = {split: read(args.pairs / f"{split}.jsonl") for split in ("train", "test")}
-    rows = {"train": shortest(rows["train"], args.count), "test": shortest(rows["test"], 12)}
+    if data == "whole":  # the shortest alone teach shorter or longer answers than the rest
+        rows = {"train": rows["train"][: args.count], "test": rows["test"][:12]}
+    else:
+        rows = {"train": shortest(rows["train"], args.count), "test": shortest(rows["test"], 12)}
 
     def write(name: str, **splits: list[dict[str, Any]]) -> str:
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -133,7 +136,7 @@ def make_pairs(data: str, folder: Path, args: argparse.Namespace) -> dict[str, f
         return str(folder / name)
 
     train, test, half = rows["train"], rows["test"], args.count // 2
-    if data == "demo":
+    if data in ("demo", "whole"):
         return {write("pairs", train=train, test=test): 1.0}
     if data == "swapped":
         swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in train]

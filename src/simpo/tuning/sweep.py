@@ -256,11 +256,11 @@ class _Sweep:
         lines = self._lines(best, alike)
         head, rows = self._cells()
         write_whole(self.folder / "sweep.md", "\n".join([*_markdown(head, rows), "", *lines, ""]))
-        table = Table(title="held-out pairs", title_justify="left")
+        table = Table(title="held-out pairs", title_justify="left", box=None, padding=(0, 1, 0, 0))
         for name in head:
-            table.add_column(name, justify="right", overflow="fold")
+            table.add_column(name.replace("_", "_\n"), justify="right", vertical="bottom", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(cell.replace(" (", "\n(") for cell in row))
         self.display.console.print(table)
         for line in lines:
             self.display.say(line)
