@@ -119,7 +119,7 @@ def train(row: Row, run: Path, args: argparse.Namespace) -> None:
 
 
 def make_pairs(data: str, folder: Path, args: argparse.Namespace) -> dict[str, float]:
-    """The row's mixture: the demo's pairs (the shortest, or as they come), all swapped, or half with garbage answers."""
+    """The row's mixture: the demo's pairs (the shortest, or as they come), all swapped, or half garbage answers."""
     if data == "human":
         return {str(args.human): 1.0}
     rows = {split: read(args.pairs / f"{split}.jsonl") for split in ("train", "test")}
