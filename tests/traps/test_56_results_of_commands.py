@@ -128,6 +128,8 @@ def test_files_of_others_stay(tiny_recipe: dict[str, Any], tmp_path: Path) -> No
     load_recipe(tiny_recipe).save(recipe)
     refused(tmp_path, "is not this command's", "audit", recipe, "--output", recipe)
     refused(tmp_path, "is not this command's", "eval", recipe, "--output", recipe)
+    refused(tmp_path, "is not this command's", "plan", recipe, "--output", recipe)
+    refused(tmp_path, "is not this command's", "calibrate", recipe, "--output", recipe)
     other = tmp_path / "other.json"
     other.write_text(json.dumps({"model": "another", "versions": {}, "margin": {}}))
     refused(tmp_path, "is of another, and is not overwritten", "eval", recipe, "--output", other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -55,7 +56,8 @@ def plan(
 ) -> None:
     """Compute memory by part, pick a mesh and other sizes, say what is sent; reads no weights. Any key can follow."""
     resolved = load(recipe, context.args, processes=1)
-    from simpo.plan.report import describe_plan, plan_as_dict, save_plan
+    from simpo.data.files import check_own, write_whole
+    from simpo.plan.report import describe_plan, plan_as_dict
     from simpo.plan.search import Machines, plan_recipe
 
     machines = Machines.of(gpus=gpus, nodes=nodes, gpus_per_node=gpus_per_node, gpu_gib=gpu_memory)
@@ -65,7 +67,8 @@ def plan(
     if shared != resolved:
         found = plan_recipe(shared, machines, shape=shape)
     if output is not None:
-        save_plan(found, output)
+        check_own(output, "machines", "choices", "memory")
+        write_whole(output, json.dumps(plan_as_dict(found), indent=2) + "\n")
     if as_json:
         print_json(plan_as_dict(found))
     else:

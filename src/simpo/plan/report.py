@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from simpo.plan.search import Plan, changed_keys, gib
@@ -120,12 +118,6 @@ def plan_as_dict(plan: Plan) -> dict[str, Any]:
         "links": asdict(links),
         "remedies": plan.remedies,
     }
-
-
-def save_plan(plan: Plan, path: str | Path) -> None:
-    """Write `plan_as_dict` as JSON."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(plan_as_dict(plan), indent=2) + "\n", encoding="utf-8")
 
 
 def _plain(value: Any) -> str:

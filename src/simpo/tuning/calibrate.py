@@ -58,6 +58,10 @@ class Margins:
         return (self.high - self.low) / 2
 
 
+_HEAD = "# Proposed by simpo calibrate.\n"
+"""Begins each file that this command writes, and may write anew."""
+
+
 def run_calibrate(
     recipe: str | Path | Recipe, *, output: str | Path | None = None, display: Display | None = None
 ) -> Path:
@@ -69,13 +73,20 @@ def run_calibrate(
     Returns:
         The file: the recipe with gamma_beta_ratio, beta and learning_rate as proposed, the reasons in front.
     Raises:
-        ValueError: as `run_sweep`; also a loss that has no gamma_beta_ratio.
+        ValueError: as `run_sweep`; also a loss that has no gamma_beta_ratio, or an output that holds something
+            else.
     """
     base, display = load_recipe(recipe), display or Display()
     base.require("dataset_mixer", "output_dir")
     if base.loss_type != "sigmoid":
         raise ValueError(f"loss_type: {base.loss_type} is not calibrated; `simpo sweep` tries values of its keys")
     folder = Path(base.output_dir or "") / "calibration"
+    target = Path(output) if output else Path(base.output_dir or "") / "calibrated.yaml"
+    if target.is_file() and not target.read_bytes().startswith(_HEAD.encode()):
+        raise ValueError(
+            f"{target}: is there already, is not this command's, and is not overwritten; choose another "
+            "place (--output)"
+        )
     data = prepare_pairs(base, load_tokenizer(base), progress=True)
     total = count_steps(base, math.ceil(len(data.train) / base.pairs_per_step(1)))
     margins = _measure(base, folder / "margins")
@@ -92,8 +103,7 @@ def run_calibrate(
     found = read_sweep(path)
     lines = _reasons(margins, ratio, found.best, found.as_good, found.gained, total)
     chosen = load_recipe(base, {"gamma_beta_ratio": ratio, **{k: float(v) for k, v in found.best.settings.items()}})
-    target = Path(output) if output else Path(base.output_dir or "") / "calibrated.yaml"
-    write_whole(target, "".join(f"# {line}\n" for line in lines) + "\n" + chosen.to_yaml())
+    write_whole(target, _HEAD + "".join(f"# {line}\n" for line in lines) + "\n" + chosen.to_yaml())
     for line in lines:
         display.say(line)
     display.say(f"recipe: {target}; train it with `simpo train {target}`")
