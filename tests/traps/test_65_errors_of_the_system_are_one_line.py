@@ -140,3 +140,22 @@ def test_what_is_no_file_is_written_to_as_it_is(tmp_path: Path) -> None:
     assert link.is_symlink()
     assert target.read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+
+
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_look_that_is_killed_stands_in_no_way(
+    is_folder: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed before it had removed its probe, a start left a file where the run's folder was to be."""
+    wanted = tmp_path / "new" / "place"
+    for call in ("unlink", "rmdir"):
+        monkeypatch.setattr(Path, call, killed)
+    with pytest.raises(SystemExit):
+        check_writable(wanted, "--output", is_folder=is_folder)
+    monkeypatch.undo()
+    check_writable(wanted, "--output", is_folder=is_folder)
+    assert not wanted.is_file()
+
+
+def killed(*_: object) -> None:
+    raise SystemExit

@@ -376,8 +376,14 @@ def check_writable(path: str | Path, key: str, *, is_folder: bool = False) -> No
             path.parent.mkdir(parents=True, exist_ok=True)
             if path.is_dir() != is_folder and path.exists():
                 raise OSError(f"it is a {'file' if is_folder else 'folder'}")
-            if not path.exists() or path.is_dir() or path.is_file():  # a pipe or a device is written as it is
-                probe = path if not path.exists() else (path if is_folder else path.parent) / f".probe-{os.getpid()}"
+            with contextlib.suppress(FileNotFoundError):
+                path.lstat()  # a name that is too long
+            if is_folder and not path.exists():
+                made.insert(0, path)
+                path.mkdir()
+            elif path.is_dir() or path.is_file() or not path.exists():  # a pipe or a device is written as it is
+                # Never under its own name: were it killed here, its file would stand in the way of the next start.
+                probe = (path if is_folder else path.parent) / f".probe-{secrets.token_hex(4)}"
                 with open(probe, "xb"):
                     pass
                 probe.unlink()
