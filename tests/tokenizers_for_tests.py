@@ -80,6 +80,28 @@ AGENT = (
 )
 # As many a template: content alone, of which only what stands after a thought is kept when it is not the last turn.
 CUTS_EVERY_THOUGHT = CHATML.replace("message['content']", "message['content'].split('</think>')[-1]")
+# Asks without thinking: an empty thought stands at the end of the header and before the last answer.
+EMPTY_HEADER = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}"
+    "{% if loop.last and message['role'] == 'assistant' %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{{ message['content'].split('</think>')[-1].lstrip('\n') + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n\n</think>\n\n' }}{% endif %}"
+)
+# The system turn stands with the last turn, if that is a question; thoughts have other marks.
+SYSTEM_WHEN_ASKED = (
+    "{{ bos_token }}{% set system = messages[0]['content'] + '\n\n' if messages[0]['role'] == 'system' else '' %}"
+    "{% for message in messages if message['role'] != 'system' %}{% if message['role'] == 'user' %}"
+    "{{ '[INST] ' + (system if loop.last else '') + message['content'] + '[/INST]' }}{% else %}"
+    "{{ ' ' + message['content'].split('[/THINK]')[-1] + eos_token }}{% endif %}{% endfor %}"
+)
+# A turn of calls ends with a mark of its own, behind which the result follows.
+CALLS_WAIT = (
+    "{% for message in messages %}{% if message.role == 'tool' %}{{ message.content + '<|im_end|>\n' }}{% else %}"
+    "{{ '<|im_start|>' + message.role + '\n' + message.content }}{% for call in message.tool_calls or [] %}"
+    "{{ '<call>' + call.function.name + ' ' + call.function.arguments | tojson + '</call>' }}{% endfor %}"
+    "{{ '<|wait|>' if message.tool_calls else '<|im_end|>\n' }}{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 # The name of the thought is another one, and so are the marks around it; arguments are joined as text.
 CHANNELS = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role }}{% if message.thinking %}"
@@ -125,6 +147,9 @@ KINDS: dict[str, dict[str, Any]] = {
     "agent": {"template": AGENT, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>"]},
     "cuts": {"template": CUTS_EVERY_THOUGHT, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>"]},
     "channels": {"template": CHANNELS, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>", "<|end|>"]},
+    "empty_header": {"template": EMPTY_HEADER, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>"]},
+    "asked": {"template": SYSTEM_WHEN_ASKED, "bos": "<s>", "eos": "</s>", "special": ["<s>", "</s>"]},
+    "wait": {"template": CALLS_WAIT, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>", "<|wait|>"]},
     "counting": {"template": COUNTING, "eos": "<|im_end|>", "special": ["<|im_start|>", "<|im_end|>"]},
     "words": {"template": WORDS_ONLY, "eos": "<|end|>", "special": ["<|end|>"]},
     "plain": {"template": None, "eos": "<|end|>", "special": ["<|end|>"]},

@@ -27,6 +27,9 @@ TEMPLATES = {
     "cuts": "cuts every thought",
     "thinking": "header opens a thought",
     "empty_thinking": "empty thought first",
+    "empty_header": "header with an empty thought",
+    "asked": "system turn while asked",
+    "wait": "calls end otherwise",
 }
 ASK = [{"role": "user", "content": "Weather in Oslo?"}]
 CALL = {"name": "weather", "arguments": {"city": "Oslo"}}
@@ -61,6 +64,7 @@ SIGNS = {
     "answers with thoughts put in the place of a plain answer": "in place",
     "arguments of tool calls given to the template as JSON text": "as text",
     "thoughts of turns before the answer left out by the template": "noted",
+    "prompts as the template writes them when it asks for an answer": "as asked",
     "rewritten by the template": "**dropped**",
     "template": "*refused*",
 }

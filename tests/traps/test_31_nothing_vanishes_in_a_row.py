@@ -77,6 +77,14 @@ def test_an_answer_of_several_turns_trains_those_of_the_assistant(build_tokenize
     assert rejected == ["Sun.<|im_end|>"]
 
 
+def test_a_turn_of_calls_may_end_in_a_mark_of_its_own(build_tokenizer):
+    row = {"prompt": ASK, "rejected": [say("", tool_calls=[call("Rome")])]}
+    row["chosen"] = [say("", tool_calls=[CALL]), {"role": "tool", "content": "-3 C"}, say("Snow.")]
+    _, chosen, rejected = texts_of(row, build_tokenizer("wait"))
+    assert chosen == ['<call>weather {"city": "Oslo"}</call><|wait|>', "Snow.<|im_end|>"]
+    assert rejected == ['<call>weather {"city": "Rome"}</call><|wait|>']
+
+
 @pytest.mark.parametrize(
     ("row", "missing"),
     [

@@ -10,7 +10,7 @@ from simpo.data.ledger import Dropped, SplitLedger
 from simpo.data.preferences import Pair, RowError, pair_from_row
 
 CHOSEN, REJECTED = "<think>\n7 * 8 = 56\n</think>\n\n56.", "<think>\n7 * 8 is about 60\n</think>\n\n60."
-TEMPLATES = ["chatml", "agent", "cuts", "thinking", "empty_thinking", "channels", "llama3", "gemma"]
+TEMPLATES = ["chatml", "agent", "cuts", "thinking", "empty_thinking", "empty_header", "channels", "llama3", "gemma"]
 
 
 @pytest.mark.parametrize("kind", TEMPLATES)
@@ -51,6 +51,46 @@ def test_a_generation_header_that_opens_the_thought_is_not_trained_twice(build_t
         pair = Pair("r", "Why?", f"{opening}hm</think>yes", "no")
         tokens = tokenize_pair(pair, tokenizer, max_length=500)
         assert tokenizer.decode(tokens.chosen_ids) == "<s><|user|>Why?<|assistant|><think>\nhm</think>yes</s>"
+
+
+def test_a_thought_takes_the_place_of_the_headers_empty_one(build_tokenizer):
+    tokenizer = build_tokenizer("empty_header")
+    for opening in ("<think>\n", ""):
+        tokens = tokenize_pair(Pair("r", "Why?", f"{opening}hm\n</think>\n\nyes", "no"), tokenizer, max_length=500)
+        asked = "<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n"
+        assert tokenizer.decode(tokens.chosen_ids) == asked + "<think>\nhm\n</think>\n\nyes<|im_end|>"
+        assert tokenizer.decode(tokens.rejected_ids) == asked + "<think>\n\n</think>\n\nno<|im_end|>"
+        assert trained_texts(tokens, tokenizer) == [["<think>\nhm\n</think>\n\nyes<|im_end|>"], ["no<|im_end|>"]]
+
+
+def test_thoughts_in_other_marks_are_trained_whole_where_the_template_cuts_at_these(build_tokenizer):
+    tokenizer = build_tokenizer("asked")
+    tokens = tokenize_pair(Pair("r", "Why?", "[THINK]hm[/THINK]Yes.", "No."), tokenizer, max_length=500)
+    assert trained_texts(tokens, tokenizer) == [[" [THINK]hm[/THINK]Yes.</s>"], [" No.</s>"]]
+
+
+@pytest.mark.parametrize("tools", [[], [{"name": "look", "parameters": {}}]], ids=["system", "tools"])
+def test_what_a_template_writes_only_while_an_answer_is_asked_for_is_in_the_prompt(build_tokenizer, tools):
+    tokenizer = build_tokenizer("asked")
+    template = tokenizer.chat_template
+    if tools:
+        template = template.replace("'[INST] ' +", "('[T]' + tools | tojson if loop.last else '') + '[INST] ' +")
+    row = {"prompt": "Why?", "system": "Be brief.", "chosen": "Yes.", "rejected": "No.", "tools": tools}
+    tokens = tokenize_pair(pair_from_row(row), tokenizer, max_length=500, chat_template=template)
+    assert tokens.prompt_text.endswith("[INST] Be brief.\n\nWhy?[/INST]")
+    assert ("look" in tokens.prompt_text) == bool(tools)
+    assert trained_texts(tokens, tokenizer) == [[" Yes.</s>"], [" No.</s>"]]
+    assert list(tokens.notes) == ["prompts as the template writes them when it asks for an answer"]
+
+
+def test_a_turn_that_is_forgotten_is_missed_though_another_reads_alike(build_tokenizer):
+    forgets = CHATML.replace("for message in messages", "for message in messages[messages | length > 2:]")
+    turns = [
+        {"role": role, "content": text} for role, text in (("user", "On."), ("assistant", "One."), ("user", "On."))
+    ]
+    row = {"prompt": turns, "chosen": "Two.", "rejected": "Off."}
+    with pytest.raises(RowError, match=r"not in the prompt, in its place: 'One.'"):
+        tokenize_pair(pair_from_row(row), build_tokenizer("chatml"), max_length=500, chat_template=forgets)
 
 
 def test_no_thought_is_trained_that_the_data_does_not_have(build_tokenizer):

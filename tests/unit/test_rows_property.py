@@ -188,7 +188,13 @@ def test_rows_are_kept_or_dropped_and_kept_ones_are_sound(kind, build_tokenizer)
     check()
 
 
-@pytest.mark.parametrize("kind", ["agent", "chatml", "cuts", "channels", "empty_thinking", "llama3", "gemma", "words"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        *("agent", "chatml", "cuts", "channels", "empty_thinking", "empty_header", "asked", "wait"),
+        *("llama3", "gemma", "words"),
+    ],
+)
 def test_what_a_kept_row_says_is_what_is_trained_and_nothing_else(kind, build_tokenizer):
     tokenizer = build_tokenizer(kind)
     tokenize = PairTokenizer(tokenizer, max_length=4000)
@@ -212,7 +218,9 @@ def test_what_a_kept_row_says_is_what_is_trained_and_nothing_else(kind, build_to
                 words += [call["function"]["name"] for call in turn.get("tool_calls", ())]
                 assert all(word.strip() in text for word in words)
                 end = "<end_of_turn>" if kind == "gemma" else tokenizer.eos_token
+                end = "<|wait|>" if kind == "wait" and "tool_calls" in turn else end
                 assert text.count(end) == (kind != "words" or turn is said[-1])
+                assert text.count("<think>") <= str(turn).count("</think>") + ("reasoning_content" in turn)
 
     check()
 

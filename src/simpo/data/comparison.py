@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from simpo.data.columns import RowError
 from simpo.data.messages import Message, Notes
@@ -38,15 +38,23 @@ def check_answer(message: Message, before: str, trained: str, side: str, *, is_a
 
 
 def check_prompt(pair: Pair, prompt: str) -> Notes:
-    """Raise unless each turn and tool stands in the prompt's text. Thoughts of earlier turns may be left out: noted."""
+    """Raise unless each tool, and each turn behind the one before, stands in the prompt's text.
+
+    A system turn may stand anywhere. Thoughts of earlier turns may be left out, which is noted.
+    """
     notes: Notes = {}
+    reached = 0
     for tool in pair.tools:
         if not _stands_in(tool["function"]["name"], prompt):
             _missing(tool["function"]["name"], "prompt", "renders tools")
     for message in pair.turns:
         thought, _, content = message["content"].rpartition("</think>" if message["role"] == "assistant" else "\0")
-        if not _stands_in(content.strip(), prompt):
-            _missing(content.strip(), "prompt", f"renders {message['role']} turns")
+        begin = 0 if message["role"] == "system" else reached
+        end = _end_of(content.strip(), prompt, begin)
+        if end is None:
+            where = "prompt, in its place" if _stands_in(content.strip(), prompt) else "prompt"
+            _missing(content.strip(), where, f"renders {message['role']} turns")
+        reached = reached if message["role"] == "system" else end
         for part in _called(message):
             if not _stands_in(part, prompt):
                 _missing(part, "prompt", "renders tool_calls")
@@ -78,11 +86,17 @@ def _leaves(value: Any) -> Iterator[str]:
 
 
 def _stands_in(part: str, text: str) -> bool:
-    """Whether a text holds a part as it is, or as JSON writes it."""
-    if part in text:
-        return True
-    return any(json.dumps(part, ensure_ascii=ascii)[1:-1] in text for ascii in (False, True))
+    return _end_of(part, text, 0) is not None
 
 
-def _missing(part: str, where: str, wanted: str) -> None:
+def _end_of(part: str, text: str, begin: int) -> int | None:
+    """Where a part ends that stands in a text, as it is or as JSON writes it; None where it does not."""
+    found = text.find(part, begin)
+    if found >= 0:
+        return found + len(part)
+    written = (json.dumps(part, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
+    return next((at + len(each) for each in written if (at := text.find(each, begin)) >= 0), None)
+
+
+def _missing(part: str, where: str, wanted: str) -> NoReturn:
     raise RowError(REWRITTEN, f"not in the {where}: {part[:60]!r}; set chat_template to one that {wanted}")

@@ -129,6 +129,8 @@ MOST_CHARACTERS = 1 << 24
 
 
 _THOUGHT = re.compile(r"\s*(?:<think>)?\n*(.*?)\n*</think>\n*", re.DOTALL)
+_OPENED = r"(?:<think>\s*)?(?:</think>\s*)?"
+"""What a header may end with: a thought to be gone on with, an empty one, or the end of one."""
 
 
 class _Way(NamedTuple):
@@ -171,6 +173,7 @@ class TemplateRenderer:
         self.tokenizer, self.template, self.rendered_text = tokenizer, template, rendered_text
         self.end_markers, self.trains_all = end_markers, train_on == "all_assistant_turns"
         self.reasoning = next((name for name in REASONING if re.search(rf"\b{name}\b", template)), REASONING[0])
+        self.cut_at = {"</think>", *re.findall(r"\.split\(\s*['\"]([<\[][^'\"]{2,})['\"]", template)}
         prompt = [turn("user", PROBE_USER)]
         try:
             with limited():
@@ -251,9 +254,14 @@ class TemplateRenderer:
         answers = [message for answer in pair.answers for message in answer]
         if any("</think>" in message["content"] for message in answers):
             yield _Way("thoughts given to the template as reasoning", _with_thought_apart)
+        if any(self.cuts(message["content"]) for message in answers):
             yield _Way("answers with thoughts put in the place of a plain answer", splice=True)
         if any("tool_calls" in message for message in (*pair.turns, *answers)):
             yield _Way("arguments of tool calls given to the template as JSON text", _with_arguments_as_text)
+
+    def cuts(self, text: str) -> bool:
+        """Whether a text has a mark at which templates cut a thought off."""
+        return any(mark in text for mark in self.cut_at)
 
     def _texts(self, pair: Pair, way: _Way) -> PairTexts:
         prompt = [self._spelled(message) for message in pair.turns]
@@ -266,7 +274,16 @@ class TemplateRenderer:
         begin, other = sorted((each.full[: each.begin] for each in rendered), key=len)
         if not all(each.full.startswith(begin) for each in rendered) or not other.startswith(begin):
             raise RowError("template", "the chat template rewrites the prompt when the answer is there")
-        notes = check_prompt(pair, begin)
+        try:
+            notes = check_prompt(pair, begin)
+        except RowError:
+            # Some templates write a system turn or tools with the last question, and only while an answer is asked for.
+            if self.trains_all or not begin.endswith(self.closing):
+                raise
+            begin, notes = header, check_prompt(pair, header)
+            notes["prompts as the template writes them when it asks for an answer"] = pair.row_id
+            for each in rendered:
+                each.put_behind(header)
         chosen, rejected = rendered
         return PairTexts(begin, chosen.full, rejected.full, chosen.spans, rejected.spans, notes)
 
@@ -323,6 +340,12 @@ class _Rendered:
                 self.spans.append((begin, end))
         self.full = self.full[: self.spans[-1][1]]
 
+    def put_behind(self, prompt: str) -> None:
+        """Give the answer another text before it."""
+        moved = len(prompt) - self.begin
+        self.full, self.begin = prompt + self.full[self.begin :], len(prompt)
+        self.spans = [(begin + moved, end + moved) for begin, end in self.spans]
+
     def _cleaned(self, message: Message) -> Message:
         """An assistant's message without an end of turn that the data itself brought along."""
         end = self.renderer.end_text
@@ -335,11 +358,12 @@ class _Rendered:
 
     def _given(self, message: Message, way: _Way) -> Message:
         """The message as the template gets it."""
-        if not way.splice or "</think>" not in message["content"]:
+        if not way.splice or not self.renderer.cuts(message["content"]):
             return self.renderer._spelled(way.spell(message))
-        text, asked = message["content"], self.renderer.sample
-        if "<think>" not in text and "<think>" in asked:  # opened by the generation header
-            text = asked[asked.rfind("<think>") :] + text
+        text = message["content"]
+        opened = re.search(rf"{_OPENED}\Z", self.renderer.sample)[0]  # type: ignore[index]
+        if "</think>" in text and "<think>" not in text and "<think>" in opened:  # the header's
+            text = ("<think>\n" if "</think>" in opened else opened) + text
         stand_in = f"{PROBE_ANSWERS[0]} {len(self.texts)}"
         self.texts[stand_in] = text
         return {**message, "content": stand_in}
@@ -349,7 +373,7 @@ class _Rendered:
 
     def _filled(self, text: str) -> str:
         for stand_in, wanted in self.texts.items():
-            text = text.replace(stand_in, wanted)
+            text = re.sub(f"{_OPENED}{stand_in}", lambda _, wanted=wanted: wanted, text)
         return text
 
     def _span(self, at: int, header: str | None) -> Span:
@@ -367,13 +391,13 @@ class _Rendered:
             raise RowError("template", "the chat template rewrites the prompt when the answer is there")
         after = after.removeprefix(renderer.kept_suffix)
         end = len(full) - len(after)
-        trained = full[len(begin) : end]
-        ends = renderer.end_markers if renderer.adds_end else [renderer.kept_suffix]
-        if (
-            not full.endswith(after)
-            or not trained.endswith(tuple(ends))
-            or (self.spans and len(begin) < self.spans[-1][1])
-        ):
+        ends = tuple(renderer.end_markers if renderer.adds_end else [renderer.kept_suffix])
+        if renderer.adds_end and not (full.endswith(after) and full[len(begin) : end].endswith(ends)):
+            # Some templates end a turn of calls otherwise than one of text.
+            alone = self._render(self.turns[: at + 1]).rstrip()
+            after, end = ("", len(alone)) if full.startswith(alone) else (after, end)
+        is_behind = not self.spans or len(begin) >= self.spans[-1][1]
+        if not (full.endswith(after) and full[len(begin) : end].endswith(ends) and is_behind):
             raise RowError("template", f"the chat template ends {self.side} unlike other answers")
         return len(begin), end
 
@@ -385,7 +409,9 @@ class _Rendered:
         first, second = probes or map(self._filled, self.renderer._probe_answers(self.turns, at, self.tools))
         length = common_prefix_length(first, second)
         if first[length:].startswith(PROBE_ANSWERS[0]):
-            yield first[:length]
+            closes = first.rfind(self.renderer.closing, 0, length) + len(self.renderer.closing)
+            yield first[:length] if first[closes:length].strip() else first[:closes]
+        yield re.sub(rf"{_OPENED}\Z", "", header)  # the answer brings its own thought
 
 
 def _common_end(first: str, second: str) -> str:
