@@ -69,8 +69,9 @@ def run_directory(root: Path) -> dict[str, Any]:
 
 
 def files(folder: Path, *patterns: str) -> dict[str, bytes]:
-    """The bytes of those that are there."""
+    """The bytes of those that are there, but for what killed processes left half written."""
     found = (path for pattern in patterns for path in sorted(folder.glob(pattern)) if path.is_file())
+    found = (path for path in found if not path.name.startswith("."))
     return {str(path.relative_to(folder)): path.read_bytes() for path in found}
 
 

@@ -157,5 +157,15 @@ def test_a_look_that_is_killed_stands_in_no_way(
     assert not wanted.is_file()
 
 
+def test_what_killed_processes_left_half_written_goes(tmp_path: Path) -> None:
+    half, fresh, mine = (tmp_path / name for name in (".a.json.0123abcd", ".a.json.0123abce", ".a.json.backup"))
+    for path in (half, fresh, mine):
+        path.write_text("half")
+        os.utime(path, (0, 0))
+    fresh.touch()
+    write_whole(tmp_path / "a.json", "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("a.json", fresh.name, mine.name))
+
+
 def killed(*_: object) -> None:
     raise SystemExit

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import gzip
 import hashlib
 import io
@@ -393,6 +394,10 @@ def check_writable(path: str | Path, key: str, *, is_folder: bool = False) -> No
                     each.rmdir()
 
 
+_LITTER_S = 600.0
+"""What was to become a file, and has not grown for so long, is written by nobody any more."""
+
+
 def write_whole(path: str | Path, text: str | Iterable[str]) -> None:
     """Write a text, or its parts, so that the file is there whole or not at all: aside, synced, then renamed.
 
@@ -412,6 +417,10 @@ def write_whole(path: str | Path, text: str | Iterable[str]) -> None:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
+        for other in path.parent.glob(f".{glob.escape(aside.name[1:-9])}.{'[0-9a-f]' * 8}"):  # of killed processes
+            with contextlib.suppress(FileNotFoundError):  # done by now
+                if aside.stat().st_mtime - other.stat().st_mtime > _LITTER_S:
+                    other.unlink()
         os.replace(aside, path)
     except BaseException:
         aside.unlink(missing_ok=True)
