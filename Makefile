@@ -1,6 +1,7 @@
 # make demo   set everything up and align a small model, start to finish
 # make test   run the tests (with DeepSpeed, Megatron-Core, Ray and other engines, which it installs as well)
 # make bench  this trainer and TRL's on the same pairs (about 20 minutes on two cores)
+# make evidence   the method's claims in small, into docs/evidence.md (up to three hours; EVIDENCE=quick: 20 minutes)
 # make docs   build the documentation into build/docs; a broken link is an error
 # make help   the rest
 
@@ -13,6 +14,8 @@ TORCH  ?= torch==2.13.0
 MODEL  ?=
 # Trials of each kind with each command, for make chaos: a number, or all.
 CHAOS  ?= all
+# A folder with sets of real pairs, for make evidence.
+DATA   ?=
 # Options of benchmarks/bench.py, for make bench.
 BENCH  ?=
 
@@ -20,7 +23,7 @@ RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test chaos test-scale test-long bench docs install engines model lint check clean help
+.PHONY: demo test chaos test-scale test-long bench evidence docs install engines model lint check clean help
 
 demo: model
 	MODEL="$(MODEL)" $(RUN) examples/demo/run.py
@@ -45,6 +48,10 @@ test-long: engines
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model
 	$(RUN) benchmarks/bench.py $(if $(MODEL),--model "$(MODEL)") $(BENCH)
+
+# What is measured lies in runs/evidence; given again, it goes on.
+evidence: model
+	EVIDENCE="$(EVIDENCE)" $(RUN) benchmarks/evidence.py $(if $(MODEL),--model "$(MODEL)") $(if $(DATA),--data "$(DATA)")
 
 # The pages and the API reference, which is read from the sources without importing them.
 docs: $(VENV)/.docs

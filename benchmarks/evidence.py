@@ -2,7 +2,7 @@
 
     make evidence                     everything, three seeds (at most three hours on two quiet cores)
     EVIDENCE=quick make evidence      the same in small, two seeds (about 20 minutes)
-    python benchmarks/evidence.py --model MODEL [--data FOLDER] [--size quick] [--only SECTION ...] [--page FILE.md]
+    python benchmarks/evidence.py [--model MODEL] [--data FOLDER] [--size quick] [--only SECTION ...] [--page FILE.md]
     python benchmarks/evidence.py --paper simpo=MODEL dpo=MODEL ... --pairs PAIRS    the paper's numbers, by its models
 
 An arm is a recipe on some pairs. It is trained once for each seed, which chooses its pairs and their order, and is
@@ -34,6 +34,7 @@ os.environ.setdefault("SIMPO_REPORT", "0")
 
 import simpo  # noqa: E402
 from examples.demo import readable, rule  # noqa: E402
+from examples.demo.get_model import get_model  # noqa: E402
 from simpo.data.files import read_file, write_whole  # noqa: E402
 from simpo.display import Display  # noqa: E402
 
@@ -484,7 +485,7 @@ def paper(models: Sequence[str], pairs: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="folder of SmolLM2-135M-Instruct")
+    parser.add_argument("--model", help="[default: SmolLM2-135M-Instruct, fetched once]")
     parser.add_argument("--data", type=Path, help="folder of the sets of real pairs")
     parser.add_argument("--size", choices=SIZES, default=os.environ.get("EVIDENCE") or "full")
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS], metavar="SECTION")
@@ -496,8 +497,7 @@ def main() -> int:
     if args.paper:
         paper(args.paper, args.pairs)
         return 0
-    if not args.model:
-        parser.error("--model is needed")
+    args.model = args.model or str(get_model())
     lab, sections = Lab(args), [each for each in SECTIONS if not args.only or each.name in args.only]
     if args.page is None and args.only:
         for section in sections:
