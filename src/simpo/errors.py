@@ -6,7 +6,8 @@ import errno
 from typing import Any
 
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
-_FULL_IN_WORDS = ("no space left on device", "os error 28", "quota exceeded")  # as Rust and C++ libraries pass it on
+# As Rust and C++ libraries pass it on; the last two are a short write's, of torch's files and of NumPy's arrays.
+_FULL_IN_WORDS = ("no space left on device", "os error 28", "quota exceeded", "unexpected pos ", " requested and ")
 
 
 def first_line(error: BaseException) -> str:
