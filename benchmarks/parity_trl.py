@@ -1,6 +1,8 @@
-"""Same pairs, same order, same optimizer: TRL's CPOTrainer (loss_type "simpo") beside this trainer, step by step.
+"""Same pairs, same order, same optimizer: TRL's CPOTrainer beside this trainer, step by step.
 
     python benchmarks/parity_trl.py --model MODEL --data PAIRS.jsonl --steps 20 --output parity.json
+    python benchmarks/parity_trl.py ... --steps 200 --seeds 42 43 44 --losses simpo cpo alphapo
+    python benchmarks/parity_trl.py ... --steps 200 --lora 16
 
 Prints the loss and reward margin of each optimizer step from both sides and the largest differences; exits 1 when one
 exceeds --tolerance. Everything in fp32 on the CPU; nothing is truncated. Needs `pip install 'simpo[trl]'`.
@@ -28,16 +30,33 @@ from simpo.trainer import Trainer
 warnings.filterwarnings("ignore")
 
 
-def build_recipe(args: argparse.Namespace, output_dir: str) -> Recipe:
+LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "simpo": ({"beta": 2.0, "gamma_beta_ratio": 0.5}, {"loss_type": "simpo", "cpo_alpha": 0.0}),
+    "cpo": (
+        {"loss_type": "cpo", "beta": 0.1, "sft_weight": 1.0, "sft_reduction": "tokens"},
+        {"loss_type": "sigmoid", "cpo_alpha": 1.0},
+    ),
+    "alphapo": (
+        {"loss_type": "alphapo", "beta": 2.0, "gamma_beta_ratio": 0.5, "alphapo_alpha": 0.25},
+        {"loss_type": "simpo", "cpo_alpha": 0.0, "alpha": 0.25},
+    ),
+}
+"""Loss -> our recipe's keys, the peer's. Its SFT term is a mean over the tokens of the batch."""
+
+
+def build_recipe(args: argparse.Namespace, loss: str, seed: int, output_dir: str) -> Recipe:
     """The settings that both sides use."""
+    lora = (
+        {"use_peft": True, "lora_r": args.lora, "lora_alpha": 2 * args.lora, "lora_dropout": 0.0} if args.lora else {}
+    )
     return load_recipe(
         {
+            **LOSSES[loss][0],
+            **(lora if args.lora else {}),
             "model_name_or_path": args.model,
             "dataset_mixer": {args.data: 1.0},
             "validation_fraction": 0.0,
             "output_dir": output_dir,
-            "beta": 2.0,
-            "gamma_beta_ratio": 0.5,
             "learning_rate": args.learning_rate,
             "lr_scheduler_type": "cosine",
             "warmup_ratio": 0.1,
@@ -51,21 +70,22 @@ def build_recipe(args: argparse.Namespace, output_dir: str) -> Recipe:
             "bf16": False,
             "save_strategy": "no",
             "eval_strategy": "no",
-            "seed": args.seed,
+            "seed": seed,
         }
     )
 
 
-def run_ours(recipe: Recipe) -> tuple[list[dict[str, float]], list[dict[str, str]], Any]:
-    """Losses and margins of this trainer, and the pairs as text in the order it visited them."""
+def run_ours(recipe: Recipe) -> tuple[list[dict[str, float]], list[dict[str, str]], Any, Any]:
+    """Losses and margins of this trainer, the pairs as text in the order it visited them, tokenizer and adapter."""
     trainer = Trainer(recipe, display=Display(quiet=True))
+    adapter = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if "lora_" in name}
     records, rows = [], []
     for plan in trainer.loader.plans(0, trainer.total_steps):
         for indices in plan.micro_batches:
             rows += [_as_text(trainer.loader.store[i], trainer.tokenizer) for i in indices]
         values = trainer.train_step(plan)
         records.append({"loss": values["loss"], "margin": values["rewards/margins"], "grad_norm": values["grad_norm"]})
-    return records, rows, trainer.tokenizer
+    return records, rows, trainer.tokenizer, adapter
 
 
 def _as_text(pair: Any, tokenizer: Any) -> dict[str, str]:
@@ -79,8 +99,10 @@ def _as_text(pair: Any, tokenizer: Any) -> dict[str, str]:
     }
 
 
-def run_trl(recipe: Recipe, rows: Sequence[dict[str, str]], tokenizer: Any) -> list[dict[str, float]]:
-    """Losses and margins of TRL's trainer on the same pairs in the same order."""
+def run_trl(
+    recipe: Recipe, keys: dict[str, Any], rows: Sequence[dict[str, str]], tokenizer: Any, adapter: dict[str, Any]
+) -> list[dict[str, float]]:
+    """Losses and margins of TRL's trainer on the same pairs in the same order, an adapter beginning as ours did."""
     from transformers import AutoModelForCausalLM, TrainerCallback
     from trl.experimental.cpo import CPOConfig, CPOTrainer
 
@@ -100,8 +122,7 @@ def run_trl(recipe: Recipe, rows: Sequence[dict[str, str]], tokenizer: Any) -> l
 
     config = CPOConfig(
         output_dir=str(Path(recipe.output_dir) / "trl"),
-        loss_type="simpo",
-        cpo_alpha=0.0,
+        **keys,
         beta=recipe.beta,
         simpo_gamma=recipe.gamma,
         learning_rate=recipe.learning_rate,
@@ -124,6 +145,15 @@ def run_trl(recipe: Recipe, rows: Sequence[dict[str, str]], tokenizer: Any) -> l
         remove_unused_columns=False,
     )
     model = AutoModelForCausalLM.from_pretrained(recipe.model_name_or_path, dtype=torch.float32)
+    if adapter:
+        from peft import LoraConfig, get_peft_model
+
+        sizes = {"r": recipe.lora_r, "lora_alpha": recipe.lora_alpha, "lora_dropout": 0.0}
+        names = sorted({name.split(".lora_")[0].rpartition(".")[2] for name in adapter})
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=names, **sizes))
+        unknown = model.load_state_dict(adapter, strict=False).unexpected_keys
+        if unknown:
+            raise ValueError(f"the peer's adapter lacks {unknown[0]}")
     collect = Collect()
     dataset = datasets.Dataset.from_list([{k: row[k] for k in ("prompt", "chosen", "rejected")} for row in rows])
     trainer = InOrder(model, args=config, train_dataset=dataset, processing_class=tokenizer, callbacks=[collect])
@@ -151,22 +181,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--accumulation", type=int, default=1)
     parser.add_argument("--max-length", type=int, default=1024)
     parser.add_argument("--learning-rate", type=float, default=1e-6)
-    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["simpo"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[42])
+    parser.add_argument(
+        "--lora", type=int, default=0, help="rank of adapters on all linear layers; 0 = train all weights"
+    )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses and margins")
-    parser.add_argument("--output", help="write both curves here as JSON")
+    parser.add_argument("--output", help="write the curves here as JSON")
     args = parser.parse_args(arguments)
+    results = [run(args, loss, seed) for loss in args.losses for seed in args.seeds]
+    if args.output:
+        Path(args.output).write_text(json.dumps(results, indent=1))
+    return int(max(r["differences"][name] for r in results for name in ("loss", "margin")) > args.tolerance)
+
+
+def run(args: argparse.Namespace, loss: str, seed: int) -> dict[str, Any]:
+    """Both sides' curves, printed as well."""
     with tempfile.TemporaryDirectory() as folder:
-        recipe = build_recipe(args, folder)
-        ours, rows, tokenizer = run_ours(recipe)
-        theirs = run_trl(recipe, rows, tokenizer)
+        recipe = build_recipe(args, loss, seed, folder)
+        ours, rows, tokenizer, adapter = run_ours(recipe)
+        theirs = run_trl(recipe, LOSSES[loss][1], rows, tokenizer, adapter)
     differences = compare(ours, theirs)
     print(f"{'step':>4} {'loss ours':>12} {'loss TRL':>12} {'margin ours':>12} {'margin TRL':>12}")
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
         print(f"{step:>4} {a['loss']:>12.7f} {b['loss']:>12.7f} {a['margin']:>12.7f} {b['margin']:>12.7f}")
-    print("largest differences:", ", ".join(f"{name} {value:.2e}" for name, value in differences.items()))
-    if args.output:
-        Path(args.output).write_text(json.dumps({"ours": ours, "trl": theirs, "differences": differences}, indent=1))
-    return int(max(differences["loss"], differences["margin"]) > args.tolerance)
+    print(
+        f"{loss}{f', LoRA {args.lora}' * bool(args.lora)}, seed {seed}: largest differences: "
+        + ", ".join(f"{name} {value:.2e}" for name, value in differences.items()),
+        flush=True,
+    )
+    return {"loss": loss, "seed": seed, "lora": args.lora, "ours": ours, "trl": theirs, "differences": differences}
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 from scripts import load_script
 
+from simpo.data.files import read_file
+
 pytest.importorskip("trl")
 
 
@@ -26,8 +28,35 @@ def test_losses_margins_and_gradient_norms_equal_trls(
     arguments = ["--model", str(tiny_model), "--data", str(pair_files), "--steps", "10", "--max-length", "128"]
     arguments += ["--pairs", pairs, "--accumulation", accumulation, "--learning-rate", "1e-3"]
     assert parity.main([*arguments, "--output", str(output)]) == 0
-    result = json.loads(output.read_text())
+    (result,) = json.loads(output.read_text())
     assert len(result["ours"]) == len(result["trl"]) == 10
     assert result["ours"][0]["loss"] - result["ours"][-1]["loss"] > 0.1  # it did train
     assert result["differences"]["loss"] < 2e-5
     assert result["differences"]["grad_norm"] < 2e-4
+
+
+@pytest.mark.long
+@pytest.mark.real_model
+@pytest.mark.filterwarnings("ignore")  # the peer's
+@pytest.mark.parametrize("lora", ["0", "8"])
+def test_real_weights_go_the_same_way(
+    parity: ModuleType, smol_model: Path, real_data: Path, tmp_path: Path, lora: str
+) -> None:
+    """The short version of 200 steps: three losses, one seed."""
+    source, pairs = real_data / "en_hh_helpful" / "train.jsonl.gz", tmp_path / "pairs.jsonl"
+    rows = sorted(read_file(source), key=lambda row: len(str(row)))[200:240]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    arguments = [
+        "--model",
+        str(smol_model),
+        "--data",
+        str(pairs),
+        "--steps",
+        "6",
+        "--max-length",
+        "256",
+        "--lora",
+        lora,
+    ]
+    arguments += ["--pairs", "2", "--learning-rate", "1e-5" if lora == "0" else "1e-3"]
+    assert parity.main([*arguments, "--losses", "simpo", "cpo", "alphapo"]) == 0
