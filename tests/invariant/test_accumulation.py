@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import datasets
 import pytest
 import torch
@@ -24,6 +26,10 @@ from simpo.run.stopping import StopRequest
 from simpo.trainer import Progress, Trainer
 
 Gradients = dict[str, Tensor]
+LATER_METHODS: dict[str, dict[str, Any]] = {
+    "confpo": {"loss_type": "confpo", "wpo_weights": True},
+    "wpo and rc": {"wpo_weights": True, "reward_calibration": True, "sft_weight": 0.3},
+}
 
 
 class GradientRecorder:
@@ -181,7 +187,7 @@ def test_the_sft_term_does_not_depend_on_the_cut(random_model, ragged_pairs, sft
         assert whole[0]["loss"] == pytest.approx(float(simpo + 0.7 * sft), rel=1e-10)
 
 
-@pytest.mark.parametrize("loss_type", [name for name in LOSSES if not name.startswith("dpo")])
+@pytest.mark.parametrize("loss_type", [name for name, loss in LOSSES.items() if not loss.needs_reference])
 def test_no_loss_depends_on_layout_or_cut(random_model, ragged_pairs, loss_type):
     model, pairs = random_model("Phi", dtype=torch.float64), ragged_pairs(5)
     packed = run_step(model, pairs, micro_batches=1, loss_type=loss_type)
@@ -241,3 +247,24 @@ def test_bf16_compute_packed_and_padded_agree_to_bf16(random_model, ragged_pairs
             assert abs(metrics[name] - exact[0][name]) < 0.01
         assert distance(gradients, exact[1]) < 0.03
         assert distance(gradients, results[-1][1]) < 0.02
+
+
+@pytest.mark.parametrize("method", LATER_METHODS)
+def test_a_step_is_the_same_in_one_micro_batch_or_several(random_model, ragged_pairs, method):
+    model, pairs = random_model("Phi", dtype=torch.float64), ragged_pairs(8)
+    whole = run_step(model, pairs, micro_batches=1, **LATER_METHODS[method])
+    for micro_batches in (2, 8):
+        cut = run_step(model, pairs, micro_batches=micro_batches, **LATER_METHODS[method])
+        assert_same_step(cut, whole, tolerance=1e-9)
+
+
+def test_calibration_and_weights_leave_the_metrics_of_a_step_as_they_are(random_model, ragged_pairs):
+    """What is scaled is the gradient; what is weighed is the trained loss alone."""
+    model, pairs = random_model("Llama"), ragged_pairs(8)
+    plain = run_step(model, pairs, micro_batches=1)[0]
+    calibrated = run_step(model, pairs, micro_batches=1, reward_calibration=True)[0]
+    assert {**calibrated, "grad_norm": 0} == {**plain, "grad_norm": 0}
+    assert calibrated["grad_norm"] != plain["grad_norm"]
+    weighed = run_step(model, pairs, micro_batches=1, wpo_weights=True)[0]
+    assert weighed["loss"] < plain["loss"]
+    assert {**weighed, "grad_norm": 0, "loss": 0} == {**plain, "grad_norm": 0, "loss": 0}

@@ -415,3 +415,29 @@ def test_a_window_shorter_than_the_row_is_not_lost_where_it_is_longer_than_the_s
     for message in two_ranks.run(refusal_of_window, 15):
         assert "attends to 12 tokens at a time" in message
         assert "a sequence here has 15 tokens" in message
+
+
+def extras_of_slices() -> dict[str, float]:
+    """What `compute_pair_logps` says of responses besides, and gradients through it, of slices beside the whole row."""
+    from simpo.core.losses import LOSSES
+    from simpo.core.reweight import calibrated, wpo_weights
+    from simpo.model.head import compute_pair_logps
+
+    model, errors = build_model("Llama").double(), {}
+    for name in ("pack=True share=True", "pack=False share=True", "one pair"):
+        batch, results = make_batches()[name], []
+        for rows in (batch, split_rows(batch, dist.group.WORLD)):
+            logps = compute_pair_logps(model, rows, extras={"low", "squares"})
+            found = [*logps.chosen_extras.values(), *logps.rejected_extras.values(), wpo_weights(logps)]
+            for losses in (LOSSES["confpo"](logps).losses, calibrated(LOSSES["sigmoid"], logps).losses):
+                gradients = torch.autograd.grad(losses.sum(), list(model.parameters()), retain_graph=True)
+                for gradient in gradients if rows is not batch else ():
+                    dist.all_reduce(gradient)
+                found += [losses, *gradients]
+            results.append(torch.cat([each.detach().flatten() for each in found]))
+        errors[name] = float((results[1] - results[0]).abs().max() / results[0].abs().max())
+    return errors
+
+
+def test_masks_means_and_gradients_of_a_row_over_two_slices_are_the_whole_row_s(two_ranks: Ranks):
+    assert_all_within(two_ranks.run(extras_of_slices), 1e-11)

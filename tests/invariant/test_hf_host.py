@@ -169,6 +169,20 @@ def test_dpo_is_the_native_trainers(
     assert host["lines"][-1]["loss"] < 0.69
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"loss_type": "confpo"}, {"wpo_weights": True, "reward_calibration": True}],
+    ids=["confpo", "wpo and rc"],
+)
+def test_what_is_known_of_tokens_trains_as_in_the_native_trainer(
+    two_ranks: Any, tiny_model: Path, pairs: Path, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    native = run_native(tiny_model, pairs, tmp_path / "native", **keys)
+    halved = {"gradient_accumulation_steps": 1}
+    for host in two_ranks.run(run_host, tiny_model, pairs, tmp_path / "two", **halved, **keys):
+        assert_same_run(host, native)
+
+
 def test_dpo_on_two_processes_is_dpo_on_one(
     two_ranks: Any, tiny_model: Path, pairs: Path, pair_files: Path, native_dpo: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -48,6 +48,7 @@ LOSSES = {
     "sigmoid, smoothed, with sft": Case({"simpo_beta": 2.5, "simpo_label_smoothing": 0.1, "pref_ftx": 0.3}),
     "hinge": Case({"simpo_loss_type": "hinge", "simpo_gamma_beta_ratio": 1.4}),
     "ipo": Case({"simpo_loss_type": "ipo", "pref_ftx": 1.0}, per_token=False),
+    "confpo": Case({"simpo_loss_type": "confpo"}),
 }
 
 
@@ -69,7 +70,7 @@ def native(case: Case) -> tuple[dict[str, float], dict[str, Tensor]]:
 
 def compute_native(case: Case) -> tuple[dict[str, float], dict[str, Tensor]]:
     model, pairs = build_model(case.model).double(), make_pairs(case.num_pairs)
-    logps = compute_pair_logps(model, build_batch(pairs))
+    logps = compute_pair_logps(model, build_batch(pairs), extras=case.settings().recipe.extras)
     if case.dpo:
         reference = torch.tensor([REFERENCE_SUMS[pair.row_id] for pair in pairs]).unbind(1)
         logps = PairLogps(logps.chosen_sum, logps.rejected_sum, logps.chosen_length, logps.rejected_length, *reference)
@@ -132,6 +133,7 @@ CASES = {
     "tied embeddings": Case(model="tied"),
     "biases": Case(model="qwen2"),
     "dpo": Case({"dpo_beta": 0.3, "dpo_label_smoothing": 0.05}, dpo=True),
+    "r_dpo": Case({"dpo_loss_type": "r_dpo", "r_dpo_alpha": 0.02}, dpo=True),
 }
 
 

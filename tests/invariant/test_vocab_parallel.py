@@ -162,6 +162,20 @@ def backward_twice() -> float:
     return max(float((a - b).abs().max()) for a, b in zip(first, second, strict=True))
 
 
+def compare_squares() -> dict[str, float]:
+    """log sum_v p(v)^2 of every way to cut, beside the dense one; the log-probs keep their bits."""
+    errors = {}
+    for sizes in SHARDS[dist.get_world_size()]:
+        hidden, weight, bias, labels = make_inputs(sum(sizes), torch.float64, bias=True)
+        whole = reference_token_logps(hidden, weight, labels, bias=bias, squares=True)
+        rows, shard = own_rows(sizes), VocabShard(dist.group.WORLD, own_rows(sizes).start, sum(sizes))
+        held = {"bias": bias[rows], "shard": shard, "chunk_size": 5}
+        actual = token_logps(hidden, weight[rows], labels, squares=True, **held)
+        errors[str(sizes)] = float((actual - whole).abs().max())
+        assert torch.equal(actual[0], token_logps(hidden, weight[rows], labels, **held))
+    return errors
+
+
 def assert_all_within(per_rank: list[dict[str, float]], tolerance: float) -> None:
     for rank, errors in enumerate(per_rank):
         wrong = {case: error for case, error in errors.items() if not error <= tolerance}
@@ -171,6 +185,10 @@ def assert_all_within(per_rank: list[dict[str, float]], tolerance: float) -> Non
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_sharded_logps_equal_the_dense_head_in_values_and_gradients(two_ranks: Ranks, dtype):
     assert_all_within(two_ranks.run(compare_all_shards, dtype), TOLERANCE[dtype])
+
+
+def test_sums_of_squares_over_shards_equal_the_dense_ones(two_ranks: Ranks):
+    assert_all_within(two_ranks.run(compare_squares), 1e-11)
 
 
 def test_frozen_parts_no_labels_and_certain_labels(two_ranks: Ranks):

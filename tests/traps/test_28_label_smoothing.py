@@ -7,7 +7,7 @@ import pytest
 from simpo.core.losses import LOSSES
 from simpo.recipe import load_recipe
 
-WITH = {"sigmoid", "cpo", "cpo_simpo", "dpo", "dpo_norm"}
+WITH = {"sigmoid", "cpo", "cpo_simpo", "confpo", "dpo", "dpo_norm", "r_dpo"}
 
 
 @pytest.mark.parametrize("loss", LOSSES)

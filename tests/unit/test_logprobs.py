@@ -278,3 +278,28 @@ def test_response_logps_equal_a_python_loop_in_values_and_gradients(lengths):
         assert sums[response].tolist() == pytest.approx(sum(logps[at : at + length].tolist()), abs=1e-14)
         assert gradient[at : at + length].tolist() == [float(weights[response])] * length
         at += length
+
+
+@pytest.mark.parametrize("options", [{}, {"scale": 3.0}, {"softcap": 2.0}])
+def test_sums_of_squares_are_those_of_the_dense_softmax_and_change_nothing_else(options):
+    generator = torch.Generator().manual_seed(2)
+    hidden = torch.randn(37, 16, generator=generator, dtype=torch.float64)
+    weight, bias = torch.randn(509, 16, generator=generator, dtype=torch.float64), torch.randn(509, generator=generator)
+    labels, bias = torch.randint(0, 509, (37,), generator=generator), bias.double()
+    found = {}
+    for squares in (False, True):
+        leaves = [hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+        values = token_logps(*leaves, labels, bias=bias, chunk_size=5, squares=squares, **options)
+        logps = values[0] if squares else values
+        found[squares] = [logps, *torch.autograd.grad(logps.square().sum(), leaves)]
+    assert all(torch.equal(a, b) for a, b in zip(found[False], found[True], strict=True))
+    dense = reference_token_logps(hidden, weight, labels, bias=bias, squares=True, **options)
+    assert torch.allclose(values, dense, rtol=1e-12, atol=1e-12)
+
+
+def test_sums_of_squares_of_bf16_products_and_certain_tokens_are_finite():
+    weight = torch.zeros(509, 16)
+    weight[7] = 100.0
+    values = token_logps(torch.ones(3, 16), weight, torch.tensor([7, 8, 7]), compute_dtype=torch.bfloat16, squares=True)
+    assert values[1].tolist() == [0.0, 0.0, 0.0]
+    assert values[0].isfinite().all()

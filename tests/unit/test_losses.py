@@ -18,6 +18,7 @@ OPTIONS = {
     "orpo_lambda": 0.6,
     "alphapo_alpha": 0.25,
     "slic_delta": 1.3,
+    "r_dpo_alpha": 0.03,
 }
 
 
@@ -64,6 +65,17 @@ def alphapo_formula(lw: float, lr: float, nw: int, nr: int, fw: float, fr: float
     return -log_sigmoid(rw - rr - B * R), rw, rr
 
 
+def r_dpo_formula(lw: float, lr: float, nw: int, nr: int, fw: float, fr: float) -> tuple[float, float, float]:
+    z = B * ((lw - fw) - (lr - fr)) + OPTIONS["r_dpo_alpha"] * nw - OPTIONS["r_dpo_alpha"] * nr
+    return smoothed(z), B * (lw - fw), B * (lr - fr)
+
+
+def low_formula(lw: float, lr: float, nw: int, nr: int, fw: float, fr: float) -> tuple[float, float, float]:
+    """SimPO on what `low_extras` says: 0.7 of the sum, over half of the tokens."""
+    mw, mr = 0.7 * lw / math.ceil(nw / 2), 0.7 * lr / math.ceil(nr / 2)
+    return smoothed(B * (mw - mr) - B * R), B * mw, B * mr
+
+
 FORMULAS: dict[str, Formula] = {
     "sigmoid": simpo_formula(lambda margin: smoothed(B * margin - B * R)),
     "cpo_simpo": simpo_formula(lambda margin: smoothed(B * margin - B * R)),
@@ -81,7 +93,9 @@ FORMULAS: dict[str, Formula] = {
     ),
     "slic": lambda lw, lr, nw, nr, fw, fr: (max(0.0, DELTA - lw + lr), lw, lr),
     "rrhf": lambda lw, lr, nw, nr, fw, fr: (max(0.0, -(lw / nw - lr / nr)), lw / nw, lr / nr),
+    "confpo": low_formula,
     "dpo": dpo_formula,
+    "r_dpo": r_dpo_formula,
     "dpo_norm": lambda lw, lr, nw, nr, fw, fr: dpo_formula(lw / nw, lr / nr, nw, nr, fw / nw, fr / nr),
 }
 
@@ -91,14 +105,24 @@ def random_logps(num_pairs: int = 40, *, seed: int = 0, dtype: torch.dtype = tor
     lengths = torch.randint(1, 30, (2, num_pairs), generator=generator)
     means = -3 * torch.rand(4, num_pairs, generator=generator, dtype=torch.float64) - 0.01
     sums = (means * lengths.repeat(2, 1)).to(dtype)
-    return PairLogps(sums[0].requires_grad_(), sums[1].requires_grad_(), lengths[0], lengths[1], sums[2], sums[3])
+    return with_extras(sums[0].requires_grad_(), sums[1].requires_grad_(), lengths[0], lengths[1], sums[2], sums[3])
+
+
+def low_extras(sums: Tensor, lengths: Tensor) -> dict[str, Tensor]:
+    return {"low_sum": 0.7 * sums, "low_length": (lengths / 2).ceil().to(sums.dtype)}
+
+
+def with_extras(*columns: Tensor) -> PairLogps:
+    chosen, rejected, chosen_length, rejected_length, *_ = columns
+    extras = low_extras(chosen, chosen_length), low_extras(rejected, rejected_length)
+    return PairLogps(*columns, chosen_extras=extras[0], rejected_extras=extras[1])
 
 
 def mean_logps(chosen: list[float] | Tensor, rejected: list[float] | Tensor, dtype=torch.float64) -> PairLogps:
     """Pairs of one-token responses: sums are means."""
     chosen, rejected = (torch.as_tensor(x, dtype=dtype).requires_grad_() for x in (chosen, rejected))
     ones = torch.ones(len(chosen), dtype=torch.long)
-    return PairLogps(chosen, rejected, ones, ones, torch.zeros_like(chosen), torch.zeros_like(rejected))
+    return with_extras(chosen, rejected, ones, ones, torch.zeros_like(chosen), torch.zeros_like(rejected))
 
 
 def test_every_loss_has_a_formula_here():
@@ -129,7 +153,7 @@ def test_gradients_equal_numeric_ones(name):
     logps = random_logps(12, seed=3)
 
     def losses(chosen: Tensor, rejected: Tensor) -> Tensor:
-        changed = PairLogps(
+        changed = with_extras(
             chosen,
             rejected,
             logps.chosen_length,
@@ -168,6 +192,23 @@ def test_the_declared_value_at_zero_margin_is_what_the_loss_computes(name):
     if name == "orpo":  # its declaration leaves out -m_w, and says so
         loss -= 0.8
     assert loss == pytest.approx(LOSSES[name].at_zero_margin(**options_of(name)), abs=1e-12)
+
+
+def test_a_price_on_tokens_leaves_less_to_learn_from_a_longer_chosen_response():
+    """R-DPO, derived: the optimum of E[r - alpha |y|] - beta KL has r = beta log-ratio + alpha |y|, so it is added."""
+    chosen, rejected = (torch.tensor([-5.0, -5.0], dtype=torch.float64).requires_grad_() for _ in range(2))
+    lengths = torch.tensor([30, 10]), torch.tensor([10, 30])
+    zeros = torch.zeros(2, dtype=torch.float64)
+    losses = LOSSES["r_dpo"](PairLogps(chosen, rejected, *lengths, zeros, zeros), beta=0.1, r_dpo_alpha=0.05).losses
+    assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-1.0)), math.log(1 + math.exp(1.0))], rel=1e-12)
+    longer, shorter = torch.autograd.grad(losses.sum(), chosen)[0].abs().tolist()
+    assert longer < shorter
+
+
+def test_a_loss_that_needs_more_of_responses_says_what_to_ask_for():
+    one = torch.ones(1)
+    with pytest.raises(ValueError, match="'low_sum' of each response; compute log-probs with extras 'low'"):
+        LOSSES["confpo"](PairLogps(-one, -one, one, one))
 
 
 # --- worked examples and limits --------------------------------------------------------------------------------------
@@ -326,7 +367,7 @@ def test_a_loss_with_a_reference_refuses_to_run_without(name):
 @pytest.mark.parametrize("name", [name for name, loss in LOSSES.items() if not loss.needs_reference])
 def test_a_reference_free_loss_runs_without_a_reference(name):
     logps = random_logps()
-    bare = PairLogps(logps.chosen_sum, logps.rejected_sum, logps.chosen_length, logps.rejected_length)
+    bare = with_extras(logps.chosen_sum, logps.rejected_sum, logps.chosen_length, logps.rejected_length)
     with_reference = LOSSES[name](logps, **options_of(name)).losses
     assert torch.equal(LOSSES[name](bare, **options_of(name)).losses, with_reference)
 
@@ -379,7 +420,9 @@ DEFAULTS = {
     "simper": {},
     "slic": {"slic_delta": 1.0},
     "rrhf": {},
+    "confpo": SIMPO | {"label_smoothing": 0.0},
     "dpo": {"beta": 0.1, "label_smoothing": 0.0},
+    "r_dpo": {"beta": 0.1, "r_dpo_alpha": 0.01, "label_smoothing": 0.0},
     "dpo_norm": {"beta": 2.0, "label_smoothing": 0.0},
 }
 

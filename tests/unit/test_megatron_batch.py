@@ -92,6 +92,7 @@ def test_rows_are_multiples_of_what_cuts_them(arguments: dict[str, Any], multipl
         ({"simpo_loss_type": "nonsense"}, "nonsense"),
         ({"pref_ftx": -0.1}, "pref_ftx"),
         ({"sft_reduction": "tokens"}, "sft_reduction: only pairs"),
+        ({"wpo_weights": True}, "wpo_weights: not in Megatron; simpo train and the Hugging Face host have it"),
         ({"micro_batch_size": 0}, "micro_batch_size = 0"),
         ({"seq_length": None}, "seq_length = None"),
         ({"seq_length": 18, "context_parallel_size": 2}, "seq_length = 18: must be a multiple of 4"),

@@ -371,7 +371,8 @@ def test_predicted_loss_at_zero_margin_is_what_the_loss_computes(name):
     torch = pytest.importorskip("torch")
     r = recipe(loss_type=name)
     sums, lengths = torch.tensor([-6.0]), torch.tensor([5])
-    logps = PairLogps(sums, sums, lengths, lengths, ref_chosen_sum=sums, ref_rejected_sum=sums)
+    low = {"low_sum": sums, "low_length": lengths}
+    logps = PairLogps(sums, sums, lengths, lengths, sums, sums, chosen_extras=low, rejected_extras=low)
     loss = LOSSES[name](logps, **r.loss_values).losses.item()
     own_term = 6.0 / 5 if name == "orpo" else 0.0  # "pair term only"
     assert loss - own_term == pytest.approx(r.loss_at_zero_margin(), abs=1e-6)

@@ -9,7 +9,8 @@ vocabulary and the gradients' accumulators included, is fp32 (fp64 when the inpu
 
 The vocabulary may be spread over ranks (`VocabShard`). Logits then never leave their rank: with L_r the logsumexp over
 rank r's part and L the largest of them, logsumexp = L + log sum_r exp(L_r - L), and the label's logit comes from the
-one rank that has it. Torch only.
+one rank that has it. log sum_v p(v)^2, where it is asked for, comes from the same logits, and over ranks in the same
+reduction. Torch only.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ def reference_token_logps(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    squares: bool = False,
 ) -> Tensor:
     """The definition, in full: dense logits, log-softmax, gather. Arguments and result as in `token_logps`."""
     logits = hidden @ weight.T
@@ -62,7 +64,9 @@ def reference_token_logps(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
-    return torch.log_softmax(logits, dim=-1).gather(-1, labels[:, None])[:, 0]
+    log_probs = torch.log_softmax(logits, dim=-1)
+    logps = log_probs.gather(-1, labels[:, None])[:, 0]
+    return torch.stack([logps, log_probs.detach().exp().square().sum(dim=-1).log()]) if squares else logps
 
 
 def token_logps(
@@ -76,6 +80,7 @@ def token_logps(
     compute_dtype: torch.dtype | None = None,
     chunk_size: int | None = None,
     shard: VocabShard | None = None,
+    squares: bool = False,
 ) -> Tensor:
     """log p(label) for each hidden state, without ever holding the [N, V] logits.
 
@@ -89,16 +94,20 @@ def token_logps(
         compute_dtype: dtype of the matrix products; None = the hidden states' own.
         chunk_size: rows whose logits exist at one time; None = as many as fit in CHUNK_BYTES (CHUNK_BYTES_CUDA).
         shard: the part of the vocabulary that this rank holds; None = all of it.
+        squares: also give log sum_v p(v)^2, from the same logits while they are at hand; it has no gradient.
     With `shard` all ranks of its group must call this, and run its backward pass, together; rank-local gradients of
     weight and bias, and the whole gradient of hidden on every rank.
     Returns:
-        [N] nats, fp32 (fp64 for fp64 inputs). Memory beyond inputs and gradients: O(chunk_size * V).
+        [N] nats, fp32 (fp64 for fp64 inputs); with `squares` [2, N], log p(label) and log sum_v p(v)^2. Memory beyond
+            inputs and gradients: O(chunk_size * V).
     Raises:
         ValueError: shapes do not fit, a chunk size below 1, or a label outside the vocabulary (CPU only: looking at
             labels on an accelerator would stall it).
     """
     _check_inputs(hidden, weight, labels, chunk_size, shard)
-    return _ChunkedLogps.apply(hidden, weight, bias, labels, _Options(scale, softcap, compute_dtype, chunk_size, shard))
+    options = _Options(scale, softcap, compute_dtype, chunk_size, shard, squares)
+    logps, log_squares = _ChunkedLogps.apply(hidden, weight, bias, labels, options)
+    return logps if log_squares is None else torch.stack([logps, log_squares])
 
 
 def response_logps(token_logps: Tensor, response_lengths: Tensor) -> Tensor:
@@ -111,6 +120,23 @@ def response_logps(token_logps: Tensor, response_lengths: Tensor) -> Tensor:
         [2P] nats. Summed in a fixed order, so the same batch gives the same bits on CUDA too (index_add does not).
     """
     return torch.segment_reduce(token_logps, "sum", lengths=response_lengths, unsafe=True, initial=0.0)
+
+
+def at_most_mean(probabilities: Tensor, means: Tensor) -> Tensor:
+    """Which tokens are at most as probable as their response's tokens are on average: bool, at least one a response.
+
+    Args:
+        probabilities: of tokens, fp64.
+        means: fp64, broadcast to the tokens: the mean over each one's response. A mean of equal numbers may be rounded
+            below them; 1e-9 is more than the rounding of a sum of a million, and less than fp32 tells apart.
+    Source: ConfPO, arXiv:2506.08712.
+    """
+    return probabilities <= means * (1 + 1e-9)
+
+
+def logit_gradient_squares(token_logps: Tensor, log_squares: Tensor) -> Tensor:
+    """|d log p(y) / d logits|^2 of each token: |onehot(y) - p|^2 = (1 - p(y))^2 + sum over the others of p(v)^2."""
+    return token_logps.expm1().square() + (log_squares.exp() - (2 * token_logps).exp()).clamp(min=0)
 
 
 def _check_inputs(
@@ -142,6 +168,7 @@ class _Options(NamedTuple):
     compute_dtype: torch.dtype | None
     chunk_size: int | None
     shard: VocabShard | None
+    squares: bool
 
 
 class _ChunkedLogps(torch.autograd.Function):
@@ -156,12 +183,13 @@ class _ChunkedLogps(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: _Options
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor | None]:
         compute = options.compute_dtype or hidden.dtype
         h, w = hidden.to(compute), weight.to(compute)
         precise = torch.promote_types(compute, torch.float32)
         lse = torch.full(hidden.shape[:1], float("-inf"), dtype=precise, device=hidden.device)
         target = torch.zeros_like(lse)
+        squares = lse.clone() if options.squares else None  # log sum p^2, p the softmax over what is held here
         held = None
         if options.shard is not None:
             # Row numbers of the weight held here; the others' labels become row 0, which is a row like any other.
@@ -176,17 +204,21 @@ class _ChunkedLogps(torch.autograd.Function):
                 logits, _ = _transform(products[part], bias, options)
                 target[at] = logits.gather(1, labels[at, None])[:, 0]
                 lse[at] = logits.logsumexp(dim=1)
+                if squares is not None:
+                    squares[at] = logits.sub_(lse[at, None]).exp_().square_().sum(dim=1).log_()
         if options.shard is not None and held is not None:
-            lse, target = _reduce_over_shards(lse, target, held, options.shard.group)
+            lse, target, squares = _reduce_over_shards(lse, target, squares, held, options.shard.group)
         # Leaves are saved, casts are made again: under autocast the weight's gradient stays in the weight's dtype.
         ctx.save_for_backward(hidden, weight, bias, labels, held, lse)
         ctx.options = options
         ctx.last_products = products if any(ctx.needs_input_grad) else None
-        return target - lse
+        if squares is not None:
+            ctx.mark_non_differentiable(squares)
+        return target - lse, squares
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_logps: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_logps: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, held, lse = ctx.saved_tensors
         options: _Options = ctx.options
         compute = options.compute_dtype or hidden.dtype
@@ -232,13 +264,19 @@ class _ChunkedLogps(torch.autograd.Function):
         )
 
 
-def _reduce_over_shards(lse: Tensor, target: Tensor, held: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """The whole vocabulary's logsumexp and the labels' logits, [N] each, from those of every rank's shard."""
+def _reduce_over_shards(
+    lse: Tensor, target: Tensor, squares: Tensor | None, held: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The whole vocabulary's logsumexp, the labels' logits and log sum p^2, [N] each, from those of every shard."""
     largest = lse.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    sums = torch.stack([torch.exp(lse - largest), target.masked_fill(~held, 0.0)])
+    parts = [torch.exp(lse - largest), target.masked_fill(~held, 0.0)]
+    if squares is not None:
+        parts.append(torch.exp(squares + 2 * (lse - largest)))
+    sums = torch.stack(parts)
     dist.all_reduce(sums, group=group)
-    return largest + sums[0].log(), sums[1]
+    whole = sums[0].log()
+    return largest + whole, sums[1], None if squares is None else sums[2].log() - 2 * whole
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:

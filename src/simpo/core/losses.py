@@ -44,6 +44,7 @@ class PairLogps:
         chosen_length, rejected_length: [P], trained tokens, >= 1; from the mask, never from values.
         ref_chosen_sum, ref_rejected_sum: [P] or None, the same sums under the reference model.
         router_loss: [P] or None, what is added to each pair's loss for its use of experts.
+        chosen_extras, rejected_extras: [P] by name, those of `EXTRAS` that were asked for.
     """
 
     chosen_sum: Tensor
@@ -53,6 +54,8 @@ class PairLogps:
     ref_chosen_sum: Tensor | None = None
     ref_rejected_sum: Tensor | None = None
     router_loss: Tensor | None = None
+    chosen_extras: Mapping[str, Tensor] = field(default_factory=dict)
+    rejected_extras: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def chosen_mean(self) -> Tensor:
@@ -70,6 +73,20 @@ class PairLogps:
             raise NeedsReference("this loss needs the reference model's log-probs: ref_chosen_sum and ref_rejected_sum")
         return self.ref_chosen_sum, self.ref_rejected_sum
 
+    def extra(self, name: str) -> tuple[Tensor, Tensor]:
+        """One of `EXTRAS`, of chosen and rejected; ValueError where it was not computed."""
+        if name not in self.chosen_extras:
+            raise ValueError(f"this needs {name!r} of each response; compute log-probs with extras {EXTRAS[name]!r}")
+        return self.chosen_extras[name], self.rejected_extras[name]
+
+
+EXTRAS = {"low_sum": "low", "low_length": "low", "log_squares": "squares", "pull": "squares"}
+"""What is known of a response besides its log-prob, where it is asked for, and what is to be asked for.
+
+Over its tokens at most as probable as its tokens are on average: low_sum, the sum of their log-probs, and low_length,
+their number. Over all its trained tokens, without a gradient: log_squares, the sum of log sum_v pi(v)^2, and pull, that
+of |onehot(y_t) - pi|^2, which is the squared norm of the gradient of l with respect to the logits.
+"""
 
 GENERAL_KEYS = ("beta", "gamma_beta_ratio", "label_smoothing")
 """Loss keys that several losses read; `recipe.keys` describes them."""
@@ -111,6 +128,7 @@ class Loss:
         zero_margin_note: what that number leaves out, or "".
         sft_weight: default weight of the added term -m_w.
         needs_reference: whether log-probs of a reference model enter it.
+        extras: what is to be asked for of `EXTRAS`.
         own_keys: those of its keys that no other loss has.
     """
 
@@ -123,6 +141,7 @@ class Loss:
     zero_margin_note: str = ""
     sft_weight: float = 0.0
     needs_reference: bool = False
+    extras: frozenset[str] = frozenset()
     own_keys: Mapping[str, LossKey] = field(default_factory=dict)
 
     def __call__(self, logps: PairLogps, **options: Any) -> PairLoss:
@@ -380,6 +399,26 @@ def rrhf(logps: PairLogps) -> PairLoss:
     return _with_rewards(losses, logps.chosen_mean, logps.rejected_mean)
 
 
+@declare(
+    "-log sigmoid(z), m over the tokens at most as probable as their response's mean",
+    "ConfPO, arXiv:2506.08712",
+    at_zero_margin=_simpo_at_zero,
+    zero_margin_note="margin of those tokens",
+    extras=frozenset({"low"}),
+)
+def confpo(
+    logps: PairLogps, *, beta: float = 2.0, gamma_beta_ratio: float = 0.5, label_smoothing: float = 0.0
+) -> PairLoss:
+    """SimPO on the tokens that the model is less sure of than of the response's average token.
+
+    Which these are has no gradient; they are one of each response at least. Source: ConfPO, arXiv:2506.08712.
+    """
+    (chosen, rejected), (chosen_length, rejected_length) = logps.extra("low_sum"), logps.extra("low_length")
+    chosen, rejected = chosen / chosen_length, rejected / rejected_length
+    scores = beta * (chosen - rejected - gamma_beta_ratio)
+    return _with_rewards(_smoothed_logsigmoid(scores, label_smoothing), beta * chosen, beta * rejected)
+
+
 @declare("-log sigmoid(beta D)", "DPO, arXiv:2305.18290", at_zero_margin=_log_2, needs_reference=True)
 def dpo(logps: PairLogps, *, beta: float = 0.1, label_smoothing: float = 0.0) -> PairLoss:
     """-log sigmoid(beta*D), D = (l_w - l_w^ref) - (l_r - l_r^ref). Source: DPO, arXiv:2305.18290, eq. 7."""
@@ -400,6 +439,26 @@ def dpo_norm(logps: PairLogps, *, beta: float = 2.0, label_smoothing: float = 0.
     chosen = beta * (logps.chosen_sum - ref_chosen) / logps.chosen_length
     rejected = beta * (logps.rejected_sum - ref_rejected) / logps.rejected_length
     return _with_rewards(_smoothed_logsigmoid(chosen - rejected, label_smoothing), chosen, rejected)
+
+
+@declare(
+    "-log sigmoid(beta D + r_dpo_alpha (|y_w| - |y_r|))",
+    "R-DPO, arXiv:2403.19159",
+    own_keys={"r_dpo_alpha": LossKey("Price of a token of r_dpo, in rewards: what a longer response costs.", ge=0)},
+    at_zero_margin=lambda beta, r_dpo_alpha, label_smoothing: math.log(2.0),
+    zero_margin_note="of equally long responses",
+    needs_reference=True,
+)
+def r_dpo(logps: PairLogps, *, beta: float = 0.1, r_dpo_alpha: float = 0.01, label_smoothing: float = 0.0) -> PairLoss:
+    """-log sigmoid(beta*D + alpha*(|y_w| - |y_r|)): DPO with a price on tokens. Source: R-DPO, arXiv:2403.19159.
+
+    A length that is paid for already leaves less to be learnt from a longer chosen response, more from a shorter one.
+    """
+    ref_chosen, ref_rejected = logps.reference()
+    chosen, rejected = beta * (logps.chosen_sum - ref_chosen), beta * (logps.rejected_sum - ref_rejected)
+    longer = (logps.chosen_length - logps.rejected_length).to(chosen.dtype)
+    scores = chosen - rejected + r_dpo_alpha * longer
+    return _with_rewards(_smoothed_logsigmoid(scores, label_smoothing), chosen, rejected)
 
 
 def sft_losses(logps: PairLogps) -> Tensor:

@@ -6,7 +6,7 @@ That these and packed attention agree with the model's ordinary forward pass is 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from simpo.core.batch import PackedPairs
 from simpo.core.context import sum_over
 from simpo.core.experts import router_losses
-from simpo.core.logprobs import VocabShard, response_logps, token_logps
+from simpo.core.logprobs import VocabShard, at_most_mean, logit_gradient_squares, response_logps, token_logps
 from simpo.core.losses import PairLogps
 from simpo.model.attention import PACKED, is_packed, plain_attention, unwrap
 from simpo.model.costs import experts_per_token
@@ -51,7 +51,7 @@ class LogprobHead(nn.Linear):
     """
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [R, T, D] -> logits [R, T, V]; inside `labels_in_head`, token log-probs [1, N] fp32."""
+        """hidden [R, T, D] -> logits [R, T, V]; inside `labels_in_head`, token log-probs [1, N] or [2, N] fp32."""
         request: tuple[PackedPairs, dict[str, Any]] | None = self.__dict__.get("_request")
         if request is None:
             return (self.__dict__.get("_logits_over_ranks") or super().forward)(hidden)
@@ -61,7 +61,7 @@ class LogprobHead(nn.Linear):
         compute = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
         weight, bias, shard = _own_rows(self.weight, self.bias)
         logps = token_logps(rows, weight, batch.labels, bias=bias, shard=shard, compute_dtype=compute, **options)
-        return logps[None].clone()  # what FSDP2 hands on must not be a view
+        return logps if options["squares"] else logps[None].clone()  # what FSDP2 hands on must not be a view
 
 
 def _own_rows(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None, VocabShard | None]:
@@ -97,8 +97,10 @@ def install_head(model: nn.Module) -> LogprobHead:
 
 
 @contextlib.contextmanager
-def labels_in_head(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> Iterator[None]:
-    """Inside, `model(...).logits` are the log-probs of the batch's labels, [1, N].
+def labels_in_head(
+    model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None, squares: bool = False
+) -> Iterator[None]:
+    """Inside, `model(...).logits` are the log-probs of the batch's labels, [1, N]; with `squares` as `token_logps`.
 
     Scales and soft-caps that the architecture applies after its head are done in the head and switched off behind it.
     """
@@ -109,7 +111,10 @@ def labels_in_head(model: nn.Module, batch: PackedPairs, *, chunk_size: int | No
         if name not in vars(owner):
             raise ValueError(f"{type(unwrap(model)).__name__}: its {name} cannot be moved into the head")
         vars(owner)[name] = neutral
-    head.__dict__["_request"] = batch, {"scale": scale, "softcap": softcap, "chunk_size": chunk_size}
+    head.__dict__["_request"] = (
+        batch,
+        {"scale": scale, "softcap": softcap, "chunk_size": chunk_size, "squares": squares},
+    )
     try:
         yield
     finally:
@@ -128,8 +133,10 @@ def compute_token_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int
     return _forward(model, batch, chunk_size=chunk_size).logits.squeeze(0)
 
 
-def _forward(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None, **options: Any) -> Any:
-    """The model's output, with log-probs of the labels [1, N] in place of logits."""
+def _forward(
+    model: nn.Module, batch: PackedPairs, *, chunk_size: int | None, squares: bool = False, **options: Any
+) -> Any:
+    """The model's output, with log-probs of the labels [1, N] in place of logits; see `labels_in_head`."""
     base = unwrap(model)
     implementation = base.config._attn_implementation
     if batch.blocks is not None and not is_packed(implementation):
@@ -145,7 +152,7 @@ def _forward(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None, **
         inputs["attention_mask"] = torch.ones_like(batch.input_ids, dtype=torch.bool)
         inputs["position_ids"] = batch.position_ids  # elsewhere the model counts, from the number that it begins at
     inputs |= {"input_ids": batch.input_ids, "use_cache": False, **options}
-    with attention, labels_in_head(model, batch, chunk_size=chunk_size):
+    with attention, labels_in_head(model, batch, chunk_size=chunk_size, squares=squares):
         return model(**inputs)
 
 
@@ -159,17 +166,40 @@ def compute_response_logps(
     return _response_sums(compute_token_logps(model, batch, chunk_size=chunk_size), batch), batch.response_lengths
 
 
-def _response_sums(logps: Tensor, batch: PackedPairs) -> Tensor:
+def _response_sums(values: Tensor, batch: PackedPairs) -> Tensor:
+    """[S] sums over each response of a value [N] of each of its tokens that is here."""
     here = batch.response_lengths if batch.local_lengths is None else batch.local_lengths
-    sums = response_logps(logps, here)
+    sums = response_logps(values, here)
     if batch.blocks is not None and batch.blocks.group is not None:
         sums = sum_over(sums, batch.blocks.group)
     return sums
 
 
-def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None) -> PairLogps:
+def _extra_sums(
+    logps: Tensor, squares: Tensor | None, batch: PackedPairs, extras: Collection[str]
+) -> dict[str, Tensor]:
+    """What `core.losses.EXTRAS` says of each response, [S]."""
+    found: dict[str, Tensor] = {}
+    if "low" in extras:
+        here = batch.response_lengths if batch.local_lengths is None else batch.local_lengths
+        probabilities = logps.detach().double().exp()
+        means = _response_sums(probabilities, batch) / batch.response_lengths
+        low = at_most_mean(probabilities, means.repeat_interleave(here, output_size=len(logps)))
+        found["low_sum"] = _response_sums(torch.where(low, logps, 0.0), batch)
+        found["low_length"] = _response_sums(low.to(logps.dtype), batch)
+    if squares is not None:
+        found["log_squares"] = _response_sums(squares, batch)
+        found["pull"] = _response_sums(logit_gradient_squares(logps.detach(), squares), batch)
+    return found
+
+
+def compute_pair_logps(
+    model: nn.Module, batch: PackedPairs, *, chunk_size: int | None = None, extras: Collection[str] = ()
+) -> PairLogps:
     """Sums and lengths of the batch's pairs, as the losses want them, and what their experts add to a loss.
 
+    Args:
+        extras: of `core.losses.EXTRAS`, what else is wanted of each response; nothing is computed for those left out.
     Raises:
         ValueError: the batch holds lists of another number of responses than two.
     """
@@ -180,8 +210,10 @@ def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int 
         )
     router: tuple[float, int] | None = unwrap(model).__dict__.get(_ROUTER)
     options = {} if router is None else {"output_router_logits": True}
-    output = _forward(model, batch, chunk_size=chunk_size, **options)
-    sums, lengths = _response_sums(output.logits.squeeze(0), batch), batch.response_lengths
+    output = _forward(model, batch, chunk_size=chunk_size, squares="squares" in extras, **options)
+    logps, squares = output.logits if "squares" in extras else (output.logits.squeeze(0), None)
+    sums, lengths = _response_sums(logps, batch), batch.response_lengths
+    more = _extra_sums(logps, squares, batch, extras)
     added = None
     if router is not None:
         if not output.router_logits:
@@ -190,7 +222,13 @@ def compute_pair_logps(model: nn.Module, batch: PackedPairs, *, chunk_size: int 
             )
         coefficient, num_selected = router
         added = coefficient * router_losses(output.router_logits, batch, num_selected=num_selected)
-    return PairLogps(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2], router_loss=added)
+    chosen, rejected = ({name: values[side::2] for name, values in more.items()} for side in (0, 1))
+    return PairLogps(
+        *(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2]),
+        router_loss=added,
+        chosen_extras=chosen,
+        rejected_extras=rejected,
+    )
 
 
 _ROUTER = "_simpo_router_loss"  # where a transformers model keeps the coefficient, and how many experts a token gets

@@ -119,6 +119,7 @@ ALIASES: dict[str, Alias] = {
     "test_split_size": Alias("validation_fraction", yields=True),
     "datasets": Alias("dataset_mixer", _datasets),
     "cpo_alpha": Alias("sft_weight"),
+    "use_weighting": Alias("wpo_weights"),
     "simpo_gamma": Alias("gamma"),
     "ref_model": Alias("ref_model_name_or_path"),
     # Megatron-style SimPO trainers
@@ -304,7 +305,7 @@ _REFUSED: Mapping[str, str] = {
     "write sft_weight": "dpo_ftx",
     "write loss_type: alphapo with alphapo_alpha": "alpha",
     "the loss is without it; `simpo losses` lists what there is": (
-        "ld_alpha f_divergence_type use_weighting reference_free loss_weights"
+        "ld_alpha f_divergence_type reference_free loss_weights"
     ),
     "the reference stays as it was before training": "sync_ref_model refer_model_iter ref_adapter_name",
     "set adam_beta1, adam_beta2 and adam_epsilon": "optim_args",

@@ -89,6 +89,8 @@ def _resolve_loss(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
                 f"label_smoothing = {value}: not defined for loss_type {name!r}; set it to 0 or use one of "
                 f"{', '.join(reading)}"
             )
+    if recipe.reward_calibration and "low" in loss.extras:
+        raise ValueError(f"reward_calibration: not with loss_type {name!r}, whose means are over some tokens only")
     if recipe.ref_model_name_or_path is not None and not loss.needs_reference:
         notices.append(f"ref_model_name_or_path: never loaded, since loss_type {name!r} has no reference model")
     resolved: dict[str, Any] = {"sft_weight": loss.sft_weight}

@@ -231,6 +231,11 @@ class Recipe(_LossKeys):
     sft_reduction: Literal["pairs", "tokens"] = _loss(
         "pairs", "What the added term is a mean over: pairs (independent of batching) or the batch's tokens (as the "
         "SimPO authors' trainer).")
+    wpo_weights: bool = _loss(
+        False, "Multiply each pair's preference loss by how likely the model is to answer so itself, at most 1 (WPO).")
+    reward_calibration: bool = _loss(
+        False, "Scale the gradients of chosen and rejected to balance, so that chosen responses need not become less "
+        "likely (RC); the losses stay what they are.", "true or false; true not with loss_type confpo")
     router_aux_loss_coef: Number | None = _loss(
         None, "Weight of an added term for models with experts: each pair's load-balancing loss, what transformers "
         "computes for a padded batch of that pair alone.",
@@ -474,6 +479,11 @@ class Recipe(_LossKeys):
         """Keyword arguments of the loss."""
         own = self.loss_kwargs or {}
         return {name: own[name] if name in own else getattr(self, name) for name in self.loss.defaults}
+
+    @property
+    def extras(self) -> frozenset[str]:
+        """What is to be known of responses besides their log-probs, see `core.losses.EXTRAS`."""
+        return self.loss.extras | {"squares"} if self.wpo_weights or self.reward_calibration else self.loss.extras
 
     @property
     def unread_keys(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from simpo.core.batch import PackedPairs
 from simpo.core.device import move
 from simpo.core.losses import PairLogps, sft_losses
+from simpo.core.reweight import calibrated, wpo_weights
 from simpo.model.head import compute_pair_logps
 from simpo.run.metrics import num_sums, pair_metric_sums
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 def recipe_logps(model: nn.Module, batch: PackedPairs, recipe: Recipe) -> PairLogps:
     """A batch's log-probs, in the precision and chunks that the recipe says; the batch is where the model is."""
     with torch.autocast(batch.input_ids.device.type, dtype=torch.bfloat16, enabled=bool(recipe.bf16)):
-        return compute_pair_logps(model, batch, chunk_size=recipe.logits_chunk_size)
+        return compute_pair_logps(model, batch, chunk_size=recipe.logits_chunk_size, extras=recipe.extras)
 
 
 def trained_losses(
@@ -46,8 +47,9 @@ def trained_losses(
             trained.
         sums [num_sums(S)], see `run.metrics.pair_metric_sums`.
     """
-    loss = recipe.loss(logps, **recipe.loss_values)
-    total = loss.losses
+    values = recipe.loss_values
+    loss = calibrated(recipe.loss, logps, **values) if recipe.reward_calibration else recipe.loss(logps, **values)
+    total = loss.losses * wpo_weights(logps) if recipe.wpo_weights else loss.losses
     if recipe.sft_weight and recipe.sft_reduction == "tokens":
         # The step's token mean, written so that (sum over pairs) / num_pairs gives it.
         total = total - recipe.sft_weight * logps.chosen_sum * (num_pairs / num_chosen_tokens)

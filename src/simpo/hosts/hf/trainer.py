@@ -180,7 +180,8 @@ class SimPOTrainer(Trainer):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses [P] and the sums of their metrics; `name` is the pairs' in `references`."""
         batch = part.pairs.to(self.args.device)
-        logps = compute_pair_logps(model, batch, chunk_size=self.recipe.logits_chunk_size)
+        wanted = {"chunk_size": self.recipe.logits_chunk_size, "extras": self.recipe.extras}
+        logps = compute_pair_logps(model, batch, **wanted)
         if self.recipe.loss.needs_reference and part.indices:
             is_trained = self.is_in_train or self.state.global_step > 0
             logps = self.references.put_into(logps, part.indices, name, is_trained=is_trained)

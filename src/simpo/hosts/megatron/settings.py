@@ -25,7 +25,10 @@ DPO_ARGUMENTS = {
     "dpo_loss_type": "loss_type",
     "dpo_label_smoothing": "label_smoothing",
     "pref_ftx": "sft_weight",
+    "r_dpo_alpha": "r_dpo_alpha",
 }
+NOT_HERE = ("wpo_weights", "reward_calibration")
+"""Keys that need more of the head than its cross entropies."""
 DPO_LOSSES = {"sigmoid": "dpo", **{name: name for name, loss in LOSSES.items() if loss.needs_reference}}
 REFERENCE_FREE = tuple(name for name, loss in LOSSES.items() if not loss.needs_reference)
 
@@ -130,6 +133,9 @@ def _whole(values: Mapping[str, Any], name: str) -> int:
 def _loss_recipe(values: Mapping[str, Any], method: Method) -> Recipe:
     if values.get("sft_reduction") not in (None, "pairs"):
         raise ValueError("sft_reduction: only pairs here; the token mean needs counts that Megatron's batches lack")
+    for name in NOT_HERE:
+        if values.get(name):
+            raise ValueError(f"{name}: not in Megatron; simpo train and the Hugging Face host have it")
     names = SIMPO_ARGUMENTS if method == "simpo" else DPO_ARGUMENTS
     given = {key: values[name] for name, key in names.items() if values.get(name) is not None}
     if method == "simpo":

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from simpo.core.context import sum_over
+from simpo.core.logprobs import at_most_mean
 from simpo.core.losses import PairLogps
 from simpo.hosts.megatron.batch import IGNORED, MegatronBatch
 from simpo.hosts.megatron.settings import MegatronSettings, Method
@@ -142,10 +143,11 @@ def loss_func(
     sums = own_sums
     if group.size() > 1:
         sums, lengths = sum_over(torch.stack([own_sums, lengths]), group)
+    extras = _low_sums(labels, output, lengths, group) if settings.recipe.extras else {}
     by_pair, lengths = sums[: 2 * num_pairs].view(-1, 2), lengths[: 2 * num_pairs].view(-1, 2)
     if non_loss_data:
         return {"row_ids": batch.row_ids, "sums": by_pair.detach(), "lengths": lengths.long()}
-    losses, metric_sums = _pair_losses(by_pair, lengths, batch, settings)
+    losses, metric_sums = _pair_losses(by_pair, lengths, extras, batch, settings)
     if settings.check_for_nan:
         _stop_unless_finite(losses, own_sums, batch, group)
     total = losses.sum()  # of blank rows alone, a 0 that still runs backward
@@ -232,13 +234,27 @@ def _response_sums(labels: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
     return sums, trained.sum(dim=1).to(sums.dtype)
 
 
+def _low_sums(labels: Tensor, output: Tensor, lengths: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
+    """What `core.losses.EXTRAS` calls low, [R] each, of whole rows; a mean probability is one over a whole row too."""
+    trained = labels != IGNORED
+    token_logps = -output.to(torch.promote_types(output.dtype, torch.float32))
+    probabilities = torch.where(trained, token_logps.detach().double().exp(), 0.0)
+    means = sum_over(probabilities.sum(dim=1), group) / lengths
+    low = trained & at_most_mean(probabilities, means[:, None])
+    sums = torch.stack([torch.where(low, token_logps, 0.0).sum(dim=1), low.sum(dim=1).to(token_logps.dtype)])
+    return dict(zip(("low_sum", "low_length"), sum_over(sums, group), strict=True))
+
+
 def _pair_losses(
-    sums: Tensor, lengths: Tensor, batch: MegatronBatch, settings: MegatronSettings
+    sums: Tensor, lengths: Tensor, extras: Mapping[str, Tensor], batch: MegatronBatch, settings: MegatronSettings
 ) -> tuple[Tensor, Tensor]:
     if settings.needs_reference and batch.reference_sums is None:
         raise ValueError("the batch has no reference_sums: collate it with reference=gather_reference(...)")
     reference = (None, None) if batch.reference_sums is None else batch.reference_sums.unbind(dim=1)
-    logps = PairLogps(*sums.unbind(dim=1), *lengths.unbind(dim=1), *reference)
+    sides = [{name: values[: 2 * len(sums)][side::2] for name, values in extras.items()} for side in (0, 1)]
+    logps = PairLogps(
+        *sums.unbind(dim=1), *lengths.unbind(dim=1), *reference, chosen_extras=sides[0], rejected_extras=sides[1]
+    )
     # The counts are read by sft_reduction "tokens" alone, which settings refuse.
     return trained_losses(logps, settings.recipe, num_pairs=len(batch.row_ids), num_chosen_tokens=1)
 

@@ -1,0 +1,189 @@
+"""WPO, ConfPO and RC on a model: values and gradients of their definitions, token by token, however a step is cut.
+
+The definitions are written out below on ordinary logits of one sequence at a time.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from simpo.core.batch import build_batch
+from simpo.core.packing import TokenPair
+from simpo.core.reweight import wpo_weights
+from simpo.model.head import compute_pair_logps
+from simpo.recipe import Recipe, load_recipe
+from simpo.run.objective import trained_losses
+
+BETA, RATIO = 2.0, 0.5
+METHODS: dict[str, dict[str, Any]] = {
+    "confpo": {"loss_type": "confpo"},
+    "wpo": {"wpo_weights": True},
+    "rc": {"reward_calibration": True},
+    "wpo, rc and sft": {"wpo_weights": True, "reward_calibration": True, "sft_weight": 0.3},
+    "wpo of confpo": {"loss_type": "confpo", "wpo_weights": True},
+}
+
+
+def recipe_of(keys: dict[str, Any]) -> Recipe:
+    return load_recipe({"model_name_or_path": "tiny", "bf16": False, **keys})
+
+
+# --- the definitions -------------------------------------------------------------------------------------------------
+
+
+def log_probs_of(model, pair: TokenPair, side: str) -> tuple[Tensor, list[int]]:
+    """[|y|, V] of one response's trained tokens, and which tokens they are."""
+    ids, start = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_start")
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, start - 1 : -1]
+    return torch.log_softmax(logits.double(), dim=-1), ids[start:]
+
+
+def slow_pair(model, pair: TokenPair, keys: dict[str, Any]) -> tuple[float, Tensor]:
+    """The trained loss of a pair, and a number whose gradient is the one to be trained with."""
+    means, sums, weight, norms, lengths = {}, {}, 1.0, {}, {}
+    for side in ("chosen", "rejected"):
+        rows, labels = log_probs_of(model, pair, side)
+        logps = [row[label] for row, label in zip(rows, labels, strict=True)]
+        probabilities = [math.exp(logp.item()) for logp in logps]
+        lengths[side], sums[side] = len(logps), sum(logps)
+        kept = logps
+        if keys.get("loss_type") == "confpo":
+            average = sum(probabilities) / len(probabilities)
+            kept = [logp for logp, p in zip(logps, probabilities, strict=True) if p <= average * (1 + 1e-12)]
+        means[side] = sum(kept) / len(kept)
+        dense = rows.detach().exp()
+        likely = [p / (row**2).sum().item() for p, row in zip(probabilities, dense, strict=True)]
+        weight *= math.prod(likely) ** (1 / len(likely))
+        pulls = [
+            torch.nn.functional.one_hot(torch.tensor(y), row.numel()) - row
+            for y, row in zip(labels, dense, strict=True)
+        ]
+        norms[side] = math.sqrt(sum(float((pull**2).sum()) for pull in pulls))
+    z = BETA * (means["chosen"] - means["rejected"] - RATIO)
+    loss = trained = -torch.nn.functional.logsigmoid(z)
+    if keys.get("reward_calibration"):
+        slope = BETA / (1 + math.exp(z.item()))
+        d_w, d_r = slope / lengths["chosen"], slope / lengths["rejected"]
+        delta = math.sqrt(d_r * norms["rejected"] / (d_w * norms["chosen"]))
+        trained = -d_w * delta * sums["chosen"] + d_r / delta * sums["rejected"]
+    weight = min(1.0, weight) if keys.get("wpo_weights") else 1.0
+    sft = -keys.get("sft_weight", 0.0) * sums["chosen"] / lengths["chosen"]
+    return (weight * loss + sft).item(), weight * trained + sft
+
+
+def slow(model, pairs: list[TokenPair], keys: dict[str, Any]) -> tuple[list[float], dict[str, Tensor]]:
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("sdpa")
+    values, trained = zip(*(slow_pair(model, pair, keys) for pair in pairs), strict=True)
+    (sum(trained) / len(pairs)).backward()
+    return list(values), {name: p.grad for name, p in model.named_parameters()}
+
+
+def fast(model, pairs: list[TokenPair], method: str, **layout: bool) -> tuple[list[float], dict[str, Tensor]]:
+    recipe = recipe_of(METHODS[method])
+    logps = compute_pair_logps(model, build_batch(pairs, **layout), chunk_size=5, extras=recipe.extras)
+    losses, _ = trained_losses(logps, recipe, num_pairs=len(pairs), num_chosen_tokens=1)
+    (losses.sum() / len(pairs)).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    return losses.tolist(), gradients
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_losses_and_gradients_are_those_of_the_definition_in_every_layout(random_model, ragged_pairs, method):
+    """Pairs of ragged lengths, with responses of one token among them, that begin alike or not at all."""
+    model, pairs = random_model("Llama", dtype=torch.float64, tied=False), ragged_pairs(7)
+    pairs.append(TokenPair("one token", [5, 6, 7], 2, [5, 6, 8], 2))
+    values, gradients = slow(model, pairs, METHODS[method])
+    largest = max(float(g.abs().max()) for g in gradients.values())
+    for layout in ({}, {"share_prompt": False}, {"pack": False}, {"pack": False, "share_prompt": False}):
+        found, found_gradients = fast(model, pairs, method, **layout)
+        assert found == pytest.approx(values, rel=2e-6), layout
+        for name, gradient in gradients.items():
+            assert float((found_gradients[name] - gradient).abs().max()) <= 2e-6 * largest, (name, layout)
+
+
+# --- the stress cases ------------------------------------------------------------------------------------------------
+
+
+def near_identical_pairs(count: int) -> list[TokenPair]:
+    """One token apart in the middle of a response, as one-token bug fixes are."""
+    generator = torch.Generator().manual_seed(4)
+    pairs = []
+    for index in range(count):
+        ids = torch.randint(0, 509, (26,), generator=generator).tolist()
+        wrong = [*ids[:12], (ids[12] + 1 + index) % 509, *ids[13:]]
+        pairs.append(TokenPair(f"bug-{index}", ids, 6, wrong, 6))
+    return pairs
+
+
+def descend(model, pairs: list[TokenPair], steps: int, **keys: Any) -> tuple[float, float]:
+    """By how much m_w and m_w - m_r change in a few small steps of plain gradient descent."""
+    recipe, found = recipe_of(keys), []
+    for _ in range(steps + 1):
+        logps = compute_pair_logps(model, build_batch(pairs), extras=recipe.extras)
+        found.append((logps.chosen_mean.mean().item(), (logps.chosen_mean - logps.rejected_mean).mean().item()))
+        losses, _ = trained_losses(logps, recipe, num_pairs=len(pairs), num_chosen_tokens=1)
+        gradients = torch.autograd.grad(losses.mean(), list(model.parameters()))
+        with torch.no_grad():
+            for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+                parameter -= 3e-3 * gradient
+    return found[-1][0] - found[0][0], found[-1][1] - found[0][1]
+
+
+def test_calibration_keeps_chosen_responses_from_falling_where_the_rejected_side_pulls_harder(random_model):
+    """Displacement: the rejected token is the less likely one, whose gradient is the larger and points the same way."""
+    changes = {}
+    for name, keys in (("plain", {}), ("calibrated", {"reward_calibration": True})):
+        model, pairs = random_model("Llama"), near_identical_pairs(4)
+        sharpen(model, [pair.chosen_ids for pair in pairs])
+        changes[name] = descend(model, pairs, 6, **keys)
+    print(changes)
+    assert changes["plain"][0] < 0 < changes["plain"][1], "no displacement to be seen"
+    assert changes["calibrated"][0] > 0.2 * changes["plain"][0]
+    assert changes["calibrated"][1] > 0
+
+
+def sharpen(model, sequences: list[list[int]], steps: int = 25) -> None:
+    """Teach the model sequences, so that it is sure of them and not of others."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=6e-3)
+    batch = build_batch([TokenPair(str(i), s, 1, [*s[:-1], 0], 1) for i, s in enumerate(sequences)], share_prompt=False)
+    for _ in range(steps):
+        loss = -compute_pair_logps(model, batch).chosen_mean.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def test_pairs_far_from_what_the_model_would_say_weigh_little_and_its_own_answers_one(random_model, ragged_pairs):
+    model, pairs = random_model("Llama"), near_identical_pairs(3)
+    sharpen(model, [pair.chosen_ids for pair in pairs])
+    own = [TokenPair(pair.row_id, pair.chosen_ids, 6, pair.chosen_ids, 6) for pair in pairs]
+    with torch.no_grad():
+        far, near = (
+            wpo_weights(compute_pair_logps(model, build_batch(each), extras={"squares"}))
+            for each in (ragged_pairs(5), own)
+        )
+    assert float(far.max()) < 0.1 < float(near.min())
+    assert float(near.max()) <= 1.0
+
+
+def test_responses_whose_tokens_are_all_alike_keep_them_all_and_finite_gradients(random_model, ragged_pairs):
+    """Every token is equally likely: a mean may be rounded below what it is a mean of."""
+    model, pairs = random_model("Llama", tied=False), ragged_pairs(5, longest=40)
+    head = model.get_output_embeddings()
+    with torch.no_grad():
+        head.weight.zero_()
+    for method in METHODS:
+        found, gradients = fast(model, pairs, method)
+        assert all(math.isfinite(value) for value in found), method
+        assert all(g.isfinite().all() for g in gradients.values()), method
+    logps = compute_pair_logps(model, build_batch(pairs), extras={"low"})
+    low, whole = logps.extra("low_length"), (logps.chosen_length, logps.rejected_length)
+    assert [torch.equal(a, b.to(a.dtype)) for a, b in zip(low, whole, strict=True)] == [True, True]
