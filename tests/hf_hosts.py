@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from simpo.display import Display
 from simpo.hosts.hf import SimPOConfig, SimPOTrainer
-from simpo.recipe import load_recipe
+from simpo.recipe import Recipe, load_recipe
 from simpo.trainer import NonFiniteError, Trainer
 
 REPO = Path(__file__).resolve().parents[1]
@@ -94,11 +94,14 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
 
 
+def native_recipe(model: Path, pairs: Path, folder: Path, **changes: Any) -> Recipe:
+    data = {"model_name_or_path": str(model), "dataset_mixer": {str(pairs): 1.0}, "validation_fraction": 0.0}
+    return load_recipe({**data, **settings(folder, **changes), "num_threads": 1}, processes=1)
+
+
 def run_native(model: Path, pairs: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     """Metrics of the native trainer's steps, the first step's gradients, and the weights in the end."""
-    data = {"model_name_or_path": str(model), "dataset_mixer": {str(pairs): 1.0}, "validation_fraction": 0.0}
-    recipe = load_recipe({**data, **settings(folder, **changes), "num_threads": 1}, processes=1)
-    trainer = Trainer(recipe, display=Display(quiet=True))
+    trainer = Trainer(native_recipe(model, pairs, folder, **changes), display=Display(quiet=True))
     plan = next(trainer.loader.plans(0, 1))
     for micro_batch in trainer.loader.micro_batches(plan):
         (trainer.forward(micro_batch, plan)[0].sum() / plan.num_pairs).backward()

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hf_hosts import METRICS, TOLERANCE, assert_same_run, first_rows, read_rows, run_host, run_native, settings
+from hf_hosts import (
+    METRICS,
+    TOLERANCE,
+    assert_same_run,
+    first_rows,
+    native_recipe,
+    read_rows,
+    run_host,
+    run_native,
+    settings,
+)
 from miniature import write_pairs
 
 from simpo.display import Display
@@ -181,6 +192,32 @@ def test_what_is_known_of_tokens_trains_as_in_the_native_trainer(
     halved = {"gradient_accumulation_steps": 1}
     for host in two_ranks.run(run_host, tiny_model, pairs, tmp_path / "two", **halved, **keys):
         assert_same_run(host, native)
+
+
+def test_each_pair_has_the_margin_of_its_scores_here_and_in_the_native_trainer(
+    two_ranks: Any, tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """The first step's loss from its pairs' margins M, which another gamma does not change while nothing is trained."""
+    rows = [{**row, "score_chosen": 1 + index % 5, "score_rejected": 0.5} for index, row in enumerate(read_rows(pairs))]
+    scored = tmp_path / "scored.jsonl"
+    scored.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    keys = {"score_margin": 1.5, "gamma_beta_ratio": 0.8}
+    native = run_native(tiny_model, scored, tmp_path / "native", **keys)
+    for host in two_ranks.run(run_host, tiny_model, scored, tmp_path / "two", gradient_accumulation_steps=1, **keys):
+        assert_same_run(host, native)
+    trainer = Trainer(native_recipe(tiny_model, scored, tmp_path / "look", **keys), display=Display(quiet=True))
+    plan, losses = next(trainer.loader.plans(0, 1)), []
+    gaps = [row["score_chosen"] - row["score_rejected"] for row in rows]
+    for micro_batch in trainer.loader.micro_batches(plan):
+        logps = trainer._logps(micro_batch.pairs)
+        for row_id, chosen, rejected in zip(
+            micro_batch.pairs.row_ids, logps.chosen_mean, logps.rejected_mean, strict=True
+        ):
+            share = min(max(gaps[int(row_id.rpartition("#")[2])] / (sum(gaps) / len(gaps)), 0), 1.5)
+            losses.append(math.log1p(math.exp(-2.0 * (chosen - rejected - 0.8 * share).item())))
+    assert native["lines"][0]["loss"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
+    with pytest.raises(ValueError, match="score_margin: 21 of 21 pairs have no score"):
+        run_native(tiny_model, pairs, tmp_path / "none", **keys)
 
 
 def test_dpo_on_two_processes_is_dpo_on_one(

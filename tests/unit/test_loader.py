@@ -149,3 +149,42 @@ def test_a_sequence_longer_than_the_model_takes_is_named():
     store.check_lengths(None)
     with pytest.raises(ValueError, match=rf"max_length: pair row-{longest} .* {lengths[longest]} tokens.*takes 30 "):
         store.check_lengths(30)
+
+
+def with_scores(store: PairStore, chosen: list[float | None], rejected: list[float | None]) -> PairStore:
+    dataset = store.dataset.add_column("score_chosen", chosen).add_column("score_rejected", rejected)
+    return PairStore(dataset)
+
+
+def test_margins_are_score_gaps_over_their_mean_within_limits():
+    """Gaps 1, 3, 0, -1 and 2 have the mean 1; the batches hold those of their pairs, and a resume would notice others.
+
+    An order that the scores contradict has no margin, and no pair has more than the limit.
+    """
+    scored = with_scores(make_store(5), [1.0, 3.0, 0.5, -1.0, 2.0], [0.0, 0.0, 0.5, 0.0, 0.0])
+    assert scored.score_margins(9).tolist() == [1.0, 3.0, 0.0, 0.0, 2.0]
+    margins = scored.score_margins(1.5)
+    assert margins.tolist() == [1.0, 1.5, 0.0, 0.0, 1.5]
+    loader = StepLoader(scored, pairs_per_step=2, num_micro_batches=1, margins=margins)
+    assert loader.build([4, 0]).margins.tolist() == [1.5, 1.0]
+    plain = StepLoader(scored, pairs_per_step=2, num_micro_batches=1)
+    assert plain.build([4, 0]).margins is None
+    assert len({loader.fingerprint, plain.fingerprint}) == 2
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "message"),
+    [
+        (
+            [1.0, None, 2.0],
+            [0.0, 0.0, None],
+            "score_margin: 2 of 3 pairs have no score of chosen .*row-1;",
+        ),
+        ([1.0, 0.0, 0.0], [0.0, 1.0, 0.5], r"score_margin: chosen responses score no higher .* on average \(-0.16"),
+    ],
+)
+def test_pairs_whose_scores_give_no_margin_are_refused_by_name(chosen, rejected, message):
+    with pytest.raises(ValueError, match=message):
+        with_scores(make_store(3), chosen, rejected).score_margins(2)
+    with pytest.raises(ValueError, match="3 of 3 pairs have no score"):
+        make_store(3).score_margins(2)

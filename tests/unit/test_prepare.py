@@ -83,6 +83,8 @@ def test_columns_and_types(messy, build_tokenizer, data_recipe):
         "prompt_text": "Value('string')",
         "chosen_text": "Value('string')",
         "rejected_text": "Value('string')",
+        "score_chosen": "Value('float64')",
+        "score_rejected": "Value('float64')",
     }
     for row in prepared.train:
         shared = row["shared_prefix"]

@@ -48,10 +48,12 @@ PAIR_COLUMNS = {
     "prompt_text": pa.string(),
     "chosen_text": pa.string(),
     "rejected_text": pa.string(),
+    "score_chosen": pa.float64(),
+    "score_rejected": pa.float64(),
 }
 """What a prepared dataset holds for each pair; `*_ids` are prompt and response, `*_start` the first trained token,
 `*_gaps` the untrained stretches behind it (begin, end, begin, end, ...), `shared_prefix` how many leading tokens the
-packed layout computes once."""
+packed layout computes once; `score_*` null where the row has none."""
 _PAIRS = pa.schema(PAIR_COLUMNS)
 _ASIDE = ".new-"
 BATCH_ROWS = 4096

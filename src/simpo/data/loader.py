@@ -60,6 +60,29 @@ class PairStore:
         row = self.dataset[index]
         return TokenPair(**{name: row[name] for name in self._fields})
 
+    def score_margins(self, most: float) -> np.ndarray:
+        """[num_pairs] each pair's gap of scores over the mean gap of all, between 0 and `most`.
+
+        Raises:
+            ValueError: a pair has no scores, or chosen responses score no higher than rejected ones on average.
+        """
+        if {"score_chosen", "score_rejected"} <= set(self.dataset.column_names):
+            gaps = self._column("score_chosen").astype(np.float64) - self._column("score_rejected")
+        else:
+            gaps = np.full(len(self), np.nan)
+        (without,) = np.nonzero(~np.isfinite(gaps))
+        if len(without):
+            raise ValueError(
+                f"score_margin: {len(without)} of {len(gaps)} pairs have no score of chosen and of rejected, such as "
+                f"{self[int(without[0])].row_id}; give every row both (score_chosen, score_rejected), or remove the key"
+            )
+        if gaps.mean() <= 0:
+            raise ValueError(
+                f"score_margin: chosen responses score no higher than rejected ones on average ({gaps.mean():g}); "
+                "look at the scores, or remove the key"
+            )
+        return np.clip(gaps / gaps.mean(), 0.0, most)
+
     @cached_property
     def sources(self) -> NamedSources:
         """Which source each pair comes from; no names unless there are several."""
@@ -137,13 +160,15 @@ class MicroBatch:
     """What one forward pass computes: the batch, and which pairs of the store it holds.
 
     Without indices it is a stand-in that counts for nothing: this rank has no pair left, but others wait for it.
-    `sources` [S, P] bool says which pairs come from each source; None where there is one source.
+    `sources` [S, P] bool says which pairs come from each source; None where there is one source. `margins` [P] is what
+    each pair's target margin is multiplied by; None = 1.
     """
 
     pairs: PackedPairs
     indices: tuple[int, ...]
     is_last: bool = True
     sources: Tensor | None = None
+    margins: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -174,6 +199,7 @@ class StepLoader:
         pack, share_prompt, pad_token_id: layout, see `core.batch.build_batch`.
         seed: of the order.
         weights: what attention and the head cost, for evening out micro-batches.
+        margins: [num_pairs] what each pair's target margin is multiplied by; None = 1.
         rank, num_ranks: this data-parallel rank and their number.
     """
 
@@ -188,6 +214,7 @@ class StepLoader:
         pad_token_id: int = 0,
         seed: int = 0,
         weights: CostWeights = TOKENS_ALONE,
+        margins: np.ndarray | None = None,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
@@ -199,16 +226,18 @@ class StepLoader:
         self.pad_token_id = pad_token_id
         self.seed = seed
         self.weights = weights
+        self.margins = margins
         self.rank, self.num_ranks = rank, num_ranks
         self.limit_tokens(max_tokens)
 
     @property
     def fingerprint(self) -> str:
-        """12 hex digits over everything that the plan of any step, of any rank, follows from."""
+        """12 hex digits over everything that the plan of any step, of any rank, follows from, and the margins."""
         settings = (self.pairs_per_step, self.num_micro_batches, self.max_tokens, self.num_ranks, self.seed, self.pack)
         digest = hashlib.sha256(repr(settings).encode())
         for numbers in (self.store.tokens, self.store.response_lengths, self.costs):
             digest.update(np.ascontiguousarray(numbers).tobytes())
+        digest.update(b"" if self.margins is None else self.margins.tobytes())
         return digest.hexdigest()[:12]
 
     @property
@@ -261,7 +290,8 @@ class StepLoader:
             share_prompt=self.store.share_prompt,
             pad_token_id=self.pad_token_id,
         )
-        return MicroBatch(batch, tuple(indices), sources=self._sources(indices))
+        margins = None if self.margins is None else torch.from_numpy(self.margins[list(indices)])
+        return MicroBatch(batch, tuple(indices), sources=self._sources(indices), margins=margins)
 
     def stand_in(self) -> MicroBatch:
         """The smallest batch there is, for a rank that must take part in a forward pass without a pair to compute."""

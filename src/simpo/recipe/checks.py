@@ -91,6 +91,11 @@ def _resolve_loss(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
             )
     if recipe.reward_calibration and "low" in loss.extras:
         raise ValueError(f"reward_calibration: not with loss_type {name!r}, whose means are over some tokens only")
+    if recipe.score_margin is not None and "gamma_beta_ratio" not in loss.defaults:
+        raise ValueError(
+            f"score_margin: loss_type {name!r} has no gamma_beta_ratio that it could multiply; remove it, or use one "
+            f"of {', '.join(losses_reading('gamma_beta_ratio'))}"
+        )
     if recipe.ref_model_name_or_path is not None and not loss.needs_reference:
         notices.append(f"ref_model_name_or_path: never loaded, since loss_type {name!r} has no reference model")
     resolved: dict[str, Any] = {"sft_weight": loss.sft_weight}

@@ -236,6 +236,10 @@ class Recipe(_LossKeys):
     reward_calibration: bool = _loss(
         False, "Scale the gradients of chosen and rejected to balance, so that chosen responses need not become less "
         "likely (RC); the losses stay what they are.", "true or false; true not with loss_type confpo")
+    score_margin: Number | None = _loss(
+        None, "Give each pair its own gamma: times its gap of scores over the mean gap of its data set, at least 0 and "
+        "at most this. Every pair needs a score of chosen and of rejected.",
+        "x >= 1; only losses that read gamma_beta_ratio", null="the same gamma for all", ge=1)
     router_aux_loss_coef: Number | None = _loss(
         None, "Weight of an added term for models with experts: each pair's load-balancing loss, what transformers "
         "computes for a padded batch of that pair alone.",

@@ -32,7 +32,13 @@ def recipe_logps(model: nn.Module, batch: PackedPairs, recipe: Recipe) -> PairLo
 
 
 def trained_losses(
-    logps: PairLogps, recipe: Recipe, *, num_pairs: int, num_chosen_tokens: int, sources: Tensor | None = None
+    logps: PairLogps,
+    recipe: Recipe,
+    *,
+    num_pairs: int,
+    num_chosen_tokens: int,
+    sources: Tensor | None = None,
+    margins: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The trained loss of each pair and the sums of its metrics.
 
@@ -42,12 +48,15 @@ def trained_losses(
         num_pairs, num_chosen_tokens: pairs, and trained tokens of their chosen responses, in the whole optimizer step
             over all ranks.
         sources: [S, P] bool, which pairs come from each source; None where they are not told apart.
+        margins: [P], what each pair's gamma_beta_ratio is multiplied by; None = 1.
     Returns:
         losses [P], all added terms included: their sum over every pair of the step, divided by num_pairs, is what is
             trained.
         sums [num_sums(S)], see `run.metrics.pair_metric_sums`.
     """
     values = recipe.loss_values
+    if margins is not None:
+        values["gamma_beta_ratio"] *= margins.to(logps.chosen_sum.dtype)
     loss = calibrated(recipe.loss, logps, **values) if recipe.reward_calibration else recipe.loss(logps, **values)
     total = loss.losses * wpo_weights(logps) if recipe.wpo_weights else loss.losses
     if recipe.sft_weight and recipe.sft_reduction == "tokens":
@@ -78,5 +87,6 @@ def micro_batch_losses(
     sources = None if sources is None else move(sources, logps.chosen_sum.device)
     if pairs is not None:
         pairs.add(logps, micro_batch, recipe)
+    margins = None if micro_batch.margins is None else move(micro_batch.margins, logps.chosen_sum.device)
     counts = {"num_pairs": plan.num_pairs, "num_chosen_tokens": plan.num_chosen_tokens}
-    return trained_losses(logps, recipe, **counts, sources=sources)
+    return trained_losses(logps, recipe, **counts, sources=sources, margins=margins)

@@ -143,7 +143,8 @@ def build_loader(
         dataset: tokenised pairs.
         model: its longest sequence is checked, and its shape says what a pair costs.
     Raises:
-        ValueError: a pair is longer than the model takes, or than max_tokens_per_micro_batch allows.
+        ValueError: a pair is longer than the model takes, or than max_tokens_per_micro_batch allows, or has no scores
+            where score_margin needs them.
     """
     config = unwrap(model).config.get_text_config()
     store = PairStore(dataset, share_prompt=recipe.share_prompt)
@@ -158,6 +159,7 @@ def build_loader(
         pad_token_id=tokenizer.pad_token_id or 0,
         seed=recipe.seed,
         weights=cost_weights(config),
+        margins=None if recipe.score_margin is None else store.score_margins(recipe.score_margin),
         rank=mesh.data_rank,
         num_ranks=mesh.sizes.data,
     )

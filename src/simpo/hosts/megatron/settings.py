@@ -27,8 +27,8 @@ DPO_ARGUMENTS = {
     "pref_ftx": "sft_weight",
     "r_dpo_alpha": "r_dpo_alpha",
 }
-NOT_HERE = ("wpo_weights", "reward_calibration")
-"""Keys that need more of the head than its cross entropies."""
+NOT_HERE = ("wpo_weights", "reward_calibration", "score_margin")
+"""Keys that need more of the head than its cross entropies, or scores of pairs."""
 DPO_LOSSES = {"sigmoid": "dpo", **{name: name for name, loss in LOSSES.items() if loss.needs_reference}}
 REFERENCE_FREE = tuple(name for name, loss in LOSSES.items() if not loss.needs_reference)
 
