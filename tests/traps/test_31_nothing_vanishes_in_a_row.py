@@ -111,6 +111,38 @@ def test_text_parts_are_text_and_other_parts_cost_the_row():
         pair_from_row({**row, "chosen": [say([*parts, {"type": "image_url", "image_url": {"url": "x"}}])]})
 
 
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "thinking", "thinking": "It is cold.", "signature": "x"},
+        {"type": "thinking", "thinking": [{"type": "text", "text": "It is "}, {"type": "text", "text": "cold."}]},
+        {"type": "reasoning", "text": "It is cold."},
+    ],
+    ids=["text", "parts", "reasoning"],
+)
+def test_parts_of_a_thought_are_reasoning(part):
+    said = {"type": "output_text", "text": "Snow."}
+    asked = [{"role": "user", "content": [{"type": "input_text", "text": "Weather?"}]}]
+    row = {"prompt": asked, "chosen": [say([part, said])], "rejected": "Sun."}
+    assert pair_from_row(row).chosen == [say("Snow.", reasoning_content="It is cold.")]
+    with pytest.raises(RowError, match="not text"):  # between texts it would lose its place
+        pair_from_row({**row, "chosen": [say([said, part, said])]})
+
+
+@pytest.mark.parametrize(("role", "content"), [("role", "content"), ("from", "value")])
+def test_calls_that_are_messages_of_their_own_are_one_turn(role, content):
+    turns = [
+        ("assistant", "Look."),
+        *(("tool_call", f'{{"name": "weather", "arguments": {{"city": "{c}"}}}}') for c in "AB"),
+    ]
+    turns = [("user", "Weather?"), *turns, ("tool_response", "-3"), ("tool_response", "3"), ("assistant", "Snow.")]
+    row = {"messages": [{role: who, content: text} for who, text in turns], "rejected_response": "Sun."}
+    asked, called, *results = pair_from_row(row).turns
+    assert [each["role"] for each in (asked, called, *results)] == ["user", "assistant", "tool", "tool"]
+    assert called["content"] == "Look."
+    assert [each["function"]["arguments"]["city"] for each in called["tool_calls"]] == ["A", "B"]
+
+
 def test_keys_of_a_message_that_nobody_reads_are_counted():
     row = {"prompt": ASK, "chosen": [say("Yes.", weight=0.5, audio=None)], "rejected": "No."}
     assert pair_from_row(row).notes == {"key 'weight' of a message left out": "chosen: '0.5'"}

@@ -43,6 +43,8 @@ REASONING = ("reasoning_content", "reasoning", "thinking")
 """What data and templates call an assistant's thoughts."""
 
 _CALLS = ("function_call", "tool_call")
+_TEXTS = ("text", "input_text", "output_text")
+_THOUGHTS = ("thinking", "reasoning")
 _CONTENTS = ("content", "tool_calls", "function_call", *REASONING)
 _KNOWN = {"role", "from", "value", "name", "tool_call_id", *_CONTENTS}
 _TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
@@ -73,7 +75,8 @@ def read_message(value: Any, what: str, notes: Notes) -> Message:
     elif not calls and isinstance(value.get("function_call"), Mapping):
         calls = [value["function_call"]]
     message: Message = turn(known, "")
-    reasoning = next((value[name] for name in REASONING if value.get(name)), None)
+    thoughts, content = _thoughts_apart(content)
+    reasoning = next((value[name] for name in REASONING if value.get(name)), thoughts)
     if reasoning is not None:
         message["reasoning_content"] = _text(reasoning, f"{what} has a message whose reasoning")
     if calls:
@@ -87,6 +90,30 @@ def read_message(value: Any, what: str, notes: Notes) -> Message:
     return message
 
 
+def read_messages(values: Sequence[Any], what: str, notes: Notes) -> list[Message]:
+    """Messages in our spelling; calls that are messages of their own join the assistant's turn before them."""
+    messages: list[Message] = []
+    for value in values:
+        message = read_message(value, what, notes)
+        is_call = str(value.get("role", value.get("from"))).lower() in _CALLS
+        if is_call and messages and messages[-1]["role"] == "assistant":
+            messages[-1] = {**messages[-1], "tool_calls": [*messages[-1].get("tool_calls", ()), *message["tool_calls"]]}
+        else:
+            messages.append(message)
+    return messages
+
+
+def _thoughts_apart(content: Any) -> tuple[list[Any] | None, Any]:
+    """The parts of a thought that stand in front of a content's others, as text parts; and the others."""
+    parts = content if isinstance(content, list) else []
+    is_thought = [isinstance(part, Mapping) and part.get("type") in _THOUGHTS for part in parts]
+    count = [*is_thought, False].index(False)
+    if not count or any(is_thought[count:]):  # none, or one between texts, whose place would be lost
+        return None, content
+    held = [part.get(part["type"], part.get("text")) for part in parts[:count]]
+    return [text for each in held for text in (each if isinstance(each, list) else [each])], parts[count:]
+
+
 def _text(content: Any, what: str) -> str:
     """Text, or a list of parts that are text."""
     if isinstance(content, str):
@@ -96,7 +123,7 @@ def _text(content: Any, what: str) -> str:
     texts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, Mapping) else "text"
-        if kind != "text":
+        if kind not in _TEXTS:
             raise RowError("not text", f"{what} has a part of type {str(kind)[:40]!r}; only text is trained on")
         text = part.get("text") if isinstance(part, Mapping) else part
         if not isinstance(text, str):

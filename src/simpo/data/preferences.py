@@ -40,6 +40,7 @@ from simpo.data.messages import (
     is_transcript,
     looks_like_message,
     read_message,
+    read_messages,
     read_tools,
     read_transcript,
     says_something,
@@ -227,7 +228,8 @@ def _common_beginning(row: Mapping, chosen: str, rejected: str, notes: Notes) ->
         raise missing
     others = [name for name, value in row.items() if isinstance(value, str) and value not in (chosen, rejected)]
     if others:  # one of them may be the prompt
-        raise RowError(missing.reason, f"{missing.detail}; name the prompt's with prompt_column")
+        advice = "name the prompt's with prompt_column, or keep the texts alone (columns of the dataset_mixer's entry)"
+        raise RowError(missing.reason, f"{missing.detail}; {advice}")
     if chosen.strip() == rejected.strip():
         raise RowError("identical", "chosen and rejected are the same text")
     common = chosen[: common_prefix_length(chosen, rejected)]
@@ -253,7 +255,7 @@ def _decoded(value: Any, what: str, notes: Notes, *, transcript: bool) -> str | 
     if isinstance(value, list):
         if not value:
             raise RowError("empty", f"{what} is an empty list")
-        return [read_message(item, what, notes) for item in value]
+        return read_messages(value, what, notes)
     raise RowError("malformed", f"{what} is {kind_of(value)}, expected text or messages")
 
 
