@@ -48,6 +48,19 @@ def test_values_that_ask_for_what_is_done_anyway_are_not_refused():
     assert len(recipe(**dumped).notices) == len(dumped)
 
 
+@pytest.mark.parametrize(
+    "keys", [{"use_dora": True}, {"use_rslora": True}, {"lora_r": 8}, {"lora_alpha": 32}, {"lora_target_modules": "q"}]
+)
+def test_settings_of_adapters_are_not_passed_over_where_nothing_asks_for_adapters(keys: dict[str, Any]):
+    with pytest.raises(ValueError, match=r"= .*: adapters are trained with use_peft: true alone; set it, or use_peft"):
+        recipe(**keys)
+    assert recipe(**keys, use_peft=True).use_peft
+    full = recipe(**keys, use_peft=False)
+    said = [line for line in full.notices if "not used, since use_peft is false" in line]
+    assert bool(said) == (keys != {"lora_alpha": 32})  # what is there anyway needs no line
+    assert recipe(lora_modules_to_save=None, use_dora=False).use_peft is False
+
+
 @pytest.mark.parametrize("name", ["neftune_noise_alpha", "data_seed", "dataloader_drop_last", "bf16_full_eval"])
 def test_the_trainers_own_arguments_are_refused_where_this_host_would_not_honour_them(name: str, tmp_path: Path):
     with pytest.raises(ValueError, match=name):

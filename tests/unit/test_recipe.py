@@ -208,7 +208,8 @@ def test_megatron_options_in_a_yaml_file(tmp_path):
     ],
 )
 def test_other_names_and_spellings(alias, value, key, resolved):
-    assert getattr(recipe(**{alias: value}), key) == resolved
+    adapters = {"use_peft": True} if key.startswith(("lora_", "bnb_")) else {}
+    assert getattr(recipe(**{alias: value}, **adapters), key) == resolved
 
 
 @pytest.mark.parametrize(
@@ -588,6 +589,7 @@ def test_the_resolved_recipe_reads_back_equal(tmp_path):
         use_flash_attention_2=True,
         log_level="info",
         resume_from_checkpoint=True,
+        use_peft=True,
         lora_target_modules=["q_proj"],
         max_prompt_length=None,
     )
@@ -698,8 +700,8 @@ def test_a_recipe_with_overrides_keeps_its_given_keys_and_derives_the_rest_anew(
 
 
 def test_mapping_overrides_take_python_values():
-    r = recipe({"output_dir": Path("runs/x"), "dataset_mixer.a": 0.5, "lora_target_modules": ("q", "v")})
-    assert (r.output_dir, r.dataset_mixer, r.lora_target_modules) == ("runs/x", {"a": 0.5}, ["q", "v"])
+    r = recipe({"output_dir": Path("runs/x"), "dataset_mixer.a": 0.5, "report_to": ("wandb", "mlflow")})
+    assert (r.output_dir, r.dataset_mixer, r.report_to) == ("runs/x", {"a": 0.5}, ["wandb", "mlflow"])
 
 
 def test_token_budget_without_packing_is_refused() -> None:

@@ -138,7 +138,8 @@ VALID = {
 @brief
 @given(values=st.fixed_dictionaries({}, optional=VALID), loss=st.sampled_from(list(LOSSES)))
 def test_valid_recipes_are_accepted_saved_and_read_back_equal(values, loss):
-    recipe = load_recipe({"model_name_or_path": "m", "loss_type": loss, **values})
+    adapters = {"use_peft": True} if "lora_target_modules" in values else {}
+    recipe = load_recipe({"model_name_or_path": "m", "loss_type": loss, **adapters, **values})
     assert_reads_back_equal(recipe)
     assert recipe.loss_at_zero_margin() >= 0
     assert loss in recipe.describe_loss()

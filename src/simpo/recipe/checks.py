@@ -15,6 +15,11 @@ from simpo.errors import short
 if TYPE_CHECKING:
     from simpo.recipe.keys import Recipe
 
+_LORA_KEYS = (
+    *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora"),
+    *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+)
+
 METRICS: dict[str, bool] = {
     "eval_loss": False,
     "eval_sft_loss": False,
@@ -143,6 +148,8 @@ def _resolve_model(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     ):
         if contradict:
             raise ValueError(message)
+    if not recipe.use_peft:
+        _resolve_adapters(recipe, notices)
     resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
     if recipe.attn_implementation is not None and packs:
         notices.append(
@@ -156,6 +163,19 @@ def _resolve_model(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     if settings is not None:
         resolved["gradient_checkpointing_kwargs"] = {**settings, "use_reentrant": False}
     return resolved
+
+
+def _resolve_adapters(recipe: Recipe, notices: list[str]) -> None:
+    """Settings of adapters without adapters: an error, unless use_peft itself says that there are none."""
+    given = {name: getattr(recipe, name) for name in _LORA_KEYS if name in recipe.model_fields_set}
+    if "use_peft" in recipe.model_fields_set:
+        unused = [name for name, value in given.items() if value != type(recipe).model_fields[name].default]
+        notices.extend([f"{', '.join(unused)}: not used, since use_peft is false"] if unused else ())
+    elif asked := [name for name, value in given.items() if value]:
+        raise ValueError(
+            f"{asked[0]} = {short(given[asked[0]])}: adapters are trained with use_peft: true alone; set it, or "
+            "use_peft: false to train all weights"
+        )
 
 
 def _resolve_lengths(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
