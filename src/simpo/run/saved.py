@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -26,7 +27,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from pydantic import BaseModel, ValidationError
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from simpo.data.files import digest_file, sync, sync_tree, write_whole
 from simpo.errors import first_line
@@ -39,6 +40,8 @@ FORMAT = 2
 data is known by its tokens. 2: random-number states in JSON, not pickled; digests of all files."""
 STATE_FILE = "trainer_state.json"
 RNG_FILE = "rng-{rank}.json"
+AT_ONCE = 2**28
+"""Bytes of tensors that are read together where a checkpoint is only looked through."""
 
 
 @dataclass(frozen=True)
@@ -197,21 +200,34 @@ def _is_whole(checkpoint: Checkpoint, kind: CheckpointKind) -> bool:
 
 
 def _check_tensors(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
-    """Read everything that a checkpoint holds, one tensor at a time. Raises where it is not what was saved."""
+    """Read everything that a checkpoint holds, some of it at a time. Raises where it is not what was saved."""
     alone, place = Mesh(MeshSizes(), device=torch.device("cpu")), checkpoint.folder / "tensors"
     index, sums, values = read_index(place), dict.fromkeys(state["digest"], 0), {}
     ignore_single_process_warning()
     with only_data(checkpoint.folder):
-        for key, about in index.state_dict_metadata.items():
-            part, name = index.planner_data[key]
-            is_tensor = isinstance(about, TensorStorageMetadata)
-            held = {part: {name: torch.empty(about.size, dtype=about.properties.dtype) if is_tensor else None}}
+        for held in _room_for(index):
             dcp.load(held, checkpoint_id=place, no_dist=True)
-            sums[part] += int(digest_tensors(held, alone)[part], 16)
-            if not is_tensor:
-                values.setdefault(part, {})[name] = held[part][name]
+            for part, digest in digest_tensors(held, alone).items():
+                sums[part] += int(digest, 16)
+                others = {name: value for name, value in held[part].items() if not isinstance(value, torch.Tensor)}
+                values.setdefault(part, {}).update(others)
     found = {part: f"{total % 2**64:016x}" for part, total in sums.items()}
     check_digests(state, found, values, checkpoint)
+
+
+def _room_for(index: Metadata) -> Iterator[dict[str, dict[str, Any]]]:
+    """By part and name, what is to be loaded, about `AT_ONCE` bytes at a time: each time the whole index is read."""
+    held, size = defaultdict(dict), 0
+    for key, about in index.state_dict_metadata.items():
+        part, name = index.planner_data[key]
+        held[part][name] = None
+        if isinstance(about, TensorStorageMetadata):
+            held[part][name] = torch.empty(about.size, dtype=about.properties.dtype)
+            size += held[part][name].nbytes
+        if size >= AT_ONCE:
+            yield held
+            held, size = defaultdict(dict), 0
+    yield held
 
 
 def seal(folder: Path, identity: dict[str, Any]) -> None:
