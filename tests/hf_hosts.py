@@ -33,8 +33,8 @@ METRICS = ("loss", "grad_norm", "learning_rate", "rewards/margins", "rewards/acc
 LAUNCH = """
 import runpy, sys
 if "deepspeed" in sys.argv[2]:
-    import deepspeed.comm.torch
-    deepspeed.comm.torch.build_shm_op = lambda: None
+    import deepspeed.comm.torch  # as an attribute of deepspeed.comm, torch is torch
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
 runpy.run_module("accelerate.commands.launch", run_name="__main__", alter_sys=True)
 """
 
