@@ -18,10 +18,14 @@ CHAOS  ?= all
 DATA   ?=
 # Options of benchmarks/bench.py, for make bench.
 BENCH  ?=
+# Which third of the long tests; all when not given.
+THIRD  ?=
 
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
+
+unexport PYTHONDONTWRITEBYTECODE  # or every process that a test starts would compile all of it again
 
 .PHONY: demo test chaos test-scale test-long bench evidence docs install engines model lint check clean help
 
@@ -41,9 +45,10 @@ chaos: engines
 test-scale: engines
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m four_processes $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.four_processes tests | sort)
 
-# And those that take most of a minute each: DeepSpeed, Ray, compiling, real weights on two processes.
+# And those that take long: Ray, compiling, real weights, kills, further cases of shorter tests. Every third of them, from
+# the first, second or third one on: make test-long THIRD=0 (or 1, or 2)
 test-long: engines
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m 'long and not four_processes' $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.long tests | sort)
+	OMP_NUM_THREADS=1 SIMPO_THIRD=$(THIRD) $(RUN) -m pytest -m 'long and not four_processes' $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.long tests | sort)
 
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model

@@ -45,6 +45,7 @@ def test_its_steps_are_those_of_simpo_train(minimal, tiny_recipe, tiny_model, pa
     assert losses == pytest.approx(logged, abs=1e-3)
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 def test_its_first_loss_on_real_weights_is_that_of_simpo_train(minimal, smol_model, tmp_path):
     demo = Path(__file__).resolve().parents[2] / "examples" / "demo" / "pairs"

@@ -69,6 +69,7 @@ def test_a_loss_by_import_path_trains_under_transformers_trainer(
     assert [line["loss"] for line in own["lines"]] == [line["loss"] for line in ours["lines"]]
 
 
+@pytest.mark.long
 def test_the_documentations_lines_for_a_loss_work_with_one_file_touched(
     tiny_recipe: dict[str, Any], tmp_path: Path
 ) -> None:

@@ -110,10 +110,13 @@ def check(found: dict[str, Any], first_loss: float, *, tolerance: float = 0.2) -
     ("keys", "tolerance"),
     [
         pytest.param(BF16, 0.2, id="bf16 weights"),
-        pytest.param({**BF16, **LORA}, 0.2, id="bf16 weights, LoRA", marks=needs["peft"]),
+        pytest.param({**BF16, **LORA}, 0.2, id="bf16 weights, LoRA", marks=[pytest.mark.long, needs["peft"]]),
         pytest.param(
-            {**LORA, "load_in_4bit": True}, 0.5, id="QLoRA", marks=[needs["peft"], needs["bitsandbytes"]]
-        ),  # other weights, after all
+            {**LORA, "load_in_4bit": True},
+            0.5,  # other weights, after all
+            id="QLoRA",
+            marks=[pytest.mark.long, needs["peft"], needs["bitsandbytes"]],
+        ),
         pytest.param(
             {**BF16, "pack": False, "share_prompt": False, "max_tokens_per_micro_batch": None},
             0.2,
@@ -144,6 +147,7 @@ class Instead(torch.autograd.Function):
         return gradient, None
 
 
+@pytest.mark.long
 def test_float32_with_operands_rounded_as_tf32_does(settings: Settings, first_loss: float, monkeypatch):
     kept: dict[nn.Linear, Tensor] = {}  # rounded weights, until the next update
     times: Counter[nn.Linear] = Counter()
@@ -197,6 +201,7 @@ def train_under_transformers(model: Any, pairs: Path | str, folder: Path, *, bat
     return {"losses": losses, "eval_loss": trainer.evaluate()["eval_loss"]}
 
 
+@pytest.mark.long
 def test_a_loaded_bf16_model_is_evaluated_and_trained(smol_model: Path, pairs: Path, first_loss: float, tmp_path: Path):
     from transformers import AutoModelForCausalLM
 
@@ -209,6 +214,7 @@ def test_a_loaded_bf16_model_is_evaluated_and_trained(smol_model: Path, pairs: P
     check(found, first_loss)
 
 
+@pytest.mark.long
 def test_a_planted_fault_is_found_in_real_weights_in_bf16(settings: Settings):
     recipe = load_recipe({**settings, **BF16, "bf16": False})
     model = load_model(recipe, device=torch.device("cpu"), trainable=False, check=False)

@@ -181,7 +181,7 @@ def gradients(trainer: Trainer, batch: Any) -> dict[str, torch.Tensor]:
     "options",
     [
         {"bf16": True},
-        {"gradient_checkpointing": True},  # in fp32; without it, in tests/unit/test_compile.py
+        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.long),  # without it: unit/test_compile.py
         pytest.param({"use_peft": True, "lora_dropout": 0.0}, marks=pytest.mark.long),
         pytest.param({"use_peft": True, "lora_dropout": 0.0, "gradient_checkpointing": True}, marks=pytest.mark.long),
     ],
@@ -221,6 +221,7 @@ def swap(model: torch.nn.Module, dtype: torch.dtype) -> dict[tuple[torch.nn.Modu
     return before
 
 
+@pytest.mark.long
 @dynamo_asks_for_gradients
 def test_weights_that_are_swapped_for_bf16_copies_and_back_need_few_compilations(tiny_recipe: Settings) -> None:
     trainer = build(tiny_recipe, bf16=True)
@@ -250,6 +251,7 @@ def test_compiled_blocks_let_their_activations_be_moved(tiny_recipe: Settings) -
     assert all(torch.equal(p.grad, expected[name]) for name, p in trainer.model.named_parameters())
 
 
+@pytest.mark.long
 @dynamo_asks_for_gradients
 def test_padded_batches_and_generation_go_through_compiled_blocks(tiny_recipe: Settings) -> None:
     """Generation runs uncompiled: it has a cache, one token at a time, and would be compiled again and again."""
@@ -272,10 +274,10 @@ def test_a_compiled_run_resumes_and_saves_an_ordinary_model(
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr("simpo.model.compile.BACKEND", "aot_eager")  # inductor would take a minute
-    settings = {**tiny_recipe, "torch_compile": True, "gradient_checkpointing": True}
+    settings = {**tiny_recipe, "torch_compile": True, "gradient_checkpointing": True, "max_steps": 4, "eval_steps": 2}
     whole = build(settings, output_dir=str(tmp_path / "whole"))
     result = whole.run()
-    run_to(build(settings), 3)
+    run_to(build(settings), 2)
     resumed = build(settings, resume_from_checkpoint=True)
     resumed.run()
     assert_same(resumed, whole)

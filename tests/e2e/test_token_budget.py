@@ -234,6 +234,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.long
 @pytest.mark.real_model
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
 def test_predicted_memory_is_what_a_real_step_takes(smol_model: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """The native trainer under the real launcher: processes that are killed or told to stop, and bad input.
 
-The launcher and its processes are forks, but for one run that is started as people start it; what needs no launcher is
-in tests/invariant.
+The launcher and its processes are forks, but in one long test, which starts them as people do; what needs no launcher
+is in tests/invariant.
 """
 
 from __future__ import annotations
@@ -65,8 +65,11 @@ def uninterrupted(tiny_model: Path, pair_files: Path, two_ranks: Ranks, tmp_path
     return Path(recipe["output_dir"])
 
 
-def test_a_launch_leaves_the_run_directory_of_one_process(recipe: Settings, uninterrupted: Path, tmp_path: Path):
-    done = launch(recipe, "-m", "simpo", "train", "RECIPE", folder=tmp_path, forked=False)
+@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.long)])
+def test_a_launch_leaves_the_run_directory_of_one_process(
+    forked: bool, recipe: Settings, uninterrupted: Path, tmp_path: Path
+):
+    done = launch(recipe, "-m", "simpo", "train", "RECIPE", folder=tmp_path, forked=forked)
     assert done.returncode == 0, done.stdout
     assert num_tracebacks(done.stdout) == 0, done.stdout
     folder = Path(recipe["output_dir"])

@@ -77,8 +77,14 @@ def train_while_it_is_written(settings: Settings) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("mesh", "keys"),
-    [("1 process", {}), ("fsdp2", {}), ("tp2", {}), ("dp2", {}), ("fsdp2", LORA), ("fsdp2", {"optim": "adamw_bf16"})],
-    ids=["1 process", "fsdp2", "tp2", "dp2", "fsdp2 LoRA", "fsdp2 bf16 moments"],
+    [
+        pytest.param("1 process", {}, id="1 process"),
+        pytest.param("fsdp2", {}, id="fsdp2"),
+        pytest.param("tp2", {}, id="tp2", marks=pytest.mark.long),
+        pytest.param("dp2", {}, id="dp2", marks=pytest.mark.long),
+        pytest.param("fsdp2", LORA, id="fsdp2 LoRA", marks=pytest.mark.long),
+        pytest.param("fsdp2", {"optim": "adamw_bf16"}, id="fsdp2 bf16 moments", marks=pytest.mark.long),
+    ],
 )
 def test_a_checkpoint_written_during_later_steps_holds_its_own_step(mesh, keys, on_mesh, settings_of):
     answers = on_mesh(mesh, train_while_it_is_written, settings_of(mesh, TIED, **keys, async_save=True))

@@ -43,6 +43,7 @@ def run_example(words: Sequence[str], sizes: dict[str, int]) -> list[dict[str, f
         return example.train(arguments)
 
 
+@pytest.mark.long
 def test_the_example_trains_hugging_face_weights_alike_on_every_layout(
     two: Ranks, pair_files: Path, tmp_path: Path
 ) -> None:

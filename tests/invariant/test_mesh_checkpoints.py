@@ -54,20 +54,32 @@ def check_reshards(loaded_on: dict[str, tuple[str, ...]], shape: Settings, on_me
                 assert found == expected, f"saved on {source}, loaded on {target}"
 
 
+@pytest.mark.long
 def test_saved_on_two_processes_or_one_loads_on_any_of_their_meshes(on_mesh, settings_of):
     check_reshards(dict.fromkeys(TWO, TWO), TIED, on_mesh, settings_of)
 
 
+def test_saved_on_each_mesh_of_two_processes_loads_on_another(on_mesh, settings_of):
+    loaded_on = {"fsdp2": ("tp2",), "1 process": ("dp2", "cp2")}
+    check_reshards(loaded_on, TIED, on_mesh, settings_of)
+
+
+@pytest.mark.long
 def test_an_untied_head_and_biases_load_on_another_mesh(on_mesh, settings_of):
     loaded_on = {"1 process": ("tp2",), "tp2": ("1 process", "fsdp2"), "fsdp2": ("tp2",)}
     check_reshards(loaded_on, UNTIED, on_mesh, settings_of)
 
 
-def test_adapters_saved_on_a_mesh_load_on_one_process_and_back(on_mesh, settings_of):
-    sources = ("fsdp2", "tp2", "cp2")
-    check_reshards(dict.fromkeys(("1 process", "tp2", "fsdp2"), sources), TIED, on_mesh, settings_of, **LORA)
+FEW = {"1 process": ("fsdp2",), "tp2": ("fsdp2",), "fsdp2": ("tp2",)}
+ALL = dict.fromkeys(FEW, ("fsdp2", "tp2", "cp2"))
 
 
+@pytest.mark.parametrize("loaded_on", [FEW, pytest.param(ALL, marks=pytest.mark.long)], ids=["some", "all"])
+def test_adapters_saved_on_a_mesh_load_on_one_process_and_back(loaded_on, on_mesh, settings_of):
+    check_reshards(loaded_on, TIED, on_mesh, settings_of, **LORA)
+
+
+@pytest.mark.long
 def test_bfloat16_moments_load_on_another_mesh(on_mesh, settings_of):
     loaded_on = dict.fromkeys(("1 process", "tp2", "fsdp2"), ("fsdp2", "tp2"))
     check_reshards(loaded_on, UNTIED, on_mesh, settings_of, optim="adamw_bf16")
@@ -91,11 +103,16 @@ def test_adapters_saved_on_four_processes_load_on_fewer(on_mesh, settings_of):
 STEPS = {"max_steps": 6, "save_steps": 100, "eval_steps": 2, "learning_rate": 2e-4, "warmup_ratio": 0.0}
 
 
-def test_a_run_stopped_and_resumed_on_another_mesh_goes_on_as_if_on_one_process(on_mesh, settings_of, tmp_path):
+SOME = {"fsdp2": "1 process", "cp2": "tp2"}
+OTHERS = {"1 process": "tp2", "tp2": "fsdp2", "cp2": "dp2", "dp2": "cp2"}
+
+
+@pytest.mark.parametrize("moves", [SOME, pytest.param(OTHERS, marks=pytest.mark.long)], ids=["some", "others"])
+def test_a_run_stopped_and_resumed_on_another_mesh_goes_on_as_if_on_one_process(moves, on_mesh, settings_of, tmp_path):
     run(settings_of("1 process", TIED, name="alone", **STEPS))
     alone, expected = losses(tmp_path / "alone"), final_weights(tmp_path / "alone")
     assert list(alone) == [1, 2, 3, 4, 5, 6]
-    for before, after in {"fsdp2": "1 process", "1 process": "tp2", "tp2": "fsdp2", "cp2": "dp2", "dp2": "cp2"}.items():
+    for before, after in moves.items():
         moved = tmp_path / f"from-{before}"
         settings = settings_of(before, TIED, name=moved.name, **STEPS)
         assert set(on_mesh(before, run, settings, stop_after=3)) == {"interrupted"}
@@ -130,7 +147,12 @@ SAME: dict[str, tuple[str, Settings]] = {
 }
 
 
-@pytest.mark.parametrize("case", SAME)
+OFTEN = ("fsdp2", "cp2", "tp2 LoRA with dropout")
+
+
+@pytest.mark.parametrize(
+    "case", [*OFTEN, *(pytest.param(case, marks=pytest.mark.long) for case in SAME if case not in OFTEN)]
+)
 def test_a_run_resumed_on_its_mesh_ends_in_the_same_bits(case, on_mesh, settings_of, tmp_path):
     """From the checkpoint of step 3, as after a kill at the end: in the midst of what is logged and of an epoch."""
     mesh, keys = SAME[case]

@@ -25,6 +25,7 @@ from simpo.run.metrics import BY_SOURCE, PAIR_METRICS
 from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
+long = pytest.mark.long
 MESHES = {
     "one process": {},
     "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5},
@@ -151,7 +152,7 @@ def test_lines_have_the_means_of_each_sources_pairs(case: str, mixture: Settings
         assert line["eval_loss"] == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize("case", TWO)
+@pytest.mark.parametrize("case", [pytest.param("dp2", marks=long), "fsdp2", pytest.param("cp2", marks=long)])
 def test_two_processes_sum_over_both(
     case: str, two_ranks: Ranks, mixture: Settings, model_folder: Any, tmp_path: Path
 ) -> None:

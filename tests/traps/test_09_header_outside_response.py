@@ -66,6 +66,7 @@ def test_template_that_rewrites_the_prompt_is_refused(build_tokenizer):
     assert caught.value.reason == "template"
 
 
+@pytest.mark.long
 def test_every_real_response_decodes_to_itself_and_one_end_of_turn(real_data, smol_model):
     from tokenizers_for_tests import tokenize_pairs
     from transformers import AutoTokenizer

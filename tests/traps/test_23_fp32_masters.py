@@ -67,6 +67,7 @@ def test_a_checkpoint_stored_in_bf16_is_trained_in_fp32(tiny_recipe: dict[str, A
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
+@pytest.mark.long
 def test_bf16_weights_with_stochastic_rounding_move_on_average_as_far_as_fp32_weights(
     tiny_recipe: dict[str, Any],
 ) -> None:

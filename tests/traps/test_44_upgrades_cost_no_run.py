@@ -106,11 +106,19 @@ def test_an_old_checkpoint_of_other_keys_or_another_number_of_pairs_is_refused(t
 # --- what a later version adds --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def saved(tiny_recipe: dict[str, Any]) -> dict[str, Any]:
-    """Settings of a whole run that logs every third step, to be resumed from step 4."""
-    settings = {**tiny_recipe, "logging_steps": 3}
+@pytest.fixture(scope="module")
+def whole(tiny_recipe_in: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of a whole run that logs every third step."""
+    settings = {**tiny_recipe_in(tmp_path_factory.mktemp("whole")), "logging_steps": 3}
     build(settings).run()
+    return Path(settings["output_dir"])
+
+
+@pytest.fixture
+def saved(tiny_recipe: dict[str, Any], whole: Path) -> dict[str, Any]:
+    """Settings of a copy of it, to be resumed from step 4."""
+    settings = {**tiny_recipe, "logging_steps": 3}
+    shutil.copytree(whole, settings["output_dir"])
     return {**settings, "resume_from_checkpoint": str(Path(settings["output_dir"], "checkpoints", "step-4"))}
 
 

@@ -6,10 +6,10 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 from hf_hosts import read_rows, settings
 from mesh_runs import error_of
@@ -130,14 +130,15 @@ def test_many_processes_at_once_are_one_owner_after_the_other(tmp_path: Path) ->
         "    (folder / 'alone').mkdir()\n    (folder / 'alone').rmdir()\n"
         "    lock.release()\n    done += 1\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    timer = threading.Timer(120, lambda: [process.kill() for process in processes])
-    timer.start()
-    errors = [process.communicate()[1] for process in processes]
-    timer.cancel()
-    assert errors == ["", "", ""]
-    assert [process.returncode for process in processes] == [0, 0, 0]
+    with (tmp_path / "errors").open("w+") as errors:
+        processes = [forks.Program(["-c", code, tmp_path / "run"], stderr=errors) for _ in range(3)]
+        try:
+            codes = [process.wait(120) for process in processes]
+        finally:
+            for process in processes:
+                process.kill()
+        errors.seek(0)
+        assert (codes, errors.read()) == ([0, 0, 0], "")
 
 
 def test_an_attempt_on_a_lost_machine_does_not_keep_its_own_restart_out(

@@ -95,9 +95,8 @@ finally:
 """
 
 
-@pytest.mark.parametrize(
-    ("columns", "keys"), [(60, {}), pytest.param(80, {"use_peft": True, "lora_r": 4}, marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("columns", "keys"), [(60, {}), (80, {"use_peft": True, "lora_r": 4})])
 def test_a_run_speaks_with_one_voice_and_imports_what_it_uses(
     tiny_recipe: dict[str, Any], tmp_path: Path, columns: int, keys: dict[str, Any]
 ):

@@ -197,6 +197,7 @@ def test_the_count_on_meta_is_that_of_a_real_step(side: str, tiny_model: Path):
     assert on_meta(side, model.config, PAIRS) == real
 
 
+@pytest.mark.long
 def test_a_large_model_is_counted_without_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Llama-3-8B's operations are counted and meet the floor; of its 32 blocks, which are alike, four."""
     monkeypatch.setitem(shapes.SHAPES, "llama-8b", shapes.SHAPES["llama-8b"] | {"num_hidden_layers": 4})

@@ -17,6 +17,8 @@ from simpo.model.attention import PACKED
 from simpo.model.compile import compile_blocks, find_blocks
 from simpo.model.head import compute_token_logps, install_head
 
+long = pytest.mark.long
+
 
 class Pair(NamedTuple):
     row_id: str
@@ -67,7 +69,7 @@ def gradients(model: nn.Module, batch: PackedPairs) -> dict[str, Tensor]:
 
 # Dynamo looks for a gradient on every tensor it meets and hides torch's warning about that only where warnings show.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("architecture", ["Qwen3", "Gemma2", "Phi3"])
+@pytest.mark.parametrize("architecture", ["Gemma2", *(pytest.param(name, marks=long) for name in ("Qwen3", "Phi3"))])
 def test_each_piece_of_a_block_is_compiled_once_and_gives_the_same_gradients(architecture: str) -> None:
     """Query and key norms; windows in every other layer and soft-caps; fused projections."""
     from torch._dynamo.backends.debugging import aot_eager

@@ -180,8 +180,16 @@ def described(folder: str, keys: dict[str, Any]):
     return describe_model(load_config(folder), recipe), recipe, mesh_sizes(recipe, 2)
 
 
+OFTEN = ("ddp", "fsdp", "tp", "cp", "lora, fsdp")
+
+
 @pytest.mark.parametrize(
-    ("case", "tied"), [*((case, False) for case in CASES), *((case, True) for case in ("ddp", "fsdp", "tp", "cp"))]
+    ("case", "tied"),
+    [
+        *((case, False) for case in OFTEN),
+        *(pytest.param(case, False, marks=pytest.mark.long) for case in CASES if case not in OFTEN),
+        *(pytest.param(case, True, marks=pytest.mark.long) for case in ("ddp", "fsdp", "tp", "cp")),
+    ],
 )
 def test_a_rank_holds_what_is_predicted(case, tied, folders, two_ranks):
     """Weights, gradients and moments to the byte; the peak within -15% and +35%, about half of them within 7%.

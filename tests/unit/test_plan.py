@@ -45,8 +45,10 @@ def sizes(plan) -> tuple[int, int, int, int, bool]:
         ("llama-8b", 64, {}, (8, 8, 1, 1, False)),  # copies over nodes, shards within
         ("qwen-32b", 16, {}, (1, 16, 1, 1, True)),  # over nodes when one is not enough
         ("llama-8b", 8, {"max_length": 65536}, (1, 4, 2, 1, True)),  # long rows: checkpointing, then cp
-        ("llama-70b", 8, {"use_peft": True}, (1, 8, 1, 1, True)),
-        ("llama-70b", 8, {"use_peft": True, "load_in_4bit": True}, (8, 1, 1, 1, True)),  # 4 bits are not sharded
+        pytest.param("llama-70b", 8, {"use_peft": True}, (1, 8, 1, 1, True), marks=pytest.mark.long),
+        pytest.param(  # 4 bits are not sharded
+            *("llama-70b", 8, {"use_peft": True, "load_in_4bit": True}, (8, 1, 1, 1, True)), marks=pytest.mark.long
+        ),
     ],
 )
 def test_the_first_of_the_preferred_sizes_that_fits_is_picked(shape, gpus, keys, expected):
@@ -92,6 +94,7 @@ def test_a_micro_batch_is_never_larger_than_a_ranks_share_of_a_step():
 # --- published claims ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_seven_billion_on_one_40_gb_card_takes_adapters_or_host_memory():
     """Published: with ZeRO-3 and offload. All weights with their moments take 126 GiB."""
     whole = plan_of("mistral-7b", 1, 40)
@@ -121,6 +124,7 @@ def test_a_step_that_fits_but_cannot_be_saved_does_not_fit():
     assert max(size for moment, size in totals.items() if moment != "save") < limit < totals["save"]
 
 
+@pytest.mark.long
 def test_seventy_billion_on_eight_80_gb_cards_takes_adapters_or_cpu_memory():
     whole = plan_of("llama-70b", 8)
     assert not whole.fits

@@ -305,6 +305,7 @@ def test_two_processes_give_what_one_gives(tmp_path, build_tokenizer, data_recip
         )
 
 
+@pytest.mark.long
 def test_script_without_main_guard_is_not_run_again_by_the_processes(tmp_path, build_tokenizer):
     """multiprocessing's spawn would import the script in every child."""
     write(tmp_path / "a.jsonl", rows(60))

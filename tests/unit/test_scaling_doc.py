@@ -23,6 +23,7 @@ def scaling():
     return load_script("benchmarks", "scaling.py")
 
 
+@pytest.mark.long
 def test_the_tables_are_what_the_functions_compute(scaling):
     """After a change that moves them: python benchmarks/scaling.py --write docs/scaling.md"""
     assert set(re.findall(r"<!-- table: (\w+) -->", TEXT)) == set(scaling.TABLES)
