@@ -42,6 +42,27 @@ def test_the_same_tokens_come_of_a_row_and_of_its_rendering(build_tokenizer):
         assert (kept.chosen_start, kept.rejected_start) == (ours.chosen_start, ours.rejected_start)
 
 
+TURNS = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
+BEGINS = {
+    "mark": ("chatml", TURNS),
+    "text": ("chatml", TURNS.replace("{{ '<|'", "{{ m.content + '\n' if m.role == 'system' else '<|'")),
+    "blank": ("mistral", "{{ bos_token + ' ' }}" + TURNS),
+}
+
+
+@pytest.mark.parametrize("begins", BEGINS)
+@pytest.mark.parametrize("system", [None, "Be brief."], ids=["user first", "system first"])
+def test_rendered_text_is_told_whichever_turn_it_begins_with(begins, system, build_tokenizer):
+    kind, template = BEGINS[begins]
+    tokenizer, template = build_tokenizer(kind), template + "{{ '<|assistant|>' if add_generation_prompt else '' }}"
+    row = {"prompt": "Why?", "chosen": "Yes.", "rejected": "No.", "system": system}
+    ours = tokenize_pair(pair_from_row(row), tokenizer, max_length=500, chat_template=template)
+    rendered = Pair("r", ours.prompt_text, "Yes.", "No.")
+    kept = tokenize_pair(rendered, tokenizer, max_length=500, chat_template=template)
+    assert list(kept.notes) == ["text that was rendered already kept as it is; see rendered_text"]
+    assert (kept.chosen_ids, kept.rejected_ids) == (ours.chosen_ids, ours.rejected_ids)
+
+
 @pytest.mark.parametrize("prompt", ["What does <|im_end|> do?", "<|im_start|>", f"Is {ASKED} one?"])
 def test_a_text_that_mentions_a_marker_is_a_text(prompt, build_tokenizer):
     tokens = tokenize_pair(Pair("r", prompt, "Yes.", "No."), build_tokenizer("chatml"), max_length=200)

@@ -6,6 +6,7 @@ where training ends.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -23,7 +24,6 @@ from simpo.errors import one_line
 PROBE_USER = "Qx7 probe"
 PROBE_ANSWERS = ("Zk3 one", "Wv8 two")
 """Stand-ins whose place in a rendering is looked for: nothing in common at either end."""
-
 
 NO_TEMPLATE = "none"
 CHATML = (
@@ -199,8 +199,13 @@ class TemplateRenderer:
         self.bos = bos if (count == 0 and adds_bos) or (count == 1 and self.sample.startswith(bos)) else ""
         # What a rendered prompt begins with, and what stands between its last question and the answer.
         opening, self.closing = self.sample.removeprefix(self.bos).split(PROBE_USER, 1)
-        found = [(opening.find(marker), marker) for marker in end_markers if marker in opening]
-        self.opening = min(found)[1] if found else opening.strip()
+        self.openings = [self._mark_in(opening)]
+        with contextlib.suppress(RowError), limited():
+            asked = self._render([turn("system", PROBE_ANSWERS[0]), *prompt], header=True).removeprefix(self.bos)
+            self.openings += [self._mark_in(asked.split(PROBE_ANSWERS[0])[0])] * (PROBE_ANSWERS[0] in asked)
+
+    def _mark_in(self, opening: str) -> str:
+        return min((m for m in self.end_markers if m in opening), key=opening.find, default=opening.strip())
 
     def __call__(self, pair: Pair) -> PairTexts:
         """The texts of a pair.
@@ -231,9 +236,12 @@ class TemplateRenderer:
         texts = [each.rstrip() for each in answers if isinstance(each, str)]
         if len(texts) < 2 or asked.keys() != {"role", "content"} or pair.tools:
             return None
-        text, closing = prompt.lstrip().removeprefix(self.bos), self.closing.rstrip()
+        text, closing = prompt.lstrip().removeprefix(self.bos).lstrip(), self.closing.rstrip()
         has_end = self.adds_end and any(each.endswith(self.end_text) for each in texts)
-        is_rendered = self.opening and text.startswith(self.opening) and (has_end or text.rstrip().endswith(closing))
+        asks, marks = text.rstrip().endswith(closing), tuple(filter(None, self.openings))
+        is_rendered = text.startswith(marks) and (has_end or asks)
+        # Of some templates the system's text is the first that there is.
+        is_rendered |= "" in self.openings[1:] and asks and bool(closing) and all(mark in text for mark in marks)
         if not is_rendered and (self.rendered_text == "auto" or not isinstance(pair.prompt, str)):
             return None
         if is_rendered and self.closing in prompt and not text.rstrip().endswith(closing):
