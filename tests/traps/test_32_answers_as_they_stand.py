@@ -93,6 +93,15 @@ def test_a_turn_that_is_forgotten_is_missed_though_another_reads_alike(build_tok
         tokenize_pair(pair_from_row(row), build_tokenizer("chatml"), max_length=500, chat_template=forgets)
 
 
+def test_a_header_may_be_longer_than_all_that_stands_before_a_finished_answer(build_tokenizer):
+    tokenizer = build_tokenizer("chatml")
+    longer = CHATML.replace("assistant\n' }}", "assistant\n[" + 99 * "." + "]' }}")
+    asked = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "A"}, {"role": "user", "content": "!"}]
+    pair = pair_from_row({"prompt": asked, "chosen": "B", "rejected": "C"})
+    tokens = tokenize_pair(pair, tokenizer, max_length=999, chat_template=longer, train_on="all_assistant_turns")
+    assert trained_texts(tokens, tokenizer) == [["A<|im_end|>", "B<|im_end|>"], ["A<|im_end|>", "C<|im_end|>"]]
+
+
 def test_no_thought_is_trained_that_the_data_does_not_have(build_tokenizer):
     tokenizer = build_tokenizer("empty_thinking")
     both = trained_texts(tokenize_pair(Pair("r", "Why?", CHOSEN, "k, a, t."), tokenizer, max_length=500), tokenizer)

@@ -129,8 +129,7 @@ MOST_CHARACTERS = 1 << 24
 
 
 _THOUGHT = re.compile(r"\s*(?:<think>)?\n*(.*?)\n*</think>\n*", re.DOTALL)
-_OPENED = r"(?:<think>\s*)?(?:</think>\s*)?"
-"""What a header may end with: a thought to be gone on with, an empty one, or the end of one."""
+_OPENED = r"(?:<think>\s*)?(?:</think>\s*)?"  # a header may end with a thought begun, an empty one, or an end of one
 
 
 class _Way(NamedTuple):
@@ -413,12 +412,13 @@ class _Rendered:
         """What may stand before the text of an answer, the likeliest first."""
         yield header + self.renderer.answer_opening
         yield header
-        # Some templates ask for an answer with another header than they write before a finished one.
+        # Some ask for an answer with another header than they write before a finished one.
         first, second = probes or map(self._filled, self.renderer._probe_answers(self.turns, at, self.tools))
         length = common_prefix_length(first, second)
         if first[length:].startswith(PROBE_ANSWERS[0]):
-            closes = first.rfind(self.renderer.closing, 0, length) + len(self.renderer.closing)
-            yield first[:length] if first[closes:length].strip() else first[:closes]
+            before, closing = first[:length], self.renderer.closing
+            closes = before.rfind(closing) + len(closing) if closing in before else length
+            yield before if before[closes:].strip() else before[:closes]  # blanks stay with the answer
         yield re.sub(rf"{_OPENED}\Z", "", header)  # the answer brings its own thought
 
 
