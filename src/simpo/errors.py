@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 from typing import Any
 
+LEFT_OUT = 3
+"""Exit code of a command that is done, but for what it said it left out."""
 _FULL = {errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)}
 # As Rust and C++ libraries pass it on; the last two are a short write's, of torch's files and of NumPy's arrays.
 _FULL_IN_WORDS = ("no space left on device", "os error 28", "quota exceeded", "unexpected pos ", " requested and ")

@@ -7,7 +7,8 @@ package and prints.
 import signal
 
 from simpo.cli import start, training, report, recipes, onpolicy, tuning, judging, shipping  # isort: skip  as in --help
-from simpo.cli.app import LEFT_OUT, app
+from simpo.cli.app import app
+from simpo.errors import LEFT_OUT
 from simpo.streams import lasting_streams, open_standard_descriptors
 
 __all__ = ["app", "judging", "main", "onpolicy", "recipes", "report", "shipping", "start", "training", "tuning"]

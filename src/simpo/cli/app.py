@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from simpo.errors import explain, is_disk_full
+from simpo.errors import LEFT_OUT, explain, is_disk_full
 
 if TYPE_CHECKING:
     from simpo.recipe import Recipe
@@ -64,8 +64,6 @@ class _App(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Any:
         return super().command(name, **{"cls": _CompletesKeys, **options})
 
-
-LEFT_OUT = 3
 
 app = _App(
     name="simpo",

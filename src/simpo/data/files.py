@@ -398,23 +398,24 @@ _LITTER_S = 600.0
 """What was to become a file, and has not grown for so long, is written by nobody any more."""
 
 
-def write_whole(path: str | Path, text: str | Iterable[str]) -> None:
-    """Write a text, or its parts, so that the file is there whole or not at all: aside, synced, then renamed.
+def write_whole(path: str | Path, content: str | bytes | Iterable[str]) -> None:
+    """Write a text, its parts, or bytes, so that the file is there whole or not at all: aside, synced, then renamed.
 
     What is no regular file, such as /dev/stdout, is written to as it is.
     """
     path = Path(path)
-    parts = [text] if isinstance(text, str) else text
+    parts: Iterable[Any] = [content] if isinstance(content, str | bytes) else content
+    encoded = (part if isinstance(part, bytes) else part.encode() for part in parts)
     if path.exists() and not path.is_file():
-        with open(path, "w", encoding="utf-8") as file:
-            file.writelines(parts)
+        with open(path, "wb") as file:
+            file.writelines(encoded)
         return
     path = path.resolve()  # a link stays one
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name[:200]}.{secrets.token_hex(4)}")
     try:
-        with open(aside, "x", encoding="utf-8", newline="\n") as file:  # by the umask, which tempfile ignores
-            file.writelines(parts)
+        with open(aside, "xb") as file:  # by the umask, which tempfile ignores
+            file.writelines(encoded)
             file.flush()
             os.fsync(file.fileno())
         for other in path.parent.glob(f".{glob.escape(aside.name[1:-9])}.{'[0-9a-f]' * 8}"):  # of killed processes

@@ -181,14 +181,14 @@ class Evaluation:
         say(f"model  {self.model}", console, style="bold")
         say(f"data   {self.data}{split}: {self.num_pairs} pairs, tokens {self.data_fingerprint}", console)
         table = _table("", "value", "95% interval")
-        table.add_row("preference accuracy", *_percent(self.accuracy))
+        table.add_row("preference accuracy", *percent(self.accuracy))
         table.add_row("margin M, nats per token", *_nats(self.margin))
-        table.add_row("accuracy under sums", *_percent(self.accuracy_sum))
+        table.add_row("accuracy under sums", *percent(self.accuracy_sum))
         for bucket in self.accuracy_by_length:
             name = f"accuracy, {_BUCKET_WORDS[bucket.name]} ({bucket.num_pairs} pairs)"
-            table.add_row(name, *(("-", "") if bucket.accuracy is None else _percent(bucket.accuracy)))
+            table.add_row(name, *(("-", "") if bucket.accuracy is None else percent(bucket.accuracy)))
         for name, num_pairs, accuracy, margin in self.by_source:
-            table.add_row(Text(f"{name} ({num_pairs} pairs): accuracy"), *_percent(accuracy))
+            table.add_row(Text(f"{name} ({num_pairs} pairs): accuracy"), *percent(accuracy))
             table.add_row("  margin M", *_nats(margin))
         correlation = "-" if math.isnan(self.length_correlation) else f"{self.length_correlation:+.3f}"
         table.add_row("Spearman of length and mean log-prob", correlation, "")
@@ -270,7 +270,7 @@ class Comparison:
             ("rejected log-prob per token", self.rejected_mean),
         ):
             table.add_row(name, *_nats(Interval(*difference[:3])), _p(difference.p_value))
-        table.add_row("pairs whose chosen log-prob is lower under a", *_percent(self.chosen_fell), "")
+        table.add_row("pairs whose chosen log-prob is lower under a", *percent(self.chosen_fell), "")
         for each in self.by_source:
             name = Text(f"{each.name} ({each.num_pairs} pairs): accuracy, points")
             table.add_row(name, *_points(each.accuracy_difference), _p(each.accuracy_test.p_value))
@@ -426,7 +426,8 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _percent(interval: Interval) -> tuple[str, str]:
+def percent(interval: Interval) -> tuple[str, str]:
+    """A share and its interval, for a table."""
     return f"{interval.value:.1%}", f"{interval.low:.1%} .. {interval.high:.1%}"
 
 

@@ -22,7 +22,7 @@ from rich.table import Table
 
 from simpo.data.files import check_own, supersede, write_whole
 from simpo.display import say
-from simpo.evaluation.results import save_json
+from simpo.evaluation.results import percent, save_json
 from simpo.evaluation.statistics import Interval
 from simpo.judging.alpaca import alpaca_eval_win_rate
 from simpo.judging.answers import Side, answers_of, find_prompts, label_sides, save_prompts
@@ -226,11 +226,11 @@ def show_judgement(result: Mapping[str, Any], console: Console) -> None:
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     for place, column in enumerate(("", "value", "95% interval")):
         table.add_column(column, justify="right" if place else "left", header_style="dim", no_wrap=bool(place))
-    table.add_row("win rate", *_percent(Interval(**result["win_rate"])))
-    table.add_row("at equal length", *_percent(Interval(**result["length_controlled_win_rate"])))
+    table.add_row("win rate", *percent(Interval(**result["win_rate"])))
+    table.add_row("at equal length", *percent(Interval(**result["length_controlled_win_rate"])))
     if result["alpaca_eval"]:
         value, error = result["alpaca_eval"]["value"], 1.959964 * result["alpaca_eval"]["standard_error"]
-        table.add_row("at equal length, by alpaca-eval", *_percent(Interval(value, value - error, value + error)))
+        table.add_row("at equal length, by alpaca-eval", *percent(Interval(value, value - error, value + error)))
     table.add_row("won / tied / lost", f"{result['wins']} / {result['ties']} / {result['losses']}", "")
     if result["identical"]:
         table.add_row("  the same answer", str(result["identical"]), "")
@@ -242,7 +242,3 @@ def show_judgement(result: Mapping[str, Any], console: Console) -> None:
     console.print(table)
     for note in result["notes"]:
         say(f"note: {note}", console, style="yellow")
-
-
-def _percent(interval: Interval) -> tuple[str, str]:
-    return f"{interval.value:.1%}", f"{interval.low:.1%} .. {interval.high:.1%}"

@@ -27,6 +27,7 @@ from typing import Any
 
 from simpo.data.files import check_own, follow_umask, hash_files, sync_tree, write_whole
 from simpo.display import Display, format_duration
+from simpo.errors import LEFT_OUT
 from simpo.onpolicy.journal import changed_settings, read_about
 from simpo.onpolicy.pair import is_held_out, run_pair
 from simpo.onpolicy.prompts import Prompt, read_prompts
@@ -265,7 +266,7 @@ class _Loop:
         """One of the package's commands, to its end."""
         launcher = shlex.split(" ".join(self.keys.launcher)) if words[0] == "train" else []
         code = run_command([*(launcher or [sys.executable]), "-m", "simpo", *words], is_launcher=bool(launcher))
-        if code not in (0, 3):  # 3: something was left out, and was said
+        if code not in (0, LEFT_OUT):  # which was said
             raise StageFailed(
                 f"`simpo {' '.join(words)}` ended with code {code}; put right what it says above, and give the same "
                 "command again",
@@ -400,10 +401,15 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
 
 # A process goes with the one that started it, however that ends: on Linux by a signal that survives exec. A launcher
 # gets the one that launchers pass on.
-GO_WITH_PARENT = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {signal}); os.getppid() == {parent} or os._exit(1); "
-    "os.execvp(sys.argv[1], sys.argv[1:])"
-)
+def going_with_this_process(words: Sequence[str], number: signal.Signals) -> Sequence[str]:
+    """The command; on Linux it gets a signal when this process ends, however that ends."""
+    if sys.platform != "linux":
+        return words
+    start = (
+        f"import ctypes, os, sys; ctypes.CDLL(None).prctl(1, {int(number)}); os.getppid() == {os.getpid()} or "
+        "os._exit(1); os.execvp(sys.argv[1], sys.argv[1:])"
+    )
+    return [sys.executable, "-c", start, *words]
 
 
 def run_command(words: Sequence[str], *, is_launcher: bool = False) -> int:
@@ -411,10 +417,7 @@ def run_command(words: Sequence[str], *, is_launcher: bool = False) -> int:
 
     Ctrl-C, SIGTERM and SIGHUP here reach it once, as SIGINT, and it is waited for.
     """
-    if sys.platform == "linux":
-        goes_with = signal.SIGTERM if is_launcher else signal.SIGKILL
-        start = GO_WITH_PARENT.format(signal=int(goes_with), parent=os.getpid())
-        words = [sys.executable, "-c", start, *words]
+    words = going_with_this_process(words, signal.SIGTERM if is_launcher else signal.SIGKILL)
     with on_stop_signal():
         child = subprocess.Popen(words, process_group=0)  # not in the group that the terminal sends Ctrl-C to
         try:

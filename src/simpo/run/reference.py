@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.device import move
 from simpo.core.losses import PairLogps
 from simpo.data.cache import cache_folder, user_cache
-from simpo.data.files import sync
+from simpo.data.files import write_whole
 from simpo.data.loader import PairStore, evaluation_batches
 from simpo.errors import first_line
 from simpo.model.load import load_model
@@ -158,14 +157,11 @@ _DIGEST_SIZE = 16  # bytes, behind the array, which np.load does not look at
 
 
 def _write(path: Path, logps: ReferenceLogps) -> None:
-    aside, content = path.with_name(f".{path.name}.{os.getpid()}"), io.BytesIO()
+    content = io.BytesIO()
     np.save(content, logps.sums)
     digest = hashlib.blake2b(content.getbuffer(), digest_size=_DIGEST_SIZE).digest()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_bytes(content.getvalue() + digest)
-        sync(aside)
-        os.replace(aside, path)
+        write_whole(path, content.getvalue() + digest)
     except OSError as error:
         _say(f"reference log-probs not cached: {error}")
 

@@ -29,7 +29,7 @@ from simpo.evaluation.statistics import (
     paired_difference,
     preference_scores,
 )
-from simpo.onpolicy.rounds import GO_WITH_PARENT, ask_to_stop
+from simpo.onpolicy.rounds import ask_to_stop, going_with_this_process
 from simpo.recipe import load_recipe
 from simpo.run.stopping import on_stop_signal
 from simpo.tuning.space import Settings
@@ -142,12 +142,9 @@ def run_command_line(
 ) -> tuple[int, str]:
     """`simpo WORDS` in a process of its own, which writes to `log`: its exit code, and its error or last line."""
     words = [*(launcher or [sys.executable]), "-m", "simpo", *words]
-    if sys.platform == "linux":
-        go = GO_WITH_PARENT.format(signal=int(signal.SIGTERM), parent=os.getpid())
-        words = [sys.executable, "-c", go, *words]
     with open(log, "ab") as file:
         child = subprocess.Popen(
-            words,
+            going_with_this_process(words, signal.SIGTERM),
             stdout=file,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,
