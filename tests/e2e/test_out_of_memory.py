@@ -98,7 +98,7 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     ("where", "keys"),
     [
         ("forward", LORA),
-        ("backward", LORA),
+        pytest.param("backward", LORA, marks=pytest.mark.long),
         ("backward", {"optim": "adamw_bf16", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
         ("recomputing", {**LORA, "gradient_checkpointing": True}),
     ],

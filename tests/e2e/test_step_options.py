@@ -60,9 +60,9 @@ def run_to(trainer: Trainer, step: int) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        {"optim": "adamw_bf16"},
+        pytest.param({"optim": "adamw_bf16"}, marks=pytest.mark.long),
         {"optim": "adamw_bf16", "master_dtype": "bfloat16", "learning_rate": 1e-6},
-        {"optim": "adamw_bf16", "use_peft": True},
+        pytest.param({"optim": "adamw_bf16", "use_peft": True}, marks=pytest.mark.long),
         {"optim": "adamw_8bit"},
     ],
     ids=["bf16 moments", "bf16 weights", "adapters", "8-bit moments"],

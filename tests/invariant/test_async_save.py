@@ -96,7 +96,7 @@ def test_a_checkpoint_written_during_later_steps_holds_its_own_step(mesh, keys, 
     assert_equal_bits(loaded["state"], answers[0]["state"])
 
 
-@pytest.mark.parametrize("mesh", ["1 process", "fsdp2"])
+@pytest.mark.parametrize("mesh", ["1 process", pytest.param("fsdp2", marks=pytest.mark.long)])
 def test_a_run_that_saves_in_the_background_ends_in_the_same_bits_stopped_or_not(mesh, on_mesh, settings_of, tmp_path):
     """And keeps no more checkpoints than asked for."""
     on_mesh(mesh, run, settings_of(mesh, TIED, name="plain", **{**KEYS, "async_save": False}))

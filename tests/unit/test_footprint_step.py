@@ -185,7 +185,7 @@ CASES = {
         pytest.param("llama-1b", "fp32 masters", True, marks=pytest.mark.long),
         pytest.param("llama-1b", "plain AdamW", True, marks=pytest.mark.long),
         ("llama-1b", "8-bit AdamW", True),
-        ("llama-1b", "bf16", False),
+        pytest.param("llama-1b", "bf16", False, marks=pytest.mark.long),
         pytest.param("llama-1b", "LoRA in bf16", False, marks=pytest.mark.long),
         pytest.param("llama-8b", "fp32 masters", False, marks=pytest.mark.long),
         pytest.param("llama-8b", "8-bit AdamW", True, marks=pytest.mark.long),
