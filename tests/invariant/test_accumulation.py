@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import datasets
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor
 
 from simpo.core.batch import build_batch
-from simpo.core.losses import LOSSES
+from simpo.core.losses import LOSSES, ListLogps, PairLogps
+from simpo.core.packing import TokenPair
 from simpo.data.loader import PairStore, StepLoader, StepPlan
 from simpo.display import Display
 from simpo.model.head import compute_pair_logps
@@ -48,8 +50,13 @@ class GradientRecorder:
 
 
 def make_store(pairs, *, share_prompt: bool = True) -> PairStore:
-    names = ("row_id", "chosen_ids", "chosen_start", "rejected_ids", "rejected_start")
+    names = ("row_id", "chosen_ids", "chosen_start", "rejected_ids", "rejected_start", "more_ids", "more_starts")
     columns = {name: [getattr(pair, name) for pair in pairs] for name in names}
+    if pairs[0].scores:
+        scores = zip(*((p.scores[0], list(p.scores[1:-1]), p.scores[-1]) for p in pairs), strict=True)
+        columns |= dict(zip(("score_chosen", "more_scores", "score_rejected"), map(list, scores), strict=True))
+    else:
+        del columns["more_ids"], columns["more_starts"]
     return PairStore(datasets.Dataset.from_dict(columns), share_prompt=share_prompt)
 
 
@@ -81,6 +88,7 @@ def run_step(
         max_tokens=max_tokens,
         pack=layout["pack"],
         seed=3,
+        with_scores=bool(pairs[0].scores),
     )
     (plan,) = loader.plans(step, step + 1)
     trainer = bare_trainer(model, loader, **layout, **recipe)
@@ -187,7 +195,9 @@ def test_the_sft_term_does_not_depend_on_the_cut(random_model, ragged_pairs, sft
         assert whole[0]["loss"] == pytest.approx(float(simpo + 0.7 * sft), rel=1e-10)
 
 
-@pytest.mark.parametrize("loss_type", [name for name, loss in LOSSES.items() if not loss.needs_reference])
+@pytest.mark.parametrize(
+    "loss_type", [name for name, loss in LOSSES.items() if not (loss.needs_reference or loss.is_of_lists)]
+)
 def test_no_loss_depends_on_layout_or_cut(random_model, ragged_pairs, loss_type):
     model, pairs = random_model("Phi", dtype=torch.float64), ragged_pairs(5)
     packed = run_step(model, pairs, micro_batches=1, loss_type=loss_type)
@@ -268,3 +278,48 @@ def test_calibration_and_weights_leave_the_metrics_of_a_step_as_they_are(random_
     weighed = run_step(model, pairs, micro_batches=1, wpo_weights=True)[0]
     assert weighed["loss"] < plain["loss"]
     assert {**weighed, "grad_norm": 0, "loss": 0} == {**plain, "grad_norm": 0, "loss": 0}
+
+
+def ragged_lists(pairs: list[TokenPair]) -> list[TokenPair]:
+    """Pairs with 0, 1, 2, 3, 0, ... other responses to their prompt."""
+    lists = []
+    for index, pair in enumerate(pairs):
+        prompt, count = pair.chosen_ids[: pair.chosen_start], index % 4
+        more = [prompt + pairs[(index + k + 1) % len(pairs)].rejected_ids[-5:] for k in range(count)]
+        scores = (4.0, *(1.0 + k for k in range(count)), 0.5)
+        lists.append(replace(pair, more_ids=more, more_starts=[len(prompt)] * count, scores=scores))
+    return lists
+
+
+@pytest.mark.parametrize("loss_type", ["plackett_luce", "infonca"])
+def test_a_step_of_lists_is_that_of_its_responses_one_by_one_however_it_is_cut(random_model, ragged_pairs, loss_type):
+    """Against every sequence on its own; the prompt is computed once for all responses of a list."""
+    model, lists = random_model("Phi", dtype=torch.float64), ragged_lists(ragged_pairs(8))
+    alone = []
+    for each in lists:
+        ids = (each.chosen_ids, *each.more_ids, each.rejected_ids)
+        starts = (each.chosen_start, *each.more_starts, each.rejected_start)
+        pairs = [TokenPair("", s, start, [*s[:start], 0], start) for s, start in zip(ids, starts, strict=True)]
+        found = compute_pair_logps(model, build_batch(pairs, pack=False, share_prompt=False))
+        listed = ListLogps(found.chosen_sum, found.chosen_length, (len(ids),))
+        one = torch.ones(1, dtype=torch.float64)
+        scores = torch.tensor(each.scores, dtype=torch.float64)
+        alone.append(LOSSES[loss_type](PairLogps(one, one, one, one, lists=listed, scores=scores)).losses)
+    loss = torch.cat(alone).mean()
+    loss.backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    for micro_batches, layout in ((1, None), (3, None), (8, None), (2, {"pack": False, "share_prompt": False})):
+        cut = run_step(model, lists, micro_batches=micro_batches, loss_type=loss_type, layout=layout)
+        assert cut[0]["loss"] == pytest.approx(loss.item(), rel=1e-9)
+        assert_same_step(cut, (cut[0], expected), tolerance=1e-7)
+    store = make_store(lists)
+    loader = StepLoader(store, pairs_per_step=8, num_micro_batches=1)
+    assert [loader.build([i]).pairs.num_tokens for i in range(8)] == store.tokens.tolist()
+    assert [len(loader.build([i]).pairs.labels) for i in range(8)] == store.num_labels.tolist()
+    shorter = min(range(8), key=lambda i: -len(lists[i].more_ids))
+    whole = [len(ids) for ids in (lists[shorter].chosen_ids, *lists[shorter].more_ids, lists[shorter].rejected_ids)]
+    prefix = store.shapes.prefix[shorter]
+    assert store.shapes.attended[shorter] == prefix * (prefix + 1) // 2 + sum(
+        (n - prefix) * (n - prefix + 1) // 2 + prefix * (n - prefix) for n in whole
+    )

@@ -419,17 +419,25 @@ def test_a_window_shorter_than_the_row_is_not_lost_where_it_is_longer_than_the_s
 
 def extras_of_slices() -> dict[str, float]:
     """What `compute_pair_logps` says of responses besides, and gradients through it, of slices beside the whole row."""
+    from dataclasses import replace
+
     from simpo.core.losses import LOSSES
     from simpo.core.reweight import calibrated, wpo_weights
     from simpo.model.head import compute_pair_logps
 
     model, errors = build_model("Llama").double(), {}
-    for name in ("pack=True share=True", "pack=False share=True", "one pair"):
-        batch, results = make_batches()[name], []
+    prompt, scores = [*range(7)], torch.tensor([2.0, 1.0, 1.5, 0.0, 1.0, 0.0], dtype=torch.float64)
+    more = {"more_ids": [[*prompt, 8, 9], [*prompt, 9, 9, 3, 4, 5]], "more_starts": [7, 7]}
+    lists = [TokenPair("list", [*prompt, 1, 2], 7, [*prompt, 3], 7, **more), TokenPair("two", [4, 5], 1, [4, 6, 7], 1)]
+    batches = {**make_batches(), "lists": build_batch(lists)}
+    for name in ("pack=True share=True", "pack=False share=True", "one pair", "lists"):
+        batch, results = batches[name], []
         for rows in (batch, split_rows(batch, dist.group.WORLD)):
-            logps = compute_pair_logps(model, rows, extras={"low", "squares"})
+            logps = replace(compute_pair_logps(model, rows, extras={"low", "squares"}), scores=scores)
             found = [*logps.chosen_extras.values(), *logps.rejected_extras.values(), wpo_weights(logps)]
-            for losses in (LOSSES["confpo"](logps).losses, calibrated(LOSSES["sigmoid"], logps).losses):
+            of_lists = [LOSSES[loss](logps).losses for loss in ("plackett_luce", "infonca") if name == "lists"]
+            of_pairs = (LOSSES["confpo"](logps).losses, calibrated(LOSSES["sigmoid"], logps).losses)
+            for losses in (*of_lists, *of_pairs):
                 gradients = torch.autograd.grad(losses.sum(), list(model.parameters()), retain_graph=True)
                 for gradient in gradients if rows is not batch else ():
                     dist.all_reduce(gradient)

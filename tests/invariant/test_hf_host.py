@@ -220,6 +220,42 @@ def test_each_pair_has_the_margin_of_its_scores_here_and_in_the_native_trainer(
         run_native(tiny_model, pairs, tmp_path / "none", **keys)
 
 
+def test_lists_train_as_in_the_native_trainer_and_hold_what_their_rows_say(
+    two_ranks: Any, tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """Scored lists of 2 to 5 responses: tokens, starts and scores of each, and the same steps on both sides."""
+    rows, lists = read_rows(pairs), []
+    for index, row in enumerate(rows):
+        texts = [
+            row["rejected"],
+            row["chosen"],
+            *(other["chosen"] for other in rows[index + 1 : index + 1 + index % 4]),
+        ]
+        texts = [text if isinstance(text, str) else text[-1]["content"] for text in texts]
+        scores = [0.5, 9.0, *(1.0 + k for k in range(len(texts) - 2))]
+        lists.append({"prompt": row["prompt"], "all_generated_responses": texts, "all_rm_scores": scores})
+    scored = tmp_path / "lists.jsonl"
+    scored.write_text("".join(json.dumps(row) + "\n" for row in lists), encoding="utf-8")
+    keys = {"loss_type": "plackett_luce", "beta": 3.0}
+    native = run_native(tiny_model, scored, tmp_path / "native", **keys)
+    for host in two_ranks.run(run_host, tiny_model, scored, tmp_path / "two", gradient_accumulation_steps=1, **keys):
+        assert_same_run(host, native)
+    trainer = Trainer(native_recipe(tiny_model, scored, tmp_path / "look", **keys), display=Display(quiet=True))
+    left_out = trainer.data.ledger.splits["train"].noticed.get("response of a list left out", {"count": 0})["count"]
+    store, held = trainer.loader.store, 0
+    for index in range(len(store)):
+        pair, row = store[index], lists[int(store[index].row_id.rpartition("#")[2])]
+        assert set(pair.scores) <= set(row["all_rm_scores"])
+        assert (pair.scores[0], pair.scores[-1]) == (9.0, 0.5)
+        held += len(pair.scores)
+        for ids, start, score in zip(pair.more_ids, pair.more_starts, pair.scores[1:-1], strict=True):
+            text = row["all_generated_responses"][row["all_rm_scores"].index(score)]
+            assert trainer.tokenizer.decode(ids[start:-1]).strip() == text.strip()
+            assert ids[:start] == pair.chosen_ids[:start]
+    assert held == sum(len(row["all_rm_scores"]) for row in lists) - left_out
+    assert held > 2 * len(store) + 10
+
+
 def test_dpo_on_two_processes_is_dpo_on_one(
     two_ranks: Any, tiny_model: Path, pairs: Path, pair_files: Path, native_dpo: dict[str, Any], tmp_path: Path
 ) -> None:

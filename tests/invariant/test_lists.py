@@ -111,9 +111,14 @@ def test_sums_come_apart_list_by_list(random_model):
         assert torch.allclose(part, expected, rtol=1e-5)
 
 
-def test_pair_log_probs_refuse_lists_of_other_sizes(random_model, ragged_pairs):
+def test_pair_log_probs_of_lists_are_their_first_and_last_and_one_response_is_refused(random_model, ragged_pairs):
     model = random_model("Llama")
-    with pytest.raises(ValueError, match=r"two responses each, this batch has lists of \[1, 3\]"):
+    batch = build_list_batch(make_lists([3, 2]))
+    with torch.no_grad():
+        found, (sums, _) = compute_pair_logps(model, batch), compute_response_logps(model, batch)
+    assert torch.equal(torch.stack([found.chosen_sum, found.rejected_sum]), sums[torch.tensor([[0, 3], [2, 4]])])
+    assert torch.equal(found.lists.sums, sums)
+    with pytest.raises(ValueError, match="a list of one response has none to compare it with"):
         compute_pair_logps(model, build_list_batch(make_lists([3, 1])))
     pairs = ragged_pairs(3)
     as_lists = [Responses(p.row_id, [p.chosen_ids, p.rejected_ids], [p.chosen_start, p.rejected_start]) for p in pairs]

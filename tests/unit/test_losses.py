@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from simpo.core.losses import LOSSES, Loss, LossKey, PairLogps, declare, sft_losses, simpo_loss
+from simpo.core.losses import LOSSES, ListLogps, Loss, LossKey, PairLogps, declare, sft_losses, simpo_loss
 
 OPTIONS = {
     "beta": 1.7,
@@ -19,6 +19,7 @@ OPTIONS = {
     "alphapo_alpha": 0.25,
     "slic_delta": 1.3,
     "r_dpo_alpha": 0.03,
+    "infonca_tau": 0.7,
 }
 
 
@@ -76,6 +77,13 @@ def low_formula(lw: float, lr: float, nw: int, nr: int, fw: float, fr: float) ->
     return smoothed(B * (mw - mr) - B * R), B * mw, B * mr
 
 
+def infonca_formula(lw: float, lr: float, nw: int, nr: int, fw: float, fr: float) -> tuple[float, float, float]:
+    """Of a list of two that scored 1 and 0."""
+    mw, mr = lw / nw, lr / nr
+    likely = 1 / (1 + math.exp(-1 / OPTIONS["infonca_tau"]))
+    return -likely * log_sigmoid(B * (mw - mr)) - (1 - likely) * log_sigmoid(B * (mr - mw)), B * mw, B * mr
+
+
 FORMULAS: dict[str, Formula] = {
     "sigmoid": simpo_formula(lambda margin: smoothed(B * margin - B * R)),
     "cpo_simpo": simpo_formula(lambda margin: smoothed(B * margin - B * R)),
@@ -94,6 +102,8 @@ FORMULAS: dict[str, Formula] = {
     "slic": lambda lw, lr, nw, nr, fw, fr: (max(0.0, DELTA - lw + lr), lw, lr),
     "rrhf": lambda lw, lr, nw, nr, fw, fr: (max(0.0, -(lw / nw - lr / nr)), lw / nw, lr / nr),
     "confpo": low_formula,
+    "plackett_luce": simpo_formula(lambda margin: -log_sigmoid(B * margin)),
+    "infonca": infonca_formula,
     "dpo": dpo_formula,
     "r_dpo": r_dpo_formula,
     "dpo_norm": lambda lw, lr, nw, nr, fw, fr: dpo_formula(lw / nw, lr / nr, nw, nr, fw / nw, fr / nr),
@@ -115,7 +125,10 @@ def low_extras(sums: Tensor, lengths: Tensor) -> dict[str, Tensor]:
 def with_extras(*columns: Tensor) -> PairLogps:
     chosen, rejected, chosen_length, rejected_length, *_ = columns
     extras = low_extras(chosen, chosen_length), low_extras(rejected, rejected_length)
-    return PairLogps(*columns, chosen_extras=extras[0], rejected_extras=extras[1])
+    both = (torch.stack(each, dim=1).flatten() for each in ((chosen, rejected), (chosen_length, rejected_length)))
+    lists = ListLogps(*both, (2,) * len(chosen))
+    scores = torch.tensor([1.0, 0.0], dtype=chosen.dtype).repeat(len(chosen))
+    return PairLogps(*columns, chosen_extras=extras[0], rejected_extras=extras[1], lists=lists, scores=scores)
 
 
 def mean_logps(chosen: list[float] | Tensor, rejected: list[float] | Tensor, dtype=torch.float64) -> PairLogps:
@@ -203,6 +216,38 @@ def test_a_price_on_tokens_leaves_less_to_learn_from_a_longer_chosen_response():
     assert losses.tolist() == pytest.approx([math.log(1 + math.exp(-1.0)), math.log(1 + math.exp(1.0))], rel=1e-12)
     longer, shorter = torch.autograd.grad(losses.sum(), chosen)[0].abs().tolist()
     assert longer < shorter
+
+
+LISTS = {"one of each": [3.0, 1.0, 2.0, -1.0], "ties": [2.0, 1.0, 1.0, 0.0], "of two": [1.0, 0.0], "long": [*range(7)]}
+
+
+@pytest.mark.parametrize("name", ["plackett_luce", "infonca"])
+def test_losses_of_lists_equal_their_formulas_in_plain_python_and_numeric_gradients(name):
+    """Lists of 4, 4, 2 and 7 responses at once; equal scores do not compete in Plackett-Luce."""
+    generator = torch.Generator().manual_seed(5)
+    sizes = tuple(map(len, LISTS.values()))
+    scores = torch.tensor([score for each in LISTS.values() for score in each], dtype=torch.float64)
+    lengths = torch.randint(1, 9, (sum(sizes),), generator=generator)
+    sums = (-3 * torch.rand(sum(sizes), generator=generator, dtype=torch.float64) * lengths).requires_grad_()
+    one = torch.ones(4, dtype=torch.float64)
+
+    def losses(values: Tensor) -> Tensor:
+        lists = ListLogps(values, lengths, sizes)
+        return LOSSES[name](PairLogps(-one, -one, one, one, lists=lists, scores=scores), **options_of(name)).losses
+
+    expected = []
+    for s, m in zip(scores.split(sizes), (sums.detach() / lengths).split(sizes), strict=True):
+        s, e = s.tolist(), [math.exp(B * mean) for mean in m.tolist()]
+        if name == "plackett_luce":
+            below = [e[k] + sum(e[j] for j in range(len(s)) if s[j] < s[k]) for k in range(len(s))]
+            expected.append(sum(math.log(total / own) for total, own in zip(below, e, strict=True)))
+        else:
+            q = [math.exp(score / OPTIONS["infonca_tau"]) for score in s]
+            expected.append(-sum(a / sum(q) * math.log(b / sum(e)) for a, b in zip(q, e, strict=True)))
+    assert losses(sums).tolist() == pytest.approx(expected, rel=1e-12)
+    assert torch.autograd.gradcheck(losses, (sums,))
+    with pytest.raises(ValueError, match="needs all responses of each list and their scores"):
+        LOSSES[name](PairLogps(-one, -one, one, one))
 
 
 def test_a_loss_that_needs_more_of_responses_says_what_to_ask_for():
@@ -421,6 +466,8 @@ DEFAULTS = {
     "slic": {"slic_delta": 1.0},
     "rrhf": {},
     "confpo": SIMPO | {"label_smoothing": 0.0},
+    "plackett_luce": {"beta": 2.0},
+    "infonca": {"beta": 2.0, "infonca_tau": 1.0},
     "dpo": {"beta": 0.1, "label_smoothing": 0.0},
     "r_dpo": {"beta": 0.1, "r_dpo_alpha": 0.01, "label_smoothing": 0.0},
     "dpo_norm": {"beta": 2.0, "label_smoothing": 0.0},

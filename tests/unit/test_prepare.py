@@ -85,6 +85,9 @@ def test_columns_and_types(messy, build_tokenizer, data_recipe):
         "rejected_text": "Value('string')",
         "score_chosen": "Value('float64')",
         "score_rejected": "Value('float64')",
+        "more_ids": "List(List(Value('int32')))",
+        "more_starts": "List(Value('int32'))",
+        "more_scores": "List(Value('float64'))",
     }
     for row in prepared.train:
         shared = row["shared_prefix"]

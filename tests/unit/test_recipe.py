@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from simpo.core.losses import LOSSES, PairLogps
+from simpo.core.losses import LOSSES, ListLogps, PairLogps
 from simpo.recipe import KEYS, Recipe, keys, load_recipe, nearest_key
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
 from simpo.recipe.declare import declared_key, in_section
@@ -373,7 +373,8 @@ def test_predicted_loss_at_zero_margin_is_what_the_loss_computes(name):
     r = recipe(loss_type=name)
     sums, lengths = torch.tensor([-6.0]), torch.tensor([5])
     low = {"low_sum": sums, "low_length": lengths}
-    logps = PairLogps(sums, sums, lengths, lengths, sums, sums, chosen_extras=low, rejected_extras=low)
+    listed = {"lists": ListLogps(sums.repeat(2), lengths.repeat(2), (2,)), "scores": torch.tensor([1.0, 0.0])}
+    logps = PairLogps(sums, sums, lengths, lengths, sums, sums, chosen_extras=low, rejected_extras=low, **listed)
     loss = LOSSES[name](logps, **r.loss_values).losses.item()
     own_term = 6.0 / 5 if name == "orpo" else 0.0  # "pair term only"
     assert loss - own_term == pytest.approx(r.loss_at_zero_margin(), abs=1e-6)

@@ -91,7 +91,7 @@ def build_batch(
     """Lay out pairs as one micro-batch.
 
     Args:
-        pairs: at least one.
+        pairs: at least one; a list of more responses is one with the prompt once for all of them.
         pack: all pairs end to end in one row without padding; otherwise one row per pair (shared) or per response,
             right-padded to the longest.
         share_prompt: compute the longest common token prefix of a pair once. With `pack=False` and
@@ -103,19 +103,23 @@ def build_batch(
     """
     if not pairs:
         raise ValueError("a micro-batch needs at least one pair")
-    lists = [
-        TokenList(
-            pair.row_id,
-            (pair.chosen_ids, pair.rejected_ids),
-            (pair.chosen_start, pair.rejected_start),
-            (getattr(pair, "chosen_gaps", ()), getattr(pair, "rejected_gaps", ())),
-        )
-        for pair in pairs
-    ]
+    lists = [_as_list(pair) for pair in pairs]
     for each in lists:
-        for response, side in zip(_responses(each), SIDES):
-            check_response(*response, what=f"pair {each.row_id}: the {side} response")
+        names = [SIDES[0], *(f"{number}. other" for number in range(1, len(each.sequences) - 1)), SIDES[1]]
+        for response, name in zip(_responses(each), names, strict=True):
+            check_response(*response, what=f"pair {each.row_id}: the {name} response")
     return _lay_out(lists, pack=pack, share_prompt=share_prompt, pad_token_id=pad_token_id)
+
+
+def _as_list(pair: TokenPair) -> TokenList:
+    """Chosen first and rejected last; a pair of another class may have nothing else."""
+    more = getattr(pair, "more_ids", ())
+    return TokenList(
+        pair.row_id,
+        (pair.chosen_ids, *more, pair.rejected_ids),
+        (pair.chosen_start, *getattr(pair, "more_starts", ()), pair.rejected_start),
+        (getattr(pair, "chosen_gaps", ()), *[()] * len(more), getattr(pair, "rejected_gaps", ())),
+    )
 
 
 def build_list_batch(

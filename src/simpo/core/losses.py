@@ -31,6 +31,14 @@ class PairLoss(NamedTuple):
     rejected_rewards: Tensor
 
 
+class ListLogps(NamedTuple):
+    """Sums and lengths [S] of all responses of P lists: chosen, others, rejected, chosen, ...; and how many each."""
+
+    sums: Tensor
+    lengths: Tensor
+    sizes: tuple[int, ...]
+
+
 class NeedsReference(ValueError):
     """Log-probs of a reference model were asked for and had not been computed."""
 
@@ -45,6 +53,8 @@ class PairLogps:
         ref_chosen_sum, ref_rejected_sum: [P] or None, the same sums under the reference model.
         router_loss: [P] or None, what is added to each pair's loss for its use of experts.
         chosen_extras, rejected_extras: [P] by name, those of `EXTRAS` that were asked for.
+        lists, scores: all responses, of which chosen is the best and rejected the worst, and [S] what they scored; for
+            losses of lists.
     """
 
     chosen_sum: Tensor
@@ -56,6 +66,8 @@ class PairLogps:
     router_loss: Tensor | None = None
     chosen_extras: Mapping[str, Tensor] = field(default_factory=dict)
     rejected_extras: Mapping[str, Tensor] = field(default_factory=dict)
+    lists: ListLogps | None = None
+    scores: Tensor | None = None
 
     @property
     def chosen_mean(self) -> Tensor:
@@ -72,6 +84,17 @@ class PairLogps:
         if self.ref_chosen_sum is None or self.ref_rejected_sum is None:
             raise NeedsReference("this loss needs the reference model's log-probs: ref_chosen_sum and ref_rejected_sum")
         return self.ref_chosen_sum, self.ref_rejected_sum
+
+    def listed(self) -> tuple[Tensor, Tensor, Tensor]:
+        """m and scores of all responses, and which are there, [P, most]; ValueError where a score is missing."""
+        if self.lists is None or self.scores is None:
+            raise ValueError("this loss needs all responses of each list and their scores")
+        from torch.nn.utils.rnn import pad_sequence
+
+        sums, lengths, sizes = self.lists
+        columns = (sums / lengths, self.scores, lengths > 0)
+        means, scores, there = (pad_sequence(list(each.split(sizes)), batch_first=True) for each in columns)
+        return means, scores, there
 
     def extra(self, name: str) -> tuple[Tensor, Tensor]:
         """One of `EXTRAS`, of chosen and rejected; ValueError where it was not computed."""
@@ -129,6 +152,7 @@ class Loss:
         sft_weight: default weight of the added term -m_w.
         needs_reference: whether log-probs of a reference model enter it.
         extras: what is to be asked for of `EXTRAS`.
+        is_of_lists: whether it reads all responses to a prompt, with their scores.
         own_keys: those of its keys that no other loss has.
     """
 
@@ -142,6 +166,7 @@ class Loss:
     sft_weight: float = 0.0
     needs_reference: bool = False
     extras: frozenset[str] = frozenset()
+    is_of_lists: bool = False
     own_keys: Mapping[str, LossKey] = field(default_factory=dict)
 
     def __call__(self, logps: PairLogps, **options: Any) -> PairLoss:
@@ -459,6 +484,49 @@ def r_dpo(logps: PairLogps, *, beta: float = 0.1, r_dpo_alpha: float = 0.01, lab
     longer = (logps.chosen_length - logps.rejected_length).to(chosen.dtype)
     scores = chosen - rejected + r_dpo_alpha * longer
     return _with_rewards(_smoothed_logsigmoid(scores, label_smoothing), chosen, rejected)
+
+
+@declare(
+    "-sum_k log(e^(beta m_k) / sum_j e^(beta m_j)), j = k and all that score lower",
+    "Plackett-Luce; PRO, arXiv:2306.17492, DPO's appendix, arXiv:2305.18290",
+    at_zero_margin=_log_2,
+    zero_margin_note="a list of two",
+    is_of_lists=True,
+)
+def plackett_luce(logps: PairLogps, *, beta: float = 2.0) -> PairLoss:
+    """The likelihood of the scores' order: each response against those below it. Equal scores do not compete.
+
+    A list of two is SimPO without a target margin.
+    """
+    import torch
+
+    means, scores, there = logps.listed()
+    rewards = beta * means
+    itself = torch.eye(means.shape[1], dtype=torch.bool, device=means.device)
+    competes = (scores[:, None, :] < scores[:, :, None]) & there[:, None, :] | itself
+    against = torch.where(competes, rewards[:, None, :], -math.inf).logsumexp(dim=-1)
+    losses = torch.where(there, against - rewards, 0.0).sum(dim=-1)
+    return _with_rewards(losses, beta * logps.chosen_mean, beta * logps.rejected_mean)
+
+
+@declare(
+    "-sum_i q_i log softmax(beta m)_i, q = softmax(s / infonca_tau)",
+    "InfoNCA, arXiv:2402.05369, on SimPO's reward",
+    own_keys={"infonca_tau": LossKey("Temperature of infonca, in scores: at 0 only the best would count.", gt=0)},
+    at_zero_margin=lambda beta, infonca_tau: math.log(2.0),
+    zero_margin_note="a list of two",
+    is_of_lists=True,
+)
+def infonca(logps: PairLogps, *, beta: float = 2.0, infonca_tau: float = 1.0) -> PairLoss:
+    """Cross-entropy of softmax(beta*m) over a list to softmax(s/tau). Source: arXiv:2402.05369."""
+    import torch
+
+    means, scores, there = logps.listed()
+    wanted = torch.where(there, scores / infonca_tau, -math.inf).softmax(dim=-1)
+    found = torch.where(there, beta * means, -math.inf)
+    found = found - found.logsumexp(dim=-1, keepdim=True)
+    losses = -torch.where(there, wanted * torch.where(there, found, 0.0), 0.0).sum(dim=-1)
+    return _with_rewards(losses, beta * logps.chosen_mean, beta * logps.rejected_mean)
 
 
 def sft_losses(logps: PairLogps) -> Tensor:

@@ -12,7 +12,7 @@ import random
 from array import array
 from bisect import bisect_left, insort
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -26,7 +26,9 @@ class TokenPair:
     """A tokenised pair: full sequences (prompt + response), and where in each the response begins (>= 1).
 
     A response of several turns holds tokens that are not the model's own (a user's turn, a tool's result): the gaps,
-    begin, end, begin, end, ... in ascending order, each inside the response; none by default.
+    begin, end, begin, end, ... in ascending order, each inside the response; none by default. In a list of more than
+    two responses chosen is the best, rejected the worst, and the others are in `more_ids`; `scores` are those of
+    chosen, of the others, and of rejected, where they are known.
     """
 
     row_id: str
@@ -36,6 +38,9 @@ class TokenPair:
     rejected_start: int
     chosen_gaps: Sequence[int] = ()
     rejected_gaps: Sequence[int] = ()
+    more_ids: Sequence[list[int]] = ()
+    more_starts: Sequence[int] = ()
+    scores: Sequence[float] = ()
 
     @property
     def prompt_ids(self) -> list[int]:
@@ -45,9 +50,9 @@ class TokenPair:
         return self.chosen_ids[: prompt_length(self)]
 
 
-PAIR_FIELDS = tuple(field.name for field in fields(TokenPair) if not field.name.endswith("_gaps"))
+PAIR_FIELDS = tuple(field.name for field in fields(TokenPair) if field.default is MISSING)
 """The columns that a data set of tokenised pairs must have."""
-GAP_FIELDS = ("chosen_gaps", "rejected_gaps")
+OTHER_FIELDS = ("chosen_gaps", "rejected_gaps", "more_ids", "more_starts")
 """Those that it may have."""
 
 
@@ -74,22 +79,26 @@ class PairShape:
         prefix: tokens computed once and seen by both responses; 0 when nothing is shared.
         chosen: tokens of the chosen sequence after the prefix, >= 1.
         rejected: tokens of the rejected sequence after the prefix, >= 1.
+        more, more_squares: tokens after the prefix of a list's other responses, and the sum of their squares.
     """
 
     prefix: Count
     chosen: Count
     rejected: Count
+    more: Count = 0
+    more_squares: Count = 0
 
     @property
     def tokens(self) -> Count:
         """Tokens this pair occupies in a packed row."""
-        return self.prefix + self.chosen + self.rejected
+        return self.prefix + self.chosen + self.rejected + self.more
 
     @property
     def attended(self) -> Count:
         """(query, key) combinations that causal attention evaluates for this pair."""
         p, c, r = self.prefix, self.chosen, self.rejected
-        return (p * (p + 1) + c * (c + 1) + r * (r + 1)) // 2 + p * (c + r)
+        own = p * (p + 1) + c * (c + 1) + r * (r + 1) + self.more_squares + self.more
+        return own // 2 + p * (c + r + self.more)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +152,7 @@ def pair_cost(shape: PairShape, weights: CostWeights = TOKENS_ALONE, *, num_labe
     Args:
         shape: its token counts.
         weights: see `CostWeights`.
-        num_labels: trained tokens of both responses.
+        num_labels: trained tokens of all its responses.
     """
     return shape.tokens + weights.attention * shape.attended + weights.head * num_labels
 

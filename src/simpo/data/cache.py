@@ -50,10 +50,14 @@ PAIR_COLUMNS = {
     "rejected_text": pa.string(),
     "score_chosen": pa.float64(),
     "score_rejected": pa.float64(),
+    "more_ids": pa.list_(_IDS),
+    "more_starts": _IDS,
+    "more_scores": pa.list_(pa.float64()),
 }
 """What a prepared dataset holds for each pair; `*_ids` are prompt and response, `*_start` the first trained token,
 `*_gaps` the untrained stretches behind it (begin, end, begin, end, ...), `shared_prefix` how many leading tokens the
-packed layout computes once; `score_*` null where the row has none."""
+packed layout computes once; `score_*` null where the row has none;
+`more_*` of a list's responses between the best and the worst."""
 _PAIRS = pa.schema(PAIR_COLUMNS)
 _ASIDE = ".new-"
 BATCH_ROWS = 4096
@@ -137,6 +141,13 @@ def fingerprint_tokens(dataset: Any) -> str:
             digest.update(whole[f"#{side}_gaps"].data)
             digest.update(whole[f"{side}_gaps"].data)
         digest.update(whole[f"{side}_start"].data)
+    more = [name for name in ("more_ids", "more_starts") if name in dataset.column_names]
+    for table in scan(dataset, more) if more else ():
+        for name in more if list_lengths(table["more_ids"]).any() else ():
+            digest.update(list_lengths(table[name]).astype("<i4").data)
+            values = table[name] if name == "more_starts" else pc.call_function("list_flatten", [table[name]])
+            digest.update(list_lengths(values).astype("<i4").data if name == "more_ids" else b"")
+            digest.update(np.ascontiguousarray(_flat(values), dtype="<i4").data)
     return digest.hexdigest()[:32]
 
 

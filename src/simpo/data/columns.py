@@ -177,6 +177,25 @@ def _best_and_worst(responses: Any, scores: Any) -> tuple[Any, Any]:
     return responses[best], responses[worst]
 
 
+def between(row: Mapping) -> list[tuple[dict, float]]:
+    """Of a scored list, for each response between the best and the worst a row of the best against it, and its score.
+
+    Empty for every other row, and for one whose list cannot be read, which `raw_answers` says.
+    """
+    if any(row.get(name) is not None for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS)):
+        return []
+    for responses_name, scores_name in SCORED_COLUMNS:
+        if row.get(responses_name) is not None and row.get(scores_name) is not None:
+            responses, scores = decode_list(row[responses_name]), _scores(row[scores_name])
+            ends = (scores.index(max(scores)), scores.index(min(scores)))
+            return [
+                ({**row, responses_name: [responses[ends[0]], responses[at]], scores_name: [1, 0]}, scores[at])
+                for at in range(len(scores))
+                if at not in ends
+            ]
+    return []
+
+
 def read_scores(row: Mapping) -> tuple[float, float] | None:
     """The scores of chosen and rejected, where a row has both: in their columns, or the ends of a scored list."""
     for names in SCORE_PAIR_COLUMNS:

@@ -13,12 +13,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.packing import (
-    GAP_FIELDS,
+    OTHER_FIELDS,
     PAIR_FIELDS,
     SIDES,
     TOKENS_ALONE,
@@ -43,22 +44,24 @@ class PairStore:
     """Random access to tokenised pairs, with their shapes worked out once.
 
     Args:
-        dataset: columns row_id, chosen_ids, chosen_start, rejected_ids, rejected_start; chosen_gaps, rejected_gaps and
-            shared_prefix are used if there.
+        dataset: columns row_id, chosen_ids, chosen_start, rejected_ids, rejected_start; chosen_gaps, rejected_gaps,
+            more_ids, more_starts, more_scores, score_chosen, score_rejected and shared_prefix are used if there.
         share_prompt: whether batches will share prefixes; decides the shapes the plan sees.
     """
 
     def __init__(self, dataset: datasets.Dataset, *, share_prompt: bool = True) -> None:
         self.dataset: Any = dataset  # its own annotations do not say what a column is
         self.share_prompt = share_prompt
-        self._fields = (*PAIR_FIELDS, *(name for name in GAP_FIELDS if name in dataset.column_names))
+        self._fields = (*PAIR_FIELDS, *(name for name in OTHER_FIELDS if name in dataset.column_names))
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, index: int) -> TokenPair:
         row = self.dataset[index]
-        return TokenPair(**{name: row[name] for name in self._fields})
+        scores = (row.get("score_chosen"), *(row.get("more_scores") or ()), row.get("score_rejected"))
+        known = () if None in scores else scores
+        return TokenPair(**{name: row[name] for name in self._fields}, scores=known)
 
     def score_margins(self, most: float) -> np.ndarray:
         """[num_pairs] each pair's gap of scores over the mean gap of all, between 0 and `most`.
@@ -66,6 +69,16 @@ class PairStore:
         Raises:
             ValueError: a pair has no scores, or chosen responses score no higher than rejected ones on average.
         """
+        gaps = self.score_gaps("score_margin")
+        if gaps.mean() <= 0:
+            raise ValueError(
+                f"score_margin: chosen responses score no higher than rejected ones on average ({gaps.mean():g}); "
+                "look at the scores, or remove the key"
+            )
+        return np.clip(gaps / gaps.mean(), 0.0, most)
+
+    def score_gaps(self, key: str) -> np.ndarray:
+        """[num_pairs] chosen's score less rejected's; ValueError, which names a key, where a pair has none."""
         if {"score_chosen", "score_rejected"} <= set(self.dataset.column_names):
             gaps = self._column("score_chosen").astype(np.float64) - self._column("score_rejected")
         else:
@@ -73,15 +86,19 @@ class PairStore:
         (without,) = np.nonzero(~np.isfinite(gaps))
         if len(without):
             raise ValueError(
-                f"score_margin: {len(without)} of {len(gaps)} pairs have no score of chosen and of rejected, such as "
+                f"{key}: {len(without)} of {len(gaps)} pairs have no score of chosen and of rejected, such as "
                 f"{self[int(without[0])].row_id}; give every row both (score_chosen, score_rejected), or remove the key"
             )
-        if gaps.mean() <= 0:
-            raise ValueError(
-                f"score_margin: chosen responses score no higher than rejected ones on average ({gaps.mean():g}); "
-                "look at the scores, or remove the key"
-            )
-        return np.clip(gaps / gaps.mean(), 0.0, most)
+        return gaps
+
+    @property
+    def all_scores(self) -> np.ndarray:
+        """The scores of every response."""
+        every = [self._column(f"score_{side}") for side in SIDES]
+        if "more_scores" in self.dataset.column_names:
+            more = self.dataset.with_format("arrow")[:]["more_scores"]
+            every.append(pc.call_function("list_flatten", [more]).to_numpy())
+        return np.concatenate(every)
 
     @cached_property
     def sources(self) -> NamedSources:
@@ -128,11 +145,34 @@ class PairStore:
         return np.stack([count_trained(table, side) for side in SIDES], axis=1)
 
     @cached_property
+    def num_labels(self) -> np.ndarray:
+        """[num_pairs] trained tokens of all responses."""
+        owners, lengths, starts = self._more
+        return self.response_lengths.sum(axis=1) + self._per_pair(owners, lengths - starts)
+
+    @cached_property
+    def _more(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of every response that is neither chosen nor rejected: its pair, its tokens with the prompt's, its start."""
+        if "more_ids" not in self.dataset.column_names:
+            none = np.zeros(0, dtype=np.int64)
+            return none, none, none
+        table = self.dataset.with_format("arrow")[:]
+        owners = np.repeat(np.arange(len(self)), list_lengths(table["more_ids"]))
+        lengths = list_lengths(pc.call_function("list_flatten", [table["more_ids"]])).astype(np.int64)
+        return owners, lengths, pc.call_function("list_flatten", [table["more_starts"]]).to_numpy()
+
+    def _per_pair(self, owners: np.ndarray, values: np.ndarray) -> np.ndarray:
+        return np.bincount(owners, values, len(self)).astype(np.int64)
+
+    @cached_property
     def shapes(self) -> PairShape:
         """Shapes of the pairs as they will be computed, each field an array [num_pairs]."""
         chosen, rejected = self.sequence_lengths.T
         prefixes = self._shared_prefixes() if self.share_prompt else np.zeros_like(chosen)
-        return PairShape(prefixes, chosen - prefixes, rejected - prefixes)
+        owners, lengths, _ = self._more
+        own = lengths - prefixes[owners]
+        more = (self._per_pair(owners, own), self._per_pair(owners, own**2))
+        return PairShape(prefixes, chosen - prefixes, rejected - prefixes, *more)
 
     @cached_property
     def tokens(self) -> np.ndarray:
@@ -149,7 +189,12 @@ class PairStore:
     def _shared_prefixes(self) -> np.ndarray:
         if "shared_prefix" in self.dataset.column_names:
             return self._column("shared_prefix").astype(np.int64)
-        return np.array([shared_prefix_length(row["chosen_ids"], row["rejected_ids"]) for row in self.dataset])
+        return np.array(
+            [
+                shared_prefix_length(row["chosen_ids"], row["rejected_ids"], *(row.get("more_ids") or ()))
+                for row in self.dataset
+            ]
+        )
 
     def _column(self, name: str) -> np.ndarray:
         return self.dataset.with_format("numpy")[name][:]
@@ -161,7 +206,7 @@ class MicroBatch:
 
     Without indices it is a stand-in that counts for nothing: this rank has no pair left, but others wait for it.
     `sources` [S, P] bool says which pairs come from each source; None where there is one source. `margins` [P] is what
-    each pair's target margin is multiplied by; None = 1.
+    each pair's target margin is multiplied by; None = 1. `scores` [S] are those of all responses, for losses of lists.
     """
 
     pairs: PackedPairs
@@ -169,6 +214,7 @@ class MicroBatch:
     is_last: bool = True
     sources: Tensor | None = None
     margins: Tensor | None = None
+    scores: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -200,6 +246,7 @@ class StepLoader:
         seed: of the order.
         weights: what attention and the head cost, for evening out micro-batches.
         margins: [num_pairs] what each pair's target margin is multiplied by; None = 1.
+        with_scores: whether micro-batches have the scores of their responses.
         rank, num_ranks: this data-parallel rank and their number.
     """
 
@@ -215,6 +262,7 @@ class StepLoader:
         seed: int = 0,
         weights: CostWeights = TOKENS_ALONE,
         margins: np.ndarray | None = None,
+        with_scores: bool = False,
         rank: int = 0,
         num_ranks: int = 1,
     ) -> None:
@@ -226,7 +274,7 @@ class StepLoader:
         self.pad_token_id = pad_token_id
         self.seed = seed
         self.weights = weights
-        self.margins = margins
+        self.margins, self.with_scores = margins, with_scores
         self.rank, self.num_ranks = rank, num_ranks
         self.limit_tokens(max_tokens)
 
@@ -235,9 +283,9 @@ class StepLoader:
         """12 hex digits over everything that the plan of any step, of any rank, follows from, and the margins."""
         settings = (self.pairs_per_step, self.num_micro_batches, self.max_tokens, self.num_ranks, self.seed, self.pack)
         digest = hashlib.sha256(repr(settings).encode())
-        for numbers in (self.store.tokens, self.store.response_lengths, self.costs):
-            digest.update(np.ascontiguousarray(numbers).tobytes())
-        digest.update(b"" if self.margins is None else self.margins.tobytes())
+        scores = self.store.all_scores if self.with_scores else None
+        for numbers in (self.store.tokens, self.store.response_lengths, self.costs, self.margins, scores):
+            digest.update(b"" if numbers is None else np.ascontiguousarray(numbers).tobytes())
         return digest.hexdigest()[:12]
 
     @property
@@ -284,14 +332,16 @@ class StepLoader:
         """One micro-batch of the given pairs; a stand-in for none."""
         if not indices:
             return self.stand_in()
+        pairs = [self.store[i] for i in indices]
         batch = build_batch(
-            [self.store[i] for i in indices],
+            pairs,
             pack=self.pack,
             share_prompt=self.store.share_prompt,
             pad_token_id=self.pad_token_id,
         )
         margins = None if self.margins is None else torch.from_numpy(self.margins[list(indices)])
-        return MicroBatch(batch, tuple(indices), sources=self._sources(indices), margins=margins)
+        scores = torch.tensor([score for pair in pairs for score in pair.scores]) if self.with_scores else None
+        return MicroBatch(batch, tuple(indices), sources=self._sources(indices), margins=margins, scores=scores)
 
     def stand_in(self) -> MicroBatch:
         """The smallest batch there is, for a rank that must take part in a forward pass without a pair to compute."""
@@ -324,7 +374,7 @@ class StepLoader:
     @cached_property
     def costs(self) -> np.ndarray:
         """[num_pairs] relative compute of each pair, see `core.packing.pair_cost`."""
-        return pair_cost(self.store.shapes, self.weights, num_labels=self.store.response_lengths.sum(axis=1))
+        return pair_cost(self.store.shapes, self.weights, num_labels=self.store.num_labels)
 
     def _plan(self, step: int, epoch: int, pairs: Sequence[int]) -> StepPlan:
         tokens = self.store.tokens[pairs]

@@ -33,6 +33,7 @@ from simpo.data.cache import (
     load_cached,
 )
 from simpo.data.cleaning import FINDINGS, REASONS, PairCleaner, find_numbers
+from simpo.data.columns import between
 from simpo.data.ledger import MARKS, Dropped, Ledger, SplitLedger, describe_lengths
 from simpo.data.overlap import read_benchmarks
 from simpo.data.preferences import Pair, RowError, pair_reader
@@ -44,6 +45,7 @@ from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import map_rows
 from simpo.display import counter, say
 
+LEFT_OUT = "response of a list left out"
 NUM_EXAMPLES = 10
 """Pairs that the ledger keeps as text: as many as `simpo audit --examples` may ask for."""
 
@@ -96,7 +98,7 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
     if prepared is None:
         read_pair = source_files.reader_of(recipe, sources, functools.partial(_reader, tokenizer))
         examine = PairCleaner(recipe.clean, read_benchmarks(recipe))
-        build = functools.partial(RowTokenizer, tokenizer, read_pair, examine, own, **limits)
+        build = functools.partial(RowTokenizer, tokenizer, read_pair, examine, own, lists=recipe.keep_lists, **limits)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
         ledger = Ledger(notes=splits.notes, fingerprint=key)
@@ -189,6 +191,7 @@ class RowTokenizer:
         read_pair: rows to pairs, see `sources.reader_of`.
         examine: what a pair shows, as `cleaning.FINDINGS`; raises RowError for one that is filtered.
         own: those of the sources that have arguments of their own, by label.
+        lists: whether responses of a scored list between the best and the worst are kept too.
         limits: further arguments of `PairTokenizer`.
     """
 
@@ -198,9 +201,11 @@ class RowTokenizer:
         read_pair: Callable[..., Pair],
         examine: Callable[[Pair], dict[str, Any]],
         own: Mapping[str, Mapping[str, Any]] | None = None,
+        *,
+        lists: bool = False,
         **limits: Any,
     ):
-        self.read_pair, self.examine = read_pair, examine
+        self.read_pair, self.examine, self.lists = read_pair, examine, lists
         self.tokenize = PairTokenizer(tokenizer, **limits)
         own = {label: each for label, each in (own or {}).items() if each != limits}
         self.own = {label: PairTokenizer(tokenizer, **each) for label, each in own.items()}
@@ -208,6 +213,7 @@ class RowTokenizer:
     def __call__(self, rows: list[RawRow]) -> Chunk:
         """Every row ends up in the table or among the dropped."""
         pairs: list[Pair] = []
+        others: list[list[tuple[Pair, float]]] = []
         findings: list[dict[str, Any]] = []
         dropped: list[Dropped] = []
         noticed: list[Dropped] = []
@@ -217,15 +223,30 @@ class RowTokenizer:
                 pair = self.read_pair(row.row, row_id=row.row_id)
                 findings.append(self.examine(pair))
                 pairs.append(pair)
+                others.append(self._read_others(row, noticed) if self.lists else [])
             except RowError as error:
                 dropped.append(Dropped(row.row_id, error.reason, error.detail))
-        for pair, found, result in zip(pairs, findings, self._tokenized(pairs)):
+        more = iter(self._tokenized([pair for some in others for pair, _ in some]))
+        for pair, found, some, result in zip(pairs, findings, others, self._tokenized(pairs)):
+            answers = [(score, next(more)) for _, score in some]
             if isinstance(result, RowError):
                 dropped.append(Dropped(pair.row_id, result.reason, result.detail))
             else:
-                kept.append(_columns(pair, result) | found)
+                fitting, unfit = _fitting(pair.row_id, result, answers)
+                kept.append(_columns(pair, result, fitting) | found)
+                noticed += unfit
                 noticed += [Dropped(pair.row_id, what, detail) for what, detail in result.notes.items()]
         return Chunk(pa.Table.from_pylist(kept, _SCHEMA), dropped, noticed)
+
+    def _read_others(self, row: RawRow, noticed: list[Dropped]) -> list[tuple[Pair, float]]:
+        """The best response of a list against each of those between, with their scores."""
+        found = []
+        for other, score in between(row.row):
+            try:
+                found.append((self.read_pair(other, row_id=row.row_id), score))
+            except RowError as error:
+                noticed.append(Dropped(row.row_id, LEFT_OUT, f"{error.reason}: {error.detail}"))
+        return found
 
     def _tokenized(self, pairs: list[Pair]) -> Iterable[TokenizedPair | RowError]:
         """Of each pair, as its source wants it."""
@@ -235,14 +256,36 @@ class RowTokenizer:
         return chain.from_iterable(self.own.get(label, self.tokenize)(list(some)) for label, some in sources)
 
 
-def _columns(pair: Pair, tokens: TokenizedPair) -> dict[str, Any]:
+def _fitting(
+    row_id: str, tokens: TokenizedPair, answers: list[tuple[float, TokenizedPair | RowError]]
+) -> tuple[list[tuple[float, TokenizedPair]], list[Dropped]]:
+    """Those of a list's other responses that stand behind the very prompt of its pair, and why not the rest."""
+    fitting, unfit = [], []
+    for score, answer in answers:
+        if isinstance(answer, RowError):
+            unfit.append(Dropped(row_id, LEFT_OUT, f"{answer.reason}: {answer.detail}"))
+        elif answer.chosen_ids != tokens.chosen_ids:
+            unfit.append(Dropped(row_id, LEFT_OUT, "its length would cut the prompt elsewhere; raise max_length"))
+        elif answer.chosen_gaps or answer.rejected_gaps:
+            unfit.append(Dropped(row_id, LEFT_OUT, "it has several trained turns, which lists cannot have"))
+        else:
+            fitting.append((score, answer))
+    return fitting, unfit
+
+
+def _columns(pair: Pair, tokens: TokenizedPair, more: list[tuple[float, TokenizedPair]]) -> dict[str, Any]:
     # A later pass over the same rows (a fraction above 1) is wanted: it does not duplicate the first.
     later_pass = pair.row_id.rpartition("~")[2] if "~" in pair.row_id else ""
     return {
         **vars(tokens),
         "prompt_key": pair.key(),
         "pair_key": pair.key(pair.chosen, pair.rejected, later_pass),
-        "shared_prefix": shared_prefix_length(tokens.chosen_ids, tokens.rejected_ids),
+        "shared_prefix": shared_prefix_length(
+            tokens.chosen_ids, tokens.rejected_ids, *(each.rejected_ids for _, each in more)
+        ),
+        "more_ids": [each.rejected_ids for _, each in more],
+        "more_starts": [each.rejected_start for _, each in more],
+        "more_scores": [score for score, _ in more],
     }
 
 

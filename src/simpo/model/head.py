@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 
 from simpo.core.batch import PackedPairs
 from simpo.core.context import sum_over
+from simpo.core.device import move
 from simpo.core.experts import router_losses
 from simpo.core.logprobs import VocabShard, at_most_mean, logit_gradient_squares, response_logps, token_logps
-from simpo.core.losses import PairLogps
+from simpo.core.losses import ListLogps, PairLogps
 from simpo.model.attention import PACKED, is_packed, plain_attention, unwrap
 from simpo.model.costs import experts_per_token
 from simpo.model.low_memory import READ_ROWS
@@ -198,16 +199,14 @@ def compute_pair_logps(
 ) -> PairLogps:
     """Sums and lengths of the batch's pairs, as the losses want them, and what their experts add to a loss.
 
+    Of a list of more responses the first is taken for chosen and the last for rejected; `lists` has all.
+
     Args:
         extras: of `core.losses.EXTRAS`, what else is wanted of each response; nothing is computed for those left out.
     Raises:
-        ValueError: the batch holds lists of another number of responses than two.
+        ValueError: the batch holds a list of one response.
     """
-    if set(batch.group_sizes) != {2}:
-        raise ValueError(
-            f"pairs have two responses each, this batch has lists of {sorted(set(batch.group_sizes))}; "
-            "use compute_response_logps"
-        )
+    first, last = _ends(batch)
     router: tuple[float, int] | None = unwrap(model).__dict__.get(_ROUTER)
     options = {} if router is None else {"output_router_logits": True}
     output = _forward(model, batch, chunk_size=chunk_size, squares="squares" in extras, **options)
@@ -222,13 +221,25 @@ def compute_pair_logps(
             )
         coefficient, num_selected = router
         added = coefficient * router_losses(output.router_logits, batch, num_selected=num_selected)
-    chosen, rejected = ({name: values[side::2] for name, values in more.items()} for side in (0, 1))
+    chosen, rejected = ({name: values[side] for name, values in more.items()} for side in (first, last))
     return PairLogps(
-        *(sums[0::2], sums[1::2], lengths[0::2], lengths[1::2]),
+        *(sums[first], sums[last], lengths[first], lengths[last]),
         router_loss=added,
         chosen_extras=chosen,
         rejected_extras=rejected,
+        lists=ListLogps(sums, lengths, batch.group_sizes),
     )
+
+
+def _ends(batch: PackedPairs) -> tuple[Any, Any]:
+    """Where the first and the last response of each pair or list stand among all."""
+    if set(batch.group_sizes) == {2}:
+        return slice(0, None, 2), slice(1, None, 2)
+    sizes = torch.tensor(batch.group_sizes)
+    if sizes.min() < 2:
+        raise ValueError("a list of one response has none to compare it with; use compute_response_logps")
+    ends, device = sizes.cumsum(0), batch.labels.device
+    return move(ends - sizes, device), move(ends - 1, device)
 
 
 _ROUTER = "_simpo_router_loss"  # where a transformers model keeps the coefficient, and how many experts a token gets

@@ -96,6 +96,14 @@ def _resolve_loss(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
             )
     if recipe.reward_calibration and "low" in loss.extras:
         raise ValueError(f"reward_calibration: not with loss_type {name!r}, whose means are over some tokens only")
+    for key in ("wpo_weights", "reward_calibration"):
+        if getattr(recipe, key) and loss.is_of_lists:
+            raise ValueError(f"{key}: only for losses of pairs, and loss_type {name!r} is one of lists; remove it")
+    if recipe.keep_lists and not loss.is_of_lists:
+        raise ValueError(
+            f"keep_lists: loss_type {name!r} compares two responses; remove it, or use one of "
+            f"{', '.join(each.name for each in LOSSES.values() if each.is_of_lists)}"
+        )
     if recipe.score_margin is not None and "gamma_beta_ratio" not in loss.defaults:
         raise ValueError(
             f"score_margin: loss_type {name!r} has no gamma_beta_ratio that it could multiply; remove it, or use one "
@@ -103,7 +111,7 @@ def _resolve_loss(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
         )
     if recipe.ref_model_name_or_path is not None and not loss.needs_reference:
         notices.append(f"ref_model_name_or_path: never loaded, since loss_type {name!r} has no reference model")
-    resolved: dict[str, Any] = {"sft_weight": loss.sft_weight}
+    resolved: dict[str, Any] = {"sft_weight": loss.sft_weight, "keep_lists": loss.is_of_lists}
     resolved |= {key: loss.defaults.get(key, neutral) for key, neutral in (("beta", 1.0), ("gamma_beta_ratio", 0.0))}
     resolved |= {key: value for key in resolved if (value := getattr(recipe, key)) is not None and key not in unread}
     if name not in LOSSES:

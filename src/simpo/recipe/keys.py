@@ -176,6 +176,9 @@ class Recipe(_LossKeys):
     train_on: TrainOn = _data(
         "answer", "What is trained: the assistant's turns after the prompt, or those in it too (on both sides). Users' "
         "turns and tools' results never are.")
+    keep_lists: bool = _data(
+        None, "Keep every response of a scored list, not only the best and the worst; for losses of lists.",
+        derived="true for plackett_luce and infonca, else false")
     system_prompt: Text | None = _data(
         None, "System message for pairs that have none.", "text", null="none is added")
     auto_insert_empty_system_msg: bool = _data(

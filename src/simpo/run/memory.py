@@ -83,7 +83,8 @@ _PROBES = (_Probe(1, 1, 1, 1), _Probe(1, 1, 3, 3), _Probe(1, 4, 1, 1), _Probe(2,
 
 def _scores(shape: PairShape) -> int:
     """Entries of the score rectangles (queries x keys) of both blocks, for attention that writes them out."""
-    return (shape.prefix + shape.chosen) ** 2 + shape.rejected * (shape.prefix + shape.rejected)
+    others = shape.prefix * (shape.rejected + shape.more) + shape.rejected**2 + shape.more_squares
+    return (shape.prefix + shape.chosen) ** 2 + others
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +272,7 @@ def fit_micro_batches(
     return pick_token_budget(
         measure_activations(model, forward, device=device, **options).shared_by(cp),
         store.shapes,
-        store.response_lengths.sum(axis=1),
+        store.num_labels,
         fixed_bytes=fixed_bytes,
         free_bytes=free,
         share=SHARE_OF_FREE[device.type],

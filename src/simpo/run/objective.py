@@ -7,6 +7,7 @@ evaluation.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -85,6 +86,8 @@ def micro_batch_losses(
         width = num_sums(0 if sources is None else len(sources))
         return nothing, torch.zeros(width, dtype=torch.float64, device=nothing.device)
     sources = None if sources is None else move(sources, logps.chosen_sum.device)
+    if micro_batch.scores is not None:
+        logps = replace(logps, scores=move(micro_batch.scores, logps.chosen_sum.device).to(logps.chosen_sum.dtype))
     if pairs is not None:
         pairs.add(logps, micro_batch, recipe)
     margins = None if micro_batch.margins is None else move(micro_batch.margins, logps.chosen_sum.device)

@@ -144,12 +144,14 @@ def build_loader(
         model: its longest sequence is checked, and its shape says what a pair costs.
     Raises:
         ValueError: a pair is longer than the model takes, or than max_tokens_per_micro_batch allows, or has no scores
-            where score_margin needs them.
+            where score_margin or the loss needs them.
     """
     config = unwrap(model).config.get_text_config()
     store = PairStore(dataset, share_prompt=recipe.share_prompt)
     store.check_lengths(getattr(config, "max_position_embeddings", None))
     store.check_ids(config.vocab_size)
+    if recipe.loss.is_of_lists:
+        store.score_gaps(f"loss_type {recipe.loss_type}")
     return StepLoader(
         store,
         pairs_per_step=recipe.per_device_eval_batch_size if evaluation else recipe.pairs_per_step(mesh.sizes.data),
@@ -160,6 +162,7 @@ def build_loader(
         seed=recipe.seed,
         weights=cost_weights(config),
         margins=None if recipe.score_margin is None else store.score_margins(recipe.score_margin),
+        with_scores=recipe.loss.is_of_lists,
         rank=mesh.data_rank,
         num_ranks=mesh.sizes.data,
     )

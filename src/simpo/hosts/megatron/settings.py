@@ -30,7 +30,7 @@ DPO_ARGUMENTS = {
 NOT_HERE = ("wpo_weights", "reward_calibration", "score_margin")
 """Keys that need more of the head than its cross entropies, or scores of pairs."""
 DPO_LOSSES = {"sigmoid": "dpo", **{name: name for name, loss in LOSSES.items() if loss.needs_reference}}
-REFERENCE_FREE = tuple(name for name, loss in LOSSES.items() if not loss.needs_reference)
+REFERENCE_FREE = tuple(name for name, loss in LOSSES.items() if not loss.needs_reference and not loss.is_of_lists)
 
 
 def add_simpo_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
@@ -144,6 +144,11 @@ def _loss_recipe(values: Mapping[str, Any], method: Method) -> Recipe:
             raise ValueError(
                 f"simpo_loss_type = {recipe.loss_type!r}: a loss of your own is for simpo train and the Hugging Face "
                 f"host; here one of {', '.join(REFERENCE_FREE)}"
+            )
+        if recipe.loss.is_of_lists:
+            raise ValueError(
+                f"simpo_loss_type = {recipe.loss_type!r}: Megatron's batches are of pairs; simpo train and the Hugging "
+                "Face host train on lists"
             )
         if recipe.loss.needs_reference:
             raise ValueError(
