@@ -326,9 +326,23 @@ SECTIONS = [
             *on("code_humanevalpack", NONE, SIMPO, DPO),
             Arm("SFT weight 1", "code_humanevalpack", {"sft_weight": 1.0}),
             Arm("a tenth of the rate", "code_humanevalpack", {"learning_rate": 5e-6}),
+            Arm("RC", "code_humanevalpack", {"reward_calibration": True}),
         ],
         ("accuracy", "margin", "chosen", "rejected", "unrelated"),
         lambda by: by["SimPO"]["chosen"] < by["untrained"]["chosen"] < by["SFT weight 1"]["chosen"],
+    ),
+    Section(
+        "later",
+        "Methods that came after",
+        "Nothing is claimed of their rank; each row shows what its change does to the same pairs.",
+        [
+            NONE,
+            SIMPO,
+            Arm("WPO", keys={"wpo_weights": True}),
+            Arm("ConfPO", keys={"loss_type": "confpo"}),
+            Arm("RC", keys={"reward_calibration": True}),
+            Arm("R-DPO", keys={"loss_type": "r_dpo"}),
+        ],
     ),
     Section(
         "policy",
