@@ -6,7 +6,6 @@ the trainer or the hosts.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,11 +175,3 @@ def _load_native(source: Source, checkpoint: Checkpoint) -> nn.Module:
     model = add_adapters(_load_base(source, recipe.model_name_or_path), lora_config(recipe), seed=recipe.seed)
     set_peft_model_state_dict(model, trained)
     return model
-
-
-def results_at(source: Source) -> dict[str, float]:
-    """The evaluation that a native checkpoint holds; empty without one."""
-    if source.checkpoint is None:
-        return {}
-    state = json.loads((source.checkpoint.folder / STATE_FILE).read_text(encoding="utf-8"))
-    return dict(state.get("progress", {}).get("last_eval", {}))
