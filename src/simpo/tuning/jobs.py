@@ -43,8 +43,8 @@ class Result:
         steps: optimizer steps it was given; None = as the recipe says.
         accuracy: on held-out pairs, those with a longer and with a shorter chosen response counting alike.
         margin, chosen: mean over pairs, nats per token.
-        leaning: as accuracy, with sigmoid(margin / spread of the untrained model's margins) for each pair instead of 0
-            or 1: what a few steps have changed shows in it though no pair has changed sides.
+        leaning: mean of sigmoid(margin / spread of the untrained model's margins): what a few steps have changed shows
+            in it though no pair has changed sides. All pairs count alike, as few of one length would be noise here.
         repeated: share of 4-grams of its greedy answers that came before in them; None without answers.
         failed: why it counts for nothing.
         time_s: of training and measuring.
@@ -165,7 +165,7 @@ def _measured(job: Job, time_s: float) -> Result:
     return Result(
         None,
         accuracy=length_balanced_accuracy(margins, *lengths),
-        leaning=float(length_balanced(leaning, *lengths).mean()),
+        leaning=float(leaning.mean()),
         margin=Interval(**content["margin"]),
         chosen=content["chosen_mean"],
         repeated=content["repeated_share"],
