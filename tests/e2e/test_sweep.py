@@ -31,7 +31,7 @@ def test_calibrate_writes_a_recipe_that_trains_with_the_reasons_in_front(tiny_re
     written = Path(tiny_recipe["output_dir"]) / "calibrated.yaml"
     text = written.read_text()
     comments = [line for line in text.split("\n") if line.startswith("# ")]
-    assert [line.split()[1] for line in comments[:4]] == ["gamma_beta_ratio", "beta", "learning_rate", "budget:"]
+    assert [line.split()[1] for line in comments[1:5]] == ["gamma_beta_ratio", "beta", "learning_rate", "budget:"]
     recipe = load_recipe(written)
     found = read_sweep(Path(tiny_recipe["output_dir"]) / "calibration" / "probes" / "sweep.json")
     assert f"{recipe.learning_rate:g}" == f"{float(found.best.settings['learning_rate']):g}"

@@ -19,6 +19,7 @@ import yaml
 from simpo.data import cache
 from simpo.data.cache import fingerprint_tokens
 from simpo.display import Display
+from simpo.onpolicy.journal import changed_settings
 from simpo.recipe import load_recipe
 from simpo.run.digest import record_files
 from simpo.run.metrics import PAIR_METRICS
@@ -246,3 +247,13 @@ def test_the_fingerprint_is_of_tokens_boundaries_and_order_alone() -> None:
     types = types.cast_column("rejected_gaps", datasets.List(datasets.Value("int32")))
     assert fingerprint_tokens(types) == first
     assert print_of(*without[1]) != first
+
+
+def test_a_key_that_a_later_version_adds_changes_nothing_while_it_is_off() -> None:
+    """Of what generate, score, rounds, judge and sweep have begun."""
+    before = {"recipe": {"beta": 2.0}, "generate": {"seed": 1}}
+    for off in (None, False, 0, "", []):
+        now = {"recipe": {"beta": 2.0, "wpo_weights": off}, "generate": {"seed": 1, "new": off}}
+        assert changed_settings(before, now) == ""
+    assert changed_settings(before, {**before, "recipe": {"beta": 2.0, "new": 3}}) == "recipe.new was None and is 3"
+    assert changed_settings(before, {"generate": {"seed": 1}}) == "recipe.beta was 2.0 and is None"

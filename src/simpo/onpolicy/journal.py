@@ -208,12 +208,15 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
 
 
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What differs between two settings, in words; empty where nothing does."""
+    """What differs between two settings, in words; empty where nothing does.
+
+    A name that only the later ones have is a key that another version of simpo added: while it is off, nothing differs.
+    """
     before, now = _flat(before), _flat(now)
     return "; ".join(
         f"{name} was {short(before.get(name))} and is {short(now.get(name))}"
         for name in dict.fromkeys((*before, *now))
-        if before.get(name) != now.get(name)
+        if before.get(name) != now.get(name) and (name in before or now[name])
     )
 
 

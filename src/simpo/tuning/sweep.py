@@ -12,7 +12,6 @@ command goes on from there.
 from __future__ import annotations
 
 import functools
-import hashlib
 import itertools
 import json
 import math
@@ -29,6 +28,7 @@ from simpo.data.prepare import prepare_pairs
 from simpo.display import Display, format_duration
 from simpo.evaluation.statistics import Interval
 from simpo.model.load import load_tokenizer
+from simpo.onpolicy.journal import changed_settings
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.report import report_path, try_report
 from simpo.report.read import is_run
@@ -131,15 +131,15 @@ class _Sweep:
     def begin(self, space: Space, **how: Any) -> None:
         """Take up what was done before; prepare the data, which every trial then finds prepared."""
         asked = {"space": {key: _plain(values) for key, values in space.items()}, **how}
-        asked |= {"generations": self.generations, "recipe": _identity(self.base)}
+        recipe = {name: value for name, value in self.base.to_dict().items() if not KEYS[name].may_change}
+        asked |= {"generations": self.generations, "recipe": recipe}
         asked = json.loads(json.dumps(asked))
         if self.path.exists():
             before = check_own(self.path, "asked", "untrained", "trials")
-            changed = [name for name, value in asked.items() if before["asked"].get(name) != value]
-            if changed:
+            if changed := changed_settings(before["asked"], asked):
                 raise ValueError(
-                    f"{self.folder}: a sweep with other settings lies there ({', '.join(changed)} changed); give the "
-                    "same ones to go on, or another output_dir"
+                    f"{self.folder}: a sweep with other settings lies there ({changed}); give the same ones to go on, "
+                    "or another output_dir"
                 )
             self.untrained = Result.of_json(before["untrained"])
             self.trials = [Trial.of_json(each) for each in before["trials"]]
@@ -320,12 +320,6 @@ def _words(settings: Settings) -> list[str]:
 
 def _plain(values: Any) -> Any:
     return list(values) if isinstance(values, tuple) else str(values)
-
-
-def _identity(recipe: Recipe) -> str:
-    """Of all that decides what a trial computes."""
-    values = {name: value for name, value in recipe.to_dict().items() if not KEYS[name].may_change}
-    return hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
 def _percent(interval: Interval | None) -> str:
