@@ -48,6 +48,15 @@ def test_a_run_without_a_step_at_the_full_rate_is_named_by_check(
     assert ("notice: warm-up" in printed.output) == bool(said)
 
 
+@pytest.mark.parametrize(("ratio", "said"), [(1.0, True), (0.99, False)])
+def test_a_warm_up_over_the_whole_run_is_named_though_nobody_knows_its_length(
+    ratio: float, said: bool, tmp_path: Path
+) -> None:
+    load_recipe({**BASE, "warmup_ratio": ratio}).save(tmp_path / "recipe.yaml")
+    printed = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")])
+    assert ("warning: warmup_ratio = 1: no step of the run has the full learning_rate" in printed.output) == said
+
+
 def test_it_is_said_at_the_start_of_a_run_whose_data_says_how_many_steps_there_are(tiny_recipe: dict[str, Any]) -> None:
     for steps, said in ((10, True), (9, False)):
         settings = {**tiny_recipe, "warmup_steps": steps}

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
+from simpo.cli import app
 from simpo.display import Display
 from simpo.hosts.hf import run_recipe
 from simpo.recipe import load_recipe
@@ -41,3 +43,19 @@ def test_held_out_pairs_are_evaluated_once_unless_told_otherwise(
     assert all(line["eval_pairs"] == 10 for line in evaluations)
     card = Path(tiny_recipe["output_dir"], "model", "README.md").read_text(encoding="utf-8")
     assert ("No evaluation was run." in card) == (not steps)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"eval_strategy": "no"}, True),
+        ({"eval_strategy": "no", "validation_fraction": 0}, False),
+        ({"eval_strategy": "epoch"}, False),
+        ({}, False),
+    ],
+)
+def test_check_names_held_out_pairs_that_nothing_evaluates(keys: dict[str, Any], said: bool, tmp_path: Path) -> None:
+    recipe = {"model_name_or_path": "org/model", "dataset_mixer": {"pairs.jsonl": 1.0}, "output_dir": "out", **keys}
+    load_recipe(recipe).save(tmp_path / "recipe.yaml")
+    printed = CliRunner().invoke(app, ["check", str(tmp_path / "recipe.yaml")]).output
+    assert ("neither trained on nor evaluated" in printed) == said

@@ -151,7 +151,7 @@ def _missing(recipe: Recipe) -> list[str]:
 
 def _checked(recipe: Recipe, processes: int) -> dict[str, Any]:
     """What `simpo check` says, for programs."""
-    from simpo.recipe.checks import far_from_published
+    from simpo.recipe.checks import far_from_published, in_vain
 
     pairs = recipe.pairs_per_step(_data_ranks(recipe, processes))
     return {
@@ -159,14 +159,14 @@ def _checked(recipe: Recipe, processes: int) -> dict[str, Any]:
         "loss": {"equation": recipe.loss.equation, "source": recipe.loss.source, "as_set": recipe.describe_loss()},
         "pairs_per_step": pairs,
         "notices": list(recipe.notices),
-        "warnings": far_from_published(recipe, pairs),
+        "warnings": [*in_vain(recipe), *far_from_published(recipe, pairs)],
         "missing": _missing(recipe),
     }
 
 
 def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
     """Loss and batch as they will act, notices, and what is still missing to train."""
-    from simpo.recipe.checks import far_from_published
+    from simpo.recipe.checks import far_from_published, in_vain
 
     each, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     data = _data_ranks(recipe, processes)
@@ -179,7 +179,8 @@ def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
         f"({each} a micro-batch x {accumulation} accumulated x {many})",
     ]
     lines += [f"notice: {notice}" for notice in recipe.notices]
-    lines += [f"warning: {line}" for line in far_from_published(recipe, recipe.pairs_per_step(data))]
+    warnings = [*in_vain(recipe), *far_from_published(recipe, recipe.pairs_per_step(data))]
+    lines += [f"warning: {line}" for line in warnings]
     missing = _missing(recipe)
     lines.append(f"to train, still give: {', '.join(missing)}" if missing else "this recipe can be trained")
     return lines

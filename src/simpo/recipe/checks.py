@@ -49,6 +49,7 @@ def far_from_published(recipe: Recipe, pairs_per_step: int) -> list[str]:
         ("learning_rate", recipe.learning_rate, (5e-8, 1e-4 if recipe.use_peft else 3e-6), rates),
         ("beta", recipe.beta, (1.0, 20.0), "published 2 to 10; DPO's is around 0.1, on another scale"),
         ("gamma_beta_ratio", recipe.gamma_beta_ratio, (0.0, 1.2), "published 0.1 to 0.8, advised 0 to 1"),
+        ("sft_weight", recipe.sft_weight, (0.0, 1.0), "published 0"),
         ("pairs in an optimizer step", pairs_per_step, (32, 512), "published 128"),
         ("num_train_epochs", recipe.num_train_epochs, (0.0, 3.0), "published 1"),
     ]
@@ -59,6 +60,19 @@ def far_from_published(recipe: Recipe, pairs_per_step: int) -> list[str]:
         for name, value, (least, most), range_ in found
         if not least <= value <= most
     ]
+
+
+def in_vain(recipe: Recipe) -> list[str]:
+    """A line for pairs that would be held out for nothing, and for a warm-up over a whole run, however long it is."""
+    lines = []
+    if recipe.eval_strategy == "no" and recipe.validation_fraction > 0:
+        lines.append(
+            f"validation_fraction = {recipe.validation_fraction:g}: with eval_strategy no, pairs that are held out "
+            "where no eval split exists are neither trained on nor evaluated; set it to 0, or leave eval_strategy out"
+        )
+    if recipe.warmup_ratio >= 1 and recipe.warmup_steps == 0 and recipe.lr_scheduler_type != "constant":
+        lines.append(f"warmup_ratio = {recipe.warmup_ratio:g}: no step of the run has the full learning_rate; lower it")
+    return lines
 
 
 def resolve(recipe: Recipe) -> list[str]:
