@@ -144,7 +144,6 @@ def test_calibration_keeps_chosen_responses_from_falling_where_the_rejected_side
         model, pairs = random_model("Llama"), near_identical_pairs(4)
         sharpen(model, [pair.chosen_ids for pair in pairs])
         changes[name] = descend(model, pairs, 6, **keys)
-    print(changes)
     assert changes["plain"][0] < 0 < changes["plain"][1], "no displacement to be seen"
     assert changes["calibrated"][0] > 0.2 * changes["plain"][0]
     assert changes["calibrated"][1] > 0

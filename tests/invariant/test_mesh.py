@@ -528,3 +528,24 @@ def test_sharding_halves_the_state_and_leaves_activations(two_ranks: Ranks, mode
         assert sharded[name] == pytest.approx(alone[name], rel=0.01, abs=1)
     head = 8 * 512 * 48 + 2 * 4 * 8 * 512  # put together to compute, and its logits, whatever is sharded
     assert sharded["state"] - head == (alone["state"] - head) / 2
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["dp2", "fsdp2 checkpointed", "tp2 tied", "cp2"])
+def test_what_is_known_of_tokens_makes_the_update_of_one_process(
+    case, two_ranks: Ranks, model_folder, step_recipe, tmp_path
+):
+    """Weights and balances of gradients of SimPO's pairs, and ConfPO: each mesh against one process."""
+    shape, data, keys = TWO[case]
+    for method in ({"wpo_weights": True, "reward_calibration": True}, {"loss_type": "confpo", "wpo_weights": True}):
+        folders = [str(tmp_path / f"{method.get('loss_type')} {world}") for world in (1, 2)]
+        one = run_steps(step_recipe(model_folder(**SHAPES[shape]), 1, output_dir=folders[0], **method))
+        method["output_dir"] = folders[1]
+        found = two_ranks.run(run_steps, step_recipe(model_folder(**SHAPES[shape]), data, **keys, **method))[0]
+        for ours, theirs in zip(found["gradients"], one["gradients"], strict=True):
+            largest = max(float(gradient.abs().max()) for gradient in theirs.values())
+            for name, gradient in theirs.items():
+                assert float((ours[name] - gradient).abs().max()) <= 2e-6 * largest, (method, name)
+        for ours, theirs in zip(found["values"], one["values"], strict=True):
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+        assert found["evaluation"]["eval_loss"] == pytest.approx(one["evaluation"]["eval_loss"], rel=1e-5)
