@@ -137,15 +137,22 @@ def descend(model, pairs: list[TokenPair], steps: int, **keys: Any) -> tuple[flo
     return found[-1][0] - found[0][0], found[-1][1] - found[0][1]
 
 
-def test_calibration_keeps_chosen_responses_from_falling_where_the_rejected_side_pulls_harder(random_model):
-    """Displacement: the rejected token is the less likely one, whose gradient is the larger and points the same way."""
+@pytest.mark.parametrize(("learnt", "falls_by"), [(8, 0.5), (15, 0.0)], ids=["half learnt", "learnt"])
+def test_calibration_keeps_chosen_responses_from_falling_where_the_rejected_side_pulls_harder(
+    random_model, learnt, falls_by
+):
+    """Displacement: the rejected token is the less likely one, whose gradient is the larger and points the same way.
+
+    m_w changes by -7.5e-3, with RC -2.8e-3, where the model half knows the responses; by -2.0e-4 and +9.8e-4 where it
+    knows them.
+    """
     changes = {}
     for name, keys in (("plain", {}), ("calibrated", {"reward_calibration": True})):
         model, pairs = random_model("Llama"), near_identical_pairs(4)
-        sharpen(model, [pair.chosen_ids for pair in pairs])
+        sharpen(model, [pair.chosen_ids for pair in pairs], learnt)
         changes[name] = descend(model, pairs, 6, **keys)
     assert changes["plain"][0] < 0 < changes["plain"][1], "no displacement to be seen"
-    assert changes["calibrated"][0] > 0.2 * changes["plain"][0]
+    assert changes["calibrated"][0] > falls_by * changes["plain"][0]
     assert changes["calibrated"][1] > 0
 
 
