@@ -183,6 +183,12 @@ def test_answers_that_are_ruined(changes: dict[str, Any], says: str) -> None:
     assert guard.read_answers(15, answers(**changes)) == []  # once
 
 
+def test_answers_that_come_to_their_end_now_are_no_shorter_ones() -> None:
+    guard, at_limit = Guard(gamma=1.0), {"tokens": [160, 160, 160, 70], "finished": [False, False, False, True]}
+    assert guard.read_answers(0, answers(**at_limit)) == []
+    assert guard.read_answers(4, answers(tokens=[24, 36, 14, 20])) == []
+
+
 def test_answers_in_another_language() -> None:
     pytest.importorskip("py3langid")
     english = "The weather is lovely today, and we should go for a walk in the park before it starts to rain again."

@@ -75,8 +75,8 @@ CHECKS = {
     ),
     "answers": Check(
         f"{MORE_ANSWERS:.0%} of the held-out answers, and at least 2, do since the first ones what they did not: "
-        f"repeat themselves ({LOOPS:.0%} of 4-token sequences), run to the limit, or change language; or their median "
-        f"length is {LONGER:g} times or a third of what it was",
+        f"repeat themselves ({LOOPS:.0%} of 4-token sequences), run to the limit, or change language; or the "
+        f"median length of those that came to their end at first is {LONGER:g} times or a third of what it was",
         "ours",
         "Lower learning_rate, and read generations.jsonl",
     ),
@@ -306,10 +306,13 @@ class Guard:
             was, is_ = (sum(map(does, side)) for side in zip(*both, strict=True))
             saw = f"{is_} of {len(both)} held-out answers {what}; {was} did at the start"
             yield _Reading("answers", (is_ - was) / enough, saw, kind=kind)
-        ratio = statistics.median(max(now["tokens"], 1) / max(was["tokens"], 1) for was, now in both)
-        change = math.log(ratio) / math.log(LONGER if ratio > 1 else SHORTER)
-        saw = f"held-out answers are {ratio:.2g} times as long as at the start (median)"
-        yield _Reading("answers", change, saw, kind="length")
+        # An answer that ran to the limit at the start had no length of its own; that it ends now is no bad sign.
+        ratios = [max(now["tokens"], 1) / max(was["tokens"], 1) for was, now in both if was["finished"]]
+        if len(ratios) >= enough:
+            ratio = statistics.median(ratios)
+            change = math.log(ratio) / math.log(LONGER if ratio > 1 else SHORTER)
+            saw = f"held-out answers are {ratio:.2g} times as long as at the start (median)"
+            yield _Reading("answers", change, saw, kind="length")
         languages = {row: _language(answers[row]["response"]) for row in self._languages if row in answers}
         other = [row for row, code in languages.items() if code not in (None, self._languages[row])]
         saw = f"{len(other)} of {len(both)} held-out answers are in another language than at the start"
