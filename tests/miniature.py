@@ -93,6 +93,17 @@ def pair_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def scored_pairs(pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pairs with scores, which losses of lists want."""
+    folder = tmp_path_factory.mktemp("scored")
+    for path in pair_files.glob("*.jsonl"):
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
+        rows = [json.loads(line) | {"score_chosen": 2.0, "score_rejected": 1.0} for line in lines]
+        (folder / path.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return folder
+
+
 def recipe_in(folder: Path, model: Path, pairs: Path) -> dict[str, Any]:
     """As `tiny_recipe`, for fixtures that several tests share: the run directory is `folder`/run."""
     return {

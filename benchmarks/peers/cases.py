@@ -201,8 +201,9 @@ def save_pairs(pairs: Sequence[TokenPair], path: Path) -> None:
 def load_pairs(path: Path) -> list[TokenPair]:
     """Read what `save_pairs` wrote."""
     rows = json.loads(path.read_text(encoding="utf-8"))
-    gaps = ("chosen_gaps", "rejected_gaps")
-    return [TokenPair(**{key: tuple(value) if key in gaps else value for key, value in row.items()}) for row in rows]
+    lists = ("chosen_ids", "rejected_ids")
+    values = ({k: tuple(v) if isinstance(v, list) and k not in lists else v for k, v in row.items()} for row in rows)
+    return [TokenPair(**each) for each in values]
 
 
 def describe_pairs(pairs: Sequence[TokenPair]) -> dict[str, float]:
