@@ -1,7 +1,7 @@
 """The method's claims in small: trains, measures, and writes docs/evidence.md with its figures. Nothing is typed in.
 
-    make evidence                     everything, three seeds (at most three hours on two quiet cores)
-    EVIDENCE=quick make evidence      the same in small, two seeds (about 20 minutes)
+    make evidence                     everything, three seeds (sized for three hours on two quiet cores; not timed yet)
+    EVIDENCE=quick make evidence      the same in small, two seeds (sized for 20 minutes; not timed yet)
     python benchmarks/evidence.py [--model MODEL] [--data FOLDER] [--size quick] [--only SECTION ...] [--page FILE.md]
     python benchmarks/evidence.py --paper simpo=MODEL dpo=MODEL ... --pairs PAIRS    the paper's numbers, by its models
 
