@@ -1,14 +1,15 @@
 """The method's claims in small: trains, measures, and writes docs/evidence.md with its figures. Nothing is typed in.
 
-    make evidence                     everything, three seeds (sized for three hours on two quiet cores; not timed yet)
-    EVIDENCE=quick make evidence      the same in small, two seeds (sized for 20 minutes; not timed yet)
+    make evidence                     everything (sized for three hours on two quiet cores with bfloat16; not timed yet)
+    EVIDENCE=quick make evidence      some sections, in small (sized for 20 minutes; not timed yet)
     python benchmarks/evidence.py [--model MODEL] [--data FOLDER] [--size quick] [--only SECTION ...] [--page FILE.md]
     python benchmarks/evidence.py --paper simpo=MODEL dpo=MODEL ... --pairs PAIRS    the paper's numbers, by its models
 
 An arm is a recipe on some pairs. It is trained once for each seed, which chooses its pairs and their order, and is
 measured on held-out pairs, on greedy answers to their prompts and on text that has nothing to do with them. What was
-measured lies in --output, a file for each arm and seed, and is not measured again. FOLDER holds the sets of real pairs,
-each a folder with train.jsonl(.gz) and test.jsonl(.gz); a section whose set is not there says so.
+measured lies in --output, a file for each way to train and seed, and is not measured again. FOLDER holds the sets of
+real pairs, each a folder with train.jsonl(.gz) and test.jsonl(.gz); a section whose set is not there says so. The
+numbers of a run lie beside the page's figures, by its date: the page says how far the runs of other days agree with it.
 """
 
 from __future__ import annotations
@@ -32,11 +33,18 @@ REPO = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
 os.environ.setdefault("SIMPO_REPORT", "0")
 
+import torch  # noqa: E402
+
 import simpo  # noqa: E402
 from examples.demo import readable, rule  # noqa: E402
 from examples.demo.get_model import get_model  # noqa: E402
 from simpo.data.files import read_file, write_whole  # noqa: E402
 from simpo.display import Display  # noqa: E402
+from simpo.model.load import has_bf16, pick_device  # noqa: E402
+from simpo.onpolicy.generate import run_generate  # noqa: E402
+from simpo.onpolicy.pair import run_pair  # noqa: E402
+from simpo.onpolicy.rounds import run_rounds  # noqa: E402
+from simpo.onpolicy.score import run_score  # noqa: E402
 
 Row = dict[str, Any]
 Interval = tuple[float, float, float]
@@ -44,16 +52,26 @@ Interval = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Size:
-    """How much of everything: seeds, training pairs, held-out pairs, answers and their longest, in tokens."""
+    """How much of everything: seeds, training pairs, held-out pairs, answers and their longest, in tokens; sections."""
 
     seeds: int
     train: int
     test: int
     answers: int
     tokens: int
+    sections: tuple[str, ...] = ()
+
+    @property
+    def prompts(self) -> int:
+        """That are answered to train on, several times each."""
+        return 3 * self.train // 2
 
 
-SIZES = {"full": Size(3, 96, 48, 24, 96), "quick": Size(2, 40, 24, 12, 64), "tiny": Size(2, 12, 4, 2, 4)}
+SIZES = {
+    "full": Size(3, 72, 48, 24, 96),
+    "quick": Size(3, 40, 24, 12, 64, ("methods-rule", "length-rule", "gamma", "sft")),
+    "tiny": Size(2, 12, 4, 2, 4),
+}
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Number of seeds -> 97.5% of Student's t with one degree of freedom less."""
 
@@ -62,16 +80,19 @@ SETS = {
     "en_hh_helpful": "human chat, noisy labels",
     "zh_oasst1": "Chinese, ranked by people",
     "code_humanevalpack": "functions and the same with one bug",
+    "lists": "the untrained model's own answers, four a prompt, scored by the demo's rule",
 }
-LONGEST = {"rule": 1000, "en_hh_helpful": 700, "zh_oasst1": 300, "code_humanevalpack": 900}
+LONGEST = {"rule": 1000, "en_hh_helpful": 700, "zh_oasst1": 300, "code_humanevalpack": 900, "lists": 3000}
 """Characters of a prompt and both answers; what is longer is not drawn."""
 
 RECIPE: dict[str, Any] = {
     **{"max_length": 512, "max_prompt_length": 256, "learning_rate": 5e-5, "per_device_train_batch_size": 4},
     **{"warmup_ratio": 0.1, "lr_scheduler_type": "cosine"},
     **{"save_strategy": "no", "eval_strategy": "no", "validation_fraction": 0.0, "save_dtype": "float32"},
-    **{"logging_steps": 1, "guard": "off"},
+    **{"logging_steps": 1, "guard": "off", "bf16": has_bf16(pick_device("auto"))},
 }
+DEFAULTS: dict[str, Any] = {**simpo.load_recipe({"model_name_or_path": "any"}).to_dict(), **RECIPE}
+"""What a recipe of this page has where an arm says nothing."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +106,7 @@ class Arm:
         noise: share of training pairs whose labels are swapped.
         asked: the set whose held-out pairs and prompts it is measured on instead; "" = its own.
         trains: False = the model as it was given.
+        rounds: of `simpo rounds`, which make its pairs by the rule; 0 = it learns from pairs that are there.
     """
 
     name: str
@@ -93,6 +115,7 @@ class Arm:
     noise: float = 0.0
     asked: str = ""
     trains: bool = True
+    rounds: int = 0
 
     @property
     def sets(self) -> set[str]:
@@ -104,12 +127,13 @@ class Lab:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.size = args, SIZES[args.size]
+        self.measured: dict[str, dict[str, list[Row]]] = {}  # section -> arm -> a row for each seed
         self.folders = {"rule": REPO / "examples/demo/pairs"}
         if args.data:
             self.folders |= {name: args.data / name for name in SETS if (args.data / name).is_dir()}
 
     def lacks(self, arms: Sequence[Arm]) -> set[str]:
-        return {name for arm in arms for name in arm.sets} - self.folders.keys()
+        return {name for arm in arms for name in arm.sets} - self.folders.keys() - {"lists"}
 
     def results(self, arm: Arm) -> list[Row]:
         """What was measured, a row for each seed."""
@@ -118,22 +142,32 @@ class Lab:
     def _result(self, arm: Arm, seed: int) -> Row:
         if not arm.trains:
             seed = 0  # the same whatever the seed: the held-out pairs are
-        words = json.dumps([asdict(arm), asdict(self.size), RECIPE, str(self.args.model), seed], sort_keys=True)
-        name = "".join(c if c.isalnum() else "-" for c in f"{arm.pairs} {arm.name}")
-        path = self.args.output / f"{name}-{hashlib.sha256(words.encode()).hexdigest()[:8]}-{seed}.json"
+        own = {key: value for key, value in arm.keys.items() if value != DEFAULTS[key]}
+        way = {**asdict(arm), "keys": own, "name": "", "asked": arm.asked or arm.pairs}
+        amount = {**asdict(self.size), "seeds": 0, "sections": ()}
+        words = json.dumps([way, amount, RECIPE, str(self.args.model), seed], sort_keys=True)
+        name = f"{arm.pairs} {arm.name}"
+        path = self.args.output / f"{hashlib.sha256(words.encode()).hexdigest()[:12]}-{seed}.json"
         if not path.exists():
             began = time.perf_counter()
-            found = self._measure(arm, self._train(arm, seed), path)
+            found = self._measure(arm, *self._train(arm, seed))
             write_whole(path, json.dumps({"arm": asdict(arm), "seed": seed, **found}, indent=1) + "\n")
             print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
 
-    def _train(self, arm: Arm, seed: int) -> tuple[Path, float]:
-        """The model's folder, and the seconds that its steps took, a reference model's pass included."""
+    def _train(self, arm: Arm, seed: int) -> tuple[Path, Row]:
+        """The model's folder; its pairs, and the seconds of its steps, a reference model's pass or rounds included."""
         if not arm.trains:
-            return Path(self.args.model), 0.0
+            return Path(self.args.model), {"pairs": 0, "seconds": 0.0}
         place = self.args.output / "run"
         shutil.rmtree(place, ignore_errors=True)
+        began = time.perf_counter()
+        if arm.rounds:
+            each = {"rounds.rounds": arm.rounds, "rounds.prompts_per_round": self.size.prompts // arm.rounds}
+            run_rounds(self.on_policy(place, {**each, "rounds.eval_prompts": 1, "seed": seed, **arm.keys}))
+            made = [row for each in place.glob("round-[1-9]") for row in read_file(each / "pairs" / "train.jsonl")]
+            found = {"pairs": len(made), "seconds": time.perf_counter() - began}
+            return place / f"round-{arm.rounds}" / "run" / "model", found
         rows = self.draw(arm.pairs, "train", self.size.train, seed)
         swapped = set(random.Random(f"{seed} noise").sample(range(len(rows)), round(arm.noise * len(rows))))
         rows = [
@@ -146,12 +180,10 @@ class Lab:
             "output_dir": str(place),
             "cache_dir": str(place / "cache"),
         }
-        began = time.perf_counter()
         simpo.Trainer(simpo.load_recipe({**RECIPE, **keys, **arm.keys}), display=Display(quiet=True)).run()
-        return place / "model", time.perf_counter() - began
+        return place / "model", {"pairs": len(rows), "seconds": time.perf_counter() - began}
 
-    def _measure(self, arm: Arm, trained: tuple[Path, float], path: Path) -> Row:
-        model, seconds = trained
+    def _measure(self, arm: Arm, model: Path, about: Row) -> Row:
         rows = self.draw(arm.asked or arm.pairs, "test", self.size.test, seed=0)
         held_out = write_rows(self.args.output / "held-out" / f"{arm.asked or arm.pairs}.jsonl", rows)
         options: Row = {"recipe": {k: RECIPE[k] for k in ("max_length", "max_prompt_length")}, "progress": False}
@@ -171,11 +203,38 @@ class Lab:
             "tokens": mean(answer.num_tokens for _, answer in answers),
             "repeated": mean(answer.repeated_share for _, answer in answers),
             "unrelated": other.chosen_mean,
-            "seconds": seconds,
+            **about,
         }
+
+    def on_policy(self, folder: Path, keys: Row) -> simpo.Recipe:
+        """The demo's recipe for the model's own answers, four a prompt, with this model, size and its prompts.
+
+        Those of the held-out pairs are left out.
+        """
+        os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+        own: Row = {"generate.num_samples": 4, "generate.max_new_tokens": self.size.tokens}
+        asked = {row["id"] for row in read_file(self.folders["rule"] / "test.jsonl")}
+        prompts = [row for row in read_file(REPO / "examples/demo/prompts.jsonl") if row["id"] not in asked]
+        chosen = write_rows(folder / "prompts.jsonl", prompts)
+        own |= {"generate.prompts": {str(chosen): 1.0}, "output_dir": str(folder)}
+        own |= {"model_name_or_path": str(self.args.model), "cache_dir": str(folder / "cache")}
+        return simpo.load_recipe(REPO / "recipes/demo.yaml", {**RECIPE, **own, **keys})
+
+    def make_lists(self) -> Path:
+        """The folder of the set `lists`, made once."""
+        folder = self.args.output / f"lists-{self.size.prompts}-{self.size.tokens}"
+        if not (folder / "lists" / "train.jsonl").exists():
+            recipe = self.on_policy(folder, {"pair.lists": True, "pair.test_fraction": 0.0, "pair.min_score": None})
+            prompts = list(read_file(folder / "prompts.jsonl"))
+            write_rows(folder / "prompts.jsonl", random.Random(0).sample(prompts, self.size.prompts))
+            for stage in (run_generate, run_score, run_pair):
+                stage(recipe)
+        return folder / "lists"
 
     def draw(self, name: str, split: str, count: int, seed: int) -> list[Row]:
         """A seeded choice of a set's pairs; those of a prompt that came before stand at the end."""
+        if name == "lists" and name not in self.folders:
+            self.folders[name] = self.make_lists()
         (path,) = (path for path in self.folders[name].iterdir() if path.name.startswith(f"{split}.jsonl"))
         rows = [row for row in read_file(path) if num_characters(row) <= LONGEST[name]]
         random.Random(f"{seed} {split}").shuffle(rows)
@@ -186,13 +245,14 @@ class Lab:
 
 
 def num_characters(row: Row) -> int:
-    return sum(len(turn["content"]) for side in ("prompt", "chosen", "rejected") for turn in row[side])
+    turns = [turn["content"] for side in ("prompt", "chosen", "rejected") for turn in row.get(side, [])]
+    return sum(map(len, [*turns, *row.get("responses", [])]))
 
 
 def unrelated_text() -> list[Row]:
     """The paragraphs of the licence, each as an answer, to be measured only; the rejected side is of no account."""
     parts = [" ".join(part.split()) for part in (REPO / "LICENSE").read_text(encoding="utf-8").split("\n\n")]
-    parts = [part for part in parts if len(part) > 200]
+    parts = [part for part in parts if len(part) > 200][:16]
     return [{"prompt": "Quote a paragraph.", "chosen": part, "rejected": "No."} for part in parts]
 
 
@@ -241,14 +301,20 @@ class Section:
 
 
 METHODS = (NONE, SIMPO, DPO, ORPO, CPO)
-GAMMAS = [Arm(f"gamma {g:g}", keys={"gamma_beta_ratio": g / 2}) for g in (0.0, 0.4, 0.8, 1.2, 1.6)]
-RATES, BETAS = (5e-6, 2e-5, 5e-5, 1e-4), (2.0, 5.0, 10.0)
+GAMMAS = [Arm(f"gamma {g:g}", keys={"gamma_beta_ratio": g / 2}) for g in (0.0, 0.4, 1.0, 1.6)]
+RATES, BETAS = (5e-6, 5e-5, 2e-4), (2.0, 5.0, 10.0)
 MAP = [Arm(f"beta {b:g}, rate {r:g}", keys={"beta": b, "learning_rate": r}) for b in BETAS for r in RATES]
 NOISE = [
     Arm(f"{n:.0%} swapped" + (f", smoothing {s:g}" if s else ""), keys={"label_smoothing": s} if s else {}, noise=n)
     for s in (0.0, 0.2)
-    for n in (0.0, 0.1, 0.2, 0.4)
+    for n in (0.0, 0.2, 0.4)
 ]
+OF_LISTS: dict[str, Row] = {
+    "SimPO, best and worst": {},
+    "Plackett-Luce": {"loss_type": "plackett_luce"},
+    "InfoNCA": {"loss_type": "infonca", "infonca_tau": 0.1},
+    "SWEPO": {"loss_type": "swepo", "swepo_alpha": 5.0},
+}
 SECTIONS = [
     *(
         Section(
@@ -312,7 +378,7 @@ SECTIONS = [
         "sft",
         "The SFT term",
         "It holds the chosen answers' log-prob up, and costs accuracy.",
-        [SIMPO, *varied("SFT weight", "sft_weight", (0.1, 0.5, 1.0))],
+        [SIMPO, *varied("SFT weight", "sft_weight", (0.1, 1.0))],
         holds=lambda by: by["SFT weight 1"]["chosen"] > by["SimPO"]["chosen"],
         chart=("chosen", "accuracy", "rule"),
         axis="sft_weight",
@@ -353,6 +419,21 @@ SECTIONS = [
         lambda by: by["SimPO"]["rule"] > by["SimPO on human chat"]["rule"],
     ),
     Section(
+        "rounds",
+        "One round and two",
+        "With as many prompts, the second half answered by the model that the first half taught: more is learnt "
+        "(arXiv:2405.14734 makes its pairs once; this is what `simpo rounds` is for).",
+        [NONE, *(Arm(f"{n} round{'s' * (n > 1)}", rounds=n) for n in (1, 2))],
+        ("pairs", "rule", "readable", "tokens", "repeated", "chosen", "seconds"),
+        lambda by: by["2 rounds"]["rule"] > by["1 round"]["rule"],
+    ),
+    Section(
+        "lists",
+        "Lists",
+        "Nothing is claimed of their rank: four answers to a prompt, as the best against the worst, or as a list.",
+        [NONE, *(Arm(name, "lists", keys, asked="rule") for name, keys in OF_LISTS.items())],
+    ),
+    Section(
         "noise",
         "Swapped labels",
         "Accuracy falls with the share of swapped labels; smoothing by about that share makes up for some of it.",
@@ -379,6 +460,19 @@ def spread(by: dict[str, Row], measure: str, word: str) -> float:
 SHARES = ("accuracy", "repeated")
 
 
+PAPER = [
+    "## The paper's own models",
+    "",
+    "Given its checkpoints and held-out pairs, a script prints accuracy, margin and the correlation of length beside "
+    "the paper's numbers. It was not run on them: no hub could be reached where this page was written. On one H100, "
+    "within the hour (three forward passes of an 8B model over 2,000 pairs):",
+    "",
+    "`python benchmarks/evidence.py --pairs princeton-nlp/llama3-ultrafeedback --paper "
+    "simpo=princeton-nlp/Llama-3-Instruct-8B-SimPO dpo=princeton-nlp/Llama-3-Instruct-8B-DPO`",
+    "",
+]
+
+
 def interval(values: Sequence[float]) -> Interval:
     """Mean and 95% interval over seeds by Student's t; nan ends where all are one measurement."""
     mean = statistics.fmean(values)
@@ -389,7 +483,7 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def cell(measure: str, values: Sequence[float]) -> str:
-    form = "{:.1%}" if measure in SHARES else "{:.0f}" if measure in ("tokens", "seconds") else "{:.3f}"
+    form = "{:.1%}" if measure in SHARES else "{:.0f}" if measure in ("pairs", "tokens", "seconds") else "{:.3f}"
     mean, low, high = (form.format(number) for number in interval(values))
     return mean if low == "nan" or low == "nan%" else f"{mean} ({low} to {high})"
 
@@ -399,7 +493,7 @@ def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
     lines = [f"## {section.title}", "", f"*Claim:* {section.claim}", ""]
     if lacking := lab.lacks(section.arms):
         return [*lines, f"Not measured: {', '.join(sorted(lacking))} was not given (--data).", ""]
-    found = {arm.name: lab.results(arm) for arm in section.arms}
+    found = lab.measured[section.name] = {arm.name: lab.results(arm) for arm in section.arms}
     lines += [f"| | {' | '.join(section.shown)} |", "|---" * (len(section.shown) + 1) + "|"]
     for name, rows in found.items():
         cells = (cell(measure, [row[measure] for row in rows]) for measure in section.shown)
@@ -411,18 +505,19 @@ def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
     if section.chart:
         draw(section, found, pictures / f"{section.name}.svg")
         where = f"{pictures.name}/{section.name}.svg"
-        lines += [f"![{section.title}: {', '.join(section.chart)}]({where})", "", conditions(lab, section), ""]
-    else:
-        lines += [conditions(lab, section), ""]
+        lines += [f"![{section.title}: {', '.join(section.chart)}]({where})", ""]
+    lines += [conditions(lab, section, found), ""]
     data = " --data FOLDER" if {name for arm in section.arms for name in arm.sets} != {"rule"} else ""
     size = "" if lab.args.size == "full" else f" --size {lab.args.size}"
     return [*lines, f"`python benchmarks/evidence.py --model MODEL{data}{size} --only {section.name}`", ""]
 
 
-def conditions(lab: Lab, section: Section) -> str:
+def conditions(lab: Lab, section: Section, found: dict[str, list[Row]]) -> str:
     size, trained = lab.size, {arm.pairs for arm in section.arms if arm.trains}
+    counts = sorted({row["pairs"] for rows in found.values() for row in rows if row["pairs"]})
+    pairs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"{size.train} training pairs ({', '.join(SETS[name] for name in sorted(trained))}), 4 a step, one epoch; "
+        f"{pairs} training pairs ({', '.join(SETS[name] for name in sorted(trained))}), 4 a step, one epoch; "
         f"{size.test} held-out pairs, greedy answers of up to {size.tokens} tokens to {size.answers} of their prompts; "
         f"{size.seeds} seeds, means with 95% intervals over them (Student's t)."
     )
@@ -457,16 +552,19 @@ def draw(section: Section, found: dict[str, list[Row]], path: Path) -> None:
 
 
 def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
-    import torch
     from peers.machine import describe_machine
 
-    began, machine = time.perf_counter(), describe_machine()
-    parts = [line for section in sections for line in write_section(lab, section, page.with_suffix(""))]
+    began, machine, beside = time.perf_counter(), describe_machine(), page.with_suffix("")
+    parts = [line for section in sections for line in write_section(lab, section, beside)]
+    where = {"date": time.strftime("%Y-%m-%d"), "cpu": machine["cpu"], "bf16": RECIPE["bf16"]}
+    run = {**where, "size": asdict(lab.size), "measured": lab.measured}
+    write_whole(beside / f"{lab.args.size}-{where['date']}.json", json.dumps(run, indent=1) + "\n")
     head = [
         "# Evidence",
         "",
-        f"Written by `make evidence`, size {lab.args.size}: {Path(lab.args.model).name} in bf16 on {machine['cpu']}, "
-        f"{machine['cores_allowed']} cores, torch {torch.__version__}. Numbers and figures are as they came out, also "
+        f"Written by `make evidence`, size {lab.args.size}: {Path(lab.args.model).name} in "
+        f"{'bfloat16' if RECIPE['bf16'] else 'float32'} on {machine['cpu']}, {machine['cores_allowed']} cores, "
+        f"torch {torch.__version__}. Numbers and figures are as they came out, also "
         "where they contradict a claim.",
         "",
         "A model of 135 million parameters shows mechanics: what a loss does to log-probs, lengths and answers. It "
@@ -479,11 +577,44 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         "of 4-token sequences that came before in an answer, `seconds` the training with a reference model's pass.",
         "",
     ]
-    write_whole(page, "\n".join([*head, *parts]).rstrip() + "\n")
+    write_whole(
+        page, "\n".join([*head, *parts, *agreement(run, sections, beside, lab.args.size), *PAPER]).rstrip() + "\n"
+    )
     print(f"{page}: {(time.perf_counter() - began) / 60:.0f} minutes")
 
 
-def paper(models: Sequence[str], pairs: Path) -> None:
+def agreement(run: Row, sections: Sequence[Section], folder: Path, size: str) -> list[str]:
+    """How far the runs of other days, whose numbers lie in the folder, agree with this one."""
+    lines, run = ["## Other days", ""], json.loads(json.dumps(run))
+    for path in sorted(folder.glob(f"{size}-*.json")):
+        other = json.loads(path.read_text(encoding="utf-8"))
+        if other["date"] == run["date"] or other["size"] != run["size"]:
+            continue
+        met, apart = 0, []
+        for section in sections:
+            here, there = (each["measured"].get(section.name, {}) for each in (run, other))
+            for arm in (arm for arm in here if arm in there):
+                for measure in (measure for measure in section.shown if measure != "seconds"):
+                    if meet(*([row[measure] for row in rows[arm]] for rows in (here, there))):
+                        met += 1
+                    else:
+                        apart.append(f"{section.name}, {arm}, {measure}")
+        precision = "bfloat16" if other["bf16"] else "float32"
+        found = f"{met} of {met + len(apart)} intervals meet this page's" + "".join(f"; not: {each}" for each in apart)
+        lines += [f"{other['date']}, {other['cpu']}, {precision}: {found}.", ""]
+    return lines if len(lines) > 2 else [*lines, "No other run of this size lies beside this page.", ""]
+
+
+def meet(here: Sequence[float], there: Sequence[float]) -> bool:
+    """Whether two intervals have a point in common; one measurement stands for 1% around it."""
+    bounds = [
+        (mean - abs(mean) / 100, mean + abs(mean) / 100) if math.isnan(low) else (low, high)
+        for mean, low, high in map(interval, (here, there))
+    ]
+    return max(low for low, _ in bounds) <= min(high for _, high in bounds)
+
+
+def paper(models: Sequence[str], pairs: str) -> None:
     """The paper's figure 2 for given checkpoints and held-out pairs, beside its numbers."""
     print("| model | accuracy | margin | Spearman of length and mean log-prob | the paper's |\n|---|---|---|---|---|")
     known = {"simpo": "0.34", "dpo": "0.59", "sums": "0.82"}
@@ -506,13 +637,15 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"), help="what was measured")
     parser.add_argument("--page", type=Path, help="[default: docs/evidence.md; nothing with --only]")
     parser.add_argument("--paper", nargs="+", metavar="NAME=MODEL", help="simpo, dpo or sums, and its checkpoint")
-    parser.add_argument("--pairs", type=Path, help="held-out pairs for --paper")
+    parser.add_argument("--pairs", help="held-out pairs for --paper")
     args = parser.parse_args()
     if args.paper:
         paper(args.paper, args.pairs)
         return 0
     args.model = args.model or str(get_model())
-    lab, sections = Lab(args), [each for each in SECTIONS if not args.only or each.name in args.only]
+    lab = Lab(args)
+    wanted = args.only or SIZES[args.size].sections
+    sections = [each for each in SECTIONS if not wanted or each.name in wanted]
     if args.page is None and args.only:
         for section in sections:
             print("\n".join(write_section(lab, section, args.output / "figures")))

@@ -1,7 +1,7 @@
 """The demo: SmolLM2-135M-Instruct taught by its own answers, in two rounds of `simpo rounds`, and what changed.
 
     make demo        (or: python examples/demo/run.py [--key value ...], any recipe key)
-    python examples/demo/run.py --bf16 false         everything in fp32 (slower)
+    python examples/demo/run.py --bf16 false         everything in fp32 (as it is where a CPU has no bfloat16)
 
 The recipe is recipes/demo.yaml: it has the numbers of prompts, samples and rounds. rule.py makes the pairs; readable.py
 is a second opinion that no pair depends on. Neither is read off the loss: both look at fresh answers to prompts that
@@ -34,6 +34,9 @@ CAVEAT = "The rule sees manners (brief, direct, complete, no repeats), not facts
 
 def main(overrides: Sequence[str]) -> int:
     console, started = Console(highlight=False, soft_wrap=True), time.perf_counter()
+    import torch
+
+    from simpo.model.load import SLOW_BF16, has_bf16
     from simpo.onpolicy.rounds import StageFailed, run_rounds
     from simpo.recipe import load_recipe
 
@@ -43,6 +46,9 @@ def main(overrides: Sequence[str]) -> int:
             "output_dir": str(free_folder(Path("runs/demo"))),
             "generate.prompts": {str(HERE / "prompts.jsonl"): 1.0},
         }
+        if not torch.cuda.is_available() and not has_bf16(torch.device("cpu")):
+            console.print(f"{SLOW_BF16}: computing in float32", style="yellow")
+            settings["bf16"] = False
         recipe = load_recipe(load_recipe(TOP / "recipes" / "demo.yaml", settings), overrides)
         # The recipe's scorers are modules of this repository, and its commands run as processes of their own.
         os.environ["PYTHONPATH"] = os.pathsep.join([str(TOP), *filter(None, [os.environ.get("PYTHONPATH")])])

@@ -26,7 +26,7 @@ from simpo.data.loader import PairStore
 from simpo.data.prepare import prepare_pairs
 from simpo.data.sources import find_sources, load_splits
 from simpo.data.templates import CHATML
-from simpo.model.load import load_tokenizer
+from simpo.model.load import has_bf16, load_tokenizer, pick_device
 from simpo.plan.report import launch_line
 from simpo.plan.search import Machines, Plan, gib, plan_recipe
 from simpo.plan.shapes import load_config
@@ -247,7 +247,11 @@ def _machine(gpus: int | None) -> tuple[Machines, str]:
 def _fit(resolved: Any, machines: Machines, choose: Any) -> tuple[Plan, str]:
     """The first of the ladder that the machine holds, chosen; the last where none is."""
     tried: list[str] = []
-    for more, what in _LADDER:
+    device = pick_device("auto")
+    if not (fits := has_bf16(device)):
+        slow = "this CPU has no instructions for bfloat16: float32 is far faster"
+        choose("bf16", False, slow if device.type == "cpu" else "this GPU has no bfloat16")
+    for more, what in (rung for rung in _LADDER if fits or "bfloat16" not in rung[0].values()):
         recipe = resolved(**more)
         plan = plan_recipe(recipe, machines)
         if plan.fits:
@@ -260,8 +264,6 @@ def _fit(resolved: Any, machines: Machines, choose: Any) -> tuple[Plan, str]:
         choose(key, value, what)
     if plan.recipe.gradient_checkpointing and not recipe.gradient_checkpointing:
         choose("gradient_checkpointing", True, "does not fit without it; a third more time")
-    if recipe.bf16 and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] < 8:
-        choose("bf16", False, "this GPU has no bfloat16")
     return plan, why
 
 

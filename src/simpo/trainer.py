@@ -156,7 +156,8 @@ class Trainer:
         """All that `run` needs, from the data to the place in the run directory."""
         resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
         check_device(recipe, self.mesh)
-        set_up_process(recipe, self.device, sharded=self.mesh.sizes.is_sharded)
+        if (slow := set_up_process(recipe, self.device, sharded=self.mesh.sizes.is_sharded)) is not None:
+            self.display.say(slow)
         seed_everything(recipe.seed)
         self.tokenizer = load_tokenizer(recipe)
         install_chat_template(self.tokenizer, recipe.chat_template)

@@ -291,7 +291,7 @@ def ragged_lists(pairs: list[TokenPair]) -> list[TokenPair]:
     return lists
 
 
-@pytest.mark.parametrize("loss_type", ["plackett_luce", "infonca"])
+@pytest.mark.parametrize("loss_type", ["plackett_luce", "infonca", "swepo"])
 def test_a_step_of_lists_is_that_of_its_responses_one_by_one_however_it_is_cut(random_model, ragged_pairs, loss_type):
     """Against every sequence on its own; the prompt is computed once for all responses of a list."""
     model, lists = random_model("Phi", dtype=torch.float64), ragged_lists(ragged_pairs(8))

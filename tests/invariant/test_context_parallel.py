@@ -435,7 +435,7 @@ def extras_of_slices() -> dict[str, float]:
         for rows in (batch, split_rows(batch, dist.group.WORLD)):
             logps = replace(compute_pair_logps(model, rows, extras={"low", "squares"}), scores=scores)
             found = [*logps.chosen_extras.values(), *logps.rejected_extras.values(), wpo_weights(logps)]
-            of_lists = [LOSSES[loss](logps).losses for loss in ("plackett_luce", "infonca") if name == "lists"]
+            of_lists = [LOSSES[loss](logps).losses for loss in ("plackett_luce", "infonca", "swepo") if name == "lists"]
             of_pairs = (LOSSES["confpo"](logps).losses, calibrated(LOSSES["sigmoid"], logps).losses)
             for losses in (*of_lists, *of_pairs):
                 gradients = torch.autograd.grad(losses.sum(), list(model.parameters()), retain_graph=True)

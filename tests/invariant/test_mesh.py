@@ -23,7 +23,7 @@ Settings = dict[str, Any]
 
 STEPS = 2
 MAX_NORM = 0.5  # as in step_recipe
-TOLERANCE = 2e-6  # of losses, norms and the largest gradient
+TOLERANCE = 4e-6  # of losses, norms and the largest gradient; 2.4e-6 was found without AVX512
 
 
 # --- on the ranks ----------------------------------------------------------------------------------------------------

@@ -12,10 +12,16 @@ import evidence
 import pytest
 
 
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one test has trained the others do not train again."""
+    return tmp_path_factory.mktemp("evidence")
+
+
 @pytest.fixture
-def lab(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> evidence.Lab:
+def lab(tiny_model: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> evidence.Lab:
     monkeypatch.setattr(evidence, "RECIPE", {**evidence.RECIPE, "bf16": False, "num_threads": 1})
-    words = {"model": str(tiny_model), "data": None, "size": "tiny", "output": tmp_path / "runs"}
+    words = {"model": str(tiny_model), "data": None, "size": "tiny", "output": measured}
     return evidence.Lab(argparse.Namespace(**words))
 
 
@@ -32,9 +38,9 @@ SECTION = evidence.Section(
 
 def test_a_section_says_what_was_measured(lab: evidence.Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = evidence.write_section(lab, SECTION, tmp_path / "figures")
-    files = sorted((tmp_path / "runs").glob("*.json"))
+    files = sorted(lab.args.output.glob("*.json"))
     assert len(files) == 1 + 2 * 2, "the untrained model once, the others with each seed"
-    rows = [row for row in map(json.loads, map(Path.read_text, files)) if row["arm"]["name"] == "SimPO"]
+    rows = lab.measured["sft"]["SimPO"]
     chosen = [row["chosen"] for row in rows]
     assert len(set(chosen)) == 2, "a seed draws its own pairs"
     half = 12.706 * statistics.stdev(chosen) / math.sqrt(2)
@@ -49,6 +55,8 @@ def test_a_section_says_what_was_measured(lab: evidence.Lab, tmp_path: Path, mon
 
     monkeypatch.setattr(evidence.Lab, "_train", trained)
     assert evidence.write_section(lab, SECTION, tmp_path / "figures") == lines
+    same = evidence.Arm("0% swapped", keys={"beta": 2.0, "learning_rate": evidence.RECIPE["learning_rate"]})
+    assert [row["chosen"] for row in lab.results(same)] == chosen, "another name of the same way to train"
 
 
 def test_a_section_whose_pairs_are_missing_says_so(lab: evidence.Lab, tmp_path: Path) -> None:
@@ -65,7 +73,7 @@ def test_a_share_of_labels_is_swapped(lab: evidence.Lab) -> None:
 
 def test_every_claim_reads_what_its_arms_measure(lab: evidence.Lab) -> None:
     measured = ("accuracy", "margin", "chosen", "rejected", "length correlation", "rule", "readable", "tokens")
-    numbers = dict.fromkeys((*measured, "repeated", "unrelated", "seconds"), 0.5)
+    numbers = dict.fromkeys((*measured, "repeated", "unrelated", "seconds", "pairs"), 0.5)
     for section in evidence.SECTIONS:
         names = [arm.name for arm in section.arms]
         assert len(set(names)) == len(names)
@@ -73,3 +81,56 @@ def test_every_claim_reads_what_its_arms_measure(lab: evidence.Lab) -> None:
         assert section.holds is None or section.holds(dict.fromkeys(names, numbers)) in (True, False)
         for arm in section.arms:
             evidence.simpo.load_recipe({"model_name_or_path": "m", **evidence.RECIPE, **arm.keys})
+
+
+def test_the_numbers_lie_beside_the_page_and_are_compared_with_those_of_another_day(
+    lab: evidence.Lab, tmp_path: Path
+) -> None:
+    page = tmp_path / "evidence.md"
+    evidence.write_page(lab, [SECTION], page)
+    (path,) = (tmp_path / "evidence").glob("tiny-*.json")
+    assert "No other run of this size" in page.read_text(encoding="utf-8")
+    run = json.loads(path.read_text(encoding="utf-8"))
+    assert run["measured"]["sft"]["SimPO"] == lab.measured["sft"]["SimPO"]
+    run["date"] = "2000-01-01"
+    for row in run["measured"]["sft"]["SimPO"]:
+        row["chosen"] -= 1000
+    path.with_name("tiny-2000-01-01.json").write_text(json.dumps(run), encoding="utf-8")
+    evidence.write_page(lab, [SECTION], page)
+    assert "8 of 9 intervals meet this page's; not: sft, SimPO, chosen." in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "expected"),
+    [
+        ((1.0, 1.2), (1.1, 1.3), True),
+        ((1.0, 1.001), (1.1, 1.101), False),
+        ((1.0, 1.0), (1.005, 1.005), True),
+        ((1.0, 1.0), (1.05, 1.05), False),
+    ],
+)
+def test_intervals_meet_where_they_have_a_point_in_common(here, there, expected) -> None:
+    assert evidence.meet(here, there) is expected
+
+
+@pytest.mark.long  # three samplings and two trainings in processes of their own
+def test_pairs_and_lists_of_the_models_own_answers_are_made_of_prompts_that_are_not_asked(
+    lab: evidence.Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tiny random model finishes no answer, and the rule gives all of them 0."""
+    asked = {row["id"] for row in evidence.read_file(lab.folders["rule"] / "test.jsonl")}
+    (tmp_path / "letters.py").write_text("def rate(prompt, response, row): return sum(map(ord, response))")
+    monkeypatch.chdir(tmp_path)
+    scorers = {"rule": {"kind": "function", "function": "letters:rate"}}
+    easy = {"score.scorers": scorers, "pair.finished_only": False, "pair.min_gap": 0.0, "pair.min_score": None}
+    own = lab.on_policy
+    monkeypatch.setattr(lab, "on_policy", lambda folder, keys: own(folder, {**keys, **easy}))
+    lists = lab.draw("lists", "train", 9, 0)
+    assert lists
+    assert all(3 <= len(row["scores"]) == len(row["responses"]) <= 4 for row in lists), "all but empty ones"
+    assert not asked & {row["id"] for row in lists}
+    model, about = lab._train(evidence.Arm("2 rounds", rounds=2), seed=1)
+    assert (model / "config.json").is_file()
+    assert about["pairs"] > 0
+    assert "round-2" in str(model)
+    assert not asked & {row["id"] for row in evidence.read_file(lab.args.output / "run" / "prompts.jsonl")}

@@ -20,6 +20,7 @@ OPTIONS = {
     "slic_delta": 1.3,
     "r_dpo_alpha": 0.03,
     "infonca_tau": 0.7,
+    "swepo_alpha": 0.6,
 }
 
 
@@ -104,6 +105,7 @@ FORMULAS: dict[str, Formula] = {
     "confpo": low_formula,
     "plackett_luce": simpo_formula(lambda margin: -log_sigmoid(B * margin)),
     "infonca": infonca_formula,
+    "swepo": simpo_formula(lambda margin: -log_sigmoid(B * margin)),
     "dpo": dpo_formula,
     "r_dpo": r_dpo_formula,
     "dpo_norm": lambda lw, lr, nw, nr, fw, fr: dpo_formula(lw / nw, lr / nr, nw, nr, fw / nw, fr / nr),
@@ -221,7 +223,7 @@ def test_a_price_on_tokens_leaves_less_to_learn_from_a_longer_chosen_response():
 LISTS = {"one of each": [3.0, 1.0, 2.0, -1.0], "ties": [2.0, 1.0, 1.0, 0.0], "of two": [1.0, 0.0], "long": [*range(7)]}
 
 
-@pytest.mark.parametrize("name", ["plackett_luce", "infonca"])
+@pytest.mark.parametrize("name", ["plackett_luce", "infonca", "swepo"])
 def test_losses_of_lists_equal_their_formulas_in_plain_python_and_numeric_gradients(name):
     """Lists of 4, 4, 2 and 7 responses at once; equal scores do not compete in Plackett-Luce."""
     generator = torch.Generator().manual_seed(5)
@@ -241,6 +243,10 @@ def test_losses_of_lists_equal_their_formulas_in_plain_python_and_numeric_gradie
         if name == "plackett_luce":
             below = [e[k] + sum(e[j] for j in range(len(s)) if s[j] < s[k]) for k in range(len(s))]
             expected.append(sum(math.log(total / own) for total, own in zip(below, e, strict=True)))
+        elif name == "swepo":
+            away = [score - sum(s) / len(s) for score in s]
+            w = [own * math.exp(OPTIONS["swepo_alpha"] * abs(a)) for own, a in zip(e, away, strict=True)]
+            expected.append(-math.log(sum(own for own, a in zip(w, away, strict=True) if a > 0) / sum(w)))
         else:
             q = [math.exp(score / OPTIONS["infonca_tau"]) for score in s]
             expected.append(-sum(a / sum(q) * math.log(b / sum(e)) for a, b in zip(q, e, strict=True)))
@@ -248,6 +254,25 @@ def test_losses_of_lists_equal_their_formulas_in_plain_python_and_numeric_gradie
     assert torch.autograd.gradcheck(losses, (sums,))
     with pytest.raises(ValueError, match="needs all responses of each list and their scores"):
         LOSSES[name](PairLogps(-one, -one, one, one))
+
+
+@pytest.mark.parametrize("name", ["plackett_luce", "swepo"])
+def test_a_list_of_equal_scores_teaches_nothing(name):
+    """Whose mean may be off by a rounding, so that all of them, or none, lie above it."""
+    sums = torch.tensor([-1.0, -2.0, -3.0], requires_grad=True)
+    one, scores = torch.ones(1), torch.full((3,), 0.1)
+    lists = ListLogps(sums, torch.ones(3), (3,))
+    loss = LOSSES[name](PairLogps(-one, -one, one, one, lists=lists, scores=scores)).losses
+    assert loss.item() == 0
+    assert torch.autograd.grad(loss.sum(), sums)[0].tolist() == [0, 0, 0]
+
+
+def test_scores_that_hardly_differ_have_a_best_one_in_swepo():
+    """In float32 the mean of these is one of them."""
+    sums, one = torch.tensor([-1.0, -2.0]), torch.ones(1)
+    for scores in (torch.tensor([1.0, 1.0 + 2**-23]), torch.tensor([1.0 + 2**-22, 1.0 + 2**-23])):
+        logps = PairLogps(-one, -one, one, one, lists=ListLogps(sums, torch.ones(2), (2,)), scores=scores)
+        assert math.isfinite(LOSSES["swepo"](logps).losses.item())
 
 
 def test_a_loss_that_needs_more_of_responses_says_what_to_ask_for():
@@ -468,6 +493,7 @@ DEFAULTS = {
     "confpo": SIMPO | {"label_smoothing": 0.0},
     "plackett_luce": {"beta": 2.0},
     "infonca": {"beta": 2.0, "infonca_tau": 1.0},
+    "swepo": {"beta": 2.0, "swepo_alpha": 1.0},
     "dpo": {"beta": 0.1, "label_smoothing": 0.0},
     "r_dpo": {"beta": 0.1, "r_dpo_alpha": 0.01, "label_smoothing": 0.0},
     "dpo_norm": {"beta": 2.0, "label_smoothing": 0.0},

@@ -122,20 +122,36 @@ def test_what_is_missing_is_one_line(words: tuple[str, ...], said: str, tiny_mod
         ("llama-1b", 80.0, 1, {"learning_rate": 1e-6}),
     ],
 )
-def test_memory_and_size_decide(
-    model: str, gib: float, gpus: int, chosen: dict[str, Any], tiny_model: Path, pair_files: Path, monkeypatch
-):
-    config = starting.load_config(model)
-    machines = Machines.of(gpus=gpus, nodes=None, gpus_per_node=None, gpu_gib=gib)
-    monkeypatch.setattr(starting, "_machine", lambda gpus: (machines, "a machine"))
-    monkeypatch.setattr(starting, "load_config", lambda name, **options: config)
-    monkeypatch.setattr("simpo.plan.search.load_config", lambda name, **options: config)
-    found = starting.choose_recipe(
-        str(pair_files), ["--model_name_or_path", str(tiny_model), "--max_length", "1024"], recipe_name="r.yaml"
-    )
+def test_memory_and_size_decide(model: str, gib: float, gpus: int, chosen: dict[str, Any], choose_for):
+    found = choose_for(model, gib, gpus)
     keys = {*chosen, "use_peft", "load_in_4bit", "optim", "master_dtype"}
     assert {key: found.values[key] for key in keys if key in found.values} == chosen
     assert found.launch.startswith("torchrun --nproc-per-node 8" if gpus == 8 else "simpo train r.yaml")
+
+
+def test_bfloat16_is_not_chosen_where_there_are_no_instructions_for_it(choose_for, monkeypatch):
+    monkeypatch.setattr(starting, "has_bf16", lambda device: False)
+    values = choose_for("llama-1b", 16.0, 1).values  # all weights would fit in bfloat16
+    assert values["bf16"] is False
+    assert values["use_peft"] is True
+    assert "master_dtype" not in values
+
+
+@pytest.fixture
+def choose_for(tiny_model: Path, pair_files: Path, monkeypatch):
+    """choose_for(model, GiB of each GPU, GPUs): what is chosen on a machine with bfloat16."""
+    monkeypatch.setattr(starting, "has_bf16", lambda device: True)
+
+    def call(model: str, gib: float, gpus: int) -> starting.Chosen:
+        config = starting.load_config(model)
+        machines = Machines.of(gpus=gpus, nodes=None, gpus_per_node=None, gpu_gib=gib)
+        monkeypatch.setattr(starting, "_machine", lambda gpus: (machines, "a machine"))
+        monkeypatch.setattr(starting, "load_config", lambda name, **options: config)
+        monkeypatch.setattr("simpo.plan.search.load_config", lambda name, **options: config)
+        words = ["--model_name_or_path", str(tiny_model), "--max_length", "1024"]
+        return starting.choose_recipe(str(pair_files), words, recipe_name="r.yaml")
+
+    return call
 
 
 def test_a_rate_and_a_batch_have_a_place_to_start():

@@ -529,6 +529,30 @@ def infonca(logps: PairLogps, *, beta: float = 2.0, infonca_tau: float = 1.0) ->
     return _with_rewards(losses, beta * logps.chosen_mean, beta * logps.rejected_mean)
 
 
+@declare(
+    "-log(sum_good w e^(beta m) / sum_all w e^(beta m)), good: s > mean s, w = e^(swepo_alpha |s - mean s|)",
+    "SWEPO, arXiv:2412.04628, and with swepo_alpha 0 AMPO, arXiv:2502.18293, on SimPO's reward",
+    own_keys={"swepo_alpha": LossKey("Weight of the distance to the mean score, per unit of score; 0 = none.", ge=0)},
+    at_zero_margin=lambda beta, swepo_alpha: math.log(2.0),
+    zero_margin_note="a list of two",
+    is_of_lists=True,
+)
+def swepo(logps: PairLogps, *, beta: float = 2.0, swepo_alpha: float = 1.0) -> PairLoss:
+    """Responses that score above their list's mean, as one set, against all of them. Equal scores teach nothing.
+
+    A list of two is SimPO without a target margin.
+    """
+    import torch
+
+    means, scores, there = logps.listed()
+    away = scores - torch.where(there, scores, 0.0).sum(dim=-1, keepdim=True) / there.sum(dim=-1, keepdim=True)
+    best = torch.where(there, scores, -math.inf).amax(dim=-1, keepdim=True)
+    good = (away > 0) | (scores == best)  # the best always is, also where the mean is rounded up to it
+    weighted = torch.where(there, beta * means + swepo_alpha * away.abs(), -math.inf)
+    losses = weighted.logsumexp(dim=-1) - torch.where(good, weighted, -math.inf).logsumexp(dim=-1)
+    return _with_rewards(losses, beta * logps.chosen_mean, beta * logps.rejected_mean)
+
+
 def sft_losses(logps: PairLogps) -> Tensor:
     """-m_w per pair [P], nats per token: the chosen response's mean negative log-likelihood.
 

@@ -330,29 +330,31 @@ def _describe_answers(
         yield Generation(pair.row_id, prompt, response, len(tokens), repeated_share(tokens))
 
 
-def load_to_evaluate(name: str, settings: Recipe) -> nn.Module:
-    """A model of a folder, adapter or hub name, with ordinary attention."""
+def load_to_evaluate(name: str, settings: Recipe) -> tuple[nn.Module, str | None]:
+    """A model of a folder, adapter or hub name, with ordinary attention; what to say of its precision."""
     if (Path(name) / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is None:
         raise ValueError(f"{name} is a LoRA adapter, which needs peft: pip install 'simpo[peft]'")
     plain = load_recipe(settings, {"pack": False, "share_prompt": False, "attention_kernel": "auto"})
     device = pick_device(settings.device)
-    set_precision(settings, device)
-    return load_model(plain, device=device, name=name, trainable=False, check=False)
+    slow = set_precision(settings, device)
+    return load_model(plain, device=device, name=name, trainable=False, check=False), slow
 
 
 @contextlib.contextmanager
 def ready_model(model: str | Path | nn.Module, settings: Recipe) -> Iterator[tuple[nn.Module, bool, tuple[str, ...]]]:
     """The model in eval mode, whether it takes packed rows, and notes; a loaded model is put back as it was."""
+    slow: str | None = None
     if not isinstance(model, nn.Module):
         # Loaded for ordinary attention first: whether packed rows fit is found out below, with a way back.
-        model = load_to_evaluate(model_folder(str(model)), settings)
+        model, slow = load_to_evaluate(model_folder(str(model)), settings)
     base, was_training = unwrap(model), model.training
     implementation, head = base.config._attn_implementation, base.get_output_embeddings()
     head_class = type(head)
     model.eval()
     try:
         install_head(model)
-        yield model, *_choose_rows(model, settings)
+        packed, notes = _choose_rows(model, settings)
+        yield model, packed, (*filter(None, [slow]), *notes)
     finally:
         if base.config._attn_implementation != implementation:
             base.set_attn_implementation(implementation)

@@ -85,7 +85,9 @@ def measure_tasks(name: str, tasks: Sequence[str], settings: Recipe, *, max_docu
     if unknown:
         raise ValueError(f"--tasks: lm-eval has no task {unknown[0]!r} (lm-eval ls tasks lists them)")
     folder = model_folder(name)
-    model = load_to_evaluate(folder, settings)
+    model, slow = load_to_evaluate(folder, settings)
+    if slow is not None:
+        say(f"note: {slow}", Console(stderr=True, highlight=False))
     lm = HFLM(
         pretrained=model,
         tokenizer=find_tokenizer(settings, folder),

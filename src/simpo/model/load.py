@@ -37,6 +37,9 @@ if TYPE_CHECKING:
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+SLOW_BF16 = "this CPU has no instructions for bfloat16, which takes it tens of times as long as float32"
+
+
 def pick_device(requested: str) -> torch.device:
     """The recipe's `device` as a torch device.
 
@@ -50,25 +53,35 @@ def pick_device(requested: str) -> torch.device:
     return torch.device(requested)
 
 
-def set_precision(recipe: Recipe, device: torch.device) -> None:
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for bfloat16. CUDA refuses it without; on a CPU it is slow without."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device)[0] >= 8
+    known = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)  # not in every build of torch
+    return device.type != "cpu" or known is None or known()
+
+
+def set_precision(recipe: Recipe, device: torch.device) -> str | None:
     """Let CUDA compute as the recipe's `tf32` says, and refuse a precision that this machine does not have.
 
+    Returns:
+        What to say of a precision that is far slower here than another.
     Raises:
         ValueError: which key, and what this machine can do.
     """
-    name, has_bf16 = f"a {device.type.upper()}", device.type != "cuda"
-    if device.type == "cuda":
+    name, on_cuda, fits = f"a {device.type.upper()}", device.type == "cuda", has_bf16(device)
+    if on_cuda:
         major, minor = torch.cuda.get_device_capability(device)
-        has_bf16 = major >= 8
         name = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
     for key, wanted in (("bf16", recipe.bf16), ("master_dtype", recipe.master_dtype == "bfloat16")):
-        if wanted and not has_bf16:
+        if wanted and on_cuda and not fits:
             instead = "bf16: false, which computes in float32" if key == "bf16" else "master_dtype: float32"
             raise ValueError(f"{key}: {name} has no bfloat16, which needs 8.0 (Ampere) or more; set {instead}")
-    if recipe.tf32 and not (device.type == "cuda" and has_bf16):
+    if recipe.tf32 and not (on_cuda and fits):
         raise ValueError(f"tf32: {name} has no TensorFloat-32, which needs 8.0 (Ampere) or more; remove the key")
     if recipe.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
+    return f"{SLOW_BF16}; bf16: false computes in float32" if recipe.bf16 and not fits else None
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

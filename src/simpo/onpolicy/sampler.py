@@ -193,14 +193,15 @@ class LocalSampler:
         self.seed = recipe.seed if self.wanted.seed is None else self.wanted.seed
         torch.set_num_threads(threads)
         device = pick_device(recipe.device)
-        set_precision(recipe, device)
+        slow = set_precision(recipe, device)
         with needs_memory("loading the model", advice="use a machine with more of it"):
             self.model = load_model(_plainly(recipe), device=device, trainable=False, check=False)
         generation_config = getattr(self.model, "generation_config", None)
         self.read = ResponseReader(recipe, find_tokenizer(recipe, recipe.model_name_or_path), generation_config)
         why_not = why_not_shared(self.model)
         self.shares = why_not is None
-        self.notes = [] if why_not is None else [f"sampled one prompt at a time, which is slower: {why_not}"]
+        one_by_one = None if why_not is None else f"sampled one prompt at a time, which is slower: {why_not}"
+        self.notes = list(filter(None, [slow, one_by_one]))
 
     def __call__(self, job: Job) -> list[Answer]:
         """Responses to the prompts of a batch, or why there are none."""

@@ -178,7 +178,7 @@ class Recipe(_LossKeys):
         "turns and tools' results never are.")
     keep_lists: bool = _data(
         None, "Keep every response of a scored list, not only the best and the worst; for losses of lists.",
-        derived="true for plackett_luce and infonca, else false")
+        derived="true for losses of lists, else false")
     system_prompt: Text | None = _data(
         None, "System message for pairs that have none.", "text", null="none is added")
     auto_insert_empty_system_msg: bool = _data(

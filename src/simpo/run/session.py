@@ -202,12 +202,13 @@ def is_due(strategy: str | None, every: float | None, *, step: int, steps_per_ep
     return every is not None and step % int(every) == 0
 
 
-def set_up_process(recipe: Recipe, device: torch.device, *, sharded: bool = False) -> None:
-    """Precision, threads and malloc of this process, before anything is computed."""
-    set_precision(recipe, device)
+def set_up_process(recipe: Recipe, device: torch.device, *, sharded: bool = False) -> str | None:
+    """Precision, threads and malloc of this process, before anything is computed; what to say of the precision."""
+    slow = set_precision(recipe, device)
     set_threads(recipe.num_threads)
     if device.type == "cpu" and not sharded:  # gathered weights come and go: what malloc kept would be full of holes
         keep_freed_memory()
+    return slow
 
 
 def check_device(recipe: Recipe, mesh: Mesh) -> None:

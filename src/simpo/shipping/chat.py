@@ -48,7 +48,7 @@ class Speaker:
         self.wanted, self.turns = recipe.generate, _system(recipe.system_prompt)
         self.seed = recipe.seed if self.wanted.seed is None else self.wanted.seed
         device = pick_device(recipe.device)
-        set_precision(recipe, device)
+        self.slow = set_precision(recipe, device)
         dtype = torch.bfloat16 if recipe.bf16 else torch.float32
         self.tokenizer = load_source_tokenizer(source)
         if self.tokenizer.chat_template is None and recipe.chat_template is None and template is not None:
@@ -164,6 +164,8 @@ class Chat:
         self.talks = sys.stdin.isatty()
         if self.talks:
             self.out.print(Text(HELP, style="dim"))
+        for slow in {speaker.slow for speaker in self.speakers if speaker.slow}:
+            self._note(slow)
         for said in self._lines():
             if said == "/quit" or is_stdout_lost():
                 return

@@ -64,7 +64,7 @@ def run_recipe(recipe: Recipe) -> None:
     check_keys(recipe)
     check_trackers(recipe.report_to)
     device = pick_device(recipe.device)
-    set_up_process(recipe, device)
+    slow = set_up_process(recipe, device)
     # DeepSpeed 0.19 calls collectives by the names that they had before torch 2.13, at every step.
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     args = build_config(recipe, device)
@@ -73,7 +73,7 @@ def run_recipe(recipe: Recipe) -> None:
         no_lock = mesh.on_main(lock.acquire)
         resume = mesh.on_main(lambda: find_checkpoint(recipe, TRAINERS))
         display = Display(quiet=not mesh.is_main)
-        for notice in [*recipe.notices, *filter(None, [no_lock])]:
+        for notice in [*recipe.notices, *filter(None, [slow, no_lock])]:
             display.say(notice)
         _train(recipe, args, resume, mesh, display)
 
