@@ -6,12 +6,16 @@ The definitions are written out below on ordinary logits of one sequence at a ti
 from __future__ import annotations
 
 import copy
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from mesh_runs import build
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from simpo.core.batch import build_batch
 from simpo.core.packing import TokenPair
@@ -44,7 +48,7 @@ def log_probs_of(model, pair: TokenPair, side: str) -> tuple[Tensor, list[int]]:
     return torch.log_softmax(logits.double(), dim=-1), ids[start:]
 
 
-def slow_pair(model, pair: TokenPair, keys: dict[str, Any]) -> tuple[float, Tensor]:
+def slow_pair(model, pair: TokenPair, keys: dict[str, Any], *, ratio: float = RATIO) -> tuple[float, Tensor]:
     """The trained loss of a pair, and a number whose gradient is the one to be trained with."""
     means, sums, weight, norms, lengths = {}, {}, 1.0, {}, {}
     for side in ("chosen", "rejected"):
@@ -65,7 +69,7 @@ def slow_pair(model, pair: TokenPair, keys: dict[str, Any]) -> tuple[float, Tens
             for y, row in zip(labels, dense, strict=True)
         ]
         norms[side] = math.sqrt(sum(float((pull**2).sum()) for pull in pulls))
-    z = BETA * (means["chosen"] - means["rejected"] - RATIO)
+    z = BETA * (means["chosen"] - means["rejected"] - ratio)
     loss = trained = -torch.nn.functional.logsigmoid(z)
     if keys.get("reward_calibration"):
         slope = BETA / (1 + math.exp(z.item()))
@@ -193,3 +197,93 @@ def test_responses_whose_tokens_are_all_alike_keep_them_all_and_finite_gradients
     logps = compute_pair_logps(model, build_batch(pairs), extras={"low"})
     low, whole = logps.extra("low_length"), (logps.chosen_length, logps.rejected_length)
     assert [torch.equal(a, b.to(a.dtype)) for a, b in zip(low, whole, strict=True)] == [True, True]
+
+
+# --- real weights ----------------------------------------------------------------------------------------------------
+
+SCORED = [
+    ("What do bees make?", ["Bees make honey.", "Honey, and wax for their combs.", "I do not know."], [3.0, 2.5, 0.0]),
+    ("Name a cold season.", ["Winter.", "It is spring, or summer, or both.", "In winter it snows."], [2.0, -1.0, 2.5]),
+    ("Is ice hot?", ["No, ice is cold.", "Yes, very hot."], [1.0, 0.0]),
+]
+"""Prompts, answers and scores; the best answer does not always come first."""
+ON_REAL_WEIGHTS: dict[str, dict[str, Any]] = {
+    **{name: METHODS[name] for name in ("confpo", "wpo, rc and sft")},
+    "score margin": {"score_margin": 2.0},
+    "r_dpo": {"loss_type": "r_dpo", "beta": 0.1, "r_dpo_alpha": 0.3},
+    "plackett_luce": {"loss_type": "plackett_luce"},
+    "infonca": {"loss_type": "infonca"},
+    "swepo": {"loss_type": "swepo"},
+}
+
+
+def slow_list(model, pair: TokenPair, loss_type: str) -> tuple[float, Tensor]:
+    sequences = (pair.chosen_ids, *pair.more_ids, pair.rejected_ids)
+    starts = (pair.chosen_start, *pair.more_starts, pair.rejected_start)
+    means = []
+    for ids, start in zip(sequences, starts, strict=True):
+        rows, labels = log_probs_of(model, TokenPair("", ids, start, ids, start), "chosen")
+        means.append(BETA * sum(row[label] for row, label in zip(rows, labels, strict=True)) / len(labels))
+    scores, r = list(pair.scores), torch.stack(means)
+    if loss_type == "plackett_luce":
+        order = sorted(range(len(scores)), key=lambda k: -scores[k])  # no equal scores here
+        loss = sum(r[order[k:]].logsumexp(0) - r[order[k]] for k in range(len(order)))
+    elif loss_type == "infonca":
+        loss = -(torch.tensor(scores, dtype=torch.float64).softmax(0) * r.log_softmax(0)).sum()
+    else:
+        away = torch.tensor([score - sum(scores) / len(scores) for score in scores], dtype=torch.float64)
+        loss = (r + away.abs()).logsumexp(0) - (r + away.abs())[away > 0].logsumexp(0)
+    return loss.item(), loss
+
+
+def slow_r_dpo(model, pair: TokenPair, keys: dict[str, Any]) -> tuple[float, Tensor]:
+    """Its reference is the model itself, so D is 0 in value, and not in its gradient."""
+    (l_w, n_w), (l_r, n_r) = (
+        (sum(row[label] for row, label in zip(rows, labels, strict=True)), len(labels))
+        for rows, labels in (log_probs_of(model, pair, side) for side in ("chosen", "rejected"))
+    )
+    z = keys["beta"] * ((l_w - l_w.detach()) - (l_r - l_r.detach())) + keys["r_dpo_alpha"] * (n_w - n_r)
+    loss = -torch.nn.functional.logsigmoid(z)
+    return loss.item(), loss
+
+
+@pytest.mark.long
+@pytest.mark.real_model
+@pytest.mark.parametrize("method", ON_REAL_WEIGHTS)
+def test_a_step_on_real_weights_is_that_of_the_definition(smol_model: Path, tmp_path: Path, method: str):
+    """SmolLM2-135M, from scored rows to the gradients of the trainer's step, in float32 on both sides."""
+    keys = ON_REAL_WEIGHTS[method]
+    columns = ("prompt", "all_generated_responses", "all_rm_scores")
+    lines = [json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in SCORED]
+    (tmp_path / "train.jsonl").write_text("".join(lines), encoding="utf-8")
+    own = {"output_dir": str(tmp_path / "run"), "cache_dir": str(tmp_path / "cache"), "preprocessing_num_workers": 1}
+    trainer = build(
+        {
+            **{"model_name_or_path": str(smol_model), "dataset_name": str(tmp_path / "train.jsonl"), **own, **keys},
+            **{"bf16": False, "validation_fraction": 0.0, "per_device_train_batch_size": 3, "num_threads": 1},
+        }
+    )
+    _, losses = trainer._accumulate(next(trainer.loader.plans(0, 1)))
+    found = {row_id: loss.item() for ids, each in losses for row_id, loss in zip(ids, each, strict=True)}
+    pairs = [trainer.loader.store[index] for index in range(3)]
+    assert [len(pair.more_ids) for pair in pairs] == ([1, 1, 0] if trainer.recipe.loss.is_of_lists else [0, 0, 0])
+    gaps = [3.0, 3.5, 1.0]
+    model = AutoModelForCausalLM.from_pretrained(smol_model, dtype=torch.float32)
+    expected = {}
+    for pair, gap in zip(pairs, gaps, strict=True):
+        if trainer.recipe.loss.is_of_lists:
+            assert sorted(pair.scores, reverse=True)[0] == pair.scores[0]
+            value, trained = slow_list(model, pair, keys["loss_type"])
+        elif method == "r_dpo":
+            value, trained = slow_r_dpo(model, pair, keys)
+        else:
+            ratio = RATIO * min(2.0, gap / (sum(gaps) / 3)) if "score_margin" in keys else RATIO
+            value, trained = slow_pair(model, pair, keys, ratio=ratio)
+        (trained / 3).backward()
+        expected[pair.row_id] = value
+    assert found == pytest.approx(expected, rel=1e-4)
+    ours = {name: p.grad for name, p in trainer.model.named_parameters()}
+    assert ours.keys() == dict(model.named_parameters()).keys()
+    largest = max(float(p.grad.abs().max()) for p in model.parameters())
+    for name, parameter in model.named_parameters():
+        assert float((ours[name] - parameter.grad).abs().max()) <= 1e-4 * largest, name
