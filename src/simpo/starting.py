@@ -172,8 +172,8 @@ class _Look:
     def sentence(self) -> str:
         middle = ", ".join(f"{np.median(self.responses[:, side]):.0f} {name}" for side, name in enumerate(_SIDES))
         return (
-            f"{self.pairs:,} pairs to train, {self.held_out:,} held out; tokens of a median answer: {middle}; 99% "
-            f"of pairs within {np.quantile(self.lengths, 0.99):.0f} tokens{self.dropped}"
+            f"{self.pairs:,} pair{'s' * (self.pairs != 1)} to train, {self.held_out:,} held out; tokens of a median "
+            f"answer: {middle}; 99% of pairs within {np.quantile(self.lengths, 0.99):.0f} tokens{self.dropped}"
         )
 
 

@@ -328,10 +328,14 @@ def check_own(path: str | Path, *keys: str) -> dict[str, Any]:
     except (OSError, ValueError):
         content = None
     if not isinstance(content, dict) or not {*keys} <= content.keys():
-        raise ValueError(
-            f"{path}: is there already, is not this command's, and is not overwritten; choose another place (--output)"
-        )
+        raise not_own(path)
     return content
+
+
+def not_own(path: Path) -> ValueError:
+    return ValueError(
+        f"{path}: is there already, is not this command's, and is not overwritten; choose another place (--output)"
+    )
 
 
 def supersede(folder: Path, paths: Iterable[Path], *, copied: Iterable[Path] = ()) -> Path | None:

@@ -45,7 +45,7 @@ from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import map_rows
 from simpo.display import counter, say
 
-LEFT_OUT = "response of a list left out"
+NOT_LISTED = "response of a list left out"
 NUM_EXAMPLES = 10
 """Pairs that the ledger keeps as text: as many as `simpo audit --examples` may ask for."""
 
@@ -245,7 +245,7 @@ class RowTokenizer:
             try:
                 found.append((self.read_pair(other, row_id=row.row_id), score))
             except RowError as error:
-                noticed.append(Dropped(row.row_id, LEFT_OUT, f"{error.reason}: {error.detail}"))
+                noticed.append(Dropped(row.row_id, NOT_LISTED, f"{error.reason}: {error.detail}"))
         return found
 
     def _tokenized(self, pairs: list[Pair]) -> Iterable[TokenizedPair | RowError]:
@@ -263,11 +263,11 @@ def _fitting(
     fitting, unfit = [], []
     for score, answer in answers:
         if isinstance(answer, RowError):
-            unfit.append(Dropped(row_id, LEFT_OUT, f"{answer.reason}: {answer.detail}"))
+            unfit.append(Dropped(row_id, NOT_LISTED, f"{answer.reason}: {answer.detail}"))
         elif answer.chosen_ids != tokens.chosen_ids:
-            unfit.append(Dropped(row_id, LEFT_OUT, "its length would cut the prompt elsewhere; raise max_length"))
+            unfit.append(Dropped(row_id, NOT_LISTED, "its length would cut the prompt elsewhere; raise max_length"))
         elif answer.chosen_gaps or answer.rejected_gaps:
-            unfit.append(Dropped(row_id, LEFT_OUT, "it has several trained turns, which lists cannot have"))
+            unfit.append(Dropped(row_id, NOT_LISTED, "it has several trained turns, which lists cannot have"))
         else:
             fitting.append((score, answer))
     return fitting, unfit

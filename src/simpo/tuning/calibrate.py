@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from simpo.data.files import write_whole
+from simpo.data.files import not_own, write_whole
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.model.load import load_tokenizer
@@ -83,10 +83,7 @@ def run_calibrate(
     folder = Path(base.output_dir or "") / "calibration"
     target = Path(output) if output else Path(base.output_dir or "") / "calibrated.yaml"
     if target.is_file() and not target.read_bytes().startswith(_HEAD.encode()):
-        raise ValueError(
-            f"{target}: is there already, is not this command's, and is not overwritten; choose another "
-            "place (--output)"
-        )
+        raise not_own(target)
     data = prepare_pairs(base, load_tokenizer(base), progress=True)
     total = count_steps(base, math.ceil(len(data.train) / base.pairs_per_step(1)))
     margins = _measure(base, folder / "margins")
