@@ -51,6 +51,8 @@ def test_learning_rates_are_drawn_by_their_logarithm():
         (["--beta", "3..2"], "from a smaller number to a larger"),
         (["--beta", "1..2"], "a grid needs a list"),
         (["--beta", "2,x"], "beta = 'x'"),
+        (["--beta", "-3..2", "--method", "random", "--trials", "3"], "beta = -3"),
+        (["--beta", "-3..2", "--method", "optuna", "--trials", "3"], "beta = -3"),
         (["--beta", "2,3", "--method", "random"], "needs --trials"),
         (["--beta", "2,3", "--trials", "3"], "tries every combination"),
         (["--beta", "2,3", "--rungs", "10,5"], "ascending"),
@@ -62,6 +64,7 @@ def test_a_space_that_cannot_be_is_refused_in_a_line(words, message, tiny_recipe
     result = CliRunner().invoke(app, ["sweep", str(path), *words])
     assert result.exit_code == 2
     assert message in result.output
+    assert not (tmp_path / "run").exists(), "before anything was made or computed"
 
 
 def test_optuna_learns_from_what_was_tried_and_proposes_the_same_again():

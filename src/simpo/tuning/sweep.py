@@ -34,7 +34,7 @@ from simpo.report import report_path, try_report
 from simpo.report.read import is_run
 from simpo.run.lock import OutputLock
 from simpo.tuning.jobs import Job, Result, Trial, Workers, compare_folders, run_here, run_on_ray
-from simpo.tuning.space import Settings, Space, check_space, propose_all, propose_next
+from simpo.tuning.space import Settings, Space, foresee, propose_all, propose_next
 
 COLLAPSED = 0.2
 """A model whose answers repeat this much more of themselves than the untrained model's has collapsed."""
@@ -73,7 +73,8 @@ def run_sweep(
     """
     base = load_recipe(recipe)
     base.require("dataset_mixer", "output_dir")
-    check_space(space, method=method, trials=trials)
+    for settings in foresee(space, method=method, trials=trials, seed=base.seed):
+        load_recipe(base, _words(settings))
     if any(b <= a for a, b in zip((0, *rungs), rungs)):
         raise ValueError(f"--rungs {','.join(map(str, rungs))}: ascending numbers of steps are needed, as 10,40,160")
     if base.push_to_hub:
