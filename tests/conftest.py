@@ -69,6 +69,15 @@ def smol_model() -> Path:
 
 
 @pytest.fixture(scope="session")
+def needs_bf16() -> None:
+    """For real weights in bfloat16, which take a CPU without instructions for it fifty times as long."""
+    from simpo.model.load import has_bf16, pick_device
+
+    if not has_bf16(pick_device("cpu")):
+        pytest.skip("this CPU has no instructions for bfloat16")
+
+
+@pytest.fixture(scope="session")
 def build_tokenizer():
     """Small tokenizers by kind ("chatml", "llama3", "plain", ...); see `tokenizers_for_tests.py`."""
     return tokenizers_for_tests.build_tokenizer

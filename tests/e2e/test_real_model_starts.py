@@ -29,7 +29,7 @@ from simpo.model.load import load_model
 from simpo.model.probe import probe_layout
 from simpo.recipe import load_recipe
 
-pytestmark = pytest.mark.real_model
+pytestmark = [pytest.mark.real_model, pytest.mark.usefixtures("needs_bf16")]
 needs = {
     name: pytest.mark.skipif(importlib.util.find_spec(name) is None, reason=f"{name} is not installed")
     for name in ("bitsandbytes", "deepspeed", "peft")

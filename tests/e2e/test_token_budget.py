@@ -236,6 +236,7 @@ print(json.dumps({
 
 @pytest.mark.long
 @pytest.mark.real_model
+@pytest.mark.usefixtures("needs_bf16")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="resident memory is read from /proc")
 def test_predicted_memory_is_what_a_real_step_takes(smol_model: Path, tmp_path: Path) -> None:
     """SmolLM2-135M, bf16 compute, two micro-batches: resident memory grows by 0.6 to 1.4 times the prediction.
