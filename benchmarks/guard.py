@@ -4,10 +4,10 @@
     python benchmarks/guard.py --model MODEL --only human --human FOLDER    noisy human labels, en_hh_helpful for one
     python benchmarks/guard.py --replay RUN [RUN ...]                       what it would have said of finished runs
 
-Each row is a run in bf16 on the CPU, 4 pairs a step, with 6 greedy answers to held-out prompts every few steps. Answers
-are ruined where half of them, and at least 2 more than at the start, repeat themselves or run to their limit. A planted
-row has to be caught by then, and an ordinary one to leave no guard.jsonl: exits 1 otherwise. A row takes one to five
-minutes on two quiet cores.
+Each row is a run on the CPU, in bf16 where it has that, 4 pairs a step, with 6 greedy answers to held-out prompts every
+few steps. Answers are ruined where half of them, and at least 2 more than at the start, repeat themselves or run to
+their limit. A planted row has to be caught by then, and an ordinary one to leave no guard.jsonl: exits 1 otherwise. A
+row takes one to five minutes on two quiet cores.
 """
 
 from __future__ import annotations
@@ -98,8 +98,11 @@ def loops(answers: list[dict[str, Any]]) -> int:
 
 
 def train(row: Row, run: Path, args: argparse.Namespace) -> None:
+    import torch
+
     from simpo import NonFiniteError
     from simpo.display import Display
+    from simpo.model.load import has_bf16
     from simpo.recipe import load_recipe
     from simpo.trainer import Trainer
 
@@ -110,6 +113,7 @@ def train(row: Row, run: Path, args: argparse.Namespace) -> None:
         **{"max_length": 512, "max_prompt_length": 256, "learning_rate": 5e-5, "per_device_train_batch_size": 4},
         **{"save_strategy": "no", "eval_on_start": True, "eval_strategy": "steps", "eval_steps": 4},
         **{"num_eval_generations": 6, "eval_generation_max_new_tokens": 96, "device": "cpu"},
+        "bf16": has_bf16(torch.device("cpu")),
         **row.keys,
     }
     try:
