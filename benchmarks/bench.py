@@ -59,7 +59,12 @@ def bench(
     ] = 3,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Processes of each side, in alternation.")] = 2,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option("--dtype", help="bf16 (autocast on fp32 weights) or fp32.")] = "bf16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", help="bf16 (autocast on fp32 weights), fp32, or auto: fp32 on a CPU without bfloat16, else bf16."
+        ),
+    ] = "auto",
     output: Annotated[
         str | None,
         typer.Option("--output", help="Folder for results.json, table.md and charts.png. Default: runs/bench."),

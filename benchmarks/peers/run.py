@@ -56,7 +56,8 @@ class BenchOptions:
         warm_up_steps: steps before them, which are not timed: the first pay for memory that grows.
         rounds: processes of each side.
         device: "auto", "cpu" or "cuda".
-        dtype: "bf16" computes in bf16 under autocast on fp32 weights, "fp32" in fp32.
+        dtype: "bf16" computes in bf16 under autocast on fp32 weights, "fp32" in fp32; "auto" in fp32 on a CPU that has
+            no instructions for bf16.
         output: folder for results.json, table.md and charts.png.
         flops_only: count operations, run nothing.
     """
@@ -71,7 +72,7 @@ class BenchOptions:
     warm_up_steps: int = 3
     rounds: int = 2
     device: str = "auto"
-    dtype: str = "bf16"
+    dtype: str = "auto"
     output: str = "runs/bench"
     flops_only: bool = False
 
@@ -79,7 +80,7 @@ class BenchOptions:
         """Raise ValueError for a value that is not allowed, naming those that are."""
         for name, value, allowed in (
             ("device", self.device, ("auto", "cpu", "cuda")),
-            ("dtype", self.dtype, ("bf16", "fp32")),
+            ("dtype", self.dtype, ("auto", "bf16", "fp32")),
         ):
             if value not in allowed:
                 raise ValueError(f"{name}: {value!r} must be one of {', '.join(allowed)}")
@@ -107,6 +108,8 @@ def run_benchmark(options: BenchOptions, *, command: str, console: Console) -> P
         ValueError: an option that does not fit, or a device that is not there.
     """
     options.check()
+    if options.dtype == "auto":
+        options = dataclasses.replace(options, dtype="bf16" if options.flops_only or _has_bf16(options) else "fp32")
     output = Path(options.output)
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="simpo-bench-") as scratch:
@@ -116,6 +119,12 @@ def run_benchmark(options: BenchOptions, *, command: str, console: Console) -> P
             bench.run_all()
     _report(bench.results, output, console)
     return bench.path
+
+
+def _has_bf16(options: BenchOptions) -> bool:
+    """Asked of another process, which imports torch; True also where it could not say, as without a device."""
+    ask = "import sys; from simpo.model.load import has_bf16, pick_device; print(has_bf16(pick_device(sys.argv[1])))"
+    return subprocess.run([sys.executable, "-c", ask, options.device], capture_output=True).stdout.strip() != b"False"
 
 
 def show_results(path: str | Path, *, output: str | None, console: Console) -> Path:

@@ -227,7 +227,7 @@ def test_a_file_that_is_no_result_is_refused(content, tmp_path: Path):
     ("option", "message"),
     [
         ({"device": "tpu"}, "device: 'tpu' must be one of auto, cpu, cuda"),
-        ({"dtype": "fp16"}, "dtype: 'fp16' must be one of bf16, fp32"),
+        ({"dtype": "fp16"}, "dtype: 'fp16' must be one of auto, bf16, fp32"),
         ({"peers": "trl,axolotl"}, "peers: 'axolotl' must be one of trl, liger, padded, or none"),
         ({"cases": "chat,nope"}, "cases: 'nope' is none of chat, hh"),
         ({"steps": 0}, "steps: 0 must be at least 1"),
