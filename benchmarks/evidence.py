@@ -34,10 +34,12 @@ sys.path[:0] = [str(REPO), str(REPO / "benchmarks")]
 os.environ.setdefault("SIMPO_REPORT", "0")
 
 import torch  # noqa: E402
+from transformers import get_scheduler  # noqa: E402
 
 import simpo  # noqa: E402
 from examples.demo import readable, rule  # noqa: E402
 from examples.demo.get_model import get_model  # noqa: E402
+from simpo.core.losses import softplus  # noqa: E402
 from simpo.data.files import read_file, write_whole  # noqa: E402
 from simpo.display import Display  # noqa: E402
 from simpo.model.load import has_bf16, pick_device  # noqa: E402
@@ -45,6 +47,8 @@ from simpo.onpolicy.generate import run_generate  # noqa: E402
 from simpo.onpolicy.pair import run_pair  # noqa: E402
 from simpo.onpolicy.rounds import run_rounds  # noqa: E402
 from simpo.onpolicy.score import run_score  # noqa: E402
+from simpo.recipe.checks import warmup_steps  # noqa: E402
+from simpo.run.optim import learning_rate_at  # noqa: E402
 
 Row = dict[str, Any]
 Interval = tuple[float, float, float]
@@ -577,9 +581,8 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         "of 4-token sequences that came before in an answer, `seconds` the training with a reference model's pass.",
         "",
     ]
-    write_whole(
-        page, "\n".join([*head, *parts, *agreement(run, sections, beside, lab.args.size), *PAPER]).rstrip() + "\n"
-    )
+    tail = [*agreement(run, sections, beside, lab.args.size), *published(), *PAPER]
+    write_whole(page, "\n".join([*head, *parts, *tail]).rstrip() + "\n")
     print(f"{page}: {(time.perf_counter() - began) / 60:.0f} minutes")
 
 
@@ -612,6 +615,36 @@ def meet(here: Sequence[float], there: Sequence[float]) -> bool:
         for mean, low, high in map(interval, (here, there))
     ]
     return max(low for low, _ in bounds) <= min(high for _, high in bounds)
+
+
+def published() -> list[str]:
+    """What a run with each published setting starts from and how its rate goes, to be held beside a public curve."""
+    steps, at = 480, (24, 48, 264, 456)  # 128 pairs a step, of some 61,000
+    lines = [
+        "## The published settings",
+        "",
+        "The loss of the first step is the mean of -log sigmoid(beta M - gamma) over pairs, so a public curve's first "
+        "value tells the margin M of the model that it began with. The rates are those of a run of "
+        f"{steps} steps; the last column is the largest difference from transformers' own schedule, relative.",
+        "",
+        f"| recipe | beta | gamma | loss at M = -0.2 | 0 | 0.2 | {' | '.join(f'rate at {k}' for k in at)} | off by |",
+        "|---" * (7 + len(at)) + "|",
+    ]
+    for path in sorted(set((REPO / "recipes").glob("*-simpo*.yaml")) - set((REPO / "recipes").glob("*-1x*.yaml"))):
+        recipe = simpo.load_recipe(path, processes=1)
+        losses = [softplus(recipe.gamma - recipe.beta * margin) for margin in (-0.2, 0.0, 0.2)]
+        ours = [learning_rate_at(step, steps, recipe) for step in range(steps)]
+        stand_in = torch.optim.SGD([torch.zeros(1)], lr=recipe.learning_rate)
+        theirs = get_scheduler(recipe.lr_scheduler_type, stand_in, warmup_steps(steps, recipe), steps)
+        off = 0.0
+        for rate in ours:
+            off = max(off, abs(rate - stand_in.param_groups[0]["lr"]) / recipe.learning_rate)
+            stand_in.step()
+            theirs.step()
+        cells = [f"{recipe.beta:g}", f"{recipe.gamma:.3g}", *(f"{loss:.4f}" for loss in losses)]
+        cells += [*(f"{ours[step]:.2e}" for step in at), f"{off:.0e}"]
+        lines.append(f"| {path.stem} | {' | '.join(cells)} |")
+    return [*lines, ""]
 
 
 def paper(models: Sequence[str], pairs: str) -> None:

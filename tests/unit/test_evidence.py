@@ -89,7 +89,9 @@ def test_the_numbers_lie_beside_the_page_and_are_compared_with_those_of_another_
     page = tmp_path / "evidence.md"
     evidence.write_page(lab, [SECTION], page)
     (path,) = (tmp_path / "evidence").glob("tiny-*.json")
-    assert "No other run of this size" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "No other run of this size" in text
+    assert "| llama-3-8b-instruct-simpo | 2.5 | 1.38 | 2.0177 | 1.6004 |" in text, "the first loss, from the margin"
     run = json.loads(path.read_text(encoding="utf-8"))
     assert run["measured"]["sft"]["SimPO"] == lab.measured["sft"]["SimPO"]
     run["date"] = "2000-01-01"
