@@ -95,8 +95,6 @@ RECIPE: dict[str, Any] = {
     **{"save_strategy": "no", "eval_strategy": "no", "validation_fraction": 0.0, "save_dtype": "float32"},
     **{"logging_steps": 1, "guard": "off", "bf16": has_bf16(pick_device("auto"))},
 }
-DEFAULTS: dict[str, Any] = {**simpo.load_recipe({"model_name_or_path": "any"}).to_dict(), **RECIPE}
-"""What a recipe of this page has where an arm says nothing."""
 
 
 @dataclass(frozen=True)
@@ -146,10 +144,10 @@ class Lab:
     def _result(self, arm: Arm, seed: int) -> Row:
         if not arm.trains:
             seed = 0  # the same whatever the seed: the held-out pairs are
-        own = {key: value for key, value in arm.keys.items() if value != DEFAULTS[key]}
-        way = {**asdict(arm), "keys": own, "name": "", "asked": arm.asked or arm.pairs}
+        keys = simpo.load_recipe({**RECIPE, "model_name_or_path": str(self.args.model), **arm.keys}).to_dict()
+        way = {**asdict(arm), "keys": keys, "name": "", "asked": arm.asked or arm.pairs}
         amount = {**asdict(self.size), "seeds": 0, "sections": ()}
-        words = json.dumps([way, amount, RECIPE, str(self.args.model), seed], sort_keys=True)
+        words = json.dumps([way, amount, seed], sort_keys=True)
         name = f"{arm.pairs} {arm.name}"
         path = self.args.output / f"{hashlib.sha256(words.encode()).hexdigest()[:12]}-{seed}.json"
         if not path.exists():
@@ -190,7 +188,8 @@ class Lab:
     def _measure(self, arm: Arm, model: Path, about: Row) -> Row:
         rows = self.draw(arm.asked or arm.pairs, "test", self.size.test, seed=0)
         held_out = write_rows(self.args.output / "held-out" / f"{arm.asked or arm.pairs}.jsonl", rows)
-        options: Row = {"recipe": {k: RECIPE[k] for k in ("max_length", "max_prompt_length")}, "progress": False}
+        keys = ("max_length", "max_prompt_length", "bf16")
+        options: Row = {"recipe": {key: RECIPE[key] for key in keys}, "progress": False}
         count = min(self.size.answers, len({str(row["prompt"]) for row in rows}))
         found = simpo.evaluate(model, held_out, num_generations=count, max_new_tokens=self.size.tokens, **options)
         other = simpo.evaluate(model, write_rows(self.args.output / "unrelated.jsonl", unrelated_text()), **options)
