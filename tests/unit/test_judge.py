@@ -229,6 +229,7 @@ def test_two_models_answer_the_held_out_prompts(tmp_path, tiny_model):
 def test_what_cannot_be_judged_is_said_in_one_line(keys, tmp_path):
     for judge, words in (
         ({"scorers": None}, "judge.scorers: nothing to judge with"),
+        ({"scorers": {"own": {"kind": "function", "function": "nowhere:rate"}}}, "judge.scorers.own: function = "),
         ({"prompts": None}, "judge.prompts: no prompts to answer"),
         ({"prompts": {str(tmp_path / "nowhere.jsonl"): 1.0}}, "nowhere.jsonl"),
         ({"against": str(tmp_path / "none.json")}, "none.json: no such file of answers"),

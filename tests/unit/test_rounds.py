@@ -252,6 +252,7 @@ def test_what_was_left_out_is_in_the_account_and_the_exit_code(stages, keys, tmp
         ({"pair.test_fraction": 0.0}, "pair.test_fraction: 0 holds out no prompts"),
         ({"pair.test_fraction": 1e-9}, "pair.test_fraction: 1e-09 of 80 prompts holds out none"),
         ({"score.scorers": None}, "score.scorers: nothing to rate with"),
+        ({"score.scorers": {"own": {"kind": "function", "function": "nowhere:rate"}}}, "own: .* no module 'nowhere'"),
         ({"pair.input": "x.jsonl"}, "pair.input: each step"),
         ({"generate.backend": "openai"}, "generate.backend: a server has one model"),
         ({"output_dir": None}, "output_dir must be set"),

@@ -30,7 +30,7 @@ from simpo.judging.formats import games_of, save_alpaca_eval, save_arena_hard
 from simpo.judging.winrate import length_controlled_win_rate, win_rate
 from simpo.onpolicy.journal import changed_settings, read_about, read_rows
 from simpo.onpolicy.prompts import Prompt
-from simpo.onpolicy.score import run_score
+from simpo.onpolicy.score import build_scorer, run_score
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.lock import OutputLock
 from simpo.run.stopping import interruptible
@@ -52,6 +52,9 @@ def run_judge(recipe: Recipe, *, output: str | Path | None = None) -> Path:
     scorers = wanted.scorers or recipe.score.scorers
     if not scorers:
         raise ValueError("judge.scorers: nothing to judge with; name a scorer there (`simpo keys score` has the kinds)")
+    key = "judge.scorers" if wanted.scorers else "score.scorers"
+    for name, spec in scorers.items():
+        build_scorer(name, spec, recipe, key=key)  # before anything is answered
     if output is None:
         recipe.require("output_dir")
     if wanted.model is None and recipe.output_dir is None:

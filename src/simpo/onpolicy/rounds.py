@@ -31,6 +31,7 @@ from simpo.errors import LEFT_OUT
 from simpo.onpolicy.journal import changed_settings, read_about
 from simpo.onpolicy.pair import is_held_out, run_pair
 from simpo.onpolicy.prompts import Prompt, read_prompts
+from simpo.onpolicy.score import build_scorer
 from simpo.onpolicy.table import Measures, compare_models, measure_model, show_table, standard_error, table_lines
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.recipe.stages import SERVER_KEYS, STAGES, Generate
@@ -75,6 +76,8 @@ def _check(recipe: Recipe) -> None:
     recipe.require("output_dir")
     if not recipe.score.scorers:
         raise ValueError("score.scorers: nothing to rate with; name a scorer there (`simpo keys score` has the kinds)")
+    for name, spec in recipe.score.scorers.items():
+        build_scorer(name, spec, recipe)  # before anything is answered, and not when all has been
     if not recipe.pair.test_fraction:
         raise ValueError("pair.test_fraction: 0 holds out no prompts, and rounds are judged by them; set it above 0")
     for stage in ("score", "pair"):

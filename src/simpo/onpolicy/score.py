@@ -119,15 +119,26 @@ def _fault_of(row: Row) -> RowError | None:
     return None
 
 
+def build_scorer(
+    name: str, spec: Mapping[str, Any], recipe: Recipe, *, key: str = "score.scorers"
+) -> tuple[str, Scorer, Rater]:
+    """Kind, options and rater of a scorer, as a recipe describes it under `key`; nothing large is loaded.
+
+    Raises:
+        ValueError: its name, and what is not there.
+    """
+    try:
+        kind, options = read_scorer(spec)
+        return kind, options, build_rater(kind, options, recipe)
+    except ValueError as error:
+        raise ValueError(f"{key}.{name}: {error}") from error
+
+
 class _Part:
     """One scorer and the journal of its numbers."""
 
     def __init__(self, name: str, spec: Mapping[str, Any], digest: str, recipe: Recipe, target: Path) -> None:
-        try:
-            kind, options = read_scorer(spec)
-            self.rater: Rater = build_rater(kind, options, recipe)
-        except ValueError as error:
-            raise ValueError(f"score.scorers.{name}: {error}") from error
+        kind, options, self.rater = build_scorer(name, spec, recipe)
         self.name, self.options = name, options
         self.settings = {"kind": kind, **_deciding(kind, options), **self.rater.identity}
         text = json.dumps([digest, self.settings], sort_keys=True)
