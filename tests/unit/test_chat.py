@@ -76,6 +76,21 @@ def test_the_base_stands_beside_the_trained_model(tiny_recipe: dict[str, Any]):
     assert (refused.exit_code, "name it: --compare MODEL" in refused.stderr) == (2, True)
 
 
+def test_both_sides_are_asked_as_the_run_says(tiny_recipe: dict[str, Any]):
+    """The base would else be asked without the system prompt, sampled, and in bfloat16."""
+    from simpo.display import Display
+    from simpo.trainer import Trainer
+
+    asked = {"system_prompt": "stone", "generate.temperature": 0.0, "generate.max_new_tokens": 12, "bf16": False}
+    short = {"max_steps": 2, "learning_rate": 0.1, "save_strategy": "no", "generate.num_samples": 1}
+    run = Trainer(load_recipe({**tiny_recipe, **short, **asked}), display=Display(quiet=True)).run().output_dir
+    base, words = tiny_recipe["model_name_or_path"], [f"--{key}={value}" for key, value in asked.items()]
+    alone = [spoken(name, *words, turns="water light\n") for name in (base, str(run))]
+    assert alone[0] != alone[1]
+    assert spoken(str(run), "--compare", turns="water light\n") == f"[{base}]\n{alone[0]}[{run}]\n{alone[1]}"
+    assert spoken(base, "--compare", str(run), turns="water light\n") == f"[{run}]\n{alone[1]}[{base}]\n{alone[0]}"
+
+
 class Terminal(Chat):
     """A dialogue on a terminal of so many columns, with turns that are typed in."""
 

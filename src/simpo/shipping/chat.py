@@ -6,7 +6,7 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from rich.console import Console
@@ -126,7 +126,8 @@ def run_chat(name: str, overrides: Sequence[str] = (), *, compare: str | None = 
     Args:
         name: a run, a checkpoint, a model's or adapter's folder, or a hub name.
         overrides: recipe keys; those of `generate` say how to sample.
-        compare: another model, which answers first; "" = the one that it was trained from.
+        compare: another model, which answers first; "" = the one that it was trained from. Both are asked alike, as
+            the recipe of the run says.
     """
     source = find_source(name, overrides, keys=KEYS)
     set_threads(source.recipe.num_threads)
@@ -143,6 +144,10 @@ def run_chat(name: str, overrides: Sequence[str] = (), *, compare: str | None = 
                 f"--compare: {name} was trained from {source.base}, which is not found from here ({error}); go to the "
                 "folder that it was trained in, or name it: --compare MODEL"
             ) from error
+        if source.run is None:
+            source = _asked_like(source, other)
+        else:
+            other = _asked_like(other, source)
     trained = Speaker(source, name if other is not None else "")
     speakers = [trained]
     if other is not None:
@@ -150,6 +155,12 @@ def run_chat(name: str, overrides: Sequence[str] = (), *, compare: str | None = 
         template = own if isinstance(own, str) and source.recipe.chat_template != NO_TEMPLATE else None
         speakers = [Speaker(other, other.name, template=template), trained]
     Chat(speakers).run()
+
+
+def _asked_like(source: Source, other: Source) -> Source:
+    """With the precision and sampling of another; a run's model keeps the system prompt that it was trained with."""
+    keys = ("bf16", "generate", *(("system_prompt",) if source.run is None else ()))
+    return replace(source, recipe=source.recipe.model_copy(update={key: getattr(other.recipe, key) for key in keys}))
 
 
 @dataclass
