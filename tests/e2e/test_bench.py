@@ -151,7 +151,8 @@ def test_weights_that_cannot_be_loaded_are_a_failed_side_with_its_reason(tiny_mo
         if file.suffix != ".safetensors":
             (broken / file.name).write_bytes(file.read_bytes())
     words = ["--model", str(broken), "--cases", "9/5/4", "--peers", "none", "--steps", "1", "--rounds", "1"]
-    done = CliRunner().invoke(app, [*words, "--output", str(tmp_path), "--device", "cpu"], env=ONE_THREAD)
+    words += ["--dtype", "fp32", "--device", "cpu", "--output", str(tmp_path)]
+    done = CliRunner().invoke(app, words, env=ONE_THREAD)
     assert done.exit_code == 0, done.output
     side = json.loads((tmp_path / "results.json").read_text())["cases"][0]["sides"]["simpo"]
     assert side["status"] == "failed"

@@ -13,7 +13,7 @@ import pytest
 from peers import run as bench
 from peers.machine import describe_machine, package_versions, peak_tflops, resident_gib
 from peers.report import render, save_report
-from peers.run import BenchOptions, describe_command, run_process, show_results
+from peers.run import BenchOptions, _has_bf16, describe_command, run_process, show_results
 from peers.summary import compare_sides, summarise
 from rich.console import Console
 
@@ -394,3 +394,13 @@ def test_memory_is_this_processes_own():
 )
 def test_the_peak_is_looked_up_by_the_gpus_name(name, peak):
     assert peak_tflops(name) == peak
+
+
+def test_another_process_says_whether_the_device_has_bfloat16():
+    import torch
+
+    from simpo.model.load import has_bf16
+
+    assert _has_bf16(BenchOptions(model="llama-1b", device="cpu")) is has_bf16(torch.device("cpu"))
+    if not torch.cuda.is_available():
+        assert _has_bf16(BenchOptions(model="llama-1b", device="cuda")), "that there is none is said by the sides"
