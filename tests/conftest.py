@@ -70,7 +70,7 @@ def smol_model() -> Path:
 
 @pytest.fixture(scope="session")
 def needs_bf16() -> None:
-    """For real weights in bfloat16, which take a CPU without instructions for it fifty times as long."""
+    """For real weights in bfloat16, which take a CPU without instructions for it tens of times as long."""
     from simpo.model.load import has_bf16, pick_device
 
     if not has_bf16(pick_device("cpu")):

@@ -34,9 +34,7 @@ CAVEAT = "The rule sees manners (brief, direct, complete, no repeats), not facts
 
 def main(overrides: Sequence[str]) -> int:
     console, started = Console(highlight=False, soft_wrap=True), time.perf_counter()
-    import torch
-
-    from simpo.model.load import SLOW_BF16, has_bf16
+    from simpo.model.load import SLOW_BF16, has_bf16, pick_device
     from simpo.onpolicy.rounds import StageFailed, run_rounds
     from simpo.recipe import load_recipe
 
@@ -46,7 +44,8 @@ def main(overrides: Sequence[str]) -> int:
             "output_dir": str(free_folder(Path("runs/demo"))),
             "generate.prompts": {str(HERE / "prompts.jsonl"): 1.0},
         }
-        if not torch.cuda.is_available() and not has_bf16(torch.device("cpu")):
+        device = pick_device("auto")
+        if device.type == "cpu" and not has_bf16(device):
             console.print(f"{SLOW_BF16}: computing in float32", style="yellow")
             settings["bf16"] = False
         recipe = load_recipe(load_recipe(TOP / "recipes" / "demo.yaml", settings), overrides)

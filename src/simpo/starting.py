@@ -26,7 +26,7 @@ from simpo.data.loader import PairStore
 from simpo.data.prepare import prepare_pairs
 from simpo.data.sources import find_sources, load_splits
 from simpo.data.templates import CHATML
-from simpo.model.load import has_bf16, load_tokenizer, pick_device
+from simpo.model.load import SLOW_BF16, has_bf16, load_tokenizer, pick_device
 from simpo.plan.report import launch_line
 from simpo.plan.search import Machines, Plan, gib, plan_recipe
 from simpo.plan.shapes import load_config
@@ -249,8 +249,7 @@ def _fit(resolved: Any, machines: Machines, choose: Any) -> tuple[Plan, str]:
     tried: list[str] = []
     device = pick_device("auto")
     if not (fits := has_bf16(device)):
-        slow = "this CPU has no instructions for bfloat16: float32 is far faster"
-        choose("bf16", False, slow if device.type == "cpu" else "this GPU has no bfloat16")
+        choose("bf16", False, SLOW_BF16 if device.type == "cpu" else "this GPU has no bfloat16")
     for more, what in (rung for rung in _LADDER if fits or "bfloat16" not in rung[0].values()):
         recipe = resolved(**more)
         plan = plan_recipe(recipe, machines)

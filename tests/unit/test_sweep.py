@@ -14,7 +14,7 @@ from simpo.evaluation.statistics import length_balanced, length_balanced_accurac
 from simpo.recipe import load_recipe
 from simpo.tuning import jobs
 from simpo.tuning.calibrate import Margins
-from simpo.tuning.space import Range, propose_all, propose_next, read_space
+from simpo.tuning.space import Range, foresee, propose_all, propose_next, read_space
 from simpo.tuning.sweep import read_sweep, run_sweep
 
 # --- the space -------------------------------------------------------------------------------------------------------
@@ -65,6 +65,16 @@ def test_a_space_that_cannot_be_is_refused_in_a_line(words, message, tiny_recipe
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "run").exists(), "before anything was made or computed"
+
+
+def test_a_value_is_tried_out_beside_one_of_the_other_keys(tiny_recipe):
+    """score_margin is refused for the recipe's own loss, and for none that will be tried."""
+    base = load_recipe({**tiny_recipe, "loss_type": "cpo"})
+    space = {"loss_type": ("sigmoid", "hinge"), "score_margin": ("1", "2")}
+    for settings in foresee(space, method="grid", trials=None, seed=0):
+        load_recipe(base, [f"--{key}={value}" for key, value in settings.items()])
+    with pytest.raises(ValueError, match="score_margin"):
+        load_recipe(base, ["--score_margin=1"])
 
 
 def test_optuna_learns_from_what_was_tried_and_proposes_the_same_again():

@@ -112,17 +112,18 @@ def propose_all(space: Mapping[str, Any], *, method: str, trials: int | None, se
 
 
 def foresee(space: Mapping[str, Any], *, method: str, trials: int | None, seed: int) -> list[Settings]:
-    """Each value and each end of a range; then what will be tried, as far as it is known before anything has been.
+    """Each value and each end of a range, beside the first of the other keys; then all that is known to be tried.
 
     Raises:
         ValueError: as `propose_all`; also Optuna is wanted and not there.
     """
     check_space(space, method=method, trials=trials)
     ends = {key: (v.at(0), v.at(1)) if isinstance(v, Range) else v for key, v in space.items()}
-    alone = [{key: value} for key, values in ends.items() for value in values]
+    first = {key: values[0] for key, values in ends.items()}
+    one_by_one = [{**first, key: value} for key, values in ends.items() for value in values]
     if method == "optuna":
-        return [*alone, propose_next(space, [], seed=seed)]
-    return alone + propose_all(space, method=method, trials=trials, seed=seed)
+        return [*one_by_one, propose_next(space, [], seed=seed)]
+    return one_by_one + propose_all(space, method=method, trials=trials, seed=seed)
 
 
 def check_space(space: Mapping[str, Any], *, method: str, trials: int | None) -> None:
