@@ -1,7 +1,7 @@
 """The method's claims in small: trains, measures, and writes docs/evidence.md with its figures. Nothing is typed in.
 
-    make evidence                     everything (sized for three hours on two quiet cores with bfloat16; not timed yet)
-    EVIDENCE=quick make evidence      some sections, in small (sized for 20 minutes; not timed yet)
+    make evidence                     everything, 5 times as many trainings as quick
+    EVIDENCE=quick make evidence      the first sections; 108 minutes on two cores with AVX2, in float32
     python benchmarks/evidence.py [--model MODEL] [--data FOLDER] [--size quick] [--only SECTION ...] [--page FILE.md]
     python benchmarks/evidence.py --paper simpo=MODEL dpo=MODEL ... --pairs PAIRS    the paper's numbers, by its models
 
@@ -23,6 +23,7 @@ import random
 import shutil
 import statistics
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -66,14 +67,19 @@ class Size:
     sections: tuple[str, ...] = ()
 
     @property
+    def amounts(self) -> dict[str, int]:
+        """Without the sections."""
+        return {name: value for name, value in asdict(self).items() if name != "sections"}
+
+    @property
     def prompts(self) -> int:
         """That are answered to train on, several times each."""
         return 3 * self.train // 2
 
 
 SIZES = {
-    "full": Size(3, 72, 48, 24, 96),
-    "quick": Size(3, 40, 24, 12, 64, ("methods-rule", "length-rule", "gamma", "sft")),
+    "full": Size(3, 32, 24, 12, 64),
+    "quick": Size(3, 32, 24, 12, 64, ("methods-rule", "length-rule", "gamma", "sft")),  # a part of full, which goes on
     "tiny": Size(2, 12, 4, 2, 4),
 }
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
@@ -90,7 +96,7 @@ LONGEST = {"rule": 1000, "en_hh_helpful": 700, "zh_oasst1": 300, "code_humaneval
 """Characters of a prompt and both answers; what is longer is not drawn."""
 
 RECIPE: dict[str, Any] = {
-    **{"max_length": 512, "max_prompt_length": 256, "learning_rate": 5e-5, "per_device_train_batch_size": 4},
+    **{"max_length": 512, "max_prompt_length": 256, "learning_rate": 1e-4, "per_device_train_batch_size": 2},
     **{"warmup_ratio": 0.1, "lr_scheduler_type": "cosine"},
     **{"save_strategy": "no", "eval_strategy": "no", "validation_fraction": 0.0, "save_dtype": "float32"},
     **{"logging_steps": 1, "guard": "off", "bf16": has_bf16(pick_device("auto"))},
@@ -212,10 +218,10 @@ class Lab:
     def on_policy(self, folder: Path, keys: Row) -> simpo.Recipe:
         """The demo's recipe for the model's own answers, four a prompt, with this model, size and its prompts.
 
-        Those of the held-out pairs are left out. The longest answer is the demo's, 160 tokens, at full size.
+        Those of the held-out pairs are left out. The longest answer is the demo's, 160 tokens.
         """
         os.environ["PYTHONPATH"] = os.pathsep.join([str(REPO), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-        own: Row = {"generate.num_samples": 4, "generate.max_new_tokens": 5 * self.size.tokens // 3}
+        own: Row = {"generate.num_samples": 4, "generate.max_new_tokens": 5 * self.size.tokens // 2}
         asked = {row["id"] for row in read_file(self.folders["rule"] / "test.jsonl")}
         prompts = [row for row in read_file(REPO / "examples/demo/prompts.jsonl") if row["id"] not in asked]
         chosen = write_rows(folder / "prompts.jsonl", prompts)
@@ -289,8 +295,10 @@ class Section:
 
     Attributes:
         claim: as its source says it.
-        holds: the seeds' rows, by arm -> whether it holds with that seed; None: nothing is claimed, it is only shown.
+        holds: what is claimed, each with (a seed's rows, by arm) -> whether it holds with that seed; empty: it is only
+            shown.
         chart: measures that are drawn over the arms, in their order.
+        axis: the key that the arms differ in; of two, with a comma, a map is drawn.
     """
 
     name: str
@@ -298,20 +306,31 @@ class Section:
     claim: str
     arms: Sequence[Arm]
     shown: Sequence[str] = ("accuracy", "margin", "chosen", "rule", "readable", "tokens", "repeated", "unrelated")
-    holds: Callable[[dict[str, Row]], bool] | None = None
+    holds: dict[str, Callable[[dict[str, Row]], bool]] = field(default_factory=dict)
     chart: Sequence[str] = ()
     axis: str = ""
 
 
+def less(one: Arm | str, measure: str, other: Arm | str) -> Callable[[dict[str, Row]], bool]:
+    """Whether an arm has less of a measure than another."""
+    names = [arm if isinstance(arm, str) else arm.name for arm in (one, other)]
+    return lambda by: by[names[0]][measure] < by[names[1]][measure]
+
+
 METHODS = (NONE, SIMPO, DPO, ORPO, CPO)
 GAMMAS = [Arm(f"gamma {g:g}", keys={"gamma_beta_ratio": g / 2}) for g in (0.0, 0.4, 1.0, 1.6)]
-RATES, BETAS = (5e-6, 5e-5, 2e-4), (2.0, 5.0, 10.0)
+RATES, BETAS = (1e-5, 1e-4, 4e-4), (2.0, 5.0, 10.0)
 MAP = [Arm(f"beta {b:g}, rate {r:g}", keys={"beta": b, "learning_rate": r}) for b in BETAS for r in RATES]
 NOISE = [
     Arm(f"{n:.0%} swapped" + (f", smoothing {s:g}" if s else ""), keys={"label_smoothing": s} if s else {}, noise=n)
     for s in (0.0, 0.2)
     for n in (0.0, 0.2, 0.4)
 ]
+REMEDIES: dict[str, Row] = {
+    "SFT weight 1": {"sft_weight": 1.0},
+    "a tenth of the rate": {"learning_rate": RECIPE["learning_rate"] / 10},
+    "RC": {"reward_calibration": True},
+}
 OF_LISTS: dict[str, Row] = {
     "SimPO, best and worst": {},
     "Plackett-Luce": {"loss_type": "plackett_luce"},
@@ -338,7 +357,7 @@ SECTIONS = [
                 "unrelated",
                 "seconds",
             ),
-            lambda by: by["SimPO"]["accuracy"] > by["untrained"]["accuracy"],
+            {f"{arm.name} is more accurate than no training": less(NONE, "accuracy", arm) for arm in METHODS[1:]},
         )
         for name, words in SETS.items()
         if name != "code_humanevalpack"
@@ -351,11 +370,11 @@ SECTIONS = [
             "length normalisation 0.82 (arXiv:2405.14734, figure 2).",
             on(name, NONE, SIMPO, DPO, SUMS),
             ("length correlation", "accuracy", "tokens"),
-            lambda by: (
-                by["SimPO"]["length correlation"]
-                < by["DPO"]["length correlation"]
-                < by[SUMS.name]["length correlation"]
-            ),
+            {
+                "SimPO is below DPO": less(SIMPO, "length correlation", DPO),
+                "DPO is below SimPO without length normalisation": less(DPO, "length correlation", SUMS),
+                "SimPO is below itself without length normalisation": less(SIMPO, "length correlation", SUMS),
+            },
             ("length correlation",),
         )
         for name in ("rule", "en_hh_helpful")
@@ -365,7 +384,10 @@ SECTIONS = [
         "The target margin",
         "A larger gamma raises held-out accuracy; past a point answers get worse (arXiv:2405.14734, figure 3).",
         GAMMAS,
-        holds=lambda by: by["gamma 1.6"]["accuracy"] >= by["gamma 0"]["accuracy"],
+        holds={
+            "1.6 is more accurate than 0": less("gamma 0", "accuracy", "gamma 1.6"),
+            "answers are worse, by the rule, at 1.6 than at 1": less("gamma 1.6", "rule", "gamma 1"),
+        },
         chart=("accuracy", "rule", "chosen"),
         axis="gamma",
     ),
@@ -375,14 +397,20 @@ SECTIONS = [
         "The learning rate is the critical setting.",
         MAP,
         ("accuracy", "rule", "chosen", "repeated"),
-        lambda by: spread(by, "rule", "rate") > spread(by, "rule", "beta"),
+        {"the rate moves the rule's marks more": lambda by: spread(by, "rule", "rate") > spread(by, "rule", "beta")},
+        ("accuracy", "rule", "chosen"),
+        "beta, rate",
     ),
     Section(
         "sft",
         "The SFT term",
-        "It holds the chosen answers' log-prob up, and costs accuracy.",
+        "It holds the chosen answers' log-prob up, and costs margin and accuracy.",
         [SIMPO, *varied("SFT weight", "sft_weight", (0.1, 1.0))],
-        holds=lambda by: by["SFT weight 1"]["chosen"] > by["SimPO"]["chosen"],
+        holds={
+            "the chosen log-prob is higher at 1 than at 0": less(SIMPO, "chosen", "SFT weight 1"),
+            "the margin is smaller": less("SFT weight 1", "margin", SIMPO),
+            "accuracy is lower": less("SFT weight 1", "accuracy", SIMPO),
+        },
         chart=("chosen", "accuracy", "rule"),
         axis="sft_weight",
     ),
@@ -393,12 +421,14 @@ SECTIONS = [
         "(arXiv:2410.08847); a remedy keeps it up.",
         [
             *on("code_humanevalpack", NONE, SIMPO, DPO),
-            Arm("SFT weight 1", "code_humanevalpack", {"sft_weight": 1.0}),
-            Arm("a tenth of the rate", "code_humanevalpack", {"learning_rate": 5e-6}),
-            Arm("RC", "code_humanevalpack", {"reward_calibration": True}),
+            *(Arm(name, "code_humanevalpack", keys) for name, keys in REMEDIES.items()),
         ],
         ("accuracy", "margin", "chosen", "rejected", "unrelated"),
-        lambda by: by["SimPO"]["chosen"] < by["untrained"]["chosen"] < by["SFT weight 1"]["chosen"],
+        {
+            "SimPO lowers the chosen log-prob": less(SIMPO, "chosen", NONE),
+            "while its margin grows": less(NONE, "margin", SIMPO),
+            **{f"{each} keeps it above SimPO's": less(SIMPO, "chosen", each) for each in REMEDIES},
+        },
     ),
     Section(
         "later",
@@ -419,7 +449,7 @@ SECTIONS = [
         "Pairs of the model's own answers teach more than as many of other people's (measured on the same prompts).",
         [NONE, SIMPO, Arm("SimPO on human chat", "en_hh_helpful", asked="rule")],
         ("rule", "readable", "tokens", "repeated"),
-        lambda by: by["SimPO"]["rule"] > by["SimPO on human chat"]["rule"],
+        {"by the rule, the model's own teach more": less("SimPO on human chat", "rule", SIMPO)},
     ),
     Section(
         "rounds",
@@ -428,7 +458,7 @@ SECTIONS = [
         "(arXiv:2405.14734 makes its pairs once; this is what `simpo rounds` is for).",
         [NONE, *(Arm(f"{n} round{'s' * (n > 1)}", rounds=n) for n in (1, 2))],
         ("pairs", "rule", "readable", "tokens", "repeated", "chosen", "seconds"),
-        lambda by: by["2 rounds"]["rule"] > by["1 round"]["rule"],
+        {"by the rule, two teach more than one": less("1 round", "rule", "2 rounds")},
     ),
     Section(
         "lists",
@@ -442,7 +472,10 @@ SECTIONS = [
         "Accuracy falls with the share of swapped labels; smoothing by about that share makes up for some of it.",
         NOISE,
         ("accuracy", "margin", "rule"),
-        lambda by: by["40% swapped"]["accuracy"] < by["0% swapped"]["accuracy"],
+        {
+            "40% are less accurate than none": less("40% swapped", "accuracy", "0% swapped"),
+            "smoothing makes up for some of 40%": less("40% swapped", "accuracy", "40% swapped, smoothing 0.2"),
+        },
         ("accuracy", "rule"),
         "share of swapped labels",
     ),
@@ -487,8 +520,8 @@ def interval(values: Sequence[float]) -> Interval:
 
 def cell(measure: str, values: Sequence[float]) -> str:
     form = "{:.1%}" if measure in SHARES else "{:.0f}" if measure in ("pairs", "tokens", "seconds") else "{:.3f}"
-    mean, low, high = (form.format(number) for number in interval(values))
-    return mean if low == "nan" or low == "nan%" else f"{mean} ({low} to {high})"
+    mean, low, _ = interval(values)
+    return form.format(mean) + ("" if math.isnan(low) else f" ± {form.format(mean - low)}")
 
 
 def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
@@ -502,9 +535,10 @@ def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
         cells = (cell(measure, [row[measure] for row in rows]) for measure in section.shown)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
-    if section.holds is not None:
-        held = [section.holds({name: rows[seed] for name, rows in found.items()}) for seed in range(lab.size.seeds)]
-        lines += [f"**It holds with {sum(held)} of {len(held)} seeds.**", ""]
+    seeds = [{name: rows[seed] for name, rows in found.items()} for seed in range(lab.size.seeds)]
+    for words, holds in section.holds.items():
+        lines.append(f"- {words}: with {sum(map(holds, seeds))} of {len(seeds)} seeds")
+    lines += [""] * bool(section.holds)
     if section.chart:
         draw(section, found, pictures / f"{section.name}.svg")
         where = f"{pictures.name}/{section.name}.svg"
@@ -520,7 +554,8 @@ def conditions(lab: Lab, section: Section, found: dict[str, list[Row]]) -> str:
     counts = sorted({row["pairs"] for rows in found.values() for row in rows if row["pairs"]})
     pairs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
-        f"{pairs} training pairs ({', '.join(SETS[name] for name in sorted(trained))}), 4 a step, one epoch; "
+        f"{pairs} training pairs ({', '.join(SETS[name] for name in sorted(trained))}), "
+        f"{RECIPE['per_device_train_batch_size']} a step, one epoch; "
         f"{size.test} held-out pairs, greedy answers of up to {size.tokens} tokens to {size.answers} of their prompts; "
         f"{size.seeds} seeds, means with 95% intervals over them (Student's t)."
     )
@@ -534,8 +569,12 @@ def draw(section: Section, found: dict[str, list[Row]], path: Path) -> None:
     matplotlib.rcParams["svg.hashsalt"] = section.name  # the same figure has the same bytes
     from matplotlib import pyplot
 
-    figure, panels = pyplot.subplots(1, len(section.chart), figsize=(4.2 * len(section.chart), 3.4), squeeze=False)
+    figure, panels = pyplot.subplots(1, len(section.chart), figsize=(4.6 * len(section.chart), 3.4), squeeze=False)
     for panel, measure in zip(panels[0], section.chart):
+        panel.set_title(measure)
+        if ", " in section.axis:
+            draw_map(panel, {name: statistics.fmean(row[measure] for row in rows) for name, rows in found.items()})
+            continue
         for place, rows in enumerate(found.values()):
             values = [row[measure] for row in rows]
             mean, low, high = interval(values)
@@ -543,9 +582,9 @@ def draw(section: Section, found: dict[str, list[Row]], path: Path) -> None:
             bars = None if math.isnan(low) else [[mean - low], [high - mean]]
             panel.errorbar([place], [mean], yerr=bars, fmt="D", color="tab:blue", capsize=4)
         names = [name.removeprefix(f"{section.axis} ") for name in found]
-        panel.set_xticks(range(len(names)), names, rotation=0 if max(map(len, names)) < 5 else 30, ha="center")
+        names = [textwrap.fill(name, 60 // len(names), break_long_words=False) for name in names]
+        panel.set_xticks(range(len(names)), names, fontsize=10 if len(names) < 5 else 7)
         panel.set_xlim(-0.5, len(names) - 0.5)
-        panel.set_title(measure)
         panel.grid(axis="y", alpha=0.3)
         panel.set_xlabel(section.axis)
     figure.tight_layout()
@@ -554,13 +593,24 @@ def draw(section: Section, found: dict[str, list[Row]], path: Path) -> None:
     pyplot.close(figure)
 
 
+def draw_map(panel: Any, means: dict[str, float]) -> None:
+    """The means of arms named "down 1, across 2" as a map, its numbers in it."""
+    downs, acrosses = (list(dict.fromkeys(words)) for words in zip(*(name.split(", ") for name in means)))
+    panel.imshow([[means[f"{down}, {across}"] for across in acrosses] for down in downs], cmap="Blues", alpha=0.6)
+    for name, mean in means.items():
+        down, across = name.split(", ")
+        panel.text(acrosses.index(across), downs.index(down), f"{mean:.3f}", ha="center", va="center")
+    panel.set_xticks(range(len(acrosses)), acrosses)
+    panel.set_yticks(range(len(downs)), downs)
+
+
 def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
     from peers.machine import describe_machine
 
     began, machine, beside = time.perf_counter(), describe_machine(), page.with_suffix("")
     parts = [line for section in sections for line in write_section(lab, section, beside)]
     where = {"date": time.strftime("%Y-%m-%d"), "cpu": machine["cpu"], "bf16": RECIPE["bf16"]}
-    run = {**where, "size": asdict(lab.size), "measured": lab.measured}
+    run = {**where, "size": lab.size.amounts, "measured": lab.measured}
     write_whole(beside / f"{lab.args.size}-{where['date']}.json", json.dumps(run, indent=1) + "\n")
     head = [
         "# Evidence",
@@ -580,15 +630,15 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         "of 4-token sequences that came before in an answer, `seconds` the training with a reference model's pass.",
         "",
     ]
-    tail = [*agreement(run, sections, beside, lab.args.size), *published(), *PAPER]
+    tail = [*agreement(run, sections, beside), *published(), *PAPER]
     write_whole(page, "\n".join([*head, *parts, *tail]).rstrip() + "\n")
     print(f"{page}: {(time.perf_counter() - began) / 60:.0f} minutes")
 
 
-def agreement(run: Row, sections: Sequence[Section], folder: Path, size: str) -> list[str]:
+def agreement(run: Row, sections: Sequence[Section], folder: Path) -> list[str]:
     """How far the runs of other days, whose numbers lie in the folder, agree with this one."""
     lines, run = ["## Other days", ""], json.loads(json.dumps(run))
-    for path in sorted(folder.glob(f"{size}-*.json")):
+    for path in sorted(folder.glob("*.json")):
         other = json.loads(path.read_text(encoding="utf-8"))
         if other["date"] == run["date"] or other["size"] != run["size"]:
             continue
@@ -604,7 +654,7 @@ def agreement(run: Row, sections: Sequence[Section], folder: Path, size: str) ->
         precision = "bfloat16" if other["bf16"] else "float32"
         found = f"{met} of {met + len(apart)} intervals meet this page's" + "".join(f"; not: {each}" for each in apart)
         lines += [f"{other['date']}, {other['cpu']}, {precision}: {found}.", ""]
-    return lines if len(lines) > 2 else [*lines, "No other run of this size lies beside this page.", ""]
+    return lines if len(lines) > 2 else [*lines, "No other day's run of as many pairs lies beside this page.", ""]
 
 
 def meet(here: Sequence[float], there: Sequence[float]) -> bool:

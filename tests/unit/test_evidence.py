@@ -31,7 +31,7 @@ SECTION = evidence.Section(
     "It holds the log-prob up.",
     [evidence.NONE, evidence.SIMPO, evidence.Arm("half swapped", noise=0.5)],
     ("accuracy", "chosen", "rule"),
-    lambda by: by["SimPO"]["chosen"] > -math.inf,
+    {"it is finite": lambda by: by["SimPO"]["chosen"] > -math.inf},
     ("chosen",),
 )
 
@@ -46,8 +46,8 @@ def test_a_section_says_what_was_measured(lab: evidence.Lab, tmp_path: Path, mon
     half = 12.706 * statistics.stdev(chosen) / math.sqrt(2)
     mean = statistics.fmean(chosen)
     (line,) = (line for line in lines if line.startswith("| SimPO |"))
-    assert f"{mean:.3f} ({mean - half:.3f} to {mean + half:.3f})" in line
-    assert "**It holds with 2 of 2 seeds.**" in lines
+    assert f"{mean:.3f} ± {half:.3f} |" in line
+    assert "- it is finite: with 2 of 2 seeds" in lines
     assert (tmp_path / "figures" / "sft.svg").read_text().startswith("<?xml")
 
     def trained(*_: object) -> None:
@@ -71,14 +71,19 @@ def test_a_share_of_labels_is_swapped(lab: evidence.Lab) -> None:
     assert sum(row["chosen"] == drawn[row["id"]]["rejected"] for row in written) == lab.size.train // 2
 
 
-def test_every_claim_reads_what_its_arms_measure(lab: evidence.Lab) -> None:
+def test_every_claim_and_figure_reads_what_its_arms_measure(lab: evidence.Lab, tmp_path: Path) -> None:
     measured = ("accuracy", "margin", "chosen", "rejected", "length correlation", "rule", "readable", "tokens")
     numbers = dict.fromkeys((*measured, "repeated", "unrelated", "seconds", "pairs"), 0.5)
     for section in evidence.SECTIONS:
         names = [arm.name for arm in section.arms]
         assert len(set(names)) == len(names)
         assert {*section.shown, *section.chart} <= numbers.keys()
-        assert section.holds is None or section.holds(dict.fromkeys(names, numbers)) in (True, False)
+        for holds in section.holds.values():
+            assert holds(dict.fromkeys(names, numbers)) is False, "nothing is less than itself"
+        if section.chart:
+            path = tmp_path / f"{section.name}.svg"
+            evidence.draw(section, {name: [numbers, numbers] for name in names}, path)
+            assert path.read_text(encoding="utf-8").count("<!-- 0.500 -->") == (section.name == "map") * 27
         for arm in section.arms:
             evidence.simpo.load_recipe({"model_name_or_path": "m", **evidence.RECIPE, **arm.keys})
 
@@ -90,7 +95,7 @@ def test_the_numbers_lie_beside_the_page_and_are_compared_with_those_of_another_
     evidence.write_page(lab, [SECTION], page)
     (path,) = (tmp_path / "evidence").glob("tiny-*.json")
     text = page.read_text(encoding="utf-8")
-    assert "No other run of this size" in text
+    assert "No other day's run of as many pairs" in text
     assert "| llama-3-8b-instruct-simpo | 2.5 | 1.38 | 2.0177 | 1.6004 |" in text, "the first loss, from the margin"
     run = json.loads(path.read_text(encoding="utf-8"))
     assert run["measured"]["sft"]["SimPO"] == lab.measured["sft"]["SimPO"]

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from simpo.model.load import has_bf16
 from simpo.parallel.mesh import mesh_sizes
 from simpo.plan.footprint import compute_footprint, compute_state
 from simpo.plan.shapes import load_config
@@ -23,6 +24,7 @@ from simpo.plan.sizes import describe_model
 from simpo.plan.traffic import compute_traffic
 from simpo.recipe import load_recipe
 
+BF16 = has_bf16(torch.device("cpu"))  # a CPU without instructions for it takes half a minute a case
 PAIRS = [(40, 130, 90), (25, 70, 160), (60, 20, 45)]  # prefix, chosen, rejected
 
 
@@ -196,7 +198,7 @@ def test_a_rank_holds_what_is_predicted(case, tied, folders, two_ranks):
 
     Adapters come out 20% too high in a model of five blocks, whose first keeps less than the others.
     """
-    keys = {"logits_chunk_size": 64} | CASES[case]
+    keys = {"logits_chunk_size": 64, "bf16": BF16} | CASES[case]
     model, recipe, mesh = described(folders[tied], keys)
     state = compute_state(model, recipe, mesh)
     # Weights and moments are there before; and so are DDP's gradients, in its buckets.
@@ -219,7 +221,7 @@ SENT = {
 @pytest.mark.parametrize(("case", "tied"), [*((case, False) for case in SENT), ("fsdp", True)])
 def test_a_step_sends_what_is_computed(case, tied, folders, two_ranks):
     """Number of collectives of each kind and their bytes, padding of uneven shards apart, of two micro-batches."""
-    keys = {"logits_chunk_size": 64} | SENT[case]
+    keys = {"logits_chunk_size": 64, "bf16": BF16} | SENT[case]
     found = two_ranks.run(collectives, keys | {"model_name_or_path": folders[tied]})[0]
     model, recipe, mesh = described(folders[tied], keys)
     expected: dict[str, list[float]] = {}

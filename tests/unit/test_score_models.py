@@ -125,6 +125,21 @@ def test_bf16_is_near(reward_model):
     assert 0 < (exact - near).abs().max() < 0.5
 
 
+def test_bfloat16_is_said_to_be_slow_where_it_is(reward_model, tiny_model: Path, tmp_path: Path, monkeypatch, capsys):
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in make_rows(2)))
+    specs = {
+        "reward": {"kind": "reward_model", "model": str(reward_model()), "dtype": "bfloat16"},
+        "logprob": {"kind": "logprob", "model": str(tiny_model)},
+    }
+    for has in (True, False):
+        monkeypatch.setattr("simpo.onpolicy.scorers.models.has_bf16", lambda device, has=has: has)
+        run_score(scoring(tmp_path / str(has), specs, bf16=True), input=tmp_path / "responses.jsonl")
+        said = " ".join(capsys.readouterr().err.split())
+        assert ("note: reward: this CPU has no instructions for bfloat16" in said) is not has
+        assert ("tens of times as long as float32; dtype: float32 computes in float32" in said) is not has
+        assert ("note: logprob: this CPU" in said and "the recipe's bf16: false computes" in said) is not has
+
+
 def test_several_outputs_need_an_index(reward_model):
     folder, rows = reward_model(num_labels=3), make_rows(3)
     with pytest.raises(ValueError, match=r"index: logits of .* has 3 entries for each response; say which .* 0 to 2"):

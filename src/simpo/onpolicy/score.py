@@ -154,6 +154,8 @@ class _Part:
         with Journal(self.path, {"input": self.digest, **self.settings}) as journal:
             left = [row_id for row_id in order if row_id not in journal and row_id not in faults]
             if left:
+                if self.rater.note:
+                    say(f"note: {self.name}: {self.rater.note}", console)
                 wanted = set(left)
                 rows = (row for row in read_rows(source) if row["id"] in wanted)
                 done = len(order) - len(left)

@@ -33,10 +33,12 @@ class Rater:
     Attributes:
         rate: from rows to (id of a row, its scores), in any order.
         identity: what decides its numbers besides its options: digests of source, weights, versions.
+        note: a line for the user, said before it begins.
     """
 
     rate: Callable[[Iterable[Row]], Iterator[tuple[str, Scores]]]
     identity: Mapping[str, Any] = field(default_factory=dict)
+    note: str | None = None
 
 
 def rate_each(rate: Callable[[Row, Mapping[str, Any]], Any]) -> Callable[[Iterable[Row]], Iterator[tuple[str, Scores]]]:
