@@ -132,7 +132,7 @@ def test_bfloat16_is_said_to_be_slow_where_it_is(reward_model, tiny_model: Path,
         "logprob": {"kind": "logprob", "model": str(tiny_model)},
     }
     for has in (True, False):
-        monkeypatch.setattr("simpo.onpolicy.scorers.models.has_bf16", lambda device, has=has: has)
+        monkeypatch.setattr("simpo.model.load.has_bf16", lambda device, has=has: has)
         run_score(scoring(tmp_path / str(has), specs, bf16=True), input=tmp_path / "responses.jsonl")
         said = " ".join(capsys.readouterr().err.split())
         assert ("note: reward: this CPU has no instructions for bfloat16" in said) is not has

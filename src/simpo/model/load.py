@@ -61,6 +61,11 @@ def has_bf16(device: torch.device) -> bool:
     return device.type != "cpu" or known is None or known()
 
 
+def slow_bf16(device: torch.device, instead: str) -> str | None:
+    """What to say of bfloat16 on this device where it is slow; `instead` is what computes in float32."""
+    return None if device.type != "cpu" or has_bf16(device) else f"{SLOW_BF16}; {instead} computes in float32"
+
+
 def set_precision(recipe: Recipe, device: torch.device) -> str | None:
     """Let CUDA compute as the recipe's `tf32` says, and refuse a precision that this machine does not have.
 
@@ -81,7 +86,7 @@ def set_precision(recipe: Recipe, device: torch.device) -> str | None:
         raise ValueError(f"tf32: {name} has no TensorFloat-32, which needs 8.0 (Ampere) or more; remove the key")
     if recipe.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
-    return f"{SLOW_BF16}; bf16: false computes in float32" if recipe.bf16 and not fits else None
+    return slow_bf16(device, "bf16: false") if recipe.bf16 else None
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

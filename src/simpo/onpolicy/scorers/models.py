@@ -30,7 +30,7 @@ from simpo.data.workers import WorkersFailed, map_in_processes
 from simpo.evaluation.run import READ_KEYS, find_tokenizer, model_folder, ready_model
 from simpo.model.attention import PACKED, is_packed, unwrap
 from simpo.model.head import compute_response_logps
-from simpo.model.load import SLOW_BF16, has_bf16, load_pretrained, pick_device
+from simpo.model.load import load_pretrained, pick_device, slow_bf16
 from simpo.onpolicy.sampler import find_places, identify_model
 from simpo.onpolicy.scorers.rating import Rater, Row, Scores, rate_each, windows
 from simpo.recipe import Recipe, load_recipe
@@ -57,12 +57,6 @@ def _rate_by(
             yield from found
     except WorkersFailed as error:
         raise ValueError(f"a process that scored is gone ({error}), most likely for want of memory") from None
-
-
-def _slow(recipe: Recipe, bf16: bool, instead: str) -> str | None:
-    """What to say of a model that computes in bfloat16 where that is slow."""
-    slow = bf16 and pick_device(recipe.device).type == "cpu" and not has_bf16(torch.device("cpu"))
-    return f"{SLOW_BF16}; {instead} computes in float32" if slow else None
 
 
 def _named(rows: Sequence[Row], scores: Sequence[Scores]) -> list[tuple[str, Scores]]:
@@ -97,7 +91,8 @@ def build_reward_model(options: Any, recipe: Recipe) -> Rater:
         raise ValueError("chat_template: a reward model rates dialogues, so it needs one")
     rate = functools.partial(_rate_by, functools.partial(RewardModel, options, own), options, recipe)
     weights = identify_model(options.model, options.revision)
-    return Rater(rate, {"weights": weights}, _slow(recipe, options.dtype == "bfloat16", "dtype: float32"))
+    note = slow_bf16(pick_device(recipe.device), "dtype: float32") if options.dtype == "bfloat16" else None
+    return Rater(rate, {"weights": weights}, note)
 
 
 class RewardModel:
@@ -271,7 +266,8 @@ def build_logprob(options: Any, recipe: Recipe) -> Rater:
     load = functools.partial(LogprobModel, name, settings, limits)
     decide = {"bf16": settings.bf16, **limits, "weights": identify_model(name, settings.model_revision)}
     rate = functools.partial(_rate_by, load, options, settings)
-    return Rater(rate, decide, _slow(settings, bool(settings.bf16), "the recipe's bf16: false"))
+    note = slow_bf16(pick_device(settings.device), "the recipe's bf16: false") if settings.bf16 else None
+    return Rater(rate, decide, note)
 
 
 def _written_logprob(row: Row, response: Any) -> float:
