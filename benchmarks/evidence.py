@@ -2,7 +2,7 @@
 
     make evidence                     everything, 5 times as many trainings as quick
     EVIDENCE=quick make evidence      the first sections; 108 minutes on two cores with AVX2, in float32
-    python benchmarks/evidence.py [--model MODEL] [--data FOLDER] [--size quick] [--only SECTION ...] [--page FILE.md]
+    python benchmarks/evidence.py [--model MODEL] [--data FOLDER] [--size quick] [--only SECTION ...] [--at-once N]
     python benchmarks/evidence.py --paper simpo=MODEL dpo=MODEL ... --pairs PAIRS    the paper's numbers, by its models
 
 An arm is a recipe on some pairs. It is trained once for each seed, which chooses its pairs and their order, and is
@@ -26,7 +26,9 @@ import sys
 import textwrap
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -148,27 +150,52 @@ class Lab:
         """What was measured, a row for each seed."""
         return [self._result(arm, seed) for seed in range(self.size.seeds)]
 
-    def _result(self, arm: Arm, seed: int) -> Row:
+    def measure(self, sections: Sequence[Section]) -> None:
+        """Train and measure what the sections lack, --at-once of it in processes that share the cores.
+
+        Of two runs of one thread each, two cores make more than of one run of two threads.
+        """
+        arms = [arm for section in sections if not self.lacks(section.arms) for arm in section.arms]
+        wanted = {self._path(arm, seed): (arm, seed) for arm in arms for seed in range(self.size.seeds)}
+        missing = [each for path, each in wanted.items() if not path.exists()]
+        if any("lists" in arm.sets for arm, _ in missing):
+            self.draw("lists", "train", 0, seed=0)  # made once, not by each process
+        threads = max(1, torch.get_num_threads() // self.args.at_once)
+        pool = ProcessPoolExecutor(self.args.at_once, get_context("spawn"), torch.set_num_threads, (threads,))
+        with pool:
+            list(pool.map(self._result, *([each[i] for each in missing] for i in (0, 1))))
+
+    def _path(self, arm: Arm, seed: int) -> Path:
+        """Of what is measured, the same for every way to say the same."""
         if not arm.trains:
             seed = 0  # the same whatever the seed: the held-out pairs are
         keys = simpo.load_recipe({**RECIPE, "model_name_or_path": str(self.args.model), **arm.keys}).to_dict()
         way = {**asdict(arm), "keys": keys, "name": "", "asked": arm.asked or arm.pairs}
         amount = {**asdict(self.size), "seeds": 0, "sections": ()}
         words = json.dumps([way, amount, seed], sort_keys=True)
-        name = f"{arm.pairs} {arm.name}"
-        path = self.args.output / f"{hashlib.sha256(words.encode()).hexdigest()[:12]}-{seed}.json"
+        return self.args.output / f"{hashlib.sha256(words.encode()).hexdigest()[:12]}-{seed}.json"
+
+    def _result(self, arm: Arm, seed: int) -> Row:
+        path = self._path(arm, seed)
         if not path.exists():
             began = time.perf_counter()
-            found = self._measure(arm, *self._train(arm, seed))
+            found = {"threads": torch.get_num_threads(), **self._measure(arm, *self._train(arm, seed))}
+            shutil.rmtree(self.place, ignore_errors=True)
             write_whole(path, json.dumps({"arm": asdict(arm), "seed": seed, **found}, indent=1) + "\n")
-            print(f"{time.strftime('%H:%M:%S')} {name}, seed {seed}: {time.perf_counter() - began:.0f} s", flush=True)
+            took = f"{time.perf_counter() - began:.0f} s"
+            print(f"{time.strftime('%H:%M:%S')} {arm.pairs} {arm.name}, seed {seed}: {took}", flush=True)
         return json.loads(path.read_text(encoding="utf-8"))
+
+    @property
+    def place(self) -> Path:
+        """Where this process trains."""
+        return self.args.output / "run" / str(os.getpid())
 
     def _train(self, arm: Arm, seed: int) -> tuple[Path, Row]:
         """The model's folder; its pairs, and the seconds of its steps, a reference model's pass or rounds included."""
         if not arm.trains:
             return Path(self.args.model), {"pairs": 0, "seconds": 0.0}
-        place = self.args.output / "run"
+        place = self.place
         shutil.rmtree(place, ignore_errors=True)
         began = time.perf_counter()
         if arm.rounds:
@@ -342,7 +369,7 @@ SECTIONS = [
     *(
         Section(
             f"methods-{name}",
-            f"Methods on {words}",
+            f"Methods on {SETS[name]}",
             "At equal pairs, steps and learning rate, training raises held-out accuracy. Which method is best is not "
             "claimed at this size.",
             on(name, *METHODS),
@@ -360,8 +387,7 @@ SECTIONS = [
             ),
             {f"{arm.name} is more accurate than no training": less(NONE, "accuracy", arm) for arm in METHODS[1:]},
         )
-        for name, words in SETS.items()
-        if name != "code_humanevalpack"
+        for name in ("rule", "en_hh_helpful", "zh_oasst1")
     ),
     *(
         Section(
@@ -553,12 +579,14 @@ def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
 def conditions(lab: Lab, section: Section, found: dict[str, list[Row]]) -> str:
     size, trained = lab.size, {arm.pairs for arm in section.arms if arm.trains}
     counts = sorted({row["pairs"] for rows in found.values() for row in rows if row["pairs"]})
+    threads = sorted({row["threads"] for rows in found.values() for row in rows if row["pairs"]})
+    timed = f" Threads of a timed run: {' or '.join(map(str, threads))}." if "seconds" in section.shown else ""
     pairs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     return (
         f"{pairs} training pairs ({', '.join(SETS[name] for name in sorted(trained))}), "
         f"{RECIPE['per_device_train_batch_size']} a step, one epoch; "
         f"{size.test} held-out pairs, greedy answers of up to {size.tokens} tokens to {size.answers} of their prompts; "
-        f"{size.seeds} seeds, means with 95% intervals over them (Student's t)."
+        f"{size.seeds} seeds, means with 95% intervals over them (Student's t).{timed}"
     )
 
 
@@ -718,6 +746,8 @@ def main() -> int:
     parser.add_argument("--size", choices=SIZES, default=os.environ.get("EVIDENCE") or "full")
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS], metavar="SECTION")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"), help="what was measured")
+    at_once = min(2, torch.get_num_threads()) if pick_device("auto").type == "cpu" else 1
+    parser.add_argument("--at-once", type=int, default=at_once, help="runs that share the cores [%(default)s]")
     parser.add_argument("--page", type=Path, help="[default: docs/evidence.md; nothing with --only]")
     parser.add_argument("--paper", nargs="+", metavar="NAME=MODEL", help="simpo, dpo or sums, and its checkpoint")
     parser.add_argument("--pairs", help="held-out pairs for --paper")
@@ -729,6 +759,7 @@ def main() -> int:
     lab = Lab(args)
     wanted = args.only or SIZES[args.size].sections
     sections = [each for each in SECTIONS if not wanted or each.name in wanted]
+    lab.measure(sections)
     if args.page is None and args.only:
         for section in sections:
             print("\n".join(write_section(lab, section, args.output / "figures")))

@@ -2,10 +2,11 @@
 
     python benchmarks/parity_trl.py --model MODEL --data PAIRS.jsonl --steps 20 --output parity.json
     python benchmarks/parity_trl.py ... --steps 200 --seeds 42 43 44 --losses simpo cpo alphapo
-    python benchmarks/parity_trl.py ... --steps 200 --lora 16
+    python benchmarks/parity_trl.py ... --steps 200 --lora 16 --rounding
 
 Prints the loss and reward margin of each optimizer step from both sides and the largest differences; exits 1 when one
-exceeds --tolerance. Everything in fp32 on the CPU; nothing is truncated. Needs `pip install 'simpo[trl]'`.
+exceeds --tolerance. --rounding measures what no two programs can agree beyond: this trainer against itself, adding up
+in another order. Everything in fp32 on the CPU; nothing is truncated. Needs `pip install 'simpo[trl]'`.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ LOSSES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Loss -> our recipe's keys, the peer's. Its SFT term is a mean over the tokens of the batch."""
 
 
-def build_recipe(args: argparse.Namespace, loss: str, seed: int, output_dir: str) -> Recipe:
-    """The settings that both sides use."""
+def build_recipe(args: argparse.Namespace, loss: str, seed: int, output_dir: str, **keys: Any) -> Recipe:
+    """The settings that both sides use, and `keys` of ours."""
     lora = (
         {"use_peft": True, "lora_r": args.lora, "lora_alpha": 2 * args.lora, "lora_dropout": 0.0} if args.lora else {}
     )
@@ -71,6 +72,7 @@ def build_recipe(args: argparse.Namespace, loss: str, seed: int, output_dir: str
             "save_strategy": "no",
             "eval_strategy": "no",
             "seed": seed,
+            **keys,
         }
     )
 
@@ -187,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--lora", type=int, default=0, help="rank of adapters on all linear layers; 0 = train all weights"
     )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses and margins")
+    parser.add_argument("--rounding", action="store_true", help="this trainer with other logits_chunk_size, as well")
     parser.add_argument("--output", help="write the curves here as JSON")
     args = parser.parse_args(arguments)
     results = [run(args, loss, seed) for loss in args.losses for seed in args.seeds]
@@ -201,16 +204,17 @@ def run(args: argparse.Namespace, loss: str, seed: int) -> dict[str, Any]:
         recipe = build_recipe(args, loss, seed, folder)
         ours, rows, tokenizer, adapter = run_ours(recipe)
         theirs = run_trl(recipe, LOSSES[loss][1], rows, tokenizer, adapter)
-    differences = compare(ours, theirs)
+        results = {"differences": compare(ours, theirs)}
+        if args.rounding:
+            other = build_recipe(args, loss, seed, f"{folder}/again", logits_chunk_size=16)
+            results["rounding"] = compare(ours, run_ours(other)[0])
     print(f"{'step':>4} {'loss ours':>12} {'loss TRL':>12} {'margin ours':>12} {'margin TRL':>12}")
     for step, (a, b) in enumerate(zip(ours, theirs, strict=True), start=1):
         print(f"{step:>4} {a['loss']:>12.7f} {b['loss']:>12.7f} {a['margin']:>12.7f} {b['margin']:>12.7f}")
-    print(
-        f"{loss}{f', LoRA {args.lora}' * bool(args.lora)}, seed {seed}: largest differences: "
-        + ", ".join(f"{name} {value:.2e}" for name, value in differences.items()),
-        flush=True,
-    )
-    return {"loss": loss, "seed": seed, "lora": args.lora, "ours": ours, "trl": theirs, "differences": differences}
+    for name, largest in results.items():
+        numbers = ", ".join(f"{measure} {value:.2e}" for measure, value in largest.items())
+        print(f"{loss}{f', LoRA {args.lora}' * bool(args.lora)}, seed {seed}: largest {name}: {numbers}", flush=True)
+    return {"loss": loss, "seed": seed, "lora": args.lora, "ours": ours, "trl": theirs, **results}
 
 
 if __name__ == "__main__":

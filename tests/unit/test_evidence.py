@@ -21,7 +21,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lab(tiny_model: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> evidence.Lab:
     monkeypatch.setattr(evidence, "RECIPE", {**evidence.RECIPE, "bf16": False, "num_threads": 1})
-    words = {"model": str(tiny_model), "data": None, "size": "tiny", "output": measured}
+    words = {"model": str(tiny_model), "data": None, "size": "tiny", "output": measured, "at_once": 2}
     return evidence.Lab(argparse.Namespace(**words))
 
 
@@ -59,6 +59,20 @@ def test_a_section_says_what_was_measured(lab: evidence.Lab, tmp_path: Path, mon
     assert [row["chosen"] for row in lab.results(same)] == chosen, "another name of the same way to train"
 
 
+@pytest.mark.long  # two processes start
+def test_two_processes_measure_what_one_does(
+    lab: evidence.Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # as processes of their own see the recipe
+    one = [lab.results(arm)[0]["chosen"] for arm in SECTION.arms]
+    lab.args.output = tmp_path
+    lab.measure([SECTION, SECTION])
+    assert len(list(tmp_path.glob("*.json"))) == 1 + 2 * 2
+    assert list((tmp_path / "run").iterdir()) == []
+    monkeypatch.setattr(evidence.Lab, "_train", None)
+    assert [lab.results(arm)[0]["chosen"] for arm in SECTION.arms] == pytest.approx(one, abs=1e-3)
+
+
 def test_a_section_whose_pairs_are_missing_says_so(lab: evidence.Lab, tmp_path: Path) -> None:
     (section,) = (each for each in evidence.SECTIONS if each.name == "displacement")
     assert any("code_humanevalpack was not given" in line for line in evidence.write_section(lab, section, tmp_path))
@@ -66,7 +80,7 @@ def test_a_section_whose_pairs_are_missing_says_so(lab: evidence.Lab, tmp_path: 
 
 def test_a_share_of_labels_is_swapped(lab: evidence.Lab) -> None:
     lab._train(evidence.Arm("half swapped", noise=0.5), seed=0)
-    written = evidence.read_file(lab.args.output / "run" / "pairs" / "train.jsonl")
+    written = evidence.read_file(lab.place / "pairs" / "train.jsonl")
     drawn = {row["id"]: row for row in lab.draw("rule", "train", lab.size.train, 0)}
     assert sum(row["chosen"] == drawn[row["id"]]["rejected"] for row in written) == lab.size.train // 2
 
@@ -140,4 +154,4 @@ def test_pairs_and_lists_of_the_models_own_answers_are_made_of_prompts_that_are_
     assert (model / "config.json").is_file()
     assert about["pairs"] > 0
     assert "round-2" in str(model)
-    assert not asked & {row["id"] for row in evidence.read_file(lab.args.output / "run" / "prompts.jsonl")}
+    assert not asked & {row["id"] for row in evidence.read_file(lab.place / "prompts.jsonl")}
