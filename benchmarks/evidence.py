@@ -156,7 +156,10 @@ class Lab:
         Of two runs of one thread each, two cores make more than of one run of two threads.
         """
         arms = [arm for section in sections if not self.lacks(section.arms) for arm in section.arms]
-        wanted = {self._path(arm, seed): (arm, seed) for arm in arms for seed in range(self.size.seeds)}
+        wanted: dict[Path, tuple[Arm, int]] = {}
+        for arm in arms:
+            for seed in range(self.size.seeds):
+                wanted.setdefault(self._path(arm, seed), (arm, seed))
         missing = [each for path, each in wanted.items() if not path.exists()]
         if any("lists" in arm.sets for arm, _ in missing):
             self.draw("lists", "train", 0, seed=0)  # made once, not by each process

@@ -118,8 +118,8 @@ class Recipe(_LossKeys):
     tokenizer_name_or_path: Text | None = _model(
         None, "Tokenizer, where it is not in the model's folder.", "path or name", null="the model's", hf="run")
     ref_model_name_or_path: Text | None = _model(
-        None, "Reference model of dpo and dpo_norm; never loaded for other losses.", "path or name",
-        null="the model to train, before training", hf="run")
+        None, "Reference model of losses that need one (dpo, dpo_norm, r_dpo, or your own); no other loads it.",
+        "path or name", null="the model to train, before training", hf="run")
     attn_implementation: Text | None = _model(
         None, "transformers' attention for padded batches; only with pack: false and share_prompt: false.",
         "null = packed attention of this package; eager, sdpa, flash_attention_2, ...", hf="field")
