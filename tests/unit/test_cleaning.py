@@ -455,7 +455,11 @@ def test_pairs_that_hold_a_benchmark_go(tmp_path, build_tokenizer, data_recipe):
     one = {str(tmp_path / "bench"): {"split": "test", "columns": ["question"]}}
     recipe = data_recipe(tmp_path / "d.jsonl", validation_fraction=0, clean={"benchmarks": one})
     assert len(prepare_pairs(recipe, build_tokenizer("chatml"), progress=False).train) == 2
-    for entry, message in (({"split": "dev"}, "no split 'dev'"), ({"columns": ["subject"]}, "no text of 8 words")):
+    for entry, message in (
+        ({"split": "dev"}, "no split 'dev'"),
+        ({"columns": ["subject"]}, "no text of 8 words"),
+        ({"columns": ["question", "anwser"]}, "no column 'anwser'; its columns: question, answer, subject"),
+    ):
         recipe = data_recipe(tmp_path / "d.jsonl", clean={"benchmarks": {str(tmp_path / "bench"): entry}})
         with pytest.raises(ValueError, match=message):
             prepare_pairs(recipe, build_tokenizer("chatml"), progress=False)

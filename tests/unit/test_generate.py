@@ -14,8 +14,7 @@ from typer.testing import CliRunner
 
 from simpo.cli import app
 from simpo.data.columns import RowError
-from simpo.data.preferences import Pair
-from simpo.data.tokenize import PairTokenizer
+from simpo.data.prepare import prepare_pairs
 from simpo.evaluation.run import find_tokenizer
 from simpo.onpolicy import generate, sampler
 from simpo.onpolicy.generate import run_generate
@@ -71,15 +70,59 @@ def test_an_interrupted_file_is_finished_as_if_nothing_had_happened(settings):
         assert read_about(path) == account
 
 
-def test_prompts_have_the_tokens_that_training_has_in_front_of_an_answer(settings):
-    recipe = load_recipe(settings)
+@pytest.mark.parametrize(
+    "keys",
+    [{}, {"auto_insert_empty_system_msg": True}, {"system_prompt": "Be short."}, {"chat_template": "chatml"}],
+    ids=lambda keys: next(iter(keys), "as it is"),
+)
+def test_prompts_have_the_tokens_that_training_has_in_front_of_an_answer(settings, tmp_path, keys):
+    """Trap 72: rows that training reads, as training reads them."""
+    path, rows = tmp_path / "pairs.jsonl", [{"prompt": "river?"}, {"prompt": "two\nlines", "system": "Hush."}]
+    path.write_text("".join(json.dumps({**row, "chosen": "yes", "rejected": "no"}) + "\n" for row in rows))
+    recipe = load_recipe({**settings, "dataset_mixer": {str(path): 1.0}, "validation_fraction": 0.0, **keys})
     tokenizer = find_tokenizer(recipe, recipe.model_name_or_path)
-    prompts = read_prompts(recipe).prompts
-    found = PromptTokenizer(recipe, tokenizer)(prompts)
-    pairs = [Pair(prompt.row_id, prompt.turns, "water", "a stone") for prompt in prompts]
-    for ids, pair in zip(found, PairTokenizer(tokenizer, max_length=1000)(pairs), strict=True):
-        assert not isinstance(pair, RowError)
-        assert ids == pair.chosen_ids[: pair.chosen_start]
+    found = PromptTokenizer(recipe, tokenizer)(read_prompts(recipe).prompts)
+    trained = prepare_pairs(recipe, tokenizer, progress=False).train
+    assert found == [row["chosen_ids"][: row["chosen_start"]] for row in trained]
+
+
+def test_an_entry_that_is_rendered_otherwise_is_refused(settings):
+    (path,) = settings["dataset_mixer"]
+    mixed = {**settings, "dataset_mixer": {path: {"fraction": 1.0, "chat_template": "chatml"}}}
+    with pytest.raises(ValueError, match=r"dataset_mixer: .* has its own chat_template, and all prompts are answered"):
+        run_generate(load_recipe(mixed))
+
+
+def test_columns_that_are_kept_later_go_along_and_a_lost_prompt_is_said_before_sampling(settings, monkeypatch):
+    (path,) = settings["dataset_mixer"]
+    recipe = load_recipe(settings)
+    output = run_generate(recipe)
+    before = list(read_rows(output))
+    rows = [{**json.loads(line), "answer": f"{n}"} for n, line in enumerate(Path(path).read_text().splitlines())]
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(generate, "_fill", lambda journal, *_: None)  # nothing is sampled
+    run_generate(load_recipe(changed(settings, keep_columns=["answer"])))
+    after = list(read_rows(output))
+    assert [row.pop("columns") for row in after] == [{"answer": f"{n}"} for n in range(12)]
+    assert after == before
+    Path(path).write_text(Path(path).read_text().replace("river?", "brook?"))
+    monkeypatch.setattr(generate, "_fill", None)
+    with pytest.raises(ValueError, match=r"holds 1 rows, such as .*, that the input no longer has"):
+        run_generate(recipe)
+
+
+def test_a_template_file_counts_by_its_text(settings, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}A{{ m['content'] }}{{ eos_token }}{% endfor %}")
+    recipe = load_recipe({**settings, "chat_template": str(template)})
+    about = run_generate(recipe).with_suffix(".json")
+    template.write_text(template.read_text().replace("A", "B"))
+    with pytest.raises(ValueError, match=r"begun with other settings \(generate\.chat_template_digest was "):
+        run_generate(recipe)
+    older = json.loads(about.read_text())
+    del older["settings"]["generate"]["chat_template_digest"]
+    about.write_text(json.dumps(older))
+    run_generate(recipe)  # begun before the file's text was looked at
 
 
 class Failing:

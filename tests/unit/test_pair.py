@@ -223,6 +223,20 @@ def test_pairs_and_lists_are_read_by_the_trainers_data(tmp_path, data_recipe, bu
         assert len(prepared.eval) == account["pairs"]["test"]
 
 
+def test_a_list_begins_with_the_best_that_may_be_chosen(tmp_path):
+    """The best of a list is what losses of lists and of pairs teach first."""
+    rows = [
+        row_of(
+            response("cut off in the", 0.9, finished=False), response("whole", 0.5), response("bad", 0.1), row_id=name
+        )
+        for name in "ab"
+    ]
+    folder, account = run(tmp_path, rows, test_fraction=0.0, lists=True)
+    assert {row["chosen"][0]["content"] for row in read(folder / "train.jsonl")} == {"whole"}
+    assert [row["responses"] for row in read(tmp_path / "lists" / "train.jsonl")] == [["whole", "bad"]] * 2
+    assert account["responses"]["above the best that may be chosen (of lists)"] == 2
+
+
 def command(*words: str) -> Any:
     return CliRunner().invoke(app, ["pair", *words])
 

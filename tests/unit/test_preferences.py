@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from simpo.data.columns import decode_list
+from simpo.data.columns import between, decode_list
 from simpo.data.preferences import RowError, pair_from_row, prompt_from_row
 
 USER = {"role": "user", "content": "Why?"}
@@ -284,3 +284,23 @@ def test_what_is_no_prompt_is_left_out_with_its_reason(row, words):
 @pytest.mark.parametrize("text", ['1, {"a": 2}', '{"a": 1}, 2]', "[1, 2", "{}x", "", 5])
 def test_a_cell_that_is_no_list_stays_as_it_is(text):
     assert decode_list(text) is text
+
+
+def test_a_pair_beside_its_scored_list_has_its_scores_and_the_other_responses():
+    """The layout of the SimPO authors' data sets: dialogues, and all responses with a reward model's scores."""
+    answers, asked = ["fine", "bad", "good", "good "], {"role": "user", "content": "Why?"}
+    sides = {
+        side: [asked, {"role": "assistant", "content": text}]
+        for side, text in (("chosen", "good"), ("rejected", "bad"))
+    }
+    row = {"prompt": "Why?", "all_generated_responses": answers, "all_rm_scores": [0.5, 0.1, 0.9, 0.2], **sides}
+    assert pair_from_row(row).scores == (0.9, 0.1)
+    others = [(pair_from_row(each), score) for each, score in between(row)[:1]]
+    assert [(pair.turns, pair.chosen, pair.rejected, score) for pair, score in others] == [
+        ([asked], "good", "fine", 0.5)
+    ]
+    with pytest.raises(RowError, match="identical"):  # counted, as a response that is left out
+        pair_from_row(between(row)[1][0])
+    for other in ({"all_rm_scores": [0.5, None, 0.9, 0.2]}, {"all_generated_responses": ["x"] * 4}):
+        assert pair_from_row({**row, **other}).scores is None, "the pair stands, whatever lies beside it"
+        assert between({**row, **other}) == []

@@ -431,3 +431,10 @@ def test_real_data_is_kept_whole(real_data, smol_model, data_recipe):
     assert (account.input, account.kept, account.seam_shifted) == (888, 888, 0)
     assert account.shared_prefix_share > 0.8  # one-token bugs: nearly everything is shared
     assert len(prepared.eval) == 96
+
+
+def test_a_tilde_in_a_sources_name_is_no_later_pass(tmp_path, build_tokenizer, data_recipe):
+    path = tmp_path / "mix~v2.jsonl"
+    path.write_text(4 * (json.dumps({"prompt": "p", "chosen": "yes", "rejected": "no"}) + "\n"))
+    kept = prepare(data_recipe(path, drop_duplicates=True, validation_fraction=0.0), build_tokenizer("chatml"))
+    assert len(kept.train) == 1

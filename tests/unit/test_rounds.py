@@ -216,6 +216,15 @@ def test_stops_where_the_held_out_score_no_longer_rises(stages, keys, gains, end
     assert len(stages.calls) == before
 
 
+def test_a_loss_of_lists_is_trained_on_lists(stages, keys, tmp_path):
+    run_rounds(load_recipe({**keys, "loss_type": "plackett_luce", "rounds": {"rounds": 1}}))
+    recipe = load_recipe(tmp_path / "loop" / "round-1" / "recipe.yaml")
+    (folder,) = recipe.dataset_mixer
+    rows = read(Path(folder, "train.jsonl"))
+    assert all(len(row["responses"]) == len(row["scores"]) == 4 for row in rows)
+    assert read(Path(folder, "test.jsonl"))[0].keys() >= {"chosen", "score_rejected"}
+
+
 def test_only_training_is_started_by_the_launcher(stages, keys):
     run_rounds(load_recipe({**keys, "rounds": {"rounds": 1, "launcher": "torchrun --nproc_per_node=2"}}))
     assert stages.started_by["train"] == (["torchrun", "--nproc_per_node=2"], True)

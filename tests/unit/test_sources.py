@@ -362,8 +362,9 @@ def test_hub_out_of_reach(monkeypatch, data_recipe):
         find_sources(data_recipe({"org/set": 1.0}))
 
 
-def test_fingerprint_follows_the_bytes(tmp_path, data_recipe):
-    path = write_jsonl(tmp_path / "a.jsonl", rows(3))
+@pytest.mark.parametrize("name", ["a.jsonl", "cache-a.jsonl"])
+def test_fingerprint_follows_the_bytes(name, tmp_path, data_recipe):
+    path = write_jsonl(tmp_path / name, rows(3))
     recipe = data_recipe(path)
     before = fingerprint_sources(find_sources(recipe))
     assert fingerprint_sources(find_sources(recipe)) == before
@@ -426,3 +427,29 @@ def test_csv_that_is_not_utf8_is_said_with_its_byte(tmp_path):
         (tmp_path / "a.csv").write_bytes(bom + text.encode() + b"c,\xff\n")
         with pytest.raises(ValueError, match=f"invalid start byte at byte {len(text) + 2}"):
             list(read_file(tmp_path / "a.csv"))
+
+
+def test_which_rows_are_held_out_is_in_the_fingerprint(tmp_path, data_recipe):
+    """Trap 58, of what a file is for: the same bytes, split otherwise, are other data."""
+    names = ["a.jsonl", "b.jsonl", "c.jsonl"]
+    for start, name in enumerate(names):
+        write_jsonl(tmp_path / name, rows(2, 10 * start))
+    a, b, c = (str(tmp_path / name) for name in names)
+    splits = ({"train": [a], "test": [b, c]}, {"train": [a, b], "test": [c]}, {"test": [a], "train": [b, c]})
+    recipes = [data_recipe({"json": {"data_files": each}}) for each in splits]
+    assert len({fingerprint_sources(find_sources(recipe)) for recipe in recipes}) == 3
+    for name in ("test", "train", "val"):
+        write_jsonl(tmp_path / "set" / name / "data.jsonl", rows(2))
+    recipe = data_recipe(tmp_path / "set")
+    before = fingerprint_sources(find_sources(recipe))
+    (tmp_path / "set" / "test").rename(tmp_path / "set" / "old")
+    assert fingerprint_sources(find_sources(recipe)) != before
+
+
+def test_shards_of_older_hub_repositories_belong_to_their_split(tmp_path, data_recipe):
+    for part, (split, start) in enumerate([("train", 0), ("train", 10), ("test", 20)]):
+        name = f"{split}-0000{part % 2}-of-0000{2 if split == 'train' else 1}-a09b74b3ef9c3b5{part}.jsonl"
+        write_jsonl(tmp_path / "set" / "data" / name, rows(2, start))
+    splits = load_splits(data_recipe(tmp_path / "set"))
+    assert [row.row for row in splits.train] == rows(2) + rows(2, 10)
+    assert [row.row for row in splits.eval] == rows(2, 20)

@@ -24,6 +24,7 @@ from simpo.data.messages import as_text
 from simpo.data.near import NUM_HASHES, has_minhash, load_minhash, sign_words, split_words
 from simpo.data.overlap import Ngrams
 from simpo.data.preferences import Answer, Pair
+from simpo.data.rows import later_pass
 from simpo.recipe.stages import Clean
 
 FINDINGS = {
@@ -41,7 +42,6 @@ FINDINGS = {
 answers whichever is chosen, `answers_turned` says which; `later_pass` is 0 in the first pass over the rows; the
 signature is of the prompt's words, zeros where there is none."""
 _UNSIGNED = bytes(NUM_HASHES)
-_LATER_PASS = re.compile(r"#\d+~(\d+)\Z")
 
 
 class Sign(IntFlag):
@@ -116,7 +116,7 @@ class PairCleaner:
         for check in self.checks:
             check(pair, signs)
         chosen, rejected = (as_text(answer).strip() for answer in (pair.chosen, pair.rejected))
-        scores, later = pair.scores or (None, None), _LATER_PASS.search(pair.row_id)
+        scores = pair.scores or (None, None)
         return {
             "signs": int(signs),
             "answers_key": pair.key(*sorted((chosen, rejected))),
@@ -125,7 +125,7 @@ class PairCleaner:
             "rejected_chars": len(spoken(pair.rejected)),
             "score_chosen": scores[0],
             "score_rejected": scores[1],
-            "later_pass": int(later[1]) if later else 0,
+            "later_pass": later_pass(pair.row_id),
             "signature": (sign_words(split_words(asked(pair))) if self.signs_prompts else None) or _UNSIGNED,
         }
 

@@ -13,7 +13,7 @@ import numbers
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
 MESSAGE_COLUMNS = ("messages", "conversations", "conversation")
 PROMPT_COLUMNS = ("prompt", "question", "instruction", "query", "input", *MESSAGE_COLUMNS)
@@ -130,9 +130,11 @@ def raw_answers(row: Mapping, chosen_column: str | None, rejected_column: str | 
         chosen_column or rejected_column or any(row.get(name) is not None for name in (*chosen_names, *rejected_names))
     )
     if not named:
-        for responses_name, scores_name in SCORED_COLUMNS:
-            if row.get(responses_name) is not None and row.get(scores_name) is not None:
-                return _best_and_worst(row[responses_name], row[scores_name])
+        if (found := _read_list(row)) is not None:
+            best, worst = found.ends
+            if found.scores[best] == found.scores[worst]:
+                raise RowError("tie", f"all {len(found.scores)} scores equal {found.scores[best]:g}")
+            return found.responses[best], found.responses[worst]
         output = decode_list(row.get("output"))
         if isinstance(output, list):
             if len(output) != 2:
@@ -164,50 +166,92 @@ def _number(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
-def _best_and_worst(responses: Any, scores: Any) -> tuple[Any, Any]:
+class _List(NamedTuple):
+    """A scored list, and where in it the two responses of the row's pair stand."""
+
+    responses: list[Any]
+    scores: list[float]
+    ends: tuple[int, int]
+
+
+def _read_list(row: Mapping) -> _List | None:
+    """None where there is none; where chosen and rejected are named too, also for one that they are not in.
+
+    Raises:
+        RowError: it cannot be read, and is all that the row has.
+    """
+    columns = next((each for each in SCORED_COLUMNS if all(row.get(name) is not None for name in each)), None)
+    if columns is None:
+        return None
+    if not _names_pair(row):
+        responses, scores = _responses_and_scores(*(row[name] for name in columns))
+        return _List(responses, scores, (scores.index(max(scores)), scores.index(min(scores))))
+    try:
+        responses, scores = _responses_and_scores(*(row[name] for name in columns))
+        sides = [_last_text(find_column(row, names, "")) for names in (CHOSEN_COLUMNS, REJECTED_COLUMNS)]
+    except RowError:
+        return None
+    texts = [_last_text(each) for each in responses]
+    if not all(side is not None and side in texts for side in sides):
+        return None
+    return _List(responses, scores, (texts.index(sides[0]), texts.index(sides[1])))
+
+
+def _responses_and_scores(responses: Any, scores: Any) -> tuple[list[Any], list[float]]:
     responses, scores = decode_list(responses), _scores(scores)
     if not isinstance(responses, list) or len(responses) != len(scores):
         count = len(responses) if isinstance(responses, list) else kind_of(responses)
         raise RowError("malformed", f"{count} responses but {len(scores)} scores")
     if len(scores) < 2:
         raise RowError("malformed", f"{len(scores)} scored responses, at least 2 are needed")
-    best, worst = scores.index(max(scores)), scores.index(min(scores))
-    if scores[best] == scores[worst]:
-        raise RowError("tie", f"all {len(scores)} scores equal {scores[best]:g}")
-    return responses[best], responses[worst]
+    return responses, scores
+
+
+def _names_pair(row: Mapping) -> bool:
+    # A table has every column in every row: null where another row has something.
+    return any(row.get(name) is not None for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS))
+
+
+def _last_text(answer: Any) -> str | None:
+    """The words of an answer, or of the last turn of a dialogue."""
+    if isinstance(answer, list) and answer:
+        answer = answer[-1]
+    text = answer.get("content", answer.get("value")) if isinstance(answer, Mapping) else answer
+    return text.strip() if isinstance(text, str) else None
+
+
+def _in_its_place(answer: Any, response: Any) -> Any:
+    """A dialogue with another last answer; the response itself where `answer` is none."""
+    if not isinstance(answer, list) or not isinstance(response, str):
+        return response
+    name = "content" if "content" in answer[-1] else "value"
+    return [*answer[:-1], {**answer[-1], name: response}]
 
 
 def between(row: Mapping) -> list[tuple[dict, float]]:
-    """Of a scored list, for each response between the best and the worst a row of the best against it, and its score.
+    """Of a scored list, for each response besides the pair's a row of the chosen one against it, and its score.
 
-    Empty for every other row, and for one whose list cannot be read, which `raw_answers` says.
+    The pair is the best against the worst, or what chosen and rejected name. Empty for every other row.
     """
-    if any(row.get(name) is not None for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS)):
+    if (found := _read_list(row)) is None:
         return []
-    for responses_name, scores_name in SCORED_COLUMNS:
-        if row.get(responses_name) is not None and row.get(scores_name) is not None:
-            responses, scores = decode_list(row[responses_name]), _scores(row[scores_name])
-            ends = (scores.index(max(scores)), scores.index(min(scores)))
-            return [
-                ({**row, responses_name: [responses[ends[0]], responses[at]], scores_name: [1, 0]}, scores[at])
-                for at in range(len(scores))
-                if at not in ends
-            ]
-    return []
+    chosen = find_column(row, CHOSEN_COLUMNS, "chosen") if _names_pair(row) else found.responses[found.ends[0]]
+    row = {name: value for name, value in row.items() if name not in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS)}
+    return [
+        ({**row, "chosen": chosen, "rejected": _in_its_place(chosen, found.responses[at])}, found.scores[at])
+        for at in range(len(found.scores))
+        if at not in found.ends
+    ]
 
 
 def read_scores(row: Mapping) -> tuple[float, float] | None:
-    """The scores of chosen and rejected, where a row has both: in their columns, or the ends of a scored list."""
+    """The scores of chosen and rejected, where a row has both: in their columns, or in a scored list."""
     for names in SCORE_PAIR_COLUMNS:
         chosen, rejected = (_number(row.get(name)) for name in names)
         if chosen is not None and rejected is not None:
             return chosen, rejected
-    if not any(row.get(name) is not None for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS)):
-        for responses_name, scores_name in SCORED_COLUMNS:
-            if row.get(responses_name) is not None and row.get(scores_name) is not None:
-                scores = _scores(row[scores_name])
-                return max(scores), min(scores)
-    return None
+    found = _read_list(row)
+    return None if found is None else (found.scores[found.ends[0]], found.scores[found.ends[1]])
 
 
 def drop_ties(row: Mapping) -> None:

@@ -305,8 +305,13 @@ def digest_file(path: Path) -> str:
 def hash_files(parts: list[Path]) -> str:
     """Hash of the bytes of files, and of those in folders; what datasets caches there aside."""
     digest = hashlib.blake2b(digest_size=32)
-    below = [sorted(part.rglob("*")) if part.is_dir() else [part] for part in parts]
-    for file in (file for files in below for file in files if file.is_file() and not file.name.startswith("cache-")):
+    below = [
+        [file for file in sorted(part.rglob("*")) if file.is_file() and not file.name.startswith("cache-")]
+        if part.is_dir()
+        else [part]
+        for part in parts
+    ]
+    for file in (file for files in below for file in files):
         digest.update(f"{file.name} {file.stat().st_size}\n".encode())
         with open(file, "rb") as stream:
             while block := stream.read(1 << 20):

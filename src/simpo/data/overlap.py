@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from simpo.data.columns import RowError
 from simpo.data.near import split_words
 from simpo.data.sources import Source, find_sources
 from simpo.recipe import load_recipe
@@ -89,7 +90,7 @@ def read_benchmarks(recipe: Any) -> Ngrams | None:
     """All splits of the benchmarks, or those that an entry names; None where there are none.
 
     Raises:
-        ValueError: a split that is not there, or no text that is long enough.
+        ValueError: a split or a column that is not there, a row that cannot be read, or no text that is long enough.
     """
     sources = benchmark_sources(recipe)
     if not sources:
@@ -103,12 +104,22 @@ def read_benchmarks(recipe: Any) -> Ngrams | None:
 
 
 def _texts(source: Source) -> Iterator[str]:
+    missing: set[str] = set(source.columns or ())
+    present: dict[str, None] = {}
     for name in source.wanted or source.splits:
         if name not in source.splits:
             raise ValueError(
                 f"clean.benchmarks: {source.name!r} has no split {name!r}; its splits: {', '.join(source.splits)}"
             )
-        for row in source.splits[name]():
+        for number, row in enumerate(source.splits[name]()):
+            if isinstance(row, RowError):
+                raise ValueError(f"clean.benchmarks: {source.name!r}, {name}: row {number} cannot be read: {row}")
             if isinstance(row, Mapping) and source.columns is not None:
+                missing -= row.keys()
+                present |= dict.fromkeys(map(str, row))
                 row = {column: row.get(column) for column in source.columns}
             yield from texts_of(row)
+    if missing:
+        raise ValueError(
+            f"clean.benchmarks: {source.name!r} has no column {min(missing)!r}; its columns: {', '.join(present)}"
+        )

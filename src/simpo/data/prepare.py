@@ -38,7 +38,7 @@ from simpo.data.ledger import MARKS, Dropped, Ledger, SplitLedger, describe_leng
 from simpo.data.overlap import read_benchmarks
 from simpo.data.preferences import Pair, RowError, pair_reader
 from simpo.data.review import Review
-from simpo.data.rows import RawRow, Rows, source_of
+from simpo.data.rows import RawRow, Rows, later_pass, source_of
 from simpo.data.sources import Source, Splits
 from simpo.data.templates import CHATML, NO_TEMPLATE, load_chat_template, template_takes_system
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
@@ -168,11 +168,15 @@ def _own_limits(source: Source, recipe: Any, tokenizer: Any) -> dict[str, Any]:
 
 
 def _reader(tokenizer: Any, recipe: Any) -> Callable[..., Pair]:
-    with_empty = recipe.auto_insert_empty_system_msg
-    if with_empty:
-        template = load_chat_template(tokenizer, token_limits(recipe, tokenizer)["chat_template"])
-        with_empty = template_takes_system(tokenizer, template)
-    return pair_reader(recipe, empty_system=with_empty)
+    return pair_reader(recipe, empty_system=inserts_empty_system(tokenizer, recipe))
+
+
+def inserts_empty_system(tokenizer: Any, recipe: Any) -> bool:
+    """Whether prompts without a system turn get an empty one: as the recipe asks, where the template takes it."""
+    if not recipe.auto_insert_empty_system_msg:
+        return False
+    template = load_chat_template(tokenizer, token_limits(recipe, tokenizer)["chat_template"])
+    return template_takes_system(tokenizer, template)
 
 
 @dataclass
@@ -275,11 +279,11 @@ def _fitting(
 
 def _columns(pair: Pair, tokens: TokenizedPair, more: list[tuple[float, TokenizedPair]]) -> dict[str, Any]:
     # A later pass over the same rows (a fraction above 1) is wanted: it does not duplicate the first.
-    later_pass = pair.row_id.rpartition("~")[2] if "~" in pair.row_id else ""
+    number = later_pass(pair.row_id)
     return {
         **vars(tokens),
         "prompt_key": pair.key(),
-        "pair_key": pair.key(pair.chosen, pair.rejected, later_pass),
+        "pair_key": pair.key(pair.chosen, pair.rejected, str(number) if number else ""),
         "shared_prefix": shared_prefix_length(
             tokens.chosen_ids, tokens.rejected_ids, *(each.rejected_ids for _, each in more)
         ),

@@ -72,6 +72,15 @@ class Part(NamedTuple):
     number: int = 0
 
 
+_LATER_PASS = re.compile(r"#\d+~(\d+)\Z")
+
+
+def later_pass(row_id: str) -> int:
+    """The pass over its split that a row's id names: 0 in the first, then 2, 3, ... A "~" of its source is no mark."""
+    found = _LATER_PASS.search(row_id)
+    return int(found[1]) if found else 0
+
+
 @dataclass(frozen=True, eq=False)
 class Rows:
     """Rows of several splits: their number is known, and each iteration reads them anew."""

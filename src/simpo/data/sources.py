@@ -49,7 +49,7 @@ MOST_NAMES = 100
 """Of files that are not read, in one note."""
 
 _EVAL_WORD = re.compile(r"(?:^|[-_.])(?:test|valid\w*|eval\w*|val|dev)(?:$|[-_.\d])")
-_SHARD = re.compile(r"[-_.]?\d+-of-\d+$")
+_SHARD = re.compile(r"[-_.]?\d+-of-\d+(?:-[0-9a-f]{16})?$")  # the hash is of older repositories of the hub
 
 
 @dataclass
@@ -374,7 +374,8 @@ def _find_files(folder: Path, data_files: Any, builder: str | None) -> Source:
         for split, files in splits.items()
     }
     every = [file for files in splits.values() for file in files]
-    return Source(readers, lambda: hash_files(every), is_plain_file=named is not data_files)
+    sizes = json.dumps({split: len(files) for split, files in splits.items()})
+    return Source(readers, lambda: hash_files(every) + sizes, is_plain_file=named is not data_files)
 
 
 def _read_once(path: Path) -> ValueError:
@@ -435,7 +436,8 @@ def _find_folder(path: Path) -> Source:
         split: (lambda parts=parts: (row for part in parts for row in read_file(part)))
         for split, parts in splits.items()
     }
-    names = json.dumps(unread) if unread else ""  # they are in the ledger
+    files = {split: [part.relative_to(path).as_posix() for part in parts] for split, parts in splits.items()}
+    names = json.dumps([files, unread])  # what is unread is in the ledger
     return Source(readers, lambda: hash_files(parts) + names, is_plain_file=parts == [path], unread=unread)
 
 

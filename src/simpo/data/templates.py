@@ -11,11 +11,13 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from simpo.core.packing import SIDES, common_prefix_length
 from simpo.data.columns import RowError
 from simpo.data.comparison import check_answer, check_prompt
+from simpo.data.files import hash_files
 from simpo.data.limits import MEMORY, REASON, limited
 from simpo.data.messages import REASONING, Message, Notes, turn
 from simpo.data.preferences import Pair
@@ -72,6 +74,13 @@ def install_chat_template(tokenizer: Any, chat_template: str | None) -> None:
     if template is not None:
         own = getattr(tokenizer, "chat_template", None)
         tokenizer.chat_template = {**own, "default": template} if isinstance(own, dict) else template
+
+
+def digest_of_template(chat_template: str | None) -> dict[str, str]:
+    """What tells one state of a template's file from another, as a setting; nothing where there is no file."""
+    if chat_template is None or "{" in chat_template or not os.path.isfile(chat_template):
+        return {}
+    return {"chat_template_digest": hash_files([Path(chat_template)])[:16]}
 
 
 def template_takes_system(tokenizer: Any, template: str | None) -> bool:

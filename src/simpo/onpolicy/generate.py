@@ -18,6 +18,7 @@ from typing import Any
 from rich.console import Console
 
 from simpo.data.columns import RowError
+from simpo.data.templates import digest_of_template
 from simpo.display import counter, say
 from simpo.onpolicy.journal import Journal
 from simpo.onpolicy.prompts import Prompt, read_prompts
@@ -67,8 +68,12 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
         keys |= {"backend": wanted.on_ray, "on_ray": "local"}
     keys["seed"] = recipe.seed if wanted.seed is None else wanted.seed
     keys |= {"chat_template": recipe.chat_template, "rendered_text": recipe.rendered_text}
+    keys |= digest_of_template(recipe.chat_template)
     with Journal(output, {"generate": keys, **backend.settings}) as journal:
         journal.left_out.update(found.left_out)
+        by_id = {prompt.id: prompt for prompt in found.prompts}
+        journal.check_inputs(by_id.keys())
+        journal.renew(lambda row: _with_columns(row, by_id[row["id"]]))
         with interruptible(lambda: f"{journal.path}: responses to {len(journal.done)} of {count} prompts are there"):
             _fill(journal, found.prompts, backend, console, wanted.num_samples)
         summary = {"input_rows": found.rows, "repeated_prompts": found.repeated, **_count(journal)}
@@ -104,6 +109,12 @@ def _fill(journal: Journal, prompts: Sequence[Prompt], backend: Backend, console
             for note in backend.notes[said:]:
                 say(f"note: {note}", console)
             said = len(backend.notes)
+
+
+def _with_columns(row: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
+    """A row that was written before with what is kept of its prompt now."""
+    columns, rest = {**row.get("columns", {}), **prompt.columns}, {k: v for k, v in row.items() if k != "responses"}
+    return {**rest, **({"columns": columns} if columns else {}), "responses": row["responses"]}
 
 
 def _row(prompt: Prompt, responses: Sequence[Response]) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,17 +105,26 @@ class Journal:
         """Count an input that gives no row, and why."""
         count_rows(self.left_out, [Dropped(row_id, error.reason, error.detail)])
 
-    def finish(self, order: Sequence[str], summary: Mapping[str, Any]) -> None:
-        """Bring the rows into the order of the inputs, whatever order they came in, and write the account.
-
-        Raises:
-            ValueError: a row whose input is not there any more.
-        """
+    def check_inputs(self, order: Collection[str]) -> None:
+        """Raise ValueError where there is a row whose input is not there any more."""
         if unknown := self.done.keys() - set(order):
             raise ValueError(
                 f"{self.path}: holds {len(unknown)} rows, such as {min(unknown)}, that the input no longer has; write "
                 "into another file, or delete this one"
             )
+
+    def renew(self, change: Callable[[dict[str, Any]], Mapping[str, Any]]) -> None:
+        """Write every row as `change` makes it, with the same id; nothing where nothing changes."""
+        if any(change(row) != row for row in self.rows()):
+            self._rewrite(list(self.done), change)
+
+    def finish(self, order: Sequence[str], summary: Mapping[str, Any]) -> None:
+        """Bring the rows into the order of the inputs, whatever order they came in, and write the account.
+
+        Raises:
+            ValueError: as `check_inputs`.
+        """
+        self.check_inputs(order)
         ordered = [row_id for row_id in order if row_id in self.done]
         if ordered != list(self.done):
             self._rewrite(ordered)
@@ -125,13 +134,17 @@ class Journal:
         """The rows that are there, in the order of the file."""
         return _rows_of(self.path)
 
-    def _rewrite(self, ordered: Sequence[str]) -> None:
+    def _rewrite(
+        self, ordered: Sequence[str], change: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
+    ) -> None:
         aside, begins = self.path.with_name(f".{self.path.name}.sorting"), {}
         with open(self.path, "rb") as source, open(aside, "wb") as target:
             for row_id in ordered:
                 source.seek(self.done[row_id])
                 begins[row_id] = target.tell()
-                target.write(source.readline())
+                line = source.readline()
+                target.write(as_line(change(json.loads(line))) if change else line)
+            self._end = target.tell()
             target.flush()
             os.fsync(target.fileno())
         os.close(self._descriptor)  # first: Windows replaces no file that is open
@@ -210,13 +223,14 @@ def _flat(settings: Any, name: str = "") -> dict[str, Any]:
 def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """What differs between two settings, in words; empty where nothing does.
 
-    A name that only the later ones have is a key that another version of simpo added: while it is off, nothing differs.
+    A name that only the later ones have is a key that another version of simpo added: while it is off, nothing differs;
+    nor does a digest of what a file says, which ends with `_digest`.
     """
     before, now = _flat(before), _flat(now)
     return "; ".join(
         f"{name} was {short(before.get(name))} and is {short(now.get(name))}"
         for name in dict.fromkeys((*before, *now))
-        if before.get(name) != now.get(name) and (name in before or now[name])
+        if before.get(name) != now.get(name) and (name in before or (now[name] and not name.endswith("_digest")))
     )
 
 

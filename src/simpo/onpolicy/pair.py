@@ -108,7 +108,7 @@ def run_pair(recipe: Recipe, *, input: str | Path | None = None, output: str | P
             path.unlink()  # begun by a process that was killed
         counts = _write_splits(folder, keys, pairs, lambda own: _pair_rows(own, rows))
         if keys.lists:
-            _write_splits(lists, keys, pairs, lambda own: _list_rows(own, rows))
+            _write_splits(lists, keys, pairs, lambda own: _list_rows(own, rows, account.responses))
         summary = {
             **head,
             "complete": True,
@@ -418,10 +418,19 @@ def _pair_rows(pairs: Mapping[str, list[Candidate]], rows: Mapping[str, _Row]) -
             }
 
 
-def _list_rows(pairs: Mapping[str, list[Candidate]], rows: Mapping[str, _Row]) -> Iterator[dict[str, Any]]:
-    """All responses of each prompt that gives pairs, best first."""
-    for prompt_id in pairs:
+def _list_rows(
+    pairs: Mapping[str, list[Candidate]], rows: Mapping[str, _Row], left_out: Counter[str]
+) -> Iterator[dict[str, Any]]:
+    """The responses of each prompt that gives pairs, best first, from the best one on that is chosen in a pair.
+
+    What stands above it may not be chosen, and a list's best is: it would teach what a limit keeps out.
+    """
+    for prompt_id, found in pairs.items():
         answers = rows[prompt_id].answers
+        best = min(answers.index(each.chosen) for each in found)
+        if best:
+            left_out["above the best that may be chosen (of lists)"] += best
+        answers = answers[best:]
         of_each = {"responses": [each.text for each in answers], "scores": [each.score for each in answers]}
         yield {"id": prompt_id, **rows[prompt_id].asked, **of_each}
 

@@ -13,7 +13,9 @@ from simpo.data.columns import RowError
 from simpo.data.ledger import Dropped, count_rows
 from simpo.data.messages import Message
 from simpo.data.preferences import Pair, prompt_from_row
-from simpo.data.sources import find_sources, load_splits, reader_of
+from simpo.data.prepare import inserts_empty_system
+from simpo.data.sources import Source, find_sources, load_splits, reader_of
+from simpo.evaluation.run import find_tokenizer, model_folder
 from simpo.recipe import Recipe, load_recipe
 
 
@@ -61,12 +63,16 @@ def read_prompts(recipe: Recipe, *, held_out: bool = False, also_keep: Sequence[
     wanted = recipe.generate
     changes: dict[str, Any] = {} if held_out else {"validation_fraction": 0.0, "max_train_samples": None}
     if wanted.prompts is not None:
-        changes["dataset_mixer"] = wanted.prompts
+        changes |= {"dataset_mixer": wanted.prompts, "dataset_configs": None}
     if not (wanted.prompts or recipe.dataset_mixer):
         raise ValueError("generate.prompts: no prompts; name a dataset there, or in dataset_mixer")
     recipe = load_recipe(recipe, changes)
     sources = find_sources(recipe)
     splits = load_splits(recipe, sources, group_answers=False)
+    if wanted.backend != "openai":
+        _check_rendered_alike(recipe, sources)
+    elif recipe.auto_insert_empty_system_msg:
+        splits.notes.append("auto_insert_empty_system_msg: not for prompts that a server answers by its own template")
     read = reader_of(recipe, sources, _reader)
     found: dict[str, Prompt] = {}
     repeated = differing = 0
@@ -109,6 +115,22 @@ def _is_given(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
+def _check_rendered_alike(recipe: Recipe, sources: Sequence[Source]) -> None:
+    """Raise ValueError where a source would be trained on in another form than prompts are answered in."""
+    key = "generate.prompts" if recipe.generate.prompts else "dataset_mixer"
+    for source in sources:
+        for name in ("chat_template", "rendered_text"):
+            if source.own.get(name, getattr(recipe, name)) != getattr(recipe, name):
+                raise ValueError(
+                    f"{key}: {source.name} has its own {name}, and all prompts are answered with the recipe's; set "
+                    f"{name} for the whole recipe, or name the other prompts in generate.prompts"
+                )
+
+
 def _reader(recipe: Recipe) -> Callable[..., Pair]:
+    empty = recipe.auto_insert_empty_system_msg and recipe.generate.backend != "openai"
+    if empty:
+        name = model_folder(recipe.model_name_or_path)
+        empty = inserts_empty_system(find_tokenizer(load_recipe(recipe, {"model_name_or_path": name}), name), recipe)
     columns = {"prompt_column": recipe.prompt_column, "system_prompt": recipe.system_prompt}
-    return functools.partial(prompt_from_row, **columns)
+    return functools.partial(prompt_from_row, **columns, empty_system=empty)

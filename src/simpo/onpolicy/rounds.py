@@ -199,12 +199,14 @@ class _Loop:
 
     def _pair(self, place: Path, recipe: str) -> None:
         """Pairs to train on, and beside them those of the first model on held-out prompts, the same in every round."""
-        pairs = run_pair(load_recipe(recipe))
+        loaded = load_recipe(recipe)
+        pairs = run_pair(loaded)
         held_out = self.folder / "round-0" / "pairs" / "test.jsonl"
-        if held_out.exists():
-            write_whole(pairs / "test.jsonl", held_out.read_text(encoding="utf-8"))
-        if not (pairs / "train.jsonl").exists():
-            raise ValueError(f"{place}: no pair to train on")
+        for folder in (pairs, *[pairs.with_name("lists")] * loaded.pair.lists):
+            if held_out.exists():
+                write_whole(folder / "test.jsonl", held_out.read_text(encoding="utf-8"))
+            if not (folder / "train.jsonl").exists():
+                raise ValueError(f"{place}: no pair to train on")
 
     def _evaluate(self, number: int, model: str, prompts: Sequence[Prompt]) -> None:
         """Fresh responses of a round's model to the held-out prompts, scored; its margins on held-out pairs."""
@@ -279,7 +281,9 @@ class _Loop:
     def _write_recipe(self, place: Path, model: str, prompts: Sequence[Prompt], *, seed: int, **changes: Any) -> str:
         """The recipe of one folder's commands, its prompts, and the record of what they work on; returns its path."""
         asked = place / "prompts.jsonl"
-        pairs = place / "pairs"
+        of_lists = self.recipe.loss.is_of_lists
+        pairs = place / ("lists" if of_lists else "pairs")
+        changes["pair.lists"] = of_lists or self.recipe.pair.lists
         if place.name == "evaluation":
             pairs = self.folder / "round-0" / "pairs" / "test.jsonl"
             changes["max_train_samples"] = None

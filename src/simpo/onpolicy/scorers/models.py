@@ -24,7 +24,7 @@ from simpo.data.limits import limited
 from simpo.data.messages import turn
 from simpo.data.preferences import Pair
 from simpo.data.prepare import token_limits
-from simpo.data.templates import PROBE_ANSWERS, load_chat_template, render_chat
+from simpo.data.templates import PROBE_ANSWERS, digest_of_template, load_chat_template, render_chat
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
 from simpo.evaluation.run import READ_KEYS, find_tokenizer, model_folder, ready_model
@@ -92,7 +92,7 @@ def build_reward_model(options: Any, recipe: Recipe) -> Rater:
     rate = functools.partial(_rate_by, functools.partial(RewardModel, options, own), options, recipe)
     weights = identify_model(options.model, options.revision)
     note = slow_bf16(pick_device(recipe.device), "dtype: float32") if options.dtype == "bfloat16" else None
-    return Rater(rate, {"weights": weights}, note)
+    return Rater(rate, {"weights": weights, **digest_of_template(options.chat_template)}, note)
 
 
 class RewardModel:
