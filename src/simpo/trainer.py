@@ -84,7 +84,16 @@ from simpo.run.session import (
     set_up_process,
 )
 from simpo.run.shrink import shrink_until_it_fits
-from simpo.run.stopping import Interrupted, NonFiniteError, StepLosses, StopRequest, name_step, needs_memory, not_finite
+from simpo.run.stopping import (
+    Interrupted,
+    NonFiniteError,
+    OutOfMemory,
+    StepLosses,
+    StopRequest,
+    name_step,
+    needs_memory,
+    not_finite,
+)
 from simpo.run.tracking import MetricsLog, check_trackers, open_log
 
 _ADVICE_OF_OPTIMIZER = (
@@ -254,6 +263,11 @@ class Trainer:
         """Around what writes files, between steps: where that fails, a checkpoint is tried, if `saves`, and named."""
         try:
             yield
+        except OutOfMemory as error:
+            if not saves:
+                raise
+            saved = self._save_to_stop()
+            raise OutOfMemory(f"{error}. Saved {saved}, to resume with --resume_from_checkpoint true") from None
         except Exception as error:
             if not (isinstance(error, OSError) or is_disk_full(error)):
                 raise
@@ -337,7 +351,8 @@ class Trainer:
             last, at["total_steps"] = True, step
             if self.progress.logged_step != step:
                 self._log_window(values)
-        if is_due(recipe.save_strategy, recipe.save_steps, **at):
+        is_best = recipe.load_best_model_at_end and self.progress.best_step == step
+        if is_due(recipe.save_strategy, recipe.save_steps, **at) or is_best:
             self.save()
         self.saver.finish(wait=last)
         if (self._stop.is_set() if self.mesh.sizes.world == 1 else self._stop_together) and not last:
@@ -347,6 +362,7 @@ class Trainer:
             )
 
     def _finish(self) -> TrainResult:
+        self.saver.finish()
         progress = self.progress
         is_early = progress.step < self.total_steps and self.guard.back_to is None
         why_early = progress.why_early(self.recipe) if is_early else None
@@ -456,8 +472,10 @@ class Trainer:
             "max_tokens_asked_for": self.recipe.max_tokens_per_micro_batch,
             **self._identity(),
         }
-        best = self.progress.best_step if self.recipe.load_best_model_at_end else None
-        return self.saver.save(self.progress.step, self.model, self.optimizer, state, protect=best)
+        wanted = {self.progress.best_step} if self.recipe.load_best_model_at_end else set()
+        if hasattr(self, "guard"):  # while it trains
+            wanted |= {*self.guard.may_go_back_to(self._saved_steps())}
+        return self.saver.save(self.progress.step, self.model, self.optimizer, state, protect=wanted)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         state = self.mesh.on_main(lambda: checkpoints.read_state(checkpoint))
@@ -496,8 +514,9 @@ class Trainer:
             drop_gathered(self.model)  # so that each begins alike
             return self._logps(batch)
 
-        store, sizes = self.loader.store, self.mesh.sizes
-        self.budget = fit_micro_batches(self.model, forward, store, self.recipe, device=self.device, cp=sizes.cp)
+        store = self.loader.store
+        on = {"device": self.device, "cp": self.mesh.sizes.cp, "state": self.optimizer.state}
+        self.budget = fit_micro_batches(self.model, forward, store, self.recipe, **on)
         drop_gathered(self.model)
         if self.budget is not None:
             self.loader.limit_tokens(min(self.mesh.gather(self.budget.tokens)))
@@ -534,10 +553,13 @@ class Trainer:
     def _is_ended_by_guard(self) -> bool:
         """Whether it goes back to a checkpoint instead of on; raises where it stops the run."""
         if self.guard.verdict is not None and self.guard.back_to is None:
-            self.guard.choose([saved.step for saved in checkpoints.list_checkpoints(self.checkpoint_dir)])
+            self.guard.choose(self._saved_steps())
             if self.guard.back_to is None:
                 raise self.guard.stopped(self.total_steps, self._save_to_stop())
         return self.guard.back_to is not None
+
+    def _saved_steps(self) -> list[int]:
+        return [saved.step for saved in checkpoints.list_checkpoints(self.checkpoint_dir)]
 
     def _save_to_stop(self) -> Path:
         saved = self.save()

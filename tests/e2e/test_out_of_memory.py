@@ -226,6 +226,24 @@ def test_evaluation_and_samples_say_which_key_to_lower(big_steps: Settings, monk
         trainer._generate_samples()
 
 
+def test_want_of_memory_in_an_evaluation_loses_no_step_and_what_is_advised_can_be_changed(
+    big_steps: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**big_steps, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 2}
+    trainer = build(settings)
+    evaluate = trainer.evaluate
+
+    def too_much(**options: Any) -> dict[str, float]:
+        hold(trainer, 0, "forward")
+        return evaluate(**options)
+
+    monkeypatch.setattr(trainer, "evaluate", too_much)
+    with pytest.raises(OutOfMemory, match=r"lower per_device_eval_batch_size\. Saved .*step-3, to resume with "):
+        trainer.run()
+    advised = {"per_device_eval_batch_size": 1, "gradient_checkpointing": True, "logits_chunk_size": 8}
+    assert build(settings, **advised, resume_from_checkpoint=True).run().steps == 5
+
+
 def test_the_optimizers_own_want_of_memory_is_one_line(big_steps: Settings) -> None:
     trainer = build(big_steps)
 

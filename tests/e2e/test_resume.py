@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -142,6 +143,26 @@ def test_resume_on_other_data_is_refused(stopped: Settings, pair_files: Path, tm
         (other / name).write_text((pair_files / name).read_text().replace("water", "river"), encoding="utf-8")
     with pytest.raises(ValueError, match=r"other settings"):
         build(stopped, dataset_mixer={str(other): 1.0}, resume_from_checkpoint=True)
+
+
+def test_resume_with_other_scores_is_refused(tiny_recipe: Settings, tmp_path: Path) -> None:
+    """They are trained on as much as the tokens are."""
+    path = tmp_path / "scored.jsonl"
+
+    def write(scale: float) -> None:
+        rows = [{"prompt": "stone?", "chosen": f"water {n}", "rejected": "no"} for n in range(16)]
+        scored = [{**row, "score_chosen": scale * n, "score_rejected": -1.0} for n, row in enumerate(rows)]
+        path.write_text("".join(json.dumps(row) + "\n" for row in scored), encoding="utf-8")
+
+    write(1.0)
+    settings = {**tiny_recipe, "dataset_mixer": {str(path): 1.0}, "score_margin": 2.0, "eval_strategy": "no"}
+    settings |= {"validation_fraction": 0.0, "max_steps": 2}
+    del settings["eval_steps"]
+    build(settings).save()
+    build(settings, resume_from_checkpoint=True)
+    write(2.0)
+    with pytest.raises(ValueError, match="other settings: the scores of the training pairs"):
+        build(settings, resume_from_checkpoint=True)
 
 
 def test_damaged_checkpoint_is_noticed(tiny_recipe: Settings) -> None:

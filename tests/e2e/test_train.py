@@ -124,10 +124,13 @@ def test_every_loss_trains(tiny_recipe: Settings, scored_pairs: Path, loss_type:
     assert all(math.isfinite(value) for value in values)
 
 
-@pytest.mark.parametrize("loss_type", ["dpo", "dpo_norm"])
+@pytest.mark.parametrize("loss_type", ["dpo", "dpo_norm", "in 4 bits"])
 def test_reference_losses_start_at_log_2_and_cache_their_reference(
     tiny_recipe: Settings, loss_type: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
+    if loss_type == "in 4 bits":
+        pytest.importorskip("bitsandbytes")
+        loss_type, tiny_recipe = "dpo", {**tiny_recipe, "use_peft": True, "load_in_4bit": True}
     run(tiny_recipe, loss_type=loss_type, max_steps=2, eval_strategy="no")
     first = read_metrics(tiny_recipe["output_dir"])[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the reference
@@ -208,13 +211,14 @@ def test_save_total_limit_keeps_the_newest_and_the_best(tiny_recipe: Settings) -
     assert len(steps) <= 3
 
 
-def test_best_checkpoint_becomes_the_final_model(tiny_recipe: Settings, tmp_path: Path) -> None:
-    settings = {**tiny_recipe, "save_steps": 2, "eval_steps": 2, "metric_for_best_model": "eval_logps/chosen"}
+@pytest.mark.parametrize("save_steps", [2, 4])
+def test_best_checkpoint_becomes_the_final_model(tiny_recipe: Settings, tmp_path: Path, save_steps: int) -> None:
+    """Also where the best evaluation is not at a step that a checkpoint is due at."""
+    settings = {**tiny_recipe, "save_steps": save_steps, "eval_steps": 2, "metric_for_best_model": "eval_logps/chosen"}
     # A rising learning rate wrecks the likelihood, so the best evaluation is an early one.
     wrecked = {"learning_rate": 0.2, "lr_scheduler_type": "constant", "greater_is_better": True}
     best = run(settings, **wrecked, load_best_model_at_end=True)
-    assert best.best_step is not None
-    assert best.best_step < best.steps
+    assert best.best_step == 2
     stopped = run(settings, **wrecked, output_dir=str(tmp_path / "last"))
     assert not torch.equal(
         weights(best.model_dir)["model.norm.weight"], weights(stopped.model_dir)["model.norm.weight"]
@@ -258,6 +262,14 @@ def test_sample_generations_are_written_at_each_evaluation(tiny_recipe: Settings
     lines = [json.loads(line) for line in (result.output_dir / "generations.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [5, 5, 10, 10]
     assert all(line["prompt"] and "row_id" in line for line in lines)
+
+
+def test_samples_end_with_the_models_positions(tiny_recipe: Settings) -> None:
+    """Beyond learned ones there is nothing to look up."""
+    trainer = build(tiny_recipe, num_eval_generations=2, eval_generation_max_new_tokens=40)
+    longest = max(len(trainer.eval_loader.store[i].prompt_ids) for i in range(2))
+    trainer.model.config.max_position_embeddings = longest + 3
+    assert all(answer["tokens"] <= 3 for answer in trainer._generate_samples())
 
 
 def test_eval_steps_may_be_a_share_of_the_run(tiny_recipe: Settings) -> None:

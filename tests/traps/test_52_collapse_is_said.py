@@ -86,11 +86,15 @@ def test_stop_before_the_first_step_trains_nothing(tiny_recipe: Settings) -> Non
     assert not list_checkpoints(Path(tiny_recipe["output_dir"]) / "checkpoints")
 
 
-def test_back_makes_the_best_checkpoint_from_before_the_model(tiny_recipe: Settings) -> None:
+@pytest.mark.parametrize(
+    "keys", [{}, {"save_total_limit": 1}, {"async_save": True}], ids=lambda keys: next(iter(keys), "")
+)
+def test_back_makes_the_best_checkpoint_from_before_the_model(tiny_recipe: Settings, keys: Settings) -> None:
     """The rate rises to 3 over the run: the first steps are harmless."""
     warm = {"learning_rate": 1.0, "lr_scheduler_type": "linear", "warmup_steps": 1000, "max_steps": 40}
     often = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_dtype": "float32"}
-    result = train(tiny_recipe, **warm, **often, guard={"all": "back", "learning_rate": "off"})
+    result = train(tiny_recipe, **warm, **often, **keys, guard={"all": "back", "learning_rate": "off"})
+    assert not list((result.output_dir / "checkpoints").glob(".*"))
     (found,) = findings(result.output_dir)[-1:]
     assert found["level"] == "back"
     assert result.steps == found["step"] < 40

@@ -182,6 +182,19 @@ def test_a_step_needs_gradients_moments_and_the_heads_work(model, optim, moments
     assert step_bytes(model, optim=optim, chunk_size=10) == (4 + moments) * weights + 2 * 10 * 300 * 4 + head
 
 
+def test_moments_that_are_there_already_are_not_counted_again(model):
+    model = copy.deepcopy(model)
+    optimizer = torch.optim.AdamW(model.parameters())
+    fresh = step_bytes(model, optim="adamw_torch", state=optimizer.state)
+    assert fresh == step_bytes(model, optim="adamw_torch")
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    weights = sum(p.numel() for p in model.parameters())
+    assert step_bytes(model, optim="adamw_torch", state=optimizer.state) == fresh - 8 * weights
+
+
 def test_written_out_scores_grow_with_the_square_of_a_sequence():
     """Attention that saves its probabilities: found as bytes per score, 4 for each head and layer."""
     config = LlamaConfig(

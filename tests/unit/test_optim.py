@@ -18,7 +18,14 @@ from simpo.display import Display
 from simpo.recipe import load_recipe
 from simpo.recipe.checks import warmup_steps
 from simpo.run.adamw import AdamWBf16
-from simpo.run.optim import build_optimizer, clip_gradients, learning_rate_at, make_deterministic
+from simpo.run.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate_at,
+    make_deterministic,
+    rng_state,
+    set_rng_state,
+)
 from simpo.trainer import Trainer
 
 
@@ -265,3 +272,18 @@ torch.save([weight.cpu() for weight in trainer.model.parameters()], out)
             subprocess.run([sys.executable, "-c", code, repr(recipe), str(start), str(stop), out], check=True)
         found.append(torch.load(tmp_path / f"{name}.pt"))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_random_numbers_of_a_gpu_are_those_of_the_process_alone(monkeypatch):
+    """Where more GPUs were visible than now; earlier versions wrote down every one of them."""
+    gpu, asked, given = torch.device("cuda", 0), [], []
+    own = torch.get_rng_state()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: (asked.append(device), own)[1])
+    monkeypatch.setattr(torch.cuda, "set_rng_state", lambda state, device: given.append((state.tolist(), device)))
+    state = rng_state(gpu)
+    assert (asked, len(state["cuda"])) == ([gpu], 1)
+    set_rng_state(state, gpu, rank=5)
+    set_rng_state({**state, "cuda": [f"{gpu:02x}" for gpu in range(8)]}, gpu, rank=3)
+    assert given == [(own.tolist(), gpu), ([3], gpu)]
+    set_rng_state(state, torch.device("cpu"))
+    assert len(given) == 2

@@ -8,8 +8,15 @@ from typing import Any
 import pytest
 import torch
 
-from simpo.model.load import has_bf16, keep_quantized_trainable, quantization_options, set_precision
+from simpo.model.load import (
+    has_bf16,
+    keep_quantized_trainable,
+    load_pretrained,
+    quantization_options,
+    set_precision,
+)
 from simpo.recipe import load_recipe
+from simpo.run import reference
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 
@@ -92,3 +99,22 @@ def test_gradients_pass_four_bit_weights_after_a_pass_in_eval_mode():
     model.train()(x).sum().backward()
     assert x.grad is not None
     assert x.grad.any()
+
+
+def test_the_revision_is_the_models_and_no_other_repositorys(monkeypatch):
+    """A reference's stored log-probs are of the commit that it was loaded at."""
+    asked = {}
+
+    class Factory:
+        @staticmethod
+        def from_pretrained(name: str, revision: str, **options: Any) -> Any:
+            asked[name] = revision
+            return SimpleNamespace(_commit_hash=f"commit of {name}")
+
+    keys = {"model_name_or_path": "a/policy", "model_revision": "abc", "ref_model_name_or_path": "a/guide"}
+    recipe = load_recipe({**keys, "tokenizer_name_or_path": "a/words", "loss_type": "dpo"})
+    for name in ("a/policy", "a/guide", "a/words", "a/base"):
+        load_pretrained(Factory, name, recipe, what="model")
+    assert asked == {"a/policy": "abc", "a/guide": "main", "a/words": "main", "a/base": "abc"}
+    monkeypatch.setattr(reference, "AutoConfig", Factory)
+    assert reference._model_fingerprint("a/guide", recipe) == "a/guide@commit of a/guide"

@@ -289,6 +289,15 @@ class StepLoader:
         return digest.hexdigest()[:12]
 
     @property
+    def scores_fingerprint(self) -> str | None:
+        """12 hex digits over the scores and the margins made of them; None where training reads none."""
+        read = [numbers for numbers in (self.margins, self.store.all_scores if self.with_scores else None)]
+        if all(numbers is None for numbers in read):
+            return None
+        content = [b"" if numbers is None else np.ascontiguousarray(numbers).tobytes() for numbers in read]
+        return hashlib.sha256(b"|".join(content)).hexdigest()[:12]
+
+    @property
     def steps_per_epoch(self) -> int:
         return num_steps_per_epoch(len(self.store), pairs_per_step=self.pairs_per_step)
 

@@ -99,9 +99,12 @@ def save_samples(
     indices = range(min(recipe.num_eval_generations, len(store)))
     if not indices:
         return []
-    prompts = [store[i].prompt_ids for i in indices]
+    prompts, most = [store[i].prompt_ids for i in indices], recipe.eval_generation_max_new_tokens
+    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None:  # learned ones end there; whoever reads the answers sees that they did not
+        most = max(1, min(most, positions - max(map(len, prompts))))
     with needs_memory("generating samples", advice="lower num_eval_generations or eval_generation_max_new_tokens"):
-        responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=recipe.eval_generation_max_new_tokens)
+        responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=most)
     if not mesh.is_main:
         return []
     records = [

@@ -104,6 +104,7 @@ def load_model(
     device: torch.device,
     name: str | None = None,
     trainable: bool = True,
+    in_4bit: bool | None = None,
     mesh: Mesh | None = None,
     check: bool = True,
 ) -> nn.Module:
@@ -114,6 +115,7 @@ def load_model(
         device: where its weights go.
         name: another checkpoint to load instead (a reference model, a model to evaluate).
         trainable: False loads it frozen, in eval mode and without adapters of the recipe.
+        in_4bit: hold the weights in 4 bits; None = as the recipe says where it is trained, not otherwise.
         mesh: the processes to spread it over, all of which must call this; None = whole, on this process.
         check: compare its log-probs with its ordinary ones; False leaves that to the caller (`model.probe`).
     Raises:
@@ -121,7 +123,8 @@ def load_model(
             model cannot be spread over; or log-probs that do not agree with the model's ordinary forward pass.
     """
     mesh = mesh or Mesh(MeshSizes(), device=device)
-    name, in_4bit = name or recipe.model_name_or_path, recipe.load_in_4bit and trainable
+    in_4bit = recipe.load_in_4bit and trainable if in_4bit is None else in_4bit
+    name = name or recipe.model_name_or_path
     model: nn.Module = _load_weights(recipe, name, device=device, mesh=mesh, in_4bit=in_4bit)
     if recipe.disable_dropout or not trainable:
         disable_dropout(model)
@@ -181,7 +184,7 @@ def source_dtype(recipe: Recipe) -> torch.dtype:
 def load_pretrained(
     factory: Any, name: str, recipe: Recipe, *, what: str, key: str = "model_name_or_path", **options: Any
 ) -> Any:
-    """factory.from_pretrained with the recipe's revision; a ValueError of one line where that fails."""
+    """factory.from_pretrained with the recipe's revision, which is the model's; a ValueError of one line on failure."""
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"{key}: folder {name!r} does not exist; give a folder or a hub name")
@@ -190,7 +193,8 @@ def load_pretrained(
         transformers_logging.disable_progress_bar()
     unreachable = "" if is_local else unreachable_hub()
     try:
-        revision = recipe.model_revision or "main"
+        is_other = name in (recipe.ref_model_name_or_path, recipe.tokenizer_name_or_path)
+        revision = "main" if is_other and name != recipe.model_name_or_path else recipe.model_revision or "main"
         return factory.from_pretrained(name, revision=revision, trust_remote_code=recipe.trust_remote_code, **options)
     except (OSError, KeyError, ImportError) as error:  # a missing or broken checkpoint, an attention not installed
         why = first_line(error)

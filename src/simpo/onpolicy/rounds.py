@@ -162,6 +162,7 @@ class _Loop:
             write_whole(path, json.dumps(current, indent=1, ensure_ascii=False) + "\n")
             return
         before = check_own(path, "prompts")
+        before = {name: value for name, value in before.items() if name in current or name not in KEYS}  # free by now
         if changed := changed_settings(before, json.loads(json.dumps(current))):
             raise ValueError(
                 f"{self.folder}: was begun with other settings ({changed}); give the same ones to go on, or another "

@@ -258,7 +258,7 @@ class Recipe(_LossKeys):
         null="as many as fit into free memory when the run starts (no limit with pack: false)", may_change=True, ge=2)
     logits_chunk_size: Whole | None = _packing(
         None, "Response tokens whose vocabulary logits exist at one time; smaller needs less memory.",
-        null="chosen by memory", ge=1)
+        null="chosen by memory", may_change=True, ge=1)
     # -- optimisation
     per_device_train_batch_size: Whole = _optimisation(
         2, "Pairs in one micro-batch of one process; times gradient_accumulation_steps, in one optimizer step.",
@@ -297,7 +297,8 @@ class Recipe(_LossKeys):
     max_grad_norm: Number = _optimisation(
         1.0, "Gradients are scaled down to this global norm.", "x >= 0; 0 = off", hf="shared", ge=0)
     gradient_checkpointing: bool = _optimisation(
-        False, "Recompute activations in the backward pass: less memory, about a third more time.", hf="argument")
+        False, "Recompute activations in the backward pass: less memory, about a third more time.", hf="argument",
+        may_change=True)
     gradient_checkpointing_kwargs: Annotated[dict[str, Any] | None, BeforeValidator(as_settings)] = _optimisation(
         None, "Settings of gradient checkpointing; only use_reentrant: false is supported.", "mapping or null",
         hf="argument")
@@ -378,7 +379,8 @@ class Recipe(_LossKeys):
     eval_on_start: bool = _evaluation(
         False, "Evaluate once before the first step.", hf="argument", may_change=True)
     per_device_eval_batch_size: Whole = _evaluation(
-        4, "Pairs in one evaluation batch of one process; also for reference log-probs.", hf="shared", ge=1)
+        4, "Pairs in one evaluation batch of one process; also for reference log-probs.", hf="shared",
+        may_change=True, ge=1)
     num_eval_generations: Whole = _evaluation(
         0, "Evaluation prompts whose answer is generated and written down at each evaluation.", hf="field",
         may_change=True, ge=0)
@@ -412,7 +414,8 @@ class Recipe(_LossKeys):
     async_save: bool = _saving(
         False, "Write checkpoints in the background while training continues.", may_change=True)
     load_best_model_at_end: bool = _saving(
-        False, "Save the best checkpoint's weights as the final model.", hf="argument", may_change=True)
+        False, "Save the best evaluation's weights as the final model; each that is the best so far gets a checkpoint.",
+        hf="argument", may_change=True)
     save_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _saving(
         "auto", "Number format of the final model's files. Small learning rates move weights by less than bfloat16 "
         "tells apart; float32 keeps all that was learnt.",

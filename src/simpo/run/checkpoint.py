@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -73,7 +74,7 @@ class CheckpointSaver:
         self._copies = HostCopies() if in_background else None
         # The threads that write talk to each other during the training step.
         self._group = dist.new_group(backend="gloo") if in_background and mesh.sizes.world > 1 else None
-        self._pending: tuple[Checkpoint, Path, Future[Any], int | None] | None = None
+        self._pending: tuple[Checkpoint, Path, Future[Any], Collection[int | None]] | None = None
 
     def save(
         self,
@@ -82,7 +83,7 @@ class CheckpointSaver:
         optimizer: torch.optim.Optimizer,
         state: dict[str, Any],
         *,
-        protect: int | None = None,
+        protect: Collection[int | None] = (),
     ) -> Checkpoint:
         """Write `folder/step-N` atomically, unless there is one already.
 
@@ -91,7 +92,7 @@ class CheckpointSaver:
             model: only its trainable parameters and its buffers are kept (a LoRA run does not store its base).
             optimizer: its moments and step counts.
             state: JSON-able trainer state.
-            protect: a step whose checkpoint is not deleted, however old.
+            protect: steps whose checkpoints are not deleted, however old.
         Raises:
             OSError: some process could not write; on every process.
         """
@@ -120,7 +121,9 @@ class CheckpointSaver:
         self._mesh.on_main(make_folder)
         error = None
         try:
-            (aside / RNG_FILE.format(rank=self._mesh.rank)).write_text(json.dumps(rng_state()), encoding="utf-8")
+            (aside / RNG_FILE.format(rank=self._mesh.rank)).write_text(
+                json.dumps(rng_state(self._mesh.device)), encoding="utf-8"
+            )
             if self._mesh.is_main:
                 (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         except Exception as cause:
@@ -249,7 +252,7 @@ def load_checkpoint(
         set_optimizer_state_dict(model, optimizer, tensors["optimizer"], options=_OPTIMIZER_OPTIONS)
     if rng:
         try:
-            set_rng_state(rng[0])
+            set_rng_state(rng[0], mesh.device, rank=mesh.rank)
         except (ValueError, TypeError, KeyError, OverflowError, RuntimeError) as cause:
             raise ValueError(
                 f"checkpoint {checkpoint.folder} is damaged: its random-number states are none ({reason_of(cause)})"
@@ -269,15 +272,15 @@ def clear_leftovers(folder: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune_checkpoints(folder: Path, *, keep: int, protect: int | None) -> None:
-    """Delete the oldest checkpoints beyond `keep`, never the newest nor step `protect`; clear half-written ones."""
+def prune_checkpoints(folder: Path, *, keep: int, protect: Collection[int | None]) -> None:
+    """Delete the oldest checkpoints beyond `keep`, never the newest nor those to protect; clear half-written ones."""
     clear_leftovers(folder)
     checkpoints = list_checkpoints(folder)
     surplus = len(checkpoints) - keep
     for checkpoint in checkpoints[:-1]:
         if surplus <= 0:
             return
-        if checkpoint.step != protect:
+        if checkpoint.step not in protect:
             doomed = folder / f".{checkpoint.folder.name}.deleting"
             checkpoint.folder.rename(doomed)  # a folder with its final name is always whole, also while it goes
             shutil.rmtree(doomed)

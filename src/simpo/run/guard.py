@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -166,6 +166,11 @@ class Guard:
             severity = count / rows / most if most and rows >= 10 and len(dropped) > 1 else 0.0
             readings.append(_Reading("sources", severity, saw, source))
         return self._judge(0, readings)
+
+    @property
+    def suspected_since(self) -> Collection[int]:
+        """The steps since which something shows that is not said yet, or was."""
+        return set(self._since.values())
 
     def _judge(self, step: int, readings: Iterable[_Reading]) -> list[Finding]:
         found = []
@@ -461,7 +466,7 @@ class RunGuard:
         assert self.verdict is not None
         self.has_chosen, (finding, level) = True, self.verdict
         if level == "back":
-            self.back_to = self._mesh.from_main(self._best_before(finding, checkpoints))
+            self.back_to = self._mesh.from_main(self._best_before(finding.since_step, checkpoints))
         if self.back_to is not None:
             best = f"the best evaluation before that was at step {self.back_to}"
             self._display.say(f"the guard goes back: {best}; its weights are the final model")
@@ -478,9 +483,16 @@ class RunGuard:
             ". To go on all the same, run the same command with --resume_from_checkpoint true"
         )
 
-    def _best_before(self, finding: Finding, checkpoints: Sequence[int]) -> int | None:
-        """The best evaluated checkpoint of weights that did not show it yet."""
-        last = finding.since_step - self._recipe.logging_steps - 1  # a line is of the weights before its updates
+    def may_go_back_to(self, checkpoints: Sequence[int]) -> Iterator[int | None]:
+        """Which of the steps with a checkpoint a finding might go back to, of what shows already or will."""
+        if "back" in self._recipe.guard.values():
+            newest = max(self._evaluated, default=0) + 1
+            for since in (*self._guard.suspected_since, newest, math.inf):
+                yield self._best_before(since, checkpoints)
+
+    def _best_before(self, since: float, checkpoints: Sequence[int]) -> int | None:
+        """The best evaluated checkpoint of weights that did not show yet what shows since a step."""
+        last = since - self._recipe.logging_steps - 1  # a line is of the weights before its updates
         steps = [step for step in checkpoints if step in self._evaluated and step <= last]
         sign = 1 if self._recipe.greater_is_better else -1
         return max(steps, key=lambda step: sign * self._evaluated[step], default=None)

@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -208,12 +208,15 @@ def _without_checkpointing(model: nn.Module) -> Iterator[bool]:
             module.gradient_checkpointing = True
 
 
-def step_bytes(model: nn.Module, *, optim: str, chunk_size: int | None = None) -> int:
+def step_bytes(
+    model: nn.Module, *, optim: str, chunk_size: int | None = None, state: Mapping[Tensor, Any] | None = None
+) -> int:
     """Bytes that an optimizer step needs whatever its micro-batches: gradients, moments, the head's work.
 
     Args:
         model: its trainable parameters count; what already has a gradient does not count again.
         optim: the recipe's optimizer; "offloaded" if its moments are in CPU memory.
+        state: the optimizer's; the moments of parameters that it has are allocated already.
         chunk_size: rows of logits in one chunk; None = the default of `core.logprobs`.
     """
     moments = 0 if optim == "offloaded" else OPTIMIZERS[optim].moment_bytes
@@ -222,7 +225,8 @@ def step_bytes(model: nn.Module, *, optim: str, chunk_size: int | None = None) -
         if parameter.requires_grad:
             size = parameter.element_size()
             gradient = size if parameter.grad is None else 0
-            total += local_part(parameter).numel() * (gradient + (2 * size if moments is None else moments))
+            moment = 0 if state and parameter in state else 2 * size if moments is None else moments
+            total += local_part(parameter).numel() * (gradient + moment)
     weight = unwrap(model).get_output_embeddings().weight
     default = CHUNK_BYTES_CUDA if weight.is_cuda else CHUNK_BYTES
     # With tensor parallelism a process has its rows of the head; FSDP2 puts the head together before it computes.
@@ -254,12 +258,20 @@ class TokenBudget:
 
 
 def fit_micro_batches(
-    model: nn.Module, forward: Forward, store: PairStore, recipe: Recipe, *, device: torch.device, cp: int = 1
+    model: nn.Module,
+    forward: Forward,
+    store: PairStore,
+    recipe: Recipe,
+    *,
+    device: torch.device,
+    cp: int = 1,
+    state: Mapping[Tensor, Any] | None = None,
 ) -> TokenBudget | None:
     """Measure the model and the memory, and pick the budget for the pairs of a store.
 
     Args:
         forward: of whole rows, also where `cp` processes will share them; as for `measure_activations`.
+        state: the optimizer's, see `step_bytes`.
     Returns:
         The budget; None where the system does not say how much memory is free.
     """
@@ -267,7 +279,7 @@ def fit_micro_batches(
     if free is None:
         return None
     optim = "offloaded" if recipe.optimizer_offload else recipe.optim
-    fixed_bytes = step_bytes(model, optim=optim, chunk_size=recipe.logits_chunk_size)
+    fixed_bytes = step_bytes(model, optim=optim, chunk_size=recipe.logits_chunk_size, state=state)
     options = {"share_prompt": recipe.share_prompt, "offloaded": recipe.activation_offload}
     return pick_token_budget(
         measure_activations(model, forward, device=device, **options).shared_by(cp),

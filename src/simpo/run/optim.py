@@ -133,9 +133,9 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def rng_state() -> dict[str, Any]:
-    """Where the random numbers of this process stand: Python's, NumPy's and torch's, in JSON values."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+def rng_state(device: torch.device) -> dict[str, Any]:
+    """Where the random numbers of this process stand: Python's, NumPy's, torch's and the device's, in JSON values."""
+    cuda = [torch.cuda.get_rng_state(device)] if device.type == "cuda" else []
     return pack_rng(random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda)
 
 
@@ -150,15 +150,19 @@ def pack_rng(python: Any, numpy: Any, torch: Any, cuda: Any) -> dict[str, Any]:
     }
 
 
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Go back to where they stood."""
+def set_rng_state(state: dict[str, Any], device: torch.device, *, rank: int = 0) -> None:
+    """Go back to where they stood.
+
+    Args:
+        rank: of this process, whose device was the one of this number where an earlier version wrote down every GPU.
+    """
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, np.array(keys, dtype=np.uint32), *rest))
     torch.set_rng_state(_bytes_tensor(state["torch"]))
-    if state["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all([_bytes_tensor(text) for text in state["cuda"]])
+    if state["cuda"] and device.type == "cuda":
+        torch.cuda.set_rng_state(_bytes_tensor(state["cuda"][rank % len(state["cuda"])]), device)
 
 
 def _bytes_tensor(text: str) -> torch.Tensor:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from rich.console import Console
+from transformers import AutoConfig
 
 from simpo.core.batch import PackedPairs, build_batch
 from simpo.core.device import move
@@ -25,7 +26,7 @@ from simpo.data.cache import cache_folder, user_cache
 from simpo.data.files import write_whole
 from simpo.data.loader import PairStore, evaluation_batches
 from simpo.errors import first_line
-from simpo.model.load import load_model
+from simpo.model.load import load_model, load_pretrained
 from simpo.run.objective import recipe_logps
 from simpo.run.stopping import needs_memory
 
@@ -111,7 +112,8 @@ def load_references(
     missing = [split for split, logps in found.items() if logps is None]
     with needs_memory("the reference's log-probs", advice="lower per_device_eval_batch_size"):
         if missing:
-            model = load_model(recipe, device=mesh.device, name=name, trainable=False, mesh=mesh)
+            kind = {"trainable": False, "in_4bit": recipe.load_in_4bit}
+            model = load_model(recipe, device=mesh.device, name=name, mesh=mesh, **kind)
             forward = functools.partial(recipe_logps, model, recipe=recipe)
         for split in missing:
             found[split] = ReferenceLogps.compute(forward, stores[split], recipe, mesh)
@@ -121,16 +123,20 @@ def load_references(
 
 def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path:
     root = cache_folder(recipe) if recipe.cache_dir else user_cache()
-    settings = f"{_model_fingerprint(name, recipe.model_revision)}|{fingerprint}|{split}|{recipe.bf16}"
+    settings = f"{_model_fingerprint(name, recipe)}|{fingerprint}|{split}|{recipe.bf16}"
+    if recipe.load_in_4bit or recipe.master_dtype != "float32":
+        names = ("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "master_dtype")
+        settings += f"|{[getattr(recipe, each) for each in names]}"
     key = hashlib.sha256(settings.encode()).hexdigest()[:20]
     return root / "reference" / f"{key}.logps"
 
 
-def _model_fingerprint(name: str, revision: str) -> str:
-    """A local model by the names, sizes and times of its weight files; a hub model by name and revision."""
+def _model_fingerprint(name: str, recipe: Recipe) -> str:
+    """A local model by the names, sizes and times of its weight files; a hub model by name and commit."""
     folder = Path(name)
     if not folder.is_dir():
-        return f"{name}@{revision}"
+        config = load_pretrained(AutoConfig, name, recipe, what="configuration", key="ref_model_name_or_path")
+        return f"{name}@{getattr(config, '_commit_hash', None) or recipe.model_revision}"
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
     return "|".join([str(folder.resolve()), *(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)])
 

@@ -177,6 +177,7 @@ def run_identity(recipe: Recipe, data: PreparedData, loader: StepLoader, *, tota
         "data_fingerprint": data.fingerprint,
         "pairs_per_step": loader.pairs_per_step,
         "total_steps": total_steps,
+        "scores_fingerprint": loader.scores_fingerprint,
     }
     return json.loads(json.dumps(identity))
 
@@ -227,6 +228,8 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], recipe: R
             changed.append(f"{key} (was {was!r}, is {value!r})")
     if other_data or (without_tokens and not pairs_fit):
         changed.append("the training data or its tokenisation")
+    elif saved.get("scores_fingerprint") not in (None, current.get("scores_fingerprint")):
+        changed.append("the scores of the training pairs")
     if saved["pairs_per_step"] != current["pairs_per_step"]:
         changed.append(
             f"the pairs in an optimizer step (was {saved['pairs_per_step']}, is {current['pairs_per_step']}; with "

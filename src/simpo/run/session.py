@@ -128,7 +128,9 @@ def locate_best(progress: Progress, resumed: Checkpoint, own: Path, recipe: Reci
         line = f"{error}. From here on the best is chosen among step {resumed.step} and those after it"
         progress.best_step = progress.best_metric = None
         if progress.last_eval_step == resumed.step:
+            without_gain = progress.evals_without_gain  # goes on being counted
             progress.track_best(progress.last_eval, recipe)
+            progress.evals_without_gain = without_gain
         folder = resumed.folder.parent
     progress.best_in = None if folder.resolve() == own.resolve() else str(folder.resolve())
     return line
@@ -241,6 +243,8 @@ def check_room(
     count = 0
     if recipe.save_strategy != "no":
         every = steps_per_epoch if recipe.save_strategy == "epoch" else recipe.save_steps or total_steps
+        if recipe.load_best_model_at_end and recipe.save_strategy == "steps":
+            every = recipe.eval_steps or every  # each may be the best so far
         every = max(1, math.ceil(every * total_steps if every < 1 else every))
         # The newest is written before the oldest goes.
         limit = math.inf if recipe.save_total_limit is None else recipe.save_total_limit + 1

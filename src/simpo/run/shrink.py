@@ -39,7 +39,7 @@ def shrink_until_it_fits(
     Raises:
         OutOfMemory: every micro-batch holds one pair, or other processes are in the middle of theirs.
     """
-    random = rng_state()
+    random = rng_state(mesh.device)
     while True:
         missing = None
         try:
@@ -54,7 +54,7 @@ def shrink_until_it_fits(
         if mesh.device.type == "cuda":
             torch.cuda.empty_cache()
         plan = _in_smaller_micro_batches(plan, missing, loader, mesh, say)
-        set_rng_state(random)
+        set_rng_state(random, mesh.device)
 
 
 def _in_smaller_micro_batches(

@@ -137,7 +137,9 @@ class _Sweep:
         asked = json.loads(json.dumps(asked))
         if self.path.exists():
             before = check_own(self.path, "asked", "untrained", "trials")
-            if changed := changed_settings(before["asked"], asked):
+            was = before["asked"]
+            was["recipe"] = {name: value for name, value in was["recipe"].items() if name in recipe}  # free by now
+            if changed := changed_settings(was, asked):
                 raise ValueError(
                     f"{self.folder}: a sweep with other settings lies there ({changed}); give the same ones to go on, "
                     "or another output_dir"
