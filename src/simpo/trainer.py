@@ -445,7 +445,8 @@ class Trainer:
         if self.progress.step:  # before the first one there is no checkpoint to go back to
             self.progress.track_best(values, self.recipe)
         self._write(values | {"epoch": self._epoch})
-        self.eval_pairs.save(self.progress.step, self.mesh, best_step=self.progress.best_step)
+        keep = {self.progress.best_step, *self._may_go_back_to()}
+        self.eval_pairs.save(self.progress.step, self.mesh, keep=keep)
         self.display.say_evaluation(f"evaluation at step {self.progress.step}", values)
         self.guard.heed(self.progress.step, values, self._generate_samples())
 
@@ -473,8 +474,7 @@ class Trainer:
             **self._identity(),
         }
         wanted = {self.progress.best_step} if self.recipe.load_best_model_at_end else set()
-        if hasattr(self, "guard"):  # while it trains
-            wanted |= {*self.guard.may_go_back_to(self._saved_steps())}
+        wanted |= self._may_go_back_to()
         return self.saver.save(self.progress.step, self.model, self.optimizer, state, protect=wanted)
 
     def _restore(self, checkpoint: Checkpoint) -> None:
@@ -557,6 +557,10 @@ class Trainer:
             if self.guard.back_to is None:
                 raise self.guard.stopped(self.total_steps, self._save_to_stop())
         return self.guard.back_to is not None
+
+    def _may_go_back_to(self) -> set[int | None]:
+        """Steps with a checkpoint that the guard, which is there while it trains, might make the final model of."""
+        return {*self.guard.may_go_back_to(self._saved_steps())} if hasattr(self, "guard") else set()
 
     def _saved_steps(self) -> list[int]:
         return [saved.step for saved in checkpoints.list_checkpoints(self.checkpoint_dir)]

@@ -64,10 +64,11 @@ def test_back_gives_every_process_the_weights_from_before(two_ranks: Any, host: 
     ended = two_ranks.run(train, name, {**settings, "guard": {"all": "back", "learning_rate": "off"}})
     assert ended == [("finished", 0)] * 2
     folder = Path(settings["output_dir"])
-    (found,) = read_rows(folder / "guard.jsonl")
+    found, gone = read_rows(folder / "guard.jsonl")
     lines = [line for line in read_rows(folder / "metrics.jsonl") if "eval_loss" in line]
     earlier = {line["step"]: line["eval_loss"] for line in lines if 0 < line["step"] <= found["since_step"] - 2}
     best = min(earlier, key=lambda step: earlier[step])
+    assert gone["back_to"] == best
     again = {**settings, "output_dir": str(folder.with_name("short")), "guard": False}
     again |= {"max_steps": best, "eval_strategy": "no", "eval_on_start": False, "num_eval_generations": 0}
     two_ranks.run(train, name, again)

@@ -13,8 +13,12 @@ from rich.console import Console
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
+from simpo.report.held_out import final_line
+from simpo.report.read import read_run
 from simpo.run.saved import list_checkpoints
 from simpo.run.stopping import StoppedByGuard
+from simpo.shipping.card import card_of
+from simpo.shipping.source import find_source
 from simpo.trainer import Trainer, TrainResult
 
 Settings = dict[str, Any]
@@ -95,7 +99,7 @@ def test_back_makes_the_best_checkpoint_from_before_the_model(tiny_recipe: Setti
     often = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_dtype": "float32"}
     result = train(tiny_recipe, **warm, **often, **keys, guard={"all": "back", "learning_rate": "off"})
     assert not list((result.output_dir / "checkpoints").glob(".*"))
-    (found,) = findings(result.output_dir)[-1:]
+    found, gone = findings(result.output_dir)[-2:]
     assert found["level"] == "back"
     assert result.steps == found["step"] < 40
     lines = [json.loads(line) for line in (result.output_dir / "metrics.jsonl").read_text().splitlines()]
@@ -103,6 +107,10 @@ def test_back_makes_the_best_checkpoint_from_before_the_model(tiny_recipe: Setti
     best = min(earlier, key=lambda step: earlier[step])
     card = (result.model_dir / "README.md").read_text(encoding="utf-8")
     assert f"{best} of 40" in card
+    assert gone["back_to"] == best
+    assert final_line(read_run(result.output_dir))["step"] == best, "the report is of the same weights"
+    pushed = card_of(find_source(str(result.output_dir)))
+    assert f"optimizer step of these weights: {best} of {found['step']}" in pushed
 
 
 def test_back_without_an_earlier_checkpoint_stops(tiny_recipe: Settings) -> None:

@@ -31,7 +31,7 @@ def test_the_first_the_best_and_the_latest_evaluation_are_kept_each_pair_once(tm
             batch = SimpleNamespace(indices=(index,), pairs=SimpleNamespace(row_ids=[f"s/test#{index}"]))
             sums = torch.tensor([-6.0 - index]), torch.tensor([-9.0 - step])
             pairs.add(PairLogps(*sums, torch.tensor([3]), torch.tensor([4])), batch, recipe)
-        pairs.save(step, twice, best_step=5)
+        pairs.save(step, twice, keep={5})
     kept = lines(tmp_path / "eval_pairs.jsonl")
     assert [line["step"] for line in kept] == [0, 5, 15]
     assert kept[0]["row_ids"] == ["s/test#0", "s/test#1"]

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 import simpo
 from simpo.cli import app
 from simpo.data.prepare import prepare_pairs
+from simpo.evaluation import command as evaluation_command
 from simpo.evaluation.results import Evaluation, PairRecord, build_evaluation, compare
 from simpo.evaluation.run import evaluate
 from simpo.model import settle
@@ -364,6 +365,21 @@ def test_command_takes_a_recipe_and_its_model(tiny_model, changed_model, pair_fi
     assert json.loads((tmp_path / "a.json").read_text())["model"] == str(tiny_model)
     run_command(tmp_path / "recipe.yaml", "--model", changed_model, "--max-pairs", 3, "--output", tmp_path / "b.json")
     assert json.loads((tmp_path / "b.json").read_text())["model"] == str(changed_model / "model")
+
+
+def test_a_revision_is_that_of_the_recipes_model_and_of_no_other(tmp_path, pair_files, monkeypatch):
+    asked = {}
+
+    def refuse(settings, name):
+        asked[name] = settings.model_revision
+        raise ValueError("enough")
+
+    monkeypatch.setattr(evaluation_command, "find_tokenizer", refuse)
+    recipe = {"model_name_or_path": "a/own", "model_revision": "abc", "dataset_mixer": {str(pair_files): 1.0}}
+    load_recipe(recipe).save(tmp_path / "recipe.yaml")
+    for words in ([], ["--model", "a/other"], ["--model", "a/third", "--model_revision", "xyz"]):
+        run_command(tmp_path / "recipe.yaml", *words)
+    assert asked == {"a/own": "abc", "a/other": None, "a/third": "xyz"}
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

@@ -44,20 +44,22 @@ def test_stop_saves_a_checkpoint_and_resuming_says_nothing_twice(
     assert [row["kind"] for row in findings(tmp_path / "run")].count("displacement") == 1
 
 
+@pytest.mark.parametrize("keys", [{}, {"save_total_limit": 1}], ids=lambda keys: next(iter(keys), ""))
 def test_back_leaves_the_weights_of_the_best_checkpoint_from_before(
-    tiny_model: Path, pair_files: Path, tmp_path: Path
+    tiny_model: Path, pair_files: Path, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     from safetensors.torch import load_file
 
     guard = {"guard": '{"all": "back", "learning_rate": "off"}'}  # as on a command line
-    trainer = trainer_of(tiny_model, pair_files, tmp_path / "run", **RISING, **OFTEN, **guard)
+    trainer = trainer_of(tiny_model, pair_files, tmp_path / "run", **RISING, **OFTEN, **guard, **keys)
     trainer.train()
-    found = findings(tmp_path / "run")[-1]
+    found, gone = findings(tmp_path / "run")[-2:]
     assert found["level"] == "back"
     assert trainer.state.global_step == found["step"] < 40
     lines = [line for line in trainer.state.log_history if "eval_loss" in line]
     earlier = {line["step"]: line["eval_loss"] for line in lines if line["step"] <= found["since_step"] - 2}
-    best = min(earlier, key=lambda step: earlier[step])
+    best = gone["back_to"]
+    assert best == min(earlier, key=lambda step: earlier[step])
     kept = load_file(tmp_path / "run" / f"checkpoint-{best}" / "model.safetensors")
     now = {name: p for name, p in trainer.model.named_parameters() if name in kept}
     assert now

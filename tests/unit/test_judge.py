@@ -177,6 +177,16 @@ def test_another_judge_of_the_same_answers_may_follow(keys):
     assert (found["wins"], found["losses"]) == (1, 2)
 
 
+def test_another_model_may_be_judged_in_the_same_folder_and_the_first_one_again(keys, tmp_path):
+    before = judgement(keys)
+    third = [{"instruction": prompt, "output": f"{ours} And so on and so on."} for prompt, (ours, _) in ANSWERS.items()]
+    (tmp_path / "third.json").write_text(json.dumps(third))
+    assert judgement(changed(keys, model=str(tmp_path / "third.json")))["wins"] == 4
+    assert judgement(keys)["win_rate"] == before["win_rate"]
+    fewer = judgement(changed(keys, max_prompts=2))
+    assert fewer["wins"] + fewer["ties"] + fewer["losses"] == 2
+
+
 def test_prompts_that_one_side_does_not_answer_are_left_out_and_named(keys, tmp_path):
     path = tmp_path / "ours.json"
     path.write_text(json.dumps(json.loads(path.read_text())[1:]))

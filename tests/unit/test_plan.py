@@ -57,6 +57,19 @@ def test_the_first_of_the_preferred_sizes_that_fits_is_picked(shape, gpus, keys,
     assert sizes(plan) == expected
 
 
+def test_a_reference_model_and_padded_batches_take_their_room():
+    plain, dpo = (plan_of("llama-8b", 1, use_peft=True, loss_type=loss) for loss in ("sigmoid", "dpo"))
+    assert "reference" not in plain.footprint.moments
+    found = dpo.footprint.moments["reference"]
+    assert found["the reference's weights"] == found["weights"] == dpo.state.weights
+    padded = plan_of("llama-1b", 1, 40, pack=False, share_prompt=False, per_device_train_batch_size=16, max_length=4096)
+    assert padded.tokens == padded.search.needed == 16 * 2 * 4096
+    assert not padded.fits
+    assert padded.choices["per_device_train_batch_size"][0] == 16
+    assert "max_tokens_per_micro_batch" not in {**padded.choices, **dict.fromkeys(padded.remedies)}
+    assert any(words.startswith("per_device_train_batch_size: ") for words in padded.remedies)
+
+
 def test_a_pick_fits_and_what_was_preferred_to_it_does_not():
     plan = plan_of("llama-8b", 8)
     limit = plan.machines.gpu_bytes - plan.reserve

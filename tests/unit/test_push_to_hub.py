@@ -242,8 +242,13 @@ def test_a_finished_run_is_pushed_with_a_card_that_has_its_numbers(
     assert "fingerprint of the data" in card
     assert hub.tokens == {f"Bearer {TOKEN}"}
     assert TOKEN not in card + pushed.output
-    (run / "model" / "README.md").write_text("mine")
-    assert "was not written by simpo" in CliRunner().invoke(app, ["push", str(run), "--dry-run"]).stdout
+    readme = run / "model" / "README.md"
+    own = readme.read_text()
+    for mine in ("mine", "from_pretrained('me/small-simpo')", f"{own}\nMore.\n", f"# A\n{own}"):
+        readme.write_text(mine)
+        assert "by somebody else than simpo: it is sent as it is" in (
+            CliRunner().invoke(app, ["push", str(run), "--dry-run"]).stdout
+        )
     refused = CliRunner().invoke(app, ["push", str(tmp_path / "nowhere")])
     assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
 

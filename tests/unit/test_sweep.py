@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from simpo.cli import app
 from simpo.evaluation.statistics import length_balanced, length_balanced_accuracy, preference_scores
 from simpo.recipe import load_recipe
-from simpo.tuning import jobs
+from simpo.tuning import jobs, sweep
 from simpo.tuning.calibrate import Margins
 from simpo.tuning.space import Range, foresee, propose_all, propose_next, read_space
 from simpo.tuning.sweep import read_sweep, run_sweep
@@ -184,6 +184,29 @@ def test_the_best_is_named_and_collapsed_and_failed_runs_are_not(trainings, tiny
     table = (path.parent / "sweep.md").read_text()
     assert "| none |" in table
     assert "counts for nothing: collapsed" in table
+
+
+def test_a_recipe_that_acts_on_its_evaluations_can_be_varied(trainings, tiny_recipe):
+    """Trials are not evaluated while they train."""
+    often = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5, "early_stopping_patience": 2}
+    recipe = load_recipe({**tiny_recipe, **often, "early_stopping_threshold": 0.1, "guard": {"displacement": "back"}})
+    path = run_sweep(recipe, {"learning_rate": ("0.01", "0.1")})
+    assert load_recipe(path.parent / "trial-01" / "run" / "recipe.yaml").guard["displacement"] == "stop"
+    best = load_recipe(path.parent / "best.yaml")
+    assert (best.learning_rate, best.early_stopping_patience, best.guard["displacement"]) == (0.1, 2, "back")
+
+
+def test_a_collapsed_run_is_no_success_to_learn_from(trainings, tiny_recipe, monkeypatch):
+    """It may have the highest accuracy of all."""
+    rates, known = iter(("0.9", "0.1", "5")), []
+
+    def propose(space, tried, seed):
+        known[:] = tried
+        return {"learning_rate": next(rates)}
+
+    monkeypatch.setattr(sweep, "propose_next", propose)
+    run_sweep(load_recipe(tiny_recipe), {"learning_rate": Range(0.01, 0.9)}, method="optuna", trials=3)
+    assert [worth for _, worth in known] == [None, pytest.approx(0.82)]
 
 
 def test_of_each_rung_the_best_go_on_and_every_rung_costs_about_the_same(trainings, tiny_recipe):

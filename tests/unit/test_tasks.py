@@ -75,6 +75,26 @@ def test_a_local_task_is_compared_by_a_paired_test(task, tiny_model, other_model
     assert content["tasks"][0]["value"]["value"] == pytest.approx(by_hand)
 
 
+def test_what_is_no_mean_over_documents_has_no_test(tmp_path, tiny_model, monkeypatch):
+    """lm-eval's number of a document is a log-likelihood there, and its result a perplexity."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "datasets"))
+    rows = [{"question": f"What is {n} like?", "answer": word} for n, word in enumerate(("water", "stone", "river"))]
+    (tmp_path / "ends.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "ends.yaml").write_text(
+        TASK.replace("multiple_choice", "loglikelihood")
+        .replace("acc_norm", "perplexity")
+        .replace('doc_to_choice: "{{{{choices}}}}"\n', "")
+        .replace("colours", "ends")
+        .format(data=tmp_path / "ends.jsonl")
+    )
+    words = ["eval", "--tasks", str(tmp_path / "ends.yaml"), "--model", str(tiny_model), "--bf16", "false"]
+    result = CliRunner(env={"COLUMNS": "100"}).invoke(app, [*words, "--output", str(tmp_path / "tasks.json")])
+    assert result.exit_code == 0, result.output
+    content = json.loads((tmp_path / "tasks.json").read_text())
+    assert [row["metric"] for row in content["tasks"]] == ["acc"]
+    assert content["others"]["ends perplexity"] > 1
+
+
 def score_by_hand(folder: Path) -> float:
     """Share of the questions whose right answer has the highest summed log-prob."""
     from transformers import AutoModelForCausalLM, AutoTokenizer

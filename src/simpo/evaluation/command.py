@@ -15,6 +15,7 @@ from simpo.evaluation.run import (
     HELD_OUT,
     READ_KEYS,
     EvalPairs,
+    base_model,
     evaluate_pairs,
     find_tokenizer,
     is_recipe_file,
@@ -22,7 +23,7 @@ from simpo.evaluation.run import (
     model_folder,
 )
 from simpo.evaluation.tasks import compare_tasks, measure_tasks, show_tasks
-from simpo.recipe import load_recipe
+from simpo.recipe import Recipe, load_recipe
 from simpo.run.optim import set_threads
 
 
@@ -56,17 +57,27 @@ def run_eval_command(
         raise ValueError("--tasks runs benchmarks in place of pairs: leave out the data, --generations and --split")
     if not is_recipe and model is None:
         raise ValueError(f"{data or '--tasks'} is not a recipe (.yaml): say with --model which model to evaluate")
-    words = [*overrides, *([] if model is None else ["--model_name_or_path", model])]
-    settings = load_recipe(str(recipe_or_data) if is_recipe else {}, words, only=READ_KEYS)
+    named = [] if model is None else ["--model_name_or_path", model]
+    first = str(recipe_or_data) if is_recipe else {}
+    own = load_recipe(first, overrides if is_recipe else [*overrides, *named], only=READ_KEYS).model_name_or_path
+    if any(word.split("=")[0] == "--model_revision" for word in overrides):
+        own = model or own  # it was meant for this one
+    settings = load_recipe(first, [*overrides, *named], only=READ_KEYS)
     settings = load_recipe(settings, {"model_name_or_path": model_folder(settings.model_name_or_path)})
     for notice in settings.notices if data is None else ():
         say(f"notice: {notice}", console)
     set_threads(settings.num_threads)
     if output is not None:
         _check_output(Path(output), settings.model_name_or_path, is_tasks=bool(tasks))
+
+    def settings_of(name: str) -> Recipe:
+        """A revision is that of the model that it was given with, also as the base of an adapter."""
+        kept = base_model(model_folder(name)) in (own, base_model(model_folder(own)))
+        return settings if kept else settings.model_copy(update={"model_revision": None})
+
     if tasks:
         names = [settings.model_name_or_path, *([] if baseline is None else [baseline])]
-        measured = [measure_tasks(name, tasks, settings, max_documents=max_pairs) for name in names]
+        measured = [measure_tasks(name, tasks, settings_of(name), max_documents=max_pairs) for name in names]
         content = compare_tasks(measured[0], measured[1] if baseline is not None else None)
         if output is not None:
             save_json(content, output)
@@ -74,14 +85,14 @@ def run_eval_command(
         if output is not None:
             say(f"results: {output}", console)
         return content
-    tokenizer = find_tokenizer(settings, settings.model_name_or_path)
+    tokenizer = find_tokenizer(settings_of(settings.model_name_or_path), settings.model_name_or_path)
     pairs = load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs)
 
     def run(name: str, pairs: EvalPairs, tokenizer: Any) -> Evaluation:
         return evaluate_pairs(
             name,
             pairs,
-            settings,
+            settings_of(name),
             tokenizer,
             batch_pairs=settings.per_device_eval_batch_size,
             num_generations=generations,
@@ -93,7 +104,7 @@ def run_eval_command(
     _save(content, evaluation, output)  # before anything is shown, or another model run
     evaluation.render(console)
     if baseline is not None:
-        its_tokenizer = find_tokenizer(settings, model_folder(baseline))
+        its_tokenizer = find_tokenizer(settings_of(baseline), model_folder(baseline))
         # The very same tokens where the vocabulary is the same: a base model may lack its child's chat template.
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             pairs = load_pairs(data, settings, its_tokenizer, split=split, max_pairs=max_pairs)

@@ -6,6 +6,7 @@ lm_eval is an extra, imported where it works. The model is loaded as every evalu
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -107,7 +108,7 @@ def measure_tasks(name: str, tasks: Sequence[str], settings: Recipe, *, max_docu
 
 
 def _read_results(name: str, found: Mapping[str, Any]) -> TaskResults:
-    values = {task: _by_metric(samples) for task, samples in found["samples"].items()}
+    values = {task: _by_metric(samples, found["results"][task]) for task, samples in found["samples"].items()}
     groups = {group: list(names) for group, names in found.get("group_subtasks", {}).items() if names}
     measures = [Measure(task, metric, own) for task, of_task in values.items() for metric, own in of_task.items()]
     for group in groups:
@@ -131,8 +132,11 @@ def _tasks_of(group: str, groups: Mapping[str, Sequence[str]]) -> list[str]:
     return [task for name in groups[group] for task in (_tasks_of(name, groups) if name in groups else [name])]
 
 
-def _by_metric(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-    """Metric (with its filter, where that is not the only one) -> a number for each document, in their order."""
+def _by_metric(samples: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Metric (with its filter, where that is not the only one) -> a number for each document, in their order.
+
+    Only of metrics that are the mean over documents by lm-eval's own result: a perplexity is not.
+    """
     found: dict[str, dict[int, float]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
@@ -140,8 +144,14 @@ def _by_metric(samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
             if isinstance(value, bool | int | float) or getattr(value, "ndim", None) == 0:
                 key = metric if own == "none" else f"{metric},{own}"
                 found.setdefault(key, {})[sample["doc_id"]] = float(value)
-    return {
+    numbers = {
         key: torch.tensor([values[doc] for doc in sorted(values)], dtype=torch.float64) for key, values in found.items()
+    }
+    whole = {key: result.get(key if "," in key else f"{key},none") for key in numbers}
+    return {
+        key: values
+        for key, values in numbers.items()
+        if whole[key] is not None and math.isclose(float(values.mean()), whole[key], rel_tol=1e-6, abs_tol=1e-9)
     }
 
 

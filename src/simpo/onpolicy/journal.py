@@ -118,12 +118,16 @@ class Journal:
         if any(change(row) != row for row in self.rows()):
             self._rewrite(list(self.done), change)
 
-    def finish(self, order: Sequence[str], summary: Mapping[str, Any]) -> None:
+    def finish(self, order: Sequence[str], summary: Mapping[str, Any], *, keeps_others: bool = False) -> None:
         """Bring the rows into the order of the inputs, whatever order they came in, and write the account.
 
+        Args:
+            keeps_others: rows of other inputs stay, behind these; otherwise there may be none.
         Raises:
             ValueError: as `check_inputs`.
         """
+        if keeps_others:
+            order = [*order, *(row_id for row_id in self.done if row_id not in {*order})]
         self.check_inputs(order)
         ordered = [row_id for row_id in order if row_id in self.done]
         if ordered != list(self.done):

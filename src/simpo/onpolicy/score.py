@@ -40,7 +40,8 @@ def run_score(
         recipe: `score` says what rates.
         input: file of responses; None = the recipe's `score.input`, else responses.jsonl in output_dir.
         output: None = scored.jsonl in output_dir.
-        digest: stands for the input, whose rows may become more but do not change; None = the hash of its content.
+        digest: stands for the input, whose rows may become more, or fewer, but do not change, whichever command names
+            it; None = the hash of its content.
     Returns:
         The output. Its account, in FILE.json, has the rows that were left out, by reason, and each scorer's range.
     Raises:
@@ -53,12 +54,12 @@ def run_score(
     source = _path(recipe, input or settings.input, "responses.jsonl", "score.input")
     target = _path(recipe, output, "scored.jsonl", "--output")
     order, faults = _read_order(source)
-    digest = digest or hash_files([source])
+    shared, digest = digest is not None, digest or hash_files([source])
     scorers = {name: _Part(name, spec, digest, recipe, target) for name, spec in settings.scorers.items()}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with OutputLock(target.parent), interruptible(lambda: "what has been scored is kept"):
         for part in scorers.values():
-            faults |= part.work(source, order, faults, console)
+            faults |= part.work(source, order, faults, console, shared=shared)
         _combine(source, target, order, scorers, faults, standardize=settings.standardize, digest=digest)
     about = read_about(target)
     say(f"scored: {target}  ({about['rows']} of {len(order)} prompts)", console)
@@ -147,17 +148,17 @@ class _Part:
         self.digest = digest
 
     def work(
-        self, source: Path, order: list[str], faults: dict[str, RowError], console: Console
+        self, source: Path, order: list[str], faults: dict[str, RowError], console: Console, *, shared: bool
     ) -> dict[str, RowError]:
-        """Rate what is not rated yet; gives the rows that this failed for, and why."""
+        """Rate what is not rated yet; gives the rows that this failed for, and why. `shared`: with other inputs."""
         failed: dict[str, RowError] = {}
         with Journal(self.path, {"input": self.digest, **self.settings}) as journal:
             left = [row_id for row_id in order if row_id not in journal and row_id not in faults]
             if left:
                 if self.rater.note:
                     say(f"note: {self.name}: {self.rater.note}", console)
-                wanted = set(left)
-                rows = (row for row in read_rows(source) if row["id"] in wanted)
+                missing = set(left)
+                rows = (row for row in read_rows(source) if row["id"] in missing)
                 done = len(order) - len(left)
                 with counter(console, f"{self.name}: prompts", len(order), done=done, unit="responses") as advance:
                     for row_id, scores in self.rater.rate(rows):
@@ -170,7 +171,9 @@ class _Part:
                         else:
                             journal.add({"id": row_id, "scores": checked, **because})
                         advance(1, 0 if isinstance(checked, RowError) else len(checked))
-            journal.finish(order, _spread(journal.rows()))
+            wanted = {*order}
+            spread = _spread(row for row in journal.rows() if row["id"] in wanted)
+            journal.finish(order, spread, keeps_others=shared)
         return failed
 
 

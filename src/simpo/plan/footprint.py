@@ -117,7 +117,7 @@ def key_copies(model: ModelSizes, mesh: MeshSizes) -> int:
 
 @dataclass(frozen=True)
 class Footprint:
-    """What one GPU holds at each of `MOMENTS`, in bytes."""
+    """What one GPU holds at each of `MOMENTS`, and with a reference model where both are there, in bytes."""
 
     moments: dict[str, Parts]  # of each its parts, which add up
     offloaded: Parts  # in CPU memory throughout, of every process
@@ -181,6 +181,9 @@ def compute_footprint(
     }
     moments = {moment: always | added.get(moment, {}) for moment in MOMENTS}
     moments["save"].pop("gradients", None)
+    if recipe.loss.needs_reference:  # before the first step; taken to be as large as the model, and spread alike
+        kept = {part: size for part, size in always.items() if part not in ("gradients", "moments")}
+        moments["reference"] = kept | {"the reference's weights": state.weights}
     found = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
     return Footprint(found, offloaded, on_cpu)
 

@@ -14,7 +14,7 @@ def describe_plan(plan: Plan, recipe: Recipe, *, recipe_name: str = "RECIPE") ->
     """The plan for people."""
     model, machines, found = plan.model, plan.machines, plan.footprint
     layout = "" if machines.gpus == 1 else f", {machines.nodes} node{'s' * (machines.nodes > 1)}"
-    notes = {"save": "gradients are gone"}
+    notes = {"save": "gradients are gone", "reference": "before the first step: the model and its reference"}
     experts = f", a token multiplied with {model.linear_numel / 1e9:.2f} billion" * (model.share_of_experts < 1)
     lines = [
         f"{model.name}: {model.num_parameters / 1e9:.2f} billion parameters{experts}, {model.num_layers} blocks of "

@@ -129,7 +129,9 @@ class Search:
 
     @property
     def needed(self) -> int:
-        """Tokens that must fit: the recipe's own number, or its longest pair's."""
+        """Tokens that must fit: the recipe's own number, its longest pair's, or without packing so many of these."""
+        if not self.recipe.pack:
+            return self.recipe.per_device_train_batch_size * self.longest_pair
         return self.recipe.max_tokens_per_micro_batch or self.longest_pair
 
     def candidates(self) -> Iterator[Plan]:
@@ -251,6 +253,8 @@ class Plan:
     @property
     def tokens(self) -> int:
         """Of the micro-batch that `footprint` and `exchanges` are for: never more than a rank's share of a step."""
+        if not self.recipe.pack:
+            return self.search.needed
         share = self.search.recipe.pairs_per_step() * self.longest_pair
         most = min(max(self.tokens_that_fit, self.search.needed), share)
         return self.search.recipe.max_tokens_per_micro_batch or most
@@ -283,6 +287,9 @@ class Plan:
         elif not self.fits:
             reason = f"the longest pair has {self.longest_pair:,} tokens"
         found = {key: (value, reasons[key]) for key, value in sizes.items()}
+        if not self.recipe.pack:
+            reason = f"as the recipe says; without packing a micro-batch is {self.search.needed:,} tokens at once"
+            return found | {"per_device_train_batch_size": (self.recipe.per_device_train_batch_size, reason)}
         return found | {"max_tokens_per_micro_batch": (given or self.tokens_that_fit, reason)}
 
     def _reasons(self) -> dict[str, str]:
@@ -346,7 +353,8 @@ class Plan:
                 yield f"{machines.gpus} GPUs ({other._changes()})"
                 break
         if self.longest_pair <= self.tokens_that_fit < search.needed:
-            yield f"max_tokens_per_micro_batch: {self.tokens_that_fit}"
+            fewer = f"per_device_train_batch_size: {self.tokens_that_fit // self.longest_pair}"
+            yield f"max_tokens_per_micro_batch: {self.tokens_that_fit}" if search.recipe.pack else fewer
         elif self.tokens_that_fit >= 2 * 64:
             yield f"max_length: {self.tokens_that_fit // 2} (instead of {search.recipe.max_length})"
 

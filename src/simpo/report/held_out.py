@@ -66,16 +66,18 @@ def of_run(run: Run) -> HeldOut | None:
 
 
 def final_line(run: Run) -> dict[str, Any] | None:
-    """The evaluation of the weights that the run is to be judged by: the best where it keeps those, else the last."""
+    """The evaluation of the weights that the run is to be judged by: what its guard went back to, the best where it
+    keeps that, else the last."""
     if not run.evaluations:
         return None
     last = run.evaluations[-1]
+    best = next((row["back_to"] for row in run.guard if "back_to" in row), None)
     metric = run.curve(str(run.settings.get("metric_for_best_model")))
-    if not (run.is_finished and run.settings.get("load_best_model_at_end") and np.isfinite(metric.values).any()):
-        return last
-    pick = np.nanargmax if run.settings.get("greater_is_better") else np.nanargmin
-    best = int(metric.steps[pick(metric.values)])
-    return next((line for line in run.evaluations if line["step"] == best), last)
+    values = np.where(metric.steps > 0, metric.values, math.nan)  # the model before training is none of the run's
+    if best is None and run.settings.get("load_best_model_at_end") and np.isfinite(values).any():
+        pick = np.nanargmax if run.settings.get("greater_is_better") else np.nanargmin
+        best = int(metric.steps[pick(values)])
+    return next((line for line in run.evaluations if run.is_finished and line["step"] == best), last)
 
 
 def between(first: Mapping[str, Any] | None, last: Mapping[str, Any], *, before: str, after: str) -> HeldOut:

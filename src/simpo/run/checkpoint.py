@@ -40,9 +40,11 @@ from simpo.run.digest import digest_tensors, digest_values, record_files
 from simpo.run.optim import pack_rng, rng_state, set_rng_state
 from simpo.run.plain import NotData, only_data
 from simpo.run.saved import (
+    NATIVE,
     RNG_FILE,
     STATE_FILE,
     Checkpoint,
+    CheckpointKind,
     check_digests,
     checkpoint_at,
     ignore_single_process_warning,
@@ -266,16 +268,18 @@ def _read_rng(path: Path, written_in: int) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def clear_leftovers(folder: Path) -> None:
+def clear_leftovers(folder: Path, kind: CheckpointKind = NATIVE) -> None:
     """Delete what a kill left half-written or half-deleted."""
-    for leftover in folder.glob(".step-*"):
+    for leftover in folder.glob(f".{kind.prefix}-*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune_checkpoints(folder: Path, *, keep: int, protect: Collection[int | None]) -> None:
+def prune_checkpoints(
+    folder: Path, *, keep: int, protect: Collection[int | None], kind: CheckpointKind = NATIVE
+) -> None:
     """Delete the oldest checkpoints beyond `keep`, never the newest nor those to protect; clear half-written ones."""
-    clear_leftovers(folder)
-    checkpoints = list_checkpoints(folder)
+    clear_leftovers(folder, kind)
+    checkpoints = list_checkpoints(folder, kind)
     surplus = len(checkpoints) - keep
     for checkpoint in checkpoints[:-1]:
         if surplus <= 0:

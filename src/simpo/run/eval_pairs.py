@@ -1,12 +1,13 @@
 """`eval_pairs.jsonl`: the held-out pairs of a run's evaluations one by one, which intervals and comparisons need.
 
-It has one line for each of the first evaluation, the best and the latest, so that it stays small however long a run is.
-Must not import the trainer or evaluation.
+It has one line for each of the first evaluation, the best, the latest and those that the guard might go back to, so
+that it stays small however long a run is. Must not import the trainer or evaluation.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -49,8 +50,8 @@ class EvalPairs:
         values = torch.stack([each.double() for each in (margins, logps.chosen_mean, logps.rejected_mean, *lengths)])
         self._parts.append((micro_batch.indices, micro_batch.pairs.row_ids, values.detach()))
 
-    def save(self, step: int, mesh: Mesh, *, best_step: int | None) -> None:
-        """Write what was added as the evaluation after `step`; every process calls it."""
+    def save(self, step: int, mesh: Mesh, *, keep: Collection[int | None]) -> None:
+        """Write what was added as the evaluation after `step`; every process calls it. `keep`: earlier steps' too."""
         own = {
             index: (row_id, *column)
             for indices, row_ids, values in self._parts
@@ -65,11 +66,11 @@ class EvalPairs:
         row_ids, *columns = zip(*(pairs[index] for index in sorted(pairs)), strict=True)
         numbers = {name: [float(f"{x:.7g}") for x in column] for name, column in zip(COLUMNS, columns, strict=True)}
         line = json.dumps({"step": step, "row_ids": row_ids, **numbers}, ensure_ascii=False)
-        write_whole(self.path, (each + "\n" for each in [*self._kept(step, best_step), line]))
+        write_whole(self.path, (each + "\n" for each in [*self._kept(step, keep), line]))
 
-    def _kept(self, step: int, best_step: int | None) -> list[str]:
+    def _kept(self, step: int, keep: Collection[int | None]) -> list[str]:
         if not self.path.is_file():
             return []
         lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
         earlier = [(number, line) for line in lines if (number := json.loads(line)["step"]) < step]
-        return [line for place, (number, line) in enumerate(earlier) if place == 0 or number == best_step]
+        return [line for place, (number, line) in enumerate(earlier) if place == 0 or number in keep]

@@ -7,7 +7,9 @@ Must not import data, the trainer or evaluation.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -352,4 +354,23 @@ def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mappin
         lines.append("No evaluation was run.")
     lines += ["", "## Recipe", "", "```yaml"]
     lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.to_dict().items()]
-    return "\n".join([*lines, "```", "", f"Trained with simpo {version('simpo')}.", ""])
+    return sign_card("\n".join([*lines, "```", "", f"Trained with simpo {version('simpo')}.", ""]))
+
+
+def sign_card(card: str) -> str:
+    """With a comment by which `is_own_card` tells it from one that somebody has changed."""
+    return f"{card}<!-- simpo's, as long as this is its digest: {_digest_of_card(card)} -->\n"
+
+
+def is_own_card(card: str) -> bool:
+    """Whether it is as simpo wrote it; versions before the comment ended, or began, always alike."""
+    if found := re.search(r"<!-- simpo's, as long as this is its digest: (\w+) -->\n", card):
+        return card.endswith(found[0]) and found[1] == _digest_of_card(card.removesuffix(found[0]))
+    return bool(re.search(r"\nTrained with simpo \S+\.\s*\Z", card)) or card.startswith(PLAIN_CARD)
+
+
+PLAIN_CARD = "---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [simpo]\n---\n"
+
+
+def _digest_of_card(card: str) -> str:
+    return hashlib.sha256(card.encode()).hexdigest()[:16]

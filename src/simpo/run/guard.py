@@ -450,8 +450,7 @@ class RunGuard:
             advice = CHECKS[finding.check].advice
             row = {"step": finding.step, "kind": finding.check, "level": level, "since_step": finding.since_step}
             row |= {"saw": finding.saw, "advice": advice} | ({"source": finding.source} if finding.source else {})
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            self._write(row)
             since = f" (since step {finding.since_step})" if finding.since_step < finding.step else ""
             word = "note" if level == "say" else "warning"
             text = f"{word} at step {finding.step}: {finding.saw}{since}. {advice}"
@@ -460,6 +459,10 @@ class RunGuard:
                 self.verdict = (finding, level)
         if self._acts:
             self.verdict = self._mesh.from_main(self.verdict)
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     def choose(self, checkpoints: Sequence[int]) -> None:
         """After a verdict: which of the steps with a checkpoint to go back to, if any. Every process calls it."""
@@ -470,6 +473,10 @@ class RunGuard:
         if self.back_to is not None:
             best = f"the best evaluation before that was at step {self.back_to}"
             self._display.say(f"the guard goes back: {best}; its weights are the final model")
+            row = {"step": finding.step, "kind": "back", "level": "say", "since_step": finding.since_step}
+            row |= {"saw": f"gone back: {best}; its weights are the final model", "advice": "", "back_to": self.back_to}
+            if self._mesh.is_main:
+                self._write(row)
 
     def stopped(self, total_steps: int, saved: Path) -> StoppedByGuard:
         """The error to raise where the verdict leaves no checkpoint to go back to; `saved`: one of this moment."""

@@ -11,7 +11,7 @@ from typing import Any
 
 from simpo.evaluation.statistics import wilson_interval
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.export import build_model_card
+from simpo.run.export import PLAIN_CARD, build_model_card, sign_card
 from simpo.shipping.source import Source
 
 EVALUATION = "evaluation.json"
@@ -24,10 +24,10 @@ def card_of(source: Source) -> str:
     """Markdown for a model's README.md."""
     if source.run is None or not (source.run / "recipe.yaml").is_file():
         what = f"`{source.name}` merged into `{source.base}`" if source.is_adapter else f"`{source.name}`"
-        return f"---\nlibrary_name: transformers\npipeline_tag: text-generation\ntags: [simpo]\n---\n\n{what}.\n"
+        return sign_card(f"{PLAIN_CARD}\n{what}.\n")
     recipe = load_recipe(source.run / "recipe.yaml", processes=1)
     rows = _read_lines(source.run / "metrics.jsonl")
-    step = source.checkpoint.step if source.checkpoint is not None else _step_of(rows, recipe)
+    step = source.checkpoint.step if source.checkpoint is not None else _step_of(rows, recipe, source.run)
     return build_model_card(
         recipe, data=dict(_data_lines(source.run, recipe, rows, step)), results=_results(source.run, rows, step)
     )
@@ -39,8 +39,11 @@ def _read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
 
 
-def _step_of(rows: list[dict[str, Any]], recipe: Recipe) -> int:
+def _step_of(rows: list[dict[str, Any]], recipe: Recipe, run: Path) -> int:
     """The step whose weights a finished run's model has."""
+    for row in _read_lines(run / "guard.jsonl"):
+        if "back_to" in row:
+            return row["back_to"]
     name, best = recipe.metric_for_best_model, {}
     for row in rows if recipe.load_best_model_at_end else ():
         if name in row and row["step"]:

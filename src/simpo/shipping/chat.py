@@ -144,6 +144,10 @@ def run_chat(name: str, overrides: Sequence[str] = (), *, compare: str | None = 
                 f"--compare: {name} was trained from {source.base}, which is not found from here ({error}); go to the "
                 "folder that it was trained in, or name it: --compare MODEL"
             ) from error
+        if not compare:  # as training had it
+            keys = ("model_revision", "trust_remote_code")
+            known = {key: getattr(source.recipe, key) for key in keys}
+            other = replace(other, recipe=other.recipe.model_copy(update=known))
         if source.run is None:
             source = _asked_like(source, other)
         else:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from simpo.display import Display
 from simpo.recipe import load_recipe
-from simpo.run.export import create_repository, upload_model
+from simpo.run.export import create_repository, is_own_card, upload_model
 from simpo.shipping.card import EVALUATION, card_of
 from simpo.shipping.source import Source, find_source
 
@@ -36,7 +36,7 @@ def run_push(name: str, overrides: Sequence[str] = (), *, repo: str | None = Non
     recipe = load_recipe(source.recipe, {"push_to_hub": True, "hub_model_id": repo})
     card = _card(source, folder)
     if card is None:
-        display.say(f"{folder / 'README.md'} was not written by simpo: it is sent as it is")
+        display.say(f"{folder / 'README.md'} was written, or changed, by somebody else than simpo: it is sent as it is")
     elif source.run is not None and not (source.run / EVALUATION).is_file():
         display.say(
             f"the card has the run's own evaluations; one against the base, with intervals of everything, comes with: "
@@ -55,9 +55,9 @@ def _name_of(source: Source) -> str:
 
 
 def _card(source: Source, folder: Path) -> str | None:
-    """The card to send; None where somebody wrote one."""
+    """The card to send; None where somebody wrote one, or changed simpo's."""
     own = folder / "README.md"
-    if own.is_file() and "simpo" not in own.read_text(encoding="utf-8"):
+    if own.is_file() and not is_own_card(own.read_text(encoding="utf-8")):
         return None
     return card_of(source)
 

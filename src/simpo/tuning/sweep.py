@@ -116,6 +116,11 @@ def read_sweep(path: Path) -> Found:
     return Found(best, [trials[name] for name in content["as_good"]], gained)
 
 
+def _worth(result: Result) -> float | None:
+    """None for a run that failed, or whose answers did."""
+    return None if result.failed or result.accuracy is None else result.accuracy.value
+
+
 class _Sweep:
     """The sweep in one folder."""
 
@@ -190,7 +195,7 @@ class _Sweep:
     def _propose_one_by_one(self, space: Space, workers: Workers, *, steps: int | None, count: int) -> None:
         self._train(self.trials, workers, rung=0, steps=steps)
         while len(self.trials) < count:
-            tried = [(t.settings, None if t.results[0].accuracy is None else self._worth(t)) for t in self.trials]
+            tried = [(t.settings, _worth(t.results[0])) for t in self.trials]
             self._train([self._add(propose_next(space, tried, seed=self.base.seed))], workers, rung=0, steps=steps)
 
     def _add(self, settings: Settings) -> Trial:
@@ -224,7 +229,9 @@ class _Sweep:
     def _job(self, trial: Trial, steps: int | None) -> Job:
         place = self.folder / trial.name / ("run" if steps is None else f"steps-{steps}")
         recipe = load_recipe(self.base, _words(trial.settings))
-        once = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+        once: dict[str, Any] = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
+        once |= {"early_stopping_patience": None, "early_stopping_threshold": 0.0}
+        once["guard"] = {check: "stop" if level == "back" else level for check, level in recipe.guard.items()}
         changes: dict[str, Any] = {"output_dir": str(place / "run"), "num_eval_generations": 0, **once}
         recipe = load_recipe(recipe, changes | ({} if steps is None else {"max_steps": steps}))
         write_whole(place / "recipe.yaml", recipe.to_yaml())

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput, rotate_checkpoints
+from transformers.trainer_utils import EvalLoopOutput
 
 from simpo.core.batch import PackedPairs
 from simpo.core.losses import PairLogps
@@ -42,6 +42,7 @@ from simpo.model.attention import plain_attention
 from simpo.model.head import compute_pair_logps
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.recipe import Recipe, load_recipe
+from simpo.run.checkpoint import prune_checkpoints
 from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import record_dtype
 from simpo.run.guard import RunGuard
@@ -385,13 +386,20 @@ class SimPOTrainer(Trainer):
 
     def _end_by_guard(self) -> None:
         """Stop after this step: with a checkpoint of it, or with the weights of an earlier one."""
-        self.guard.choose([saved.step for saved in list_checkpoints(Path(self.args.output_dir), TRAINERS)])
+        self.guard.choose(self._saved_steps())
         self.control.should_training_stop = True
         self.control.should_save |= self.guard.back_to is None
         if self.guard.back_to is not None:
             self.args.load_best_model_at_end = True
             self.recipe = self.recipe.model_copy(update={"load_best_model_at_end": True})
             self.state.best_model_checkpoint = str(self._checkpoint_of(self.guard.back_to))
+
+    def _saved_steps(self) -> list[int]:
+        return [saved.step for saved in list_checkpoints(Path(self.args.output_dir), TRAINERS)]
+
+    def _to_keep(self) -> set[int | None]:
+        """The best step, and those that the guard might go back to."""
+        return {self.state.best_global_step, *self.guard.may_go_back_to(self._saved_steps())}
 
     def _checkpoint_of(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{step}"
@@ -415,7 +423,7 @@ class SimPOTrainer(Trainer):
         values = total.means() | total.counts() | {"time_s": time.perf_counter() - started}
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         if self.eval_pairs is not None and metric_key_prefix == "eval":
-            self.eval_pairs.save(self.state.global_step, self.mesh, best_step=self.state.best_global_step)
+            self.eval_pairs.save(self.state.global_step, self.mesh, keep=self._to_keep())
         if self.is_in_train and metric_key_prefix == "eval":
             folder, place = self.recipe.output_dir, {"step": self.state.global_step, "mesh": self.mesh}
             store = dataloader.dataset.loader.store
@@ -477,8 +485,8 @@ class SimPOTrainer(Trainer):
             sync_logs(Path(self.recipe.output_dir or "."))
             seal(folder, self._identity())
             # Only now may an earlier one go, which the Trainer deletes before this one is whole.
-            best = self.state.best_model_checkpoint
-            rotate_checkpoints(str(folder.parent), limit, best_model_checkpoint=best, use_mtime=True)
+            if limit is not None:
+                prune_checkpoints(folder.parent, keep=limit, protect=self._to_keep(), kind=TRAINERS)
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
         """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
