@@ -119,6 +119,13 @@ def test_a_checkpoint_of_two_ranks_is_the_model_that_they_exported(
         assert torch.equal(found[name], value), name
 
 
+def test_a_chat_template_that_is_asked_for_is_written(tiny_model: Path, tmp_path: Path):
+    """A key that the command takes and that changed nothing."""
+    words = ["--save_dtype", "float32", "--chat_template", "{% for m in messages %}A{{ m['content'] }}{% endfor %}"]
+    folder = run_merge(str(tiny_model), words, output=str(tmp_path / "merged"))
+    assert AutoTokenizer.from_pretrained(folder).chat_template == words[-1]
+
+
 def test_a_name_that_is_a_model_already_and_a_folder_in_use_are_refused(tiny_recipe: Settings, tmp_path: Path):
     run = train(tiny_recipe).output_dir
     refused = CliRunner().invoke(app, ["merge", str(run)])

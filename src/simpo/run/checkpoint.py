@@ -287,7 +287,7 @@ def prune_checkpoints(
         if checkpoint.step not in protect:
             doomed = folder / f".{checkpoint.folder.name}.deleting"
             checkpoint.folder.rename(doomed)  # a folder with its final name is always whole, also while it goes
-            shutil.rmtree(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)  # what stays goes with the next one
             surplus -= 1
 
 

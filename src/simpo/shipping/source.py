@@ -122,11 +122,15 @@ def _find(name: str) -> tuple[str | None, Checkpoint | None, Path | None]:
 
 
 def load_source_tokenizer(source: Source) -> Any:
-    """Its tokenizer, with the chat template that it was trained with."""
-    if source.folder is not None:
-        return find_tokenizer(source.recipe, source.folder)
-    tokenizer = load_tokenizer(source.recipe)
-    install_chat_template(tokenizer, source.recipe.chat_template)
+    """Its tokenizer, with the chat template that it was trained with, or that is asked for."""
+    asked = source.recipe.chat_template
+    if source.folder is None:
+        tokenizer = load_tokenizer(source.recipe)
+        install_chat_template(tokenizer, asked)
+        return tokenizer
+    tokenizer = find_tokenizer(source.recipe, source.folder)
+    if asked not in (None, NO_TEMPLATE):
+        install_chat_template(tokenizer, asked)
     return tokenizer
 
 

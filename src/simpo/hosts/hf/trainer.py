@@ -399,7 +399,8 @@ class SimPOTrainer(Trainer):
 
     def _to_keep(self) -> set[int | None]:
         """The best step, and those that the guard might go back to."""
-        return {self.state.best_global_step, *self.guard.may_go_back_to(self._saved_steps())}
+        back = self._guard.may_go_back_to(self._saved_steps()) if self._guard is not None else ()
+        return {self.state.best_global_step, *back}
 
     def _checkpoint_of(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{step}"
