@@ -222,7 +222,7 @@ def _last_text(answer: Any) -> str | None:
 
 def _in_its_place(answer: Any, response: Any) -> Any:
     """A dialogue with another last answer; the response itself where `answer` is none."""
-    if not isinstance(answer, list) or not isinstance(response, str):
+    if not (isinstance(answer, list) and answer and isinstance(answer[-1], Mapping) and isinstance(response, str)):
         return response
     name = "content" if "content" in answer[-1] else "value"
     return [*answer[:-1], {**answer[-1], name: response}]

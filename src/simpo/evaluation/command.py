@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,11 @@ def run_eval_command(
         raise ValueError(f"{data or '--tasks'} is not a recipe (.yaml): say with --model which model to evaluate")
     named = [] if model is None else ["--model_name_or_path", model]
     first = str(recipe_or_data) if is_recipe else {}
-    own = load_recipe(first, overrides if is_recipe else [*overrides, *named], only=READ_KEYS).model_name_or_path
-    if any(word.split("=")[0] == "--model_revision" for word in overrides):
-        own = model or own  # it was meant for this one
     settings = load_recipe(first, [*overrides, *named], only=READ_KEYS)
+    own = settings.model_name_or_path
+    if is_recipe and not any(word.split("=")[0] == "--model_revision" for word in overrides):
+        with contextlib.suppress(ValueError):  # it names no model
+            own = load_recipe(first, overrides, only=READ_KEYS).model_name_or_path
     settings = load_recipe(settings, {"model_name_or_path": model_folder(settings.model_name_or_path)})
     for notice in settings.notices if data is None else ():
         say(f"notice: {notice}", console)

@@ -127,7 +127,8 @@ class Journal:
             ValueError: as `check_inputs`.
         """
         if keeps_others:
-            order = [*order, *(row_id for row_id in self.done if row_id not in {*order})]
+            own = {*order}
+            order = [*order, *(row_id for row_id in self.done if row_id not in own)]
         self.check_inputs(order)
         ordered = [row_id for row_id in order if row_id in self.done]
         if ordered != list(self.done):
