@@ -10,9 +10,9 @@ import re
 
 from markupsafe import Markup, escape
 
-# Words, runs of blanks, and single signs; scripts that write no blanks between words sign by sign.
+# Words and single signs, each with the blanks behind it; scripts that write no blanks between words sign by sign.
 _ALONE = r"\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"
-_PIECE = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+|\s+|[^\w\s]")
+_PIECE = re.compile(rf"(?:[{_ALONE}]|[^\W{_ALONE}]+|[^\w\s])\s*|\s+")
 MOST_PIECES = 3000
 """Longer texts are shown without marks: finding them takes quadratic time."""
 ALIKE = 0.35
@@ -26,12 +26,11 @@ def mark_differences(before: str, after: str) -> tuple[Markup, Markup, str]:
         return escape(before), escape(after), "the same"
     if max(len(old), len(new)) > MOST_PIECES:
         return escape(before), escape(after), "too long to compare"
-    matcher = difflib.SequenceMatcher(None, old, new, autojunk=False)
-    words = sum(not piece.isspace() for piece in (*old, *new))
-    shared = 2 * sum(
-        not piece.isspace() for block in matcher.get_matching_blocks() for piece in old[block.a : block.a + block.size]
+    # By words alone: every second piece would be a blank, and each be held against all others.
+    matcher = difflib.SequenceMatcher(
+        None, *([piece.rstrip() for piece in side] for side in (old, new)), autojunk=False
     )
-    share = shared / words if words else 1.0
+    share = matcher.ratio()
     if share < ALIKE:
         return escape(before), escape(after), f"rewritten: {share:.0%} of the words in common"
     left, right = Markup(), Markup()
@@ -43,4 +42,5 @@ def mark_differences(before: str, after: str) -> tuple[Markup, Markup, str]:
 
 
 def _mark(tag: str, text: str) -> Markup:
-    return Markup("<{0}>{1}</{0}>").format(Markup(tag), text) if text else Markup()
+    words = text.rstrip()
+    return Markup("<{0}>{1}</{0}>{2}").format(Markup(tag), words, text[len(words) :]) if text else Markup()
