@@ -94,7 +94,7 @@ from simpo.run.stopping import (
     needs_memory,
     not_finite,
 )
-from simpo.run.tracking import MetricsLog, check_trackers, open_log
+from simpo.run.tracking import MetricsLog, check_trackers, has_evaluation, open_log
 
 _ADVICE_OF_OPTIMIZER = (
     "optim: adamw_bf16 or adamw_8bit, or use_peft: true, need less. Weights may be half updated: resume from the last "
@@ -246,8 +246,7 @@ class Trainer:
         with self._stop.listening():
             self.guard = RunGuard(self.recipe, self.output_dir, self.mesh, self.display, done=self.progress.step)
             self.guard.begin(dropped_by_source(self.data.ledger))
-            if self.recipe.eval_on_start and self.progress.step == 0:
-                self._evaluate_and_log()
+            self._make_up_for_an_evaluation()
             with self.display.progress(self.total_steps, self.progress.step) as show:
                 for plan in self.loader.plans(self.progress.step, self.total_steps):
                     if self._is_ended_by_guard() or self.progress.why_early(self.recipe) is not None:
@@ -257,6 +256,13 @@ class Trainer:
                     with self._naming_what_is_whole(saves=self.mesh.sizes.world == 1):  # others may be elsewhere
                         self._after_step(values)
             self._is_ended_by_guard()  # after the last step
+
+    def _make_up_for_an_evaluation(self) -> None:
+        """The one before the first step, or after the last one that is done, where that ran out of memory."""
+        step = self.progress.step
+        due = self.recipe.eval_on_start if step == 0 else is_due(*self._evaluates, **self._at(step))
+        if due and not self.mesh.on_main(lambda: has_evaluation(self.output_dir / "metrics.jsonl", step)):
+            self._evaluate_and_log()
 
     @contextlib.contextmanager
     def _naming_what_is_whole(self, *, saves: bool = False) -> Iterator[None]:
@@ -344,8 +350,8 @@ class Trainer:
         recipe, step, last = self.recipe, self.progress.step, self.progress.step == self.total_steps
         if step % recipe.logging_steps == 0 or last:
             self._log_window(values)
-        at = {"step": step, "steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}
-        if is_due(recipe.eval_strategy, recipe.eval_steps, **at):
+        at = self._at(step)
+        if is_due(*self._evaluates, **at):
             self._evaluate_and_log()
         if not last and self.progress.why_early(recipe) is not None:
             last, at["total_steps"] = True, step
@@ -360,6 +366,13 @@ class Trainer:
                 f"stopped after step {step} of {self.total_steps} and saved {self._save_to_stop()}; "
                 "to resume, run the same command with --resume_from_checkpoint true"
             )
+
+    @property
+    def _evaluates(self) -> tuple[Any, Any]:
+        return self.recipe.eval_strategy, self.recipe.eval_steps
+
+    def _at(self, step: int) -> dict[str, int]:
+        return {"step": step, "steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}
 
     def _finish(self) -> TrainResult:
         self.saver.finish()
@@ -464,6 +477,7 @@ class Trainer:
 
     def save(self) -> Checkpoint:
         """Write a checkpoint of this moment, unless this step has one; with `async_save` it is complete later."""
+        self.saver.finish()  # what is on its way counts among those that may have to stay
         if self.log is not None:
             self.log.sync()
         state = {

@@ -23,6 +23,7 @@ WORSE = {
     **{"save_steps": 2, "eval_steps": 2, "learning_rate": 0.2, "lr_scheduler_type": "constant"},
     **{"metric_for_best_model": "logps/chosen", "early_stopping_patience": 2},
 }
+SHORT = {"load_best_model_at_end": False, "save_strategy": "no", "eval_steps": None}
 WHY = "stopped early after step 6: eval_logps/chosen has not improved in 2 evaluations: its best value is "
 
 
@@ -49,6 +50,21 @@ def test_the_run_ends_as_a_finished_one_that_says_why(tiny_recipe: Settings, cap
     assert sorted(p.name for p in (result.output_dir / "checkpoints").iterdir()) == ["step-2", "step-4", "step-6"]
     # The steps since the last line are not lost.
     assert [line["step"] for line in lines_of(result.output_dir) if "loss" in line] == [4, 6]
+
+
+@pytest.mark.parametrize("host", ["native", "accelerate"])
+def test_the_best_is_kept_where_nothing_is_due_to_be_saved(tiny_recipe: Settings, host: str):
+    """Trap 73: the best evaluation, after step 2, has a checkpoint though they are due at 4 and 8, and one is kept."""
+    keys = {"load_best_model_at_end": True, "save_steps": 4, "save_total_limit": 1, "max_steps": 8, "device": "cpu"}
+    settings = {**tiny_recipe, **WORSE, **keys, "early_stopping_patience": None}
+    if host == "native":
+        run(settings)
+    else:
+        run_recipe(load_recipe(settings))
+    folder = Path(settings["output_dir"])
+    assert "2 of 8" in (folder / "model" / "README.md").read_text()
+    first = run({**settings, "output_dir": f"{folder}-2", "max_steps": 2, "eval_strategy": "no"} | SHORT)
+    assert torch.allclose(weights(folder), weights(first.output_dir), atol=1e-5)
 
 
 def test_a_resumed_run_ends_where_it_would_have(tiny_recipe: Settings):

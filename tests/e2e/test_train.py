@@ -264,14 +264,6 @@ def test_sample_generations_are_written_at_each_evaluation(tiny_recipe: Settings
     assert all(line["prompt"] and "row_id" in line for line in lines)
 
 
-def test_samples_end_with_the_models_positions(tiny_recipe: Settings) -> None:
-    """Beyond learned ones there is nothing to look up."""
-    trainer = build(tiny_recipe, num_eval_generations=2, eval_generation_max_new_tokens=40)
-    longest = max(len(trainer.eval_loader.store[i].prompt_ids) for i in range(2))
-    trainer.model.config.max_position_embeddings = longest + 3
-    assert all(answer["tokens"] <= 3 for answer in trainer._generate_samples())
-
-
 def test_eval_steps_may_be_a_share_of_the_run(tiny_recipe: Settings) -> None:
     run(tiny_recipe, eval_steps=0.3)
     assert [m["step"] for m in read_metrics(tiny_recipe["output_dir"]) if "eval_loss" in m] == [3, 6, 9, 10]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from simpo.display import Display
 from simpo.recipe import load_recipe
 from simpo.report.held_out import final_line
 from simpo.report.read import read_run
+from simpo.run.guard import RunGuard
 from simpo.run.saved import list_checkpoints
 from simpo.run.stopping import StoppedByGuard
 from simpo.shipping.card import card_of
@@ -91,7 +93,9 @@ def test_stop_before_the_first_step_trains_nothing(tiny_recipe: Settings) -> Non
 
 
 @pytest.mark.parametrize(
-    "keys", [{}, {"save_total_limit": 1}, {"async_save": True}], ids=lambda keys: next(iter(keys), "")
+    "keys",
+    [{}, {"save_total_limit": 1}, {"async_save": True, "save_total_limit": 1}],
+    ids=lambda keys: next(iter(keys), ""),
 )
 def test_back_makes_the_best_checkpoint_from_before_the_model(tiny_recipe: Settings, keys: Settings) -> None:
     """The rate rises to 3 over the run: the first steps are harmless."""
@@ -99,6 +103,7 @@ def test_back_makes_the_best_checkpoint_from_before_the_model(tiny_recipe: Setti
     often = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "save_dtype": "float32"}
     result = train(tiny_recipe, **warm, **often, **keys, guard={"all": "back", "learning_rate": "off"})
     assert not list((result.output_dir / "checkpoints").glob(".*"))
+    at = {"mesh": SimpleNamespace(is_main=True), "display": Display(quiet=True), "done": result.steps}
     found, gone = findings(result.output_dir)[-2:]
     assert found["level"] == "back"
     assert result.steps == found["step"] < 40
@@ -111,6 +116,8 @@ def test_back_makes_the_best_checkpoint_from_before_the_model(tiny_recipe: Setti
     assert final_line(read_run(result.output_dir))["step"] == best, "the report is of the same weights"
     pushed = card_of(find_source(str(result.output_dir)))
     assert f"optimizer step of these weights: {best} of {found['step']}" in pushed
+    RunGuard(load_recipe({**tiny_recipe, **keys}), result.output_dir, **at)
+    assert "back_to" not in (result.output_dir / "guard.jsonl").read_text(), "a run that goes on has not gone back"
 
 
 def test_back_without_an_earlier_checkpoint_stops(tiny_recipe: Settings) -> None:

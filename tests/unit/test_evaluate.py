@@ -8,6 +8,7 @@ import json
 import math
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,8 @@ import simpo
 from simpo.cli import app
 from simpo.data.prepare import prepare_pairs
 from simpo.evaluation import command as evaluation_command
+from simpo.evaluation import run as evaluation_run
+from simpo.evaluation.generate import generate_greedy
 from simpo.evaluation.results import Evaluation, PairRecord, build_evaluation, compare
 from simpo.evaluation.run import evaluate
 from simpo.model import settle
@@ -377,9 +380,29 @@ def test_a_revision_is_that_of_the_recipes_model_and_of_no_other(tmp_path, pair_
     monkeypatch.setattr(evaluation_command, "find_tokenizer", refuse)
     recipe = {"model_name_or_path": "a/own", "model_revision": "abc", "dataset_mixer": {str(pair_files): 1.0}}
     load_recipe(recipe).save(tmp_path / "recipe.yaml")
-    for words in ([], ["--model", "a/other"], ["--model", "a/third", "--model_revision", "xyz"]):
+    for words in ([], ["--model", "a/other"], ["--model", "a/third", "--model-revision", "xyz"]):
         run_command(tmp_path / "recipe.yaml", *words)
-    assert asked == {"a/own": "abc", "a/other": None, "a/third": "xyz"}
+    monkeypatch.setattr(evaluation_run, "find_tokenizer", refuse)
+    for name in ("a/own", "a/fourth"):
+        with pytest.raises(ValueError, match="enough"):
+            evaluate(name, pair_files, recipe=recipe)
+    assert asked == {"a/own": "abc", "a/other": None, "a/third": "xyz", "a/fourth": None}
+
+
+def test_answers_end_with_learned_positions_each_by_itself():
+    """Beyond them there is nothing to look up; computed ones go further."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "n_positions": 16, "n_embd": 8, "n_layer": 1, "n_head": 1, "eos_token_id": None}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=1))
+    words = SimpleNamespace(
+        eos_token_id=None, batch_decode=lambda ids, skip_special_tokens: [str(each) for each in ids]
+    )
+    prompts = [[3] * 12, [4, 5], [6] * 16]
+    found = generate_greedy(model, words, prompts, max_new_tokens=6)
+    assert [len(answer.ids) for answer in found] == [4, 6, 0]
+    assert found[1].ids == generate_greedy(model, words, prompts[1:2], max_new_tokens=6)[0].ids
 
 
 # --- what goes wrong -------------------------------------------------------------------------------------------------

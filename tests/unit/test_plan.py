@@ -62,6 +62,9 @@ def test_a_reference_model_and_padded_batches_take_their_room():
     assert "reference" not in plain.footprint.moments
     found = dpo.footprint.moments["reference"]
     assert found["the reference's weights"] == found["weights"] == dpo.state.weights
+    apart = plan_of("llama-8b", 8, fsdp_cpu_offload=True, loss_type="dpo").footprint
+    assert "the reference's weights" in apart.offloaded
+    assert "weights" not in apart.moments["reference"]
     padded = plan_of("llama-1b", 1, 40, pack=False, share_prompt=False, per_device_train_batch_size=16, max_length=4096)
     assert padded.tokens == padded.search.needed == 16 * 2 * 4096
     assert not padded.fits

@@ -304,3 +304,16 @@ def test_a_pair_beside_its_scored_list_has_its_scores_and_the_other_responses():
     for other in ({"all_rm_scores": [0.5, None, 0.9, 0.2]}, {"all_generated_responses": ["x"] * 4}):
         assert pair_from_row({**row, **other}).scores is None, "the pair stands, whatever lies beside it"
         assert between({**row, **other}) == []
+
+
+def test_a_list_beside_columns_that_are_named_is_no_part_of_the_pair():
+    row = {
+        "prompt": "Why?",
+        "good": "fine",
+        "bad": "worst",
+        "responses": ["best", "fine", "worst"],
+        "scores": [0.9, 0.7],
+    }
+    for scores in ([0.9, 0.7], [0.9, 0.7, 0.1]):  # the first of another length
+        pair = pair_from_row({**row, "scores": scores}, chosen_column="good", rejected_column="bad")
+        assert (pair.chosen, pair.rejected, pair.scores) == ("fine", "worst", None)

@@ -87,3 +87,10 @@ def test_what_gives_no_prompt_is_said(tmp_path: Path):
         read(write(tmp_path, [{"prompt": "x"}]), keep_columns="answer")
     with pytest.raises(ValueError, match="no prompts; name a dataset"):
         read_prompts(load_recipe({"model_name_or_path": "any"}))
+
+
+def test_an_empty_system_turn_is_rendered_and_names_no_other_prompt(tmp_path: Path):
+    """An id is of what is asked: files of answers and runs that were begun go by it."""
+    recipe = {"model_name_or_path": "any", "generate": {"prompts": {str(write(tmp_path, SHAPES[:1])): 1}}}
+    found = read_prompts(load_recipe({**recipe, "auto_insert_empty_system_msg": True}))
+    assert [(prompt.turns, prompt.id) for prompt in found.prompts] == [(ASKED, "069159bd0a77eac7")]

@@ -134,7 +134,10 @@ def pair_from_row(
     drop_ties(row)
     notes: Notes = {}
     prompt_names = (prompt_column,) if prompt_column else PROMPT_COLUMNS
-    raw, scores = raw_answers(row, chosen_column, rejected_column), read_scores(row)
+    raw, scores = (
+        raw_answers(row, chosen_column, rejected_column),
+        read_scores(row, lists=not (chosen_column or rejected_column)),
+    )
     dialogues = all(map(is_transcript, raw))
     sides = [_decoded(value, what, notes, transcript=dialogues) for value, what in zip(raw, SIDES)]
     if any(row.get(name) is not None for name in prompt_names):

@@ -98,7 +98,8 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
     if prepared is None:
         read_pair = source_files.reader_of(recipe, sources, functools.partial(_reader, tokenizer))
         examine = PairCleaner(recipe.clean, read_benchmarks(recipe))
-        build = functools.partial(RowTokenizer, tokenizer, read_pair, examine, own, lists=recipe.keep_lists, **limits)
+        lists = recipe.keep_lists and not (recipe.chosen_column or recipe.rejected_column)  # which name the pair alone
+        build = functools.partial(RowTokenizer, tokenizer, read_pair, examine, own, lists=lists, **limits)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
         ledger = Ledger(notes=splits.notes, fingerprint=key)

@@ -62,7 +62,7 @@ def run_eval_command(
     first = str(recipe_or_data) if is_recipe else {}
     settings = load_recipe(first, [*overrides, *named], only=READ_KEYS)
     own = settings.model_name_or_path
-    if is_recipe and not any(word.split("=")[0] == "--model_revision" for word in overrides):
+    if is_recipe and settings.model_revision == load_recipe(first, named, only=READ_KEYS).model_revision:
         with contextlib.suppress(ValueError):  # it names no model
             own = load_recipe(first, overrides, only=READ_KEYS).model_name_or_path
     settings = load_recipe(settings, {"model_name_or_path": model_folder(settings.model_name_or_path)})

@@ -48,32 +48,48 @@ def generate_greedy(
         model: a causal language model; its mode and attention are as before afterwards.
         tokenizer: decodes; its end-of-sequence token ends a response, as do those of the model's generation config.
         prompts: token ids, the generation header included.
-        max_new_tokens: longer responses are cut there.
+        max_new_tokens: longer responses are cut there, or where learned positions end.
         batch_size: prompts generated together, padded on the left.
         advance: is told how many prompts were answered.
     Returns:
         One response to each prompt.
     """
     ends = end_tokens(tokenizer, getattr(unwrap(model), "generation_config", None))
-    was_training, answers = model.training, []
+    was_training, answers = model.training, [Generated("", [], False)] * len(prompts)
+    positions, rooms = _learned_positions(unwrap(model)), {}
+    for place, prompt in enumerate(prompts):
+        room = max_new_tokens if positions is None else min(max_new_tokens, positions - len(prompt))
+        rooms.setdefault(room, []).append(place)
+    batches = [
+        (room, places[start : start + batch_size])
+        for room, places in rooms.items()
+        for start in range(0, len(places), batch_size)
+    ]
     model.eval()
     try:
         # Compiled blocks would be compiled again for single tokens with a cache and a mask.
         with plain_attention(model), torch.compiler.set_stance("force_eager"):
             shared = why_not_shared(model) is None
-            for start in range(0, len(prompts), batch_size):
-                batch = prompts[start : start + batch_size]
-                size = {"max_new_tokens": max_new_tokens, "shared": shared}
+            for room, places in batches:
+                advance(len(places))
+                if room < 1:
+                    continue
+                batch, size = [prompts[place] for place in places], {"max_new_tokens": room, "shared": shared}
                 found = sample_responses(model, batch, [[0]] * len(batch), Sampling(), ends=ends, **size)
                 texts = tokenizer.batch_decode([response.ids for (response,) in found], skip_special_tokens=True)
-                answers += [
-                    Generated(text.strip(), response.ids, response.finished)
-                    for text, (response,) in zip(texts, found, strict=True)
-                ]
-                advance(len(batch))
+                for place, text, (response,) in zip(places, texts, found, strict=True):
+                    answers[place] = Generated(text.strip(), response.ids, response.finished)
     finally:
         model.train(was_training)
     return answers
+
+
+def _learned_positions(model: nn.Module) -> int | None:
+    """How many there are, where each has a vector of its own; None where others are computed, and may go further."""
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    words, sizes = model.get_input_embeddings(), range(positions or 0, (positions or 0) + 3)  # OPT's begin at 2
+    tables = (each for each in model.modules() if isinstance(each, nn.Embedding) and each is not words)
+    return positions if positions and any(table.num_embeddings in sizes for table in tables) else None
 
 
 def save_samples(
@@ -99,12 +115,9 @@ def save_samples(
     indices = range(min(recipe.num_eval_generations, len(store)))
     if not indices:
         return []
-    prompts, most = [store[i].prompt_ids for i in indices], recipe.eval_generation_max_new_tokens
-    positions = getattr(unwrap(model).config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None:  # learned ones end there; whoever reads the answers sees that they did not
-        most = max(1, min(most, positions - max(map(len, prompts))))
+    prompts = [store[i].prompt_ids for i in indices]
     with needs_memory("generating samples", advice="lower num_eval_generations or eval_generation_max_new_tokens"):
-        responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=most)
+        responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=recipe.eval_generation_max_new_tokens)
     if not mesh.is_main:
         return []
     records = [

@@ -107,7 +107,12 @@ def evaluate(
         raise ValueError("no pairs to evaluate on: give data (a file, a folder, a dataset) or a recipe")
     wanted = {"model_name_or_path": _name_of(model), "bf16": bf16, "device": device}
     wanted = {key: value for key, value in wanted.items() if value is not None}
-    settings = load_recipe({} if recipe is None else recipe, wanted, only=READ_KEYS)
+    first = {} if recipe is None else recipe
+    settings = load_recipe(first, wanted, only=READ_KEYS)
+    with contextlib.suppress(ValueError):  # it names no model
+        own = load_recipe(first, only=READ_KEYS).model_name_or_path
+        if base_model(settings.model_name_or_path) not in (own, base_model(own)):
+            settings = load_recipe(settings, {"model_revision": None})
     if tokenizer is None and (num_generations or not _is_tokenised(data)):
         tokenizer = find_tokenizer(settings, settings.model_name_or_path)
     return evaluate_pairs(

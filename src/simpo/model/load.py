@@ -260,6 +260,7 @@ def lora_config(recipe: Recipe) -> Any:
     targets = recipe.lora_target_modules
     return LoraConfig(
         task_type="CAUSAL_LM",
+        revision=recipe.model_revision,
         r=recipe.lora_r,
         lora_alpha=recipe.lora_alpha,
         lora_dropout=recipe.lora_dropout,

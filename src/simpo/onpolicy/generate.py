@@ -21,7 +21,7 @@ from simpo.data.columns import RowError
 from simpo.data.templates import digest_of_template
 from simpo.display import counter, say
 from simpo.onpolicy.journal import Journal
-from simpo.onpolicy.prompts import Prompt, read_prompts
+from simpo.onpolicy.prompts import Prompt, check_rendered_alike, read_prompts
 from simpo.onpolicy.sampler import Backend, LocalBackend, Response
 from simpo.recipe import Recipe
 from simpo.recipe.stages import SERVER_KEYS
@@ -58,7 +58,10 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
             f"generate.temperature 0 gives {wanted.num_samples} equal responses; set generate.num_samples to 1, or a "
             "temperature"
         )
+    check_rendered_alike(recipe)
     found = read_prompts(recipe)
+    if wanted.backend == "openai" and recipe.auto_insert_empty_system_msg:
+        found.notes.append("auto_insert_empty_system_msg: a server renders prompts by its own template, without it")
     for note in found.notes:
         say(f"note: {note}", console)
     count = len(found.prompts)

@@ -13,9 +13,7 @@ from simpo.data.columns import RowError
 from simpo.data.ledger import Dropped, count_rows
 from simpo.data.messages import Message
 from simpo.data.preferences import Pair, prompt_from_row
-from simpo.data.prepare import inserts_empty_system
-from simpo.data.sources import Source, find_sources, load_splits, reader_of
-from simpo.evaluation.run import find_tokenizer, model_folder
+from simpo.data.sources import find_sources, load_splits, reader_of
 from simpo.recipe import Recipe, load_recipe
 
 
@@ -69,10 +67,6 @@ def read_prompts(recipe: Recipe, *, held_out: bool = False, also_keep: Sequence[
     recipe = load_recipe(recipe, changes)
     sources = find_sources(recipe)
     splits = load_splits(recipe, sources, group_answers=False)
-    if wanted.backend != "openai":
-        _check_rendered_alike(recipe, sources)
-    elif recipe.auto_insert_empty_system_msg:
-        splits.notes.append("auto_insert_empty_system_msg: not for prompts that a server answers by its own template")
     read = reader_of(recipe, sources, _reader)
     found: dict[str, Prompt] = {}
     repeated = differing = 0
@@ -115,10 +109,13 @@ def _is_given(value: Any) -> bool:
     return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
-def _check_rendered_alike(recipe: Recipe, sources: Sequence[Source]) -> None:
-    """Raise ValueError where a source would be trained on in another form than prompts are answered in."""
+def check_rendered_alike(recipe: Recipe) -> None:
+    """Raise ValueError where a source would be trained on in another form than this process answers prompts in."""
     key = "generate.prompts" if recipe.generate.prompts else "dataset_mixer"
-    for source in sources:
+    mixer = recipe.generate.prompts or recipe.dataset_mixer
+    if recipe.generate.backend == "openai" or not mixer:
+        return
+    for source in find_sources(load_recipe(recipe, {"dataset_mixer": mixer, "dataset_configs": None})):
         for name in ("chat_template", "rendered_text"):
             if source.own.get(name, getattr(recipe, name)) != getattr(recipe, name):
                 raise ValueError(
@@ -128,9 +125,5 @@ def _check_rendered_alike(recipe: Recipe, sources: Sequence[Source]) -> None:
 
 
 def _reader(recipe: Recipe) -> Callable[..., Pair]:
-    empty = recipe.auto_insert_empty_system_msg and recipe.generate.backend != "openai"
-    if empty:
-        name = model_folder(recipe.model_name_or_path)
-        empty = inserts_empty_system(find_tokenizer(load_recipe(recipe, {"model_name_or_path": name}), name), recipe)
     columns = {"prompt_column": recipe.prompt_column, "system_prompt": recipe.system_prompt}
-    return functools.partial(prompt_from_row, **columns, empty_system=empty)
+    return functools.partial(prompt_from_row, **columns)

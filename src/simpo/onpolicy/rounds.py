@@ -30,7 +30,7 @@ from simpo.display import Display, format_duration
 from simpo.errors import LEFT_OUT
 from simpo.onpolicy.journal import changed_settings, read_about
 from simpo.onpolicy.pair import is_held_out, run_pair
-from simpo.onpolicy.prompts import Prompt, read_prompts
+from simpo.onpolicy.prompts import Prompt, check_rendered_alike, read_prompts
 from simpo.onpolicy.score import build_scorer
 from simpo.onpolicy.table import Measures, compare_models, measure_model, show_table, standard_error, table_lines
 from simpo.recipe import KEYS, Recipe, load_recipe
@@ -125,6 +125,7 @@ class _Loop:
 
     def _plan_prompts(self) -> tuple[list[list[Prompt]], list[Prompt]]:
         """The prompts of each round, and those that are held out; refuses to go on with others than before."""
+        check_rendered_alike(self.recipe)
         found = read_prompts(self.recipe)
         for note in found.notes:
             self.display.say(f"note: {note}")

@@ -20,7 +20,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpo.data.columns import RowError
+from simpo.data.messages import turn
 from simpo.data.preferences import Pair
+from simpo.data.prepare import inserts_empty_system
 from simpo.data.templates import PROBE_ANSWERS
 from simpo.data.tokenize import PairTokenizer
 from simpo.data.workers import WorkersFailed, map_in_processes
@@ -105,17 +107,23 @@ class PromptTokenizer:
         self._pairs = PairTokenizer(
             tokenizer, max_length=2**40, chat_template=recipe.chat_template, rendered_text=recipe.rendered_text
         )
+        self._with_empty_system = inserts_empty_system(tokenizer, recipe)
         render = self._pairs.render
         self.end_text: str | None = render.end_text
         self.stops = [] if render.adds_end else [text for text in [getattr(render, "kept_suffix", "")] if text.strip()]
 
     def __call__(self, prompts: Sequence[Prompt]) -> list[list[int] | RowError]:
         """The tokens of each prompt, the generation header included, or why there are none."""
-        pairs = [Pair(prompt.row_id, _prompt_of(prompt), *PROBE_ANSWERS, tools=prompt.tools) for prompt in prompts]
+        pairs = [Pair(prompt.row_id, self._asked(prompt), *PROBE_ANSWERS, tools=prompt.tools) for prompt in prompts]
         return [
             found if isinstance(found, RowError) else found.chosen_ids[: found.num_shared]
             for found in self._pairs(pairs)
         ]
+
+    def _asked(self, prompt: Prompt) -> Any:
+        if self._with_empty_system and prompt.turns[0]["role"] != "system":
+            return [turn("system", ""), *prompt.turns]
+        return _prompt_of(prompt)
 
 
 def _prompt_of(prompt: Prompt) -> Any:

@@ -182,8 +182,10 @@ def compute_footprint(
     moments = {moment: always | added.get(moment, {}) for moment in MOMENTS}
     moments["save"].pop("gradients", None)
     if recipe.loss.needs_reference:  # before the first step; taken to be as large as the model, and spread alike
-        kept = {part: size for part, size in always.items() if part not in ("gradients", "moments")}
-        moments["reference"] = kept | {"the reference's weights": state.weights}
+        kept, own = ("weights", "CUDA and NCCL"), {"the reference's weights": state.weights}
+        offloaded = offloaded | own if offloads_weights(recipe, mesh) else offloaded
+        moments["reference"] = {part: always[part] for part in kept if part in always}
+        moments["reference"] |= {} if offloads_weights(recipe, mesh) else own
     found = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
     return Footprint(found, offloaded, on_cpu)
 

@@ -20,6 +20,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from simpo.data.files import write_whole
 from simpo.run.tracking import GENERATIONS_FILE, forget_lines_after
 
 if TYPE_CHECKING:
@@ -413,6 +414,10 @@ class RunGuard:
         self.has_chosen, self.back_to = False, None
         if mesh.is_main:
             forget_lines_after(self._path, done if done else -1)
+            rows = _read_lines(self._path)
+            if any("back_to" in row for row in rows):  # it goes on after all
+                kept = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows if "back_to" not in row)
+                write_whole(self._path, kept)
             answers = groupby(_read_lines(folder / GENERATIONS_FILE), lambda answer: answer["step"])
             by_step = {step: list(group) for step, group in answers}
             for line in _read_lines(folder / "metrics.jsonl") if history is None else history:

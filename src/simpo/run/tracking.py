@@ -100,6 +100,12 @@ def forget_lines_after(path: Path, step: int) -> None:
     write_whole(path, kept)
 
 
+def has_evaluation(path: Path, step: int) -> bool:
+    """Whether a metrics.jsonl has the evaluation after a step."""
+    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    return any("eval_loss" in (line := json.loads(each)) and line["step"] == step for each in lines)
+
+
 def _is_done_again(line: str, step: int) -> bool:
     try:
         record = json.loads(line)

@@ -132,6 +132,7 @@ class SimPOTrainer(Trainer):
         self._total_steps = 0
         self._window: Window | None = None  # of the training that is under way
         self._guard: RunGuard | None = None
+        self._best_saved: int | None = None  # the last step that was saved for its evaluation
         self._answers: list[dict[str, Any]] = []  # of the evaluation that is to be logged next
         self._eval_totals: StepTotals | None = None
         self.eval_pairs: EvalPairs | None = None  # of a run directory
@@ -371,7 +372,11 @@ class SimPOTrainer(Trainer):
         """As in transformers; where training ends here, the steps since the last line are logged before the save."""
         saves, self.control.should_save = self.control.should_save, False
         super()._maybe_log_save_evaluate(*args, **options)
-        self.control.should_save |= saves
+        # Each that is the best so far is saved, once: a step may come here twice.
+        step = self.state.global_step
+        is_best = self.args.load_best_model_at_end and self.state.best_global_step == step != self._best_saved
+        self._best_saved = step if is_best else self._best_saved
+        self.control.should_save |= saves or is_best
         self.control.should_log |= self.control.should_training_stop
         super()._maybe_log_save_evaluate(*args, **options)
 
@@ -400,7 +405,8 @@ class SimPOTrainer(Trainer):
     def _to_keep(self) -> set[int | None]:
         """The best step, and those that the guard might go back to."""
         back = self._guard.may_go_back_to(self._saved_steps()) if self._guard is not None else ()
-        return {self.state.best_global_step, *back}
+        best = self.state.best_model_checkpoint
+        return {self.state.best_global_step, *back, *([] if best is None else [_step_of(best)])}
 
     def _checkpoint_of(self, step: int) -> Path:
         return Path(self.args.output_dir) / f"checkpoint-{step}"
@@ -486,7 +492,7 @@ class SimPOTrainer(Trainer):
             sync_logs(Path(self.recipe.output_dir or "."))
             seal(folder, self._identity())
             # Only now may an earlier one go, which the Trainer deletes before this one is whole.
-            if limit is not None:
+            if limit is not None and limit > 0:
                 prune_checkpoints(folder.parent, keep=limit, protect=self._to_keep(), kind=TRAINERS)
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
@@ -513,6 +519,7 @@ class SimPOTrainer(Trainer):
             self.state.best_global_step = self.guard.back_to
             self.state.best_model_checkpoint = str(self._checkpoint_of(self.guard.back_to))
         best = Path(self.state.best_model_checkpoint)
+        self.state.best_global_step = _step_of(best)  # an earlier version may have evaluated more often than it saved
         if (best / IDENTITY_FILE).is_file():
             self.mesh.on_main(lambda: check_sealed(best))
         with only_data(self.state.best_model_checkpoint):
@@ -520,3 +527,7 @@ class SimPOTrainer(Trainer):
 
     def _identity(self) -> dict[str, Any]:
         return run_identity(self.recipe, self.data, self.loader, total_steps=self._total_steps)
+
+
+def _step_of(checkpoint: str | Path) -> int:
+    return int(Path(checkpoint).name.rpartition("-")[2])
