@@ -644,14 +644,17 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
     where = {"date": time.strftime("%Y-%m-%d"), "cpu": machine["cpu"], "bf16": RECIPE["bf16"]}
     run = {**where, "size": lab.size.amounts, "measured": lab.measured}
     write_whole(beside / f"{lab.args.size}-{where['date']}.json", json.dumps(run, indent=1) + "\n")
+    asked = [each for each in SECTIONS if not lab.size.sections or each.name in lab.size.sections]
+    left = [f"{each.title.lower()} ({each.name})" for each in asked if each not in sections]
     head = [
         "# Evidence",
         "",
-        f"Written by `make evidence`, size {lab.args.size}: {Path(lab.args.model).name} in "
+        f"Written by `make evidence`, size {lab.args.size}{', in part' * bool(left)}: {Path(lab.args.model).name} in "
         f"{'bfloat16' if RECIPE['bf16'] else 'float32'} on {machine['cpu']}, {machine['cores_allowed']} cores, "
         f"torch {torch.__version__}. Numbers and figures are as they came out, also "
         "where they contradict a claim.",
         "",
+        *([f"Not measured yet: {'; '.join(left)}.", ""] if left else []),
         "A model of 135 million parameters shows mechanics: what a loss does to log-probs, lengths and answers. It "
         "ranks no methods for models of 8 billion: the largest independent study (arXiv:2603.19335, 240 runs) finds "
         "SimPO worst of twenty at 1.5 billion and best at 7, and the loss worth one point where scale is worth fifty.",

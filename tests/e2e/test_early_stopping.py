@@ -54,7 +54,7 @@ def test_the_run_ends_as_a_finished_one_that_says_why(tiny_recipe: Settings, cap
 
 @pytest.mark.parametrize("host", ["native", "accelerate"])
 def test_the_best_is_kept_where_nothing_is_due_to_be_saved(tiny_recipe: Settings, host: str):
-    """Trap 73: the best evaluation, after step 2, has a checkpoint though they are due at 4 and 8, and one is kept."""
+    """The best evaluation, after step 2, has a checkpoint though they are due at 4 and 8, and one is kept."""
     keys = {"load_best_model_at_end": True, "save_steps": 4, "save_total_limit": 1, "max_steps": 8, "device": "cpu"}
     settings = {**tiny_recipe, **WORSE, **keys, "early_stopping_patience": None}
     if host == "native":

@@ -76,7 +76,7 @@ def test_an_interrupted_file_is_finished_as_if_nothing_had_happened(settings):
     ids=lambda keys: next(iter(keys), "as it is"),
 )
 def test_prompts_have_the_tokens_that_training_has_in_front_of_an_answer(settings, tmp_path, keys):
-    """Trap 72: rows that training reads, as training reads them."""
+    """Of rows that training reads, as training reads them."""
     path, rows = tmp_path / "pairs.jsonl", [{"prompt": "river?"}, {"prompt": "two\nlines", "system": "Hush."}]
     path.write_text("".join(json.dumps({**row, "chosen": "yes", "rejected": "no"}) + "\n" for row in rows))
     recipe = load_recipe({**settings, "dataset_mixer": {str(path): 1.0}, "validation_fraction": 0.0, **keys})
