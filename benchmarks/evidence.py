@@ -1,7 +1,7 @@
 """The method's claims in small: trains, measures, and writes docs/evidence.md with its figures. Nothing is typed in.
 
     make evidence                     everything, 5 times as many trainings as quick
-    EVIDENCE=quick make evidence      the first sections; 108 minutes on two cores with AVX2, in float32
+    EVIDENCE=quick make evidence      the first sections; 108 minutes on two cores with AVX2, in float32, one at a time
     python benchmarks/evidence.py [--model MODEL] [--data FOLDER] [--size quick] [--only SECTION ...] [--at-once N]
     python benchmarks/evidence.py --paper simpo=MODEL dpo=MODEL ... --pairs PAIRS    the paper's numbers, by its models
 
