@@ -260,7 +260,7 @@ class Trainer:
     def _make_up_for_an_evaluation(self) -> None:
         """The one before the first step, or after the last one that is done, where that ran out of memory."""
         step = self.progress.step
-        due = self.recipe.eval_on_start if step == 0 else is_due(*self._evaluates, **self._at(step))
+        due = self.recipe.eval_on_start if step == 0 else self._evaluates_at(step)
         if due and not self.mesh.on_main(lambda: has_evaluation(self.output_dir / "metrics.jsonl", step)):
             self._evaluate_and_log()
 
@@ -350,9 +350,9 @@ class Trainer:
         recipe, step, last = self.recipe, self.progress.step, self.progress.step == self.total_steps
         if step % recipe.logging_steps == 0 or last:
             self._log_window(values)
-        at = self._at(step)
-        if is_due(*self._evaluates, **at):
+        if self._evaluates_at(step):
             self._evaluate_and_log()
+        at = self._at(step)
         if not last and self.progress.why_early(recipe) is not None:
             last, at["total_steps"] = True, step
             if self.progress.logged_step != step:
@@ -367,9 +367,8 @@ class Trainer:
                 "to resume, run the same command with --resume_from_checkpoint true"
             )
 
-    @property
-    def _evaluates(self) -> tuple[Any, Any]:
-        return self.recipe.eval_strategy, self.recipe.eval_steps
+    def _evaluates_at(self, step: int) -> bool:
+        return is_due(self.recipe.eval_strategy, self.recipe.eval_steps, **self._at(step))
 
     def _at(self, step: int) -> dict[str, int]:
         return {"step": step, "steps_per_epoch": self.loader.steps_per_epoch, "total_steps": self.total_steps}

@@ -291,7 +291,7 @@ class StepLoader:
     @property
     def scores_fingerprint(self) -> str | None:
         """12 hex digits over the scores and the margins made of them; None where training reads none."""
-        read = [numbers for numbers in (self.margins, self.store.all_scores if self.with_scores else None)]
+        read = (self.margins, self.store.all_scores if self.with_scores else None)
         if all(numbers is None for numbers in read):
             return None
         content = [b"" if numbers is None else np.ascontiguousarray(numbers).tobytes() for numbers in read]

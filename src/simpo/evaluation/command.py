@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,15 +17,15 @@ from simpo.evaluation.run import (
     HELD_OUT,
     READ_KEYS,
     EvalPairs,
-    base_model,
     evaluate_pairs,
     find_tokenizer,
     is_recipe_file,
     load_pairs,
     model_folder,
+    settings_for,
 )
 from simpo.evaluation.tasks import compare_tasks, measure_tasks, show_tasks
-from simpo.recipe import Recipe, load_recipe
+from simpo.recipe import load_recipe
 from simpo.run.optim import set_threads
 
 
@@ -72,11 +73,7 @@ def run_eval_command(
     if output is not None:
         _check_output(Path(output), settings.model_name_or_path, is_tasks=bool(tasks))
 
-    def settings_of(name: str) -> Recipe:
-        """A revision is that of the model that it was given with, also as the base of an adapter."""
-        kept = base_model(model_folder(name)) in (own, base_model(model_folder(own)))
-        return settings if kept else settings.model_copy(update={"model_revision": None})
-
+    settings_of = functools.partial(settings_for, settings, own)
     if tasks:
         names = [settings.model_name_or_path, *([] if baseline is None else [baseline])]
         measured = [measure_tasks(name, tasks, settings_of(name), max_documents=max_pairs) for name in names]

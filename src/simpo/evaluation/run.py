@@ -110,9 +110,7 @@ def evaluate(
     first = {} if recipe is None else recipe
     settings = load_recipe(first, wanted, only=READ_KEYS)
     with contextlib.suppress(ValueError):  # it names no model
-        own = load_recipe(first, only=READ_KEYS).model_name_or_path
-        if base_model(settings.model_name_or_path) not in (own, base_model(own)):
-            settings = load_recipe(settings, {"model_revision": None})
+        settings = settings_for(settings, load_recipe(first, only=READ_KEYS).model_name_or_path)
     if tokenizer is None and (num_generations or not _is_tokenised(data)):
         tokenizer = find_tokenizer(settings, settings.model_name_or_path)
     return evaluate_pairs(
@@ -125,6 +123,17 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         progress=progress,
     )
+
+
+def settings_for(settings: Recipe, own: str, name: str | None = None) -> Recipe:
+    """The settings to load a model by: a revision is that of the model `own`, also as the base of an adapter.
+
+    Args:
+        name: of the model to load; None = the settings'.
+    """
+    name = model_folder(settings.model_name_or_path if name is None else name)
+    is_own = base_model(name) in (own, base_model(model_folder(own)))
+    return settings if is_own else settings.model_copy(update={"model_revision": None})
 
 
 # --- what to evaluate ------------------------------------------------------------------------------------------------

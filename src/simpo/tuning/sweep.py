@@ -116,7 +116,7 @@ def read_sweep(path: Path) -> Found:
     return Found(best, [trials[name] for name in content["as_good"]], gained)
 
 
-def _worth(result: Result) -> float | None:
+def _success_of(result: Result) -> float | None:
     """None for a run that failed, or whose answers did."""
     return None if result.failed or result.accuracy is None else result.accuracy.value
 
@@ -195,7 +195,7 @@ class _Sweep:
     def _propose_one_by_one(self, space: Space, workers: Workers, *, steps: int | None, count: int) -> None:
         self._train(self.trials, workers, rung=0, steps=steps)
         while len(self.trials) < count:
-            tried = [(t.settings, _worth(t.results[0])) for t in self.trials]
+            tried = [(t.settings, _success_of(t.results[0])) for t in self.trials]
             self._train([self._add(propose_next(space, tried, seed=self.base.seed))], workers, rung=0, steps=steps)
 
     def _add(self, settings: Settings) -> Trial:
