@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ from mesh_runs import MESHES, data_ranks
 from torch import Tensor
 
 from simpo.core.batch import build_batch
+from simpo.core.losses import PairLogps
 from simpo.core.packing import TokenPair
 from simpo.display import Display
 from simpo.model.attention import PACKED, plain_attention
 from simpo.model.head import compute_pair_logps, install_head, install_router_loss
 from simpo.model.load import checkpoint_activations
 from simpo.recipe import load_recipe
+from simpo.run.objective import trained_losses
 from simpo.trainer import Trainer
 
 PAIRS = [
@@ -107,6 +110,19 @@ def test_the_configuration_decides_unless_the_key_does(asked: bool, key: float |
     model = build_model(output_router_logits=asked, router_aux_loss_coef=0.01)
     assert install_router_loss(model, key) == coefficient
     assert (compute_pair_logps(model, build_batch(PAIRS)).router_loss is None) == (coefficient == 0)
+
+
+@pytest.mark.parametrize("keys", [{}, {"wpo_weights": True, "reward_calibration": True, "sft_weight": 0.3}])
+def test_it_is_added_once_and_nothing_weighs_it(keys: dict[str, Any]) -> None:
+    sums, ones = torch.tensor([-3.0, -2.0]), torch.ones(2)
+    extras = {"log_squares": ones, "pull": ones}
+    plain = PairLogps(sums, 2 * sums, ones, ones, chosen_extras=extras, rejected_extras=extras)
+    recipe = load_recipe({"model_name_or_path": "tiny", "bf16": False, **keys})
+    with_it, without = (
+        trained_losses(logps, recipe, num_pairs=2, num_chosen_tokens=2)[0]
+        for logps in (replace(plain, router_loss=torch.tensor([0.25, 4.0])), plain)
+    )
+    torch.testing.assert_close(with_it - without, torch.tensor([0.25, 4.0]))
 
 
 def test_a_model_without_routers_is_refused(tiny_model: Any) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from simpo.core.batch import build_batch
+from simpo.core.losses import PairLogps
 from simpo.core.packing import TokenPair
 from simpo.core.reweight import wpo_weights
 from simpo.model.head import compute_pair_logps
@@ -197,6 +198,22 @@ def test_responses_whose_tokens_are_all_alike_keep_them_all_and_finite_gradients
     logps = compute_pair_logps(model, build_batch(pairs), extras={"low"})
     low, whole = logps.extra("low_length"), (logps.chosen_length, logps.rejected_length)
     assert [torch.equal(a, b.to(a.dtype)) for a, b in zip(low, whole, strict=True)] == [True, True]
+
+
+def test_calibration_scales_no_gradient_more_than_tenfold_and_none_that_one_side_lacks():
+    """A response of which the model is certain pulls at nothing: chosen, rejected, both."""
+    pulls = torch.tensor([[1e-9, 1.0, 0.0, 1.0, 0.0], [1.0, 1e-9, 1.0, 0.0, 0.0]])
+    one = torch.ones(5)
+
+    def gradients(keys: dict[str, Any]) -> Tensor:
+        sums = torch.zeros(2, 5, requires_grad=True)
+        extras = [{"pull": pull, "log_squares": one} for pull in pulls]
+        logps = PairLogps(*sums, one, one, chosen_extras=extras[0], rejected_extras=extras[1])
+        losses, _ = trained_losses(logps, recipe_of(keys), num_pairs=5, num_chosen_tokens=5)
+        return torch.autograd.grad(losses.sum(), sums)[0]
+
+    scales = gradients({"reward_calibration": True}) / gradients({})
+    torch.testing.assert_close(scales, torch.tensor([[10.0, 0.1, 1, 1, 1], [0.1, 10.0, 1, 1, 1]]))
 
 
 # --- real weights ----------------------------------------------------------------------------------------------------

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from simpo.display import Display
 from simpo.recipe import KEYS, load_recipe
 from simpo.recipe.values import GUARD_CHECKS
-from simpo.run.guard import CHECKS, Finding, Guard
+from simpo.run.guard import CHECKS, Finding, Guard, RunGuard
+from simpo.run.stopping import StoppedByGuard
 
 DOC = Path(__file__).resolve().parents[2] / "docs" / "trouble.md"
 
@@ -149,8 +153,61 @@ def test_a_source_that_pulls_the_other_way_and_one_that_is_only_harder() -> None
         return lines
 
     found = only(judge(sources(-4.0)))
-    assert (found.check, found.source, found.step <= 8) == ("sources", "bad", True)
+    assert (found.check, found.source, 4 <= found.step <= 8) == ("sources", "bad", True)  # four lines tell how sure
     assert judge(sources(0.1)) == []
+
+
+def test_each_source_is_said_once() -> None:
+    guard, dropped = Guard(gamma=1.0), {"a": (30, 50), "b": (20, 40), "c": (0, 40)}
+    assert [found.source for found in guard.read_start(5e-5, dropped, 0.2)] == ["a", "b"]
+    assert guard.read_start(5e-5, dropped, 0.2) == []
+
+
+def test_a_share_of_all_pairs_is_no_certainty() -> None:
+    """Three of three, then two of three: a binomial share of 1 has a standard error of 0."""
+    lines = [
+        {"step": step, "eval_loss": 1.0, **{f"eval_{name}": value for name, value in numbers.items()}}
+        for step, right in ((0, 1.0), (1, 1.0), (2, 2 / 3))
+        for numbers in [
+            {"logps/chosen": -1.0, "logps/rejected": -1.5, "rewards/margins": 0.5, "rewards/accuracies": 0.9}
+            | {"rewards/accuracies/few": right, "pairs/few": 3, "pairs": 100}
+        ]
+    ]
+    assert judge(lines) == []
+    for line in lines:
+        line["eval_pairs/few"] = 300
+    assert (found := only(judge(lines))).source == "few"
+    assert found.saw == "accuracy on held-out pairs of few fell from 100% to 67%"
+
+
+def test_the_best_step_from_before_by_a_metric_that_grows_and_by_one_that_falls(tmp_path: Path) -> None:
+    """Steps 1 to 4 have checkpoints; what shows since step 6 may be in the weights that step 5's line is of."""
+    for metric, values in (("eval_loss", [3, 1, 2, 4, 0]), ("eval_rewards/accuracies", [0.3, 0.9, 0.4, 0.1, 1.0])):
+        keys = {"metric_for_best_model": metric, "logging_steps": 1, "guard": "back", "eval_strategy": "steps"}
+        recipe = load_recipe({"model_name_or_path": "m", **keys, "eval_steps": 1, "save_steps": 1})
+        assert recipe.greater_is_better == (metric != "eval_loss")
+        mesh = SimpleNamespace(is_main=True, from_main=lambda value: value)
+        guard = RunGuard(recipe, tmp_path, mesh, Display(quiet=True), history=())
+        for step, value in enumerate(values, start=1):
+            numbers = {f"eval_{name}": -1.0 for name in ("logps/chosen", "logps/rejected", "rewards/margins")}
+            guard.heed(step, {"eval_loss": 1.0, "eval_rewards/accuracies": 0.5, **numbers, metric: value})
+        guard.verdict = (Finding(7, "gradient", 6, "saw"), "back")
+        guard.choose([1, 2, 3, 4, 5])
+        assert guard.back_to == 2, metric
+        guard.choose([3, 4, 5])
+        assert guard.back_to == 3, metric
+        guard.choose([5])
+        assert guard.back_to is None, metric
+
+
+def test_the_first_finding_ends_the_run_and_is_what_is_told(tmp_path: Path) -> None:
+    recipe = load_recipe({"model_name_or_path": "m", "learning_rate": 0.5, "guard": "stop"})
+    mesh = SimpleNamespace(is_main=True, from_main=lambda value: value)
+    guard = RunGuard(recipe, tmp_path, mesh, Display(quiet=True), history=())
+    with pytest.raises(StoppedByGuard, match=r"before the first step \(learning_rate\)"):
+        guard.begin({"a": (30, 50), "b": (0, 40)})
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "guard.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert kinds == ["learning_rate", "sources"]
 
 
 def test_what_can_be_seen_before_the_first_step() -> None:

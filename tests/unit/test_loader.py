@@ -53,6 +53,36 @@ def test_a_store_with_gaps_counts_the_labels_that_its_batches_hold():
     assert backwards.response_lengths.tolist() == [[4, 6], [3, 2]]
 
 
+def of_lists(middle: float = 0.5) -> PairStore:
+    """A list of four responses and one of two; `middle` is what the first one's second response scored."""
+    row = {"row_id": "four", "chosen_ids": [1, 2, 3, 3], "chosen_start": 2, "rejected_ids": [1, 2, 4]}
+    row |= {"rejected_start": 2, "more_ids": [[1, 2, 5, 5, 5], [1, 2, 6, 6, 6, 6]], "more_starts": [2, 2]}
+    row |= {"score_chosen": 1.0, "more_scores": [middle, 0.25], "score_rejected": 0.0}
+    two = {**row, "row_id": "two", "more_ids": [], "more_starts": [], "more_scores": []}
+    return PairStore(datasets.Dataset.from_list([row, two]))
+
+
+def test_a_list_costs_what_all_its_responses_do():
+    store = of_lists()
+    loader = StepLoader(store, pairs_per_step=2, num_micro_batches=1, weights=WEIGHTS)
+    built = loader.build([0, 1]).pairs
+    assert store.num_labels.tolist() == [2 + 1 + 3 + 4, 2 + 1] == [sum(each) for each in built.response_lengths.split((4, 2))]
+    assert store.tokens.tolist() == [2 + 2 + 1 + 3 + 4, 2 + 2 + 1]
+    for index, own in enumerate(([2, 1, 3, 4], [2, 1])):  # tokens behind the shared two
+        attended = 3 + sum(length * 2 + length * (length + 1) // 2 for length in own)
+        assert store.shapes.attended[index] == attended
+        assert loader.costs[index] == pytest.approx(store.tokens[index] + 0.01 * attended + 0.3 * sum(own))
+
+
+def test_scores_of_every_response_are_told_apart():
+    def fingerprint(store: PairStore, **options) -> str | None:
+        return StepLoader(store, pairs_per_step=2, num_micro_batches=1, **options).scores_fingerprint
+
+    assert fingerprint(of_lists()) is None
+    assert fingerprint(of_lists(), with_scores=True) == fingerprint(of_lists(), with_scores=True)
+    assert fingerprint(of_lists(), with_scores=True) != fingerprint(of_lists(0.75), with_scores=True)
+
+
 @pytest.mark.parametrize("max_tokens", [None, 150, 400])
 def test_a_ranks_plans_are_its_share_of_the_plan_of_each_step(max_tokens):
     store, ranks = make_store(), 3

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from simpo.core import logprobs
-from simpo.core.logprobs import reference_token_logps, response_logps, token_logps
+from simpo.core.logprobs import at_most_mean, reference_token_logps, response_logps, token_logps
 
 N, D, V = 23, 16, 509  # an odd vocabulary: no kernel gets a round shape
 
@@ -303,3 +303,10 @@ def test_sums_of_squares_of_bf16_products_and_certain_tokens_are_finite():
     values = token_logps(torch.ones(3, 16), weight, torch.tensor([7, 8, 7]), compute_dtype=torch.bfloat16, squares=True)
     assert values[1].tolist() == [0.0, 0.0, 0.0]
     assert values[0].isfinite().all()
+
+
+def test_a_mean_that_is_rounded_below_equal_probabilities_keeps_every_token():
+    equal = torch.full((10,), 0.1, dtype=torch.float64)
+    rounded = torch.nextafter(equal, torch.zeros_like(equal))
+    assert at_most_mean(equal, rounded).all()
+    assert not at_most_mean(equal * (1 + 1e-7), equal).any()

@@ -1,0 +1,51 @@
+"""run.session: when something is due, and which evaluation is the best or a gain."""
+
+from __future__ import annotations
+
+import pytest
+
+from simpo.recipe import Recipe, load_recipe
+from simpo.run.session import Progress, is_due
+
+
+@pytest.mark.parametrize(
+    ("strategy", "every", "due"),
+    [
+        ("steps", 4, [4, 8, 10]),
+        ("steps", 0.25, [3, 6, 9, 10]),  # a share is rounded up, as in transformers
+        ("steps", 0.01, [*range(1, 11)]),
+        ("steps", None, [10]),
+        ("epoch", None, [5, 10]),
+        ("no", 2, []),
+        (None, 2, [10]),
+    ],
+)
+def test_what_is_due_after_which_of_ten_steps(strategy: str | None, every: float | None, due: list[int]):
+    found = {"strategy": strategy, "every": every, "steps_per_epoch": 5, "total_steps": 10}
+    assert [step for step in range(1, 11) if is_due(step=step, **found)] == due
+
+
+def progress_after(recipe: Recipe, values: list[float]) -> list[tuple[int | None, int]]:
+    """The best step and the evaluations without a gain after each evaluation."""
+    progress, found = Progress(best_in="elsewhere"), []
+    for step, value in enumerate(values, start=1):
+        progress.step = step
+        progress.track_best({recipe.metric_for_best_model: value}, recipe)
+        found.append((progress.best_step, progress.evals_without_gain))
+    assert progress.best_in is None  # the run's own folder has it
+    return found
+
+
+@pytest.mark.parametrize(("metric", "sign"), [("eval_loss", -1.0), ("eval_rewards/accuracies", 1.0)])
+def test_the_best_may_be_no_gain(metric: str, sign: float):
+    """A gain surpasses the best so far by more than the threshold; the best needs only to be better."""
+    keys = {"metric_for_best_model": metric, "early_stopping_threshold": 0.5, "eval_strategy": "steps", "eval_steps": 1}
+    recipe = load_recipe({"model_name_or_path": "m", "early_stopping_patience": 3, "save_steps": 1, **keys})
+    gains = progress_after(recipe, [sign * value for value in (1.0, 1.25, 1.25, 1.75, 2.5, 2.0)])
+    assert gains == [(1, 0), (2, 1), (2, 2), (4, 3), (5, 0), (5, 1)]
+
+
+def test_an_evaluation_without_the_metric_names_those_it_has():
+    recipe = load_recipe({"model_name_or_path": "m"})
+    with pytest.raises(ValueError, match="metric_for_best_model: 'eval_loss' is not one of eval_pairs, eval_runtime"):
+        Progress().track_best({"eval_runtime": 1.0, "eval_pairs": 1.0}, recipe)
