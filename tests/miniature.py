@@ -152,16 +152,16 @@ def tiny_recipe(tiny_recipe_in, tmp_path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
-    """build(**config): a folder with a random two-layer Llama of that shape and the tiny tokenizer."""
+    """build(architecture=, **config): a folder with a random two-layer Llama of that shape and the tiny tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    import transformers
 
     made: dict[str, Path] = {}
 
-    def build(**config: Any) -> str:
-        key = json.dumps(config, sort_keys=True)
+    def build(architecture: str = "Llama", **config: Any) -> str:
+        key = json.dumps([architecture, config], sort_keys=True)
         if key not in made:
-            folder = tmp_path_factory.mktemp("llama")
+            folder = tmp_path_factory.mktemp(architecture.lower())
             for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja"):
                 if (tiny_model / name).is_file():
                     shutil.copy(tiny_model / name, folder)
@@ -178,7 +178,8 @@ def model_folder(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
                 **config,
             }
             torch.manual_seed(0)
-            LlamaForCausalLM(LlamaConfig(**settings)).save_pretrained(folder)
+            configuration = getattr(transformers, f"{architecture}Config")(**settings)
+            transformers.AutoModelForCausalLM.from_config(configuration).save_pretrained(folder)
             made[key] = folder
         return str(made[key])
 

@@ -223,6 +223,7 @@ SHAPES: dict[str, Settings] = {
     "3 KV heads": {"num_attention_heads": 6, "num_key_value_heads": 3},
     "1 KV head": {"num_key_value_heads": 1},
     "biases": {"attention_bias": True, "mlp_bias": True},
+    "norms of heads": {"architecture": "Qwen3", "head_dim": 12},
 }
 DP, FSDP = {"dp_replicate": 2, "dp_shard": 1}, {"dp_shard": 2}
 TP, CP = {"tp": 2}, {"cp": 2}
@@ -240,6 +241,7 @@ TWO: dict[str, tuple[str, int, Settings]] = {
     "tp2 tied": ("tied, odd vocabulary", 1, TP),
     "tp2 biases": ("biases", 1, TP),
     "tp2 checkpointed": ("untied", 1, {**TP, "gradient_checkpointing": True, "accumulation": 2}),
+    "tp2, norms of heads": ("norms of heads", 1, {**TP, "accumulation": 4}),
     "cp2": ("untied", 1, CP),
     "cp2, 3 KV heads": ("3 KV heads", 1, CP),
     "cp2, 1 KV head": ("1 KV head", 1, {**CP, "accumulation": 2}),
@@ -258,6 +260,11 @@ FOUR: dict[str, tuple[str, int, Settings]] = {
     "cp2 x tp2": ("untied", 1, {"cp": 2, "tp": 2}),
     "fsdp2 x cp2": ("3 KV heads", 2, {"dp_shard": 2, "cp": 2}),
     "dp2 x tp2": ("untied", 2, {"dp_replicate": 2, "dp_shard": 1, "tp": 2}),
+    "dp2 x tp2, norms of heads": (
+        *("norms of heads", 2),
+        {"dp_replicate": 2, "dp_shard": 1, "tp": 2, "accumulation": 2},
+    ),
+    "fsdp2 x tp2, norms of heads": ("norms of heads", 2, {"dp_shard": 2, "tp": 2, "accumulation": 2}),
     "dp2 x cp2 accumulated": ("untied", 2, {"dp_replicate": 2, "dp_shard": 1, "cp": 2, "accumulation": 2}),
     "fsdp2 x tp2 LoRA checkpointed": ("untied", 2, {"dp_shard": 2, "tp": 2, **LORA, "gradient_checkpointing": True}),
 }

@@ -7,6 +7,7 @@ from the checkpoint. What it leaves open is done here.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -186,7 +187,9 @@ class GradientSync:
     """How gradients of one step's micro-batches come together over the processes.
 
     DDP and FSDP2 average their own; adapters on a sharded model, which FSDP2 does not manage, are averaged here, in one
-    piece. The loss is scaled by the number of processes averaged over, so that averages are sums.
+    piece. The loss is scaled by the number of processes averaged over, so that averages are sums. Norms of heads that
+    tensor parallelism spreads (Qwen3, Gemma-3) are summed over its ranks by transformers, after every backward pass and
+    with all that was summed before; what it will multiply is divided first.
 
     Args:
         model: as it was loaded.
@@ -200,6 +203,7 @@ class GradientSync:
         self.mesh, self.module = mesh, model
         self.scale = mesh.sizes.gradient
         self._strays: list[nn.Parameter] = []
+        self._summed = _summed_by_transformers(model) if mesh.sizes.tp > 1 else []
         if mesh.sizes.is_sharded and mesh.gradient_group is not None:
             self._strays = [p for p in model.parameters() if p.requires_grad and not _is_known_to_fsdp(p)]
         elif mesh.gradient_group is not None:
@@ -211,6 +215,9 @@ class GradientSync:
 
         FSDP2 reduces each: gradients of the whole model would not fit anywhere.
         """
+        for parameter in self._summed:
+            if parameter.grad is not None:
+                parameter.grad /= self.mesh.sizes.tp
         waits = isinstance(self.module, DistributedDataParallel) and not is_last
         return self.module.no_sync() if waits else contextlib.nullcontext()
 
@@ -228,6 +235,18 @@ class GradientSync:
         flat /= self.mesh.sizes.gradient
         for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
             part.copy_(mean.view_as(part))
+
+
+def _summed_by_transformers(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters whose gradients transformers adds up over tp in place; FSDP2 takes each of its own away before."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    summed = [name for name, style in base.tp_plan.items() if style == "replicated_with_grad_allreduce"]
+    patterns = [re.compile(re.escape(name).replace(r"\*", r"\d+") + r"(\.\w+)?") for name in summed]
+    return [
+        parameter
+        for name, parameter in base.named_parameters()
+        if not _is_known_to_fsdp(parameter) and any(pattern.fullmatch(name) for pattern in patterns)
+    ]
 
 
 def _is_known_to_fsdp(parameter: nn.Parameter) -> bool:
