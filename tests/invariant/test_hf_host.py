@@ -95,6 +95,55 @@ def test_lora_trains_the_native_trainers_adapters(tiny_model: Path, pairs: Path,
     assert_same_run(host, native)
 
 
+def trainer_of(model: Any, pairs: Path, folder: Path, *, peft_config: Any = None, **changes: Any) -> SimPOTrainer:
+    args = SimPOConfig(report_to=[], disable_tqdm=True, save_strategy="no", **settings(folder, **changes))
+    return SimPOTrainer(str(model), args, train_dataset=read_rows(pairs), peft_config=peft_config)
+
+
+def test_dropout_of_adapters_is_left_on_and_that_of_the_model_is_not(
+    model_folder: Any, pairs: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig
+
+    adapters = LoraConfig(r=4, lora_dropout=0.3, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    folder = model_folder(attention_dropout=0.2)
+    model = trainer_of(folder, pairs, tmp_path / "run", peft_config=adapters).model
+    assert {m.p for name, m in model.named_modules() if name.endswith("lora_dropout.default")} == {0.3}
+    assert {m.attention_dropout for m in model.modules() if hasattr(m, "attention_dropout")} == {0.0}
+
+
+def test_arguments_that_were_changed_count_and_those_that_came_too_late_are_refused(
+    tiny_model: Path, pairs: Path, tmp_path: Path
+) -> None:
+    """As a trial of `hyperparameter_search` sets them. A run with them from the start is the same run."""
+    changes = {"beta": 10.0, "gradient_accumulation_steps": 1}
+    trainer = trainer_of(tiny_model, pairs, tmp_path / "changed")
+    for name, value in changes.items():
+        setattr(trainer.args, name, value)
+    trainer.train()
+    expected = trainer_of(tiny_model, pairs, tmp_path / "given", **changes)
+    expected.train()
+    assert trainer.recipe.beta == 10.0
+    for ours, theirs in zip(trainer.state.log_history, expected.state.log_history, strict=True):
+        assert [ours.get(name) for name in METRICS] == [theirs.get(name) for name in METRICS]
+    trainer.args.max_length = 80
+    with pytest.raises(ValueError, match=r"^max_length: changed after pairs and model"):
+        trainer.train()
+
+
+def test_a_damaged_checkpoint_is_noticed_whatever_names_it(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_model, pairs, tmp_path / "run", max_steps=2)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.train()
+    folder = tmp_path / "run" / "checkpoint-1"
+    content = bytearray((folder / "model.safetensors").read_bytes())
+    content[-5] ^= 4
+    (folder / "model.safetensors").write_bytes(content)
+    for name in (folder, str(folder)):
+        with pytest.raises(ValueError, match="checkpoint-1 is damaged"):
+            trainer_of(tiny_model, pairs, tmp_path / "run", max_steps=2).train(resume_from_checkpoint=name)
+
+
 def test_a_loaded_bf16_model_is_trained_in_fp32(
     tiny_model: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -224,6 +224,13 @@ SHAPES: dict[str, Settings] = {
     "1 KV head": {"num_key_value_heads": 1},
     "biases": {"attention_bias": True, "mlp_bias": True},
     "norms of heads": {"architecture": "Qwen3", "head_dim": 12},
+    "also sees": {
+        "architecture": "Gemma3",
+        "text_config": {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2}
+        | {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 12, "query_pre_attn_scalar": 12},
+        "vision_config": {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+        | {"num_attention_heads": 2, "image_size": 32, "patch_size": 16},
+    },
 }
 DP, FSDP = {"dp_replicate": 2, "dp_shard": 1}, {"dp_shard": 2}
 TP, CP = {"tp": 2}, {"cp": 2}
@@ -233,6 +240,7 @@ LORA = {"use_peft": True, "lora_r": 4, "lora_dropout": 0.0}
 TWO: dict[str, tuple[str, int, Settings]] = {
     "dp2": ("untied", 2, DP),
     "dp2 accumulated": ("untied", 2, {**DP, "accumulation": 2}),
+    "dp2, also sees": ("also sees", 2, {**DP, "accumulation": 2}),  # with weights that text does not reach
     "fsdp2": ("untied", 2, FSDP),
     "fsdp2 tied": ("tied, odd vocabulary", 2, FSDP),
     "fsdp2 accumulated": ("untied", 2, {**FSDP, "accumulation": 2}),
@@ -492,6 +500,17 @@ CANNOT_BE: list[tuple[Settings, Settings, str]] = [
     ({}, {**TP, "torch_compile": True}, "torch_compile: torch's compiler cannot trace tensor-parallel blocks"),
     ({}, {**TP, "use_liger_kernel": True}, "use_liger_kernel: Liger's kernels do not support tensor-parallel weights"),
     ({}, {**FSDP, **LORA, "lora_modules_to_save": ["lm_head"]}, "lora_modules_to_save: not supported with sharded"),
+    ({"architecture": "Mamba"}, FSDP, "needs packed rows, which MambaForCausalLM does not take"),
+    (
+        {"architecture": "Phi3", "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+        {**TP, **LORA},
+        "self_attn.o_proj of Phi3ForCausalLM is sharded as rowwise_split_input",
+    ),
+    (
+        {"architecture": "Mixtral", "num_local_experts": 4},
+        {**TP, **LORA},
+        "lora_target_modules: MixtralForCausalLM has its experts in one weight",
+    ),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, {"cp": 2}, "dynamic"),
 ]
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 
 import pytest
 import torch
@@ -131,6 +133,19 @@ def test_sign_flips_of_few_pairs_are_all_looked_at():
     difference = paired_difference(torch.tensor([1.0, 2.0, 4.0]), torch.zeros(3))
     assert difference.value == pytest.approx(7 / 3)
     assert difference.p_value == 2 / 8
+
+
+def test_round_off_makes_no_pattern_less_than_the_observed_one():
+    """Tenths are not exact in binary; counted in whole numbers they are."""
+    for count in range(2, 9):
+        tenths = [int(10 * value) for value in random_values(count, seed=count)]
+        patterns = itertools.product((-1, 1), repeat=count)
+        sums = [abs(sum(map(operator.mul, signs, tenths))) for signs in patterns]
+        expected = sum(each >= abs(sum(tenths)) for each in sums) / len(sums)
+        found = paired_difference(
+            torch.tensor([value / 10 for value in tenths], dtype=torch.float64), torch.zeros(count)
+        )
+        assert found.p_value == expected
 
 
 def test_equal_models_differ_by_nothing():

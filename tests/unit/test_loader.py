@@ -66,7 +66,8 @@ def test_a_list_costs_what_all_its_responses_do():
     store = of_lists()
     loader = StepLoader(store, pairs_per_step=2, num_micro_batches=1, weights=WEIGHTS)
     built = loader.build([0, 1]).pairs
-    assert store.num_labels.tolist() == [2 + 1 + 3 + 4, 2 + 1] == [sum(each) for each in built.response_lengths.split((4, 2))]
+    assert store.num_labels.tolist() == [2 + 1 + 3 + 4, 2 + 1]
+    assert built.response_lengths.tolist() == [2, 3, 4, 1, 2, 1]
     assert store.tokens.tolist() == [2 + 2 + 1 + 3 + 4, 2 + 2 + 1]
     for index, own in enumerate(([2, 1, 3, 4], [2, 1])):  # tokens behind the shared two
         attended = 3 + sum(length * 2 + length * (length + 1) // 2 for length in own)

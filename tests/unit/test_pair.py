@@ -57,6 +57,18 @@ def test_rejected_is_nearest_to_the_mean_less_two_deviations():
     assert pairs_of(row, method="best_sigma", sigmas=9.0) == pairs_of(row)
 
 
+def test_the_deviation_is_that_of_the_scores_and_no_estimate():
+    """Of 10, 4 and 0 the mean less 0.6 deviations is 2.2, nearer to 4; with n - 1 it would be 1.6, nearer to 0."""
+    row = row_of(*(response(f"answer {score}", score) for score in (10, 4, 0)))
+    assert pairs_of(row, method="best_sigma", sigmas=0.6) == [("answer 10", "answer 4")]
+
+
+def test_equal_scores_prefer_no_length():
+    rows = [row_of(response("a b c d e f", 2), response("g", 2), response("h i", 0), row_id=f"{n}") for n in range(200)]
+    longer = sum(pairs_of(row)[0][0] == "a b c d e f" for row in rows)
+    assert 70 < longer < 130
+
+
 def test_best_against_random_is_drawn_by_prompt_and_not_by_order():
     drawn = {pairs_of({**SIX, "id": f"{i}"}, method="best_random")[0] for i in range(60)}
     assert {chosen for chosen, _ in drawn} == {"answer 9.0"}
@@ -198,6 +210,17 @@ def test_balance_leaves_length_alone_right_half_the_time(tmp_path):
     assert after["length_only_accuracy"] == 0.5
     assert abs(after["spearman"]) < abs(before["spearman"])
     assert account["filtered"]["length_control"]["count"] == before["pairs"] - after["pairs"]
+
+
+def test_balance_holds_for_training_and_for_held_out_pairs(tmp_path):
+    folder, _ = run(tmp_path, made_up_rows(200, slope=0.1), length_control="balance", test_fraction=0.3)
+    for name in ("train.jsonl", "test.jsonl"):
+        sides = [
+            [len(row[side][0]["content"].split()) for side in ("chosen", "rejected")] for row in read(folder / name)
+        ]
+        assert sum(chosen > rejected for chosen, rejected in sides) == sum(
+            chosen < rejected for chosen, rejected in sides
+        )
 
 
 def test_drop_leaves_out_what_length_explains(tmp_path):

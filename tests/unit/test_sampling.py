@@ -30,7 +30,7 @@ FAMILIES = {
     "llama": {},
     "mistral": {"sliding_window": 8},
     "gemma2": {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]},
-    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "output_router_logits": True},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "mamba": {},
 }

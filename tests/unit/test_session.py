@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.session import Progress, is_due
+from simpo.run.saved import Checkpoint
+from simpo.run.session import Progress, is_due, locate_best
 
 
 @pytest.mark.parametrize(
@@ -43,6 +47,19 @@ def test_the_best_may_be_no_gain(metric: str, sign: float):
     recipe = load_recipe({"model_name_or_path": "m", "early_stopping_patience": 3, "save_steps": 1, **keys})
     gains = progress_after(recipe, [sign * value for value in (1.0, 1.25, 1.25, 1.75, 2.5, 2.0)])
     assert gains == [(1, 0), (2, 1), (2, 2), (4, 3), (5, 0), (5, 1)]
+
+
+def test_a_resumed_run_whose_best_checkpoint_is_gone_goes_on_counting(tmp_path: Path):
+    recipe = load_recipe(
+        {"model_name_or_path": "m", "early_stopping_patience": 3, "eval_strategy": "steps", "eval_steps": 2}
+    )
+    progress = Progress(step=4, best_step=2, best_metric=1.0, evals_without_gain=1, last_eval_step=4)
+    progress.last_eval = {"eval_loss": 2.0}
+    mesh = SimpleNamespace(on_main=lambda work: work())
+    line = locate_best(progress, Checkpoint(tmp_path / "step-4", 4), tmp_path, recipe, mesh)
+    assert line is not None
+    assert line.endswith("From here on the best is chosen among step 4 and those after it")
+    assert (progress.best_step, progress.best_metric, progress.evals_without_gain) == (4, 2.0, 1)
 
 
 def test_an_evaluation_without_the_metric_names_those_it_has():

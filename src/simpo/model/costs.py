@@ -1,10 +1,11 @@
-"""The relative compute of tokens, attention and head for a model, read from its configuration."""
+"""What a model's configuration says: the relative compute of tokens, attention and head, and which meshes fit."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from simpo.core.packing import CostWeights
+from simpo.parallel.mesh import MeshSizes
 
 
 def cost_weights(config: Any) -> CostWeights:
@@ -50,3 +51,38 @@ def setting(config: Any, name: str) -> Any:
         return getattr(config, name, None)
     except RuntimeError:
         return max(getattr(layer, name) for layer in config.per_layer_config)
+
+
+def check_heads(config: Any, sizes: MeshSizes) -> None:
+    """Raise ValueError where a model's heads do not divide by tp and cp, or transformers cannot shard it by tp.
+
+    Args:
+        config: the model's transformers configuration.
+    """
+    text = config.get_text_config()
+    found = decoder_sizes(config)
+    heads, kv_heads = found["num_heads"], found["num_kv_heads"]
+    if sizes.tp > 1:
+        if not getattr(text, "base_model_tp_plan", None):
+            raise ValueError(
+                f"tp = {sizes.tp}: transformers has no tensor-parallel plan for {text.model_type}; set tp: 1"
+            )
+        for name, count in (("num_attention_heads", heads), ("num_key_value_heads", kv_heads)):
+            if count % sizes.tp:
+                raise ValueError(
+                    f"tp = {sizes.tp}: does not divide this model's {name} = {count}; choose one that does"
+                )
+    if heads // sizes.tp % sizes.cp:
+        each = f"{heads // sizes.tp} attention heads" + (f" of each of {sizes.tp} tp ranks" if sizes.tp > 1 else "")
+        raise ValueError(f"cp = {sizes.cp}: does not divide the {each} of this model; choose one that does")
+    rope = (getattr(text, "rope_parameters", None) or {}).get("rope_type")
+    if sizes.cp > 1 and rope in ("dynamic", "longrope"):
+        raise ValueError(
+            f"cp = {sizes.cp}: {text.model_type}'s rotary embedding ({rope}) depends on the longest position of a row, "
+            "which the processes that share it would see differently; set cp: 1"
+        )
+    if sizes.shard > 1 and not getattr(text, "base_model_fsdp_plan", None):
+        raise ValueError(
+            f"transformers has no sharding plan for {text.model_type}; "
+            "set dp_shard: 1, cp: 1 and dp_replicate to the number of processes"
+        )

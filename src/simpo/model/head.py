@@ -88,8 +88,8 @@ def install_head(model: nn.Module) -> LogprobHead:
         return head
     if head is None or original_class(head) is not nn.Linear:
         raise ValueError(
-            f"{type(unwrap(model)).__name__} has a {type(head).__name__} as output embedding, not a plain linear "
-            "layer; remove lm_head from lora_target_modules, lora_modules_to_save and quantisation"
+            f"{original_class(unwrap(model)).__name__} has a {type(head).__name__} as output embedding, not a plain "
+            "linear layer; remove lm_head from lora_target_modules, lora_modules_to_save and quantisation"
         )
     swap_class(head, LogprobHead)
     if "forward" in head.__dict__:  # transformers' tensor parallelism puts its own on the instance
@@ -110,7 +110,7 @@ def labels_in_head(
     saved = [(owner, name, getattr(owner, name)) for owner, name, _ in attributes]
     for owner, name, neutral in attributes:  # past those that check what they are set to
         if name not in vars(owner):
-            raise ValueError(f"{type(unwrap(model)).__name__}: its {name} cannot be moved into the head")
+            raise ValueError(f"{original_class(unwrap(model)).__name__}: its {name} cannot be moved into the head")
         vars(owner)[name] = neutral
     head.__dict__["_request"] = (
         batch,
@@ -217,7 +217,8 @@ def compute_pair_logps(
     if router is not None:
         if not output.router_logits:
             raise ValueError(
-                f"router_aux_loss_coef: {type(unwrap(model)).__name__} gave no logits of its routers; set it to 0"
+                f"router_aux_loss_coef: {original_class(unwrap(model)).__name__} gave no logits of its routers; set it "
+                "to 0"
             )
         coefficient, num_selected = router
         added = coefficient * router_losses(output.router_logits, batch, num_selected=num_selected)
@@ -266,7 +267,8 @@ def install_router_loss(model: nn.Module, coefficient: float | None) -> float:
     num_selected = experts_per_token(config)
     if num_selected is None or not hasattr(config, "output_router_logits"):
         raise ValueError(
-            f"router_aux_loss_coef = {coefficient:g}: {type(base).__name__} gives no logits of routers; set it to 0"
+            f"router_aux_loss_coef = {coefficient:g}: {original_class(base).__name__} gives no logits of routers; set "
+            "it to 0"
         )
     base.__dict__[_ROUTER] = coefficient, num_selected
     return coefficient

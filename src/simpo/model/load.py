@@ -17,15 +17,17 @@ from transformers.utils import logging as transformers_logging
 from simpo.errors import first_line
 from simpo.hub import unreachable_hub
 from simpo.model.attention import plain_implementation, unwrap
+from simpo.model.costs import check_heads
 from simpo.model.head import install_head, install_router_loss
 from simpo.model.low_memory import install_liger_kernels, install_low_memory_blocks, why_no_liger
 from simpo.model.settle import attend_packed, check_rows, disable_dropout, fix_rotary_factors
-from simpo.parallel.mesh import Mesh, MeshSizes, check_heads, local_rank_of
+from simpo.parallel.mesh import Mesh, MeshSizes, local_rank_of
 from simpo.parallel.sharding import (
     check_sharded_by_block,
     drop_gathered,
     gather_blocks_in,
     loading_options,
+    original_class,
     rebuild_adapters,
     share_tied_shards,
 )
@@ -277,14 +279,25 @@ def add_adapters(model: PreTrainedModel, config: Any, *, seed: int, **options: A
     Args:
         config: peft's, see `lora_config`.
         options: further ones of `peft.get_peft_model`.
+    Raises:
+        ValueError: adapters on a weight of several experts cannot have what was asked for.
     """
     from peft import get_peft_model, prepare_model_for_kbit_training
 
     if getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False):
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     torch.manual_seed(seed)
-    with quiet_peft():
-        return get_peft_model(model, config, **options)
+    try:
+        with quiet_peft():
+            return get_peft_model(model, config, **options)
+    except (ValueError, AttributeError) as error:
+        if "ParamWrapper" not in str(error):
+            raise
+        raise ValueError(
+            f"lora_target_modules: {original_class(model).__name__} has its experts in one weight, and adapters there "
+            "take neither dropout nor DoRA, nor tp; name modules without the experts, or set lora_dropout: 0 and tp: 1 "
+            f"({first_line(error)})"
+        ) from None
 
 
 @contextlib.contextmanager

@@ -27,6 +27,7 @@ from simpo.core.packing import TokenPair
 from simpo.model.attention import is_packed, plain_attention, unwrap
 from simpo.model.head import compute_token_logps
 from simpo.parallel.mesh import Mesh, MeshSizes
+from simpo.parallel.sharding import original_class
 
 NOISE_FACTOR = 1.4
 """A layout may differ from the ordinary log-probs by this many times what rounding moves those by. Measured on
@@ -119,7 +120,7 @@ def check_forward(
     if found.is_good:
         return found
     layout = "packed" if pack or share_prompt else "padded"
-    kind = f"{type(unwrap(model)).__name__}: {layout} log-probs {found}"
+    kind = f"{original_class(unwrap(model)).__name__}: {layout} log-probs {found}"
     reason = "this architecture does something after its head or in its attention that is not supported here"
     if layout == "packed" and probe_layout(model, pack=False, share_prompt=False, bf16=bf16, mesh=mesh).is_good:
         raise ValueError(f"{kind}: {reason}; set pack and share_prompt to false: that layout agrees")

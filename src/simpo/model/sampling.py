@@ -187,6 +187,12 @@ def _new_cache(model: nn.Module) -> DynamicCache:
     return cache
 
 
+def _of_routers(model: nn.Module) -> dict[str, bool]:
+    """Their loss, which a configuration may ask for, cannot be computed behind a cache, and nobody wants it here."""
+    asked = getattr(unwrap(model).config.get_text_config(), "output_router_logits", False)
+    return {"output_router_logits": False} if asked else {}
+
+
 def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, Any, Tensor, Tensor]:
     """Logits [prompts, vocabulary] of the first token, cache, mask and last positions; padded on the left."""
     device = _device_of(model)
@@ -195,13 +201,14 @@ def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[Tensor
     mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
     positions = (mask.cumsum(-1) - 1).clamp(min=0)
     options = {"past_key_values": _new_cache(model), "use_cache": True, "logits_to_keep": 1}
-    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, **options)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=positions, **options, **_of_routers(model))
     return out.logits[:, -1], out.past_key_values, mask, positions[:, -1:]
 
 
 def _step(model: nn.Module, chosen: Tensor, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
     """Logits of the token after `chosen`."""
     options = {"past_key_values": cache, "use_cache": True}
+    options |= _of_routers(model)
     out = model(input_ids=chosen[:, None], attention_mask=mask, position_ids=positions, **options)
     return out.logits[:, -1]
 
@@ -254,7 +261,8 @@ def _try_sharing(model: nn.Module) -> str | None:
         raise
     except (AttributeError, TypeError, ValueError, NotImplementedError, RuntimeError, IndexError, KeyError) as error:
         return first_line(error)
-    plain = model(input_ids=torch.tensor(expected, device=mask.device), use_cache=False).logits[:, -1]
+    whole = torch.tensor(expected, device=mask.device)
+    plain = model(input_ids=whole, use_cache=False, **_of_routers(model)).logits[:, -1]
     apart = (plain.float().softmax(-1) - logits.float().softmax(-1)).abs().sum(-1).max().item() / 2
     limit = 1e-3 if plain.dtype == torch.float32 else 0.2  # rounding alone makes 0.00001 and 0.05
     return None if apart <= limit else f"with padding its probabilities are others (by {apart:.2g})"

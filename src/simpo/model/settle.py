@@ -15,6 +15,7 @@ from simpo.errors import first_line, one_line
 from simpo.model.attention import PACKED, OrdinaryRows, is_packed, plain_implementation, unwrap
 from simpo.model.kernels import choose_kernel
 from simpo.model.probe import check_forward, find_chance, probe_layout
+from simpo.parallel.sharding import original_class
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import Mesh
@@ -31,11 +32,12 @@ def notes_of(model: nn.Module) -> list[str]:
 def disable_dropout(model: nn.Module) -> None:
     """Set every rate of dropout, layer dropout and jitter to 0: a policy's log-probs should not depend on chance.
 
-    Some architectures read theirs from the configuration at each pass; `as_configured` brings those back.
+    That of adapters stays: it has a key of its own. Some architectures read theirs from the configuration at each pass;
+    `as_configured` brings those back.
     """
     base = unwrap(model)
     changed: list[tuple[Any, str, float]] = base.__dict__.setdefault(_RATES, [])
-    owners: list[Any] = list(base.modules())
+    owners: list[Any] = [module for name, module in base.named_modules() if "lora_dropout" not in name]
     owners += {id(config): config for module in owners if (config := module.__dict__.get("config"))}.values()
     for owner in owners:
         for name, value in list(vars(owner).items()):
@@ -185,10 +187,10 @@ def _pad(model: nn.Module, recipe: Recipe, reason: str) -> None:
     base = unwrap(model)
     needs = {"max_tokens_per_micro_batch": recipe.max_tokens_per_micro_batch is not None, "cp": recipe.cp > 1}
     for key in (key for key, is_set in needs.items() if is_set):
-        raise ValueError(f"{key} needs packed rows, which {type(base).__name__} does not take: {reason}")
+        raise ValueError(f"{key} needs packed rows, which {original_class(base).__name__} does not take: {reason}")
     base.set_attn_implementation(plain_implementation(base))
     notes_of(model).append(
-        f"rows are padded, which is slower: {type(base).__name__} does not take packed ones ({reason})"
+        f"rows are padded, which is slower: {original_class(base).__name__} does not take packed ones ({reason})"
     )
 
 

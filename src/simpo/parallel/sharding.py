@@ -71,7 +71,7 @@ def check_sharded_by_block(model: nn.Module) -> None:
     """Raise ValueError where transformers' plan found no block of this model, so that FSDP would gather all at once."""
     if isinstance(model, FSDPModule) and sum(isinstance(module, FSDPModule) for module in model.modules()) < 3:
         raise ValueError(
-            f"{type(model).__name__}: transformers has no sharding plan that fits this architecture; "
+            f"{original_class(model).__name__}: transformers has no sharding plan that fits this architecture; "
             "set dp_shard: 1, cp: 1 and dp_replicate to the number of processes"
         )
 
@@ -161,23 +161,31 @@ def rebuild_adapters(model: nn.Module, *, seed: int) -> None:
     peft sizes them by the shards it sees. The side that faces a layer's sharded dimension is sharded as well: B of a
     layer split by outputs, A of one split by inputs. Every process draws the same values: A as torch draws a linear
     layer's, B zero.
+
+    Raises:
+        ValueError: a layer is sharded in a way that adapters cannot follow.
     """
     base = model.get_base_model()
     mesh = base._mesh_manager.get_mesh("tp")
     generator = torch.Generator().manual_seed(seed)
-    for module in model.modules():
+    for layer, module in base.named_modules():
         if not (hasattr(module, "lora_A") and hasattr(module, "base_layer")):
             continue
         style = getattr(module.base_layer, "_hf_tp_plan", None) or ""
+        if style not in ("", "colwise", "rowwise") or not hasattr(module.base_layer, "weight"):
+            raise ValueError(
+                f"tp = {mesh.size()}: {layer} of {original_class(base).__name__} is sharded as {style or 'experts'}, "
+                "which adapters do not follow; leave it out of lora_target_modules, or set tp: 1"
+            )
         num_out, num_in = module.base_layer.weight.shape  # of a DTensor: the whole layer's
         for name in module.lora_A:
             a, b = module.lora_A[name], module.lora_B[name]
             rank, like = module.r[name], {"dtype": a.weight.dtype, "device": a.weight.device}
             values = (torch.rand(rank, num_in, generator=generator) * 2 - 1) * num_in**-0.5
             a_weight, b_weight = values.to(**like), torch.zeros(num_out, rank, **like)
-            if style.startswith("rowwise"):
+            if style == "rowwise":
                 a_weight = distribute_tensor(a_weight, mesh, [Shard(1)], src_data_rank=None)
-            if style.startswith("colwise"):
+            if style == "colwise":
                 b_weight = distribute_tensor(b_weight, mesh, [Shard(0)], src_data_rank=None)
             a.weight, b.weight = nn.Parameter(a_weight), nn.Parameter(b_weight)
             a.in_features, a.out_features, b.in_features, b.out_features = num_in, rank, rank, num_out
@@ -208,7 +216,13 @@ class GradientSync:
             self._strays = [p for p in model.parameters() if p.requires_grad and not _is_known_to_fsdp(p)]
         elif mesh.gradient_group is not None:
             device_ids = [mesh.device] if mesh.device.type == "cuda" else None
-            self.module = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+            config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+            self.module = DistributedDataParallel(
+                model,
+                device_ids=device_ids,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=config.get_text_config() is not config,  # what sees is not reached by text
+            )
 
     def micro_batch(self, *, is_last: bool) -> contextlib.AbstractContextManager[None]:
         """Around forward and backward of one micro-batch: DDP waits with its reduction for the step's last one.

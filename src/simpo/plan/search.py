@@ -14,7 +14,8 @@ from functools import cached_property
 from typing import Any
 
 from simpo.core.optimizers import OPTIMIZERS
-from simpo.parallel.mesh import MeshSizes, check_heads, mesh_sizes
+from simpo.model.costs import check_heads
+from simpo.parallel.mesh import MeshSizes, mesh_sizes
 from simpo.plan.footprint import (
     GIB,
     RUNTIME_BYTES,

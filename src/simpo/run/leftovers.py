@@ -21,6 +21,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import cached_file
 
 from simpo.model.attention import unwrap
+from simpo.parallel.sharding import original_class
 
 _OF_PROCESSORS = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
@@ -75,7 +76,7 @@ def find_leftovers(model: nn.Module, name: str, *, revision: str | None = None) 
     """
     if hasattr(model, "peft_config"):
         return None
-    base = unwrap(model)
+    base, own = unwrap(model), original_class(unwrap(model)).__name__
     source = _source_tensors(name, revision)
     held = _held_names(base)
     prefix = f"{base.base_model_prefix}."
@@ -92,13 +93,11 @@ def find_leftovers(model: nn.Module, name: str, *, revision: str | None = None) 
     unmatched = [each for each in held if each not in tied and not {each, each.removeprefix(prefix)} & source.keys()]
     if unmatched:
         raise ValueError(
-            f"{name}: the checkpoint has {next(iter(tensors), 'a configuration')} and {type(base).__name__} has "
+            f"{name}: the checkpoint has {next(iter(tensors), 'a configuration')} and {own} has "
             f"{unmatched[0]}, each without the other; what the final model would lose of it cannot be told"
         )
     files = [config, *(_find(name, file, revision) for file in _OF_PROCESSORS)]
-    return Leftovers(
-        tensors, tuple(file for file in files if file is not None), type(base).__name__, _parts(tensors, known)
-    )
+    return Leftovers(tensors, tuple(file for file in files if file is not None), own, _parts(tensors, known))
 
 
 def _parts(tensors: Iterable[str], known: Iterable[str]) -> tuple[str, ...]:

@@ -150,6 +150,11 @@ class SimPOConfig(_Arguments):
                 "bf16_full_eval, fp16_full_eval: they would round the weights that train; evaluation computes as "
                 "training does (bf16)"
             )
+        if self.auto_find_batch_size:
+            raise ValueError(
+                "auto_find_batch_size: micro-batches are planned before training; set max_tokens_per_micro_batch, "
+                "which limits their memory and leaves the update the same (simpo train finds it by itself)"
+            )
         if self.torch_compile:
             raise ValueError("torch_compile: not with this trainer; the native one (simpo train) compiles its blocks")
         if self.use_liger_kernel:  # transformers would put Liger's own head in place after the start-up check

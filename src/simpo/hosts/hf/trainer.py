@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,7 +42,7 @@ from simpo.hosts.hf.window import Window
 from simpo.model.attention import plain_attention
 from simpo.model.head import compute_pair_logps
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
-from simpo.recipe import Recipe, load_recipe
+from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.checkpoint import prune_checkpoints
 from simpo.run.eval_pairs import EvalPairs
 from simpo.run.export import record_dtype
@@ -95,7 +96,9 @@ class SimPOTrainer(Trainer):
     ) -> None:
         args = SimPOConfig(output_dir="simpo_trainer") if args is None else args
         check_arguments(args, {"data_collator": data_collator, **others})
-        self.recipe: Recipe = args.to_recipe(model if isinstance(model, str) else None)
+        self._given_name = model if isinstance(model, str) else None
+        self.recipe: Recipe = args.to_recipe(self._given_name)
+        self._read = self.recipe  # what `args` said when they were last looked at
         self.mesh = join_launched_world(args)
         self.references = References(self.recipe)
         self.display = Display(quiet=not self.mesh.is_main)
@@ -127,6 +130,11 @@ class SimPOTrainer(Trainer):
         given = {"train_dataset": self.data.train, "eval_dataset": eval_dataset, "processing_class": tokenizer}
         super().__init__(model=model, args=args, **given, **others)
         check_launch(self.accelerator, self.recipe)
+        if args.save_on_each_node and self.is_fsdp_enabled:
+            raise ValueError(
+                "save_on_each_node: with FSDP the first process alone gets the whole weights; write to a folder that "
+                "all nodes see"
+            )
         if self.model is not None:
             self._check_if_here(self.model)
         self._total_steps = 0
@@ -148,6 +156,8 @@ class SimPOTrainer(Trainer):
             no_lock = self.mesh.on_main(lock.acquire)
             if no_lock is not None:
                 self.display.say(no_lock)
+            if isinstance(resume_from_checkpoint, os.PathLike):
+                resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             if resume_from_checkpoint is True:
                 found = list_checkpoints(Path(self.args.output_dir), TRAINERS)
                 resume_from_checkpoint = str(found[-1].folder) if found else True
@@ -204,9 +214,7 @@ class SimPOTrainer(Trainer):
         return total
 
     def _needs_memory(self) -> contextlib.AbstractContextManager[None]:
-        """Around a micro-batch: want of memory becomes one line, unless transformers looks for a size by itself."""
-        if self.args.auto_find_batch_size:
-            return contextlib.nullcontext()
+        """Around a micro-batch: want of memory becomes one line."""
         limit = self.recipe.max_tokens_per_micro_batch
         advice = f"{'a smaller' if limit else 'set'} max_tokens_per_micro_batch{f' than {limit}' if limit else ''}"
         return needs_memory(
@@ -239,6 +247,7 @@ class SimPOTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The plan of this process; see `hosts.hf.batches`."""
+        self._follow_arguments()
         self.loader = self.build_loader(self.train_dataset)
         self._window = Window(self.loader, self.mesh)
         order = TrainingOrder(self.loader, lambda: self.state.global_step)
@@ -310,8 +319,31 @@ class SimPOTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """The model of `model_init`, made ready."""
+        self._follow_arguments()
         self._is_checked = False
         return self._ready(super().call_model_init(trial))
+
+    def _follow_arguments(self) -> None:
+        """Take up what was changed in `args`, as trials of `hyperparameter_search` do.
+
+        Raises:
+            ValueError: pairs or model depend on it, and they are there already.
+        """
+        now = self.args.to_recipe(self._given_name)
+        changed = {name: getattr(now, name) for name in KEYS if getattr(now, name) != getattr(self._read, name)}
+        of_model = () if self.model_init is not None else ("disable_dropout", "router_aux_loss_coef")
+        late = [
+            name
+            for name in changed
+            if (KEYS[name].section in ("model", "data") and not KEYS[name].may_change) or name in of_model
+        ]
+        if late:
+            raise ValueError(
+                f"{', '.join(late)}: changed after pairs and model had been made ready; make another trainer"
+            )
+        self._read, self.recipe = now, self.recipe.model_copy(update=changed)
+        if "loss_type" in changed:
+            self.references = References(self.recipe)
 
     def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Hand everything to the engine, then check what only the engine's model can show."""
@@ -450,7 +482,7 @@ class SimPOTrainer(Trainer):
             if asked is None and not isinstance(self.deepspeed, nn.Module):
                 super().save_model(output_dir, _internal_call=_internal_call)
                 return
-            state = whole_state_dict(self.whole_weights(), self.model, asked, keep=self.mesh.is_main)
+            state = whole_state_dict(self.whole_weights(), self.model, asked, keep=self.args.should_save)
             folder = self.args.output_dir if output_dir is None else output_dir
             self._save(folder, state_dict=state)
         if self.args.should_save:
@@ -463,12 +495,12 @@ class SimPOTrainer(Trainer):
         super().create_model_card(*positional, **({"dataset": dataset_name} | options))
 
     def whole_weights(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """(name, whole tensor) of all that a saved model holds, as it is trained, on the first process; None elsewhere.
+        """(name, whole tensor) of all that a saved model holds, as it is trained, where it is saved; None elsewhere.
 
         Every process must run through all of it.
         """
         if isinstance(self.deepspeed, nn.Module):
-            yield from whole_weights(self.deepspeed, keep=self.mesh.is_main)
+            yield from whole_weights(self.deepspeed, keep=self.args.should_save)
         elif self.is_fsdp_enabled:
             yield from (self.accelerator.get_state_dict(self.model_wrapped) or {}).items()
         else:
