@@ -85,6 +85,15 @@ class Display:
 _COMMAND = re.compile(r" *(start: )?(simpo|torchrun) ")
 
 
+_UNSEEN = re.compile("[\\x00-\\x08\\x0b-\\x1f\\x7f-\\x9f\\u202a-\\u202e\\u2066-\\u2069]")
+
+
+def visible(text: str) -> str:
+    """Text whose characters that command a terminal, or turn its direction of writing, stand as escapes: data may
+    hold any."""
+    return _UNSEEN.sub(lambda found: ascii(found[0])[1:-1], text)
+
+
 def say(text: str, console: Console | None = None, *, style: str = "") -> None:
     """Print lines; where a terminal is narrower, each is folded between words, below where its last column begins.
 
@@ -95,7 +104,7 @@ def say(text: str, console: Console | None = None, *, style: str = "") -> None:
         style: a colour of rich.
     """
     console = console or Console()
-    for line in text.split("\n"):
+    for line in visible(text).split("\n"):
         columns = (found.end() for found in re.finditer(r"(?<=\S)  +(?=\S)", line))
         begins = [place for place in columns if place <= console.width / 2]
         hang = begins[-1] if begins else len(line) - len(line.lstrip()) + 2

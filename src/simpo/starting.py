@@ -187,7 +187,8 @@ def _look_at(recipe: Recipe, tokenizer: Any) -> _Look:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         sample = {"max_length": 10**6, "max_train_samples": min(_SAMPLE, len(splits.train))}
         sample["max_eval_samples"] = min(_SAMPLE, max(1, len(splits.eval)))
-        whole = recipe.model_copy(update={**sample, "max_prompt_length": None, "cache_dir": folder})
+        sample |= {"validation_fraction": 0.0, "max_prompt_length": None, "cache_dir": folder}
+        whole = recipe.model_copy(update=sample)
         prepared = prepare_pairs(whole, tokenizer, progress=False)
         store, account = PairStore(prepared.train), prepared.ledger.splits["train"]
         lengths, responses = store.sequence_lengths.max(axis=1), np.array(store.response_lengths)

@@ -42,7 +42,7 @@ from simpo.model.offload import offload_activations
 from simpo.model.settle import as_it_trains, notes_of
 from simpo.parallel.mesh import join_world
 from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
-from simpo.recipe import Recipe
+from simpo.recipe import Recipe, load_recipe
 from simpo.report import leave_report
 from simpo.run import checkpoint as checkpoints
 from simpo.run.checkpoint import CheckpointSaver, NotSaved
@@ -130,14 +130,22 @@ class Trainer:
     """One run of preference optimization; with several processes, one part of it in each.
 
     Args:
-        recipe: what to train, how, and where to write; see `simpo.recipe`. The same on every process.
+        recipe: what to train, how, and where to write; see `simpo.recipe`. The same on every process. A YAML file or a
+            mapping is read by `load_recipe`.
         display: where progress is shown; None = the terminal, and of several processes the first one's.
         data: pairs that are tokenised already; None = read and tokenise the recipe's datasets.
     Raises:
         ValueError: data, model, device, run directory or checkpoint do not fit the recipe.
     """
 
-    def __init__(self, recipe: Recipe, *, display: Display | None = None, data: PreparedData | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe | str | Path | Mapping[str, Any],
+        *,
+        display: Display | None = None,
+        data: PreparedData | None = None,
+    ) -> None:
+        recipe = load_recipe(recipe)
         if recipe.output_dir is None:
             raise ValueError("output_dir: a run needs a folder to write to, for example --output_dir runs/first")
         self.recipe = recipe

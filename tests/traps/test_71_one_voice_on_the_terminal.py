@@ -48,6 +48,13 @@ def test_the_bar_shows_step_and_time_whole(columns: int):
     assert ("pairs/s" in numbers) == (columns > 60)
 
 
+def test_what_data_holds_commands_no_terminal():
+    file = io.StringIO()
+    say("row \x1b[2J\x1b]0;title\x07 \r \u202eabc \x00, naïve 👩\u200d💻", Console(file=file, force_terminal=True))
+    shown_text = file.getvalue().removesuffix("\n")
+    assert shown_text == r"row \x1b[2J\x1b]0;title\x07 \r \u202eabc \x00, naïve 👩" + "\u200d💻"
+
+
 @pytest.mark.parametrize("settings", [{}, {"TERM": "dumb"}])
 def test_without_a_live_terminal_a_step_is_a_line(settings: dict[str, str]):
     file, how = io.StringIO(), {"soft_wrap": True, "color_system": None, "_environ": settings}

@@ -210,7 +210,8 @@ def prepared(monkeypatch):
     parts = {"train": Rows([row]), "eval": None, "ledger": ledger, "fingerprint": "f", "save_ledger": ledger.save}
     found = types.SimpleNamespace(**parts)
     importlib.import_module("simpo.run.session")  # which needs what the next lines replace
-    stand_in(monkeypatch, "simpo.data.prepare", prepare_pairs=lambda recipe, tokenizer: found)
+    of_data = {"prepare_pairs": lambda recipe, tokenizer, checks: found, "check_dropped": lambda ledger, most: None}
+    stand_in(monkeypatch, "simpo.data.prepare", **of_data)
     stand_in(monkeypatch, "simpo.model.load", load_tokenizer=lambda recipe: None)
 
 
@@ -220,6 +221,40 @@ def test_audit_prints_the_ledger_and_saves_it_with_the_run(recipe_file, tmp_path
     assert result.exit_code == 0, result.output
     assert "1 row kept, 3 examples" in result.output
     assert json.loads((tmp_path / "run" / "audit.json").read_text()) == {"kept": 1}
+
+
+def test_audit_of_bad_data_names_every_row_before_it_fails(tiny_model, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    good, bad = ({"prompt": f"{n}?", "chosen": f"{n}.", "rejected": text} for n, text in ((1, "No."), (2, "")))
+    rows.write_text("".join(json.dumps(row) + "\n" for row in (good, bad, good | {"prompt": "3?"})), encoding="utf-8")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(yaml.safe_dump({"model_name_or_path": str(tiny_model), "dataset_mixer": {str(rows): 1.0}}))
+    ledger = tmp_path / "ledger.json"
+    result = run("audit", recipe, "--output", ledger, "--cache_dir", tmp_path / "cache", "--validation_fraction", "0")
+    assert result.exit_code == 2
+    assert "1 of 3 train rows are dropped" in result.output
+    dropped = (tmp_path / "ledger.dropped.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["row_id"] for line in dropped] == ["rows.jsonl/train#1"]
+    assert json.loads(ledger.read_text())["splits"]["train"]["kept"] == 2
+
+
+def test_home_is_found_where_no_shell_looks(recipe_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = load_recipe({"model_name_or_path": "~/m", "output_dir": "~/runs/x", "chat_template": "~/t.jinja"})
+    found = (keys.model_name_or_path, keys.output_dir, keys.chat_template)
+    assert found == tuple(str(tmp_path / name) for name in ("m", "runs/x", "t.jinja"))
+    assert (
+        load_recipe({"model_name_or_path": "m~/x", "pair": {"input": "~/s.jsonl"}}).pair.input == f"{tmp_path}/s.jsonl"
+    )
+    result = run("audit", "~/nothing.yaml", "--output=~/ledger.json")
+    assert f"{tmp_path}/nothing.yaml" in result.output
+    assert "~" not in result.output
+
+
+@pytest.mark.parametrize("words", [["--beta", ""], ["--beta="], ["--bf16="]])
+def test_an_empty_value_is_a_missing_one(words):
+    with pytest.raises(ValueError, match=f"^{words[0].strip('-=')}: a value is missing"):
+        load_recipe({"model_name_or_path": "m"}, words)
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 10])

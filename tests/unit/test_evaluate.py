@@ -414,6 +414,8 @@ def test_answers_end_with_learned_positions_each_by_itself():
         (["{data}"], "say with --model"),
         (["{data}", "--model", "./nowhere"], "folder './nowhere' does not exist"),
         (["{data}", "--model", "{model}", "--split", "final"], "no split 'final'"),
+        (["{data}/train.jsonl", "--model", "{model}", "--split", "tset"], "is one file, which is read whole"),
+        (["{data}", "--model", "{model}", "--compare", "./nowhere"], "folder './nowhere' does not exist"),
         (["{empty}", "--model", "{model}"], "no rows"),
         (["./nowhere.jsonl", "--model", "{model}"], "no such file or folder"),
         (["{data}", "--model", "{model}", "--max_lenght", "64"], "'max_length'"),

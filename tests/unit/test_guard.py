@@ -102,6 +102,12 @@ def recorded(numbers: list[tuple[float, float]]) -> list[dict[str, Any]]:
     ]
 
 
+def test_a_model_that_begins_below_what_is_broken_has_not_crashed() -> None:
+    untrained = [(-10.8 + 0.01 * step, 0.1) for step in range(30)]
+    assert judge(recorded(untrained)) == []
+    assert only(judge(recorded([*untrained[:9], (-13.5, 0.1), (-13.5, 0.1)]))).check == "displacement"
+
+
 def test_real_runs_one_that_collapses_at_its_first_update_and_one_that_recovers() -> None:
     found = only(judge(recorded(AT_RATE_03)))
     assert (found.check, found.step) == ("displacement", 3)

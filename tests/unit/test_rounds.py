@@ -116,6 +116,15 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_the_folder_of_a_run_is_left_alone(stages, keys):
+    folder = Path(keys["output_dir"])
+    folder.mkdir()
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"^output_dir: .* already holds a run; choose another output_dir"):
+        run_rounds(load_recipe(keys))
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"]
+
+
 def test_each_round_begins_with_the_last_ones_model_and_fresh_prompts(stages, keys, tmp_path):
     result = json.loads(run_rounds(load_recipe(keys)).read_text())
     steps = ["generate", "score", "eval"]

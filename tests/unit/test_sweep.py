@@ -255,6 +255,15 @@ def test_given_again_it_does_what_was_left_and_the_untrained_model_is_measured_o
         run_sweep(recipe, {"learning_rate": RATES[:3], "beta": ("2", "5")})
 
 
+def test_the_folder_of_a_run_is_left_alone(trainings, tiny_recipe):
+    folder = Path(tiny_recipe["output_dir"])
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").touch()
+    with pytest.raises(ValueError, match=r"^output_dir: .* already holds a run; choose another output_dir"):
+        run_sweep(load_recipe(tiny_recipe), {"learning_rate": ("0.1", "0.2")})
+    assert [path.name for path in folder.iterdir() if not path.name.startswith(".")] == ["metrics.jsonl"]
+
+
 def test_a_sweep_needs_held_out_pairs_and_one_run_that_can_be_trained(trainings, tiny_recipe):
     with pytest.raises(ValueError, match=r"every run failed .*not finite"):
         run_sweep(load_recipe(tiny_recipe), {"learning_rate": ("5", "6")})

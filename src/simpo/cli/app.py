@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
 
 class _OneLineErrors(TyperGroup):
-    """What the user can put right -> one line and exit 2; Ctrl-C -> exit 130."""
+    """What the user can put right -> one line and exit 2; Ctrl-C -> exit 130. --key=~/x is in the home folder."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        home = os.path.expanduser("~")  # a shell looks at the beginning of a word alone
+        at_home = re.compile(r"^(--[\w.-]+=)?~(?=/|$)")
+        return super().parse_args(ctx, [at_home.sub(lambda found: (found[1] or "") + home, word) for word in args])
 
     def invoke(self, ctx: typer.Context) -> Any:
         if "NO_COLOR" in os.environ or os.environ.get("TERM") == "dumb":

@@ -62,7 +62,7 @@ def audit(
     from rich.console import Console
 
     from simpo.data.files import check_own
-    from simpo.data.prepare import prepare_pairs
+    from simpo.data.prepare import check_dropped, prepare_pairs
     from simpo.model.load import load_tokenizer
     from simpo.run.session import check_token_ids
 
@@ -70,8 +70,7 @@ def audit(
         path = Path(output) if output else resolved.output_dir and Path(resolved.output_dir, "audit.json")
         if path:
             check_own(path, "splits", "fingerprint")
-        prepared = prepare_pairs(resolved, load_tokenizer(resolved))
-        check_token_ids(prepared, resolved)
+        prepared = prepare_pairs(resolved, load_tokenizer(resolved), checks=False)
         if path:
             path.parent.mkdir(parents=True, exist_ok=True)
             listed = prepared.save_ledger(path)
@@ -80,6 +79,8 @@ def audit(
             typer.echo(f"ledger: {path}" + f"; every dropped row: {listed}" * bool(listed))
     if as_json:
         print_json(prepared.ledger.model_dump(mode="json"))
+    check_dropped(prepared.ledger, resolved.max_dropped_fraction)
+    check_token_ids(prepared, resolved)
 
 
 @app.command(name="eval", context_settings=TAKES_OVERRIDES)

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from simpo.data.files import write_whole
 from simpo.data.rows import source_of
-from simpo.display import say
+from simpo.display import say, visible
 
 PERCENTILES = (5, 25, 50, 75, 95, 99)
 EXAMPLES_PER_REASON = 5
@@ -249,7 +249,7 @@ def _bars(histogram: Mapping[str, list[int]], width: int) -> str:
 def _print_example(console: Console, example: Mapping[str, str]) -> None:
     """Prompt and response as the model sees them; trained text in marks; a sign in front of each line end."""
     for side, colour in (("chosen", "green"), ("rejected", "red")):
-        prompt, trained = (example[key].replace("\n", "↵\n") for key in (f"{side}_prompt", side))
+        prompt, trained = (visible(example[key]).replace("\n", "↵\n") for key in (f"{side}_prompt", side))
         text = Text()
         text.append(f"{example['row_id']} {side}, trained text in {MARKS[0]} {MARKS[1]}\n", style="bold")
         text.append(prompt, style="dim")

@@ -60,18 +60,19 @@ _ACCOUNT_COLUMNS = {
 _SCHEMA = pa.schema({**PAIR_COLUMNS, **_ACCOUNT_COLUMNS, **FINDINGS})
 
 
-def prepare_pairs(recipe: Any, tokenizer: Any, *, progress: bool = True) -> PreparedData:
+def prepare_pairs(recipe: Any, tokenizer: Any, *, progress: bool = True, checks: bool = True) -> PreparedData:
     """Everything the recipe's datasets give, as tokens; a second call with the same inputs reads the cache.
 
     Args:
         recipe: the data keys of `simpo.recipe.Recipe`.
         tokenizer: a transformers tokenizer.
         progress: show a progress bar on a terminal.
+        checks: False leaves `check_dropped` to the caller, who looks at the ledger first.
     Raises:
         ValueError: a dataset or key is wrong, more than `max_dropped_fraction` of the rows are dropped, no train pair
             is left, or a pair is too long with `overlong: error`.
     """
-    return _prepare(recipe, tokenizer, source_files.find_sources(recipe), progress=progress)
+    return _prepare(recipe, tokenizer, source_files.find_sources(recipe), progress=progress, checks=checks)
 
 
 def prepare_rows(
@@ -86,7 +87,9 @@ def prepare_rows(
     return _prepare(recipe, tokenizer, [source_files.rows_in_memory(train, evaluation)], progress=progress)
 
 
-def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool) -> PreparedData:
+def _prepare(
+    recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool, checks: bool = True
+) -> PreparedData:
     console = Console(stderr=True, soft_wrap=True)
     limits = token_limits(recipe, tokenizer)
     own = {source.label: _own_limits(source, recipe, tokenizer) for source in sources if source.own}
@@ -115,7 +118,8 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
                 prepared = write(writer)
     for line in prepared.ledger.notices:
         say(line, console)
-    _check_dropped(prepared.ledger, recipe.max_dropped_fraction)
+    if checks:
+        check_dropped(prepared.ledger, recipe.max_dropped_fraction)
     return prepared
 
 
@@ -405,14 +409,15 @@ def dropped_by_source(ledger: Ledger) -> dict[str, tuple[int, int]]:
     }
 
 
-def _check_dropped(ledger: Ledger, max_dropped_fraction: float) -> None:
-    """Stop where the data is not what the recipe expects. What was dropped on request does not count."""
+def check_dropped(ledger: Ledger, max_dropped_fraction: float) -> None:
+    """Raise ValueError where the data is not what the recipe expects. What was dropped on request does not count."""
     for name, split in ledger.splits.items():
         dropped = _count_unasked({reason: entry["count"] for reason, entry in split.dropped.items()})
         if dropped > max_dropped_fraction * split.input:
             raise ValueError(
                 f"{dropped} of {split.input} {name} rows are dropped ({dropped / split.input:.1%}), more than "
-                f"max_dropped_fraction {max_dropped_fraction:g} allows; correct the data or the keys, or raise it:\n"
+                f"max_dropped_fraction {max_dropped_fraction:g} allows; correct the data or the keys, or raise it "
+                f"(`simpo audit` lists them all):\n"
                 f"{split.top_reasons()}"
             )
     train = ledger.splits["train"]

@@ -85,6 +85,8 @@ def run_eval_command(
             say(f"results: {output}", console)
         return content
     tokenizer = find_tokenizer(settings_of(settings.model_name_or_path), settings.model_name_or_path)
+    if baseline is not None:  # that it cannot be had is said before the first is measured
+        its_tokenizer = find_tokenizer(settings_of(baseline), model_folder(baseline))
     pairs = load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs)
 
     def run(name: str, pairs: EvalPairs, tokenizer: Any) -> Evaluation:
@@ -103,7 +105,6 @@ def run_eval_command(
     _save(content, evaluation, output)  # before anything is shown, or another model run
     evaluation.render(console)
     if baseline is not None:
-        its_tokenizer = find_tokenizer(settings_of(baseline), model_folder(baseline))
         # The very same tokens where the vocabulary is the same: a base model may lack its child's chat template.
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
             pairs = load_pairs(data, settings, its_tokenizer, split=split, max_pairs=max_pairs)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from simpo.data.files import write_whole
 from simpo.data.rows import name_sources
-from simpo.display import say
+from simpo.display import say, visible
 from simpo.evaluation.statistics import (
     SIMILAR_LENGTH,
     AccuracyTest,
@@ -179,7 +179,8 @@ class Evaluation:
         console = console or Console(highlight=False)
         split = "" if self.split is None else f", split {self.split}"
         say(f"model  {self.model}", console, style="bold")
-        say(f"data   {self.data}{split}: {self.num_pairs} pairs, tokens {self.data_fingerprint}", console)
+        count = f"{self.num_pairs} pair{'s' * (self.num_pairs != 1)}"
+        say(f"data   {self.data}{split}: {count}, tokens {self.data_fingerprint}", console)
         table = _table("", "value", "95% interval")
         table.add_row("preference accuracy", *percent(self.accuracy))
         table.add_row("margin M, nats per token", *_nats(self.margin))
@@ -190,7 +191,8 @@ class Evaluation:
         for name, num_pairs, accuracy, margin in self.by_source:
             table.add_row(Text(f"{name} ({num_pairs} pairs): accuracy"), *percent(accuracy))
             table.add_row("  margin M", *_nats(margin))
-        correlation = "-" if math.isnan(self.length_correlation) else f"{self.length_correlation:+.3f}"
+        known = self.num_pairs > 1 and not math.isnan(self.length_correlation)  # two responses always lie on a line
+        correlation = f"{self.length_correlation:+.3f}" if known else "-"
         table.add_row("Spearman of length and mean log-prob", correlation, "")
         console.print(table)
         table = _table("", "chosen", "rejected")
@@ -204,8 +206,8 @@ class Evaluation:
 
     def _render_generations(self, console: Console) -> None:
         for generation in self.generations:
-            text = Text(_last_characters(generation.prompt.strip(), 600), style="dim")
-            text.append("\n\n" + (generation.response or "(empty)"), style="not dim")
+            text = Text(visible(_last_characters(generation.prompt.strip(), 600)), style="dim")
+            text.append("\n\n" + (visible(generation.response) or "(empty)"), style="not dim")
             title = f"{generation.row_id}: {generation.num_tokens} tokens, {generation.repeated_share:.0%} repeated"
             console.print(Panel(text, title=Text(title), title_align="left"))
         if self.generations:
@@ -432,12 +434,13 @@ def percent(interval: Interval) -> tuple[str, str]:
 
 
 def _nats(interval: Interval) -> tuple[str, str]:
-    return f"{interval.value:+.4f}", f"{interval.low:+.4f} .. {interval.high:+.4f}"
+    between = "-" if math.isnan(interval.low) else f"{interval.low:+.4f} .. {interval.high:+.4f}"
+    return f"{interval.value:+.4f}", between
 
 
 def _points(interval: Interval) -> tuple[str, str]:
     value, low, high = (f"{100 * x:+.1f}" for x in interval)
-    return value, f"{low} .. {high}"
+    return value, "-" if math.isnan(interval.low) else f"{low} .. {high}"
 
 
 def _p(value: float) -> str:

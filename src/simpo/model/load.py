@@ -6,10 +6,12 @@ import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
@@ -183,6 +185,9 @@ def source_dtype(recipe: Recipe) -> torch.dtype:
     return config.dtype or torch.float32
 
 
+_OF_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+
+
 def load_pretrained(
     factory: Any, name: str, recipe: Recipe, *, what: str, key: str = "model_name_or_path", **options: Any
 ) -> Any:
@@ -198,8 +203,20 @@ def load_pretrained(
         is_other = name in (recipe.ref_model_name_or_path, recipe.tokenizer_name_or_path)
         revision = "main" if is_other and name != recipe.model_name_or_path else recipe.model_revision or "main"
         return factory.from_pretrained(name, revision=revision, trust_remote_code=recipe.trust_remote_code, **options)
-    except (OSError, KeyError, ImportError) as error:  # a missing or broken checkpoint, an attention not installed
+    except torch.OutOfMemoryError:
+        raise
+    # A missing or broken checkpoint, an attention that is not installed, weights of another shape.
+    except (OSError, KeyError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         why = first_line(error)
+        lacks_one = what == "tokenizer" and is_local and not any(any(Path(name).glob(each)) for each in _OF_TOKENIZERS)
+        if lacks_one:
+            why = "the folder has none; give tokenizer_name_or_path"
+        elif isinstance(error, SafetensorError):
+            why = f"a .safetensors file is damaged, or was fetched in part ({why})"
+        elif isinstance(error, JSONDecodeError):
+            why = f"one of its .json files is damaged ({why})"
+        elif "ignore_mismatched_sizes" in str(error):
+            why = "its weights have other shapes than its config.json says"
         if unreachable and isinstance(error, OSError):
             why = f"it is neither a folder nor in the hub's cache, and the hub cannot be reached ({unreachable})"
         raise ValueError(f"cannot load the {what} {name!r}: {why}") from error

@@ -36,6 +36,7 @@ from simpo.onpolicy.table import Measures, compare_models, measure_model, show_t
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.recipe.stages import SERVER_KEYS, STAGES, Generate
 from simpo.report import leave_report
+from simpo.report.read import check_no_run
 from simpo.run.lock import OutputLock
 from simpo.run.stopping import on_stop_signal
 
@@ -67,6 +68,8 @@ def run_rounds(recipe: Recipe) -> Path:
     """
     _check(recipe)
     folder = Path(recipe.output_dir or "")
+    if not (folder / "settings.json").exists():
+        check_no_run(folder)
     loop = _Loop(recipe, folder)
     with OutputLock(folder), leave_report(folder, loop.display.say):
         return loop.run()

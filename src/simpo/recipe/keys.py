@@ -26,6 +26,7 @@ from simpo.recipe.values import (
     GUARD_CHECKS,
     OWN_KEYS,
     Number,
+    PathText,
     RenderedText,
     Steps,
     Strategy,
@@ -109,15 +110,15 @@ class Recipe(_LossKeys):
 
     # fmt: off
     # -- model
-    model_name_or_path: Text = _model(
+    model_name_or_path: PathText = _model(
         ..., "The model to train: a local folder or a hub name.", "path or name", hf="run", shown=True)
     model_revision: Text | None = _model(
         None, "Branch, tag or commit of a hub model.", "text", null="main", hf="field")
     trust_remote_code: bool = _model(
         False, "Run code that comes with the model or dataset.", hf="field")
-    tokenizer_name_or_path: Text | None = _model(
+    tokenizer_name_or_path: PathText | None = _model(
         None, "Tokenizer, where it is not in the model's folder.", "path or name", null="the model's", hf="run")
-    ref_model_name_or_path: Text | None = _model(
+    ref_model_name_or_path: PathText | None = _model(
         None, "Reference model of losses that need one (dpo, dpo_norm, r_dpo, or your own); no other loads it.",
         "path or name", null="the model to train, before training", hf="run")
     attn_implementation: Text | None = _model(
@@ -164,7 +165,7 @@ class Recipe(_LossKeys):
     score_column: Text | None = _data(
         None, "Column of the score in rows of one answer each; of a prompt's answers the best is chosen, the worst "
         "rejected.", "column name", null="helpfulness or score")
-    chat_template: Text | None = _data(
+    chat_template: PathText | None = _data(
         None, "Chat template that replaces the tokenizer's and is saved with the model: Jinja text, a file of it, a "
         "name that the tokenizer knows, or chatml (built in). none trains text rows without any, prompt and answer "
         "glued together.", "template", null="the tokenizer's; without one the run is refused",
@@ -205,7 +206,7 @@ class Recipe(_LossKeys):
     preprocessing_num_workers: Whole | None = _data(
         None, "Processes that tokenise; never more than one for 2,000 rows.", null="one a core, at most 8",
         decides_tokens=False, may_change=True, ge=1)
-    cache_dir: Text | None = _data(
+    cache_dir: PathText | None = _data(
         None, "Folder of tokenised data.", "path", null="the user's cache", decides_tokens=False, may_change=True)
     # -- loss
     loss_type: Annotated[str, BeforeValidator(as_loss)] = _loss(
@@ -403,7 +404,7 @@ class Recipe(_LossKeys):
         "off, say, warn, stop or back; or a mapping of " + ", ".join(GUARD_CHECKS) + " or all to them", derived="warn",
         hf="field", may_change=True)
     # -- saving
-    output_dir: Text | None = _saving(
+    output_dir: PathText | None = _saving(
         None, "Folder of the run; needed to train.", "path", hf="run", may_change=True, shown=True)
     save_strategy: Strategy = _saving(
         "steps", "When to save a checkpoint; the final model is always saved.", hf="argument", may_change=True)
@@ -444,7 +445,7 @@ class Recipe(_LossKeys):
         f"list of {', '.join(get_args(Tracker))}; none", hf="run", may_change=True)
     run_name: Text | None = _run(
         None, "Name of the run in trackers.", "text", null="the folder's name", hf="argument", may_change=True)
-    logging_dir: Text | None = _run(
+    logging_dir: PathText | None = _run(
         None, "Folder of tensorboard's files.", "path", null="inside output_dir", hf="run", may_change=True)
     device: Literal["auto", "cpu", "cuda"] = _run(
         "auto", "Where to compute; auto is CUDA if there is one.", hf="run")

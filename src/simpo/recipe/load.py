@@ -445,10 +445,10 @@ def _following(rest: Sequence[str], types: frozenset[type]) -> list[str]:
 
 
 def _read_words(key: str, words: list[str], types: frozenset[type]) -> Any:
-    if not words:
-        if bool in types:
+    if not any(word.strip() for word in words):  # none, or an empty one, of a variable that is not set
+        if bool in types and not words:
             return True
-        raise ValueError(f"{key}: a value is missing; write --{key} VALUE")
+        raise ValueError(f"{key}: a value is missing; write --{key} VALUE (null for none)")
     if types == {str}:
         return None if NULL.match(words[0]) else words[0]
     if list in types and len(words) == 1 and "," in words[0] and not words[0].lstrip().startswith("["):

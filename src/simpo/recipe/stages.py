@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
 from simpo.recipe.declare import Key, declared_key, in_section
 from simpo.recipe.scorers import as_scorers_or_null
-from simpo.recipe.values import Number, Text, Whole, Words, as_mixture_or_null, as_words_or_null
+from simpo.recipe.values import Number, PathText, Text, Whole, Words, as_mixture_or_null, as_words_or_null
 
 
 class Stage(BaseModel):
@@ -134,7 +134,7 @@ _score, _pair, _rounds, _judge = map(in_section, ("score", "pair", "rounds", "ju
 class Score(Stage):
     """`simpo score`: numbers for responses."""
 
-    input: Text | None = _score(
+    input: PathText | None = _score(
         None, "File of responses.", "path", null="responses.jsonl in output_dir")
     scorers: Annotated[dict[str, dict[str, Any]] | None, BeforeValidator(as_scorers_or_null)] = _score(
         None, "What rates the responses: a name for each scorer, with its kind, its weight and its kind's options. A "
@@ -148,7 +148,7 @@ class Score(Stage):
 class Pair(Stage):
     """`simpo pair`: pairs from scored responses."""
 
-    input: Text | None = _pair(
+    input: PathText | None = _pair(
         None, "File of scored responses.", "path", null="scored.jsonl in output_dir")
     method: Literal["best_worst", "best_sigma", "best_random", "all", "top_bottom"] = _pair(
         "best_worst", "Which of a prompt's responses make pairs. best_worst: the highest score against the lowest; "
@@ -203,10 +203,10 @@ class Rounds(Stage):
 class Judge(Stage):
     """`simpo judge`: two models' answers to the same prompts, and which are better."""
 
-    model: Text | None = _judge(
+    model: PathText | None = _judge(
         None, "What is judged: a model, or a file of its answers.", "folder, hub name or file",
         null="the one trained in output_dir")
-    against: Text | None = _judge(
+    against: PathText | None = _judge(
         None, "What it is compared with: a model, or a file of answers (of this command or `simpo generate`, of "
         "AlpacaEval or Arena-Hard).", "folder, hub name or file", null="model_name_or_path")
     prompts: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture_or_null)] = _judge(

@@ -67,6 +67,12 @@ def as_text(value: Any) -> Any:
     return value
 
 
+def as_path(value: Any) -> Any:
+    """Text whose leading ~ is the home folder; no shell has seen that of a YAML file."""
+    value = as_text(value)
+    return None if value is None else os.path.expanduser(value)
+
+
 def _words(value: Any) -> Any:
     """A list of text; one text is a list of one."""
     if isinstance(value, (str, os.PathLike)):
@@ -148,7 +154,7 @@ RenderedText = Literal["auto", "keep", "render"]
 OWN_KEYS = {
     **dict.fromkeys(("prompt_column", "chosen_column", "rejected_column", "score_column"), as_text),
     "system_prompt": as_text,
-    "chat_template": as_text,
+    "chat_template": as_path,
     "rendered_text": _one_of(RenderedText),
     "train_on": _one_of(TrainOn),
     "max_train_samples": _at_least_one,
@@ -244,12 +250,13 @@ def as_settings(value: Any) -> Any:
 def as_resume(value: Any) -> Any:
     if isinstance(value, bool) or value is None:
         return value or None
-    return as_text(value)
+    return as_path(value)
 
 
 Number = Annotated[float, BeforeValidator(as_number)]
 Whole = Annotated[int, BeforeValidator(as_whole)]
 Steps = Annotated[int | float, BeforeValidator(_steps)]
 Text = Annotated[str, BeforeValidator(as_text)]
+PathText = Annotated[str, BeforeValidator(as_path)]
 Words = Annotated[list[str], BeforeValidator(_words)]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]

@@ -144,6 +144,12 @@ def is_run(folder: Path) -> bool:
     return metrics or (recipe and ledger)
 
 
+def check_no_run(folder: Path) -> None:
+    """Raise ValueError where a folder that is to hold several runs is one itself, whose report would be replaced."""
+    if is_run(folder):
+        raise ValueError(f"output_dir: {folder} already holds a run; choose another output_dir")
+
+
 def read_run(folder: str | Path) -> Run:
     """What a run's folder holds.
 

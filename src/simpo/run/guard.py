@@ -57,8 +57,8 @@ class Check(NamedTuple):
 CHECKS = {
     "displacement": Check(
         f"the mean log-prob of chosen answers has fallen by {FALL:.0%} of what it was at the start, and by more than "
-        f"the margin has grown (means of {WINDOW} lines, or held-out); or by {CRASH:g} nats, or to {BROKEN:g}, in two "
-        "lines in a row or held-out",
+        f"the margin has grown (means of {WINDOW} lines, or held-out); or by {CRASH:g} nats, or from above to "
+        f"{BROKEN:g}, in two lines in a row or held-out",
         "[3] for -10; the rest ours",
         "Lower learning_rate, or raise beta; sft_weight: 0.05 to 0.1 holds the chosen answers up",
     ),
@@ -350,7 +350,8 @@ def _margin(margin: float, gamma: float, where: str = "") -> _Reading:
 
 def _crash(start: float, now: float, where: str = "") -> _Reading:
     saw = f"the log-prob of {where}chosen answers went from {start:.2f} to {now:.2f} nats a token"
-    return _Reading("displacement", max((start - now) / CRASH, now / BROKEN), saw, kind=f"{where}crash")
+    severity = max((start - now) / CRASH, now / BROKEN if start > BROKEN else 0.0)
+    return _Reading("displacement", severity, saw, kind=f"{where}crash")
 
 
 def _fall(start: float, fall: float, growth: float, where: str = "", *, at_least: float = 0.0) -> _Reading:

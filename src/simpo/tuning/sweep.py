@@ -31,7 +31,7 @@ from simpo.model.load import load_tokenizer
 from simpo.onpolicy.journal import changed_settings
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.report import report_path, try_report
-from simpo.report.read import is_run
+from simpo.report.read import check_no_run, is_run
 from simpo.run.lock import OutputLock
 from simpo.tuning.jobs import Job, Result, Trial, Workers, compare_folders, run_here, run_on_ray
 from simpo.tuning.space import Settings, Space, foresee, propose_all, propose_next
@@ -157,6 +157,8 @@ class _Sweep:
                 f"{self.folder}: holds {found[0]} of a sweep, and no {self.path.name} that says of which; choose "
                 "another output_dir"
             )
+        else:
+            check_no_run(self.folder)
         self.about = {"asked": asked}
         data = prepare_pairs(self.base, load_tokenizer(self.base), progress=True)
         if not len(data.eval or ()):
