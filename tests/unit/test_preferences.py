@@ -135,6 +135,7 @@ REFUSED = {
     "no columns": ({}, "missing column", "no columns"),
     "no prompt": ({"chosen": "Yes.", "rejected": "No."}, "missing column", "no prompt column"),
     "no rejected": ({"prompt": "Why?", "chosen": "Yes."}, "missing column", "no rejected column"),
+    "another separator": ({"prompt;chosen;rejected": "a;b;c"}, "missing column", "separate columns by a comma"),
     "null prompt": ({"prompt": None, "chosen": "Yes.", "rejected": "No."}, "empty", "prompt"),
     "null prompt, a common beginning": (
         {"prompt": None, "chosen": "The sea is blue.", "rejected": "The sea is red."},

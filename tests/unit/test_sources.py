@@ -421,6 +421,13 @@ def test_list_read_by_items_is_the_list_or_the_same_refusal(content, indent, beh
         assert outcome(read_file, path) == outcome(files.load_json, path)
 
 
+def test_a_line_that_is_not_utf8_says_how_to_save_the_file(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes('{"prompt": "naïve"}\n'.encode("latin-1") + b'{"prompt": "b"}\n')
+    bad, good = read_file(tmp_path / "a.jsonl")
+    assert bad.detail == "a.jsonl line 1: not UTF-8 (byte 0xef at place 14); save the file as UTF-8"
+    assert good == {"prompt": "b"}
+
+
 def test_csv_that_is_not_utf8_is_said_with_its_byte(tmp_path):
     text = "prompt,chosen\n" + "a,b\n" * 9000
     for bom in (b"", b"\xef\xbb\xbf"):

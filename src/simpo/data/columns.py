@@ -10,6 +10,7 @@ import ast
 import json
 import math
 import numbers
+import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from decimal import Decimal
@@ -73,6 +74,8 @@ def missing_column(row: Mapping, names: Sequence[str], what: str) -> RowError:
         return RowError("empty", f"{what} ({present[0]}) is null")
     looked_for = ", ".join(names)
     has = ", ".join(str(name) for name in list(row)[:12]) or "no columns"
+    if len(row) == 1 and (found := re.search(r"[;|]|\t", has)):
+        has = f"one, named {has!r}: separate columns by a comma, or a tab in a .tsv file, not by {found[0]!r}"
     return RowError("missing column", f"no {what} column (looked for {looked_for}); the row has {has}")
 
 

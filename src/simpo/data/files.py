@@ -103,6 +103,9 @@ def _json_line(line: bytes, where: str) -> Any:
         return _JSON.decode(line.decode("utf-8"))
     except json.JSONDecodeError as error:
         return RowError("malformed", f"{where}: not JSON ({error.msg} at column {error.colno})")
+    except UnicodeDecodeError as error:
+        at = f"byte 0x{error.object[error.start]:02x} at place {error.start}"
+        return RowError("malformed", f"{where}: not UTF-8 ({at}); save the file as UTF-8")
     except (ValueError, RecursionError) as error:
         return RowError("malformed", f"{where}: cannot be read ({one_line(error)})")
 
