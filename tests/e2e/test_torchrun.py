@@ -131,8 +131,14 @@ def test_the_guard_ends_both_processes_with_its_exit_code(recipe: Settings, tmp_
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"dp_shard": None, "tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes"),
-        ({"dp_shard": None, "tp": 2}, "tp = 2: does not divide this model's num_attention_heads = 9"),
+        pytest.param(  # and the next: invariant/test_mesh.py, without a launcher
+            *({"dp_shard": None, "tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes"),
+            marks=pytest.mark.long,
+        ),
+        pytest.param(
+            *({"dp_shard": None, "tp": 2}, "tp = 2: does not divide this model's num_attention_heads = 9"),
+            marks=pytest.mark.long,
+        ),
         ({"learning_rte": 1.0}, "learning_rte"),
         ({"dataset_mixer": {"no/such/folder": 1.0}}, "no/such/folder"),
     ],

@@ -126,9 +126,15 @@ def test_arguments_that_were_changed_count_and_those_that_came_too_late_are_refu
     assert trainer.recipe.beta == 10.0
     for ours, theirs in zip(trainer.state.log_history, expected.state.log_history, strict=True):
         assert [ours.get(name) for name in METRICS] == [theirs.get(name) for name in METRICS]
-    trainer.args.max_length = 80
-    with pytest.raises(ValueError, match=r"^max_length: changed after pairs and model"):
-        trainer.train()
+    trainer.args.beta = 2.0
+    trainer.get_eval_dataloader(trainer.train_dataset)
+    assert trainer.recipe.beta == 2.0
+    for name, value in {"max_length": 80, "pack": False, "router_aux_loss_coef": 0.1}.items():
+        before = getattr(trainer.args, name)
+        setattr(trainer.args, name, value)
+        with pytest.raises(ValueError, match=rf"^{name}: changed after pairs and model"):
+            trainer.train()
+        setattr(trainer.args, name, before)
 
 
 def test_a_damaged_checkpoint_is_noticed_whatever_names_it(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:

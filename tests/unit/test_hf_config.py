@@ -261,6 +261,8 @@ def test_names_in_the_tables_of_the_documentation_are_fields_or_keys():
 def test_what_the_trainer_cannot_take_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"auto_find_batch_size: micro-batches are planned .* max_tokens_per"):
         config(use_cpu=True, auto_find_batch_size=True)
+    with pytest.raises(ValueError, match="ignore_data_skip: a resumed run goes on with"):
+        config(use_cpu=True, ignore_data_skip=True)
     with pytest.raises(ValueError, match="args: a SimPOConfig is needed, not TrainingArguments"):
         check_arguments(TrainingArguments(use_cpu=True), {})
     with pytest.raises(ValueError, match="compute_loss_func: not taken by this trainer: the loss is loss_type"):

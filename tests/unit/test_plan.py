@@ -57,6 +57,7 @@ def test_the_first_of_the_preferred_sizes_that_fits_is_picked(shape, gpus, keys,
     assert sizes(plan) == expected
 
 
+@pytest.mark.long
 def test_a_reference_model_and_padded_batches_take_their_room():
     plain, dpo = (plan_of("llama-8b", 1, use_peft=True, loss_type=loss) for loss in ("sigmoid", "dpo"))
     assert "reference" not in plain.footprint.moments

@@ -72,7 +72,11 @@ def prepare_pairs(recipe: Any, tokenizer: Any, *, progress: bool = True, checks:
         ValueError: a dataset or key is wrong, more than `max_dropped_fraction` of the rows are dropped, no train pair
             is left, or a pair is too long with `overlong: error`.
     """
-    return _prepare(recipe, tokenizer, source_files.find_sources(recipe), progress=progress, checks=checks)
+    prepared = _prepare(recipe, tokenizer, source_files.find_sources(recipe), progress=progress)
+    if checks:
+        advice = " (`simpo audit --output FILE` lists them all)"
+        check_dropped(prepared.ledger, recipe.max_dropped_fraction, advice=advice)
+    return prepared
 
 
 def prepare_rows(
@@ -84,12 +88,12 @@ def prepare_rows(
         recipe: its data keys, those that name datasets aside. Without evaluation rows `validation_fraction` applies.
         train, evaluation: mappings of columns, in any shape that files may have.
     """
-    return _prepare(recipe, tokenizer, [source_files.rows_in_memory(train, evaluation)], progress=progress)
+    prepared = _prepare(recipe, tokenizer, [source_files.rows_in_memory(train, evaluation)], progress=progress)
+    check_dropped(prepared.ledger, recipe.max_dropped_fraction)
+    return prepared
 
 
-def _prepare(
-    recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool, checks: bool = True
-) -> PreparedData:
+def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bool) -> PreparedData:
     console = Console(stderr=True, soft_wrap=True)
     limits = token_limits(recipe, tokenizer)
     own = {source.label: _own_limits(source, recipe, tokenizer) for source in sources if source.own}
@@ -118,8 +122,6 @@ def _prepare(
                 prepared = write(writer)
     for line in prepared.ledger.notices:
         say(line, console)
-    if checks:
-        check_dropped(prepared.ledger, recipe.max_dropped_fraction)
     return prepared
 
 
@@ -409,15 +411,15 @@ def dropped_by_source(ledger: Ledger) -> dict[str, tuple[int, int]]:
     }
 
 
-def check_dropped(ledger: Ledger, max_dropped_fraction: float) -> None:
+def check_dropped(ledger: Ledger, max_dropped_fraction: float, *, advice: str = "") -> None:
     """Raise ValueError where the data is not what the recipe expects. What was dropped on request does not count."""
     for name, split in ledger.splits.items():
         dropped = _count_unasked({reason: entry["count"] for reason, entry in split.dropped.items()})
         if dropped > max_dropped_fraction * split.input:
             raise ValueError(
                 f"{dropped} of {split.input} {name} rows are dropped ({dropped / split.input:.1%}), more than "
-                f"max_dropped_fraction {max_dropped_fraction:g} allows; correct the data or the keys, or raise it "
-                f"(`simpo audit` lists them all):\n"
+                f"max_dropped_fraction {max_dropped_fraction:g} allows; correct the data or the keys, or raise it"
+                f"{advice}:\n"
                 f"{split.top_reasons()}"
             )
     train = ledger.splits["train"]

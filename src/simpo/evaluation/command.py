@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
@@ -74,6 +75,8 @@ def run_eval_command(
         _check_output(Path(output), settings.model_name_or_path, is_tasks=bool(tasks))
 
     settings_of = functools.partial(settings_for, settings, own)
+    if baseline is not None:  # that it cannot be had is said before the first is measured
+        its_tokenizer = find_tokenizer(settings_of(baseline), model_folder(baseline))
     if tasks:
         names = [settings.model_name_or_path, *([] if baseline is None else [baseline])]
         measured = [measure_tasks(name, tasks, settings_of(name), max_documents=max_pairs) for name in names]
@@ -85,8 +88,6 @@ def run_eval_command(
             say(f"results: {output}", console)
         return content
     tokenizer = find_tokenizer(settings_of(settings.model_name_or_path), settings.model_name_or_path)
-    if baseline is not None:  # that it cannot be had is said before the first is measured
-        its_tokenizer = find_tokenizer(settings_of(baseline), model_folder(baseline))
     pairs = load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs)
 
     def run(name: str, pairs: EvalPairs, tokenizer: Any) -> Evaluation:
@@ -103,7 +104,7 @@ def run_eval_command(
     evaluation = run(settings.model_name_or_path, pairs, tokenizer)
     content = evaluation.to_dict()
     _save(content, evaluation, output)  # before anything is shown, or another model run
-    evaluation.render(console)
+    dataclasses.replace(evaluation, notes=pairs.notes).render(console)  # the others were said when it began
     if baseline is not None:
         # The very same tokens where the vocabulary is the same: a base model may lack its child's chat template.
         if its_tokenizer.get_vocab() != tokenizer.get_vocab():
@@ -112,7 +113,7 @@ def run_eval_command(
         comparison = compare(evaluation, other)
         content |= {"baseline": other.to_dict(), "comparison": comparison.to_dict()}
         _save(content, evaluation, output)
-        for each in (other, comparison):
+        for each in (dataclasses.replace(other, notes=pairs.notes), comparison):
             console.print()
             each.render(console)
     if output is not None:

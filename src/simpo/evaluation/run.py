@@ -31,7 +31,7 @@ from simpo.data.ledger import SplitLedger
 from simpo.data.loader import PairStore
 from simpo.data.prepare import PreparedData, prepare_pairs
 from simpo.data.sources import EVAL_NAMES, find_sources
-from simpo.display import counter
+from simpo.display import counter, say
 from simpo.evaluation.generate import generate_greedy
 from simpo.evaluation.results import Evaluation, Generation, PairRecord, build_evaluation
 from simpo.evaluation.statistics import repeated_share
@@ -298,6 +298,8 @@ def evaluate_pairs(
     console, store = Console(stderr=True, highlight=False, quiet=not progress), pairs.store
     stored = [store[i] for i in range(len(store))]
     with ready_model(model, settings) as (network, packed, notes):
+        for note in notes:
+            say(f"note: {note}", console)
         device = unwrap(network).get_input_embeddings().weight.device
 
         def forward(batch: PackedPairs) -> PairLogps:

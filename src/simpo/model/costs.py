@@ -72,6 +72,8 @@ def check_heads(config: Any, sizes: MeshSizes) -> None:
                 raise ValueError(
                     f"tp = {sizes.tp}: does not divide this model's {name} = {count}; choose one that does"
                 )
+    if sizes.cp > 1 and not setting(text, "num_attention_heads"):
+        raise ValueError(f"cp = {sizes.cp}: {text.model_type} has no attention heads to share out; set cp: 1")
     if heads // sizes.tp % sizes.cp:
         each = f"{heads // sizes.tp} attention heads" + (f" of each of {sizes.tp} tp ranks" if sizes.tp > 1 else "")
         raise ValueError(f"cp = {sizes.cp}: does not divide the {each} of this model; choose one that does")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from json import JSONDecodeError
@@ -185,13 +186,14 @@ def source_dtype(recipe: Recipe) -> torch.dtype:
     return config.dtype or torch.float32
 
 
-_OF_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken")
+_OF_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*")
 
 
 def load_pretrained(
     factory: Any, name: str, recipe: Recipe, *, what: str, key: str = "model_name_or_path", **options: Any
 ) -> Any:
     """factory.from_pretrained with the recipe's revision, which is the model's; a ValueError of one line on failure."""
+    name = os.path.expanduser(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local and not Path(name).is_dir():
         raise ValueError(f"{key}: folder {name!r} does not exist; give a folder or a hub name")
@@ -199,18 +201,30 @@ def load_pretrained(
     if is_local:  # only a download deserves a bar of its own
         transformers_logging.disable_progress_bar()
     unreachable = "" if is_local else unreachable_hub()
-    try:
-        is_other = name in (recipe.ref_model_name_or_path, recipe.tokenizer_name_or_path)
-        revision = "main" if is_other and name != recipe.model_name_or_path else recipe.model_revision or "main"
+    is_other = name in (recipe.ref_model_name_or_path, recipe.tokenizer_name_or_path)
+    revision = "main" if is_other and name != recipe.model_name_or_path else recipe.model_revision or "main"
+    with naming_what_is_loaded(what, name, key=key, unreachable=unreachable):
         return factory.from_pretrained(name, revision=revision, trust_remote_code=recipe.trust_remote_code, **options)
+
+
+@contextlib.contextmanager
+def naming_what_is_loaded(what: str, name: str, *, key: str = "", unreachable: str = "") -> Iterator[None]:
+    """Around from_pretrained: what is wrong with a folder or hub name becomes a ValueError of one line.
+
+    Args:
+        unreachable: why the hub cannot be asked; empty where it can, or need not.
+    """
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     # A missing or broken checkpoint, an attention that is not installed, weights of another shape.
     except (OSError, KeyError, ImportError, ValueError, RuntimeError, SafetensorError) as error:
         why = first_line(error)
-        lacks_one = what == "tokenizer" and is_local and not any(any(Path(name).glob(each)) for each in _OF_TOKENIZERS)
-        if lacks_one:
-            why = "the folder has none; give tokenizer_name_or_path"
+        if what == "tokenizer" and Path(name).is_dir() and not any(any(Path(name).glob(f)) for f in _OF_TOKENIZERS):
+            why = "the folder has none" + "; give tokenizer_name_or_path" * (key == "model_name_or_path")
+        elif "trust_remote_code" in str(error):
+            why = "it comes with code of its own, which runs with trust_remote_code: true alone; read it first"
         elif isinstance(error, SafetensorError):
             why = f"a .safetensors file is damaged, or was fetched in part ({why})"
         elif isinstance(error, JSONDecodeError):

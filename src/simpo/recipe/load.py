@@ -445,7 +445,8 @@ def _following(rest: Sequence[str], types: frozenset[type]) -> list[str]:
 
 
 def _read_words(key: str, words: list[str], types: frozenset[type]) -> Any:
-    if not any(word.strip() for word in words):  # none, or an empty one, of a variable that is not set
+    is_unknown = types == {bool, list}  # which is said later
+    if not words or not (is_unknown or any(word.strip() for word in words)):  # empty: a variable that is not set
         if bool in types and not words:
             return True
         raise ValueError(f"{key}: a value is missing; write --{key} VALUE (null for none)")

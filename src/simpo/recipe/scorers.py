@@ -15,7 +15,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, mo
 
 from simpo.errors import short
 from simpo.recipe.declare import Key, declared_key, in_section
-from simpo.recipe.values import Number, Text, Whole, as_settings, as_text, as_words_or_null
+from simpo.recipe.values import Number, PathText, Text, Whole, as_settings, as_text, as_words_or_null
 
 _option = in_section("score")
 
@@ -149,13 +149,13 @@ class Code(Scorer):
 class RewardModel(Scorer):
     """The score of a reward model, by transformers' sequence classification."""
 
-    model: Text = _option(
+    model: PathText = _option(
         ..., "Folder or hub name.", "path or name")
     revision: Text | None = _option(
         None, "Branch, tag or commit on the hub.", "text", null="main")
     trust_remote_code: bool = _option(
         False, "Run the code that comes with the model.")
-    chat_template: Text | None = _option(
+    chat_template: PathText | None = _option(
         None, "Template for its dialogues.", "chatml, Jinja text or a file that holds it", null="the model's own")
     output: Text | None = _option(
         None, "Which of the model's outputs is the score.", "name of an output",
@@ -176,7 +176,7 @@ class RewardModel(Scorer):
 class Logprob(Scorer):
     """Mean log-prob of the response, in nats per token, its end of turn included."""
 
-    model: Text | None = _option(
+    model: PathText | None = _option(
         None, "Folder or hub name of the model that says it, computed as in training.", "path or name",
         null="the model that sampled the response, as generate wrote it down")
     processes: Whole | None = _option(
@@ -196,7 +196,7 @@ class Judge(Scorer):
     reference: Text = _option(
         "answer", "Column with the reference answer (reference); name it in generate.keep_columns too.",
         "name of a column")
-    template: Text | None = _option(
+    template: PathText | None = _option(
         None, "File with the question, with {prompt} and {response} (grade), or {prompt}, {first} and {second}. It "
         "must ask for a line 'Grade: N', or 'Verdict: 1', 'Verdict: 2' or 'Verdict: tie'; the last such line counts.",
         "path", null="one that comes with simpo", may_change=True)

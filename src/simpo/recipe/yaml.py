@@ -115,7 +115,7 @@ def read_recipe_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: the file is missing, not text, not valid YAML, empty, or not a flat mapping of keys to values.
     """
-    path, name = Path(path), str(path)[:200]
+    path, name = Path(path).expanduser(), str(path)[:200]
     try:
         if path.is_dir():
             raise ValueError(f"{name}: a folder, not a recipe; name the YAML file in it")

@@ -146,7 +146,7 @@ def is_run(folder: Path) -> bool:
 
 def check_no_run(folder: Path) -> None:
     """Raise ValueError where a folder that is to hold several runs is one itself, whose report would be replaced."""
-    if is_run(folder):
+    if (folder / "metrics.jsonl").is_file():
         raise ValueError(f"output_dir: {folder} already holds a run; choose another output_dir")
 
 

@@ -57,8 +57,8 @@ class Check(NamedTuple):
 CHECKS = {
     "displacement": Check(
         f"the mean log-prob of chosen answers has fallen by {FALL:.0%} of what it was at the start, and by more than "
-        f"the margin has grown (means of {WINDOW} lines, or held-out); or by {CRASH:g} nats, or from above to "
-        f"{BROKEN:g}, in two lines in a row or held-out",
+        f"the margin has grown (means of {WINDOW} lines, or held-out); or by {CRASH:g} nats, or from above "
+        f"{BROKEN:g} to below it, in two lines in a row or held-out",
         "[3] for -10; the rest ours",
         "Lower learning_rate, or raise beta; sft_weight: 0.05 to 0.1 holds the chosen answers up",
     ),

@@ -22,6 +22,7 @@ from simpo.model.load import (
     load_pretrained,
     load_tokenizer,
     lora_config,
+    naming_what_is_loaded,
     quantization_options,
     quiet_peft,
 )
@@ -159,7 +160,7 @@ def _with_adapter(base: nn.Module, folder: str) -> nn.Module:
         from peft import PeftModel
     except ImportError as error:
         raise ValueError(f"{folder} is an adapter, which needs peft: pip install 'simpo[peft]'") from error
-    with quiet_peft():
+    with quiet_peft(), naming_what_is_loaded("adapter", folder):
         return PeftModel.from_pretrained(base, folder)
 
 

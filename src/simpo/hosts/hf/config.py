@@ -155,6 +155,10 @@ class SimPOConfig(_Arguments):
                 "auto_find_batch_size: micro-batches are planned before training; set max_tokens_per_micro_batch, "
                 "which limits their memory and leaves the update the same (simpo train finds it by itself)"
             )
+        if self.ignore_data_skip:
+            raise ValueError(
+                "ignore_data_skip: a resumed run goes on with the pairs that its plan has next; leave it out"
+            )
         if self.torch_compile:
             raise ValueError("torch_compile: not with this trainer; the native one (simpo train) compiles its blocks")
         if self.use_liger_kernel:  # transformers would put Liger's own head in place after the start-up check

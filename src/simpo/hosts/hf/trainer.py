@@ -146,7 +146,7 @@ class SimPOTrainer(Trainer):
         self.eval_pairs: EvalPairs | None = None  # of a run directory
         self._step_losses: StepLosses = []
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **options: Any) -> Any:
         """As in transformers. No other process may train into `output_dir` meanwhile, and no checkpoint in it is lost.
 
         Raises:
@@ -255,6 +255,8 @@ class SimPOTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """This process's share of the held-out pairs; no pair is computed twice."""
+        if not self.is_in_train:
+            self._follow_arguments()
         if isinstance(eval_dataset, str):
             eval_dataset = self.eval_dataset[eval_dataset]
         elif eval_dataset is None:
@@ -319,11 +321,11 @@ class SimPOTrainer(Trainer):
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         """The model of `model_init`, made ready."""
-        self._follow_arguments()
+        self._follow_arguments(model_is_ready=False)
         self._is_checked = False
         return self._ready(super().call_model_init(trial))
 
-    def _follow_arguments(self) -> None:
+    def _follow_arguments(self, *, model_is_ready: bool = True) -> None:
         """Take up what was changed in `args`, as trials of `hyperparameter_search` do.
 
         Raises:
@@ -331,12 +333,10 @@ class SimPOTrainer(Trainer):
         """
         now = self.args.to_recipe(self._given_name)
         changed = {name: getattr(now, name) for name in KEYS if getattr(now, name) != getattr(self._read, name)}
-        of_model = () if self.model_init is not None else ("disable_dropout", "router_aux_loss_coef")
-        late = [
-            name
-            for name in changed
-            if (KEYS[name].section in ("model", "data") and not KEYS[name].may_change) or name in of_model
-        ]
+        made = {name for name, key in KEYS.items() if key.section in ("model", "data") and not key.may_change}
+        if model_is_ready:
+            made |= {"disable_dropout", "router_aux_loss_coef", "attention_kernel", "pack", "share_prompt"}
+        late = [name for name in changed if name in made]
         if late:
             raise ValueError(
                 f"{', '.join(late)}: changed after pairs and model had been made ready; make another trainer"
