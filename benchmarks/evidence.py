@@ -584,11 +584,13 @@ def conditions(lab: Lab, section: Section, found: dict[str, list[Row]]) -> str:
     counts = sorted({row["pairs"] for rows in found.values() for row in rows if row["pairs"]})
     threads = sorted({row["threads"] for rows in found.values() for row in rows if row["pairs"]})
     timed = f" Threads of a timed run: {' or '.join(map(str, threads))}." if "seconds" in section.shown else ""
-    pairs = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
+    asked = {arm.asked or arm.pairs for arm in section.arms}
+    held_out = sorted({len(lab.draw(name, "test", size.test, seed=0)) for name in asked})
+    pairs, held_out = (f"{each[0]}" + f" to {each[-1]}" * (len(each) > 1) for each in (counts, held_out))
     return (
         f"{pairs} training pairs ({', '.join(SETS[name] for name in sorted(trained))}), "
         f"{RECIPE['per_device_train_batch_size']} a step, one epoch; "
-        f"{size.test} held-out pairs, greedy answers of up to {size.tokens} tokens to {size.answers} of their prompts; "
+        f"{held_out} held-out pairs, greedy answers of up to {size.tokens} tokens to {size.answers} of their prompts; "
         f"{size.seeds} seeds, means with 95% intervals over them (Student's t).{timed}"
     )
 
