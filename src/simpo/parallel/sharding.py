@@ -102,7 +102,7 @@ def share_tied_shards(model: nn.Module) -> None:
 
     torch 2.13 pads a shard that does not divide once for each part, and an update would reach the last copy only.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     if not isinstance(base, FSDPModule):
         return
     base._get_fsdp_state()._lazy_init()  # pads; the first forward pass would do it otherwise
@@ -139,9 +139,14 @@ def drop_gathered(model: nn.Module) -> None:
             module.reshard()
 
 
+def _base_of(model: nn.Module) -> Any:
+    """The transformers model in `model`, which may have adapters."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def _ends(model: nn.Module) -> list[nn.Module]:
     """The embedding and the head of the transformers model in `model`."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     return [base.get_input_embeddings(), base.get_output_embeddings()]
 
 
@@ -216,7 +221,7 @@ class GradientSync:
             self._strays = [p for p in model.parameters() if p.requires_grad and not _is_known_to_fsdp(p)]
         elif mesh.gradient_group is not None:
             device_ids = [mesh.device] if mesh.device.type == "cuda" else None
-            config = (model.get_base_model() if hasattr(model, "get_base_model") else model).config
+            config = _base_of(model).config
             self.module = DistributedDataParallel(
                 model,
                 device_ids=device_ids,
@@ -253,7 +258,7 @@ class GradientSync:
 
 def _summed_by_transformers(model: nn.Module) -> list[nn.Parameter]:
     """Parameters whose gradients transformers adds up over tp in place; FSDP2 takes each of its own away before."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = _base_of(model)
     summed = [name for name, style in base.tp_plan.items() if style == "replicated_with_grad_allreduce"]
     patterns = [re.compile(re.escape(name).replace(r"\*", r"\d+") + r"(\.\w+)?") for name in summed]
     return [

@@ -445,10 +445,10 @@ def _following(rest: Sequence[str], types: frozenset[type]) -> list[str]:
 
 
 def _read_words(key: str, words: list[str], types: frozenset[type]) -> Any:
+    if not words and bool in types:
+        return True
     is_unknown = types == {bool, list}  # which is said later
-    if not words or not (is_unknown or any(word.strip() for word in words)):  # empty: a variable that is not set
-        if bool in types and not words:
-            return True
+    if not is_unknown and not any(word.strip() for word in words):  # none, or that of a variable that is not set
         raise ValueError(f"{key}: a value is missing; write --{key} VALUE (null for none)")
     if types == {str}:
         return None if NULL.match(words[0]) else words[0]
