@@ -18,8 +18,8 @@ CHAOS  ?= all
 DATA   ?=
 # Options of benchmarks/bench.py, for make bench.
 BENCH  ?=
-# Which sixth of the files with long tests; all when not given.
-SIXTH  ?=
+# Which twelfth of the long tests; all when not given.
+TWELFTH ?=
 
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
@@ -45,10 +45,10 @@ chaos: engines
 test-scale: engines
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -m four_processes $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.four_processes tests | sort)
 
-# And those that take long: Ray, compiling, real weights, kills, further cases of shorter tests. A sixth of their files:
-# make test-long SIXTH=0 (to 5)
+# And those that take long: Ray, compiling, real weights, kills, further cases of shorter tests. A twelfth of them:
+# make test-long TWELFTH=0 (to 11)
 test-long: engines
-	OMP_NUM_THREADS=1 SIMPO_SIXTH=$(SIXTH) $(RUN) -m pytest -m 'long and not four_processes' $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.long tests | sort)
+	OMP_NUM_THREADS=1 SIMPO_TWELFTH=$(TWELFTH) $(RUN) -m pytest -m 'long and not four_processes' $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.long tests | sort)
 
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model

@@ -176,14 +176,15 @@ def gradients(trainer: Trainer, batch: Any) -> dict[str, torch.Tensor]:
     return found
 
 
+@pytest.mark.long  # pieces of a block: unit/test_compile.py
 @dynamo_asks_for_gradients
 @pytest.mark.parametrize(
     "options",
     [
         {"bf16": True},
-        pytest.param({"gradient_checkpointing": True}, marks=pytest.mark.long),  # without it: unit/test_compile.py
-        pytest.param({"use_peft": True, "lora_dropout": 0.0}, marks=pytest.mark.long),
-        pytest.param({"use_peft": True, "lora_dropout": 0.0, "gradient_checkpointing": True}, marks=pytest.mark.long),
+        {"gradient_checkpointing": True},
+        {"use_peft": True, "lora_dropout": 0.0},
+        {"use_peft": True, "lora_dropout": 0.0, "gradient_checkpointing": True},
     ],
     ids=["bf16", "checkpointing", "adapters", "adapters and checkpointing"],
 )

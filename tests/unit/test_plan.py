@@ -124,6 +124,7 @@ def test_seven_billion_on_one_40_gb_card_takes_adapters_or_host_memory():
     assert sum(offloaded.footprint.offloaded.values()) > 50 * GIB
 
 
+@pytest.mark.long
 def test_eight_billion_on_two_40_gb_cards_takes_cpu_memory_or_adapters():
     assert not plan_of("llama-8b", 2, 40).fits
     assert plan_of("llama-8b", 2, 40, fsdp_cpu_offload=True).fits
@@ -173,9 +174,9 @@ def test_recipes_for_one_card_fit_it(name, shape, gib):
 
 
 def test_where_nothing_fits_it_says_what_would():
-    plan = plan_of("llama-70b", 8)
+    plan = plan_of("llama-8b", 2, 24)
     said = " | ".join(plan.remedies)
-    for word in ("32 GPUs", "use_peft", "fsdp_cpu_offload", "CPU memory"):
+    for word in ("8 GPUs", "use_peft", "fsdp_cpu_offload", "CPU memory"):
         assert word in said
     text = describe_plan(plan, recipe_of())
     assert "warning: this does not fit: with the longest pair (4,096 tokens) a GPU needs" in text
