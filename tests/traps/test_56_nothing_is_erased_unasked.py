@@ -149,6 +149,15 @@ def test_the_last_checkpoint_of_a_finished_run_still_gives_its_model_again(finis
     assert after.keys() == before.keys()
 
 
+@pytest.mark.parametrize("name", ["rounds", "sweep"])
+def test_the_folder_of_rounds_or_a_sweep_is_no_run_s(name: str, tiny_recipe: Settings) -> None:
+    folder = Path(tiny_recipe["output_dir"])
+    folder.mkdir(parents=True)
+    (folder / f"{name}.json").write_text("{}")
+    with pytest.raises(ValueError, match=f"^output_dir: .* is that of `simpo {name}`; choose another output_dir"):
+        find_checkpoint(load_recipe(tiny_recipe))
+
+
 def test_a_launch_named_as_an_earlier_one_is_refused_however_often_it_is_started(
     finished: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:

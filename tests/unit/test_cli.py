@@ -251,6 +251,11 @@ def test_home_is_found_where_no_shell_looks(recipe_file, tmp_path, monkeypatch):
     assert (tmp_path / "ledger.json").is_file()
 
 
+def test_an_option_may_be_written_as_a_key_is():
+    for word in ("--max_pairs=none", "--max-pairs=none"):
+        assert "Invalid value for '--max-pairs'" in run("eval", "model", "pairs", word).output
+
+
 @pytest.mark.parametrize("words", [["--beta", ""], ["--beta="], ["--bf16="]])
 def test_an_empty_value_is_a_missing_one(words):
     with pytest.raises(ValueError, match=f"^{words[0].strip('-=')}: a value is missing"):

@@ -51,8 +51,16 @@ class _OneLineErrors(TyperGroup):
             raise typer.Exit(130) from None
 
 
-class _CompletesKeys(TyperCommand):
-    """Completes the keys of a recipe, after `--`, where a command takes them."""
+class _Command(TyperCommand):
+    """Completes the keys of a recipe, after `--`, where it takes them. --max_pairs is --max-pairs, as with keys."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        own = {name for option in self.params for name in option.opts}
+        for i, word in enumerate(args):
+            name, equals, value = word.partition("=")
+            if name not in own and (dashed := name.replace("_", "-")) in own:
+                args[i] = dashed + equals + value
+        return super().parse_args(ctx, args)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         found = super().shell_complete(ctx, incomplete)
@@ -68,7 +76,7 @@ class _CompletesKeys(TyperCommand):
 
 class _App(typer.Typer):
     def command(self, name: str | None = None, **options: Any) -> Any:
-        return super().command(name, **{"cls": _CompletesKeys, **options})
+        return super().command(name, **{"cls": _Command, **options})
 
 
 app = _App(

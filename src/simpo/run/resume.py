@@ -96,6 +96,9 @@ def _refuse_to_overwrite(recipe: Recipe, newest: Checkpoint | None, kind: Checkp
     """Unless it resumes the newest checkpoint of its own directory, or that holds no more than a log."""
     output_dir, resumes = Path(recipe.output_dir), recipe.resume_from_checkpoint is True
     own, is_finished = output_dir / "checkpoints", (output_dir / "model").exists()
+    for several in ("rounds", "sweep"):  # whose report would be replaced
+        if (output_dir / f"{several}.json").exists() and not (output_dir / "metrics.jsonl").exists():
+            raise ValueError(f"output_dir: {output_dir} is that of `simpo {several}`; choose another output_dir")
     for other in (NATIVE, TRAINERS):
         if other != kind and list_checkpoints(own, other):
             raise ValueError(
