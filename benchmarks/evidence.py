@@ -226,7 +226,7 @@ class Lab:
         rows = self.draw(arm.asked or arm.pairs, "test", self.size.test, seed=0)
         held_out = write_rows(self.args.output / "held-out" / f"{arm.asked or arm.pairs}.jsonl", rows)
         keys = ("max_length", "max_prompt_length", "bf16")
-        options: Row = {"recipe": {key: RECIPE[key] for key in keys}, "progress": False}
+        options: Row = {"recipe": {key: RECIPE[key] for key in keys}, "progress": False, "batch_pairs": 8}
         count = min(self.size.answers, len({str(row["prompt"]) for row in rows}))
         found = simpo.evaluate(model, held_out, num_generations=count, max_new_tokens=self.size.tokens, **options)
         other = simpo.evaluate(model, write_rows(self.args.output / "unrelated.jsonl", unrelated_text()), **options)

@@ -72,7 +72,7 @@ from simpo.run.session import (
     card_of_data,
     check_agreement,
     check_device,
-    check_early_stopping,
+    check_held_out,
     check_room,
     check_token_ids,
     count_steps,
@@ -173,6 +173,8 @@ class Trainer:
         """All that `run` needs, from the data to the place in the run directory."""
         resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
         check_device(recipe, self.mesh)
+        if recipe.fsdp_cpu_offload and not self.mesh.sizes.is_sharded:
+            self.display.say("fsdp_cpu_offload: without effect: every process has the weights whole")
         if (slow := set_up_process(recipe, self.device, sharded=self.mesh.sizes.is_sharded)) is not None:
             self.display.say(slow)
         seed_everything(recipe.seed)
@@ -182,7 +184,8 @@ class Trainer:
             lambda: prepare_pairs(recipe, self.tokenizer, progress=self.mesh.is_main)
         )
         check_token_ids(self.data, recipe)
-        check_early_stopping(recipe, self.data)
+        for line in check_held_out(recipe, self.data):
+            self.display.say(line)
         self.export_dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
         self.repository = self.mesh.on_main(lambda: create_repository(recipe))
         self.model = load_model(recipe, device=self.device, mesh=self.mesh)
@@ -494,8 +497,7 @@ class Trainer:
             "max_tokens_asked_for": self.recipe.max_tokens_per_micro_batch,
             **self._identity(),
         }
-        wanted = {self.progress.best_step} if self.recipe.load_best_model_at_end else set()
-        wanted |= self._may_go_back_to()
+        wanted = {self.progress.best_step, *self._may_go_back_to()}
         return self.saver.save(self.progress.step, self.model, self.optimizer, state, protect=wanted)
 
     def _restore(self, checkpoint: Checkpoint) -> None:

@@ -198,6 +198,17 @@ def test_a_checkpoint_of_other_data_is_refused(tiny_model: Path, pairs: Path, tm
         run_host(tiny_model, other, tmp_path / "run", **saving, resume=str(tmp_path / "run" / "checkpoint-1"))
 
 
+@pytest.mark.parametrize("changed", [{"lr_scheduler_type": "linear"}, {"adam_beta2": 0.95}, {"warmup_steps": 1}])
+def test_a_checkpoint_of_another_schedule_or_optimizer_is_refused(
+    tiny_model: Path, pairs: Path, tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    saving = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+    run_host(tiny_model, pairs, tmp_path / "run", **saving)
+    last = str(tmp_path / "run" / "checkpoint-1")
+    with pytest.raises(ValueError, match=f"belongs to a run with other settings: {next(iter(changed))} "):
+        run_host(tiny_model, pairs, tmp_path / "run", **saving | changed, resume=last)
+
+
 @pytest.mark.parametrize(("of", "said"), [("loss", "a loss is not finite"), ("gradient", "the gradient norm is nan")])
 def test_what_is_no_number_stops_before_the_update(
     tiny_model: Path, pairs: Path, tmp_path: Path, of: str, said: str

@@ -14,6 +14,7 @@ import yaml
 from typer.testing import CliRunner
 
 from simpo.cli import app
+from simpo.cli.app import name_stage
 from simpo.core.losses import LOSSES
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.stopping import Interrupted, NonFiniteError, OutOfMemory
@@ -249,6 +250,13 @@ def test_home_is_found_where_no_shell_looks(recipe_file, tmp_path, monkeypatch):
     )
     assert run("audit", "~/recipe.yaml", "--output=~/ledger.json").exit_code == 0
     assert (tmp_path / "ledger.json").is_file()
+
+
+@pytest.mark.parametrize("words", [["--seed", "7"], ["--seed=7"]])
+def test_the_seed_on_the_command_line_is_that_of_the_samples(words):
+    named = name_stage([*words, "--temperature", "0"], "generate")
+    recipe = load_recipe({"model_name_or_path": "m", "generate": {"seed": 13}}, named)
+    assert (recipe.seed, recipe.generate.seed, recipe.generate.temperature) == (7, 7, 0)
 
 
 def test_an_option_may_be_written_as_a_key_is():

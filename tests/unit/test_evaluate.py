@@ -23,7 +23,7 @@ from simpo.evaluation import command as evaluation_command
 from simpo.evaluation import run as evaluation_run
 from simpo.evaluation.generate import generate_greedy
 from simpo.evaluation.results import Evaluation, PairRecord, build_evaluation, compare
-from simpo.evaluation.run import evaluate
+from simpo.evaluation.run import evaluate, settings_for
 from simpo.model import settle
 from simpo.model.attention import PACKED
 from simpo.model.load import load_tokenizer
@@ -475,3 +475,26 @@ def test_log_probs_that_are_not_finite_stop():
     pairs = [PairRecord("good", -1.0, -2.0, 1, 1), PairRecord("bad", math.nan, -2.0, 1, 1)]
     with pytest.raises(ValueError, match="not finite on 1 of 2 pairs: bad"):
         build_evaluation(pairs, **identity())
+
+
+def test_another_model_has_a_revision_and_a_tokenizer_of_its_own(tmp_path: Path):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "own"}')
+    keys = {"model_revision": "v2", "tokenizer_name_or_path": "its/tokenizer"}
+    settings = load_recipe({"model_name_or_path": "own", **keys})
+
+    def of(name: str, settings: Any = settings) -> tuple[str | None, str | None]:
+        found = settings_for(settings, "own", name)
+        return found.model_revision, found.tokenizer_name_or_path
+
+    assert of("own") == of(str(adapter)) == ("v2", "its/tokenizer")
+    assert of("other") == (None, None)
+    assert of("other", load_recipe(settings, {"model_name_or_path": "other"})) == (None, "its/tokenizer")
+
+
+def test_the_recipe_says_how_many_pairs_go_through_at_once(
+    tiny_model: Path, pair_files: Path, settings: dict[str, Any]
+):
+    asked = {**settings, "per_device_eval_batch_size": 3}
+    assert evaluate(str(tiny_model), pair_files, recipe=asked, max_pairs=3).settings["batch_pairs"] == 3

@@ -44,6 +44,12 @@ def test_stop_saves_a_checkpoint_and_resuming_says_nothing_twice(
     assert [row["kind"] for row in findings(tmp_path / "run")].count("displacement") == 1
 
 
+def test_back_chooses_by_the_metric_and_from_before_the_logged_window() -> None:
+    keys = {"metric_for_best_model": "eval_rewards/margins", "greater_is_better": True, "logging_steps": 5}
+    found = SimPOConfig("run", guard="back", **OFTEN, **keys).to_recipe()
+    assert {name: getattr(found, name) for name in keys} == keys
+
+
 @pytest.mark.parametrize("keys", [{}, {"save_total_limit": 1}], ids=lambda keys: next(iter(keys), ""))
 def test_back_leaves_the_weights_of_the_best_checkpoint_from_before(
     tiny_model: Path, pair_files: Path, tmp_path: Path, keys: dict[str, Any]

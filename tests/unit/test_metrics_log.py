@@ -61,6 +61,9 @@ def test_trackers_get_name_config_and_every_finite_number(
         finish=lambda: calls.append(("finish", None)),
     )
     monkeypatch.setitem(sys.modules, name, fake)
+    MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=[name], output_dir=str(tmp_path / "folder"))).close()
+    assert calls[0][1][run_name] == "folder"
+    calls.clear()
     log = MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=[name], run_name="first"))
     log.write({"loss": 1.5, "rewards/margins": math.nan}, step=7)
     log.close()

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from simpo.data.sources import load_splits
 from simpo.onpolicy.prompts import read_prompts
 from simpo.recipe import load_recipe
 
@@ -94,3 +95,13 @@ def test_an_empty_system_turn_is_rendered_and_names_no_other_prompt(tmp_path: Pa
     recipe = {"model_name_or_path": "any", "generate": {"prompts": {str(write(tmp_path, SHAPES[:1])): 1}}}
     found = read_prompts(load_recipe({**recipe, "auto_insert_empty_system_msg": True}))
     assert [(prompt.turns, prompt.id) for prompt in found.prompts] == [(ASKED, "069159bd0a77eac7")]
+
+
+def test_the_held_out_prompts_are_those_of_training_where_a_row_has_one_answer(tmp_path: Path):
+    rows = [{"prompt": f"{n}?", "response": f"{n}.{k}", "score": k} for n in range(60) for k in range(2 + n % 2)]
+    path = write(tmp_path, [*rows, {"prompt": "alone?", "response": "Yes.", "score": 1}])
+    recipe = load_recipe({"model_name_or_path": "any", "dataset_mixer": {str(path): 1}, "validation_fraction": 0.2})
+    trained = {row["prompt"] for _, row in load_splits(recipe).train if isinstance(row, dict)}
+    asked = {prompt.turns[0]["content"] for prompt in read_prompts(recipe, held_out=True).prompts}
+    assert len(asked) >= 11
+    assert not asked & trained

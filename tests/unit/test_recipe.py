@@ -12,6 +12,7 @@ import pytest
 from simpo.core.losses import LOSSES, ListLogps, PairLogps
 from simpo.recipe import KEYS, Recipe, keys, load_recipe, nearest_key
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
+from simpo.recipe.checks import in_vain
 from simpo.recipe.declare import declared_key, in_section
 
 REPO = Path(__file__).resolve().parents[2]
@@ -268,6 +269,20 @@ def test_what_would_train_something_else_is_refused_with_advice(values, advice):
 
 def test_generate_during_eval_says_what_to_set_instead():
     assert "num_eval_generations" in recipe(generate_during_eval=True).notices[0]
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "warmup_steps"),
+        ({"lr_scheduler_type": "constant", "warmup_ratio": 0.2}, "warmup_ratio"),
+        ({"lr_scheduler_type": "constant"}, None),
+        ({"eval_strategy": "no", "num_eval_generations": 4, "validation_fraction": 0}, "num_eval_generations"),
+    ],
+)
+def test_a_key_that_another_makes_idle_is_said(keys, named):
+    lines = in_vain(load_recipe({"model_name_or_path": "m", **keys}))
+    assert [line.partition(":")[0] for line in lines] == ([named] if named else [])
 
 
 def test_nearest_key_prefers_ours():

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.saved import Checkpoint
-from simpo.run.session import Progress, is_due, locate_best
+from simpo.run.session import Progress, check_held_out, is_due, locate_best
 
 
 @pytest.mark.parametrize(
@@ -66,3 +67,25 @@ def test_an_evaluation_without_the_metric_names_those_it_has():
     recipe = load_recipe({"model_name_or_path": "m"})
     with pytest.raises(ValueError, match="metric_for_best_model: 'eval_loss' is not one of eval_pairs, eval_runtime"):
         Progress().track_best({"eval_runtime": 1.0, "eval_pairs": 1.0}, recipe)
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"early_stopping_patience": 2}, "early_stopping_patience = 2"),
+        ({"load_best_model_at_end": True}, "load_best_model_at_end = true"),
+        ({"guard": "back"}, "guard = back"),
+    ],
+)
+def test_what_chooses_weights_by_held_out_pairs_needs_some(keys: dict[str, Any], said: str):
+    often = {"model_name_or_path": "m", "eval_strategy": "steps", "eval_steps": 2, "save_steps": 2}
+    with pytest.raises(ValueError, match=f"^{said}: there are no held-out pairs"):
+        check_held_out(load_recipe(often | keys), SimpleNamespace(eval=None))
+    assert check_held_out(load_recipe(often | keys), SimpleNamespace(eval=[])) == []
+
+
+def test_what_does_nothing_without_held_out_pairs_is_said():
+    recipe = load_recipe({"model_name_or_path": "m", "eval_on_start": True, "num_eval_generations": 2})
+    (line,) = check_held_out(recipe, SimpleNamespace(eval=None))
+    assert line.startswith("eval_on_start and num_eval_generations: without effect")
+    assert check_held_out(load_recipe({"model_name_or_path": "m"}), SimpleNamespace(eval=None)) == []

@@ -166,10 +166,15 @@ def name_stage(overrides: list[str], stage: str) -> list[str]:
 
     own = {f"--{key.partition('.')[2]}" for key in STAGE_KEYS if key.startswith(f"{stage}.")}
     own -= {f"--{key}" for key in KEYS}
-    return [
+    named = [
         f"--{stage}.{word[2:]}" if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in own else word
         for word in overrides
     ]
+    if stage == "generate":  # whose own seed would win
+        for word, value in zip(overrides, [*overrides[1:], ""], strict=True):
+            if word.partition("=")[0] == "--seed":
+                named += [f"--generate.{word[2:]}", *[value] * ("=" not in word)]
+    return named
 
 
 def name_model(words: list[str]) -> list[str]:

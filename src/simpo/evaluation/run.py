@@ -42,6 +42,7 @@ from simpo.model.probe import check_forward
 from simpo.model.settle import why_not_packed
 from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.run.optim import set_threads
 from simpo.run.reference import pair_sums
 
 READ_KEYS = frozenset(
@@ -62,9 +63,9 @@ def evaluate(
     tokenizer: Any = None,
     split: str = HELD_OUT,
     max_pairs: int | None = None,
-    batch_pairs: int = 8,
+    batch_pairs: int | None = None,
     num_generations: int = 0,
-    max_new_tokens: int = 128,
+    max_new_tokens: int | None = None,
     bf16: bool | None = None,
     device: str | None = None,
     progress: bool = True,
@@ -82,9 +83,9 @@ def evaluate(
         split: "test" is the held-out pairs, whatever the data calls them; else a split's name. A single file has no
             splits and is taken whole.
         max_pairs: at most this many pairs, a seeded choice (the recipe's seed).
-        batch_pairs: pairs in one forward pass.
+        batch_pairs: pairs in one forward pass; None = the recipe's per_device_eval_batch_size.
         num_generations: prompts, the first ones, that are answered greedily.
-        max_new_tokens: longest answer.
+        max_new_tokens: longest answer; None = the recipe's eval_generation_max_new_tokens.
         bf16: compute in bfloat16; None = as the recipe says (true by default).
         device: "auto", "cpu" or "cuda"; None = as the recipe says (auto by default).
         progress: show a progress bar on a terminal.
@@ -111,6 +112,8 @@ def evaluate(
     settings = load_recipe(first, wanted, only=READ_KEYS)
     with contextlib.suppress(ValueError):  # it names no model
         settings = settings_for(settings, load_recipe(first, only=READ_KEYS).model_name_or_path)
+    if settings.num_threads is not None:
+        set_threads(settings.num_threads)
     if tokenizer is None and (num_generations or not _is_tokenised(data)):
         tokenizer = find_tokenizer(settings, settings.model_name_or_path)
     return evaluate_pairs(
@@ -118,9 +121,9 @@ def evaluate(
         load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs, progress=progress),
         settings,
         tokenizer,
-        batch_pairs=batch_pairs,
+        batch_pairs=batch_pairs or settings.per_device_eval_batch_size,
         num_generations=num_generations,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=max_new_tokens or settings.eval_generation_max_new_tokens,
         progress=progress,
     )
 
@@ -128,12 +131,17 @@ def evaluate(
 def settings_for(settings: Recipe, own: str, name: str | None = None) -> Recipe:
     """The settings to load a model by: a revision is that of the model `own`, also as the base of an adapter.
 
+    So is the tokenizer, but for the model that the settings name.
+
     Args:
         name: of the model to load; None = the settings'.
     """
-    name = model_folder(settings.model_name_or_path if name is None else name)
-    is_own = base_model(name) in (own, base_model(model_folder(own)))
-    return settings if is_own else settings.model_copy(update={"model_revision": None})
+    named = model_folder(settings.model_name_or_path)
+    name = named if name is None else model_folder(name)
+    if base_model(name) in (own, base_model(model_folder(own))):
+        return settings
+    changes = {"model_revision": None} | ({} if name == named else {"tokenizer_name_or_path": None})
+    return settings.model_copy(update=changes)
 
 
 # --- what to evaluate ------------------------------------------------------------------------------------------------
@@ -306,7 +314,8 @@ def evaluate_pairs(
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=settings.bf16):
                 return compute_pair_logps(network, batch, chunk_size=settings.logits_chunk_size)
 
-        layout = {"pairs_per_batch": batch_pairs, "pack": packed, "share_prompt": packed}
+        layout = {"pairs_per_batch": batch_pairs, "pack": packed and settings.pack}
+        layout |= {"share_prompt": packed and settings.share_prompt}
         with counter(console, "evaluating", len(stored)) as advance:
             sums = pair_sums(forward, store, **layout, mesh=Mesh(MeshSizes(), device=device), advance=advance).tolist()
         answered = stored[:num_generations]

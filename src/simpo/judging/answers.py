@@ -17,7 +17,7 @@ from simpo.data.columns import ANSWER_COLUMNS, RowError
 from simpo.data.files import write_whole
 from simpo.data.preferences import prompt_from_row
 from simpo.errors import short
-from simpo.evaluation.run import model_folder
+from simpo.evaluation.run import model_folder, settings_for
 from simpo.onpolicy.generate import run_generate
 from simpo.onpolicy.journal import read_about, read_rows
 from simpo.onpolicy.prompts import Prompt, Prompts, read_prompts
@@ -139,9 +139,8 @@ def _sampling(recipe: Recipe, name: str, asked: Path) -> Recipe:
     }
     if recipe.generate.backend == "openai":
         return load_recipe(recipe, changes | {"generate.served_model": name})
-    if name != recipe.model_name_or_path:
-        changes |= {"model_name_or_path": model_folder(name), "model_revision": None}
-    return load_recipe(recipe, changes)
+    own = settings_for(recipe, recipe.model_name_or_path, name)
+    return load_recipe(own, changes | {"model_name_or_path": model_folder(name)})
 
 
 # --- files of answers ------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
         keys |= {"backend": wanted.on_ray, "on_ray": "local"}
     keys["seed"] = recipe.seed if wanted.seed is None else wanted.seed
     keys |= {"chat_template": recipe.chat_template, "rendered_text": recipe.rendered_text}
+    keys |= {"auto_insert_empty_system_msg": recipe.auto_insert_empty_system_msg and wanted.backend != "openai"}
     keys |= digest_of_template(recipe.chat_template)
     with Journal(output, {"generate": keys, **backend.settings}) as journal:
         journal.left_out.update(found.left_out)

@@ -66,7 +66,7 @@ def read_prompts(recipe: Recipe, *, held_out: bool = False, also_keep: Sequence[
         raise ValueError("generate.prompts: no prompts; name a dataset there, or in dataset_mixer")
     recipe = load_recipe(recipe, changes)
     sources = find_sources(recipe)
-    splits = load_splits(recipe, sources, group_answers=False)
+    splits = load_splits(recipe, sources, group_answers=held_out)
     read = reader_of(recipe, sources, _reader)
     found: dict[str, Prompt] = {}
     repeated = differing = 0
@@ -76,6 +76,8 @@ def read_prompts(recipe: Recipe, *, held_out: bool = False, also_keep: Sequence[
         raise ValueError("dataset_mixer has no held-out rows: add an evaluation split, or name prompts (judge.prompts)")
     for row_id, row in rows:
         try:
+            if isinstance(row, RowError):
+                raise row
             pair = read(row, row_id=row_id)
             prompt_id = f"{pair.key() % 2**64:016x}"
             columns = {name: row[name] for name in kept if _is_given(row.get(name))}

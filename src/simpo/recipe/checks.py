@@ -70,6 +70,11 @@ def in_vain(recipe: Recipe) -> list[str]:
             f"validation_fraction = {recipe.validation_fraction:g}: with eval_strategy no, pairs that are held out "
             "where no eval split exists are neither trained on nor evaluated; set it to 0, or leave eval_strategy out"
         )
+    if recipe.eval_strategy == "no" and recipe.num_eval_generations and not recipe.eval_on_start:
+        lines.append("num_eval_generations: without effect, as eval_strategy is no")
+    for key in ("warmup_steps", "warmup_ratio") if recipe.lr_scheduler_type == "constant" else ():
+        if getattr(recipe, key) not in (0, type(recipe).model_fields[key].default):
+            lines.append(f"{key}: without effect: lr_scheduler_type constant has no warm-up; constant_with_warmup has")
     if recipe.warmup_ratio >= 1 and recipe.warmup_steps == 0 and recipe.lr_scheduler_type != "constant":
         lines.append(f"warmup_ratio = {recipe.warmup_ratio:g}: no step of the run has the full learning_rate; lower it")
     return lines

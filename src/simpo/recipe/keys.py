@@ -154,7 +154,8 @@ class Recipe(_LossKeys):
         None, "Configuration name of each dataset, in the mixer's order.", "list as long as dataset_mixer, or null",
         hf="run")
     validation_fraction: Number = _data(
-        0.05, "Share of the training prompts held out when no evaluation split exists; 0 holds out none.",
+        0.05, "Share of the training prompts held out when no evaluation split exists, before mixer fractions and "
+        "max_train_samples; 0 holds out none.",
         hf="run", ge=0, lt=1)
     prompt_column: Text | None = _data(
         None, "Column of the prompt, when its name is not a usual one.", "column name", null="found")

@@ -233,6 +233,10 @@ def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], recipe: R
         changed.append("the training data or its tokenisation")
     elif saved.get("scores_fingerprint") not in (None, current.get("scores_fingerprint")):
         changed.append("the scores of the training pairs")
+    for name, value in current.get("arguments", {}).items():  # of transformers' Trainer, where it is the host
+        was = saved.get("arguments", {}).get(name, value)
+        if was != value:
+            changed.append(f"{name} (was {was!r}, is {value!r})")
     if saved["pairs_per_step"] != current["pairs_per_step"]:
         changed.append(
             f"the pairs in an optimizer step (was {saved['pairs_per_step']}, is {current['pairs_per_step']}; with "

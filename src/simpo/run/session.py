@@ -104,13 +104,27 @@ def describe_early_stop(recipe: Recipe, step: int, *, best_step: int | None, bes
     )
 
 
-def check_early_stopping(recipe: Recipe, data: PreparedData) -> None:
-    """Raise ValueError for early stopping without held-out pairs."""
-    if recipe.early_stopping_patience is not None and data.eval is None:
-        raise ValueError(
-            f"early_stopping_patience = {recipe.early_stopping_patience}: there are no held-out pairs to evaluate on; "
-            "give an evaluation split or a validation_fraction"
-        )
+def check_held_out(recipe: Recipe, data: PreparedData) -> list[str]:
+    """A line for keys that do nothing without held-out pairs.
+
+    Raises:
+        ValueError: there are none, and a key chooses weights by them.
+    """
+    if data.eval is not None:
+        return []
+    asked = {
+        "early_stopping_patience": recipe.early_stopping_patience,
+        "load_best_model_at_end": recipe.load_best_model_at_end or None,
+        "guard": "back" if "back" in recipe.guard.values() else None,
+    }
+    for key, value in asked.items():
+        if value is not None:
+            raise ValueError(
+                f"{key} = {str(value).lower()}: there are no held-out pairs to evaluate on; give an evaluation split "
+                "or a validation_fraction"
+            )
+    idle = [key for key in ("eval_on_start", "num_eval_generations") if getattr(recipe, key)]
+    return [f"{' and '.join(idle)}: without effect: there are no held-out pairs to evaluate on"] if idle else []
 
 
 def locate_best(progress: Progress, resumed: Checkpoint, own: Path, recipe: Recipe, mesh: Mesh) -> str | None:

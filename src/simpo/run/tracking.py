@@ -114,6 +114,10 @@ def _is_done_again(line: str, step: int) -> bool:
         return False  # no line of ours
 
 
+def _name_of(recipe: Recipe) -> str:
+    return recipe.run_name or Path(recipe.output_dir).resolve().name
+
+
 def check_trackers(names: Sequence[str]) -> None:
     """Raise ValueError for a tracker that is not installed, before a run spends time on anything else."""
     for name in names:
@@ -144,7 +148,7 @@ class _RunTracker:
     def __init__(self, name: str, recipe: Recipe) -> None:
         module = importlib.import_module(name)
         self._module = module
-        named = {"experiment_name" if name == "swanlab" else "name": recipe.run_name}
+        named = {"experiment_name" if name == "swanlab" else "name": _name_of(recipe)}
         project = os.environ.get(f"{name.upper()}_PROJECT", "simpo")
         module.init(project=project, config=recipe.to_dict(), **named)
 
@@ -162,7 +166,7 @@ class _MLflow:
         from transformers import TrainerControl, TrainerState
         from transformers.integrations import MLflowCallback
 
-        args = SimpleNamespace(run_name=recipe.run_name, to_dict=recipe.to_dict)
+        args = SimpleNamespace(run_name=_name_of(recipe), to_dict=recipe.to_dict)
         self._state, self._callback = TrainerState(), MLflowCallback()
         self._about = (args, self._state, TrainerControl())
         self._callback.on_train_begin(*self._about)

@@ -236,10 +236,9 @@ class SimPOConfig(_Arguments):
         asked = {name: getattr(self, name, None) for name in _NOT_HONOURED}
         values |= {name: value for name, value in asked.items() if refusal(name, value) is not None}
         if self.guard is not None and "back" in str(self.guard):  # it needs every checkpoint evaluated
-            when = {
-                name: getattr(self, name) for name in ("eval_strategy", "eval_steps", "save_strategy", "save_steps")
-            }
-            values |= {name: getattr(value, "value", value) for name, value in when.items()}
+            names = ("eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_steps")
+            by = ("metric_for_best_model", "greater_is_better")
+            values |= {name: getattr(value, "value", value) for name in names + by for value in [getattr(self, name)]}
         values |= {"output_dir": self.output_dir, "gradient_checkpointing": bool(getattr(self, _CHECKPOINTING))}
         return load_recipe({name: value for name, value in values.items() if value is not None}, processes=1)
 

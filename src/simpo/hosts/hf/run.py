@@ -39,7 +39,7 @@ from simpo.run.resume import find_checkpoint
 from simpo.run.saved import TRAINERS, Checkpoint, list_checkpoints
 from simpo.run.session import (
     card_of_data,
-    check_early_stopping,
+    check_held_out,
     check_token_ids,
     count_steps,
     describe_run,
@@ -83,9 +83,10 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
     data = mesh.main_first(lambda: prepare_pairs(recipe, tokenizer, progress=mesh.is_main))
     if data.eval is None or recipe.eval_strategy is None:
         args.eval_strategy = "no"
-    args.eval_on_start &= resume is None  # a run that goes on is not at its start
+    args.eval_on_start &= resume is None and data.eval is not None  # a run that goes on is not at its start
     check_token_ids(data, recipe)
-    check_early_stopping(recipe, data)
+    for line in check_held_out(recipe, data):
+        display.say(line)
     dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
     repository = mesh.on_main(lambda: create_repository(recipe))
     directory = RunDirectory(recipe, display, mesh, lambda: open_output_dir(recipe, data, resume, TRAINERS))

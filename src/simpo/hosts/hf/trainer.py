@@ -463,7 +463,8 @@ class SimPOTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in values.items()})
         if self.eval_pairs is not None and metric_key_prefix == "eval":
             self.eval_pairs.save(self.state.global_step, self.mesh, keep=self._to_keep())
-        if self.is_in_train and metric_key_prefix == "eval":
+        first = [f"eval_{name}" for name in self.eval_dataset][:1] if isinstance(self.eval_dataset, Mapping) else []
+        if self.is_in_train and metric_key_prefix in ("eval", *first):
             folder, place = self.recipe.output_dir, {"step": self.state.global_step, "mesh": self.mesh}
             store = dataloader.dataset.loader.store
             with self.compute_loss_context_manager():
@@ -558,7 +559,16 @@ class SimPOTrainer(Trainer):
             super()._load_best_model()
 
     def _identity(self) -> dict[str, Any]:
-        return run_identity(self.recipe, self.data, self.loader, total_steps=self._total_steps)
+        """With what a recipe of `SimPOConfig.to_recipe` does not hold: schedule, optimizer and adapters."""
+        named = {name: str(getattr(self.args, name)) for name in _ARGUMENTS}
+        for config in list(getattr(self.model, "peft_config", {}).values())[:1]:
+            named |= {f"peft_config.{name}": str(getattr(config, name, None)) for name in _OF_ADAPTERS}
+        return run_identity(self.recipe, self.data, self.loader, total_steps=self._total_steps) | {"arguments": named}
+
+
+_ARGUMENTS = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim", "optim_args")
+_ARGUMENTS += ("adam_beta1", "adam_beta2", "adam_epsilon")
+_OF_ADAPTERS = ("r", "lora_alpha", "use_rslora", "lora_dropout")
 
 
 def _step_of(checkpoint: str | Path) -> int:

@@ -23,11 +23,11 @@ from simpo.data.columns import RowError
 from simpo.data.limits import limited
 from simpo.data.messages import turn
 from simpo.data.preferences import Pair
-from simpo.data.prepare import token_limits
+from simpo.data.prepare import inserts_empty_system, token_limits
 from simpo.data.templates import PROBE_ANSWERS, digest_of_template, load_chat_template, render_chat
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import WorkersFailed, map_in_processes
-from simpo.evaluation.run import READ_KEYS, find_tokenizer, model_folder, ready_model
+from simpo.evaluation.run import READ_KEYS, find_tokenizer, model_folder, ready_model, settings_for
 from simpo.model.attention import PACKED, is_packed, unwrap
 from simpo.model.head import compute_response_logps
 from simpo.model.load import load_pretrained, pick_device, slow_bf16
@@ -84,7 +84,8 @@ def build_reward_model(options: Any, recipe: Recipe) -> Rater:
         ValueError: there is no such model, or it has no chat template.
     """
     of_model = {name: getattr(options, name) for name in ("trust_remote_code",)}
-    own = load_recipe({"model_name_or_path": options.model, "model_revision": options.revision or "main", **of_model})
+    of_model |= {"model_revision": options.revision or "main", "device": recipe.device}
+    own = load_recipe({"model_name_or_path": options.model, **of_model})
     load_pretrained(AutoConfig, options.model, own, what="configuration", key="model")
     tokenizer = load_pretrained(AutoTokenizer, options.model, own, what="tokenizer", key="model")
     if load_chat_template(tokenizer, options.chat_template) is None:
@@ -261,10 +262,12 @@ def build_logprob(options: Any, recipe: Recipe) -> Rater:
     if options.model is None:
         return Rater(rate_each(_written_logprob))
     name = model_folder(options.model)
-    settings = load_recipe(recipe, {"model_name_or_path": name}, only=READ_KEYS)
+    own = settings_for(recipe, recipe.model_name_or_path, name)
+    settings = load_recipe(own, {"model_name_or_path": name}, only=READ_KEYS)
     limits = token_limits(settings, find_tokenizer(settings, name)) | {"overlong": "drop"}
     load = functools.partial(LogprobModel, name, settings, limits)
-    decide = {"bf16": settings.bf16, **limits, "weights": identify_model(name, settings.model_revision)}
+    empty_system = {"auto_insert_empty_system_msg": settings.auto_insert_empty_system_msg}
+    decide = {"bf16": settings.bf16, **limits, **empty_system, "weights": identify_model(name, settings.model_revision)}
     rate = functools.partial(_rate_by, load, options, settings)
     note = slow_bf16(pick_device(settings.device), "the recipe's bf16: false") if settings.bf16 else None
     return Rater(rate, decide, note)
@@ -284,13 +287,15 @@ class LogprobModel:
     """
 
     def __init__(self, name: str, settings: Recipe, limits: Mapping[str, Any]) -> None:
-        self.settings, self.tokenize = settings, PairTokenizer(find_tokenizer(settings, name), **limits)
+        tokenizer = find_tokenizer(settings, name)
+        self.settings, self.tokenize = settings, PairTokenizer(tokenizer, **limits)
+        self._with_empty_system = inserts_empty_system(tokenizer, settings)
         self._ready = ExitStack()  # as long as this object is there
         self.model, self.packed, _ = self._ready.enter_context(ready_model(name, settings))
         self.device = unwrap(self.model).get_input_embeddings().weight.device
 
     def __call__(self, rows: Sequence[Row]) -> list[Scores]:
-        tokens = [_tokenized(row, self.tokenize) for row in rows]
+        tokens = [_tokenized(row, self.tokenize, empty_system=self._with_empty_system) for row in rows]
         lists = [
             TokenList(
                 row["id"], [e.chosen_ids for e in each], [e.chosen_start for e in each], [e.chosen_gaps for e in each]
@@ -316,11 +321,15 @@ class LogprobModel:
         return [means.tolist() for means in (sums.double() / lengths).split(batch.group_sizes)]
 
 
-def _tokenized(row: Row, tokenize: PairTokenizer) -> list[TokenizedPair] | RowError:
+def _tokenized(row: Row, tokenize: PairTokenizer, *, empty_system: bool) -> list[TokenizedPair] | RowError:
     """Each response as the chosen one of a pair; what the other one is does not matter to it."""
     texts = [response["text"] for response in row["responses"]]
     others = [PROBE_ANSWERS[text == PROBE_ANSWERS[0]] for text in texts]
     tools = row.get("tools", ())
-    pairs = [Pair(row["id"], row["prompt"], text, other, tools) for text, other in zip(texts, others, strict=True)]
+    prompt = row["prompt"]
+    if empty_system:
+        turns = [turn("user", prompt)] if isinstance(prompt, str) else prompt
+        prompt = turns if turns[0]["role"] == "system" else [turn("system", ""), *turns]
+    pairs = [Pair(row["id"], prompt, text, other, tools) for text, other in zip(texts, others, strict=True)]
     found = tokenize(pairs)
     return next((each for each in found if isinstance(each, RowError)), found)  # type: ignore[return-value]
