@@ -271,6 +271,11 @@ def test_generate_during_eval_says_what_to_set_instead():
     assert "num_eval_generations" in recipe(generate_during_eval=True).notices[0]
 
 
+def test_settings_of_four_bits_without_them_are_said():
+    (notice,) = recipe(use_peft=True, bnb_4bit_quant_type="fp4").notices
+    assert notice.startswith("bnb_4bit_quant_type: not used, since load_in_4bit is false")
+
+
 @pytest.mark.parametrize(
     ("keys", "named"),
     [

@@ -110,6 +110,8 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
         ledger = Ledger(notes=splits.notes, fingerprint=key)
+        if recipe.keep_lists and not lists:
+            ledger.notes.append("keep_lists: without effect: chosen_column or rejected_column names a pair alone")
         if template == CHATML and len(tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) > 1:
             ledger.notes.append("chat_template: this tokenizer writes each of chatml's marks as several tokens")
         write = functools.partial(_write, recipe, tokenizer, build, splits, ledger, bars)

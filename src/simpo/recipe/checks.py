@@ -15,9 +15,10 @@ from simpo.errors import short
 if TYPE_CHECKING:
     from simpo.recipe.keys import Recipe
 
+_4BIT_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 _LORA_KEYS = (
     *("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules", "lora_modules_to_save", "use_rslora", "use_dora"),
-    *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant"),
+    *_4BIT_KEYS,
 )
 
 METRICS: dict[str, bool] = {
@@ -177,6 +178,10 @@ def _resolve_model(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
             raise ValueError(message)
     if not recipe.use_peft:
         _resolve_adapters(recipe, notices)
+    elif not recipe.load_in_4bit:
+        fields = type(recipe).model_fields
+        unused = [name for name in _4BIT_KEYS if getattr(recipe, name) != fields[name].default]
+        notices.extend([f"{', '.join(unused)}: not used, since load_in_4bit is false"] if unused else ())
     resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
     if recipe.attn_implementation is not None and packs:
         notices.append(
