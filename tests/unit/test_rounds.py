@@ -240,6 +240,13 @@ def test_only_training_is_started_by_the_launcher(stages, keys):
     assert stages.started_by["generate"] == ([sys.executable], False)
 
 
+def test_a_launchers_processes_share_the_global_batch_size_that_was_asked_for(stages, keys, tmp_path):
+    launched = {"global_batch_size": 64, "rounds": {"rounds": 1, "launcher": "torchrun --nproc_per_node=8"}}
+    run_rounds(load_recipe({**keys, **launched}))
+    path = tmp_path / "loop" / "round-1" / "recipe.yaml"
+    assert [load_recipe(path, processes=n).pairs_per_step(n) for n in (1, 8)] == [64, 64]
+
+
 def test_a_stage_that_fails_ends_the_loop_with_its_code(keys, monkeypatch):
     monkeypatch.setattr(rounds, "run_command", lambda words, **_: 2)
     with pytest.raises(StageFailed, match=r"`simpo generate .*round-0/evaluation/recipe.yaml` ended with code 2"):

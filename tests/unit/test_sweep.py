@@ -276,3 +276,12 @@ def test_margins_that_a_model_begins_with_are_read_by_their_quantiles():
     margins = Margins.of(torch.randn(20_000, generator=torch.Generator().manual_seed(0)).mul(0.3).tolist())
     assert margins.spread == pytest.approx(0.3, rel=0.03)
     assert margins.target == pytest.approx(1.2816 * 0.3, rel=0.03)
+
+
+def test_a_launchers_processes_share_the_global_batch_size_that_was_asked_for(trainings, tiny_recipe):
+    del tiny_recipe["per_device_train_batch_size"], tiny_recipe["gradient_accumulation_steps"]
+    launched = {"global_batch_size": 16, "rounds": {"launcher": "torchrun --nproc_per_node=4"}}
+    path = run_sweep(load_recipe({**tiny_recipe, **launched}), {"per_device_train_batch_size": ("1", "2")})
+    for name in ("untrained/recipe.yaml", "trial-01/run/recipe.yaml", "trial-02/run/recipe.yaml", "best.yaml"):
+        for processes in (1, 4):
+            assert load_recipe(path.parent / name, processes=processes).pairs_per_step(processes) == 16

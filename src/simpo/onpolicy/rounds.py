@@ -311,7 +311,7 @@ class _Loop:
         if not (place / "provenance.json").exists():
             rows = ({**p.columns, "prompt": p.turns, **({"tools": p.tools} if p.tools else {})} for p in prompts)
             write_whole(asked, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            write_whole(path, recipe.to_yaml())
+            write_whole(path, recipe.to_yaml(for_any_processes=True))
             about = {
                 **{package: version(package) for package in ("simpo", "torch", "transformers")},
                 "model": model,

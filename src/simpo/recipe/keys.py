@@ -466,6 +466,8 @@ class Recipe(_LossKeys):
     # fmt: on
 
     _notices: tuple[str, ...] = PrivateAttr(())
+    _global_batch_size: int | None = PrivateAttr(None)
+    _shared_by: int = PrivateAttr(1)
 
     @model_validator(mode="after")
     def _resolve(self) -> Recipe:
@@ -476,6 +478,11 @@ class Recipe(_LossKeys):
     def notices(self) -> tuple[str, ...]:
         """One line for each thing accepted that has no effect or another effect than elsewhere."""
         return self._notices
+
+    @property
+    def global_batch_size(self) -> int | None:
+        """Pairs in one optimizer step over all processes, where they were asked for; None elsewhere."""
+        return self._global_batch_size
 
     @property
     def loss(self) -> Loss:
@@ -548,8 +555,12 @@ class Recipe(_LossKeys):
         values |= {name: getattr(self, name).model_dump(exclude_unset=True) for name in STAGES}
         return {name: values[name] for name in KEYS if name in values}
 
-    def to_yaml(self) -> str:
-        """The resolved recipe as YAML with sections; reads back equal. Keys the loss does not read are left out."""
+    def to_yaml(self, *, for_any_processes: bool = False) -> str:
+        """The resolved recipe as YAML with sections; reads back equal. Keys the loss does not read are left out.
+
+        Args:
+            for_any_processes: write a global_batch_size that was asked for, not what it is for those there are here.
+        """
         lines = [f"# Resolved recipe, written by simpo {version('simpo')}. `simpo keys` explains every key.\n"]
         values = {name: value for name, value in self.to_dict().items() if name not in self.unread_keys}
         for name in ("dataset_mixer", *STAGES):
@@ -559,6 +570,8 @@ class Recipe(_LossKeys):
             part = {name: value for name, value in values.items() if KEYS[name].section == section}
             if not part:
                 continue
+            if for_any_processes and self.global_batch_size and part.pop("gradient_accumulation_steps", None):
+                part["global_batch_size"] = self.global_batch_size
             lines.append(f"\n# {section}\n{dump_yaml(part)}")
         return "".join(lines)
 

@@ -69,6 +69,10 @@ def load_recipe(
         values = {name: getattr(source, name) for name in given}
         values |= {name: values[name].model_dump(exclude_unset=True) for name in STAGES.keys() & given}
         base = _Layer(values, list(source.notices))
+        if source.global_batch_size is not None:  # which overrides may cut into other micro-batches
+            key, processes = "global_batch_size", processes or source._shared_by
+            values[key], base.spelled[key] = source.global_batch_size, key
+            values.pop("gradient_accumulation_steps")
     elif isinstance(source, Mapping):
         base = _read_layer(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -240,7 +244,7 @@ def _build(layer: _Layer, processes: int) -> Recipe:
         check_loss_of_trl(loss, "cpo_alpha", ratio=layer.values.get("gamma_beta_ratio"))
     _resolve_datasets(layer)
     _resolve_schedule(layer)
-    _resolve_global_batch(layer, processes)
+    asked = _resolve_global_batch(layer, processes)
     steps = layer.values.get("warmup_steps")
     if isinstance(steps, float) and 0 < steps < 1:  # as transformers 5 has it
         layer.values["warmup_ratio"] = layer.values.pop("warmup_steps")
@@ -249,6 +253,7 @@ def _build(layer: _Layer, processes: int) -> Recipe:
     if recipe.loss_type in LOSSES and recipe.loss.needs_reference:
         layer.notices = [notice for notice in layer.notices if _IS_SIMPO not in notice]
     recipe._notices = tuple(dict.fromkeys(layer.notices + list(recipe._notices)))
+    recipe._global_batch_size, recipe._shared_by = asked, processes
     return recipe
 
 
@@ -311,10 +316,10 @@ def _resolve_schedule(layer: _Layer) -> None:
             raise ValueError("lr_scheduler_type = 'cosine_with_min_lr': min_lr is missing, the rate it ends at")
 
 
-def _resolve_global_batch(layer: _Layer, processes: int) -> None:
-    """global_batch_size -> gradient_accumulation_steps of each process."""
+def _resolve_global_batch(layer: _Layer, processes: int) -> int | None:
+    """global_batch_size -> gradient_accumulation_steps of each process; gives what was asked."""
     if "global_batch_size" not in layer.values:
-        return
+        return None
     total = _take(layer, "global_batch_size", as_whole)
     for key in ("cp", "tp"):  # their processes compute the same pairs
         processes = max(1, processes // max(1, _checked(layer, key, as_whole, layer.values.get(key, 1))))
@@ -327,6 +332,7 @@ def _resolve_global_batch(layer: _Layer, processes: int) -> None:
             f"processes = {each} x {processes}, so that gradient_accumulation_steps is whole"
         )
     layer.values["gradient_accumulation_steps"] = total // (each * processes)
+    return total
 
 
 def _take(layer: _Layer, key: str, check: Callable[[Any], Any]) -> Any:

@@ -100,7 +100,8 @@ def run_calibrate(
     found = read_sweep(path)
     lines = _reasons(margins, ratio, found.best, found.as_good, found.gained, total)
     chosen = load_recipe(base, {"gamma_beta_ratio": ratio, **{k: float(v) for k, v in found.best.settings.items()}})
-    write_whole(target, _HEAD + "".join(f"# {line}\n" for line in lines) + "\n" + chosen.to_yaml())
+    reasons = "".join(f"# {line}\n" for line in lines)
+    write_whole(target, f"{_HEAD}{reasons}\n{chosen.to_yaml(for_any_processes=True)}")
     for line in lines:
         display.say(line)
     display.say(f"recipe: {target}; train it with `simpo train {target}`")

@@ -175,7 +175,7 @@ class _Sweep:
         """Every rung; then the table."""
         if self.untrained.accuracy is None:
             place = self.folder / "untrained"
-            write_whole(place / "recipe.yaml", self.base.to_yaml())
+            write_whole(place / "recipe.yaml", self.base.to_yaml(for_any_processes=True))
             workers([Job(place, None, self.generations)], lambda job, result: setattr(self, "untrained", result))
             if self.untrained.failed:
                 raise ValueError(f"the untrained model could not be evaluated: {self.untrained.failed}")
@@ -236,7 +236,7 @@ class _Sweep:
         once["guard"] = {check: "stop" if level == "back" else level for check, level in recipe.guard.items()}
         changes: dict[str, Any] = {"output_dir": str(place / "run"), "num_eval_generations": 0, **once}
         recipe = load_recipe(recipe, changes | ({} if steps is None else {"max_steps": steps}))
-        write_whole(place / "recipe.yaml", recipe.to_yaml())
+        write_whole(place / "recipe.yaml", recipe.to_yaml(for_any_processes=True))
         return Job(place, self.folder / "untrained" / "recipe.yaml", self.generations)
 
     # --- what came out -----------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ class _Sweep:
                     if trial is not best or model != self._place(best) / "run" / "model":
                         shutil.rmtree(model)
         recipe = load_recipe(self.base, _words(best.settings))
-        write_whole(self.folder / "best.yaml", recipe.to_yaml())
+        write_whole(self.folder / "best.yaml", recipe.to_yaml(for_any_processes=True))
         self.about |= {"best": best.name, "as_good": [t.name for t in alike]}
         self._save()
         lines = self._lines(best, alike)
