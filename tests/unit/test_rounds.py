@@ -8,6 +8,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from statistics import fmean, pstdev
 from typing import Any
 
 import pytest
@@ -63,8 +64,14 @@ class Stages:
                 for each in row["responses"]:
                     each["score"] = float(each["text"])
                     each["scores"] = {"own": each["score"], "other": -each["score"]}
+            own = [each["score"] for row in rows for each in row["responses"]]
+            mean, sd = fmean(own), pstdev(own)
+            for row in rows:
+                for each in row["responses"] if recipe.score.standardize else ():
+                    each["score"] = (each["score"] - mean) / sd
                 journal.add(row)
-            journal.finish([row["id"] for row in rows], {})
+            spreads = {"own": {"mean": mean, "sd": sd}, "other": {"mean": -mean, "sd": sd}}
+            journal.finish([row["id"] for row in rows], {"scores": spreads})
         return 0
 
     def train(self, recipe: Recipe, rest: list[str]) -> int:
@@ -223,6 +230,16 @@ def test_stops_where_the_held_out_score_no_longer_rises(stages, keys, gains, end
     before = len(stages.calls)
     assert json.loads(run_rounds(load_recipe(keys)).read_text()) == result
     assert len(stages.calls) == before
+
+
+def test_scores_that_are_standardised_are_so_by_the_first_models_in_every_evaluation(stages, keys):
+    """By each file's own mean every model would score 0, and min_gain end the loop."""
+    keys["score"]["standardize"] = True
+    result = json.loads(run_rounds(load_recipe({**keys, "rounds": {"min_gain": 2.0}})).read_text())
+    assert result["stopped"] is None
+    assert [model["score"]["value"] for model in result["models"]] == pytest.approx([0, 1, 2], abs=0.3)
+    assert result["models"][0]["score"]["value"] == pytest.approx(0)
+    assert result["models"][2]["gain"]["value"] == pytest.approx(1, abs=0.3)
 
 
 def test_a_loss_of_lists_is_trained_on_lists(stages, keys, tmp_path):

@@ -233,9 +233,19 @@ class _Loop:
             # The file of held-out pairs is all of this recipe's data.
             evaluate = ("eval", recipe, "--model", model, "--split", "train", "--output", str(result))
             stage("eval", lambda: self._command(*evaluate))
-        self.models.append(measure_model(number, model, place / "scored.jsonl", result if pairs.exists() else None))
+        on_pairs = result if pairs.exists() else None
+        self.models.append(measure_model(number, model, place / "scored.jsonl", on_pairs, scales=self._scales()))
         if number:
             self.models[-1].gain = compare_models(self.models[-1], self.models[-2])
+
+    def _scales(self) -> dict[str, tuple[float, float]] | None:
+        """What standardises every model's score alike: each scorer's mean, and its weight by its deviation, of the
+        first model's responses."""
+        if not self.recipe.score.standardize:
+            return None
+        spreads = read_about(self.folder / "round-0" / "evaluation" / "scored.jsonl")["scores"]
+        weights = {name: spec.get("weight", 1.0) for name, spec in (self.recipe.score.scorers or {}).items()}
+        return {name: (each["mean"], weights[name] / (each["sd"] or 1.0)) for name, each in spreads.items()}
 
     def _held_out_pairs(self, recipe: str, folder: Path) -> None:
         try:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -51,16 +51,23 @@ class Measures:
         return {"round": self.round, "model": self.model, "gain": self.gain and _plain(self.gain), **found}
 
 
-def measure_model(number: int, model: str, scored: Path, pairs: Path | None) -> Measures:
+Scales = Mapping[str, tuple[float, float]]
+"""Scorer -> mean, and factor of what is above it."""
+
+
+def measure_model(
+    number: int, model: str, scored: Path, pairs: Path | None, *, scales: Scales | None = None
+) -> Measures:
     """The measures of one model.
 
     Args:
         scored: what `simpo score` wrote of its responses to held-out prompts.
         pairs: what `simpo eval` wrote of held-out pairs.
+        scales: make the score anew from each scorer's numbers, where the file's is standardised over itself.
     """
     of_prompts: dict[str, dict[str, float]] = {}
     for row in read_rows(scored):
-        of_prompts[row["id"]] = _of_prompt(row["responses"])
+        of_prompts[row["id"]] = _of_prompt(row["responses"], scales)
     names = list(next(iter(of_prompts.values())))
     numbers = {name: _interval([each[name] for each in of_prompts.values()]) for name in names}
     if pairs is not None:
@@ -70,9 +77,14 @@ def measure_model(number: int, model: str, scored: Path, pairs: Path | None) -> 
     return Measures(number, model, numbers, of_prompts)
 
 
-def _of_prompt(responses: Sequence[dict[str, Any]]) -> dict[str, float]:
+def _of_prompt(responses: Sequence[dict[str, Any]], scales: Scales | None) -> dict[str, float]:
     """Means over the responses to one prompt."""
     values: dict[str, list[float]] = {"score": [each["score"] for each in responses]}
+    if scales is not None:
+        values["score"] = [
+            math.fsum(factor * (each["scores"][name] - mean) for name, (mean, factor) in scales.items())
+            for each in responses
+        ]
     scorers = responses[0].get("scores", {})
     if len(scorers) > 1:
         values |= {f"score: {name}": [each["scores"][name] for each in responses] for name in scorers}
