@@ -218,6 +218,54 @@ def test_other_settings_or_prompts_are_refused_and_more_rounds_are_not(stages, k
     assert stages.names[0] == "round-2 generate"
 
 
+EVALUATED = {"eval_strategy": "steps", "eval_steps": 5, "save_steps": 5}
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "message"),
+    [
+        ({}, {"gradient_accumulation_steps": 4}, "pairs_per_step was 2 and is 8"),
+        ({}, {"rounds.launcher": "torchrun --nproc_per_node=8"}, "pairs_per_step was 2 and is 16"),
+        ({"rounds.launcher": "mpirun -n 8 python"}, {"rounds.launcher": "mpirun -n 4 python"}, "pairs_per_step was"),
+        ({}, {"save_dtype": "float32"}, "save_dtype was 'auto' and is 'float32'"),
+        ({}, {**EVALUATED, "load_best_model_at_end": True}, "load_best_model_at_end was None and is True"),
+        ({**EVALUATED, "early_stopping_patience": 2}, {"early_stopping_patience": 3}, "early_stopping_patience was 2"),
+        ({**EVALUATED, "early_stopping_patience": 2}, {"eval_steps": 1}, "eval_steps was 5 and is 1"),
+        ({}, {"guard": {"displacement": "stop"}}, "guard.displacement was None and is 'stop'"),
+        ({}, {"gradient_accumulation_steps": 1, "per_device_train_batch_size": 2}, None),
+        (
+            {"global_batch_size": 64},
+            {"rounds.launcher": "torchrun --nproc_per_node=8", "per_device_train_batch_size": 4},
+            None,
+        ),
+        (
+            {"rounds.launcher": "torchrun --nnodes=1 --nproc-per-node 8"},
+            {"rounds.launcher": "torchrun --nproc_per_node=4 --master_port=1", "gradient_accumulation_steps": 2},
+            None,
+        ),
+        ({}, {"eval_steps": 5, "guard": {"displacement": "say"}, "save_steps": 7}, None),
+    ],
+)
+def test_what_decides_a_rounds_model_stays_and_how_it_is_computed_may_change(stages, keys, before, now, message):
+    recipe = load_recipe({**keys, "rounds": {"rounds": 1}}, before)
+    stages.fail_at = lambda words: True
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(recipe)
+    with pytest.raises(ValueError, match=message) if message else pytest.raises(KeyboardInterrupt):
+        run_rounds(load_recipe(recipe, now))
+
+
+def test_a_loop_that_an_earlier_version_began_goes_on(stages, keys, tmp_path):
+    run_rounds(load_recipe({**keys, "rounds": {"rounds": 1, "prompts_per_round": 15}}))
+    path = tmp_path / "loop" / "settings.json"
+    settings = json.loads(path.read_text())
+    later = {"pairs_per_step", "save_dtype", "guard", *(name for name in settings if name.startswith(("eval_", "early_")))}
+    path.write_text(json.dumps({name: value for name, value in settings.items() if name not in later}))
+    more = {"rounds": {"rounds": 2, "prompts_per_round": 15}, "save_dtype": "float32", "guard": "stop"}
+    run_rounds(load_recipe({**keys, **more}))
+    assert stages.names[-4] == "round-2 train"
+
+
 @pytest.mark.parametrize(("gains", "ends_at"), [([0.0, 9.0], 1), ([3.0, -3.0, 9.0], 2), ([3.0, 3.0, 3.0], 3)])
 def test_stops_where_the_held_out_score_no_longer_rises(stages, keys, gains, ends_at):
     stages.gains = gains

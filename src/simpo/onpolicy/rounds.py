@@ -12,8 +12,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -167,6 +169,8 @@ class _Loop:
             return
         before = check_own(path, "prompts")
         before = {name: value for name, value in before.items() if name in current or name not in KEYS}  # free by now
+        if "pairs_per_step" not in before:  # begun by a version that did not write these down
+            current = {name: value for name, value in current.items() if name not in what_decides(self.recipe)}
         if changed := changed_settings(before, json.loads(json.dumps(current))):
             raise ValueError(
                 f"{self.folder}: was begun with other settings ({changed}); give the same ones to go on, or another "
@@ -182,7 +186,7 @@ class _Loop:
                 free = {*free, "rounds"}  # further rounds leave the earlier ones their prompts
             of_stage = getattr(self.recipe, stage).model_dump()
             values |= {f"{stage}.{name}": value for name, value in of_stage.items() if name not in free}
-        return values
+        return values | what_decides(self.recipe)
 
     # --- a round -----------------------------------------------------------------------------------------------------
 
@@ -361,6 +365,31 @@ class _Loop:
                     left_out = read_about(self.folder / file / f"{name}.json").get("left_out", {})
                     found |= {f"{reason} ({file / name})": entry for reason, entry in left_out.items()}
         return found
+
+
+_BY_EVALUATIONS = (
+    *("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold", "eval_strategy", "eval_steps"),
+)
+
+
+def what_decides(recipe: Recipe) -> dict[str, Any]:
+    """What a run may change and still decides its model, so that a loop or sweep may not: None where it is off."""
+    guard = {check: level for check, level in recipe.guard.items() if level in ("stop", "back")}
+    acts = guard or recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
+    of_evaluations = {name: getattr(recipe, name) if acts else None for name in _BY_EVALUATIONS}
+    world = count_ranks(recipe)
+    unknown = f"{recipe.pairs_per_step()} x {' '.join(recipe.rounds.launcher)}"
+    pairs = recipe.global_batch_size or (unknown if world is None else recipe.pairs_per_step(world))
+    return {"pairs_per_step": pairs, "save_dtype": recipe.save_dtype, "guard": guard, **of_evaluations}
+
+
+def count_ranks(recipe: Recipe) -> int | None:
+    """Processes with pairs of their own that `rounds.launcher` starts; None where its words do not say."""
+    words = " ".join(recipe.rounds.launcher)
+    counts = re.findall(r"--(?:nproc[-_]per[-_]node|nnodes|num[-_]processes)[= ](\d+)\b", words)
+    if words and not counts:
+        return None
+    return max(1, math.prod(map(int, counts)) // (recipe.cp * recipe.tp))
 
 
 def split_prompts(
