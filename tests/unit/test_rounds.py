@@ -255,6 +255,24 @@ def test_what_decides_a_rounds_model_stays_and_how_it_is_computed_may_change(sta
         run_rounds(load_recipe(recipe, now))
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"url": "http://b/v1", "concurrency": 4, "timeout_s": 9, "api_key_variable": "HOME"}, None),
+        ({"model": "other"}, "score.scorers.judge.model was 'm' and is 'other'"),
+        ({"weight": 2.0}, "score.scorers.judge.weight was 1.0 and is 2.0"),
+    ],
+)
+def test_a_scorers_server_and_speed_may_change_and_what_it_rates_by_may_not(stages, keys, monkeypatch, change, message):
+    monkeypatch.setattr(rounds, "build_scorer", lambda *_: None)
+    judge = {"kind": "judge", "url": "http://a/v1", "model": "m", "weight": 1.0}
+    stages.fail_at = lambda words: True
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(load_recipe(keys, {"score.scorers": {"judge": judge}}))
+    with pytest.raises(ValueError, match=message) if message else pytest.raises(KeyboardInterrupt):
+        run_rounds(load_recipe(keys, {"score.scorers": {"judge": judge | change}}))
+
+
 def test_a_loop_that_an_earlier_version_began_goes_on(stages, keys, tmp_path):
     run_rounds(load_recipe({**keys, "rounds": {"rounds": 1, "prompts_per_round": 15}}))
     path = tmp_path / "loop" / "settings.json"

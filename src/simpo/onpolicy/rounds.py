@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from simpo.onpolicy.prompts import Prompt, check_rendered_alike, read_prompts
 from simpo.onpolicy.score import build_scorer
 from simpo.onpolicy.table import Measures, compare_models, measure_model, show_table, standard_error, table_lines
 from simpo.recipe import KEYS, Recipe, load_recipe
+from simpo.recipe.scorers import SCORER_KEYS
 from simpo.recipe.stages import SERVER_KEYS, STAGES, Generate
 from simpo.report import leave_report
 from simpo.report.read import check_no_run
@@ -169,6 +170,7 @@ class _Loop:
             return
         before = check_own(path, "prompts")
         before = {name: value for name, value in before.items() if name in current or name not in KEYS}  # free by now
+        before["score.scorers"] = _what_rates(before.get("score.scorers") or {})
         if "pairs_per_step" not in before:  # begun by a version that did not write these down
             current = {name: value for name, value in current.items() if name not in what_decides(self.recipe)}
         if changed := changed_settings(before, json.loads(json.dumps(current))):
@@ -186,6 +188,7 @@ class _Loop:
                 free = {*free, "rounds"}  # further rounds leave the earlier ones their prompts
             of_stage = getattr(self.recipe, stage).model_dump()
             values |= {f"{stage}.{name}": value for name, value in of_stage.items() if name not in free}
+        values["score.scorers"] = _what_rates(self.recipe.score.scorers or {})
         return values | what_decides(self.recipe)
 
     # --- a round -----------------------------------------------------------------------------------------------------
@@ -365,6 +368,18 @@ class _Loop:
                     left_out = read_about(self.folder / file / f"{name}.json").get("left_out", {})
                     found |= {f"{reason} ({file / name})": entry for reason, entry in left_out.items()}
         return found
+
+
+def _what_rates(scorers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Scorers without what says only where and how fast they compute. A judge's template is its question."""
+    free = {
+        kind: {key.name.rpartition(".")[2] for key in keys if key.may_change} - {"weight", "template"}
+        for kind, keys in SCORER_KEYS.items()
+    }
+    return {
+        name: {key: value for key, value in spec.items() if key not in free.get(spec["kind"], ())}
+        for name, spec in scorers.items()
+    }
 
 
 _BY_EVALUATIONS = (
