@@ -15,6 +15,7 @@ import pytest
 from typer.testing import CliRunner
 
 from simpo.cli import app
+from simpo.data.files import hash_files
 from simpo.onpolicy import rounds
 from simpo.onpolicy.journal import Journal
 from simpo.onpolicy.pair import is_held_out
@@ -273,11 +274,26 @@ def test_a_scorers_server_and_speed_may_change_and_what_it_rates_by_may_not(stag
         run_rounds(load_recipe(keys, {"score.scorers": {"judge": judge | change}}))
 
 
+def test_the_steps_that_are_left_work_by_what_may_change_as_it_is_now(stages, keys, tmp_path):
+    stages.fail_at = lambda words: words.startswith("train") and "round-1" in words
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(load_recipe(keys))
+    stages.fail_at = lambda words: False
+    run_rounds(load_recipe(keys, {"generate.batch_size": 3, "max_tokens_per_micro_batch": 64}))
+    done, going_on = (
+        load_recipe(tmp_path / "loop" / name / "recipe.yaml") for name in ("round-0/evaluation", "round-1")
+    )
+    assert (going_on.generate.batch_size, going_on.max_tokens_per_micro_batch) == (3, 64)
+    assert done.max_tokens_per_micro_batch is None
+    about = json.loads((tmp_path / "loop" / "round-1" / "provenance.json").read_text())
+    assert about["recipe_fingerprint"] == hash_files([tmp_path / "loop" / "round-1" / "recipe.yaml"])
+
+
 def test_a_loop_that_an_earlier_version_began_goes_on(stages, keys, tmp_path):
     run_rounds(load_recipe({**keys, "rounds": {"rounds": 1, "prompts_per_round": 15}}))
     path = tmp_path / "loop" / "settings.json"
     settings = json.loads(path.read_text())
-    later = {"pairs_per_step", "save_dtype", "guard", *(name for name in settings if name.startswith(("eval_", "early_")))}
+    later = rounds.what_decides(load_recipe(keys))
     path.write_text(json.dumps({name: value for name, value in settings.items() if name not in later}))
     more = {"rounds": {"rounds": 2, "prompts_per_round": 15}, "save_dtype": "float32", "guard": "stop"}
     run_rounds(load_recipe({**keys, **more}))

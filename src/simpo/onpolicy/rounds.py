@@ -110,6 +110,7 @@ class _Loop:
         self.keys = recipe.rounds
         self.seed = recipe.seed if recipe.generate.seed is None else recipe.generate.seed
         self.models: list[Measures] = []
+        self.texts: dict[Path, str] = {}  # of each folder's recipe
         self.stopped: str | None = None
 
     def run(self) -> Path:
@@ -276,11 +277,14 @@ class _Loop:
     # --- stages ------------------------------------------------------------------------------------------------------
 
     def _stage(self, place: Path, title: str, name: str, work: Callable[[], Any]) -> None:
-        """Do a step unless it is written down as done; then write it down."""
-        path = place / "provenance.json"
+        """Do a step, on the recipe with the present values of what may change, unless it is written down as done; then
+        write it down."""
+        path, recipe = place / "provenance.json", place / "recipe.yaml"
         about = json.loads(path.read_text(encoding="utf-8"))
         if name in about["stages"]:
             return
+        write_whole(recipe, self.texts[place])
+        about["recipe_fingerprint"] = hash_files([recipe])
         self.display.say(f"\n{title}: {name}")
         started = time.perf_counter()
         work()
@@ -301,7 +305,8 @@ class _Loop:
             )
 
     def _write_recipe(self, place: Path, model: str, prompts: Sequence[Prompt], *, seed: int, **changes: Any) -> str:
-        """The recipe of one folder's commands, its prompts, and the record of what they work on; returns its path."""
+        """The prompts of one folder's commands, and the record of what they work on; returns the path of their recipe,
+        which each of them writes."""
         asked = place / "prompts.jsonl"
         of_lists = self.recipe.loss.is_of_lists
         pairs = place / ("lists" if of_lists else "pairs")
@@ -324,22 +329,20 @@ class _Loop:
         if model != self.recipe.model_name_or_path:
             changes["model_revision"] = None
         recipe = load_recipe(self.recipe, changes)
-        path = place / "recipe.yaml"
+        self.texts[place] = recipe.to_yaml(for_any_processes=True)
         if not (place / "provenance.json").exists():
             rows = ({**p.columns, "prompt": p.turns, **({"tools": p.tools} if p.tools else {})} for p in prompts)
             write_whole(asked, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-            write_whole(path, recipe.to_yaml(for_any_processes=True))
             about = {
                 **{package: version(package) for package in ("simpo", "torch", "transformers")},
                 "model": model,
                 "model_fingerprint": fingerprint_model(model),
                 "prompts": len(prompts),
                 "prompts_fingerprint": hash_files([asked]),
-                "recipe_fingerprint": hash_files([path]),
                 "stages": {},
             }
             write_whole(place / "provenance.json", json.dumps(about, indent=1) + "\n")
-        return str(path)
+        return str(place / "recipe.yaml")
 
     # --- what it leaves ----------------------------------------------------------------------------------------------
 
