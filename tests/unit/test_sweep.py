@@ -56,6 +56,11 @@ def test_learning_rates_are_drawn_by_their_logarithm():
         (["--beta", "2,3", "--method", "random"], "needs --trials"),
         (["--beta", "2,3", "--trials", "3"], "tries every combination"),
         (["--beta", "2,3", "--rungs", "10,5"], "ascending"),
+        (["--evaluation_strategy", "epoch,steps"], "evaluation_strategy: cannot be varied"),
+        (["--early-stopping-patience", "1,2"], "early_stopping_patience: cannot be varied"),
+        (["--guard.displacement", "stop,back"], "guard.displacement: cannot be varied"),
+        (["--max_steps", "10,20", "--rungs", "5,10"], "max_steps: cannot be varied with --rungs"),
+        (["--num_train_epochs", "1..2", "--rungs", "5,10"], "num_train_epochs: cannot be varied with --rungs"),
         (["--beta", "2,3", "--method", "bayes"], "one of grid, random, optuna"),
     ],
 )

@@ -36,6 +36,18 @@ from simpo.run.lock import OutputLock
 from simpo.tuning.jobs import Job, Result, Trial, Workers, compare_folders, run_here, run_on_ray
 from simpo.tuning.space import Settings, Space, foresee, propose_all, propose_next
 
+_ONCE = {
+    "eval_strategy": "no",
+    "eval_on_start": False,
+    "num_eval_generations": 0,
+    "load_best_model_at_end": False,
+    "early_stopping_patience": None,
+    "early_stopping_threshold": 0.0,
+}
+"""What a sweep sets itself, since it measures trials once they are trained."""
+
+_IN_VAIN = {*_ONCE, "output_dir", "eval_steps", "metric_for_best_model", "greater_is_better"}
+
 COLLAPSED = 0.2
 """A model whose answers repeat this much more of themselves than the untrained model's has collapsed."""
 
@@ -73,6 +85,7 @@ def run_sweep(
     """
     base = load_recipe(recipe)
     base.require("dataset_mixer", "output_dir")
+    _check_varied(space, rungs)
     for settings in foresee(space, method=method, trials=trials, seed=base.seed):
         load_recipe(base, _words(settings))
     if any(b <= a for a, b in zip((0, *rungs), rungs)):
@@ -87,6 +100,30 @@ def run_sweep(
         sweep.begin(space, method=method, trials=trials, rungs=rungs)
         workers = run_on_ray if ray else functools.partial(run_here, launcher=bool(base.rounds.launcher))
         return sweep.run(space, workers, method=method, trials=trials, rungs=list(rungs) or [None])
+
+
+def _key_of(name: str) -> str:
+    """The key of the recipe that a name sets."""
+    return next((key for key, each in KEYS.items() if name in (key, *each.aliases)), name.partition(".")[0])
+
+
+def _check_varied(space: Space, rungs: Sequence[int]) -> None:
+    """Raise ValueError for keys that all trials would have alike."""
+    for name, values in space.items():
+        key = _key_of(name)
+        if key in _IN_VAIN or (key == "guard" and "back" in _plain(values)):
+            raise ValueError(
+                f"{name}: cannot be varied: trials train to their end, each in its own folder, and are measured then; "
+                "give one value, or remove it"
+            )
+        if rungs and key in ("max_steps", "num_train_epochs"):
+            raise ValueError(f"{name}: cannot be varied with --rungs, which say how many steps a trial has; remove one")
+
+
+def _as_trained(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe that a trial is trained by."""
+    guard = {check: "stop" if level == "back" else level for check, level in recipe.guard.items()}
+    return load_recipe(recipe, {**_ONCE, "guard": guard, **changes})
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,12 +267,8 @@ class _Sweep:
 
     def _job(self, trial: Trial, steps: int | None) -> Job:
         place = self.folder / trial.name / ("run" if steps is None else f"steps-{steps}")
-        recipe = load_recipe(self.base, _words(trial.settings))
-        once: dict[str, Any] = {"eval_strategy": "no", "eval_on_start": False, "load_best_model_at_end": False}
-        once |= {"early_stopping_patience": None, "early_stopping_threshold": 0.0}
-        once["guard"] = {check: "stop" if level == "back" else level for check, level in recipe.guard.items()}
-        changes: dict[str, Any] = {"output_dir": str(place / "run"), "num_eval_generations": 0, **once}
-        recipe = load_recipe(recipe, changes | ({} if steps is None else {"max_steps": steps}))
+        length = {} if steps is None else {"max_steps": steps}
+        recipe = _as_trained(load_recipe(self.base, _words(trial.settings)), output_dir=str(place / "run"), **length)
         write_whole(place / "recipe.yaml", recipe.to_yaml(for_any_processes=True))
         return Job(place, self.folder / "untrained" / "recipe.yaml", self.generations)
 
