@@ -15,7 +15,7 @@ from simpo.recipe import load_recipe
 from simpo.tuning import jobs, sweep
 from simpo.tuning.calibrate import Margins
 from simpo.tuning.space import Range, foresee, propose_all, propose_next, read_space
-from simpo.tuning.sweep import read_sweep, run_sweep
+from simpo.tuning.sweep import _check_varied, read_sweep, run_sweep
 
 # --- the space -------------------------------------------------------------------------------------------------------
 
@@ -70,6 +70,16 @@ def test_a_space_that_cannot_be_is_refused_in_a_line(words, message, tiny_recipe
     assert result.exit_code == 2
     assert message in result.output
     assert not (tmp_path / "run").exists(), "before anything was made or computed"
+
+
+@pytest.mark.parametrize("name", ["seed", "validation_fraction", "test_split_size", "dataset_mixer.other"])
+def test_what_moves_the_hold_out_is_not_varied_unless_there_is_a_test_split(name, tiny_recipe):
+    tried = {name: ("0.1", "0.2")}
+    _check_varied(load_recipe(tiny_recipe), tried, ())
+    drawn = load_recipe(tiny_recipe, {"dataset_splits": ["train"], "validation_fraction": 0.1})
+    with pytest.raises(ValueError, match=f"^{name}: cannot be varied without a test split"):
+        run_sweep(drawn, tried)
+    _check_varied(drawn, {f"dataset_mixer.{path}": ("0.5", "1") for path in drawn.dataset_mixer}, ())
 
 
 def test_a_value_is_tried_out_beside_one_of_the_other_keys(tiny_recipe):

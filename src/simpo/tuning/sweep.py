@@ -25,6 +25,7 @@ from rich.table import Table
 
 from simpo.data.files import check_own, write_whole
 from simpo.data.prepare import prepare_pairs
+from simpo.data.sources import load_splits
 from simpo.display import Display, format_duration
 from simpo.evaluation.statistics import Interval
 from simpo.model.load import load_tokenizer
@@ -47,6 +48,12 @@ _ONCE = {
 """What a sweep sets itself, since it measures trials once they are trained."""
 
 _IN_VAIN = {*_ONCE, "output_dir", "eval_steps", "metric_for_best_model", "greater_is_better"}
+
+_HOLDS_OUT = {
+    *("seed", "validation_fraction", "dataset_mixer", "dataset_splits", "dataset_configs"),
+    *("prompt_column", "chosen_column", "rejected_column", "score_column"),
+}
+"""Keys that decide which pairs are held out where there is no test split."""
 
 COLLAPSED = 0.2
 """A model whose answers repeat this much more of themselves than the untrained model's has collapsed."""
@@ -85,7 +92,7 @@ def run_sweep(
     """
     base = load_recipe(recipe)
     base.require("dataset_mixer", "output_dir")
-    _check_varied(space, rungs)
+    _check_varied(base, space, rungs)
     for settings in foresee(space, method=method, trials=trials, seed=base.seed):
         load_recipe(base, _words(settings))
     if any(b <= a for a, b in zip((0, *rungs), rungs)):
@@ -107,8 +114,15 @@ def _key_of(name: str) -> str:
     return next((key for key, each in KEYS.items() if name in (key, *each.aliases)), name.partition(".")[0])
 
 
-def _check_varied(space: Space, rungs: Sequence[int]) -> None:
-    """Raise ValueError for keys that all trials would have alike."""
+def _check_varied(base: Recipe, space: Space, rungs: Sequence[int]) -> None:
+    """Raise ValueError for keys that all trials would have alike, or by which one would train on what measures it."""
+    mixed = {f"dataset_mixer.{name}" for name in base.dataset_mixer}  # their fractions are of what is not held out
+    moving = [name for name in space if _key_of(name) in _HOLDS_OUT and name not in mixed]
+    if moving and not load_splits(base.model_copy(update={"validation_fraction": 0.0})).eval:
+        raise ValueError(
+            f"{moving[0]}: cannot be varied without a test split: it decides which pairs are held out, and a trial "
+            "would train on some that measure it; put held-out pairs into a split of their own (dataset_splits)"
+        )
     for name, values in space.items():
         key = _key_of(name)
         if key in _IN_VAIN or (key == "guard" and "back" in _plain(values)):
