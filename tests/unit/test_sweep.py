@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from typer.testing import CliRunner
 from simpo.cli import app
 from simpo.evaluation.statistics import length_balanced, length_balanced_accuracy, preference_scores
 from simpo.recipe import load_recipe
-from simpo.tuning import jobs, sweep
+from simpo.tuning import calibrate, jobs, sweep
 from simpo.tuning.calibrate import Margins
 from simpo.tuning.space import Range, foresee, propose_all, propose_next, read_space
 from simpo.tuning.sweep import _check_varied, read_sweep, run_sweep
@@ -268,6 +269,67 @@ def test_given_again_it_does_what_was_left_and_the_untrained_model_is_measured_o
     assert path.read_text() == done
     with pytest.raises(ValueError, match=r"space.beta was \['2', '4'\] and is"):
         run_sweep(recipe, {"learning_rate": RATES[:3], "beta": ("2", "5")})
+
+
+@pytest.fixture
+def own_recipe(tiny_recipe, tmp_path):
+    """Whose pairs and model a test may change."""
+    (pairs,) = tiny_recipe["dataset_mixer"]
+    shutil.copytree(pairs, tmp_path / "pairs")
+    shutil.copytree(tiny_recipe["model_name_or_path"], tmp_path / "model")
+    return {**tiny_recipe, "dataset_mixer": {"pairs": 1.0}, "model_name_or_path": "model"}
+
+
+def change(path: str, old: str, new: str) -> None:
+    Path(path).write_text(Path(path).read_text().replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("now", "message"),
+    [
+        ({"gradient_accumulation_steps": 8}, "recipe.pairs_per_step was 4 and is 16"),
+        ({"save_dtype": "float16"}, "recipe.save_dtype was 'auto' and is 'float16'"),
+        ({"guard": {"displacement": "stop"}}, "recipe.guard.displacement was None and is 'stop'"),
+        ("pairs/train.jsonl", "data_digest was"),
+        ("model/generation_config.json", "model_digest was"),
+        ({"gradient_accumulation_steps": 1, "per_device_train_batch_size": 4, "eval_steps": 7}, None),
+    ],
+)
+def test_what_decides_trials_stays_unless_an_earlier_version_did_not_write_it_down(
+    now, message, trainings, own_recipe, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    space = {"learning_rate": ("0.01", "0.1")}
+    path = run_sweep(load_recipe(own_recipe), space)
+    if isinstance(now, str):
+        change(now, "water", "stone") if now.startswith("pairs") else change(now, "{", "{ ")
+    recipe = load_recipe(own_recipe, now if isinstance(now, dict) else {})
+    if message is None:
+        assert run_sweep(recipe, space) == path
+        return
+    with pytest.raises(ValueError, match=message):
+        run_sweep(recipe, space)
+    content = json.loads(path.read_text())
+    for name in sweep.what_decides(recipe):
+        del content["asked"]["recipe"][name]
+    del content["asked"]["data_digest"], content["asked"]["model_digest"]
+    path.write_text(json.dumps(content))
+    assert run_sweep(recipe, space) == path
+
+
+def test_margins_are_measured_anew_where_pairs_or_model_are_others(trainings, own_recipe, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(calibrate, "run_command_line", trainings)
+    monkeypatch.setattr(calibrate, "run_sweep", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+    counts = []
+    for path, old, new in [(None, "", ""), ("pairs/train.jsonl", "water", "stone"), ("model/config.json", "{", "{ ")]:
+        if path:
+            change(path, old, new)
+        for _ in range(2):
+            with pytest.raises(KeyboardInterrupt):
+                calibrate.run_calibrate(load_recipe(own_recipe))
+        counts.append(len(trainings.words))
+    assert counts == [1, 2, 3]
 
 
 def test_the_folder_of_a_run_is_left_alone(trainings, tiny_recipe):

@@ -9,6 +9,8 @@ recipe's. Together they take about as many optimizer steps as the recipe's own r
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,10 +21,10 @@ from simpo.data.files import not_own, write_whole
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.model.load import load_tokenizer
-from simpo.recipe import Recipe, load_recipe
+from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.session import count_steps
 from simpo.tuning.jobs import Trial, read_pairs, run_command_line
-from simpo.tuning.sweep import read_sweep, run_sweep
+from simpo.tuning.sweep import digests, read_sweep, run_sweep
 
 TARGET_SHARE = 0.9
 """The target margin is what this share of the pairs does not have yet, so that most have a gradient to begin with."""
@@ -86,7 +88,10 @@ def run_calibrate(
         raise not_own(target)
     data = prepare_pairs(base, load_tokenizer(base), progress=True)
     total = count_steps(base, math.ceil(len(data.train) / base.pairs_per_step(1)))
-    margins = _measure(base, folder / "margins")
+    decides = {name: value for name, value in base.to_dict().items() if not KEYS[name].may_change}
+    text = json.dumps([decides, digests(base, data)], sort_keys=True)
+    key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
+    margins = _measure(base, folder / f"margins-{key}")
     ratio = _rounded(min(1.2, max(0.1, margins.target)))
     betas = [_rounded(min(20.0, max(1.0, unit / max(margins.spread, 1e-3)))) for unit in SPREADS]
     first = max(3, round(total / (2 * len(betas) * len(RATES))))

@@ -23,13 +23,16 @@ from typing import Any
 
 from rich.table import Table
 
+from simpo.data.cache import PreparedData
 from simpo.data.files import check_own, write_whole
 from simpo.data.prepare import prepare_pairs
 from simpo.data.sources import load_splits
 from simpo.display import Display, format_duration
+from simpo.evaluation.run import model_folder
 from simpo.evaluation.statistics import Interval
 from simpo.model.load import load_tokenizer
 from simpo.onpolicy.journal import changed_settings
+from simpo.onpolicy.rounds import fingerprint_model, what_decides
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.report import report_path, try_report
 from simpo.report.read import check_no_run, is_run
@@ -167,6 +170,12 @@ def read_sweep(path: Path) -> Found:
     return Found(best, [trials[name] for name in content["as_good"]], gained)
 
 
+def digests(recipe: Recipe, data: PreparedData) -> dict[str, str | None]:
+    """The pairs' tokens and the model's files, whatever their names; None for a model of the hub."""
+    model = fingerprint_model(model_folder(recipe.model_name_or_path))
+    return {"data_digest": data.fingerprint, "model_digest": model}
+
+
 def _success_of(result: Result) -> float | None:
     """None for a run that failed, or whose answers did."""
     return None if result.failed or result.accuracy is None else result.accuracy.value
@@ -187,15 +196,20 @@ class _Sweep:
 
     def begin(self, space: Space, **how: Any) -> None:
         """Take up what was done before; prepare the data, which every trial then finds prepared."""
+        data = prepare_pairs(self.base, load_tokenizer(self.base), progress=True)
         asked = {"space": {key: _plain(values) for key, values in space.items()}, **how}
-        recipe = {name: value for name, value in self.base.to_dict().items() if not KEYS[name].may_change}
-        asked |= {"generations": self.generations, "recipe": recipe}
+        later = what_decides(_as_trained(self.base))
+        recipe = {name: value for name, value in self.base.to_dict().items() if not KEYS[name].may_change} | later
+        asked |= {"generations": self.generations, "recipe": recipe, **digests(self.base, data)}
         asked = json.loads(json.dumps(asked))
         if self.path.exists():
             before = check_own(self.path, "asked", "untrained", "trials")
             was = before["asked"]
             was["recipe"] = {name: value for name, value in was["recipe"].items() if name in recipe}  # free by now
-            if changed := changed_settings(was, asked):
+            now = asked
+            if "pairs_per_step" not in was["recipe"]:  # begun by a version that did not write these down
+                now = asked | {"recipe": {name: value for name, value in asked["recipe"].items() if name not in later}}
+            if changed := changed_settings(was, now):
                 raise ValueError(
                     f"{self.folder}: a sweep with other settings lies there ({changed}); give the same ones to go on, "
                     "or another output_dir"
@@ -211,7 +225,6 @@ class _Sweep:
         else:
             check_no_run(self.folder)
         self.about = {"asked": asked}
-        data = prepare_pairs(self.base, load_tokenizer(self.base), progress=True)
         if not len(data.eval or ()):
             raise ValueError(
                 "no held-out pairs to choose by: add a test split to dataset_splits, or give validation_fraction 0.1"
@@ -224,9 +237,9 @@ class _Sweep:
         self, space: Space, workers: Workers, *, method: str, trials: int | None, rungs: Sequence[int | None]
     ) -> Path:
         """Every rung; then the table."""
+        place = self.folder / "untrained"
+        write_whole(place / "recipe.yaml", self.base.to_yaml(for_any_processes=True))  # measures every trial
         if self.untrained.accuracy is None:
-            place = self.folder / "untrained"
-            write_whole(place / "recipe.yaml", self.base.to_yaml(for_any_processes=True))
             workers([Job(place, None, self.generations)], lambda job, result: setattr(self, "untrained", result))
             if self.untrained.failed:
                 raise ValueError(f"the untrained model could not be evaluated: {self.untrained.failed}")
