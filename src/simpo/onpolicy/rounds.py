@@ -386,7 +386,11 @@ def _what_rates(scorers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 _BY_EVALUATIONS = (
-    *("load_best_model_at_end", "early_stopping_patience", "early_stopping_threshold", "eval_strategy", "eval_steps"),
+    "load_best_model_at_end",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "eval_strategy",
+    "eval_steps",
 )
 
 
