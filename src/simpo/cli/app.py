@@ -171,7 +171,7 @@ def name_stage(overrides: list[str], stage: str) -> list[str]:
         for word in overrides
     ]
     if stage == "generate":  # whose own seed would win
-        for word, value in zip(overrides, [*overrides[1:], ""], strict=True):
+        for word, value in zip(overrides, [*overrides[1:], ""], strict=False):
             if word.partition("=")[0] == "--seed":
                 named += [f"--generate.{word[2:]}", *[value] * ("=" not in word)]
     return named
