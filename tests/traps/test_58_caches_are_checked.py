@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,45 @@ def test_a_store_with_right_digests_that_is_no_dataset_is_not_read(
     capsys.readouterr()
     prepared()
     assert "is broken" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", STORE[:3])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EMFILE], ids=errno.errorcode.get)
+def test_a_store_that_the_system_does_not_let_be_read_is_left_alone(
+    prepared: Callable[[], PreparedData], store: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """Other runs have it mapped."""
+    files_before = {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.iterdir()}
+
+    def refused(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(path) == store / name:
+            raise OSError(number, os.strerror(number), str(path))
+        return opened(path, *args, **kwargs)
+
+    opened = open
+    monkeypatch.setattr(files, "open", refused, raising=False)
+    expected = f"cache_dir: {store} cannot be read ({store / name}: {os.strerror(number)}), and is left as it is; "
+    with pytest.raises(ValueError, match=re.escape(expected)):
+        prepared()
+    assert {path.name: (path.stat().st_ino, path.read_bytes()) for path in store.iterdir()} == files_before
+
+
+def test_a_broken_store_stays_for_those_that_have_it_mapped_until_it_is_a_day_old(
+    prepared: Callable[[], PreparedData], store: Path
+) -> None:
+    for path in store.iterdir():  # long written
+        os.utime(path, (0, 0))
+    flip(store / "train.arrow", 0.4)
+    mapped = (store / "train.arrow").stat().st_ino
+    prepared()
+    (aside,) = (path for path in store.parent.iterdir() if path != store)
+    assert (aside / "train.arrow").stat().st_ino == mapped
+    cache._clear_leftovers(store.parent)
+    assert aside.exists()
+    for path in (*aside.iterdir(), aside):
+        os.utime(path, (0, 0))
+    cache._clear_leftovers(store.parent)
+    assert not aside.exists()
 
 
 # --- log-probs of the reference --------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ the digests of all of these. Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -32,7 +33,7 @@ from simpo.data.ledger import Dropped, Ledger
 from simpo.data.overlap import benchmark_sources
 from simpo.data.sources import Source
 from simpo.display import say
-from simpo.errors import one_line
+from simpo.errors import explain, one_line
 from simpo.recipe import KEYS
 
 _IDS = pa.list_(pa.int32())
@@ -229,7 +230,11 @@ def user_cache() -> Path:
 
 
 def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None:
-    """What an earlier call stored, or None; a broken store is removed with one line said."""
+    """What an earlier call stored, or None; a broken store is put aside with one line said.
+
+    Raises:
+        ValueError: the system does not let it be read, which says nothing about what it holds.
+    """
     if not folder.is_dir():
         return None
     try:
@@ -239,9 +244,18 @@ def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None
             raise ValueError("it holds other data")
         return _open(folder, ledger)
     except (OSError, ValueError, pa.ArrowException) as error:
+        refused = error if isinstance(error, OSError) else error.__cause__
+        if isinstance(refused, OSError) and refused.errno not in (None, errno.ENOENT):  # Arrow's own have no number
+            raise ValueError(
+                f"cache_dir: {folder} cannot be read ({explain(refused)}), and is left as it is; start again, or give "
+                "another cache_dir"
+            ) from error
         reason = one_line(error, 120)
         say(f"data cache {folder} is broken ({reason}); building it again", console)
-        shutil.rmtree(folder, ignore_errors=True)
+        aside = folder.with_name(f"{_ASIDE}{secrets.token_hex(6)}")
+        with contextlib.suppress(OSError):  # not removed yet: other runs may have it mapped
+            folder.rename(aside)
+            os.utime(aside)
         return None
 
 
@@ -389,7 +403,7 @@ class PairWriter:
 
 
 def _clear_leftovers(parent: Path) -> None:
-    """Remove what a killed process left: nobody has written there for a day."""
+    """Remove what a killed process left, and broken stores: nobody has written there for a day."""
     for aside in parent.glob(f"{_ASIDE}*"):
         with contextlib.suppress(OSError):  # another process may do the same
             if time.time() - max(file.stat().st_mtime for file in (aside, *aside.iterdir())) > 24 * 3600:
