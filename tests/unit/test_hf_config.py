@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from transformers import TrainingArguments
+from accelerate import ParallelismConfig
+from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from simpo.hosts import hf
 from simpo.hosts.hf import SimPOConfig
 from simpo.hosts.hf.config import check_arguments
 from simpo.hosts.hf.launch import check_launch
-from simpo.hosts.hf.model import tokenizer_of
+from simpo.hosts.hf.model import make_ready, tokenizer_of
 from simpo.hosts.hf.run import build_config, check_keys
 from simpo.hosts.launcher import launched_by_accelerate
 from simpo.recipe import KEYS, load_recipe
@@ -281,3 +282,39 @@ def test_answers_are_refused_by_name_under_fsdp(tmp_path: Path):
     check_launch(accelerator, recipe_of(tmp_path))
     with pytest.raises(ValueError, match=r"^num_eval_generations = 4: not under accelerate's FSDP"):
         check_launch(accelerator, recipe_of(tmp_path, num_eval_generations=4))
+
+
+@pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
+def test_what_shares_pairs_between_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
+    """Every process trains on the pairs that the plan deals it."""
+    refusal = pytest.raises(
+        ValueError, match=rf"^parallelism_config: {name} = 2: not with this .* with tp or cp$"
+    )
+    with refusal:
+        config(use_cpu=True, parallelism_config=ParallelismConfig(**{name: 2}))
+    config(use_cpu=True, parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))
+    monkeypatch.setenv(f"PARALLELISM_CONFIG_{name.upper()}", "2")  # as accelerate launch says it
+    with refusal:
+        check_launch(
+            SimpleNamespace(state=SimpleNamespace(parallelism_config=ParallelismConfig())), recipe_of(tmp_path)
+        )
+
+
+def test_what_shares_pairs_under_deepspeed_is_refused(tmp_path: Path):
+    for given, name in (
+        ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel: autotp_size"),
+        ({"sequence_parallel_size": 2}, "sequence_parallel_size"),
+    ):
+        plugin = SimpleNamespace(zero_stage=1, deepspeed_config=given)
+        with pytest.raises(ValueError, match=f"^{name} = 2: not with this trainer"):
+            check_launch(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), recipe_of(tmp_path))
+    plugin = SimpleNamespace(zero_stage=1, deepspeed_config={"tensor_parallel": {"autotp_size": 0}})
+    check_launch(SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)), recipe_of(tmp_path))
+
+
+def test_a_model_that_was_loaded_over_several_processes_is_refused():
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=8, **sizes))
+    model._tp_size = 2  # as from_pretrained with a tp_plan leaves it
+    with pytest.raises(ValueError, match=r"^model: tp_size = 2: not with this trainer"):
+        make_ready(model, config(use_cpu=True).to_recipe(), device=torch.device("cpu"))

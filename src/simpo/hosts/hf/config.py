@@ -138,6 +138,7 @@ class SimPOConfig(_Arguments):
             self.bf16 = not self.fp16
         self._settle_device()
         recipe = self.to_recipe()  # what is wrong is said before a process group is started
+        check_pairs_are_dealt(parallel_sizes(self.parallelism_config))
         super().__post_init__()
         loss = ("loss_type", "beta", "gamma_beta_ratio", "label_smoothing", "sft_weight")
         for name in (*loss, "max_length", "preprocessing_num_workers"):
@@ -251,6 +252,21 @@ class SimPOConfig(_Arguments):
         """What of `model_init_kwargs` goes to from_pretrained as it is."""
         options = self.model_init_kwargs if isinstance(self.model_init_kwargs, dict) else {}
         return {name: value for name, value in options.items() if name not in (*_OF_MODEL, "revision")}
+
+
+def parallel_sizes(config: Any) -> dict[str, Any]:
+    """What of accelerate's ParallelismConfig, or None, makes several processes compute the same pairs."""
+    return {f"parallelism_config: {name}": getattr(config, name, 1) for name in ("tp_size", "cp_size", "sp_size")}
+
+
+def check_pairs_are_dealt(sizes: Mapping[str, Any]) -> None:
+    """Raise ValueError for a size that makes several processes compute the same pairs: the plan deals each its own."""
+    for name, size in sizes.items():
+        if (size or 1) > 1:
+            raise ValueError(
+                f"{name} = {size}: not with this trainer, which gives every process pairs of its own; set it to 1, or "
+                "use the native one (torchrun -m simpo train) with tp or cp"
+            )
 
 
 def check_arguments(args: Any, others: Mapping[str, Any]) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from simpo.hosts.hf.config import SimPOConfig
+from simpo.hosts.hf.config import SimPOConfig, check_pairs_are_dealt, parallel_sizes
 from simpo.parallel.mesh import Mesh, MeshSizes
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
                 f"accelerate was launched for {name} and runs as {accelerator.distributed_type.value}: "
                 "FSDP needs GPUs; choose another configuration file"
             )
+    check_pairs_are_dealt(parallel_sizes(getattr(accelerator.state, "parallelism_config", None)))
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
     if plugin is not None and recipe.num_eval_generations:
         raise ValueError(
@@ -58,6 +59,11 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError("fsdp_version: only 2 is supported; see recipes/accelerate/fsdp2.yaml")
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None:
+        config = plugin.deepspeed_config
+        tensor = (config.get("tensor_parallel") or {}).get("autotp_size")
+        sizes = {"tensor_parallel: autotp_size": tensor, "sequence_parallel_size": config.get("sequence_parallel_size")}
+        check_pairs_are_dealt(sizes)
     if plugin is not None and plugin.zero_stage == 0 and accelerator.mixed_precision != "no":
         raise ValueError(
             "zero_stage: 0 keeps fp32 weights where they cannot be read; use zero_stage: 1, or for plain data "

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from simpo.hosts.hf.config import check_pairs_are_dealt
 from simpo.hosts.hf.masters import narrow_partitions, reading_in_fp32
 from simpo.model.attention import is_packed, plain_implementation, unwrap
 from simpo.model.head import install_head, install_router_loss
@@ -82,6 +83,7 @@ def make_ready(model: nn.Module, recipe: Recipe, *, device: torch.device) -> lis
     base = unwrap(model)
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"model: a transformers model, or the name of one, is needed, not {type(base).__name__}")
+    check_pairs_are_dealt({"model: tp_size": getattr(base, "tp_size", 1)})  # loaded with a tp_plan
     check_tied_adapters(model)
     if recipe.disable_dropout:
         disable_dropout(base)
