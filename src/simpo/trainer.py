@@ -36,10 +36,11 @@ from simpo.errors import is_disk_full
 from simpo.evaluation.generate import save_samples
 from simpo.model.attention import unwrap
 from simpo.model.compile import compile_blocks
-from simpo.model.load import load_model, load_tokenizer, pick_device
+from simpo.model.load import identify_weights, load_model, load_tokenizer, pick_device
 from simpo.model.low_memory import why_no_liger
 from simpo.model.offload import offload_activations
 from simpo.model.settle import as_it_trains, notes_of
+from simpo.parallel.agreement import check_agreement, recipe_facts
 from simpo.parallel.mesh import join_world
 from simpo.parallel.sharding import GradientSync, drop_gathered, whole_weights
 from simpo.recipe import Recipe, load_recipe
@@ -70,7 +71,6 @@ from simpo.run.session import (
     Progress,
     build_loader,
     card_of_data,
-    check_agreement,
     check_device,
     check_held_out,
     check_room,
@@ -183,6 +183,8 @@ class Trainer:
         self.data = data or self.mesh.main_first(
             lambda: prepare_pairs(recipe, self.tokenizer, progress=self.mesh.is_main)
         )
+        weights = self.mesh.main_first(lambda: identify_weights(recipe))
+        check_agreement({"fingerprint of the data": self.data.fingerprint, **weights})
         check_token_ids(self.data, recipe)
         for line in check_held_out(recipe, self.data):
             self.display.say(line)
@@ -225,7 +227,8 @@ class Trainer:
             self._restore(resume)
         else:
             self._fit_micro_batches()
-        check_agreement(self.mesh, recipe, self.data, self.loader, step=self.progress.step)
+        facts = {"batch plan": self.loader.fingerprint, "optimizer steps done": self.progress.step}
+        check_agreement(recipe_facts(recipe) | facts)
         if recipe.torch_compile:  # after the memory was measured: rows that small would be compiled for nothing
             compile_blocks(self.model, device=self.device)
         aside = self.mesh.on_main(lambda: open_output_dir(recipe, self.data, resume))

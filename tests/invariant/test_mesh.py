@@ -6,9 +6,12 @@ compared with is written out below: ordinary logits of one sequence at a time, i
 
 from __future__ import annotations
 
+import contextlib
 import re
+import shutil
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -477,11 +480,47 @@ def test_ranks_that_would_do_different_runs_do_not_start(two_ranks: Ranks, model
         ({"learning_rate": 0.5}, "recipe key learning_rate: rank 1 has 0.5, rank 0 has 0.002"),
         ({"max_train_samples": 20}, "rank 1 has 20, rank 0 has None"),
         ({"seed": 7}, "recipe key seed: rank 1 has 7"),
+        # Before the first collective that they would do alone or in another group.
+        ({"dp_shard": 1, "tp": 2}, "recipe key dp_shard: rank 1 has 1, rank 0 has 2"),
+        ({"eval_on_start": True}, "recipe key eval_on_start: rank 1 has True, rank 0 has False"),
+        (LORA, "recipe key use_peft: rank 1 has True, rank 0 has False"),
     ]
     settings = step_recipe(model_folder(), 2, **FSDP)
     for found in two_ranks.run(refusals, *((settings, changes) for changes, _ in cases)):
         for message, (_, said) in zip(found, cases, strict=True):
             assert said in message
+
+
+def refusals_in(folder: Path, *starts: Settings) -> list[str]:
+    """As `refusals`, where relative names are those of this rank's own folder."""
+    import torch.distributed as dist
+
+    with contextlib.chdir(folder / f"rank{dist.get_rank()}"):
+        return refusals(*((settings, {}) for settings in starts))
+
+
+def test_ranks_whose_machines_hold_other_data_or_models_do_not_start(
+    two_ranks: Ranks, model_folder, step_recipe, tmp_path: Path
+):
+    """Of the same names, and the same shapes: each would read its shards of its own."""
+    settings = step_recipe(model_folder(), 2, **FSDP)
+    pairs, model = Path(next(iter(settings["dataset_mixer"]))), Path(settings["model_name_or_path"])
+    for rank in range(2):
+        shutil.copytree(model, tmp_path / f"rank{rank}" / "same")
+        shutil.copytree(model, tmp_path / f"rank{rank}" / "model")
+        shutil.copytree(pairs, tmp_path / f"rank{rank}" / "pairs")
+    for path in (tmp_path / "rank1" / "pairs").glob("train*"):
+        path.write_text("".join(path.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    weights = tmp_path / "rank1" / "model" / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    other_data = {**settings, "dataset_mixer": {"./pairs": 1.0}, "model_name_or_path": "./same"}
+    other_model = {**settings, "model_name_or_path": "./model"}
+    for found in two_ranks.run(refusals_in, tmp_path, other_data, other_model):
+        assert found[0].startswith("fingerprint of the data: rank 1 has ")
+        assert found[1].startswith("weights of ./model: rank 1 has ")
+        assert found[1].endswith("; every process needs the same recipe, data, model files and package versions")
 
 
 CANNOT_BE: list[tuple[Settings, Settings, str]] = [

@@ -287,9 +287,7 @@ def test_answers_are_refused_by_name_under_fsdp(tmp_path: Path):
 @pytest.mark.parametrize("name", ["tp_size", "cp_size", "sp_size"])
 def test_what_shares_pairs_between_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str):
     """Every process trains on the pairs that the plan deals it."""
-    refusal = pytest.raises(
-        ValueError, match=rf"^parallelism_config: {name} = 2: not with this .* with tp or cp$"
-    )
+    refusal = pytest.raises(ValueError, match=rf"^parallelism_config: {name} = 2: not with this .* with tp or cp$")
     with refusal:
         config(use_cpu=True, parallelism_config=ParallelismConfig(**{name: 2}))
     config(use_cpu=True, parallelism_config=ParallelismConfig(dp_replicate_size=2, dp_shard_size=2))

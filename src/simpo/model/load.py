@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import warnings
@@ -184,6 +185,36 @@ def source_dtype(recipe: Recipe) -> torch.dtype:
     """The dtype that the base model's own checkpoint is stored in; the final model is saved in it."""
     config = load_pretrained(AutoConfig, recipe.model_name_or_path, recipe, what="configuration")
     return config.dtype or torch.float32
+
+
+def identify_weights(recipe: Recipe) -> dict[str, str]:
+    """Which weights the names of the run's models stand for on this machine: by name, as `weights_at` says."""
+    keys = ["model_name_or_path", *["ref_model_name_or_path"] * recipe.loss.needs_reference]
+    found = {}
+    for key in keys:
+        if (name := getattr(recipe, key)) is not None:
+            config = load_pretrained(AutoConfig, name, recipe, what="configuration", key=key)
+            found[f"weights of {name}"] = weights_at(name, config)
+    return found
+
+
+def weights_at(name: str, config: Any) -> str:
+    """The hub's commit that a configuration was loaded from; of a folder, a digest of its files' ends."""
+    folder = Path(name).expanduser()
+    return digest_ends(folder, 2**16) if folder.is_dir() else str(getattr(config, "_commit_hash", None))
+
+
+def digest_ends(folder: Path, size: int = 2**20) -> str:
+    """16 hex digits of the names and sizes of a model's files, and of so many bytes at either end of each."""
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
+            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
+            with path.open("rb") as file:
+                digest.update(file.read(size))
+                file.seek(max(0, path.stat().st_size - size))
+                digest.update(file.read())
+    return digest.hexdigest()
 
 
 _OF_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*")

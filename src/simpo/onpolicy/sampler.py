@@ -7,7 +7,6 @@ computed whole by one process: what it holds, and so each rounding in it, is the
 from __future__ import annotations
 
 import functools
-import hashlib
 import math
 import os
 import sys
@@ -28,7 +27,7 @@ from simpo.data.tokenize import PairTokenizer
 from simpo.data.workers import WorkersFailed, map_in_processes
 from simpo.evaluation.run import READ_KEYS, base_model, find_tokenizer, model_folder
 from simpo.model.costs import decoder_sizes
-from simpo.model.load import load_model, load_pretrained, pick_device, set_precision
+from simpo.model.load import digest_ends, load_model, load_pretrained, pick_device, set_precision
 from simpo.model.sampling import Sampled, Sampling, end_tokens, noise_key, sample_responses, why_not_shared
 from simpo.onpolicy.prompts import Prompt
 from simpo.recipe import Recipe, load_recipe
@@ -411,15 +410,4 @@ def identify_model(name: str, revision: str | None) -> str:
     folder = Path(name)
     if not folder.is_dir():
         return f"{name}@{revision or 'main'}"
-    digest = hashlib.blake2b(digest_size=8)
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".json", ".jinja", ".model"):
-            digest.update(f"{path.name} {path.stat().st_size}\n".encode())
-            with path.open("rb") as file:
-                digest.update(file.read(_END))
-                file.seek(max(0, path.stat().st_size - _END))
-                digest.update(file.read())
-    return f"{folder.resolve().name} {digest.hexdigest()}"
-
-
-_END = 2**20  # bytes of either end of a file
+    return f"{folder.resolve().name} {digest_ends(folder)}"

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from simpo.core.context import split_rows
 from simpo.errors import explain
+from simpo.parallel.agreement import check_agreement, recipe_facts
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -229,7 +230,7 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
     one of its local rank.
 
     Raises:
-        ValueError: the mesh does not fit the number of processes, or a GPU is missing.
+        ValueError: the mesh does not fit the number of processes, recipes differ, or a GPU is missing.
     """
     sizes = mesh_sizes(recipe, dist.get_world_size() if dist.is_initialized() else _number("WORLD_SIZE", 1))
     if sizes.world == 1:
@@ -246,6 +247,7 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
     wanted = "nccl" if device.type == "cuda" else "gloo"
     if wanted not in backend:
         raise ValueError(f"the process group uses {backend}; processes that compute on {device.type} need {wanted}")
+    check_agreement(recipe_facts(recipe))  # before groups are made from it
     return Mesh(sizes, device=device)
 
 

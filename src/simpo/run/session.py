@@ -10,7 +10,6 @@ import math
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -287,22 +286,6 @@ def not_written(error: Exception, saved: Sequence[Checkpoint]) -> OSError:
     if saved:
         where = f"{saved[-1].folder} is whole; the same command with --resume_from_checkpoint true goes on from it"
     return OSError(f"{explain(error)}; {where}")
-
-
-def check_agreement(mesh: Mesh, recipe: Recipe, data: PreparedData, loader: StepLoader, *, step: int) -> None:
-    """Raise ValueError unless every process is about to do its part of the same run, after the same step."""
-    facts = {f"recipe key {name}": value for name, value in recipe.to_dict().items()}
-    facts |= {f"version of {name}": version(name) for name in ("simpo", "torch", "transformers")}
-    facts |= {"fingerprint of the data": data.fingerprint, "batch plan": loader.fingerprint}
-    everyone = mesh.gather({**facts, "optimizer steps done": step})
-    for name, value in everyone[0].items():
-        others = [rank for rank, theirs in enumerate(everyone) if theirs[name] != value]
-        if others:
-            raise ValueError(
-                f"{name}: rank {others[0]} has {everyone[others[0]][name]}, rank 0 has {value}"
-                + (f" ({len(others)} ranks differ from it)" if len(others) > 1 else "")
-                + "; every process needs the same recipe, data and package versions"
-            )
 
 
 def describe_run(

@@ -27,6 +27,7 @@ from simpo.hosts.hf.masters import local_masters
 from simpo.hosts.hf.trainer import SimPOTrainer
 from simpo.model.load import load_tokenizer, lora_config, pick_device, quantization_options
 from simpo.model.settle import as_it_trains
+from simpo.parallel.agreement import check_agreement, recipe_facts
 from simpo.parallel.mesh import Mesh
 from simpo.recipe import KEYS, Recipe
 from simpo.report import leave_report
@@ -69,6 +70,7 @@ def run_recipe(recipe: Recipe) -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     args = build_config(recipe, device)
     mesh = join_launched_world(args)
+    check_agreement(recipe_facts(recipe))
     with OutputLock(Path(recipe.output_dir)) as lock:
         no_lock = mesh.on_main(lock.acquire)
         resume = mesh.on_main(lambda: find_checkpoint(recipe, TRAINERS))

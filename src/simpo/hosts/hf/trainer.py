@@ -41,7 +41,9 @@ from simpo.hosts.hf.resume import IDENTITY_FILE, check_checkpoint
 from simpo.hosts.hf.window import Window
 from simpo.model.attention import plain_attention
 from simpo.model.head import compute_pair_logps
+from simpo.model.load import weights_at
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
+from simpo.parallel.agreement import check_agreement, recipe_facts
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.checkpoint import prune_checkpoints
 from simpo.run.eval_pairs import EvalPairs
@@ -53,7 +55,7 @@ from simpo.run.objective import micro_batch_losses
 from simpo.run.plain import only_data
 from simpo.run.resume import run_identity, supersede_checkpoints
 from simpo.run.saved import TRAINERS, check_sealed, list_checkpoints, read_sealed, seal
-from simpo.run.session import build_loader, check_agreement
+from simpo.run.session import build_loader
 from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
 from simpo.run.tracking import GENERATIONS_FILE, forget_lines_after, sync_logs
 from simpo.streams import lasting_streams
@@ -100,12 +102,14 @@ class SimPOTrainer(Trainer):
         self.recipe: Recipe = args.to_recipe(self._given_name)
         self._read = self.recipe  # what `args` said when they were last looked at
         self.mesh = join_launched_world(args)
+        check_agreement(recipe_facts(self.recipe))
         self.references = References(self.recipe)
         self.display = Display(quiet=not self.mesh.is_main)
         for notice in self.recipe.notices:
             self.display.say(notice)
         if isinstance(model, str):
-            model = load_by_name(model, self.recipe, args.loading_options())
+            name, model = model, load_by_name(model, self.recipe, args.loading_options())
+            check_agreement({f"weights of {name}": weights_at(name, model.config)})
         elif args.model_init_kwargs:
             raise ValueError(
                 "model_init_kwargs: the model is loaded already; give its name, or give them to from_pretrained"
@@ -356,7 +360,9 @@ class SimPOTrainer(Trainer):
         if not self._is_checked or self.is_deepspeed_enabled or self.is_fsdp_enabled:  # these have weights of their own
             with self.compute_loss_context_manager():
                 self._check_forward(model, bf16=False)
-        check_agreement(self.mesh, self.recipe, self.data, self.loader, step=self.state.global_step)
+        facts = {"fingerprint of the data": self.data.fingerprint, "batch plan": self.loader.fingerprint}
+        facts["optimizer steps done"] = self.state.global_step
+        check_agreement(recipe_facts(self.recipe) | facts)
         if self.recipe.loss.needs_reference:
             self._prepare_references(model, resume_from_checkpoint)
         self._window.begin(self.state.global_step)
