@@ -83,6 +83,7 @@ from simpo.run.session import (
     open_output_dir,
     set_up_process,
 )
+from simpo.run.shared import check_shared
 from simpo.run.shrink import shrink_until_it_fits
 from simpo.run.stopping import (
     Interrupted,
@@ -171,6 +172,7 @@ class Trainer:
 
     def _set_up(self, recipe: Recipe, data: PreparedData | None) -> None:
         """All that `run` needs, from the data to the place in the run directory."""
+        check_shared(self.output_dir, self.mesh)
         resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
         check_device(recipe, self.mesh)
         if recipe.fsdp_cpu_offload and not self.mesh.sizes.is_sharded:

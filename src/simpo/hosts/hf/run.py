@@ -48,6 +48,7 @@ from simpo.run.session import (
     open_output_dir,
     set_up_process,
 )
+from simpo.run.shared import check_shared
 from simpo.run.tracking import MetricsLog, check_trackers, open_log
 
 _THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
@@ -73,6 +74,7 @@ def run_recipe(recipe: Recipe) -> None:
     check_agreement(recipe_facts(recipe))
     with OutputLock(Path(recipe.output_dir)) as lock:
         no_lock = mesh.on_main(lock.acquire)
+        check_shared(lock.folder, mesh)
         resume = mesh.on_main(lambda: find_checkpoint(recipe, TRAINERS))
         display = Display(quiet=not mesh.is_main)
         for notice in [*recipe.notices, *filter(None, [slow, no_lock])]:

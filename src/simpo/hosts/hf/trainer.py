@@ -56,6 +56,7 @@ from simpo.run.plain import only_data
 from simpo.run.resume import run_identity, supersede_checkpoints
 from simpo.run.saved import TRAINERS, check_sealed, list_checkpoints, read_sealed, seal
 from simpo.run.session import build_loader
+from simpo.run.shared import check_shared
 from simpo.run.stopping import StepLosses, name_step, needs_memory, not_finite
 from simpo.run.tracking import GENERATIONS_FILE, forget_lines_after, sync_logs
 from simpo.streams import lasting_streams
@@ -160,6 +161,8 @@ class SimPOTrainer(Trainer):
             no_lock = self.mesh.on_main(lock.acquire)
             if no_lock is not None:
                 self.display.say(no_lock)
+            if not self.args.save_on_each_node:
+                check_shared(lock.folder, self.mesh)
             if isinstance(resume_from_checkpoint, os.PathLike):
                 resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             if resume_from_checkpoint is True:
