@@ -11,7 +11,6 @@ keys, fields of the progress and metrics may come and go without that: what is m
 from __future__ import annotations
 
 import contextlib
-import functools
 import hashlib
 import json
 import re
@@ -165,21 +164,20 @@ class _NativeState(_State):
 @contextlib.contextmanager
 def with_advice(checkpoint: Checkpoint, kind: CheckpointKind = NATIVE, mesh: Mesh | None = None) -> Iterator[None]:
     """What is wrong with a checkpoint is said with the command that goes on from the newest whole one."""
+    mesh = mesh or _alone()
     try:
         yield
-    except (NotData, _TooNew):
-        raise
     except ValueError as error:
-        advise = functools.partial(advise_whole, checkpoint, kind)
-        advice = advise() if mesh is None else mesh.on_main(advise)
-        raise ValueError(f"{error}; {advice}") from error
+        if mesh.from_main(isinstance(error, NotData | _TooNew)):
+            raise
+        raise ValueError(f"{error}; {advise_whole(checkpoint, kind, mesh)}") from error
 
 
-def advise_whole(damaged: Checkpoint, kind: CheckpointKind) -> str:
+def advise_whole(damaged: Checkpoint, kind: CheckpointKind, mesh: Mesh) -> str:
     """The newest checkpoint beside a damaged one that is whole to its last bit, with the command to go on from it."""
     folder = damaged.folder.parent
-    for other in reversed(list_checkpoints(folder, kind)):
-        if other.step != damaged.step and _is_whole(other, kind):
+    for other in reversed(mesh.on_main(lambda: list_checkpoints(folder, kind))):
+        if other.step != damaged.step and _is_whole(other, kind, mesh):
             recipe = folder.parent / "recipe.yaml"
             words = f"{recipe if recipe.is_file() else 'RECIPE'} --resume_from_checkpoint {other.folder}"
             return (
@@ -188,12 +186,12 @@ def advise_whole(damaged: Checkpoint, kind: CheckpointKind) -> str:
     return f"no other one in {folder} is whole: start anew in another output_dir"
 
 
-def _is_whole(checkpoint: Checkpoint, kind: CheckpointKind) -> bool:
+def _is_whole(checkpoint: Checkpoint, kind: CheckpointKind, mesh: Mesh) -> bool:
     try:
         if kind == TRAINERS:
-            check_sealed(checkpoint.folder)
+            check_sealed(checkpoint.folder, mesh)
         else:
-            _check_tensors(checkpoint, _read_state(checkpoint))
+            mesh.on_main(lambda: _check_tensors(checkpoint, _read_state(checkpoint)))
     except (Exception, CheckpointException):  # whatever a damaged file raises
         return False
     return True
@@ -201,7 +199,7 @@ def _is_whole(checkpoint: Checkpoint, kind: CheckpointKind) -> bool:
 
 def _check_tensors(checkpoint: Checkpoint, state: dict[str, Any]) -> None:
     """Read everything that a checkpoint holds, some of it at a time. Raises where it is not what was saved."""
-    alone, place = Mesh(MeshSizes(), device=torch.device("cpu")), checkpoint.folder / "tensors"
+    alone, place = _alone(), checkpoint.folder / "tensors"
     index, sums, values = read_index(place), dict.fromkeys(state["digest"], 0), {}
     ignore_single_process_warning()
     with only_data(checkpoint.folder):
@@ -230,34 +228,77 @@ def _room_for(index: Metadata) -> Iterator[dict[str, dict[str, Any]]]:
     yield held
 
 
-def seal(folder: Path, identity: dict[str, Any]) -> None:
-    """Write a Trainer's state file, last and whole, with the digests of everything else in its checkpoint."""
-    files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-    files.pop(TRAINERS.state_file, None)
+def seal(folder: Path, identity: dict[str, Any], mesh: Mesh | None = None) -> None:
+    """Write a Trainer's state file, last and whole, with the digests of everything else in its checkpoint.
+
+    Args:
+        mesh: the processes that share the reading, all of which call this; None = this one alone.
+    """
+    mesh = mesh or _alone()
+    files = _digest_files(folder, mesh.on_main(lambda: _files_to_seal(folder)), mesh)
+
+    def write() -> None:
+        content = {**stamp(), **identity, "files": files}
+        write_whole(folder / TRAINERS.state_file, json.dumps({**content, "digest": _digest_of(content)}))
+        sync(folder)
+
+    mesh.on_main(write)
+
+
+def _files_to_seal(folder: Path) -> list[str]:
+    """Names of the files in a checkpoint, on the disk by now, the largest first: so they are dealt out evenly."""
     sync_tree(folder)
-    content = {**stamp(), **identity, "files": {name: digest_file(path) for name, path in files.items()}}
-    write_whole(folder / TRAINERS.state_file, json.dumps({**content, "digest": _digest_of(content)}))
-    sync(folder)
+    found = sorted((path for path in folder.rglob("*") if path.is_file()), key=lambda path: -path.stat().st_size)
+    names = (path.relative_to(folder).as_posix() for path in found)
+    return [name for name in names if name != TRAINERS.state_file]
 
 
-def check_sealed(folder: Path) -> dict[str, Any]:
-    """The state that `seal` wrote, once every file is as it was then. Raises ValueError where one is not."""
+def _digest_files(folder: Path, names: list[str], mesh: Mesh) -> dict[str, str]:
+    """By name, the digests of files, without those that are missing: each process reads its share."""
+    mine = {}
+    for name in names[mesh.rank :: mesh.sizes.world]:
+        with contextlib.suppress(OSError):  # not seen here, or not yet: the first process looks for itself
+            mine[name] = digest_file(folder / name)
+    found = {name: digest for theirs in mesh.gather(mine) for name, digest in theirs.items()}
+    left = [name for name in names if name not in found]
+    found |= mesh.on_main(lambda: {name: digest_file(folder / name) for name in left if (folder / name).is_file()})
+    return {name: found[name] for name in names if name in found}
+
+
+def check_sealed(folder: Path, mesh: Mesh | None = None) -> dict[str, Any]:
+    """The state that `seal` wrote, once every file is as it was then. Raises ValueError where one is not.
+
+    Args:
+        mesh: the processes that share the reading, all of which call this; None = this one alone.
+    """
+    mesh = mesh or _alone()
+    state = mesh.on_main(lambda: _read_seal(folder))
+    files = state.get("files", {})
+    found = _digest_files(folder, list(files), mesh)
+    for name, digest in files.items():
+        if found.get(name) != digest:
+            raise ValueError(f"checkpoint {folder} is damaged: {name} is not as it was saved")
+    return state
+
+
+def _read_seal(folder: Path) -> dict[str, Any]:
     state = load_state(folder / TRAINERS.state_file)
     if "files" in state or "digest" in state:  # older checkpoints have neither
         content = json.loads((folder / TRAINERS.state_file).read_text(encoding="utf-8"))
         if content.pop("digest", None) != _digest_of(content):
             raise ValueError(f"checkpoint {folder} is damaged: {TRAINERS.state_file} is not as it was saved")
-        for name, digest in state["files"].items():
-            if not (folder / name).is_file() or digest_file(folder / name) != digest:
-                raise ValueError(f"checkpoint {folder} is damaged: {name} is not as it was saved")
     return state
 
 
-def read_sealed(folder: Path) -> dict[str, Any]:
+def read_sealed(folder: Path, mesh: Mesh | None = None) -> dict[str, Any]:
     """As `check_sealed`; says how to go on where it is damaged."""
     step = folder.name.rpartition("-")[2]
-    with with_advice(Checkpoint(folder, int(step) if step.isdecimal() else -1), TRAINERS):
-        return check_sealed(folder)
+    with with_advice(Checkpoint(folder, int(step) if step.isdecimal() else -1), TRAINERS, mesh):
+        return check_sealed(folder, mesh)
+
+
+def _alone() -> Mesh:
+    return Mesh(MeshSizes(), device=torch.device("cpu"))
 
 
 def _digest_of(content: Any) -> str:

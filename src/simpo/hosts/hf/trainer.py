@@ -10,7 +10,7 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -166,11 +166,10 @@ class SimPOTrainer(Trainer):
             if isinstance(resume_from_checkpoint, os.PathLike):
                 resume_from_checkpoint = os.fspath(resume_from_checkpoint)
             if resume_from_checkpoint is True:
-                found = list_checkpoints(Path(self.args.output_dir), TRAINERS)
+                found = self.mesh.on_main(lambda: list_checkpoints(Path(self.args.output_dir), TRAINERS))
                 resume_from_checkpoint = str(found[-1].folder) if found else True
-            if isinstance(resume_from_checkpoint, str) and Path(resume_from_checkpoint, IDENTITY_FILE).is_file():
-                folder = Path(resume_from_checkpoint)
-                self.mesh.on_main(lambda: read_sealed(folder))
+            if isinstance(resume_from_checkpoint, str):
+                self._check_sealed(Path(resume_from_checkpoint), read_sealed)
             result = super().train(resume_from_checkpoint, **options)
             if self.guard.verdict is not None and self.guard.back_to is None:
                 raise self.guard.stopped(self.state.max_steps, self._checkpoint_of(self.state.global_step))
@@ -532,10 +531,13 @@ class SimPOTrainer(Trainer):
             self.references.save(folder)
             follow_umask(folder)
             sync_logs(Path(self.recipe.output_dir or "."))
+        if not self.args.save_on_each_node:
+            seal(folder, self._identity(), self.mesh)
+        elif self.args.should_save:
             seal(folder, self._identity())
-            # Only now may an earlier one go, which the Trainer deletes before this one is whole.
-            if limit is not None and limit > 0:
-                prune_checkpoints(folder.parent, keep=limit, protect=self._to_keep(), kind=TRAINERS)
+        # Only now may an earlier one go, which the Trainer deletes before this one is whole.
+        if self.args.should_save and limit is not None and limit > 0:
+            prune_checkpoints(folder.parent, keep=limit, protect=self._to_keep(), kind=TRAINERS)
 
     def _init_training_state(self, max_steps: int, *others: Any) -> Any:
         """Where the run stands; refuses a checkpoint of another run, whose pairs are not those still to come."""
@@ -562,10 +564,18 @@ class SimPOTrainer(Trainer):
             self.state.best_model_checkpoint = str(self._checkpoint_of(self.guard.back_to))
         best = Path(self.state.best_model_checkpoint)
         self.state.best_global_step = _step_of(best)  # an earlier version may have evaluated more often than it saved
-        if (best / IDENTITY_FILE).is_file():
-            self.mesh.on_main(lambda: check_sealed(best))
+        self._check_sealed(best, check_sealed)
         with only_data(self.state.best_model_checkpoint):
             super()._load_best_model()
+
+    def _check_sealed(self, folder: Path, check: Callable[..., Any]) -> None:
+        """Check a checkpoint, if there is one, each process its share of a folder that all of them see."""
+        if not self.mesh.on_main((folder / IDENTITY_FILE).is_file):
+            return
+        if self.args.save_on_each_node:
+            self.mesh.on_main(lambda: check(folder))
+        else:
+            check(folder, self.mesh)
 
     def _identity(self) -> dict[str, Any]:
         """With what a recipe of `SimPOConfig.to_recipe` does not hold: schedule, optimizer and adapters."""
