@@ -27,6 +27,7 @@ from simpo.run.resume import find_checkpoint
 from simpo.run.saved import TRAINERS
 
 REPO = Path(__file__).resolve().parents[2]
+SCALING = (REPO / "docs" / "scaling.md").read_text(encoding="utf-8")
 WILD = sorted((REPO / "tests" / "unit" / "recipes_in_the_wild").glob("*.yaml"))
 
 
@@ -227,6 +228,24 @@ def test_shipped_configurations_are_what_accelerate_reads(name: str):
     read = ClusterConfig.from_yaml_file(str(path))  # refuses unknown keys
     assert read.mixed_precision == "no", "precision is the recipe's"
     assert yaml.safe_load(path.read_text(encoding="utf-8"))["num_processes"] == 8
+
+
+@pytest.mark.parametrize("name", ["deepspeed_zero2", "deepspeed_zero3"])
+def test_deepspeed_over_two_machines_is_one_torchrun(name: str, monkeypatch: pytest.MonkeyPatch):
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_deepspeed_cmd_env
+
+    line = re.search(r"accelerate launch [^`]*?deepspeed_zero3[^`]*--num_machines 2[^`]*", SCALING)[0]
+    words = line.replace("\\\n", " ").replace("zero3", name[-5:]).replace("$RANK", "1").split()[2:]
+    words[words.index("--config_file") + 1] = str(REPO / words[words.index("--config_file") + 1])
+    found: list[Any] = []
+    monkeypatch.setattr(launch, "deepspeed_launcher", found.append)
+    launch.launch_command(launch.launch_command_parser().parse_args(words))
+    (args,) = found
+    command, _ = prepare_deepspeed_cmd_env(args)
+    assert command is None, "not deepspeed's own launcher, which without a hostfile starts local processes alone"
+    assert (args.nnodes, args.nproc_per_node, args.node_rank) == ("2", "8", 1)
+    assert (args.rdzv_backend, args.rdzv_endpoint) == ("static", "HOST:29500")
 
 
 # --- the documentation -----------------------------------------------------------------------------------------------
