@@ -21,8 +21,9 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.resume import find_checkpoint
+from simpo.run.resume import find_checkpoint, why_stopped
 from simpo.run.saved import list_checkpoints
+from simpo.run.stopping import StoppedByGuard
 
 
 def train_on_worker(config: dict[str, Any]) -> None:
@@ -30,7 +31,10 @@ def train_on_worker(config: dict[str, Any]) -> None:
     from simpo.trainer import Trainer
 
     os.chdir(config["folder"])  # the driver's: the recipe's relative paths mean the same here
-    result = Trainer(go_on(config["recipe"])).run()
+    try:
+        result = Trainer(go_on(config["recipe"])).run()
+    except StoppedByGuard:  # raised, it would be a failure to recover from; the driver reads why
+        return
     ray.train.report({"steps": result.steps, **result.metrics})
 
 
@@ -73,6 +77,8 @@ def main() -> None:
         ),
     )
     trainer.fit()
+    if (why := why_stopped(Path(recipe.output_dir))) is not None:
+        raise StoppedByGuard(why)
     print(f"the model is in {Path(recipe.output_dir, 'model')}")
 
 
@@ -81,3 +87,6 @@ if __name__ == "__main__":
         main()
     except ValueError as error:
         sys.exit(f"error: {error}")
+    except StoppedByGuard as stopped:
+        print(stopped, file=sys.stderr)
+        sys.exit(stopped.exit_code)

@@ -65,7 +65,7 @@ from simpo.run.optim import (
     seed_everything,
 )
 from simpo.run.reference import load_references
-from simpo.run.resume import best_checkpoint, check_same_run, find_checkpoint, run_identity
+from simpo.run.resume import best_checkpoint, check_not_stopped, check_same_run, find_checkpoint, run_identity
 from simpo.run.saved import Checkpoint
 from simpo.run.session import (
     Progress,
@@ -173,6 +173,7 @@ class Trainer:
     def _set_up(self, recipe: Recipe, data: PreparedData | None) -> None:
         """All that `run` needs, from the data to the place in the run directory."""
         check_shared(self.output_dir, self.mesh)
+        check_not_stopped(self.output_dir, self.mesh)
         resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
         check_device(recipe, self.mesh)
         if recipe.fsdp_cpu_offload and not self.mesh.sizes.is_sharded:

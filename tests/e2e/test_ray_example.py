@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -98,6 +99,20 @@ def test_two_workers_make_the_steps_of_one_process_though_one_of_them_is_killed(
     found, expected = losses(Path(settings["output_dir"])), losses(tmp_path / "one")
     assert sorted(found) == list(range(1, 41))
     assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_stop_by_the_guard_ends_the_script_without_another_try(settings, tmp_path, monkeypatch):
+    class OneWorker:  # in this process, in place of Ray's
+        def __init__(self, work: Any, train_loop_config: dict[str, Any], **others: Any) -> None:
+            self.fit = lambda: work(train_loop_config)
+
+    stop = {"guard": "stop", "learning_rate": 0.3, "device": "cpu"}
+    words = ["1" if word == "2" else word for word in command(settings | stop, tmp_path)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", OneWorker)
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert ended.value.code == 4
 
 
 def test_a_folder_that_holds_a_run_is_refused_before_ray_starts(settings, tmp_path):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -25,14 +27,16 @@ RISING = {
 }
 
 
-def train(host: str, settings: Settings) -> tuple[str, int]:
+def train(host: str, settings: Settings, restarts: int = 0) -> tuple[str, int]:
     """How a run ended on this process: what it said last, and the exit code."""
     recipe = load_recipe(settings)
+    launch = {"TORCHELASTIC_RUN_ID": "job 7", "TORCHELASTIC_RESTART_COUNT": str(restarts)}
     try:
-        if host == "native":
-            Trainer(recipe, display=Display(quiet=True)).run()
-        else:
-            run_recipe(recipe)
+        with mock.patch.dict(os.environ, launch):
+            if host == "native":
+                Trainer(recipe, display=Display(quiet=True)).run()
+            else:
+                run_recipe(recipe)
     except StoppedByGuard as error:
         return str(error), error.exit_code
     return "finished", 0
@@ -46,7 +50,8 @@ def host(request: pytest.FixtureRequest, tiny_recipe: Settings) -> tuple[str, Se
 
 def test_stop_ends_every_process_after_the_same_step(two_ranks: Any, host: tuple[str, Settings]) -> None:
     name, settings = host
-    one, other = two_ranks.run(train, name, {**settings, "guard": {"all": "stop", "learning_rate": "off"}})
+    stopped = {**settings, "guard": {"all": "stop", "learning_rate": "off"}}
+    one, other = two_ranks.run(train, name, stopped)
     assert one == other
     assert one[1] == 4
     folder = Path(settings["output_dir"])
@@ -56,6 +61,11 @@ def test_stop_ends_every_process_after_the_same_step(two_ranks: Any, host: tuple
     evaluations = [line["step"] for line in lines if "eval_loss" in line]
     assert [line["step"] for line in lines if "loss" in line] == list(range(1, found["step"] + 1))
     assert [answer["step"] for answer in answers] == [step for step in evaluations for _ in range(3)]
+    assert two_ranks.run(train, name, stopped, restarts=1) == [one, one], "a launcher's restart is no order to go on"
+    assert read_rows(folder / "metrics.jsonl") == lines
+    on = {**stopped, "resume_from_checkpoint": True}
+    assert two_ranks.run(train, name, on)[0] != one, "a command of its own goes on"
+    assert read_rows(folder / "metrics.jsonl")[len(lines) :]
 
 
 @pytest.mark.long

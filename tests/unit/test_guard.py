@@ -208,7 +208,7 @@ def test_the_best_step_from_before_by_a_metric_that_grows_and_by_one_that_falls(
 
 def test_the_first_finding_ends_the_run_and_is_what_is_told(tmp_path: Path) -> None:
     recipe = load_recipe({"model_name_or_path": "m", "learning_rate": 0.5, "guard": "stop"})
-    mesh = SimpleNamespace(is_main=True, from_main=lambda value: value)
+    mesh = SimpleNamespace(is_main=True, from_main=lambda value: value, on_main=lambda function: function())
     guard = RunGuard(recipe, tmp_path, mesh, Display(quiet=True), history=())
     with pytest.raises(StoppedByGuard, match=r"before the first step \(learning_rate\)"):
         guard.begin({"a": (30, 50), "b": (0, 40)})

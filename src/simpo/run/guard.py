@@ -433,9 +433,7 @@ class RunGuard:
         found = self._guard.read_start(self._recipe.learning_rate, dropped, self._recipe.max_dropped_fraction)
         self._tell([] if self._done or not self._mesh.is_main else found)
         if self.verdict is not None:
-            from simpo.run.stopping import StoppedByGuard
-
-            raise StoppedByGuard(f"stopped by the guard before the first step ({self.verdict[0].check})")
+            raise self._stop(f"stopped by the guard before the first step ({self.verdict[0].check})")
 
     def heed(self, step: int, values: Mapping[str, Any], answers: Sequence[Mapping[str, Any]] = ()) -> None:
         """After a logged step or an evaluation: its values, as metrics.jsonl has them, and the answers made at it."""
@@ -485,16 +483,26 @@ class RunGuard:
                 self._write(row)
 
     def stopped(self, total_steps: int, saved: Path) -> StoppedByGuard:
-        """The error to raise where the verdict leaves no checkpoint to go back to; `saved`: one of this moment."""
-        from simpo.run.stopping import StoppedByGuard
+        """The error to raise where the verdict leaves no checkpoint to go back to; every process calls it.
 
+        Args:
+            saved: a checkpoint of this moment.
+        """
         assert self.verdict is not None
         finding, level = self.verdict
         none = "; there is no earlier checkpoint with an evaluation to go back to" if level == "back" else ""
-        return StoppedByGuard(
+        return self._stop(
             f"stopped by the guard after step {finding.step} of {total_steps} ({finding.check}) and saved {saved}{none}"
             ". To go on all the same, run the same command with --resume_from_checkpoint true"
         )
+
+    def _stop(self, why: str) -> StoppedByGuard:
+        """The error to raise, once it is noted for what may start the same command again."""
+        from simpo.run.resume import record_stop
+        from simpo.run.stopping import StoppedByGuard
+
+        self._mesh.on_main(lambda: record_stop(self._path.parent, why))
+        return StoppedByGuard(why)
 
     def may_go_back_to(self, checkpoints: Sequence[int]) -> Iterator[int | None]:
         """Which of the steps with a checkpoint a finding might go back to, of what shows already or will."""

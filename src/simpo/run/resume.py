@@ -26,20 +26,24 @@ from simpo.run.saved import (
     load_state,
     with_advice,
 )
+from simpo.run.stopping import StoppedByGuard
 from simpo.run.tracking import LOGS
 
 if TYPE_CHECKING:
     from simpo.data.cache import PreparedData
     from simpo.data.loader import StepLoader
+    from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
 
 
 LAUNCH_FILE = ".launch"
+STOP_FILE = ".stopped"
 
 
 def record_launch(output_dir: Path) -> None:
     """Note that this launch began the run in output_dir, if the launcher may start the same command again."""
     launch = _launch()
+    (output_dir / STOP_FILE).unlink(missing_ok=True)
     if launch is not None:
         (output_dir / LAUNCH_FILE).write_text(launch, encoding="utf-8")
 
@@ -51,6 +55,24 @@ def is_begun_by_this_launch(output_dir: Path) -> bool:
     """
     path = output_dir / LAUNCH_FILE
     return bool(restart_count()) and path.is_file() and path.read_text(encoding="utf-8") == _launch()
+
+
+def record_stop(output_dir: Path, why: str) -> None:
+    """Note that the guard has ended the run in output_dir, for what may start the same command again."""
+    (output_dir / STOP_FILE).write_text(why, encoding="utf-8")
+
+
+def why_stopped(output_dir: Path) -> str | None:
+    """What the guard said that ended the last start in output_dir; None if it did not."""
+    path = output_dir / STOP_FILE
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def check_not_stopped(output_dir: Path, mesh: Mesh) -> None:
+    """Raise StoppedByGuard, on every process, where the guard has ended an earlier attempt of this launch."""
+    why = mesh.on_main(lambda: why_stopped(output_dir) if is_begun_by_this_launch(output_dir) else None)
+    if why is not None:
+        raise StoppedByGuard(why)
 
 
 def _launch() -> str | None:

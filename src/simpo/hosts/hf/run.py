@@ -36,7 +36,7 @@ from simpo.run.export import WeightSample, create_repository, export_dtype, publ
 from simpo.run.leftovers import Leftovers, find_leftovers
 from simpo.run.lock import OutputLock
 from simpo.run.next_commands import describe_next
-from simpo.run.resume import find_checkpoint
+from simpo.run.resume import check_not_stopped, find_checkpoint
 from simpo.run.saved import TRAINERS, Checkpoint, list_checkpoints
 from simpo.run.session import (
     card_of_data,
@@ -75,6 +75,7 @@ def run_recipe(recipe: Recipe) -> None:
     with OutputLock(Path(recipe.output_dir)) as lock:
         no_lock = mesh.on_main(lock.acquire)
         check_shared(lock.folder, mesh)
+        check_not_stopped(Path(recipe.output_dir), mesh)
         resume = mesh.on_main(lambda: find_checkpoint(recipe, TRAINERS))
         display = Display(quiet=not mesh.is_main)
         for notice in [*recipe.notices, *filter(None, [slow, no_lock])]:
