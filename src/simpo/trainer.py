@@ -223,6 +223,7 @@ class Trainer:
         self.saver = CheckpointSaver(
             self.checkpoint_dir, self.mesh, in_background=recipe.async_save, keep=recipe.save_total_limit
         )
+        self.mesh.limit_waits(recipe.ddp_timeout)  # now that all groups are made
         self._stop = StopRequest(self.display.say)  # this process was asked to stop
         self._stop_together = False  # one of several processes was, when the last step ended
         self.budget: TokenBudget | None = None  # picked by memory; a resumed run keeps what its checkpoint says

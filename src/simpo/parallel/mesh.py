@@ -172,6 +172,12 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def limit_waits(self, seconds: int) -> None:
+        """Let each process group, whoever made it, wait as long for a process; new ones wait torch's half an hour."""
+        if self.sizes.world > 1:
+            for group in dist.distributed_c10d._pg_map:
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
     def barrier(self) -> None:
         """Wait for all."""
         if self.sizes.world > 1:
@@ -301,7 +307,9 @@ def _init_process_group(world: int, device: torch.device, *, timeout: timedelta)
     }
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         # torchrun keeps one store over its restarts, in which the addresses of processes that died would be found.
-        agent = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
+        place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        # Its timeout, 300 s if none is given, is also NCCL's for the first collective of a group.
+        agent = dist.TCPStore(*place, is_master=False, timeout=timeout)
         options["store"] = dist.PrefixStore(f"simpo attempt {restart_count()}", agent)
     dist.init_process_group(**options)
 
