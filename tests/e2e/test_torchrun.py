@@ -12,6 +12,8 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ import yaml
 from forks import num_tracebacks
 from mesh_runs import assert_same_run, metrics, run
 from miniature import recipe_in
-from ranks import Ranks
+from ranks import Ranks, free_port
 
 from simpo.recipe import load_recipe
 from simpo.run.resume import find_checkpoint, record_launch
@@ -37,12 +39,17 @@ KEYS = {
 
 
 def launch(
-    recipe: Settings, *command: str | Path, restarts: int = 0, folder: Path, forked: bool = True
+    recipe: Settings,
+    *command: str | Path,
+    restarts: int = 0,
+    folder: Path,
+    forked: bool = True,
+    where: Sequence[str] = ("--standalone", "--nproc-per-node", "2"),
 ) -> subprocess.CompletedProcess[str]:
     """torchrun with two processes of a command that gets the recipe's file; its output, both streams together."""
     path = folder / "recipe-to-launch.yaml"
     path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    words = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    words = ["-m", "torch.distributed.run", *where, "--max-restarts", str(restarts)]
     words += [str(path) if word == "RECIPE" else str(word) for word in command]
     sources = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": sources}
@@ -101,6 +108,21 @@ def test_processes_killed_twice_are_started_again_and_end_in_the_same_bits(
     assert (folder / generations).read_text() == (uninterrupted / generations).read_text()
     assert [c.step for c in list_checkpoints(folder / "checkpoints")] == [4, 8, 10]
     assert not list((folder / "checkpoints").glob(".*"))
+
+
+@pytest.mark.long
+def test_two_nodes_go_on_together_though_one_of_them_counts_no_restart(
+    recipe: Settings, uninterrupted: Path, tmp_path: Path
+):
+    endpoint = ("--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}", "--rdzv-id", "job 7")
+    options = {"where": ("--nnodes", "2", "--nproc-per-node", "1", *endpoint), "folder": tmp_path, "forked": False}
+    words = recipe, TESTS / "signalled_worker.py", "RECIPE", json.dumps([[1, 6, "SIGKILL"]])
+    with ThreadPoolExecutor(2) as pool:
+        nodes = [pool.submit(launch, *words, restarts=1, **options) for _ in range(2)]
+    outputs = [node.result().stdout for node in nodes]
+    assert [node.result().returncode for node in nodes] == [0, 0], "\n".join(outputs)
+    assert "resumed from" in "".join(outputs)
+    assert_same_run(Path(recipe["output_dir"]), uninterrupted)
 
 
 def test_sigterm_to_one_process_stops_all_after_the_same_step(

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import timedelta
@@ -310,8 +311,34 @@ def _init_process_group(world: int, device: torch.device, *, timeout: timedelta)
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         # Its timeout, 300 s if none is given, is also NCCL's for the first collective of a group.
         agent = dist.TCPStore(*place, is_master=False, timeout=timeout)
-        options["store"] = dist.PrefixStore(f"simpo attempt {restart_count()}", agent)
+        attempt = _count_attempt(agent, options["rank"], world, timeout=timeout)
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt - 1)  # torchrun's own differs between nodes
+        options["store"] = dist.PrefixStore(f"simpo attempt {attempt}", agent)
     dist.init_process_group(**options)
+
+
+def _count_attempt(agent: dist.Store, rank: int, world: int, *, timeout: timedelta) -> int:
+    """Which attempt of the launch this is, from 1, the same on every process.
+
+    A node whose process died counts a restart, and one that starts again only because the others do counts none.
+    Therefore rank 0 counts, and answers every ticket that another has drawn. Tickets of earlier attempts have nobody
+    waiting for them: torchrun starts no process before those of all nodes have ended.
+    """
+    if rank > 0:
+        ticket = agent.add("simpo tickets", 1)
+        attempt = int(agent.get(f"simpo ticket {ticket}"))
+        agent.add(f"simpo attempt {attempt}", 1)
+        return attempt
+    attempt, answered, until = agent.add("simpo attempts", 1), 0, time.monotonic() + timeout.total_seconds()
+    while (met := agent.add(f"simpo attempt {attempt}", 0) + 1) < world:
+        drawn = agent.add("simpo tickets", 0)
+        for ticket in range(answered + 1, drawn + 1):
+            agent.set(f"simpo ticket {ticket}", str(attempt))
+        answered = drawn
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"{met} of {world} processes came within {timeout}")
+        time.sleep(0.05)
+    return attempt
 
 
 def leave_world() -> None:
@@ -339,7 +366,7 @@ def is_said_by_main(line: str, *, wait_s: float = 10.0) -> bool:
 
 
 def restart_count() -> int:
-    """How often torchrun has started this run again after a failure."""
+    """How often torchrun has started this run again; the same on every process once they have met."""
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
