@@ -251,12 +251,14 @@ class Trainer:
         self.display.table("training", self._describe())
         report = leave_report(self.output_dir, self.display.say, is_main=self.mesh.is_main)
         log = open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh)
-        with self.lock, report, log as self.log:
+        with contextlib.ExitStack() as closing:
+            _, _, self.log = (closing.enter_context(each) for each in (self.lock, report, log))
             self._train()
             with self._naming_what_is_whole():
                 result = self._finish()
             self.mesh.on_main(lambda: upload_model(result.model_dir, self.repository, self.recipe, self.display))
             self.display.say(describe_next(self.recipe, held_out=self.data.eval is not None))
+            self.mesh.on_main(lambda: closing.pop_all().close())  # the others wait for trackers and the report
         return result
 
     def _train(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -89,3 +90,40 @@ def test_a_node_that_counted_no_restart_is_in_the_same_attempt(agent: dist.TCPSt
         assert agent.get(f"simpo attempt {there.result()[0]}/address") == b"mine"
         assert is_begun_by_this_launch(tmp_path) == restarted
         record_launch(tmp_path)
+
+
+def be_patient(seconds: float) -> mesh.Mesh:
+    """Two processes of a group that waits so long, and its store."""
+    ours = mesh.Mesh(mesh.MeshSizes(dp_replicate=2), device=torch.device("cpu"))
+    dist.distributed_c10d._get_default_store().set_timeout(timedelta(seconds=seconds))
+    ours.limit_waits(seconds)
+    return ours
+
+
+def work_alone(seconds: float, *, patience_s: float) -> list[str]:
+    """What comes of long work on rank 0, and on each in turn."""
+    ours = be_patient(patience_s)
+    try:
+        return [share(lambda: time.sleep(seconds) or f"of {ours.rank}") for share in (ours.on_main, ours.main_first)]
+    finally:
+        be_patient(1800)
+
+
+def wait_for_one_that_is_gone() -> str:
+    """What the last process hears of the first."""
+    be_patient(1)
+    if dist.get_rank() == 0:
+        return ""
+    with pytest.raises(RuntimeError) as error, mesh._others_waiting(is_at_work=False):
+        pass
+    return str(error.value)
+
+
+def test_work_of_one_process_may_take_longer_than_a_collective(two_ranks: Ranks):
+    assert two_ranks.run(work_alone, 5, patience_s=2) == [["of 0", "of 0"], ["of 0", "of 1"]]
+
+
+def test_a_process_that_is_gone_is_not_waited_for_longer(two_ranks: Ranks):
+    heard = two_ranks.run(wait_for_one_that_is_gone)
+    two_ranks.stop()  # whose members do not agree any more
+    assert heard == ["", "nothing was heard for 1 s of the processes that the others wait for"]

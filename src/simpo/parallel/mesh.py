@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -198,10 +200,11 @@ class Mesh:
 
     def _attempt(self, function: Callable[[], T], *, is_my_turn: bool) -> T | None:
         result, error = None, None
-        try:
-            result = function() if is_my_turn else None
-        except Exception as caught:
-            error = caught
+        with _others_waiting(is_at_work=is_my_turn) if self.sizes.world > 1 else contextlib.nullcontext():
+            try:
+                result = function() if is_my_turn else None
+            except Exception as caught:
+                error = caught
         self.raise_together(error)
         return result
 
@@ -213,6 +216,41 @@ class Mesh:
         first = next((found for found in errors if found is not None), None)
         if first is not None:
             raise first
+
+
+_turns = itertools.count()
+
+
+@contextlib.contextmanager
+def _others_waiting(*, is_at_work: bool) -> Iterator[None]:
+    """Around what some processes do while the others wait: left together, however long it takes.
+
+    An upload, or tokenising much data, takes longer than a collective may wait. Those at work say now and then that
+    they still are; the group's timeout is how long nothing may be heard.
+    """
+    store, turn, over = dist.distributed_c10d._get_default_store(), f"simpo turn {next(_turns)}", threading.Event()
+    patience_s = store.timeout.total_seconds()
+
+    def beat() -> None:
+        with contextlib.suppress(dist.DistError):  # the store is gone, and with it whoever waits
+            while not over.wait(min(30.0, patience_s / 4)):
+                store.add(f"{turn}, beats", 1)
+
+    if is_at_work:
+        threading.Thread(target=beat, daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+    store.add(turn, 1)
+    heard, since, pause_s = (0, 0), time.monotonic(), 1e-3
+    while (now := (store.add(turn, 0), store.add(f"{turn}, beats", 0)))[0] < dist.get_world_size():
+        if now != heard:
+            heard, since = now, time.monotonic()
+        elif time.monotonic() - since > patience_s:
+            raise RuntimeError(f"nothing was heard for {patience_s:g} s of the processes that the others wait for")
+        time.sleep(pause_s)
+        pause_s = min(2 * pause_s, 1.0)
 
 
 def _portable(error: Exception | None) -> Exception | None:

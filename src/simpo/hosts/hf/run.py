@@ -115,7 +115,9 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
         display.say(str(leftovers))
     display.table("training", describe(trainer))
     model_dir = Path(recipe.output_dir) / "model"
-    with leave_report(recipe.output_dir, display.say, is_main=mesh.is_main), directory.resources:
+    with contextlib.ExitStack() as closing:
+        closing.enter_context(leave_report(recipe.output_dir, display.say, is_main=mesh.is_main))
+        closing.enter_context(directory.resources)
         try:
             trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
             why_early = next((stop.why for stop in early), None)
@@ -126,6 +128,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
             if not (isinstance(error, OSError) or is_disk_full(error)):
                 raise
             raise not_written(error, list_checkpoints(Path(recipe.output_dir, "checkpoints"), TRAINERS)) from error
+        mesh.on_main(lambda: closing.pop_all().close())  # the others wait for trackers and the report
     metrics = Path(recipe.output_dir) / "metrics.jsonl"
     done = {"run directory": recipe.output_dir, "model": model_dir, "metrics": metrics}
     display.table("done", done | trainer.guard.summary())
