@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -15,6 +16,7 @@ from mesh_runs import MESHES, build
 from ranks import Ranks
 
 from simpo.parallel import mesh
+from simpo.recipe import load_recipe
 from simpo.run.resume import is_begun_by_this_launch, record_launch
 
 Settings = dict[str, Any]
@@ -127,3 +129,16 @@ def test_a_process_that_is_gone_is_not_waited_for_longer(two_ranks: Ranks):
     heard = two_ranks.run(wait_for_one_that_is_gone)
     two_ranks.stop()  # whose members do not agree any more
     assert heard == ["", "nothing was heard for 1 s of the processes that the others wait for"]
+
+
+def test_tasks_of_srun_that_would_each_be_a_run_are_refused(monkeypatch: pytest.MonkeyPatch, tiny_recipe: Settings):
+    recipe, device = load_recipe(tiny_recipe), torch.device("cpu")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "16")
+    monkeypatch.setenv("SLURM_TASK_PID", str(os.getppid()))
+    with pytest.raises(ValueError, match=r"^srun started 16 tasks, .*one torchrun a node.*docs/scaling.md"):
+        mesh.join_world(recipe, device)
+    for name, value in (("WORLD_SIZE", "1"), ("SLURM_TASK_PID", "1"), ("SLURM_STEP_NUM_TASKS", "1")):
+        with monkeypatch.context() as changed:
+            changed.setenv(name, value)
+            assert mesh.join_world(recipe, device).sizes.world == 1

@@ -275,8 +275,11 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
     one of its local rank.
 
     Raises:
-        ValueError: the mesh does not fit the number of processes, recipes differ, or a GPU is missing.
+        ValueError: the mesh does not fit the number of processes, recipes differ, a GPU is missing, or srun started
+            several runs.
     """
+    if not dist.is_initialized() and "WORLD_SIZE" not in os.environ:
+        _refuse_tasks_without_launcher()
     sizes = mesh_sizes(recipe, dist.get_world_size() if dist.is_initialized() else _number("WORLD_SIZE", 1))
     if sizes.world == 1:
         return Mesh(sizes, device=device)
@@ -294,6 +297,16 @@ def join_world(recipe: Recipe, device: torch.device) -> Mesh:
         raise ValueError(f"the process group uses {backend}; processes that compute on {device.type} need {wanted}")
     check_agreement(recipe_facts(recipe))  # before groups are made from it
     return Mesh(sizes, device=device)
+
+
+def _refuse_tasks_without_launcher() -> None:
+    """Raise ValueError where srun started this very command several times, without a launcher to make them one run."""
+    tasks, task = _number("SLURM_STEP_NUM_TASKS", 1), _number("SLURM_TASK_PID", 0)
+    if tasks > 1 and task in (os.getpid(), os.getppid()):  # or of a shell; Ray's and a sweep's runs are further down
+        raise ValueError(
+            f"srun started {tasks} tasks, and each would be a run of its own: start one torchrun a node, as the Slurm "
+            "script in docs/scaling.md does (WORLD_SIZE=1 if they are to be runs of their own)"
+        )
 
 
 def _own_gpu() -> torch.device:
