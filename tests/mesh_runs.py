@@ -136,17 +136,28 @@ def resume_and_step(settings: Settings, checkpoint: str) -> dict[str, Any]:
     return as_answer(trainer, values=values)
 
 
-def run(settings: Settings, *, stop_after: int | None = None) -> str:
-    """A whole run; asked to stop after a step, of several processes by the last one alone. Returns how it ended."""
+def run(settings: Settings, *, stop_after: int | None = None, evaluating: bool = False) -> str:
+    """A whole run; asked to stop after a step, of several processes by the last one alone. Returns how it ended.
+
+    evaluating: during the evaluation after that step, in place of the step itself.
+    """
     trainer = build(settings)
-    train_step = trainer.train_step
+    train_step, evaluate = trainer.train_step, trainer.evaluate
+
+    def watched_evaluation(**options: Any) -> dict[str, float]:
+        if trainer.progress.step == stop_after and trainer.mesh.rank == trainer.mesh.sizes.world - 1:
+            trainer._stop.set()
+        return evaluate(**options)
 
     def watched(plan: Any) -> dict[str, float]:
         if plan.step + 1 == stop_after and trainer.mesh.rank == trainer.mesh.sizes.world - 1:
             trainer._stop.set()
         return train_step(plan)
 
-    trainer.train_step = watched
+    if evaluating:
+        trainer.evaluate = watched_evaluation
+    else:
+        trainer.train_step = watched
     try:
         trainer.run()
     except Interrupted:

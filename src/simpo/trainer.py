@@ -95,7 +95,7 @@ from simpo.run.stopping import (
     needs_memory,
     not_finite,
 )
-from simpo.run.tracking import MetricsLog, check_trackers, has_evaluation, open_log
+from simpo.run.tracking import MetricsLog, check_trackers, open_log, read_evaluation
 
 _ADVICE_OF_OPTIMIZER = (
     "optim: adamw_bf16 or adamw_8bit, or use_peft: true, need less. Weights may be half updated: resume from the last "
@@ -278,11 +278,18 @@ class Trainer:
             self._is_ended_by_guard()  # after the last step
 
     def _make_up_for_an_evaluation(self) -> None:
-        """The one before the first step, or after the last one that is done, where that ran out of memory."""
+        """The one before the first step, or after the last one that is done, where a stop or want of memory came first.
+
+        One that a start before this one has made up for is in the log, and not in the checkpoint.
+        """
         step = self.progress.step
-        due = self.recipe.eval_on_start if step == 0 else self._evaluates_at(step)
-        if due and not self.mesh.on_main(lambda: has_evaluation(self.output_dir / "metrics.jsonl", step)):
+        if not (self.recipe.eval_on_start if step == 0 else self._evaluates_at(step)):
+            return
+        values = self.mesh.on_main(lambda: read_evaluation(self.output_dir / "metrics.jsonl", step))
+        if values is None:
             self._evaluate_and_log()
+        elif self.progress.last_eval_step != step:
+            self._take_note_of(values)
 
     @contextlib.contextmanager
     def _naming_what_is_whole(self, *, saves: bool = False) -> Iterator[None]:
@@ -366,11 +373,20 @@ class Trainer:
         return recipe_logps(self.gradients.module, batch.to(self.device), self.recipe)
 
     def _after_step(self, values: Mapping[str, float]) -> None:
-        """Between steps, in this order: log, evaluate, save, stop if asked to."""
+        """Between steps, in this order: log, evaluate, save, stop if asked to.
+
+        An evaluation may take longer than whoever asks will wait: it is left to the resumed run. The last one is made,
+        after a checkpoint.
+        """
         recipe, step, last = self.recipe, self.progress.step, self.progress.step == self.total_steps
+        evaluates = self._evaluates_at(step)
         if step % recipe.logging_steps == 0 or last:
             self._log_window(values)
-        if self._evaluates_at(step):
+        if evaluates:
+            if self._is_asked_to_stop():
+                saved = self._save_to_stop()
+                if not last:
+                    raise self._interrupted(saved)
             self._evaluate_and_log()
         at = self._at(step)
         if not last and self.progress.why_early(recipe) is not None:
@@ -381,11 +397,18 @@ class Trainer:
         if is_due(recipe.save_strategy, recipe.save_steps, **at) or is_best:
             self.save()
         self.saver.finish(wait=last)
-        if (self._stop.is_set() if self.mesh.sizes.world == 1 else self._stop_together) and not last:
-            raise Interrupted(
-                f"stopped after step {step} of {self.total_steps} and saved {self._save_to_stop()}; "
-                "to resume, run the same command with --resume_from_checkpoint true"
-            )
+        if not last and (self._is_asked_to_stop() if evaluates or self.mesh.sizes.world == 1 else self._stop_together):
+            raise self._interrupted(self._save_to_stop())
+
+    def _is_asked_to_stop(self) -> bool:
+        """Whether any process is, by now; every process calls it."""
+        return any(self.mesh.gather(self._stop.is_set()))
+
+    def _interrupted(self, saved: Path) -> Interrupted:
+        return Interrupted(
+            f"stopped after step {self.progress.step} of {self.total_steps} and saved {saved}; "
+            "to resume, run the same command with --resume_from_checkpoint true"
+        )
 
     def _evaluates_at(self, step: int) -> bool:
         return is_due(self.recipe.eval_strategy, self.recipe.eval_steps, **self._at(step))
@@ -473,14 +496,17 @@ class Trainer:
         values = self.evaluate()
         if not values:
             return
-        self.progress.last_eval_step, self.progress.last_eval = self.progress.step, values
-        if self.progress.step:  # before the first one there is no checkpoint to go back to
-            self.progress.track_best(values, self.recipe)
+        self._take_note_of(values)
         self._write(values | {"epoch": self._epoch})
         keep = {self.progress.best_step, *self._may_go_back_to()}
         self.eval_pairs.save(self.progress.step, self.mesh, keep=keep)
         self.display.say_evaluation(f"evaluation at step {self.progress.step}", values)
         self.guard.heed(self.progress.step, values, self._generate_samples())
+
+    def _take_note_of(self, values: dict[str, float]) -> None:
+        self.progress.last_eval_step, self.progress.last_eval = self.progress.step, values
+        if self.progress.step:  # before the first one there is no checkpoint to go back to
+            self.progress.track_best(values, self.recipe)
 
     def _generate_samples(self) -> list[dict[str, Any]]:
         # Sharded blocks are gathered in bf16, which fp32 activations meet only under autocast.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -12,12 +13,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from mesh_runs import MESHES, build
+from mesh_runs import MESHES, assert_same_run, build, metrics, run
 from ranks import Ranks
 
 from simpo.parallel import mesh
 from simpo.recipe import load_recipe
 from simpo.run.resume import is_begun_by_this_launch, record_launch
+from simpo.run.saved import list_checkpoints
 
 Settings = dict[str, Any]
 
@@ -142,3 +144,23 @@ def test_tasks_of_srun_that_would_each_be_a_run_are_refused(monkeypatch: pytest.
         with monkeypatch.context() as changed:
             changed.setenv(name, value)
             assert mesh.join_world(recipe, device).sizes.world == 1
+
+
+@pytest.mark.parametrize("evaluating", [False, True], ids=["before", "meanwhile"])
+def test_an_evaluation_does_not_put_off_a_stop(evaluating: bool, two_ranks: Ranks, tiny_recipe: Settings, tmp_path):
+    """Asked before it, the run is saved at once, and the evaluation made up for; meanwhile, right after it."""
+    recipe = {**tiny_recipe, **MESHES["dp2"], "gradient_accumulation_steps": 1, "max_steps": 4, "eval_steps": 2}
+    recipe |= {"load_best_model_at_end": True, "greater_is_better": True, "save_steps": 2}  # the first one is best
+    undisturbed = {**recipe, "output_dir": str(tmp_path / "undisturbed")}
+    assert two_ranks.run(run, undisturbed) == ["finished"] * 2
+    folder = Path(recipe["output_dir"])
+    assert two_ranks.run(run, recipe, stop_after=2, evaluating=evaluating) == ["interrupted"] * 2
+    assert [c.step for c in list_checkpoints(folder / "checkpoints")] == [2]
+    assert [line["step"] for line in metrics(folder) if "eval_loss" in line] == [2] * evaluating
+    on = {**recipe, "resume_from_checkpoint": True}
+    assert two_ranks.run(run, on, stop_after=3) == ["interrupted"] * 2
+    if not evaluating:
+        shutil.rmtree(folder / "checkpoints" / "step-3")  # as if it had been killed: the made-up evaluation is logged
+    assert two_ranks.run(run, on) == ["finished"] * 2
+    assert_same_run(folder, Path(undisturbed["output_dir"]))
+    assert "2 of 4" in (folder / "model" / "README.md").read_text(encoding="utf-8")

@@ -100,10 +100,11 @@ def forget_lines_after(path: Path, step: int) -> None:
     write_whole(path, kept)
 
 
-def has_evaluation(path: Path, step: int) -> bool:
-    """Whether a metrics.jsonl has the evaluation after a step."""
+def read_evaluation(path: Path, step: int) -> dict[str, float] | None:
+    """What a metrics.jsonl has of the evaluation after a step; None without one."""
     lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    return any("eval_loss" in (line := json.loads(each)) and line["step"] == step for each in lines)
+    found = [line for each in lines if "eval_loss" in (line := json.loads(each)) and line["step"] == step]
+    return {name: value for name, value in found[-1].items() if name.startswith("eval_")} if found else None
 
 
 def _is_done_again(line: str, step: int) -> bool:
