@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from simpo.data.preferences import with_empty_system
 from simpo.data.sources import load_splits
 from simpo.onpolicy.prompts import read_prompts
 from simpo.recipe import load_recipe
@@ -105,3 +106,8 @@ def test_the_held_out_prompts_are_those_of_training_where_a_row_has_one_answer(t
     asked = {prompt.turns[0]["content"] for prompt in read_prompts(recipe, held_out=True).prompts}
     assert len(asked) >= 11
     assert not asked & trained
+
+
+def test_an_empty_system_turn_is_put_before_a_prompt_without_one():
+    turns = [{"role": "system", "content": ""}, {"role": "user", "content": "Why?"}]
+    assert with_empty_system("Why?") == with_empty_system(turns[1:]) == with_empty_system(turns) == turns

@@ -320,6 +320,11 @@ def _with_system(
     return [turn("system", system), *_as_turns(prompt)]
 
 
+def with_empty_system(prompt: str | list[Message]) -> str | list[Message]:
+    """The prompt, with an empty system turn where it has none."""
+    return _with_system(prompt, {}, None, empty_system=True)
+
+
 def _check_prompt(prompt: str | list[Message]) -> None:
     if isinstance(prompt, str):
         if not prompt.strip():

@@ -19,8 +19,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from simpo.data.columns import RowError
-from simpo.data.messages import turn
-from simpo.data.preferences import Pair
+from simpo.data.preferences import Pair, with_empty_system
 from simpo.data.prepare import inserts_empty_system
 from simpo.data.templates import PROBE_ANSWERS
 from simpo.data.tokenize import PairTokenizer
@@ -120,9 +119,7 @@ class PromptTokenizer:
         ]
 
     def _asked(self, prompt: Prompt) -> Any:
-        if self._with_empty_system and prompt.turns[0]["role"] != "system":
-            return [turn("system", ""), *prompt.turns]
-        return _prompt_of(prompt)
+        return with_empty_system(prompt.turns) if self._with_empty_system else _prompt_of(prompt)
 
 
 def _prompt_of(prompt: Prompt) -> Any:

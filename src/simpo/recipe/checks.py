@@ -6,6 +6,7 @@ Each step takes the typed recipe and the list of notices, and returns values to 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from simpo.core.losses import GENERAL_KEYS, LOSSES, loss_keys, losses_reading
@@ -179,9 +180,7 @@ def _resolve_model(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     if not recipe.use_peft:
         _resolve_adapters(recipe, notices)
     elif not recipe.load_in_4bit:
-        fields = type(recipe).model_fields
-        unused = [name for name in _4BIT_KEYS if getattr(recipe, name) != fields[name].default]
-        notices.extend([f"{', '.join(unused)}: not used, since load_in_4bit is false"] if unused else ())
+        notices.extend(_unused(recipe, _4BIT_KEYS, "load_in_4bit"))
     resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
     if recipe.attn_implementation is not None and packs:
         notices.append(
@@ -201,13 +200,18 @@ def _resolve_adapters(recipe: Recipe, notices: list[str]) -> None:
     """Settings of adapters without adapters: an error, unless use_peft itself says that there are none."""
     given = {name: getattr(recipe, name) for name in _LORA_KEYS if name in recipe.model_fields_set}
     if "use_peft" in recipe.model_fields_set:
-        unused = [name for name, value in given.items() if value != type(recipe).model_fields[name].default]
-        notices.extend([f"{', '.join(unused)}: not used, since use_peft is false"] if unused else ())
+        notices.extend(_unused(recipe, given, "use_peft"))
     elif asked := [name for name, value in given.items() if value]:
         raise ValueError(
             f"{asked[0]} = {short(given[asked[0]])}: adapters are trained with use_peft: true alone; set it, or "
             "use_peft: false to train all weights"
         )
+
+
+def _unused(recipe: Recipe, names: Iterable[str], switch: str) -> list[str]:
+    """A line for those keys that are not at their defaults while what they belong to is off."""
+    unused = [name for name in names if getattr(recipe, name) != type(recipe).model_fields[name].default]
+    return [f"{', '.join(unused)}: not used, since {switch} is false"] if unused else []
 
 
 def _resolve_lengths(recipe: Recipe, notices: list[str]) -> dict[str, Any]:

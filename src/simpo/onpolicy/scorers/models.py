@@ -22,7 +22,7 @@ from simpo.core.batch import TokenList, build_list_batch
 from simpo.data.columns import RowError
 from simpo.data.limits import limited
 from simpo.data.messages import turn
-from simpo.data.preferences import Pair
+from simpo.data.preferences import Pair, with_empty_system
 from simpo.data.prepare import inserts_empty_system, token_limits
 from simpo.data.templates import PROBE_ANSWERS, digest_of_template, load_chat_template, render_chat
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
@@ -326,10 +326,7 @@ def _tokenized(row: Row, tokenize: PairTokenizer, *, empty_system: bool) -> list
     texts = [response["text"] for response in row["responses"]]
     others = [PROBE_ANSWERS[text == PROBE_ANSWERS[0]] for text in texts]
     tools = row.get("tools", ())
-    prompt = row["prompt"]
-    if empty_system:
-        turns = [turn("user", prompt)] if isinstance(prompt, str) else prompt
-        prompt = turns if turns[0]["role"] == "system" else [turn("system", ""), *turns]
+    prompt = with_empty_system(row["prompt"]) if empty_system else row["prompt"]
     pairs = [Pair(row["id"], prompt, text, other, tools) for text, other in zip(texts, others, strict=True)]
     found = tokenize(pairs)
     return next((each for each in found if isinstance(each, RowError)), found)  # type: ignore[return-value]
