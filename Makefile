@@ -18,8 +18,8 @@ CHAOS  ?= all
 DATA   ?=
 # Options of benchmarks/bench.py, for make bench.
 BENCH  ?=
-# Which twelfth of the long tests; all when not given.
-TWELFTH ?=
+# A part of the tests of test-long or test-scale, 0/12 to 11/12 or of another number; all when not given.
+PART   ?=
 
 RUN    := $(VENV)/bin/python
 PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
@@ -43,12 +43,12 @@ chaos: engines
 
 # The same claims on four processes: a few minutes more. Only the files that have such tests are read.
 test-scale: engines
-	OMP_NUM_THREADS=1 $(RUN) -m pytest -m four_processes $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.four_processes tests | sort)
+	OMP_NUM_THREADS=1 SIMPO_PART=$(PART) $(RUN) -m pytest -m four_processes $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.four_processes tests | sort)
 
 # And those that take long: Ray, compiling, real weights, kills, further cases of shorter tests. A twelfth of them:
-# make test-long TWELFTH=0 (to 11)
+# make test-long PART=0/12 (to 11/12)
 test-long: engines
-	OMP_NUM_THREADS=1 SIMPO_TWELFTH=$(TWELFTH) $(RUN) -m pytest -m 'long and not four_processes' $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.long tests | sort)
+	OMP_NUM_THREADS=1 SIMPO_PART=$(PART) $(RUN) -m pytest -m 'long and not four_processes' $(TWO_FILES) $$(grep -rlE --include='test_*.py' 'mark\.long|rarely|often\(' tests | sort)
 
 # More of it: make bench BENCH="--cases all --peers trl,padded"; Liger's side needs `pip install --no-deps liger-kernel`.
 bench: model

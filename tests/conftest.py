@@ -29,9 +29,10 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """SIMPO_TWELFTH=0 to 11 (make test-long TWELFTH=...): of the tests that were asked for, every twelfth."""
-    if twelfth := os.environ.get("SIMPO_TWELFTH"):
-        items[:] = items[int(twelfth) :: 12]
+    """SIMPO_PART=3/12 (make test-long PART=3/12): of the tests that were asked for, every twelfth, from number 3."""
+    if part := os.environ.get("SIMPO_PART"):
+        first, parts = map(int, part.split("/"))
+        items[:] = items[first % parts :: parts]
 
 
 def pytest_collection_finish() -> None:

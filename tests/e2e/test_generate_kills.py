@@ -10,6 +10,7 @@ from typing import Any
 
 import forks
 import pytest
+from cases import rarely
 from forks import KILLS
 from miniature import sampling_recipe
 
@@ -37,7 +38,7 @@ def recipe(tmp_path: Path, tiny_model: Path, moments: int) -> dict[str, Any]:
     return settings
 
 
-@pytest.mark.parametrize("moments", [2, pytest.param(KILLS, marks=pytest.mark.long)], indirect=True)
+@pytest.mark.parametrize("moments", [2, rarely(KILLS)], indirect=True)
 def test_nothing_is_lost_and_nothing_is_there_twice(moments, recipe, tmp_path):
     whole = run_generate(load_recipe(recipe), output=tmp_path / "whole" / "responses.jsonl")
     killed, rng, kills = tmp_path / "killed" / "responses.jsonl", random.Random(moments), 0

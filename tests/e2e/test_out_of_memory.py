@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import rarely
 
 from simpo.display import Display
 from simpo.parallel.mesh import MeshSizes
@@ -98,9 +99,9 @@ def assert_same(one: Trainer, other: Trainer) -> None:
     ("where", "keys"),
     [
         ("forward", LORA),
-        pytest.param("backward", LORA, marks=pytest.mark.long),
+        rarely("backward", LORA),
         ("backward", {"optim": "adamw_bf16", "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}),
-        ("recomputing", {**LORA, "gradient_checkpointing": True}),
+        rarely("recomputing", {**LORA, "gradient_checkpointing": True}),
     ],
     ids=["forward", "backward", "of the second micro-batch", "recomputing"],
 )

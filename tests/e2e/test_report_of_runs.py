@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import rarely
 from hf_hosts import read_rows
 
 from simpo.cli import app
@@ -46,6 +47,7 @@ def page_of(settings: Settings) -> str:
     return Path(settings["output_dir"], "report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.long
 def test_a_run_under_accelerate_has_the_report_and_the_answers_of_a_native_one(
     tiny_recipe: Settings, tmp_path: Path
 ) -> None:
@@ -63,7 +65,7 @@ def test_a_run_under_accelerate_has_the_report_and_the_answers_of_a_native_one(
     assert f"simpo chat {shlex.quote(theirs['output_dir'])} --compare" in page
 
 
-@pytest.mark.parametrize("train", [native, accelerate])
+@pytest.mark.parametrize("train", [native, rarely(accelerate)])
 def test_a_run_that_was_killed_and_resumed_has_one_curve(
     tiny_recipe: Settings, monkeypatch: pytest.MonkeyPatch, train: Callable[[Settings], None]
 ) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import rarely
 
 from simpo.display import Display
 from simpo.model.compile import compile_blocks
@@ -60,9 +61,9 @@ def run_to(trainer: Trainer, step: int) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param({"optim": "adamw_bf16"}, marks=pytest.mark.long),
+        rarely({"optim": "adamw_bf16"}),
         {"optim": "adamw_bf16", "master_dtype": "bfloat16", "learning_rate": 1e-6},
-        pytest.param({"optim": "adamw_bf16", "use_peft": True}, marks=pytest.mark.long),
+        rarely({"optim": "adamw_bf16", "use_peft": True}),
         {"optim": "adamw_8bit"},
     ],
     ids=["bf16 moments", "bf16 weights", "adapters", "8-bit moments"],
@@ -238,6 +239,7 @@ def test_weights_that_are_swapped_for_bf16_copies_and_back_need_few_compilations
     assert 0 < max(backend.graphs.values()) <= 2
 
 
+@pytest.mark.long
 @dynamo_asks_for_gradients
 def test_compiled_blocks_let_their_activations_be_moved(tiny_recipe: Settings) -> None:
     trainer = build(tiny_recipe)
@@ -268,6 +270,7 @@ def test_padded_batches_and_generation_go_through_compiled_blocks(tiny_recipe: S
     assert len((trainer.output_dir / "generations.jsonl").read_text().splitlines()) == 2
 
 
+@pytest.mark.long
 @dynamo_asks_for_gradients
 def test_a_compiled_run_resumes_and_saves_an_ordinary_model(
     tiny_recipe: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

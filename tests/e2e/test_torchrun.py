@@ -20,6 +20,7 @@ from typing import Any
 import forks
 import pytest
 import yaml
+from cases import rarely
 from forks import num_tracebacks
 from mesh_runs import assert_same_run, metrics, run
 from miniature import recipe_in
@@ -72,7 +73,7 @@ def uninterrupted(tiny_model: Path, pair_files: Path, two_ranks: Ranks, tmp_path
     return Path(recipe["output_dir"])
 
 
-@pytest.mark.parametrize("forked", [True, pytest.param(False, marks=pytest.mark.long)])
+@pytest.mark.parametrize("forked", [True, rarely(False)])
 def test_a_launch_leaves_the_run_directory_of_one_process(
     forked: bool, recipe: Settings, uninterrupted: Path, tmp_path: Path
 ):
@@ -125,6 +126,7 @@ def test_two_nodes_go_on_together_though_one_of_them_counts_no_restart(
     assert_same_run(Path(recipe["output_dir"]), uninterrupted)
 
 
+@pytest.mark.long
 def test_sigterm_to_one_process_stops_all_after_the_same_step(
     recipe: Settings, uninterrupted: Path, two_ranks: Ranks, tmp_path: Path
 ):
@@ -153,16 +155,11 @@ def test_the_guard_ends_both_processes_with_its_exit_code(recipe: Settings, tmp_
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        pytest.param(  # and the next: invariant/test_mesh.py, without a launcher
-            *({"dp_shard": None, "tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes"),
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            *({"dp_shard": None, "tp": 2}, "tp = 2: does not divide this model's num_attention_heads = 9"),
-            marks=pytest.mark.long,
-        ),
+        # The first two without a launcher: invariant/test_mesh.py.
+        rarely({"dp_shard": None, "tp": 3}, "the mesh (dp_replicate 1, cp 1, tp 3) needs a multiple of 3 processes"),
+        rarely({"dp_shard": None, "tp": 2}, "tp = 2: does not divide this model's num_attention_heads = 9"),
         ({"learning_rte": 1.0}, "learning_rte"),
-        ({"dataset_mixer": {"no/such/folder": 1.0}}, "no/such/folder"),
+        rarely({"dataset_mixer": {"no/such/folder": 1.0}}, "no/such/folder"),
     ],
     ids=["mesh", "heads", "key", "data"],
 )
@@ -176,6 +173,7 @@ def test_bad_input_is_one_line_of_one_process(keys: Settings, said: str, recipe:
     assert not Path(recipe["output_dir"]).exists()
 
 
+@pytest.mark.long
 def test_the_one_line_is_said_however_late_the_first_process_comes(recipe: Settings, tmp_path: Path):
     """The launcher ends all processes as soon as one has left."""
     late = "import os, time; time.sleep(2 * (os.environ['RANK'] == '0')); from simpo.cli import main; main()"

@@ -232,6 +232,7 @@ def test_best_checkpoint_becomes_the_final_model(tiny_recipe: Settings, tmp_path
         assert torch.equal(value, trainer.model.state_dict()[name]), name
 
 
+@pytest.mark.long
 def test_a_best_checkpoint_in_another_run_directory_is_found_again(tiny_recipe: Settings, tmp_path: Path) -> None:
     settings = {**tiny_recipe, "save_steps": 2, "eval_steps": 2, "learning_rate": 0.2, "lr_scheduler_type": "constant"}
     settings |= {"load_best_model_at_end": True, "metric_for_best_model": "logps/chosen", "greater_is_better": True}

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from cases import rarely
 from mesh_runs import (
     LORA,
     TIED,
@@ -80,10 +81,10 @@ def train_while_it_is_written(settings: Settings) -> dict[str, Any]:
     [
         pytest.param("1 process", {}, id="1 process"),
         pytest.param("fsdp2", {}, id="fsdp2"),
-        pytest.param("tp2", {}, id="tp2", marks=pytest.mark.long),
-        pytest.param("dp2", {}, id="dp2", marks=pytest.mark.long),
-        pytest.param("fsdp2", LORA, id="fsdp2 LoRA", marks=pytest.mark.long),
-        pytest.param("fsdp2", {"optim": "adamw_bf16"}, id="fsdp2 bf16 moments", marks=pytest.mark.long),
+        rarely("tp2", {}, id="tp2"),
+        rarely("dp2", {}, id="dp2"),
+        rarely("fsdp2", LORA, id="fsdp2 LoRA"),
+        rarely("fsdp2", {"optim": "adamw_bf16"}, id="fsdp2 bf16 moments"),
     ],
 )
 def test_a_checkpoint_written_during_later_steps_holds_its_own_step(mesh, keys, on_mesh, settings_of):
@@ -96,7 +97,7 @@ def test_a_checkpoint_written_during_later_steps_holds_its_own_step(mesh, keys, 
     assert_equal_bits(loaded["state"], answers[0]["state"])
 
 
-@pytest.mark.parametrize("mesh", ["1 process", pytest.param("fsdp2", marks=pytest.mark.long)])
+@pytest.mark.parametrize("mesh", ["1 process", rarely("fsdp2")])
 def test_a_run_that_saves_in_the_background_ends_in_the_same_bits_stopped_or_not(mesh, on_mesh, settings_of, tmp_path):
     """And keeps no more checkpoints than asked for."""
     on_mesh(mesh, run, settings_of(mesh, TIED, name="plain", **{**KEYS, "async_save": False}))

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from cases import rarely
 from ranks import Place, Ranks
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ def make_batches() -> dict[str, PackedPairs]:
 # --- slices ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", make_batches())
+@pytest.mark.parametrize("name", [rarely(name) if name == "pack=False share=True" else name for name in make_batches()])
 def test_slices_put_together_are_the_row_and_every_label_with_its_predictor(name):
     whole = make_batches()[name]
     ids, positions = whole.input_ids.flatten().tolist(), whole.position_ids.flatten().tolist()

@@ -9,6 +9,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import often
 from hf_hosts import read_rows
 from mesh_runs import MESHES, final_weights
 
@@ -42,7 +43,7 @@ def train(host: str, settings: Settings, restarts: int = 0) -> tuple[str, int]:
     return "finished", 0
 
 
-@pytest.fixture(params=["native dp2", "native fsdp2", "accelerate"])
+@pytest.fixture(params=often(["native dp2", "native fsdp2", "accelerate"], "native dp2"))
 def host(request: pytest.FixtureRequest, tiny_recipe: Settings) -> tuple[str, Settings]:
     name, _, mesh = request.param.partition(" ")
     return name, {**tiny_recipe, **RISING, **(MESHES[mesh] if mesh else {}), "gradient_accumulation_steps": 1}

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from cases import rarely
 from mesh_runs import MESHES, assert_same_run, build, metrics, run
 from ranks import Ranks
 
@@ -123,6 +124,7 @@ def wait_for_one_that_is_gone() -> str:
     return str(error.value)
 
 
+@pytest.mark.long
 def test_work_of_one_process_may_take_longer_than_a_collective(two_ranks: Ranks):
     assert two_ranks.run(work_alone, 5, patience_s=2) == [["of 0", "of 0"], ["of 0", "of 1"]]
 
@@ -146,7 +148,7 @@ def test_tasks_of_srun_that_would_each_be_a_run_are_refused(monkeypatch: pytest.
             assert mesh.join_world(recipe, device).sizes.world == 1
 
 
-@pytest.mark.parametrize("evaluating", [False, True], ids=["before", "meanwhile"])
+@pytest.mark.parametrize("evaluating", [rarely(False), True], ids=["before", "meanwhile"])
 def test_an_evaluation_does_not_put_off_a_stop(evaluating: bool, two_ranks: Ranks, tiny_recipe: Settings, tmp_path):
     """Asked before it, the run is saved at once, and the evaluation made up for; meanwhile, right after it."""
     recipe = {**tiny_recipe, **MESHES["dp2"], "gradient_accumulation_steps": 1, "max_steps": 4, "eval_steps": 2}

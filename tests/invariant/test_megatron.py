@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cases import rarely
 from megatron_cases import (
     LAYOUTS,
     NUM_PAIRS,
@@ -137,10 +138,8 @@ CASES = {
 }
 
 
-OFTEN = [layout for layout in LAYOUTS if layout != "pp2"]  # virtual stages are harder
-
-
-@pytest.mark.parametrize("layout", [*OFTEN, pytest.param("pp2", marks=pytest.mark.long)])
+# Virtual stages are harder than pp2.
+@pytest.mark.parametrize("layout", [rarely(layout) if layout == "pp2" else layout for layout in LAYOUTS])
 def test_a_step_equals_the_native_path(two: Ranks, layout: str) -> None:
     """Seven ragged pairs in four micro-batches of two (so one is not full); with dp2, two on each rank."""
     check(two, list(CASES.values()), LAYOUTS[layout], 2 if layout == "dp2" else 4)

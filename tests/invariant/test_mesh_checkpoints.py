@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import often, rarely
 from mesh_runs import (
     FOUR,
     LORA,
@@ -74,7 +75,7 @@ FEW = {"1 process": ("fsdp2",), "tp2": ("fsdp2",), "fsdp2": ("tp2",)}
 ALL = dict.fromkeys(FEW, ("fsdp2", "tp2", "cp2"))
 
 
-@pytest.mark.parametrize("loaded_on", [FEW, pytest.param(ALL, marks=pytest.mark.long)], ids=["some", "all"])
+@pytest.mark.parametrize("loaded_on", [rarely(FEW), rarely(ALL)], ids=["some", "all"])
 def test_adapters_saved_on_a_mesh_load_on_one_process_and_back(loaded_on, on_mesh, settings_of):
     check_reshards(loaded_on, TIED, on_mesh, settings_of, **LORA)
 
@@ -107,7 +108,7 @@ SOME = {"fsdp2": "1 process", "cp2": "tp2"}
 OTHERS = {"1 process": "tp2", "tp2": "fsdp2", "cp2": "dp2", "dp2": "cp2"}
 
 
-@pytest.mark.parametrize("moves", [SOME, pytest.param(OTHERS, marks=pytest.mark.long)], ids=["some", "others"])
+@pytest.mark.parametrize("moves", [SOME, rarely(OTHERS)], ids=["some", "others"])
 def test_a_run_stopped_and_resumed_on_another_mesh_goes_on_as_if_on_one_process(moves, on_mesh, settings_of, tmp_path):
     run(settings_of("1 process", TIED, name="alone", **STEPS))
     alone, expected = losses(tmp_path / "alone"), final_weights(tmp_path / "alone")
@@ -147,12 +148,7 @@ SAME: dict[str, tuple[str, Settings]] = {
 }
 
 
-OFTEN = ("fsdp2", "cp2", "tp2 LoRA with dropout")
-
-
-@pytest.mark.parametrize(
-    "case", [*OFTEN, *(pytest.param(case, marks=pytest.mark.long) for case in SAME if case not in OFTEN)]
-)
+@pytest.mark.parametrize("case", often(SAME, "fsdp2"))
 def test_a_run_resumed_on_its_mesh_ends_in_the_same_bits(case, on_mesh, settings_of, tmp_path):
     """From the checkpoint of step 3, as after a kill at the end: in the midst of what is logged and of an epoch."""
     mesh, keys = SAME[case]

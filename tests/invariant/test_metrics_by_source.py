@@ -13,6 +13,7 @@ from typing import Any
 import miniature
 import pytest
 import torch
+from cases import often
 from ranks import Ranks
 
 from simpo.data.prepare import prepare_pairs
@@ -25,7 +26,6 @@ from simpo.run.metrics import BY_SOURCE, PAIR_METRICS
 from simpo.trainer import Interrupted, Trainer
 
 Settings = dict[str, Any]
-long = pytest.mark.long
 MESHES = {
     "one process": {},
     "accumulation": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 5},
@@ -152,7 +152,7 @@ def test_lines_have_the_means_of_each_sources_pairs(case: str, mixture: Settings
         assert line["eval_loss"] == pytest.approx(whole, rel=1e-12)
 
 
-@pytest.mark.parametrize("case", [pytest.param("dp2", marks=long), "fsdp2", pytest.param("cp2", marks=long)])
+@pytest.mark.parametrize("case", often(["dp2", "fsdp2", "cp2"], "fsdp2"))
 def test_two_processes_sum_over_both(
     case: str, two_ranks: Ranks, mixture: Settings, model_folder: Any, tmp_path: Path
 ) -> None:
@@ -161,6 +161,7 @@ def test_two_processes_sum_over_both(
     assert_as_slowly(lines, truth)
 
 
+@pytest.mark.long
 def test_a_resumed_window_has_the_pairs_of_both_parts(mixture: Settings, tmp_path: Path) -> None:
     whole, _ = run_beside(settings_in(tmp_path / "whole", mixture))
     parted = settings_in(tmp_path / "parted", mixture)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from cases import rarely
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -56,7 +57,7 @@ def bytes_of_backward(num_blocks: int, *, responses: int = 2, path=varlen_attent
     return counted.total
 
 
-@pytest.mark.parametrize("responses", [2, pytest.param(4, marks=pytest.mark.long)])
+@pytest.mark.parametrize("responses", [2, rarely(4)])
 @pytest.mark.parametrize("path", [varlen_attention, block_attention])
 def test_bytes_of_attention_s_backward_grow_with_the_tokens_alone(path, responses: int) -> None:
     few, more, most = (bytes_of_backward(count, responses=responses, path=path) for count in (8, 40, 80))

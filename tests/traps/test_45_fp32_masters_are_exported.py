@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import rarely
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -26,7 +27,7 @@ KEYS = {
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="deepspeed is not installed")
-@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("stage", [2, rarely(3)])
 def test_deepspeed_in_bf16_trains_and_saves_fp32_masters(
     stage: int, tiny_model: Path, pair_files: Path, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import gpu.attention as attention_bench
 import pytest
 import torch
+from cases import often
 from gpu import ladder, memory, parity, parts, profile, train, workload
 from gpu.device import (
     CpuMeter,
@@ -145,6 +146,7 @@ def test_useful_flops_and_mfu_are_those_counted_by_hand():
     assert row["speedup"] == {"median": 3.0, "min": 2.0, "max": 4.0}
 
 
+@pytest.mark.long
 def test_a_rung_whose_loss_differs_is_an_error(command, monkeypatch, no_cuda):
     dense = workload.dense_token_logps
     monkeypatch.setattr(workload, "dense_token_logps", lambda *args, **options: dense(*args, **options) * 1.01)
@@ -238,6 +240,7 @@ def test_a_rung_that_runs_out_of_memory_takes_more_micro_batches_and_others_go_o
     assert low_memory["speedup"]["median"] > 0
 
 
+@pytest.mark.long
 def test_a_rung_that_cannot_run_leaves_the_others_and_is_an_error(command, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("no kernel image is available")
@@ -287,6 +290,7 @@ def test_a_profile_tells_kernels_from_calls_and_names_the_lines_that_wait():
 # --- memory ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_memory_grows_its_micro_batches_and_predicts_more_for_more(command, no_cuda):
     code, results = command("memory")
     assert (code, results["complete"]) == (0, True)
@@ -368,7 +372,7 @@ def test_parity_passes_on_the_cpu_and_covers_every_way(command):
     assert any(subject.startswith("attention 4/2x256 softcap") for subject in subjects)
 
 
-@pytest.mark.parametrize("name", ["mistral window", "qwen3", "gemma2 soft-caps"])
+@pytest.mark.parametrize("name", often(["mistral window", "qwen3", "gemma2 soft-caps"], "gemma2 soft-caps"))
 def test_other_architectures_agree_with_the_reference(name, tmp_path, no_cuda):
     report = make_report(tmp_path)
     config = parity.architectures(tiny=True)[name]

@@ -397,6 +397,7 @@ def test_the_peak_is_looked_up_by_the_gpus_name(name, peak):
     assert peak_tflops(name) == peak
 
 
+@pytest.mark.long
 def test_another_process_says_whether_the_device_has_bfloat16():
     import torch
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import transformers
+from cases import rarely
 from packaging.version import Version
 from torch import Tensor, nn
 
@@ -16,8 +17,6 @@ from simpo.core.batch import PackedPairs, build_batch
 from simpo.model.attention import PACKED
 from simpo.model.compile import compile_blocks, find_blocks
 from simpo.model.head import compute_token_logps, install_head
-
-long = pytest.mark.long
 
 
 class Pair(NamedTuple):
@@ -69,7 +68,7 @@ def gradients(model: nn.Module, batch: PackedPairs) -> dict[str, Tensor]:
 
 # Dynamo looks for a gradient on every tensor it meets and hides torch's warning about that only where warnings show.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
-@pytest.mark.parametrize("architecture", ["Gemma2", *(pytest.param(name, marks=long) for name in ("Qwen3", "Phi3"))])
+@pytest.mark.parametrize("architecture", ["Gemma2", *map(rarely, ("Qwen3", "Phi3"))])
 def test_each_piece_of_a_block_is_compiled_once_and_gives_the_same_gradients(architecture: str) -> None:
     """Query and key norms; windows in every other layer and soft-caps; fused projections."""
     from torch._dynamo.backends.debugging import aot_eager

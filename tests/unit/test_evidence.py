@@ -36,6 +36,7 @@ SECTION = evidence.Section(
 )
 
 
+@pytest.mark.long
 def test_a_section_says_what_was_measured(lab: evidence.Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = evidence.write_section(lab, SECTION, tmp_path / "figures")
     files = sorted(lab.args.output.glob("*.json"))

@@ -10,6 +10,7 @@ from unittest import mock
 
 import pytest
 import torch
+from cases import rarely
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -182,15 +183,11 @@ def described(folder: str, keys: dict[str, Any]):
     return describe_model(load_config(folder), recipe), recipe, mesh_sizes(recipe, 2)
 
 
-OFTEN = ("ddp", "fsdp", "tp", "cp", "lora, fsdp")
-
-
 @pytest.mark.parametrize(
     ("case", "tied"),
     [
-        *((case, False) for case in OFTEN),
-        *(pytest.param(case, False, marks=pytest.mark.long) for case in CASES if case not in OFTEN),
-        *(pytest.param(case, True, marks=pytest.mark.long) for case in ("ddp", "fsdp", "tp", "cp")),
+        *((case, False) if case in ("fsdp", "cp") else rarely(case, False) for case in CASES),
+        *(rarely(case, True) for case in ("ddp", "fsdp", "tp", "cp")),
     ],
 )
 def test_a_rank_holds_what_is_predicted(case, tied, folders, two_ranks):
@@ -218,7 +215,10 @@ SENT = {
 }
 
 
-@pytest.mark.parametrize(("case", "tied"), [*((case, False) for case in SENT), ("fsdp", True)])
+@pytest.mark.parametrize(
+    ("case", "tied"),
+    [*((case, False) if case == "fsdp" else rarely(case, False) for case in SENT), rarely("fsdp", True)],
+)
 def test_a_step_sends_what_is_computed(case, tied, folders, two_ranks):
     """Number of collectives of each kind and their bytes, padding of uneven shards apart, of two micro-batches."""
     keys = {"logits_chunk_size": 64, "bf16": BF16} | SENT[case]

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import rarely
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -181,17 +182,17 @@ CASES = {
 @pytest.mark.parametrize(
     ("shape", "numbers", "checkpointing"),
     [
-        ("llama-1b", "fp32 masters", False),
-        pytest.param("llama-1b", "fp32 masters", True, marks=pytest.mark.long),
-        pytest.param("llama-1b", "plain AdamW", True, marks=pytest.mark.long),
+        rarely("llama-1b", "fp32 masters", False),
+        rarely("llama-1b", "fp32 masters", True),
+        rarely("llama-1b", "plain AdamW", True),
         ("llama-1b", "8-bit AdamW", True),
-        pytest.param("llama-1b", "bf16", False, marks=pytest.mark.long),
-        pytest.param("llama-1b", "LoRA in bf16", False, marks=pytest.mark.long),
-        pytest.param("llama-8b", "fp32 masters", False, marks=pytest.mark.long),
-        pytest.param("llama-8b", "8-bit AdamW", True, marks=pytest.mark.long),
-        pytest.param("llama-8b", "bf16", True, marks=pytest.mark.long),
-        pytest.param("llama-8b", "bf16, optimizer_offload", True, marks=pytest.mark.long),
-        ("llama-8b", "LoRA in bf16", True),
+        rarely("llama-1b", "bf16", False),
+        rarely("llama-1b", "LoRA in bf16", False),
+        rarely("llama-8b", "fp32 masters", False),
+        rarely("llama-8b", "8-bit AdamW", True),
+        rarely("llama-8b", "bf16", True),
+        rarely("llama-8b", "bf16, optimizer_offload", True),
+        rarely("llama-8b", "LoRA in bf16", True),
         ("llama-8b", "QLoRA", True),
     ],
 )

@@ -10,6 +10,7 @@ from typing import Any
 import mesh_runs
 import pytest
 import torch
+from cases import rarely
 from mesh_runs import MESHES
 from ranks import Ranks
 from safetensors.torch import load_file
@@ -101,7 +102,7 @@ def test_adapters_trained_over_four_bits_are_merged_into_weights_that_never_were
         assert (found - quantised).norm() < 0.5 * (before - quantised).norm()
 
 
-@pytest.mark.parametrize("mesh", ["fsdp2", "tp2"])
+@pytest.mark.parametrize("mesh", ["fsdp2", rarely("tp2")])
 def test_a_checkpoint_of_two_ranks_is_the_model_that_they_exported(
     mesh: str, tiny_recipe: Settings, model_folder: Any, two_ranks: Ranks
 ):

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from cases import rarely
 from typer.testing import CliRunner
 
 from simpo.cli import app
@@ -45,10 +46,9 @@ def sizes(plan) -> tuple[int, int, int, int, bool]:
         ("llama-8b", 64, {}, (8, 8, 1, 1, False)),  # copies over nodes, shards within
         ("qwen-32b", 16, {}, (1, 16, 1, 1, True)),  # over nodes when one is not enough
         ("llama-8b", 8, {"max_length": 65536}, (1, 4, 2, 1, True)),  # long rows: checkpointing, then cp
-        pytest.param("llama-70b", 8, {"use_peft": True}, (1, 8, 1, 1, True), marks=pytest.mark.long),
-        pytest.param(  # 4 bits are not sharded
-            *("llama-70b", 8, {"use_peft": True, "load_in_4bit": True}, (8, 1, 1, 1, True)), marks=pytest.mark.long
-        ),
+        rarely("llama-70b", 8, {"use_peft": True}, (1, 8, 1, 1, True)),
+        # 4 bits are not sharded
+        rarely("llama-70b", 8, {"use_peft": True, "load_in_4bit": True}, (8, 1, 1, 1, True)),
     ],
 )
 def test_the_first_of_the_preferred_sizes_that_fits_is_picked(shape, gpus, keys, expected):
@@ -96,6 +96,7 @@ def test_a_recipe_that_sets_its_mesh_is_only_reported_on():
     assert [reason for _, reason in plan.choices.values()][:5] == ["as the recipe says"] * 5
 
 
+@pytest.mark.long
 def test_tokens_of_the_recipe_decide_what_must_fit():
     assert sizes(plan_of("llama-8b", 8, max_tokens_per_micro_batch=30000))[4], "checkpointing for 30,000 tokens"
     plan = plan_of("llama-8b", 8, max_tokens_per_micro_batch=90000, dp_shard=8, gradient_checkpointing=True)
@@ -173,6 +174,7 @@ def test_recipes_for_one_card_fit_it(name, shape, gib):
 # --- what would help -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.long
 def test_where_nothing_fits_it_says_what_would():
     plan = plan_of("llama-8b", 2, 24)
     said = " | ".join(plan.remedies)

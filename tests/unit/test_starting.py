@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import rarely
 from typer.testing import CliRunner
 
 from simpo import starting
@@ -106,19 +107,11 @@ def test_what_is_missing_is_one_line(words: tuple[str, ...], said: str, tiny_mod
 @pytest.mark.parametrize(
     ("model", "gib", "gpus", "chosen"),
     [
-        pytest.param("llama-8b", 200.0, 1, {"learning_rate": 5e-7}, marks=pytest.mark.long),
-        pytest.param("llama-8b", 80.0, 8, {"learning_rate": 5e-7}, marks=pytest.mark.long),
-        pytest.param("llama-8b", 80.0, 1, {"optim": "adamw_bf16", "master_dtype": "bfloat16"}, marks=pytest.mark.long),
-        pytest.param(
-            "llama-8b",
-            24.0,
-            1,
-            {"use_peft": True, "master_dtype": "bfloat16", "learning_rate": 5e-6},
-            marks=pytest.mark.long,
-        ),
-        pytest.param(
-            "llama-8b", 16.0, 1, {"use_peft": True, "load_in_4bit": True, "learning_rate": 5e-6}, marks=pytest.mark.long
-        ),
+        rarely("llama-8b", 200.0, 1, {"learning_rate": 5e-7}),
+        rarely("llama-8b", 80.0, 8, {"learning_rate": 5e-7}),
+        rarely("llama-8b", 80.0, 1, {"optim": "adamw_bf16", "master_dtype": "bfloat16"}),
+        rarely("llama-8b", 24.0, 1, {"use_peft": True, "master_dtype": "bfloat16", "learning_rate": 5e-6}),
+        rarely("llama-8b", 16.0, 1, {"use_peft": True, "load_in_4bit": True, "learning_rate": 5e-6}),
         ("llama-1b", 80.0, 1, {"learning_rate": 1e-6}),
     ],
 )
@@ -129,6 +122,7 @@ def test_memory_and_size_decide(model: str, gib: float, gpus: int, chosen: dict[
     assert found.launch.startswith("torchrun --nproc-per-node 8" if gpus == 8 else "simpo train r.yaml")
 
 
+@pytest.mark.long
 def test_bfloat16_is_not_chosen_where_there_are_no_instructions_for_it(choose_for, monkeypatch):
     monkeypatch.setattr(starting, "has_bf16", lambda device: False)
     values = choose_for("llama-1b", 16.0, 1).values  # all weights would fit in bfloat16
