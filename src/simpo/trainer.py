@@ -250,7 +250,7 @@ class Trainer:
         """
         self.display.table("training", self._describe())
         report = leave_report(self.output_dir, self.display.say, is_main=self.mesh.is_main)
-        log = open_log(self.output_dir, self.recipe, done=self.progress.step, mesh=self.mesh)
+        log = open_log(self.output_dir, self.recipe, self.display.say, done=self.progress.step, mesh=self.mesh)
         with contextlib.ExitStack() as closing:
             _, _, self.log = (closing.enter_context(each) for each in (self.lock, report, log))
             self._train()

@@ -56,7 +56,7 @@ def test_trackers_get_name_config_and_every_finite_number(
 ) -> None:
     calls: list[tuple[str, Any]] = []
     fake = SimpleNamespace(
-        init=lambda **options: calls.append(("init", options)),
+        init=lambda **options: calls.append(("init", options)) or SimpleNamespace(name="the name", id="the id"),
         log=lambda values, step: calls.append(("log", (step, values))),
         finish=lambda: calls.append(("finish", None)),
     )
@@ -71,6 +71,40 @@ def test_trackers_get_name_config_and_every_finite_number(
     assert calls[0][1][run_name] == "first"
     assert calls[0][1]["config"]["loss_type"] == "sigmoid"
     assert calls[1][1] == (7, {"loss": 1.5})
+    known = {"name": "the name"} if name == "trackio" else {"id": "the id", run_name: "first"}
+    MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=[name], run_name="first"), resume_step=4).close()
+    assert calls[3][1] == {**calls[0][1], **known, "resume": "allow"}, "a resumed run goes on in its own"
+    monkeypatch.setenv(f"{name.upper()}_RUN_ID", "another")
+    MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=[name]), resume_step=4).close()
+    MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=[name])).close()
+    assert not any("resume" in calls[index][1] for index in (5, 7)), "nor where the user says which, or from the start"
+
+
+def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*values: Any, **options: Any) -> None:
+        raise ConnectionError("no route\nto host")
+
+    said: list[str] = []
+    fake = SimpleNamespace(init=lambda **options: SimpleNamespace(id="1"), log=fail, finish=fail)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    path, settings = tmp_path / "metrics.jsonl", recipe(report_to=["wandb"])
+    log = MetricsLog(path, settings, said.append)
+    for step in (1, 2):
+        log.write({"loss": 1.0}, step=step)
+    log.close()
+    assert [line["step"] for line in lines(path)] == [1, 2]
+    assert len(said) == 1
+    assert said[0].startswith("report_to: wandb failed (ConnectionError: no route); it gets no more of this run")
+    fake.init = fail
+    MetricsLog(path, settings, said.append, resume_step=2).close()
+    assert "the run goes on without it" in said[1]
+    with pytest.raises(ValueError, match=r"^report_to: wandb failed \(ConnectionError: no route\); without it"):
+        MetricsLog(path, settings)
+    (tmp_path / "trackers.json").write_text('{"wan')
+    fake.init = lambda **options: said.append(str(options.get("id"))) or SimpleNamespace(id="2")
+    MetricsLog(path, settings, said.append, resume_step=2).close()
+    assert said[2] == "None", "a file that was cut short"
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "2"}
 
 
 def test_mlflow_gets_the_same_through_transformers_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,6 +125,23 @@ def test_mlflow_gets_the_same_through_transformers_callback(tmp_path: Path, monk
     assert found["log_params"][0]["loss_type"] == "sigmoid"
     assert found["log_metrics"] == {"metrics": {"loss": 1.5}, "step": 7, "synchronous": False}
     assert calls[-1][0] == "end_run"
+    calls.clear()
+    MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=["mlflow"], save_steps=7), resume_step=7).close()
+    assert [name for name, _ in calls] == ["start_run", "end_run"], "parameters must not change"
+    assert calls[0][1] == {"run_id": "1"}
+
+
+def test_what_a_resumed_run_does_again_replaces_what_tensorboard_has(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for resume_step, loss in ((0, 1.0), (2, 2.0)):
+        log = MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=["tensorboard"]), resume_step=resume_step)
+        for step in range(resume_step + 1, 5):
+            log.write({"loss": loss}, step=step)
+        log.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("train/loss")
+    assert [(line.step, line.value) for line in found] == [(1, 1.0), (2, 1.0), (3, 2.0), (4, 2.0)]
 
 
 def test_a_tracker_that_is_not_installed_is_one_clear_line() -> None:

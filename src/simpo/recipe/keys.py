@@ -442,7 +442,7 @@ class Recipe(_LossKeys):
         1, "Optimizer steps from one line of metrics to the next; each line holds means over them.",
         hf="argument", may_change=True, ge=1)
     report_to: Annotated[list[Tracker], BeforeValidator(as_trackers)] = _run(
-        [], "Trackers, in addition to metrics.jsonl (each installed on its own).",
+        [], "Trackers, in addition to metrics.jsonl (each installed on its own). A resumed run goes on in their runs.",
         f"list of {', '.join(get_args(Tracker))}; none", hf="run", may_change=True)
     run_name: Text | None = _run(
         None, "Name of the run in trackers.", "text", null="the folder's name", hf="argument", may_change=True)

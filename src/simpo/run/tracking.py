@@ -11,7 +11,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -32,13 +32,17 @@ LOGS = ("metrics.jsonl", GENERATIONS_FILE, EVAL_PAIRS_FILE, "guard.jsonl")
 class MetricsLog:
     """`metrics.jsonl`, one JSON object a line, and the trackers named in `report_to`.
 
-    Every line has "step"; lines of evaluations have keys that begin with "eval_".
+    Every line has "step"; lines of evaluations have keys that begin with "eval_". A tracker that fails does not end
+    the run: that is said once, by `say`, and it gets no more.
+
+    Raises:
+        ValueError: a tracker could not be started, of a run that is not resumed.
     """
 
-    def __init__(self, path: Path, recipe: Recipe, *, resume_step: int = 0) -> None:
-        self.path = path
+    def __init__(self, path: Path, recipe: Recipe, say: Callable[[str], None] = print, *, resume_step: int = 0) -> None:
+        self.path, self._say = path, say
         forget_lines_after(path, resume_step)
-        self._trackers = [_TRACKERS[name](recipe, path.parent) for name in recipe.report_to]
+        self._trackers = _start_trackers(recipe, path.parent, resume_step, say)
         self._file = path.open("ab", buffering=0)
 
     def write(self, values: Mapping[str, Any], *, step: int) -> None:
@@ -51,8 +55,7 @@ class MetricsLog:
             self._file.truncate(begin)
             raise OSError(error.errno, error.strerror, str(self.path)) from error
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
-        for tracker in self._trackers:
-            tracker.log(numbers, step)
+        self._give_trackers(lambda tracker: tracker.log(numbers, step))
 
     def sync(self) -> None:
         """Make what the logs hold survive a power cut; called before a checkpoint that refers to it."""
@@ -60,12 +63,21 @@ class MetricsLog:
 
     def close(self) -> None:
         self._file.close()
-        for tracker in self._trackers:
-            tracker.close()
+        self._give_trackers(lambda tracker: tracker.close())
+
+    def _give_trackers(self, give: Callable[[Any], None]) -> None:
+        for name, tracker in [*self._trackers.items()]:
+            try:
+                give(tracker)
+            except Exception as error:
+                del self._trackers[name]
+                self._say(f"report_to: {_failed(name, error)}; it gets no more of this run. {self.path.name} has all")
 
 
 @contextlib.contextmanager
-def open_log(folder: Path, recipe: Recipe, *, done: int, mesh: Mesh) -> Iterator[MetricsLog | None]:
+def open_log(
+    folder: Path, recipe: Recipe, say: Callable[[str], None], *, done: int, mesh: Mesh
+) -> Iterator[MetricsLog | None]:
     """The log of a run directory, on the first process; None on the others.
 
     What a run that is resumed after `done` steps will do again is dropped first, from it and from what lies beside it.
@@ -75,7 +87,7 @@ def open_log(folder: Path, recipe: Recipe, *, done: int, mesh: Mesh) -> Iterator
         return
     for name in (GENERATIONS_FILE, EVAL_PAIRS_FILE):
         forget_lines_after(folder / name, done)
-    with contextlib.closing(MetricsLog(folder / "metrics.jsonl", recipe, resume_step=done)) as log:
+    with contextlib.closing(MetricsLog(folder / "metrics.jsonl", recipe, say, resume_step=done)) as log:
         yield log
 
 
@@ -126,11 +138,42 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ValueError(f"report_to: {name} is not installed: pip install 'simpo[{name}]'")
 
 
+def _start_trackers(
+    recipe: Recipe, folder: Path, resume_step: int, say: Callable[[str], None]
+) -> dict[str, _TensorBoard | _RunTracker | _MLflow]:
+    """A run that is resumed goes on in the runs of its trackers, which trackers.json names."""
+    path = folder / "trackers.json"
+    known: dict[str, str] = {}
+    if resume_step and path.exists():
+        with contextlib.suppress(ValueError):  # cut short, by a loss of power: new runs
+            known = json.loads(path.read_bytes())
+    trackers = {}
+    for name in recipe.report_to:
+        try:
+            trackers[name] = _TRACKERS[name](name, recipe, folder, known.get(name), resume_step)
+        except Exception as error:
+            if not resume_step:
+                raise ValueError(f"report_to: {_failed(name, error)}; without it: --report_to none") from error
+            say(f"report_to: {_failed(name, error)}; the run goes on without it. metrics.jsonl has all")
+    runs = {name: run for name, tracker in trackers.items() if (run := tracker.run)}
+    if runs or known:
+        write_whole(path, [json.dumps({**known, **runs}) + "\n"])
+    return trackers
+
+
+def _failed(name: str, error: Exception) -> str:
+    first, *_ = [*str(error).splitlines(), ""]
+    return f"{name} failed ({type(error).__name__}: {first})"
+
+
 class _TensorBoard:
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
+    run = None  # its files are named by time; what comes again replaces what was there
+
+    def __init__(self, name: str, recipe: Recipe, folder: Path, run: str | None, resume_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(recipe.logging_dir or str(folder / "tensorboard"))
+        where = recipe.logging_dir or str(folder / "tensorboard")
+        self._writer = SummaryWriter(where, purge_step=resume_step + 1 if resume_step else None)
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -144,14 +187,16 @@ class _TensorBoard:
 
 
 class _RunTracker:
-    """wandb, trackio and swanlab share one interface: init, log, finish."""
+    """wandb, trackio and swanlab share one interface: init, log, finish. Runs of trackio are known by their names."""
 
-    def __init__(self, name: str, recipe: Recipe) -> None:
-        module = importlib.import_module(name)
-        self._module = module
-        named = {"experiment_name" if name == "swanlab" else "name": _name_of(recipe)}
+    def __init__(self, name: str, recipe: Recipe, folder: Path, run: str | None, resume_step: int) -> None:
+        self._module = module = importlib.import_module(name)
+        options = {"experiment_name" if name == "swanlab" else "name": _name_of(recipe)}
+        if run and f"{name.upper()}_RUN_ID" not in os.environ:
+            options |= {"name" if name == "trackio" else "id": run, "resume": "allow"}
         project = os.environ.get(f"{name.upper()}_PROJECT", "simpo")
-        module.init(project=project, config=recipe.to_dict(), **named)
+        started = module.init(project=project, config=recipe.to_dict(), **options)
+        self.run: str | None = started.name if name == "trackio" else started.id
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._module.log(dict(values), step=step)
@@ -163,14 +208,21 @@ class _RunTracker:
 class _MLflow:
     """By transformers' callback, which reads MLflow's own variables and knows what a parameter may look like."""
 
-    def __init__(self, recipe: Recipe) -> None:
+    def __init__(self, name: str, recipe: Recipe, folder: Path, run: str | None, resume_step: int) -> None:
+        import mlflow
         from transformers import TrainerControl, TrainerState
         from transformers.integrations import MLflowCallback
 
-        args = SimpleNamespace(run_name=_name_of(recipe), to_dict=recipe.to_dict)
+        goes_on = run is not None and "MLFLOW_RUN_ID" not in os.environ and mlflow.active_run() is None
+        # A run that goes on has its parameters, which MLflow lets nobody change.
+        args = SimpleNamespace(run_name=_name_of(recipe), to_dict=dict if goes_on else recipe.to_dict)
         self._state, self._callback = TrainerState(), MLflowCallback()
         self._about = (args, self._state, TrainerControl())
+        self._ends = mlflow.end_run if goes_on else lambda: None  # the callback ends what it started
+        if goes_on:
+            mlflow.start_run(run_id=run)
         self._callback.on_train_begin(*self._about)
+        self.run: str | None = mlflow.active_run().info.run_id
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._state.global_step = step
@@ -178,12 +230,11 @@ class _MLflow:
 
     def close(self) -> None:
         self._callback.on_train_end(*self._about)
+        self._ends()
 
 
 _TRACKERS = {
     "tensorboard": _TensorBoard,
-    "wandb": lambda recipe, folder: _RunTracker("wandb", recipe),
-    "trackio": lambda recipe, folder: _RunTracker("trackio", recipe),
-    "mlflow": lambda recipe, folder: _MLflow(recipe),
-    "swanlab": lambda recipe, folder: _RunTracker("swanlab", recipe),
+    "mlflow": _MLflow,
+    **dict.fromkeys(("wandb", "trackio", "swanlab"), _RunTracker),
 }

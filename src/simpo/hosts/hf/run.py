@@ -263,7 +263,8 @@ class RunDirectory(TrainerCallback):
         line = self.mesh.on_main(self.begin)
         if line is not None:
             self.display.say(line)
-        log = open_log(Path(self.recipe.output_dir), self.recipe, done=state.global_step, mesh=self.mesh)
+        folder, say = Path(self.recipe.output_dir), self.display.say
+        log = open_log(folder, self.recipe, say, done=state.global_step, mesh=self.mesh)
         self.log = self.resources.enter_context(log)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any], **others: Any) -> None:
