@@ -11,7 +11,9 @@ import yaml
 from typer.testing import CliRunner
 
 from simpo.cli import app
+from simpo.display import Display
 from simpo.evaluation.run import evaluate
+from simpo.trainer import Trainer
 
 TRAINING_ONLY: dict[str, dict[str, Any]] = {
     "limits tokens": {"max_tokens_per_micro_batch": 4096},
@@ -41,3 +43,20 @@ def test_a_file_is_evaluated_with_a_recipe_of_two_datasets(tiny_recipe: dict[str
 def test_a_misspelt_key_is_an_error_here_too(tiny_recipe: dict[str, Any]):
     with pytest.raises(ValueError, match="unknown key 'max_lenght'"):
         evaluate(tiny_recipe["model_name_or_path"], recipe={**tiny_recipe, "max_lenght": 64})
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_adapters_over_four_bits_are_evaluated_over_them(tiny_recipe: dict[str, Any], model_folder: Any):
+    """As training evaluated them: the whole base model may not fit the card that it was trained on."""
+    pytest.importorskip("bitsandbytes")
+    base = str(model_folder(hidden_size=64, intermediate_size=128))
+    recipe = {**tiny_recipe, "model_name_or_path": base, "use_peft": True, "load_in_4bit": True, "learning_rate": 0.05}
+    trainer = Trainer(recipe, display=Display(quiet=True))
+    trainer.run()
+    trained = trainer.evaluate()
+    expected = trained["eval_logps/chosen"] - trained["eval_logps/rejected"]
+    for four_bits, weights in ((True, "4 bits"), (False, "float32")):
+        found = evaluate(trainer.output_dir, recipe={**recipe, "load_in_4bit": four_bits}, progress=False).to_dict()
+        assert found["settings"]["weights"] == weights
+        margin = found["margin"]["value"]
+        assert (margin == pytest.approx(expected, abs=1e-4)) is four_bits, (margin, expected)

@@ -49,6 +49,7 @@ READ_KEYS = frozenset(
     {name for name, key in KEYS.items() if key.section in ("model", "data") and name != "ref_model_name_or_path"}
     | {"pack", "share_prompt", "logits_chunk_size", "per_device_eval_batch_size", "eval_generation_max_new_tokens"}
     | {"seed", "device", "num_threads"}
+    | {"use_peft", "load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant"}
 )
 """The keys of a recipe that an evaluation reads. What only training needs cannot stand in its way."""
 
@@ -336,13 +337,19 @@ def evaluate_pairs(
         settings={
             "device": str(device),
             "compute": "bfloat16" if settings.bf16 else "float32",
-            "weights": str(next(network.parameters()).dtype).removeprefix("torch."),
+            "weights": _kind_of_weights(network),
             "rows": "packed, shared prompt" if packed else "padded",
             "batch_pairs": batch_pairs,
         },
         versions={package: version(package) for package in ("simpo", "torch", "transformers")},
         notes=(*pairs.notes, *notes),
     )
+
+
+def _kind_of_weights(model: nn.Module) -> str:
+    if getattr(model, "is_loaded_in_4bit", False):
+        return "4 bits"
+    return str(next(model.parameters()).dtype).removeprefix("torch.")
 
 
 def _describe_answers(
@@ -356,13 +363,17 @@ def _describe_answers(
 
 
 def load_to_evaluate(name: str, settings: Recipe) -> tuple[nn.Module, str | None]:
-    """A model of a folder, adapter or hub name, with ordinary attention; what to say of its precision."""
+    """A model of a folder, adapter or hub name, with ordinary attention; what to say of its precision.
+
+    A QLoRA recipe holds it in 4 bits, as it was trained on a card that may have no room for more.
+    """
     if (Path(name) / "adapter_config.json").is_file() and importlib.util.find_spec("peft") is None:
         raise ValueError(f"{name} is a LoRA adapter, which needs peft: pip install 'simpo[peft]'")
     plain = load_recipe(settings, {"pack": False, "share_prompt": False, "attention_kernel": "auto"})
     device = pick_device(settings.device)
     slow = set_precision(settings, device)
-    return load_model(plain, device=device, name=name, trainable=False, check=False), slow
+    in_4bit = settings.load_in_4bit
+    return load_model(plain, device=device, name=name, trainable=False, in_4bit=in_4bit, check=False), slow
 
 
 @contextlib.contextmanager
