@@ -250,6 +250,17 @@ def test_a_file_begun_by_another_model_is_not_gone_on_with(settings, model_folde
         run_generate(load_recipe({**settings, "model_name_or_path": model_folder()}))
 
 
+def test_nor_one_begun_with_another_tokenizer(settings, tmp_path, tiny_model):
+    shutil.copytree(tiny_model, other := tmp_path / "another")
+    path = run_generate(load_recipe(settings))
+    with pytest.raises(ValueError, match=r"tokenizer_digest was (null|None) and is .*another"):
+        run_generate(load_recipe({**settings, "tokenizer_name_or_path": str(other)}))
+    about = json.loads(path.with_suffix(".json").read_text())
+    del about["settings"]["tokenizer_digest"]  # as an earlier version of simpo left it
+    path.with_suffix(".json").write_text(json.dumps(about))
+    run_generate(load_recipe({**settings, "tokenizer_name_or_path": str(other)}))
+
+
 NO_END = "{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
 
 

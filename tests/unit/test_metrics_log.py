@@ -105,6 +105,8 @@ def test_a_tracker_that_fails_ends_no_run(tmp_path: Path, monkeypatch: pytest.Mo
     MetricsLog(path, settings, said.append, resume_step=2).close()
     assert said[2] == "None", "a file that was cut short"
     assert json.loads((tmp_path / "trackers.json").read_text()) == {"wandb": "2"}
+    MetricsLog(path, recipe()).close()
+    assert json.loads((tmp_path / "trackers.json").read_text()) == {}, "another run in this folder"
 
 
 def test_mlflow_gets_the_same_through_transformers_callback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -266,8 +266,10 @@ class LocalBackend:
         self.recipe = load_recipe(recipe, {"model_name_or_path": name})
         self.tokenize = PromptTokenizer(recipe, find_tokenizer(self.recipe, name))
         self.notes: list[str] = []
+        other = recipe.tokenizer_name_or_path
         self.settings = {
             "model": identify_model(name, recipe.model_revision),
+            "tokenizer_digest": None if other is None else identify_model(other, None),
             "dtype": "bfloat16" if recipe.bf16 else "float32",
         }
         self.config = load_pretrained(AutoConfig, base_model(name), self.recipe, what="configuration")

@@ -156,7 +156,7 @@ def _start_trackers(
                 raise ValueError(f"report_to: {_failed(name, error)}; without it: --report_to none") from error
             say(f"report_to: {_failed(name, error)}; the run goes on without it. metrics.jsonl has all")
     runs = {name: run for name, tracker in trackers.items() if (run := tracker.run)}
-    if runs or known:
+    if runs or path.exists():
         write_whole(path, [json.dumps({**known, **runs}) + "\n"])
     return trackers
 
