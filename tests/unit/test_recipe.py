@@ -277,6 +277,19 @@ def test_settings_of_four_bits_without_them_are_said():
 
 
 @pytest.mark.parametrize(
+    ("clean", "said"),
+    [
+        ({"leaks_from": "eval"}, "clean.leaks_from: not used, since clean.leaks is keep"),
+        ({"leaks": "exact", "similarity": 0.8}, "clean.similarity: not used, since neither"),
+        ({"benchmark_ngram": 8}, "clean.benchmark_ngram: not used, since clean.benchmarks is not set"),
+        ({"leaks": "near", "leaks_from": "eval", "similarity": 0.8}, None),
+    ],
+)
+def test_settings_of_cleaning_that_is_off_are_said(clean, said):
+    assert [notice[: len(said or "")] for notice in recipe(clean=clean).notices] == ([said] if said else [])
+
+
+@pytest.mark.parametrize(
     ("keys", "named"),
     [
         ({"lr_scheduler_type": "constant", "warmup_steps": 5}, "warmup_steps"),

@@ -15,6 +15,7 @@ from simpo.errors import short
 
 if TYPE_CHECKING:
     from simpo.recipe.keys import Recipe
+    from simpo.recipe.stages import Stage
 
 _4BIT_KEYS = ("bnb_4bit_quant_type", "bnb_4bit_use_double_quant")
 _LORA_KEYS = (
@@ -180,7 +181,15 @@ def _resolve_model(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
     if not recipe.use_peft:
         _resolve_adapters(recipe, notices)
     elif not recipe.load_in_4bit:
-        notices.extend(_unused(recipe, _4BIT_KEYS, "load_in_4bit"))
+        notices.extend(_unused(recipe, _4BIT_KEYS, "load_in_4bit is false"))
+    clean = recipe.clean
+    near = clean.near_duplicates or clean.leaks == "near"
+    for name, has_effect, why in (
+        ("leaks_from", clean.leaks != "keep", "clean.leaks is keep"),
+        ("similarity", near, "neither clean.near_duplicates nor clean.leaks: near is set"),
+        ("benchmark_ngram", clean.benchmarks, "clean.benchmarks is not set"),
+    ):
+        notices.extend(f"clean.{line}" for line in ([] if has_effect else _unused(clean, [name], why)))
     resolved: dict[str, Any] = {"bf16": True if recipe.bf16 is None else recipe.bf16}
     if recipe.attn_implementation is not None and packs:
         notices.append(
@@ -200,7 +209,7 @@ def _resolve_adapters(recipe: Recipe, notices: list[str]) -> None:
     """Settings of adapters without adapters: an error, unless use_peft itself says that there are none."""
     given = {name: getattr(recipe, name) for name in _LORA_KEYS if name in recipe.model_fields_set}
     if "use_peft" in recipe.model_fields_set:
-        notices.extend(_unused(recipe, given, "use_peft"))
+        notices.extend(_unused(recipe, given, "use_peft is false"))
     elif asked := [name for name, value in given.items() if value]:
         raise ValueError(
             f"{asked[0]} = {short(given[asked[0]])}: adapters are trained with use_peft: true alone; set it, or "
@@ -208,10 +217,10 @@ def _resolve_adapters(recipe: Recipe, notices: list[str]) -> None:
         )
 
 
-def _unused(recipe: Recipe, names: Iterable[str], switch: str) -> list[str]:
+def _unused(values: Recipe | Stage, names: Iterable[str], why: str) -> list[str]:
     """A line for those keys that are not at their defaults while what they belong to is off."""
-    unused = [name for name in names if getattr(recipe, name) != type(recipe).model_fields[name].default]
-    return [f"{', '.join(unused)}: not used, since {switch} is false"] if unused else []
+    unused = [name for name in names if getattr(values, name) != type(values).model_fields[name].default]
+    return [f"{', '.join(unused)}: not used, since {why}"] if unused else []
 
 
 def _resolve_lengths(recipe: Recipe, notices: list[str]) -> dict[str, Any]:
