@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -330,6 +331,26 @@ def test_margins_are_measured_anew_where_pairs_or_model_are_others(trainings, ow
                 calibrate.run_calibrate(load_recipe(own_recipe))
         counts.append(len(trainings.words))
     assert counts == [1, 2, 3]
+
+
+def test_steps_are_counted_for_the_processes_that_the_launcher_starts(trainings, tiny_recipe, monkeypatch):
+    monkeypatch.setattr(calibrate, "run_command_line", trainings)
+    rungs = []
+
+    def stop(*_: Any, rungs: Any, found: list[Any] = rungs, **__: Any) -> None:
+        found.append(rungs[0])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibrate, "run_sweep", stop)
+    two = {"launcher": ["torchrun", "--nproc-per-node", "2"]}
+    recipe = {**tiny_recipe, "num_train_epochs": 20, "max_steps": -1}
+    del recipe["gradient_accumulation_steps"]
+    for keys in ({}, {"rounds": two}, {"global_batch_size": 2}, {"global_batch_size": 2, "rounds": two}):
+        with pytest.raises(KeyboardInterrupt):
+            calibrate.run_calibrate(load_recipe({**recipe, **keys}))
+    one, half, given, same = rungs
+    assert one == pytest.approx(2 * half, abs=1)
+    assert given == same
 
 
 def test_the_folder_of_a_run_is_left_alone(trainings, tiny_recipe):

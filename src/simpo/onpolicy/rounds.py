@@ -399,13 +399,13 @@ def what_decides(recipe: Recipe) -> dict[str, Any]:
     guard = {check: level for check, level in recipe.guard.items() if level in ("stop", "back")}
     acts = guard or recipe.load_best_model_at_end or recipe.early_stopping_patience is not None
     of_evaluations = {name: getattr(recipe, name) if acts else None for name in _BY_EVALUATIONS}
-    world = _count_ranks(recipe)
+    world = count_ranks(recipe)
     unknown = f"{recipe.pairs_per_step()} x {' '.join(recipe.rounds.launcher)}"
     pairs = recipe.global_batch_size or (unknown if world is None else recipe.pairs_per_step(world))
     return {"pairs_per_step": pairs, "save_dtype": recipe.save_dtype, "guard": guard, **of_evaluations}
 
 
-def _count_ranks(recipe: Recipe) -> int | None:
+def count_ranks(recipe: Recipe) -> int | None:
     """Processes with pairs of their own that `rounds.launcher` starts; None where its words do not say."""
     words = " ".join(recipe.rounds.launcher)
     counts = re.findall(r"--(?:nproc[-_]per[-_]node|nnodes|num[-_]processes)[= ](\d+)\b", words)

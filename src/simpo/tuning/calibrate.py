@@ -21,6 +21,7 @@ from simpo.data.files import not_own, write_whole
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.model.load import load_tokenizer
+from simpo.onpolicy.rounds import count_ranks
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.session import count_steps
 from simpo.tuning.jobs import Trial, read_pairs, run_command_line
@@ -87,7 +88,8 @@ def run_calibrate(
     if target.is_file() and not target.read_bytes().startswith(_HEAD.encode()):
         raise not_own(target)
     data = prepare_pairs(base, load_tokenizer(base), progress=True)
-    total = count_steps(base, math.ceil(len(data.train) / base.pairs_per_step(1)))
+    in_a_step = base.global_batch_size or base.pairs_per_step(count_ranks(base) or 1)
+    total = count_steps(base, math.ceil(len(data.train) / in_a_step))
     decides = {name: value for name, value in base.to_dict().items() if not KEYS[name].may_change}
     text = json.dumps([decides, digests(base, data)], sort_keys=True)
     key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
