@@ -352,6 +352,14 @@ METHODS = (NONE, SIMPO, DPO, ORPO, CPO)
 GAMMAS = [Arm(f"gamma {g:g}", keys={"gamma_beta_ratio": g / 2}) for g in (0.0, 0.4, 1.0, 1.6)]
 RATES, BETAS = (1e-5, 1e-4, 4e-4), (2.0, 5.0, 10.0)
 MAP = [Arm(f"beta {b:g}, rate {r:g}", keys={"beta": b, "learning_rate": r}) for b in BETAS for r in RATES]
+
+
+def gains(one: float, other: float, measure: str, least: float = 0.0) -> Callable[[dict[str, Row]], bool]:
+    """Whether a measure is larger by more than so much at the other rate, with each beta."""
+    at = "beta {:g}, rate {:g}".format
+    return lambda by: all(by[at(b, other)][measure] - by[at(b, one)][measure] > least for b in BETAS)
+
+
 NOISE = [
     Arm(f"{n:.0%} swapped" + (f", smoothing {s:g}" if s else ""), keys={"label_smoothing": s} if s else {}, noise=n)
     for s in (0.0, 0.2)
@@ -427,7 +435,15 @@ SECTIONS = [
         "The learning rate is the critical setting.",
         MAP,
         ("accuracy", "rule", "chosen", "repeated"),
-        {"the rate moves the rule's marks more": lambda by: spread(by, "rule", "rate") > spread(by, "rule", "beta")},
+        {
+            "the rate moves the rule's marks more than beta does": lambda by: (
+                spread(by, "rule", "rate") > spread(by, "rule", "beta")
+            ),
+            "the marks are better at 0.0001 than at 1e-05, whatever beta": gains(RATES[0], RATES[1], "rule"),
+            "the chosen log-prob at 0.0004 is more than half a nat lower, whatever beta": gains(
+                RATES[2], RATES[1], "chosen", 0.5
+            ),
+        },
         ("accuracy", "rule", "chosen"),
         "beta, rate",
     ),
