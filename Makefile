@@ -22,7 +22,8 @@ BENCH  ?=
 PART   ?=
 
 RUN    := $(VENV)/bin/python
-PIP    := $(RUN) -m pip --disable-pip-version-check --quiet
+# Python compiles what it imports when it does: a few of these 25,000 files.
+PIP    := $(RUN) -m pip --disable-pip-version-check --quiet install --no-compile
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 
 unexport PYTHONDONTWRITEBYTECODE  # or every process that a test starts would compile all of it again
@@ -63,7 +64,7 @@ docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
 
 $(VENV)/.docs: $(VENV)/.installed
-	$(PIP) install --constraint constraints.txt --editable '.[docs]'
+	$(PIP) --constraint constraints.txt --editable '.[docs]'
 	@touch $@
 
 install: $(VENV)/.installed
@@ -72,8 +73,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (once; torch is the large part)"
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install $(TORCH)
-	$(PIP) install --constraint constraints.txt --editable '.[peft,tensorboard,trl,clean,math,demo,dev]'
+	$(PIP) $(TORCH)
+	$(PIP) --constraint constraints.txt --editable '.[peft,tensorboard,trl,clean,math,demo,dev]'
 	@touch $@
 
 # Engines that only tests and their users need; without one its tests skip.
@@ -81,10 +82,10 @@ engines: $(VENV)/.engines
 
 $(VENV)/.engines: $(VENV)/.installed
 	@echo "installing DeepSpeed, Megatron-Core, Ray, bitsandbytes, lm-eval and a server into $(VENV) (once; for the tests)"
-	$(PIP) install --constraint constraints.txt --editable '.[ray,8bit,openai,serving,sweep,tasks]'
-	$(PIP) install --constraint constraints.txt --no-deps 'megatron-core~=0.16.0'
-	$(PIP) install --upgrade setuptools wheel ninja
-	DS_BUILD_OPS=0 $(PIP) install --constraint constraints.txt --no-build-isolation 'deepspeed~=0.19.0'
+	$(PIP) --constraint constraints.txt --editable '.[ray,8bit,openai,serving,sweep,tasks]'
+	$(PIP) --constraint constraints.txt --no-deps 'megatron-core~=0.16.0'
+	$(PIP) --upgrade setuptools wheel ninja
+	DS_BUILD_OPS=0 $(PIP) --constraint constraints.txt --no-build-isolation 'deepspeed~=0.19.0'
 	@touch $@
 
 model: install
