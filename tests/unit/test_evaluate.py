@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import shutil
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,6 +22,7 @@ from simpo.cli import app
 from simpo.data.prepare import prepare_pairs
 from simpo.evaluation import command as evaluation_command
 from simpo.evaluation import run as evaluation_run
+from simpo.evaluation.command import run_eval_command
 from simpo.evaluation.generate import generate_greedy
 from simpo.evaluation.results import Evaluation, PairRecord, build_evaluation, compare
 from simpo.evaluation.run import evaluate, settings_for
@@ -358,6 +360,35 @@ def test_command_writes_results_comparison_and_pairs(
     assert content["comparison"]["num_pairs"] == 10
     assert len(content["generations"]) == 1
     assert len((tmp_path / "out" / "result.pairs.jsonl").read_text().splitlines()) == 10
+
+
+@pytest.mark.parametrize("most", [None, 4])
+def test_pairs_that_the_other_models_template_refuses_are_left_out_of_both(tiny_model, settings, tmp_path, most):
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny_model, other := tmp_path / "other")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    refuse = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    tokenizer.chat_template = refuse + tokenizer.chat_template
+    tokenizer.add_tokens(["<extra>"])
+    tokenizer.save_pretrained(other)
+    system, rows = [{"role": "system", "content": "short"}], []
+    for n in range(8):
+        prompt = system * (n == 1) + [{"role": "user", "content": f"water {n}?"}]
+        rows.append(json.dumps({"prompt": prompt, "chosen": "a river", "rejected": "a stone"}))
+    (tmp_path / "pairs.jsonl").write_text("\n".join(rows))
+    found = run_eval_command(
+        recipe_or_data=str(tmp_path / "pairs.jsonl"),
+        model=str(tiny_model),
+        baseline=str(other),
+        output=str(tmp_path / "found.json"),
+        generations=0,
+        max_pairs=most,
+        split="test",
+        overrides=["--bf16", "false", "--cache_dir", str(settings["cache_dir"])],
+    )
+    assert found["comparison"]["num_pairs"] == found["num_pairs"] == found["baseline"]["num_pairs"] == (most or 7)
+    assert any(note.startswith("1 pairs are left out") for note in found["notes"])
 
 
 def test_command_takes_a_recipe_and_its_model(tiny_model, changed_model, pair_files, settings, tmp_path):

@@ -171,6 +171,18 @@ def test_killed_while_the_judge_is_asked_it_goes_on_and_asks_nothing_twice_but_w
         assert (folder / path.relative_to(whole.parent)).read_bytes() == path.read_bytes(), path
 
 
+def test_answers_are_judged_again_by_references_that_were_corrected(keys, tmp_path):
+    keys = {**changed(keys, scorers={"sums": {"kind": "math"}}), "generate": {"keep_columns": ["answer"]}}
+    (tmp_path / "ours.json").write_text(
+        json.dumps([{"instruction": p, "output": f"It is {n}.", "generator": "a"} for n, p in enumerate(ANSWERS)])
+    )
+    for answers, expected in (([9, 9, 9, 9], (0, 4)), ([0, 1, 2, 3], (4, 0)), ([0, 1, 2, 9], (3, 1))):
+        rows = [{"prompt": text, "answer": str(n)} for text, n in zip(ANSWERS, answers, strict=True)]
+        write_lines(tmp_path / "prompts.jsonl", rows)
+        found = judgement(keys)
+        assert (found["wins"], found["ties"]) == expected
+
+
 def test_another_judge_of_the_same_answers_may_follow(keys):
     assert judgement(keys)["wins"] == 2
     found = judgement(changed(keys, scorers={"brief": {"kind": "length", "weight": -1}}))
@@ -229,7 +241,11 @@ def test_two_models_answer_the_held_out_prompts(tmp_path, tiny_model):
     found = judgement(keys)
     assert found["compared"] == found["identical"] == 4  # greedy, and the same weights
     assert found["win_rate"]["value"] == 0.5
+    for most in (3, 2, 4):
+        assert judgement(changed(keys, max_prompts=most))["compared"] == most
+    assert len(read_lines(next((other / "judged").rglob("other.jsonl")))) == 4
     keys["judge"]["temperature"] = 1.0
+    keys["generate"]["keep_columns"] = ["answer"]
     with pytest.raises(ValueError, match=r"generate\.temperature was 0\.0 and is 1\.0"):
         judgement(keys)
     with pytest.raises(ValueError, match="dataset_mixer has no held-out rows"):

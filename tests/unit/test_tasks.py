@@ -93,6 +93,9 @@ def test_what_is_no_mean_over_documents_has_no_test(tmp_path, tiny_model, monkey
     content = json.loads((tmp_path / "tasks.json").read_text())
     assert [row["metric"] for row in content["tasks"]] == ["acc"]
     assert content["others"]["ends perplexity"] > 1
+    again = CliRunner().invoke(app, [*words, "--max-pairs", "1", "--output", str(tmp_path / "one.json")])
+    assert again.exit_code == 0, again.output
+    assert json.loads((tmp_path / "one.json").read_text())["tasks"][0]["documents"] == 1  # and no interval
 
 
 def score_by_hand(folder: Path) -> float:

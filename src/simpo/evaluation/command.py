@@ -13,7 +13,7 @@ from rich.console import Console
 
 from simpo.data.files import check_own
 from simpo.display import say
-from simpo.evaluation.results import Evaluation, compare, save_json
+from simpo.evaluation.results import Evaluation, compare, plain, save_json
 from simpo.evaluation.run import (
     HELD_OUT,
     READ_KEYS,
@@ -23,6 +23,7 @@ from simpo.evaluation.run import (
     is_recipe_file,
     load_pairs,
     model_folder,
+    on_both,
     settings_for,
 )
 from simpo.evaluation.tasks import compare_tasks, measure_tasks, show_tasks
@@ -86,9 +87,14 @@ def run_eval_command(
         show_tasks(content, console)
         if output is not None:
             say(f"results: {output}", console)
-        return content
+        return plain(content)
     tokenizer = find_tokenizer(settings_of(settings.model_name_or_path), settings.model_name_or_path)
-    pairs = load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs)
+    # The very same tokens where the vocabulary is the same: a base model may lack its child's chat template.
+    if baseline is not None and its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        each = (load_pairs(data, settings, one, split=split, max_pairs=None) for one in (tokenizer, its_tokenizer))
+        pairs, its_pairs = on_both(*each, max_pairs=max_pairs, seed=settings.seed)
+    else:
+        pairs = its_pairs = load_pairs(data, settings, tokenizer, split=split, max_pairs=max_pairs)
 
     def run(name: str, pairs: EvalPairs, tokenizer: Any) -> Evaluation:
         return evaluate_pairs(
@@ -106,14 +112,11 @@ def run_eval_command(
     _save(content, evaluation, output)  # before anything is shown, or another model run
     dataclasses.replace(evaluation, notes=pairs.notes).render(console)  # the others were said when it began
     if baseline is not None:
-        # The very same tokens where the vocabulary is the same: a base model may lack its child's chat template.
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
-            pairs = load_pairs(data, settings, its_tokenizer, split=split, max_pairs=max_pairs)
-        other = run(baseline, pairs, its_tokenizer)
+        other = run(baseline, its_pairs, its_tokenizer)
         comparison = compare(evaluation, other)
         content |= {"baseline": other.to_dict(), "comparison": comparison.to_dict()}
         _save(content, evaluation, output)
-        for each in (dataclasses.replace(other, notes=pairs.notes), comparison):
+        for each in (dataclasses.replace(other, notes=its_pairs.notes), comparison):
             console.print()
             each.render(console)
     if output is not None:

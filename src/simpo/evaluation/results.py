@@ -152,7 +152,7 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the per-pair records, as plain values; what is not a number is None."""
-        content = _plain(dataclasses.replace(self, pairs=())) | {"repeated_share": _plain(self.repeated_share)}
+        content = plain(dataclasses.replace(self, pairs=())) | {"repeated_share": plain(self.repeated_share)}
         del content["pairs"]
         if not self.by_source:
             del content["by_source"]
@@ -247,7 +247,7 @@ class Comparison:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values; what is not a number is None."""
-        content = _plain(self)
+        content = plain(self)
         if not self.by_source:
             del content["by_source"]
         return content
@@ -404,20 +404,20 @@ def _column(pairs: Sequence[PairRecord], name: str) -> Tensor:
 
 
 def save_json(content: Mapping[str, Any], path: str | Path) -> None:
-    """Write a mapping of plain values as JSON, whole or not at all."""
-    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a mapping as JSON, whole or not at all; what is not a number is null."""
+    write_whole(path, json.dumps(plain(content), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """Named tuples and dataclasses as mappings; nan and infinities as None."""
     if dataclasses.is_dataclass(value):
-        return _plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
+        return plain({f.name: getattr(value, f.name) for f in dataclasses.fields(value)})
     if hasattr(value, "_asdict"):
-        return _plain(value._asdict())
+        return plain(value._asdict())
     if isinstance(value, Mapping):
-        return {name: _plain(item) for name, item in value.items()}
+        return {name: plain(item) for name, item in value.items()}
     if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -10,6 +10,7 @@ The forward pass is training's own: packed rows with a shared prompt, bf16 autoc
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import random
@@ -228,6 +229,28 @@ def load_pairs(
         dataset = dataset.select(chosen)
         notes = (f"{max_pairs} of {count} pairs, chosen by seed {settings.seed}", *notes)
     return EvalPairs(PairStore(dataset), name, found, notes)
+
+
+def on_both(first: EvalPairs, other: EvalPairs, *, max_pairs: int | None, seed: int) -> tuple[EvalPairs, EvalPairs]:
+    """The same pairs in the tokens of two models: those that neither lacks, at most `max_pairs`, a seeded choice."""
+    ids = [list(each.store.dataset["row_id"]) for each in (first, other)]
+    known = {*ids[1]}
+    both = [row_id for row_id in ids[0] if row_id in known]
+    if not both:
+        raise ValueError(f"{first.name}: no pair is left in the tokens of both models")
+    notes = ()
+    if apart := len({*ids[0]} ^ known):
+        notes = (f"{apart} pairs are left out, which one of the two models cannot take as its template or length is",)
+    if max_pairs is not None and max_pairs < len(both):
+        notes = (f"{max_pairs} of {len(both)} pairs, chosen by seed {seed}", *notes)
+        both = random.Random(f"{seed} evaluate").sample(both, max_pairs)
+    wanted = {*both}
+    taken = ([place for place, row_id in enumerate(each) if row_id in wanted] for each in ids)
+    found = [
+        dataclasses.replace(each, store=PairStore(each.store.dataset.select(places)), notes=(*notes, *each.notes))
+        for each, places in zip((first, other), taken, strict=True)
+    ]
+    return found[0], found[1]
 
 
 _Found = tuple[str, Any, str | None, tuple[str, ...]]  # name, dataset, split and notes of some pairs

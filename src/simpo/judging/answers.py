@@ -62,10 +62,11 @@ def find_prompts(recipe: Recipe) -> Prompts:
     """
     wanted = recipe.judge
     changes = {"generate.prompts": wanted.prompts, "generate.max_prompts": wanted.max_prompts}
-    held_out = wanted.prompts is None
+    changes["generate.keep_columns"] = None  # these prompts may lack what those of training have
+    held_out, also_keep = wanted.prompts is None, (*KEPT_COLUMNS, *(recipe.generate.keep_columns or ()))
     if held_out and not recipe.dataset_mixer:
         raise ValueError("judge.prompts: no prompts to answer; name a file or dataset of prompts there")
-    return read_prompts(load_recipe(recipe, changes), held_out=held_out, also_keep=KEPT_COLUMNS)
+    return read_prompts(load_recipe(recipe, changes), held_out=held_out, also_keep=also_keep)
 
 
 def save_prompts(prompts: Sequence[Prompt], path: Path, *, is_own: bool) -> None:
@@ -117,7 +118,7 @@ def answers_of(recipe: Recipe, name: str, label: str, prompts: Sequence[Prompt],
             examples = [{"row_id": each.row_id, "detail": f"{name} has no answer to it"} for each in missing[:3]]
             left_out = {"no answer": {"count": len(missing), "examples": examples}}
         return Side(name, generator or label, answers, left_out)
-    path = run_generate(_sampling(recipe, name, asked), output=folder / f"{label}.jsonl")
+    path = run_generate(_sampling(recipe, name, asked), output=folder / f"{label}.jsonl", keeps_others=True)
     answers = {
         row["id"]: Answer(row["responses"][0]["text"], row["responses"][0]["num_tokens"]) for row in read_rows(path)
     }

@@ -125,7 +125,7 @@ class _Both:
         told = {
             name: spec | {"keep_answers": True} if spec["kind"] == "judge" else spec for name, spec in scorers.items()
         }
-        # A row's name says which texts are in it: more rows leave what is judged as it is.
+        # A row's name says what is in it: more rows leave what is judged as it is, and a corrected reference does not.
         run_score(
             load_recipe(recipe, {"score.scorers": told}), input=compared, output=scored, digest="compared answers"
         )
@@ -141,12 +141,15 @@ class _Both:
 
     def _row(self, prompt: Prompt) -> dict[str, Any]:
         answers = self.answers[prompt.id]
-        digest = hashlib.blake2b(json.dumps([answer.text for answer in answers]).encode(), digest_size=6).hexdigest()
+        more = {name: value for name in ("columns", "tools") if (value := getattr(prompt, name))}
+        told = [answer.text for answer in answers] + [more] * bool(more)
+        digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
         return {
             "id": f"{prompt.id}-{digest}",
             "row_id": prompt.row_id,
             "prompt": prompt.turns,
-            "columns": dict(prompt.columns),
+            "columns": {},
+            **more,
             "responses": [
                 {"text": answer.text, "num_tokens": answer.num_tokens, "finished": True, "logprob": None}
                 for answer in answers

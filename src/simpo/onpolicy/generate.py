@@ -38,13 +38,14 @@ KEYS_OF_BACKENDS = {
 }
 
 
-def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
+def run_generate(recipe: Recipe, *, output: str | Path | None = None, keeps_others: bool = False) -> Path:
     """Sample responses to the recipe's prompts, and return the file that they are in.
 
     What the file has already is not done again. Its account is in FILE.json, see `Journal`.
 
     Args:
         output: FILE.jsonl; None = responses.jsonl in the recipe's output_dir.
+        keeps_others: the file may have responses to other prompts, which stay, behind these.
     Raises:
         ValueError: no prompts, model or backend; settings that cannot be; a file that was begun with other ones.
         Interrupted: Ctrl-C or SIGTERM; the message says how far it came, and how it goes on.
@@ -76,12 +77,13 @@ def run_generate(recipe: Recipe, *, output: str | Path | None = None) -> Path:
     with Journal(output, {"generate": keys, **backend.settings}) as journal:
         journal.left_out.update(found.left_out)
         by_id = {prompt.id: prompt for prompt in found.prompts}
-        journal.check_inputs(by_id.keys())
-        journal.renew(lambda row: _with_columns(row, by_id[row["id"]]))
+        if not keeps_others:
+            journal.check_inputs(by_id.keys())
+        journal.renew(lambda row: _with_columns(row, by_id[row["id"]]) if row["id"] in by_id else row)
         with interruptible(lambda: f"{journal.path}: responses to {len(journal.done)} of {count} prompts are there"):
             _fill(journal, found.prompts, backend, console, wanted.num_samples)
         summary = {"input_rows": found.rows, "repeated_prompts": found.repeated, **_count(journal)}
-        journal.finish([prompt.id for prompt in found.prompts], summary)
+        journal.finish([prompt.id for prompt in found.prompts], summary, keeps_others=keeps_others)
         say(f"responses: {journal.path}  ({_describe(summary)})", console)
     return journal.path
 
