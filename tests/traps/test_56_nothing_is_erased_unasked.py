@@ -100,11 +100,14 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over_and_keeps_its_log(
 
 def test_what_is_done_again_on_purpose_is_kept_until_its_owner_deletes_it(finished: Settings) -> None:
     folder = Path(finished["output_dir"])
+    of_model = {"evaluation.json", "trackers.json"}  # what was measured of it, and the curves that it has elsewhere
+    for name in of_model:
+        (folder / name).write_text("{}")
     before = content(folder)
     step_4 = str(folder / "checkpoints" / "step-4")
     build(finished, resume_from_checkpoint=step_4).run()
     logs_and_model = {name for name in before if name.startswith("model/")}
-    logs_and_model |= {"metrics.jsonl", "eval_pairs.jsonl"}
+    logs_and_model |= {"metrics.jsonl", "eval_pairs.jsonl", *of_model}
     assert content(folder / "_superseded-1") == {name: before[name] for name in logs_and_model}
     later = content(folder / "checkpoints" / "_superseded-1")
     assert later == {

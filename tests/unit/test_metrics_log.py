@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import sys
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -62,13 +63,13 @@ def test_trackers_get_name_config_and_every_finite_number(
     )
     monkeypatch.setitem(sys.modules, name, fake)
     MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=[name], output_dir=str(tmp_path / "folder"))).close()
-    assert calls[0][1][run_name] == "folder"
+    assert re.fullmatch("folder-[0-9a-f]{6}" if name == "trackio" else "folder", calls[0][1][run_name])
     calls.clear()
     log = MetricsLog(tmp_path / "metrics.jsonl", recipe(report_to=[name], run_name="first"))
     log.write({"loss": 1.5, "rewards/margins": math.nan}, step=7)
     log.close()
     assert [kind for kind, _ in calls] == ["init", "log", "finish"]
-    assert calls[0][1][run_name] == "first"
+    assert calls[0][1][run_name].startswith("first")
     assert calls[0][1]["config"]["loss_type"] == "sigmoid"
     assert calls[1][1] == (7, {"loss": 1.5})
     known = {"name": "the name"} if name == "trackio" else {"id": "the id", run_name: "first"}

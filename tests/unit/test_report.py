@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
+import socket
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -21,6 +23,7 @@ from simpo.report.charts import POINTS, smooth, thin
 from simpo.report.differences import mark_differences
 from simpo.report.held_out import of_run
 from simpo.report.read import Curve, read_run
+from simpo.run.lock import LOCK_FILE
 
 
 class Elements(HTMLParser):
@@ -312,6 +315,25 @@ def test_a_watched_page_follows_the_run_until_it_ends(tmp_path: Path, monkeypatc
         False,
     ]
     assert len(said) == 2
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_a_page_is_not_watched_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was for a run that ended without a model, and rounds ended with the first of them."""
+    folder = write_run(tmp_path / "run", steps=10, total=40, finished=False, evaluations=())
+    waits = []
+    monkeypatch.setattr(write_module.time, "sleep", waits.append)
+    watch_runs([folder], say=waits.append)
+    assert 20 <= waits.count(2.0) <= 40, "a minute, in which a launcher may start it again"
+    (folder / "model").mkdir()
+    (folder / LOCK_FILE).write_text(f"process {os.getpid()} on {socket.gethostname()} since today")
+    waits.clear()
+    monkeypatch.setattr(write_module.time, "sleep", lambda _: waits.append((folder / LOCK_FILE).unlink()))
+    watch_runs([folder], say=lambda _: None)
+    assert waits == [None], "while it is at work"
+    (folder / LOCK_FILE).write_text(f"process {2**22 + 1} on {socket.gethostname()} since today")
+    watch_runs([folder], say=lambda _: None)
+    assert waits == [None], "one that was killed is not"
 
 
 def test_the_command_names_the_page_and_what_is_no_run(finished: Path, tmp_path: Path) -> None:

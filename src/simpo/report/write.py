@@ -20,6 +20,7 @@ from simpo.report.page import render
 from simpo.report.read import is_run, read_run
 from simpo.report.rounds import is_rounds, page_of_rounds, runs_of_rounds
 from simpo.report.several import page_of_runs
+from simpo.run.lock import is_at_work
 
 OFF = "SIMPO_REPORT"
 """In the environment, 0 keeps runs from leaving reports; `simpo report` writes them all the same."""
@@ -125,12 +126,16 @@ def watch_runs(
     say: Callable[[str], None],
     every_s: float = 2.0,
 ) -> None:
-    """Write the report whenever a run has logged more, until all of them are finished; the page follows by itself."""
-    runs = find_runs([Path(folder) for folder in folders])
+    """Write the report whenever a run has logged more; the page follows by itself.
+
+    It ends when nobody is at work and all runs have their models, or nobody has been for a minute.
+    """
     seen: list[tuple[int, int]] = []
-    said = False
+    said, quiet_s = False, 0.0
     while True:
-        done = all((run / "model").is_dir() for run in runs)
+        runs = find_runs(places := [Path(folder) for folder in folders])  # rounds and trials become more
+        quiet_s = 0.0 if any(map(is_at_work, {*places, *runs})) else quiet_s + every_s
+        done = quiet_s >= (every_s if all((run / "model").is_dir() for run in runs) else _QUIET_S)
         files = [run / name for run in runs for name in _GROWING]
         now = [(stat.st_mtime_ns, stat.st_size) for file in files if file.is_file() for stat in [file.stat()]]
         if now != seen or done:
@@ -146,3 +151,4 @@ def watch_runs(
 
 _GROWING = ("metrics.jsonl", "generations.jsonl", "guard.jsonl")
 _RELOAD_S = 5
+_QUIET_S = 60.0

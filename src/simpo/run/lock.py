@@ -96,6 +96,22 @@ class OutputLock:
         self.release()
 
 
+def is_at_work(folder: Path) -> bool:
+    """Whether a process has a run directory, as far as its lock's words tell: one that was killed here has not."""
+    try:
+        words = (folder / LOCK_FILE).read_text(encoding="utf-8", errors="replace").split()
+    except OSError:
+        return False
+    if len(words) > 3 and words[1].isdigit() and words[3] == socket.gethostname() and os.name == "posix":
+        try:
+            os.kill(int(words[1]), 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            pass
+    return True
+
+
 _FAR = 2**30  # Windows lets nobody read what is locked, and the owner's name is to be read
 _TRIES = 1000
 

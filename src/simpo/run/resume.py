@@ -27,7 +27,7 @@ from simpo.run.saved import (
     with_advice,
 )
 from simpo.run.stopping import StoppedByGuard
-from simpo.run.tracking import LOGS
+from simpo.run.tracking import LOGS, TRACKERS_FILE
 
 if TYPE_CHECKING:
     from simpo.data.cache import PreparedData
@@ -153,18 +153,21 @@ def _named_checkpoint(path: Path, kind: CheckpointKind) -> Checkpoint | None:
 def put_aside(recipe: Recipe, resumed: Checkpoint | None, kind: CheckpointKind = NATIVE) -> Path | None:
     """Move what this start would replace, though nobody asked it to, into a folder `_superseded-N`; None if nothing is.
 
-    A run that starts over leaves its logs. One that is resumed from a checkpoint that was named leaves its model, what
-    its logs hold so far, and later checkpoints. Call it once nothing can be refused any more.
+    A run that starts over leaves its logs. One that is resumed from a checkpoint that was named leaves its model with
+    what was measured of it, what its logs hold so far, and later checkpoints; then its trackers begin new runs. Call it
+    once nothing can be refused any more.
     """
     output_dir, wanted = Path(recipe.output_dir), recipe.resume_from_checkpoint
     logs = [output_dir / name for name in LOGS]
     if resumed is None or resumed.folder.resolve().parent != (output_dir / "checkpoints").resolve():
         old = output_dir / "recipe.yaml"
         is_other = old.is_file() and old.read_text(encoding="utf-8", errors="replace") != recipe.to_yaml()
-        return supersede(output_dir, [*logs, *[old] * is_other])
+        return supersede(output_dir, [*logs, output_dir / TRACKERS_FILE, *[old] * is_other])
     if not isinstance(wanted, str) or Path(wanted).resolve() != resumed.folder.resolve():
         return None
-    aside = supersede(output_dir, [output_dir / "model"], copied=logs)
+    left = [output_dir / name for name in (TRACKERS_FILE, "evaluation.json", "evaluation.pairs.jsonl", "model")]
+    has_later = any(c.step > resumed.step for c in list_checkpoints(output_dir / "checkpoints", kind))
+    aside = supersede(output_dir, left if left[-1].exists() else left[:1] * has_later, copied=logs)
     supersede_checkpoints(output_dir / "checkpoints", resumed.step, kind)
     return aside
 

@@ -6,6 +6,7 @@ Must not import the trainer or evaluation.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib
 import importlib.util
 import json
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 
 GENERATIONS_FILE = "generations.jsonl"
+TRACKERS_FILE = "trackers.json"
 LOGS = ("metrics.jsonl", GENERATIONS_FILE, EVAL_PAIRS_FILE, "guard.jsonl")
 """What a run directory holds of each step."""
 
@@ -142,7 +144,7 @@ def _start_trackers(
     recipe: Recipe, folder: Path, resume_step: int, say: Callable[[str], None]
 ) -> dict[str, _TensorBoard | _RunTracker | _MLflow]:
     """A run that is resumed goes on in the runs of its trackers, which trackers.json names."""
-    path = folder / "trackers.json"
+    path = folder / TRACKERS_FILE
     known: dict[str, str] = {}
     if resume_step and path.exists():
         with contextlib.suppress(ValueError):  # cut short, by a loss of power: new runs
@@ -192,6 +194,9 @@ class _RunTracker:
     def __init__(self, name: str, recipe: Recipe, folder: Path, run: str | None, resume_step: int) -> None:
         self._module = module = importlib.import_module(name)
         options = {"experiment_name" if name == "swanlab" else "name": _name_of(recipe)}
+        if name == "trackio":  # which has no ids, and takes the latest run of a name
+            where = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=3).hexdigest()
+            options = {"name": f"{options['name']}-{where}"}
         if run and f"{name.upper()}_RUN_ID" not in os.environ:
             options |= {"name" if name == "trackio" else "id": run, "resume": "allow"}
         project = os.environ.get(f"{name.upper()}_PROJECT", "simpo")
