@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import os
+import shlex
 import tempfile
 import textwrap
 from collections import Counter
@@ -138,7 +139,11 @@ def choose_recipe(data: str, words: Sequence[str], *, recipe_name: str, gpus: in
     values |= {key: value for key, (value, _) in found.items()}
     for key in sorted(given.model_fields_set - {*values, "dataset_mixer"}, key=list(KEYS).index):
         values[key], reasons[key] = getattr(given, key), "as given"
-    launch = launch_line(plan, recipe, recipe_name=recipe_name) if machines.gpus > 1 else f"simpo train {recipe_name}"
+    launch = (
+        launch_line(plan, recipe, recipe_name=recipe_name)
+        if machines.gpus > 1
+        else f"simpo train {shlex.quote(recipe_name)}"
+    )
     return Chosen(values, reasons, facts, launch)
 
 

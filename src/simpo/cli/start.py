@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -52,4 +53,6 @@ def init(
     with path.open("x", encoding="utf-8") as file:
         file.write(chosen.to_yaml())
     say_chosen(chosen.facts)
-    typer.echo(f"{recipe} is written; its comments say why. Next:\n  simpo check {recipe}\n  {chosen.launch}")
+    typer.echo(
+        f"{recipe} is written; its comments say why. Next:\n  simpo check {shlex.quote(recipe)}\n  {chosen.launch}"
+    )

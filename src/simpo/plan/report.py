@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import asdict
 from typing import Any
 
@@ -82,7 +83,7 @@ def launch_line(plan: Plan, recipe: Recipe, *, recipe_name: str) -> str:
     if recipe.gradient_checkpointing:
         planned = planned.model_copy(update={"gradient_checkpointing": False})  # no need to say it again
     words = [f"--{key.replace(': ', ' ')}" for key in changed_keys(plan.mesh, planned).split(", ") if key]
-    command = " ".join(["simpo train", recipe_name, *words])
+    command = " ".join(["simpo train", shlex.quote(recipe_name), *words])
     if machines.gpus == 1:
         return command
     where = ""

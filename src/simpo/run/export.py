@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -243,7 +244,7 @@ def upload_model(
     except Exception as error:
         raise OSError(
             f"push_to_hub: the run is complete and its model is in {folder}, but uploading it to {repository} failed: "
-            f"{first_line(error)}. To try again: hf upload {repository} {folder}"
+            f"{first_line(error)}. To try again: hf upload {repository} {shlex.quote(str(folder))}"
         ) from error
     display.say(f"uploaded to {hub.endpoint}/{repository}")
 

@@ -14,6 +14,7 @@ import contextlib
 import hashlib
 import json
 import re
+import shlex
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
@@ -179,7 +180,8 @@ def advise_whole(damaged: Checkpoint, kind: CheckpointKind, mesh: Mesh) -> str:
     for other in reversed(mesh.on_main(lambda: list_checkpoints(folder, kind))):
         if other.step != damaged.step and _is_whole(other, kind, mesh):
             recipe = folder.parent / "recipe.yaml"
-            words = f"{recipe if recipe.is_file() else 'RECIPE'} --resume_from_checkpoint {other.folder}"
+            named = shlex.quote(str(recipe)) if recipe.is_file() else "RECIPE"
+            words = f"{named} --resume_from_checkpoint {shlex.quote(str(other.folder))}"
             return (
                 f"{other.folder.name} is the newest whole one; go on from it: {kind.command.split(' or ')[0]} {words}"
             )

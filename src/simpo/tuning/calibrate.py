@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,7 @@ def run_calibrate(
     write_whole(target, f"{_HEAD}{reasons}\n{chosen.to_yaml(for_any_processes=True)}")
     for line in lines:
         display.say(line)
-    display.say(f"recipe: {target}; train it with `simpo train {target}`")
+    display.say(f"recipe: {target}; train it with `simpo train {shlex.quote(str(target))}`")
     return target
 
 
