@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import functools
 import gzip
 import json
 import os
@@ -13,9 +14,10 @@ from typing import Any
 
 import pytest
 
+from simpo.data.columns import RowError
 from simpo.onpolicy.scorers import build_rater
 from simpo.onpolicy.scorers import code as scorer
-from simpo.onpolicy.scorers.code import find_code, run_tests
+from simpo.onpolicy.scorers.code import find_blocks, run_tests
 from simpo.recipe import load_recipe
 from simpo.recipe.scorers import read_scorer
 
@@ -27,7 +29,7 @@ def options(**more: Any):
 
 
 def passes(code: str, **more: Any) -> bool:
-    return run_tests(code, TESTS, options(**more))[0]
+    return run_tests([code], TESTS, options(**more))[0]
 
 
 def test_code_passes_when_its_tests_come_to_their_end():
@@ -134,10 +136,132 @@ def test_a_machine_that_cannot_lock_code_up_is_refused_unless_the_recipe_says_so
 
 
 def test_which_text_is_code():
-    assert find_code("x = 1") == "x = 1"
-    assert find_code("So:\n```python\nx = 1\n```\nthen\n```\ny = 2\n```\nand\n```bash\nls\n```") == "x = 1\n\ny = 2\n"
-    assert find_code("```py\nx = 1\n") == "x = 1\n"
-    assert find_code("```java\nx\n```") == ""
+    assert find_blocks("x = 1") == ["x = 1"]
+    assert find_blocks("So:\n```python\nx = 1\n```\nthen\n```py\ny = 2\n```\n```bash\nls\n```") == [
+        "x = 1\n",
+        "y = 2\n",
+    ]
+    assert find_blocks("```\nx = 1\n```\nthen\n```\ny = 2\n```\nand\n```bash\nls\n```") == ["x = 1\n", "y = 2\n"]
+    assert find_blocks("```py\nx = 1\n") == ["x = 1\n"]
+    assert find_blocks("```java\nx\n```") == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```python\nCODE\n```\nIt prints:\n```\nHello, World!\n```",
+        "```\nCODE\n```\nIt prints:\n```\n>>> add(2, 3)\n5\n```",
+        "```python\ndef add(a, b:\n```\nNo:\n```python\nCODE\n```\n```python\n>>> add(2, 3)\n5\n```",
+        "1. This:\n\n   ```python\n   CODE\n   ```\n2. Done",
+        "- ```python\n  CODE\n  ```\n- Done",
+        "<think>\n```python\ndef add(a, b:\n```\n</think>\n\n```python\nCODE\n```",
+        "<think>\nSum them.\n</think>\nCODE",
+        "~~~python\nCODE\n~~~\nIt adds.",
+        "````python\nDOC = '''\n```\n'''\nCODE\n````\nIt adds.",
+        "``` {.python title=x}\nCODE\n```\nIt adds.",
+        "Call ```add``` so:\n```add(1, 2)```\n```python\nCODE\n```\nIt adds.",
+        "```python\r\nCODE\r\n```\r\nIt adds.",
+        "```python\nEND = '</think>'\nCODE\n```\nIt adds.",
+    ],
+    ids=str,
+)
+def test_code_is_found_in_any_markdown(text: str):
+    found = find_blocks(text.replace("CODE", "def add(a, b): return a + b"))
+    assert run_tests(found, "assert add(2, 3) == 5", options())[0]
+
+
+def test_a_block_keeps_the_indent_that_continues_the_prelude():
+    found = find_blocks("```python\n    return a + b\n```\nIt adds.")
+    assert run_tests(found, "assert add(2, 3) == 5", options(), prelude="def add(a, b):")[0]
+
+
+RIGHT, WRONG = (f"```python\ndef add(a, b):\n    return a {sign} b\n```" for sign in "+-")
+CHECK = "METADATA = dict(a=1)\ndef check(candidate):\n    assert candidate(2, 3) == 5\n"
+UNITTEST = "import unittest\nclass Adding(unittest.TestCase):\n    def test_one(self): self.assertEqual(add(2, 3), 5)\n"
+
+
+@functools.cache
+def rater(**more: Any):
+    return build_rater("code", options(timeout_s=5, **more), load_recipe({"model_name_or_path": "any"}))
+
+
+def rate(tests: Any, **columns: Any) -> Any:
+    """What a right and a wrong response get, or the reason that none gets anything."""
+    row = {"id": "a", "responses": [{"text": RIGHT}, {"text": WRONG}], "columns": {"tests": tests, **columns}}
+    [(_, scores)] = rater(prelude="prelude" if "prelude" in columns else None).rate([row])
+    return scores
+
+
+@pytest.mark.parametrize(
+    ("tests", "columns"),
+    [
+        ("assert add(2, 3) == 5", {}),
+        (["assert add(0, 0) == 0", "assert add(2, 3) == 5"], {}),
+        (["def one():", "    assert add(2, 3) == 5", "one()"], {}),
+        ("from solution import add\ndef test_add(): assert add(2, 3) == 5", {}),
+        (["def test(): assert add(2, 3) == 5", "def test(): assert add(0, 0) == 0"], {}),
+        ("def same(a, b): assert a == b\ndef test_add(): same(add(2, 3), 5)", {}),
+        ("async def test_add(): assert add(2, 3) == 5", {}),
+        ("def test_add(): assert add(2, 3) == 5\nif __name__ == '__main__': test_add()", {}),
+        (
+            "class TestAdd:\n    def setup_method(self): self.x = 5\n    def test_it(self): assert add(2, 3) == self.x",
+            {},
+        ),
+        (UNITTEST, {}),
+        (UNITTEST + "unittest.main()", {}),
+        (UNITTEST + "unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(Adding))", {}),
+        (CHECK + "check(add)", {}),
+        (CHECK + "check(add)", {"entry_point": "add"}),
+        (CHECK, {"entry_point": "add"}),
+        ("equal(add(2, 3), 5)", {"prelude": ["import math", "def equal(a, b):", "    assert math.isclose(a, b)"]}),
+        ("x: int = 5\ny = 0\ndel y\nassert [add(2, 3) for _ in range(x)] == [x] * x and 'x' in globals()", {}),
+    ],
+    ids=str,
+)
+def test_whatever_tests_there_are_are_run(tests: Any, columns: dict[str, Any]):
+    assert rate(tests, **columns) == [1, 0]
+
+
+def test_a_test_runs_once():
+    tests = "from solution import *\nruns = []\ndef test_once():\n    runs.append(add(1, 1))\n    assert runs == [2]\n"
+    assert (
+        rate(tests + "test_once()")
+        == rate(tests)
+        == rate(tests + "def test_twice(): test_once()\ntest_twice()")
+        == [1, 0]
+    )
+
+
+@pytest.mark.parametrize(
+    ("tests", "says"),
+    [
+        ("", "blank"),
+        ([], "blank"),
+        (["", "\n"], "blank"),
+        ({"inputs": ["2 3"], "outputs": ["5"]}, "an object"),
+        ([["assert add(2, 3) == 5"]], "a list, not"),
+        (5, "a number"),
+        ('{"inputs": ["2 3"], "outputs": ["5"]}', "passes whatever"),
+        ('["assert add(2, 3) == 5"]', "passes whatever"),
+        ("# assert add(2, 3) == 5", "passes whatever"),
+        ("print(add(2, 3))", "passes whatever"),
+        ("try: assert add(2, 3) == 5\nexcept Exception: print('failed')", "passes whatever"),
+        ("assert (add(2, 3) == 5, 'sum')", "passes whatever"),
+        ("def test_add(): return add(2, 3) == 5", "passes whatever"),
+        (CHECK, "nothing calls check;"),
+        ("from solution import *\n" + CHECK, "nothing calls check;"),
+        ("def test_add(a, b): assert add(a, b) == 5", "nothing calls test_add;"),
+        ("def test_one(): assert add(2, 3) == 5\ndef test_add(a, b): assert add(a, b) == 5", "nothing calls test_add;"),
+        ("class TestAdd:\n    def test_it(self, a): assert add(a, 3) == 5", r"nothing calls TestAdd\.test_it;"),
+        (">>> add(2, 3)\n5", "cannot run here"),
+        ("from no_such_module import add\nassert add(2, 3) == 5", "cannot run here.*no_such_module"),
+    ],
+    ids=str,
+)
+def test_tests_that_test_nothing_leave_their_row_out(tests: Any, says: str):
+    error = rate(tests)
+    assert isinstance(error, RowError)
+    assert re.search(says, str(error))
 
 
 def test_real_solutions_pass_and_real_bugs_are_found(real_data: Path):

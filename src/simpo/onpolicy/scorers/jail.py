@@ -1,15 +1,21 @@
 """Runs Python that a model wrote, and its tests, in this process, after taking from it what it could do harm with.
 
 A script of its own, started as `python -I jail.py FOLDER`; imports the standard library alone. On stdin comes a line
-of JSON, {"code", "tests", "memory_mib", "time_s", "unsafe"}, and behind it a secret. Only when the tests have come to
-their end the secret is read and written to FOLDER/result: no exit status and no output stands for success.
+of JSON, {"prelude", "blocks", "tests", "entry_point", "memory_mib", "time_s", "unsafe"}, and behind it a secret. Only
+when the tests have come to their end the secret is read and written to FOLDER/result, and behind it what is wrong with
+the tests: no exit status and no output stands for success.
+
+Where `blocks` is null it is the tests that are tried: `Anything` stands for the code, and no tests should pass.
 
 What holds the code, on Linux on x86-64 and ARM64, without any privilege: resource limits; no capabilities; Landlock,
 which leaves it Python's own files to read and nothing to write; and a seccomp filter, without new processes, programs,
 sockets, shared memory or signals to others. Threads and what they need remain.
 """
 
+import builtins
+import contextlib
 import ctypes
+import functools
 import json
 import math
 import os
@@ -66,16 +72,147 @@ def main() -> None:
         if not job["unsafe"]:
             os.write(result, f"{error.strerror}".encode())
             os._exit(1)
-    module = sys.modules["solution"] = types.ModuleType("solution")
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, job["time_s"])  # what sets it aside meets the one outside
+    trial, wrong = job["blocks"] is None, ""
     try:
-        for part in ("code", "tests"):
-            exec(compile(job[part], part, "exec"), module.__dict__)
-    except BaseException:  # whatever it is, exit included, it is not the end of the tests
-        os._exit(1)
-    os.write(result, os.read(secret, 64))
+        names = load_anything(job["prelude"]) if trial else load(job["prelude"], job["blocks"])
+        if left := run(job["tests"], names, job["entry_point"]):
+            wrong = f"nothing calls {', '.join(left)}"
+    except BaseException as error:  # whatever it is, exit included, it is not the end of the tests
+        if not (trial and isinstance(error, (SyntaxError, ImportError))):
+            os._exit(1)
+        wrong = f"they cannot run here ({error})"
+    os.write(result, os.read(secret, 64) + wrong.encode())
     os._exit(0)
+
+
+def load(prelude: str, blocks: list) -> dict:
+    """Run the code as the module `solution`, without the blocks that are no Python if it is none with them."""
+
+    def is_python(block: str) -> bool:
+        try:
+            return bool(compile(block, "code", "exec"))
+        except SyntaxError:
+            return False
+
+    module = sys.modules["solution"] = types.ModuleType("solution")
+    try:
+        program = compile("\n".join([prelude, *blocks]), "code", "exec")
+    except SyntaxError:  # a draft, a session, an output
+        program = compile("\n".join([prelude, *filter(is_python, blocks)]), "code", "exec")
+    exec(program, vars(module))
+    return vars(module)
+
+
+class Anything:
+    """Can be called and has every attribute, and no comparison with it is true or false."""
+
+    def __call__(self, *_, **__):
+        return Anything()
+
+    def __getattr__(self, name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return Anything()
+
+    def __bool__(self):
+        raise TypeError("it is anything")
+
+    def __eq__(self, other):
+        return Anything()
+
+    __ne__ = __lt__ = __le__ = __gt__ = __ge__ = __eq__
+    __hash__ = None
+
+
+def load_anything(prelude: str) -> dict:
+    """A module `solution` in which every name that the prelude does not have is Anything."""
+
+    class Names(dict):
+        def __missing__(self, name):
+            if name.startswith("__") or hasattr(builtins, name):
+                raise KeyError(name)
+            return Anything()
+
+    def find(name):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return names[name] if name in names else Anything()
+
+    names = Names(__name__="solution")
+    module = sys.modules["solution"] = types.ModuleType("solution")
+    module.__getattr__ = find
+    with contextlib.suppress(BaseException):  # it may be the beginning of something
+        exec(compile(prelude, "code", "exec"), names)
+    return names
+
+
+def run(tests: str, names: dict, entry_point) -> list:
+    """Run tests, and then what they define and did not call, as pytest would; returns what could not be called."""
+    waiting, classes = {}, []
+
+    class Noted(dict):  # the tests' own names, which are kept in `names` like all others
+        def __missing__(self, name):
+            return names[name]
+
+        def __setitem__(self, name, value):
+            if getattr(value, "__module__", "") == "solution" and names.get(name) is not value:
+                if isinstance(value, type):
+                    classes.append(value)
+                elif isinstance(value, types.FunctionType) and value.__name__ == name:
+                    value = note(value) if name == "check" or name.startswith("test") else value
+            names[name] = value
+
+        def __delitem__(self, name):
+            del names[name]
+
+    def note(function):
+        @functools.wraps(function)
+        def call(*arguments, **named):
+            waiting.pop(call, None)
+            return function(*arguments, **named)
+
+        waiting[call] = function
+        return call
+
+    def needs(function) -> int:
+        code = getattr(function, "__code__", None)
+        return code.co_argcount - len(function.__defaults__ or ()) if code else 0
+
+    if "unittest" in tests:
+        import unittest
+
+        unittest.main = lambda *_, **__: None  # it would look into this file, and exit
+    exec(compile(tests, "tests", "exec"), names, Noted())
+    for call, function in list(waiting.items()):
+        if call not in waiting:
+            continue
+        if call.__name__ == "check" and entry_point and needs(function) == 1:
+            call(eval(entry_point, names))
+        elif not needs(function) and hasattr(coroutine := call(), "__await__"):
+            import asyncio
+
+            asyncio.run(coroutine)
+    return [call.__name__ for call in waiting] + [name for each in classes for name in _run_class(each, needs)]
+
+
+def _run_class(tests: type, needs) -> list:
+    """Run unittest's tests, or pytest's as if they were; raises where one fails, returns what could not be called."""
+    import unittest
+
+    loader = unittest.defaultTestLoader
+    if not issubclass(tests, unittest.TestCase):
+        if not tests.__name__.startswith("Test") or not loader.getTestCaseNames(tests):
+            return []
+        case = unittest.IsolatedAsyncioTestCase
+        tests = type(tests.__name__, (tests, case), {"setUp": getattr(tests, "setup_method", case.setUp)})
+    methods = loader.getTestCaseNames(tests)
+    if left := [f"{tests.__name__}.{name}" for name in methods if needs(getattr(tests, name)) > 1]:
+        return left
+    if not loader.loadTestsFromTestCase(tests).run(unittest.TestResult()).wasSuccessful():
+        raise AssertionError
+    return []
 
 
 def limit(memory: int, time_s: float) -> None:
