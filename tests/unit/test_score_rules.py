@@ -6,6 +6,7 @@ import gzip
 import json
 import random
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -155,6 +156,74 @@ def test_answers_of_maths(reference: str, right: list[str], wrong: list[str]):
     columns = {"answer": reference}
     assert {text: rate("math", text, columns=columns) for text in right} == dict.fromkeys(right, 1.0)
     assert {text: rate("math", text, columns=columns) for text in wrong} == dict.fromkeys(wrong, 0.0)
+
+
+@pytest.mark.parametrize("compare", ["exact", "symbolic"])
+@pytest.mark.parametrize(
+    ("reference", "wrong"),
+    [
+        ("2", [r"\boxed{\sqrt{2}}", r"\boxed{2\pi}", r"\boxed{e^2}", r"\boxed{2ab}", r"\boxed{2 a}", r"\boxed{\pm 2}"]),
+        ("2", ["It is √2.", "So it is 2π.", r"It is $2 \pi$.", r"\boxed{2\mathrm{i}}", r"\boxed{\frac{2}{x}}"]),
+        ("2", ["The answer is not 2.", "The answer is 2 million.", "Answer: 2²", "#### 2. Multiply\n6*7 = 42."]),
+        ("2", ["#### Step 2: Multiply\n6*7 = 42.\n\nThe answer is 42."]),
+        ("3", [r"\boxed{3x}", r"\boxed{3 x}", r"\boxed{3!}", "The answer is $3!$."]),
+        ("4", [r"\boxed{\log 4}", "the answer is log 4", r"\boxed{(4, 5)}"]),
+        ("7", [r"\boxed{7i}", r"\boxed{-x+7}"]),
+        ("5", [r"\boxed{x > 5}", r"\boxed{x \ge 5}", "The answer is more than 5", r"\boxed{5m}"]),
+        ("5", ["the answer is \u22125.", "It is \u22125", r"\boxed{x = -5}"]),
+        ("11/2", [r"\boxed{1\frac12}", "1 1/2"]),
+        ("12", [r"\boxed{1 2}"]),
+        ("1", ["Answer: 1½", "Answer:\n1. Take 9\n2. Twice that is 18"]),
+        ("9", ["So the answer is 18. She sells 9 eggs."]),
+        ("3!", ["3", r"\boxed{3}"]),
+        ("5 km", ["5 m", "Answer: 5 miles", r"\boxed{5\text{ m}}"]),
+        ("y = 5", [r"\boxed{x = 5}"]),
+        ("Apollo 11", ["11"]),
+    ],
+)
+def test_an_answer_that_only_holds_the_number_is_wrong(reference: str, wrong: list[str], compare: str):
+    if compare == "symbolic":
+        pytest.importorskip("math_verify")
+    found = {text: rate("math", text, columns={"answer": reference}, compare=compare) for text in wrong}
+    assert found == dict.fromkeys(wrong, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("reference", "right"),
+    [
+        ("18", ["So the answer is 18. She sells 9 eggs.", "The answer is 18!", "<answer>18</answer>", "18 个"]),
+        ("18", ["The answer is **18 eggs**.", "x=18", r"\boxed{x = 18}", r"\boxed{9+9=18}", "$18/day", "18eggs"]),
+        ("18", ["The answer is 18 more eggs than before.", "Answer:\n1. Take 9\n2. Twice that is 18"]),
+        ("18", ["#### 18\n\nQ: And then?", "#### $18", "##### Step 4\nSo 18.", "#### Final Answer\n\n18"]),
+        ("42", ["The answer is 42 because 6*7 = 42.", "#### Step 2: Multiply\n6*7 = 42.\n\nThe answer is 42."]),
+        (
+            "42",
+            ["#### 1. Multiply\nThe answer is 42.", "The answer is 6*7 = 42.", r"\boxed{\approx 42}", "Answer: = 42"],
+        ),
+        ("10000", [r"\boxed{10{,}000}", r"\boxed{10\,000}", r"\boxed{10,\!000}"]),
+        ("-5", ["\\boxed{\u22125}", "the answer is \u22125.", "The answer is minus 5", r"\boxed{- 5}"]),
+        (r"\frac{3}{2}", [r"\boxed{1\frac{1}{2}}", r"\boxed{1\frac12}", "1 1/2", "Answer: 1 1/2 cups", "1½"]),
+        ("3/2", ["1 1/2", "The answer is 1 1/2."]),
+        ("18 dollars", ["#### 18", "$18", "18 dollars a day"]),
+        ("5", [r"\boxed{5\text{ cm}^2}", r"\boxed{5^\circ}", r"\boxed{5\text{ m/s}^{2}}", "5 m", "5cm^2", "5 cm²"]),
+        (r"5\text{ cm}^2", ["5", r"\boxed{5\text{ cm}^2}"]),
+        ("3x", [r"\boxed{3 x}"]),
+        ("A", ["The answer is (A).", "The answer is A because it is."]),
+        ("Apollo 11", ["Answer: Apollo 11", "The answer is Apollo 11. It flew."]),
+        ("x\u22121", [r"\boxed{x-1}"]),
+    ],
+)
+def test_an_answer_may_have_words_and_units_beside_it(reference: str, right: list[str]):
+    found = {text: rate("math", text, columns={"answer": reference}) for text in right}
+    assert found == dict.fromkeys(right, 1.0)
+
+
+def test_an_answer_that_runs_on_is_read_at_once():
+    began = time.monotonic()
+    for text in ("a" * 20_000 + " 5", "\n" * 10**4, " " * 10**4 + "x", "$\\(" * 10**4, "1" * 10**4, "1 " * 10**4):
+        for begin in ("", "Answer:", "#### ", "\\boxed{"):
+            rate("math", begin + text + "}", columns={"answer": "7"})
+    assert time.monotonic() - began < 20
 
 
 def test_equal_expressions_are_equal_where_that_is_asked_for():

@@ -11,6 +11,7 @@ import importlib.util
 import inspect
 import json
 import re
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from fractions import Fraction
 from importlib.metadata import version
@@ -166,77 +167,157 @@ def matches(options: Any, row: Row, response: Response) -> float:
 
 # --- exact answers of maths ------------------------------------------------------------------------------------------
 
-_NUMBERS = re.compile(r"[-+]?(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/\d+)?")
-_SAYS = re.compile(r"answer(?:\s+is|\s*\*{0,2}\s*[:=])\s*\**\s*:?\s*([^\n]+)", re.IGNORECASE)
+_SAYS = re.compile(  # but not the first item of a list below it
+    r"answer(?:\s+is|\s*\*{0,2}\s*[:=])\s*+\**+\s*+:?+\s*+(?!(?<=\n)\d+[.)][ \t])([^\n]+)", re.IGNORECASE
+)
+_HASHES = re.compile(r"(?<!#)####(?!#)\s*(?!\d+[.)][ \t]+\S)(?:(?=[-+$\\(*]*\.?\d)|(?=[^\n]*\s*\Z))([^\n]*)")
+_END = re.compile(
+    r"[.!?](?=[\s*\"']|$)|;|(?<!\s),?\s+(?:because|since|as|which|where|given|due)\b|(?<!\s)\s+[\u2013\u2014-]\s+(?=[^\W\d_]{3})"
+)
+_PIECE = re.compile(r"\$[^$\n]+\$|\\[(\[].+?\\[)\]]|[-+]?\d+ +\d+/\d+\S*|\S*[\w%](?= +[A-Za-z]) +[A-Za-z]+|\S+")
+_TEXT = re.compile(r"\\(?:text(?:bf|it|rm)?|math(?:rm|bf)|[mh]box)\s*\{([^{}]*)\}")
 _ORNAMENTS = re.compile(r"\\left|\\right|\\[!,;: ]|\\[()\[\]]|\^\{?\\circ\}?|\\?%|\\?\$|\*\*|~|\s")
+
+_NUMBER = re.compile(  # the first form is a mixed number, 1 1/2
+    r"[-+]?(?:\d+\s+\d+/\d+|(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/\d+)?)"
+)
+_SPELLINGS = [
+    (re.compile(pattern), spelling)
+    for pattern, spelling in (
+        (r"</?[A-Za-z]\w*>", " "),
+        (r"\\!|\\left|\\right|\\displaystyle|\\?[$%]|\^ *\{?\\circ\}?|°|\\[()\[\]{}]", ""),
+        (r"\\[,;: ]|~|\\quad", " "),
+        (r"\{,\}", ","),
+        (_TEXT, r" \1 "),
+        (r"\\(?:times|cdot|div)\b", "\u00d7"),
+        (r"\\approx\b", "≈"),
+        (r"(?<!\w)[*_]+(?=[\w.-])|(?<=[\w.])[*_]+(?!\w)", ""),  # Markdown's emphasis
+        (r"(?<=\d)\s+(?=\d{3}(?!\d))", ""),  # 10 000
+        (r"(?<=\d)\s*(?=\\[dt]?frac|[¼-¾⅐-⅞])", " "),
+        (r"[¼-¾⅐-⅞]", lambda found: unicodedata.normalize("NFKC", found[0]).replace("\u2044", "/")),
+        (r"\\[dt]?frac\s*(?:\{\s*(-?\d+)\s*\}|(\d))\s*(?:\{\s*(\d+)\s*\}|(\d))", r"\1\2/\3\4"),
+        (r"(?<=\d)\s*/\s*(?=\d)", "/"),
+        (r"^\s*-\s+|\b(?:[Nn]egative|[Mm]inus)\s+(?=[\d.])", "-"),
+        (r"(?<![A-Za-z])([A-Za-z]{2,}|[ms])\s*(?:\^\s*\{?-?[1-3]\}?|[²³])", r"\1"),  # cm^2
+        (r"/(?=[^\W\d_]{2})|(?<=[^\W\d_])/(?=[^\W\d_])", " per "),  # km/h
+        (r"(?<=[^\W_])-(?=[^\W\d_]{2})", " "),  # 5-minute
+        (r"\b[aI]\s+(?=[A-Za-z]{2})", ""),  # $18 a day
+    )
+]
+_LEFT_SIDE = re.compile(  # of x = 5, and of 9 + 9 = 18
+    r"^\s*+(?:(?:\\[A-Za-z]+\s*|[A-Za-z][^\d=≈<>\\^!]*|[-\d\s.,()+*/\u00d7÷·]*)[=≈]\s*+)+"
+)
+_OPERATOR = re.compile(r"[\\^_!=≈<>+*/|\u00d7÷·⋅±≤≥≠√∛∞∑∫∏…²³⁰-⁹万萬億亿千百-]|\.\.\.")
+_LETTERS = "A-Za-z\u0370-\u03ff"  # those of formulas
+_WORD = re.compile(f"[{_LETTERS}]+")
+_TOUCHING = re.compile(f"(?<=#)[{_LETTERS}]+|(?<![{_LETTERS}])[{_LETTERS}]+(?=#)")
+_SHORT = re.compile(  # 5 m may be metres; 5m, which is as often a formula, is asked about apart
+    r"[mgshlLCFNJWV]|(?i:[ckm]?m|[km]g|[cm]l|lbs?|ft|in|yd|mi|oz|hrs?|min|sec|[km]ph|hz|pa|k[jwn]|[kmgt]b|[ap]m|sq|st|nd|"
+    r"rd|th|us|rs|usd|eur|an|as|at|be|by|do|he|if|is|it|my|no|of|on|or|so|to|up|we|de|du|en|et|la|le|un|es|el|zu|im|di)"
+)
+_CHANGING = re.compile(  # words that make another number, or a bound, of the one beside them
+    r"\b(?:not|than|above|below|half|twice|double|triple|minus|negative|sqrt|cbrt|root|log|ln|lg|exp|abs|mod|floor|ceil|"
+    r"(?:a|arc)?(?:sin|cos|tan|cot|csc)h?)\b[^#]*#|"
+    r"#\W*(?:dozen|hundred|thousand|[mbtr]+illion|squared|cubed|factorial)\b",
+    re.IGNORECASE,
+)
 
 
 def answers_rightly(options: Any, row: Row, response: Response) -> float:
-    reference = str(column(row, options.reference))
-    wanted = stated_answer(reference) or reference
-    given = stated_answer(response["text"]) or _unmarked_answer(
-        response["text"], is_number=as_number(wanted) is not None
-    )
-    return float((_is_same if options.compare == "exact" else _is_equivalent)(wanted, given))
+    reference, text = (each.replace("\u2212", "-") for each in (str(column(row, options.reference)), response["text"]))
+    stated = stated_answers(reference) or [reference]
+    wanted = next((each for each in stated if _wanted_number(each)), stated[0])
+    given = stated_answers(text) or [_unmarked_answer(text, wanted)]
+    same = _is_same if options.compare == "exact" else _is_equivalent
+    return float(any(same(wanted, each) for each in given))
 
 
-def stated_answer(text: str) -> str | None:
-    r"""The last \boxed{...}, else what follows the last ####, else the last "answer is" or "Answer:"; None without."""
+def stated_answers(text: str) -> list[str]:
+    r"""The last \boxed{...}, else what follows the last ####, else the last "answer is" or "Answer:"; [] without.
+
+    After "answer is" come the line and what of it is left without what follows the sentence or gives reasons.
+    """
     begin = max(text.rfind("\\boxed{"), text.rfind("\\fbox{"))
     if begin >= 0:
         begin, depth = text.index("{", begin), 0
         for place in range(begin, len(text)):
             depth += {"{": 1, "}": -1}.get(text[place], 0)
             if not depth:
-                return text[begin + 1 : place]
-    if "####" in text:
-        return text.rpartition("####")[2].strip().partition("\n")[0]
+                return [text[begin + 1 : place]]
+    if marked := _HASHES.findall(text):
+        return [marked[-1]]
     said = _SAYS.findall(text)
-    return said[-1] if said else None
+    return [said[-1], _END.split(said[-1], maxsplit=1)[0]] if said else []
 
 
-def _unmarked_answer(text: str, *, is_number: bool) -> str:
-    """What a response that marks no answer may mean: its last number, or where no number is wanted all that it says."""
-    numbers = _NUMBERS.findall(text.replace("$", "")) if is_number else []
-    return numbers[-1] if numbers else text
+def _unmarked_answer(text: str, wanted: str) -> str:
+    """What a response that marks no answer may mean: the last that has a number, or where none is wanted all of it."""
+    numbers = [piece for piece in _PIECE.findall(text) if re.search(r"\d", piece)] if _wanted_number(wanted) else []
+    return numbers[-1].rstrip("!") if numbers else text
 
 
-def as_number(text: str) -> Fraction | None:
-    """The number that an answer is, without LaTeX, units and what else stands around it; None for other answers."""
-    plain = _plain(text)
-    plain = re.sub(r"\\frac\{?(-?\d+)\}?\{?(\d+)\}?", r"\1/\2", plain)
-    found = plain if _NUMBERS.fullmatch(plain) else None
+def _wanted_number(reference: str) -> tuple[Fraction, set[str]] | None:
+    """As read_number, where a reference begins with it and few words follow: neither "Apollo 11" nor "y = 5"."""
+    found = None if re.match(r"[^\d\\]*[^\W\d]|[^=]*[=≈]", reference) else read_number(reference)
+    return found if found and len(found[1]) < 5 else None
+
+
+def read_number(text: str) -> tuple[Fraction, set[str]] | None:
+    """The only number of an answer and the words behind it; None where anything but words and signs of money stands by.
+
+    A short run of letters is a word if it is a known one; others are variables.
+    """
+    for pattern, spelling in _SPELLINGS:
+        text = pattern.sub(spelling, text)
+    text = _LEFT_SIDE.sub("", text)
+    found = _NUMBER.findall(text)
+    if len(found) != 1:
+        return None
+    beside = text.replace(found[0], "#")
+    words, touching = _WORD.findall(beside), _TOUCHING.findall(beside)
+    if (
+        _OPERATOR.search(beside)
+        or _CHANGING.search(beside)
+        or not all(len(word) > 2 or _SHORT.fullmatch(word) for word in words)
+        or not all(len(word) > 3 or (len(word) > 1 and _SHORT.fullmatch(word)) for word in touching)
+    ):
+        return None
+    parts = [part.partition("/") for part in found[0].lstrip("+-").replace(",", "").split()]
     try:
-        return Fraction(found.replace(",", "").removeprefix("+")) if found else None
+        number = sum((Fraction(over) / Fraction(under or 1) for over, _, under in parts), Fraction())
     except (ValueError, ZeroDivisionError):
         return None
+    unit = {word.casefold().rstrip("s") or word for word in _WORD.findall(beside.partition("#")[2])}
+    return -number if found[0].startswith("-") else number, unit
 
 
 def _plain(text: str) -> str:
-    text = re.sub(
-        r"\\(?:text|mathrm|mbox|textbf)\{([^{}]*)\}",
-        r"\1",
-        text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"),
-    )
-    return _ORNAMENTS.sub("", text).rstrip(".,;:!").casefold()
+    text = _TEXT.sub(r"\1", text.replace("\\dfrac", "\\frac").replace("\\tfrac", "\\frac"))
+    text = re.sub(r"(?<=[^\W\d_]{2})!+$", "", _ORNAMENTS.sub("", text)).rstrip(".,;:").casefold()
+    return re.sub(r"^\(([^(),]*)\)$", r"\1", text)
 
 
 def _is_same(wanted: str, given: str) -> bool:
-    number = as_number(wanted)
+    number = _wanted_number(wanted)
     if number is None:
         return _plain(wanted) == _plain(given)
-    found = as_number(given)
-    if found is None:  # "18 eggs", "$18 a day": a unit may stand with one number
-        numbers = _NUMBERS.findall(given.replace("$", ""))
-        found = as_number(numbers[0]) if len(numbers) == 1 else None
-    return found == number
+    found = read_number(given)
+    if found is None or found[0] != number[0]:
+        return False
+    return not number[1] or not found[1] or number[1] <= found[1] or found[1] <= number[1]
 
 
 def _is_equivalent(wanted: str, given: str) -> bool:
     from math_verify import parse, verify
 
+    if _is_same(wanted, given):
+        return True
+    if _wanted_number(wanted):
+        given = _LEFT_SIDE.sub("", _TEXT.sub(r"\1", given.strip().strip("$")).replace("π", r"\pi ").rstrip(".,;:"))
+        if not given.isascii() or re.search(r"[A-Za-df-hj-z]", re.sub(r"\\[A-Za-z]+", "", given)):
+            return False  # no number has variables or words in it, which math-verify may leave out
     gold, found = (parse(f"${text.strip().strip('$')}$") for text in (wanted, given))
-    return _is_same(wanted, given) or verify(gold, found)
+    return verify(gold, found)
 
 
 RULES: dict[str, Callable[[Any, Row, Response], float]] = {
