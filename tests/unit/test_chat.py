@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -74,6 +75,24 @@ def test_the_base_stands_beside_the_trained_model(tiny_recipe: dict[str, Any]):
     assert named == f"[{run}]\n{alone[1]}[{base}]\n{alone[0]}"
     refused = CliRunner().invoke(app, ["chat", base, "--compare"])
     assert (refused.exit_code, "name it: --compare MODEL" in refused.stderr) == (2, True)
+
+
+def test_a_base_without_a_tokenizer_answers_with_the_one_that_training_took(
+    tiny_recipe: dict[str, Any], tiny_model: Path, tmp_path: Path
+):
+    from simpo.display import Display
+    from simpo.trainer import Trainer
+
+    base = tmp_path / "base"
+    base.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(tiny_model / name, base)
+    short = {"max_steps": 2, "save_strategy": "no", "learning_rate": 0.1}
+    named = {"model_name_or_path": str(base), "tokenizer_name_or_path": str(tiny_model)}
+    run = Trainer(load_recipe({**tiny_recipe, **short, **named}), display=Display(quiet=True)).run().output_dir
+    alone = [spoken(str(name), *GREEDY, turns="water\n") for name in (tiny_model, run)]
+    both = spoken(str(run), "--compare", *GREEDY, turns="water\n")
+    assert both == f"[{base}]\n{alone[0]}[{run}]\n{alone[1]}"
 
 
 def test_both_sides_are_asked_as_the_run_says(tiny_recipe: dict[str, Any]):

@@ -22,6 +22,7 @@ from simpo.display import Display
 from simpo.recipe import load_recipe
 from simpo.run.saved import list_checkpoints
 from simpo.shipping.merge import run_merge
+from simpo.shipping.source import find_source, load_source_tokenizer
 from simpo.trainer import Trainer
 
 Settings = dict[str, Any]
@@ -125,6 +126,30 @@ def test_a_chat_template_that_is_asked_for_is_written(tiny_model: Path, tmp_path
     words = ["--save_dtype", "float32", "--chat_template", "{% for m in messages %}A{{ m['content'] }}{% endfor %}"]
     folder = run_merge(str(tiny_model), words, output=str(tmp_path / "merged"))
     assert AutoTokenizer.from_pretrained(folder).chat_template == words[-1]
+
+
+def test_a_run_with_a_tokenizer_from_elsewhere_keeps_the_template_that_it_was_trained_with(
+    tiny_recipe: Settings, tiny_model: Path, tmp_path: Path
+):
+    """The recipe names the other tokenizer, whose own template is not the run's."""
+    own = "{% for m in messages %}A{{ m['content'] }}{% endfor %}{% if add_generation_prompt %}B{% endif %}"
+    other = tmp_path / "other"
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(other)
+    run = train(tiny_recipe, use_peft=True, tokenizer_name_or_path=str(other), chat_template=own).output_dir
+    for name in (run, run / "model", run / "checkpoints" / "step-4"):
+        assert load_source_tokenizer(find_source(str(name))).chat_template == own, name
+    asked = find_source(str(run), ["--tokenizer_name_or_path", str(other)])
+    assert load_source_tokenizer(asked).chat_template != own
+    assert AutoTokenizer.from_pretrained(run_merge(str(run))).chat_template == own
+
+
+@pytest.mark.parametrize("content", ["{}", '{"base_model_name_or_path": null}', "[", "[]"])
+def test_an_adapter_that_names_no_base_is_said_in_a_line(content: str, tmp_path: Path):
+    path = tmp_path / "adapter_config.json"
+    path.write_text(content)
+    refused = CliRunner().invoke(app, ["merge", str(tmp_path)])
+    assert (refused.exit_code, len(refused.stderr.splitlines())) == (2, 1)
+    assert str(path) in refused.stderr
 
 
 def test_a_name_that_is_a_model_already_and_a_folder_in_use_are_refused(tiny_recipe: Settings, tmp_path: Path):

@@ -6,6 +6,7 @@ import base64
 import json
 import re
 import shlex
+import shutil
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -15,6 +16,7 @@ from typing import Any
 import huggingface_hub.constants as hub_constants
 import pytest
 import yaml
+from finished_runs import write_run
 from huggingface_hub import HfApi, hf_api
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
@@ -23,6 +25,9 @@ from simpo.cli import app
 from simpo.hosts.hf import SimPOConfig, SimPOTrainer
 from simpo.hosts.hf.run import run_recipe
 from simpo.recipe import load_recipe
+from simpo.shipping.card import card_of
+from simpo.shipping.merge import run_merge
+from simpo.shipping.source import find_source
 from simpo.trainer import Trainer
 
 # huggingface_hub 2.4 hands files to httpx in a way that it deprecates.
@@ -267,3 +272,79 @@ def test_what_a_run_says_to_type_next_can_be_typed_and_ends_on_the_card(tiny_rec
     before, after = (f"{each['accuracy']['value']:.1%}" for each in (compared["baseline"], compared))
     assert re.search(rf"\| preference accuracy \| {before} \[.*\] \| {after} \[.*\] \|", shown)
     assert f"tokens {compared['data_fingerprint']}" in shown
+
+
+# --- what the card has of the files of a run -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run(tiny_model: Path, tmp_path: Path) -> Path:
+    """A run of 40 steps, evaluated at 0, 20 and 40, with a model and one checkpoint of transformers' Trainer."""
+    folder = write_run(tmp_path / "first", model_name_or_path=str(tiny_model))
+    checkpoint = folder / "checkpoints" / "checkpoint-20"
+    for place in (folder / "model", checkpoint):
+        shutil.copytree(tiny_model, place, dirs_exist_ok=True)
+    for name in ("optimizer.pt", "trainer_state.json", "simpo.json"):
+        (checkpoint / name).write_text("{}")
+    return folder
+
+
+def dry_run(folder: Path) -> str:
+    shown = CliRunner().invoke(app, ["push", str(folder), "--repo", "me/x", "--dry-run"])
+    assert shown.exit_code == 0, shown.output
+    return shown.stdout
+
+
+def evaluation_of(model: Path) -> dict[str, Any]:
+    interval = {"value": 0.987, "low": 0.9, "high": 1.0}
+    about = {"model": str(model), "num_pairs": 24, "accuracy_by_length": [], "data": "pairs", "data_fingerprint": "f"}
+    return {**about, "accuracy": interval, "margin": interval}
+
+
+def test_a_merged_model_keeps_the_card_that_merging_wrote(run: Path):
+    merged = run_merge(str(run / "checkpoints" / "checkpoint-20"))
+    card = (merged / "README.md").read_text()
+    assert "optimizer step of these weights: 20 of 40" in card
+    assert card in dry_run(merged)
+
+
+def test_a_checkpoint_of_transformers_trainer_is_merged_first(run: Path):
+    checkpoint = run / "checkpoints" / "checkpoint-20"
+    refused = CliRunner().invoke(app, ["push", str(checkpoint), "--dry-run"])
+    assert refused.exit_code == 2
+    assert f"write it as a model first: simpo merge {checkpoint}" in refused.stderr
+    merged = run_merge(str(checkpoint))
+    assert merged == run / "checkpoint-20-merged"
+    kept = {path.name for path in merged.iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= kept
+    assert not kept & {"optimizer.pt", "trainer_state.json", "simpo.json"}
+
+
+def test_an_evaluation_is_shown_for_the_model_that_it_is_of(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path, checkpoint = run / "evaluation.json", run / "checkpoints" / "checkpoint-20"
+    path.write_text(json.dumps(evaluation_of(run / "model")))
+    assert "98.7%" in dry_run(run)
+    assert "98.7%" not in card_of(find_source(str(checkpoint)))
+    path.write_text(json.dumps(evaluation_of(checkpoint)))
+    assert "98.7%" in card_of(find_source(str(checkpoint)))
+    assert "98.7%" not in dry_run(run)
+    path.write_text(json.dumps(evaluation_of(Path("runs") / "first" / "model")))  # from where it was trained
+    monkeypatch.chdir(tmp_path)
+    assert "98.7%" in dry_run(Path("first"))
+
+
+def test_results_of_benchmarks_are_not_on_the_card(run: Path):
+    (run / "evaluation.json").write_text(json.dumps({"model": str(run / "model"), "versions": {}, "tasks": {}}))
+    shown = dry_run(run)
+    assert "is of benchmarks or of another model: the card has nothing of it" in shown
+    assert "| metric | before training | after |" in shown
+
+
+def test_a_last_line_that_a_killed_run_left_half_is_skipped_and_another_one_is_named(run: Path):
+    path = run / "metrics.jsonl"
+    whole, card = path.read_text(), card_of(find_source(str(run)))
+    path.write_bytes(whole.encode() + b'{"step": 41, "lo\xc3')
+    assert card_of(find_source(str(run))) == card
+    path.write_text('{"step": 41, "lo\n' + whole)
+    refused = CliRunner().invoke(app, ["push", str(run), "--dry-run"])
+    assert (refused.exit_code, refused.stderr) == (2, f"error: {path}: line 1 is no JSON\n")

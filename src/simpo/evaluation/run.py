@@ -187,9 +187,17 @@ def find_tokenizer(settings: Recipe, name: str) -> Any:
 
 
 def base_model(name: str) -> str:
-    """The model that an adapter's folder belongs to; another name as it is."""
+    """The model that an adapter's folder belongs to; another name as it is. Raises ValueError where it names none."""
     adapter = Path(name) / "adapter_config.json"
-    return json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.is_file() else name
+    if not adapter.is_file():
+        return name
+    try:
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{adapter} is damaged: it is no JSON object") from error
+    if not isinstance(base, str) or not base:
+        raise ValueError(f"{adapter}: base_model_name_or_path, the model that the adapter belongs to, is missing")
+    return base
 
 
 @dataclass(frozen=True)

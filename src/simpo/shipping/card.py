@@ -28,15 +28,38 @@ def card_of(source: Source) -> str:
     recipe = load_recipe(source.run / "recipe.yaml", processes=1)
     rows = _read_lines(source.run / "metrics.jsonl")
     step = source.checkpoint.step if source.checkpoint is not None else _step_of(rows, recipe, source.run)
-    return build_model_card(
-        recipe, data=dict(_data_lines(source.run, recipe, rows, step)), results=_results(source.run, rows, step)
-    )
+    results = _results(evaluation_of(source), rows, step)
+    return build_model_card(recipe, data=dict(_data_lines(source.run, recipe, rows, step)), results=results)
+
+
+def evaluation_of(source: Source) -> dict[str, Any] | None:
+    """What `simpo eval --output` wrote into the run of this very model on pairs; None without that."""
+    path = None if source.run is None else source.run / EVALUATION
+    if path is None or not path.is_file():
+        return None
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON; write it again with simpo eval, or remove it") from error
+    if not isinstance(found, dict) or not {"model", "num_pairs", "accuracy_by_length"} <= found.keys():
+        return None  # of benchmarks
+    named = Path(found["model"])
+    moved = not named.exists() and named.name == source.place.name == "model"
+    return found if moved or named.resolve() == source.place.resolve() else None
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    """Without a last line that a killed run left half."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    lines = [line for line in text.split("\n") if line.strip()]
+    rows: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise ValueError(f"{path}: line {number} is no JSON") from error
+    return rows
 
 
 def _step_of(rows: list[dict[str, Any]], recipe: Recipe, run: Path) -> int:
@@ -68,10 +91,9 @@ def _data_lines(run: Path, recipe: Recipe, rows: list[dict[str, Any]], step: int
     yield "optimizer step of these weights", f"{step} of {max((row['step'] for row in rows), default=step)}"
 
 
-def _results(run: Path, rows: list[dict[str, Any]], step: int) -> list[str]:
+def _results(evaluation: Mapping[str, Any] | None, rows: list[dict[str, Any]], step: int) -> list[str]:
     """Tables for people; an evaluation by `simpo eval` first, for it has intervals of everything."""
-    found = run / EVALUATION
-    lines = _compared(json.loads(found.read_text(encoding="utf-8"))) if found.is_file() else []
+    lines = _compared(evaluation) if evaluation is not None else []
     evaluated = [row for row in rows if "eval_loss" in row or "eval_saved_loss" in row]
     before = next((row for row in evaluated if row["step"] == 0), {})
     after: dict[str, Any] = {}

@@ -147,6 +147,7 @@ def run_chat(name: str, overrides: Sequence[str] = (), *, compare: str | None = 
         if not compare:  # as training had it
             keys = ("model_revision", "trust_remote_code")
             known = {key: getattr(source.recipe, key) for key in keys}
+            known["tokenizer_name_or_path"] = other.recipe.tokenizer_name_or_path or source.base_tokenizer
             other = replace(other, recipe=other.recipe.model_copy(update=known))
         if source.run is None:
             source = _asked_like(source, other)

@@ -61,7 +61,7 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
     check_writable(path, "--output")
     tokenizer = load_source_tokenizer(source)
     # Merging wants fp32; a model that is written as it is has no more than its own files.
-    exact = source.is_adapter or source.folder is None
+    exact = source.is_adapter or source.is_training_state
     dtype = torch.float32 if exact else stored_dtype(source)
     model = load_source(source, device=torch.device("cpu"), dtype=dtype)
     if source.is_adapter:

@@ -32,7 +32,7 @@ def run_merge(name: str, overrides: Sequence[str] = (), *, output: str | None = 
     """
     source, display = find_source(name, overrides, keys={"save_dtype"}), Display()
     recipe = source.recipe
-    if source.folder is not None and not source.is_adapter and recipe.save_dtype == "auto":
+    if not source.is_adapter and not source.is_training_state and recipe.save_dtype == "auto":
         raise ValueError(
             f"{source.folder} is an ordinary model already: there is nothing to merge (with --save_dtype bfloat16, "
             "say, it is written again in that number format)"

@@ -8,7 +8,7 @@ from pathlib import Path
 from simpo.display import Display
 from simpo.recipe import load_recipe
 from simpo.run.export import create_repository, is_own_card, upload_model
-from simpo.shipping.card import EVALUATION, card_of
+from simpo.shipping.card import EVALUATION, card_of, evaluation_of
 from simpo.shipping.source import Source, find_source
 
 KEYS = frozenset({"hub_model_id", "hub_private_repo", "hub_token"})
@@ -27,8 +27,9 @@ def run_push(name: str, overrides: Sequence[str] = (), *, repo: str | None = Non
         OSError: the upload failed; says how to try again.
     """
     source, display = find_source(name, overrides, keys=KEYS), Display()
-    if source.folder is None:
-        raise ValueError(f"{name} is a checkpoint in shards; write it as a model first: simpo merge {name}")
+    if source.folder is None or source.is_training_state:
+        what = "in shards" if source.folder is None else "with the optimizer's state"
+        raise ValueError(f"{name} is a checkpoint {what}; write it as a model first: simpo merge {name}")
     folder = Path(source.folder)
     if not folder.is_dir():
         raise ValueError(f"{name}: there is no such folder")
@@ -37,7 +38,9 @@ def run_push(name: str, overrides: Sequence[str] = (), *, repo: str | None = Non
     card = _card(source, folder)
     if card is None:
         display.say(f"{folder / 'README.md'} was written, or changed, by somebody else than simpo: it is sent as it is")
-    elif source.run is not None and not (source.run / EVALUATION).is_file():
+    elif source.run is not None and evaluation_of(source) is None and (source.run / EVALUATION).is_file():
+        display.say(f"{source.run / EVALUATION} is of benchmarks or of another model: the card has nothing of it")
+    elif source.run is not None and evaluation_of(source) is None:
         display.say(
             f"the card has the run's own evaluations; one against the base, with intervals of everything, comes with: "
             f"simpo eval DATA --model {name} --compare {source.base} --output {source.run / EVALUATION}"
@@ -55,11 +58,12 @@ def _name_of(source: Source) -> str:
 
 
 def _card(source: Source, folder: Path) -> str | None:
-    """The card to send; None where somebody wrote one, or changed simpo's."""
-    own = folder / "README.md"
-    if own.is_file() and not is_own_card(own.read_text(encoding="utf-8")):
+    """The card to send, the folder's own where there is no run; None where somebody wrote one, or changed simpo's."""
+    path = folder / "README.md"
+    own = path.read_text(encoding="utf-8") if path.is_file() else None
+    if own is not None and not is_own_card(own):
         return None
-    return card_of(source)
+    return own if own is not None and source.run is None else card_of(source)
 
 
 def _sizes(folder: Path) -> dict[str, str]:

@@ -6,6 +6,7 @@ the trainer or the hosts.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +41,12 @@ class Source:
 
     Attributes:
         name: as it was given.
-        folder: what `from_pretrained` takes; None for a checkpoint of the native trainer, which is `checkpoint`.
+        folder: what `from_pretrained` takes; None for a checkpoint of the native trainer.
+        checkpoint: the checkpoint that it is, of either host; None for any other folder or name.
         run: the run directory that it belongs to, if any.
         base: the model that it was trained from; its own name where that is not known.
         recipe: the run's, or the defaults, with overrides; `model_name_or_path` is `base`.
+        base_tokenizer: where training took the tokenizer from, if not from `base`.
     """
 
     name: str
@@ -52,6 +55,12 @@ class Source:
     run: Path | None
     base: str
     recipe: Recipe
+    base_tokenizer: str | None = None
+
+    @property
+    def is_training_state(self) -> bool:
+        """Whether there is more in its folder than a model and a tokenizer."""
+        return self.checkpoint is not None and (self.checkpoint.folder / STATE_FILE).is_file()
 
     @property
     def is_adapter(self) -> bool:
@@ -61,8 +70,8 @@ class Source:
 
     @property
     def origin(self) -> str:
-        """The whole model that its weights are stored like: its own folder, or the base of adapters and shards."""
-        return self.base if self.folder is None or self.is_adapter else self.folder
+        """The whole model that its weights are stored like: its own folder, or the base of adapters and checkpoints."""
+        return self.base if self.folder is None or self.is_training_state or self.is_adapter else self.folder
 
     @property
     def place(self) -> Path:
@@ -84,18 +93,21 @@ def find_source(name: str, overrides: Sequence[str] = (), *, keys: Collection[st
     folder, checkpoint, run = _find(name)
     own = run / "recipe.yaml" if run is not None else None
     if own is None or not own.is_file():
-        if checkpoint is not None:
+        if folder is None:
             raise ValueError(f"{name}: the checkpoint's run has no recipe.yaml, which says what model it is of")
         own = {"model_name_or_path": base_model(folder or name)}
     recipe = load_recipe(own, only=READ_KEYS | _OF_ADAPTERS | set(keys), processes=1)
-    if folder is not None and recipe.chat_template != NO_TEMPLATE:
-        recipe = load_recipe(recipe, {"chat_template": None})  # it was saved with the model
+    trained_with = recipe.tokenizer_name_or_path
+    if folder is not None:  # they were saved with the model
+        saved = ["chat_template"] if recipe.chat_template != NO_TEMPLATE else []
+        saved += ["tokenizer_name_or_path"] if (Path(folder) / "tokenizer_config.json").is_file() else []
+        recipe = load_recipe(recipe, dict.fromkeys(saved))
     recipe = load_recipe(recipe, overrides, only=READ_KEYS | _OF_ADAPTERS | set(keys), processes=1)
-    return Source(name, folder, checkpoint, run, recipe.model_name_or_path, recipe)
+    return Source(name, folder, checkpoint, run, recipe.model_name_or_path, recipe, trained_with)
 
 
 def _find(name: str) -> tuple[str | None, Checkpoint | None, Path | None]:
-    """A model's folder or hub name, or a native checkpoint; and the run that either belongs to."""
+    """A model's folder or hub name, None for a native checkpoint; the checkpoint that it is; the run it belongs to."""
     path = Path(name)
     if not path.is_dir():
         if path.exists():
@@ -113,9 +125,11 @@ def _find(name: str) -> tuple[str | None, Checkpoint | None, Path | None]:
     if folder != name:
         return folder, None, path
     if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
-        above = path.resolve().parent
-        runs = [above] if path.resolve().name == "model" else [above.parent] if above.name == "checkpoints" else []
-        return name, None, next((run for run in runs if (run / "recipe.yaml").is_file()), None)
+        above, own = path.resolve().parent, path.resolve().name
+        runs = [above] if own == "model" else [above.parent] if above.name == "checkpoints" else []
+        step = re.fullmatch(rf"{TRAINERS.prefix}-(\d+)", own)
+        checkpoint = Checkpoint(path, int(step[1])) if step else None
+        return name, checkpoint, next((run for run in runs if (run / "recipe.yaml").is_file()), None)
     for kind in (NATIVE, TRAINERS):
         if found := list_checkpoints(path / "checkpoints", kind):
             return _find(str(found[-1].folder))
