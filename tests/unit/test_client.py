@@ -45,6 +45,7 @@ def test_many_requests_are_on_their_way_at_once_and_not_more_than_asked():
         (b"[1, 2]", "not an answer"),
         ({"choices": []}, "not an answer"),
         ({"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}, "not an answer"),
+        ({"choices": [{"message": {"content": None}, "finish_reason": "length"}]}, "cut while thinking"),
         ({"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}, "not an answer"),
         (b'{"choices": [{"message": {"content": "\\ud800"}, "finish_reason": "stop"}]}', "not an answer"),
         ({"choices": [{"message": {"content": "", "tool_calls": [{}]}, "finish_reason": "tool_calls"}]}, "tool call"),
@@ -80,7 +81,9 @@ def test_what_passes_is_tried_again():
 def test_a_server_that_is_gone_ends_the_work_with_one_line(monkeypatch):
     monkeypatch.setattr(client_module, "RETRIES", 0)
     with ChatServer(lambda _: 500) as server, Client(server.url, "small", concurrency=2) as client:
-        with pytest.raises(ValueError, match=r"20 requests in a row went without an answer.*the same command goes on"):
+        with pytest.raises(
+            ValueError, match=r"2[01] requests in a row went without an answer.*the same command goes on"
+        ):
             outcomes(client, *map(str, range(1000)))
         assert len(server.asked) < 30
 
@@ -213,3 +216,43 @@ def test_a_server_that_does_not_sample_is_refused():
             client.try_out({"temperature": 0.8}, num_choices=2)
         client.try_out({"temperature": 0}, num_choices=1)
         client.try_out({"temperature": 0.1}, num_choices=2)
+
+
+@pytest.mark.parametrize("content", [None, "", "\n\n"])
+@pytest.mark.parametrize("takes_n", [True, False])
+@pytest.mark.parametrize("gives_thought", [True, False])
+def test_a_model_that_still_thinks_when_the_trial_ends_is_taken(content, takes_n, gives_thought):
+    """As the reasoning parsers of vLLM and SGLang answer when max_tokens ends the thinking."""
+
+    def answer(body):
+        if body["max_tokens"] > 32:
+            return completion(*"ab"[: body.get("n", 1)], logprobs="logprobs" in body)
+        thought = {"reasoning_content": "Okay, the user wants"} if gives_thought else {}
+        choice = {"message": {"role": "assistant", "content": content, **thought}, "finish_reason": "length"}
+        return {"choices": [choice] * (body.get("n", 1) if takes_n else 1)}
+
+    with ChatServer(answer) as server, Client(server.url, "small") as client:
+        client.try_out({"temperature": 0.7, "max_tokens": 4096}, num_choices=2, logprobs=True)
+        assert client.takes_n == takes_n
+        choices = client.chat(Request(ASK, {"max_tokens": 4096}, seeds=(1, 2)))
+    assert [choice.text for choice in choices] == (["a", "b"] if takes_n else ["a", "a"])
+    assert all(choice.logprob == -0.5 for choice in choices)
+
+
+def test_a_trial_without_text_that_was_not_cut_is_no_answer():
+    reply = {"choices": [{"message": {"content": None}, "finish_reason": "stop"}]}
+    said = r"gives no answer \(not an answer: a choice without text"
+    with (
+        ChatServer(lambda _: reply) as server,
+        Client(server.url, "small") as client,
+        pytest.raises(ValueError, match=said),
+    ):
+        client.try_out({})
+
+
+def test_text_that_is_missing_is_told_from_text_that_is_empty():
+    cut = {"message": {"role": "assistant", "reasoning_content": "Okay"}, "finish_reason": "length"}
+    with pytest.raises(RowError, match=r"cut while thinking: .*raise max_tokens"):
+        read_choices({"choices": [cut]})
+    (choice,) = read_choices(completion("", finish="length"))
+    assert (choice.text, choice.finished) == ("", False)

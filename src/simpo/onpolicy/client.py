@@ -216,10 +216,12 @@ class Client:
         try:
             choices = await self._find_ways(body, count, logprobs)
             if len(choices) < count:
-                choices += read_choices(await self._post(body | {"seed": 1}))
+                choices += read_choices(await self._post(body | {"seed": 1}), is_trial=True)
         except RowError as error:
             raise ValueError(f"{self.url}: model {self.model!r} gives no answer ({error}){listed}") from None
-        if count > 1 and sampling.get("temperature", 1) >= 0.5 and choices[0].text == choices[1].text:
+        # No text: the few tokens went into thinking, which the server gives apart.
+        is_same = count > 1 and choices[0].text == choices[1].text and bool(choices[0].text.strip())
+        if is_same and sampling.get("temperature", 1) >= 0.5:
             raise ValueError(
                 f"{self.url}: model {self.model!r} answers {short(TRIAL[0]['content'])} twice with "
                 f"{short(choices[0].text)}: the server takes the most likely token at temperature "
@@ -233,13 +235,14 @@ class Client:
         for n, with_logprobs in ways:
             optional = {"n": n if n > 1 else None, "logprobs": with_logprobs or None}
             try:
-                choices = read_choices(await self._try({**body, **optional}))
+                choices = read_choices(await self._try({**body, **optional}), is_trial=True)
             except RowError as error:
                 if error.reason != "refused" or (n, with_logprobs) == ways[-1]:
                     raise
             else:
                 self.takes_n = n > 1 and len(choices) >= n
-                self.gives_logprobs = with_logprobs and choices[0].logprob is not None
+                is_told = choices[0].logprob is not None or not choices[0].text.strip()  # of no text it need not say
+                self.gives_logprobs = with_logprobs and is_told
                 return choices
         raise AssertionError("the last way returns or raises")
 
@@ -296,9 +299,11 @@ def _as_json(arguments: Any) -> str:
     return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
 
 
-def read_choices(reply: Any) -> list[Choice]:
+def read_choices(reply: Any, *, is_trial: bool = False) -> list[Choice]:
     """The answers in a server's reply, as decoded from JSON.
 
+    Args:
+        is_trial: an answer that is cut before its text begins, while the model thinks, is one too: it is empty.
     Raises:
         RowError: it is no reply of this protocol, or holds no text.
     """
@@ -307,16 +312,21 @@ def read_choices(reply: Any) -> list[Choice]:
         raise RowError("not an answer", f"a reply without choices: {short(reply)}")
     used = reply.get("usage")
     tokens = used.get("completion_tokens") if isinstance(used, Mapping) and len(choices) == 1 else None
-    return [_read_choice(choice, tokens if isinstance(tokens, int) else None) for choice in choices]
+    return [_read_choice(choice, tokens if isinstance(tokens, int) else None, is_trial) for choice in choices]
 
 
-def _read_choice(choice: Any, num_tokens: int | None) -> Choice:
+def _read_choice(choice: Any, num_tokens: int | None, is_trial: bool) -> Choice:
     message = choice.get("message") if isinstance(choice, Mapping) else None
     if not isinstance(message, Mapping):
         raise RowError("not an answer", f"a choice without a message: {short(choice)}")
     if message.get("tool_calls"):
         raise RowError("tool call", "the answer calls a tool, which the server gives apart from its text")
     text = message.get("content")
+    if text is None and choice.get("finish_reason") == "length":
+        if not is_trial:
+            detail = "the limit of tokens came before any text: raise max_tokens (max_new_tokens in generate)"
+            raise RowError("cut while thinking", detail)
+        text = ""
     if not isinstance(text, str) or not _is_unicode(text):
         raise RowError("not an answer", f"a choice without text: {short(choice)}")
     if choice.get("finish_reason") not in ("stop", "length"):

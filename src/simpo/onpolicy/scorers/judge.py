@@ -23,8 +23,29 @@ from simpo.onpolicy.scorers.rating import Explained, Rater, Row, Scores, column
 
 _PLACES = {"grade": {"prompt", "response"}, "pairs": {"prompt", "first", "second"}}
 _PLACES["reference"] = _PLACES["pairs"]
-_GRADE = re.compile(r"\bgrade\W{0,6}(\d+(?:\.\d+)?)", re.IGNORECASE)
-_VERDICT = re.compile(r"\bverdict\W{0,6}(1|2|tie)\b", re.IGNORECASE)
+
+
+def _line(name: str, value: str) -> re.Pattern[str]:
+    """A line that begins with `name` and goes on with `value`; also a key of JSON, a tag, or the text's last sentence.
+
+    What leaves it open ("1 or 2", "1/2", "1 if ...") is no value, nor is a number in a sentence ("Grade 10 would ...").
+    """
+    mark = r"(?:[^\w\n]|_)"  # of Markdown, JSON and the like
+    words = r"(?:is|an?|the|answer|response|assistant|boxed|text)"
+    begin = rf"^{mark}*(?:\d+[.)]{mark}*)?(?:(?:so|thus|therefore|my|the|final|overall)\b{mark}+)*{name}"
+    inside = rf"""["'<]{name}(?=["'>])|(?<=[.!?] )(?=.{{,40}}\Z){mark}*{name}"""
+    scale = r"(?:[\s*_]*(?:[(\[][^()\[\]\n]*[)\]]|(?:/|out of) ?10))?"  # Grade (1-10): 8
+    other = rf"(?:and\b|[/|&=<]){mark}*(?:(?:answer|response){mark}*)?(?:\d|tie\b)|(?:to\b|[-\u2013:,])\s*\d"
+    value += rf"""(?![^\W_]|[.,]\d|[%?]|[\s"'*_)]*(?:(?:or|if|unless|would|vs|versus|out)\b|{other}))"""
+    said = rf"[^\S\n]*(?:[^\w\s]|_|is\b){mark}*(?:{words}{mark}*)*{value}"
+    alone = rf"[\W_]*(?:{words}[\W_]*)*{value}{mark}*$"  # under a heading, or without a colon
+    return re.compile(rf"(?im)(?:{begin}|{inside})(?![^\W_]){scale}(?:{said}|{alone})")
+
+
+_GRADE = _line("grade", r"(?<![-\u2212.])(\d+(?:\.\d+)?)(?:[\s*_]*(?:/|out of)\s*10(?:\.0)?)?")
+_VERDICT = _line("verdict", "(1|2|tie)")
+_THOUGHT_ENDS = re.compile(r"(?i)</think(?:ing)?>|\[/think\]")
+_THOUGHT_BEGINS = re.compile(r"(?i)<think(?:ing)?>|\[think\]")
 _POINTS = {"1": 1.0, "2": 0.0, "tie": 0.5}  # of the answer that comes first
 
 
@@ -146,7 +167,11 @@ def _note(state: _Open, places: list[int], answer: list[Choice] | RowError, form
     if isinstance(answer, RowError):
         raise answer
     text, (first, second) = answer[0].text, places
-    found = (_GRADE if form == "grade" else _VERDICT).findall(text)
+    if not answer[0].finished:
+        raise RowError("unreadable", f"max_tokens cut the judge's answer, raise it: {short(text[-200:], 200)}")
+    said = _THOUGHT_ENDS.split(text)[-1].strip()
+    lines = () if _THOUGHT_BEGINS.match(said) else (_GRADE if form == "grade" else _VERDICT).finditer(said)
+    found = [line[line.lastindex] for line in lines]
     if not found:
         raise RowError(
             "unreadable", f"no line 'Grade: N' or 'Verdict: N' in the judge's answer {short(text[-200:], 200)}"
