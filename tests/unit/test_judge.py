@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import re
@@ -181,6 +182,16 @@ def test_answers_are_judged_again_by_references_that_were_corrected(keys, tmp_pa
         write_lines(tmp_path / "prompts.jsonl", rows)
         found = judgement(keys)
         assert (found["wins"], found["ties"]) == expected
+
+
+def test_names_of_prompts_judge_nothing_again(keys, tmp_path):
+    """Nor does an upgrade: rows had the names of their texts alone."""
+    judgement(keys)
+    (compared,) = (tmp_path / "run").rglob("compared.jsonl")
+    for row in read_lines(compared):
+        assert row["columns"].keys() == {"uid", "category"}
+        texts = json.dumps([response["text"] for response in row["responses"]])
+        assert row["id"].endswith("-" + hashlib.blake2b(texts.encode(), digest_size=6).hexdigest())
 
 
 def test_another_judge_of_the_same_answers_may_follow(keys):

@@ -232,11 +232,18 @@ def load_pairs(
     count = len(dataset)
     if count == 0:
         raise ValueError(f"{name}: no pairs to evaluate on")
-    if max_pairs is not None and max_pairs < count:
-        chosen = sorted(random.Random(f"{settings.seed} evaluate").sample(range(count), max_pairs))
-        dataset = dataset.select(chosen)
-        notes = (f"{max_pairs} of {count} pairs, chosen by seed {settings.seed}", *notes)
-    return EvalPairs(PairStore(dataset), name, found, notes)
+    chosen, said = _choose(range(count), max_pairs, settings.seed)
+    if said:
+        dataset = dataset.select(sorted(chosen))
+    return EvalPairs(PairStore(dataset), name, found, (*said, *notes))
+
+
+def _choose(every: Sequence[Any], max_pairs: int | None, seed: int) -> tuple[Sequence[Any], tuple[str, ...]]:
+    """At most so many of them, a seeded choice, and what to say of it."""
+    if max_pairs is None or max_pairs >= len(every):
+        return every, ()
+    chosen = random.Random(f"{seed} evaluate").sample(every, max_pairs)
+    return chosen, (f"{max_pairs} of {len(every)} pairs, chosen by seed {seed}",)
 
 
 def on_both(first: EvalPairs, other: EvalPairs, *, max_pairs: int | None, seed: int) -> tuple[EvalPairs, EvalPairs]:
@@ -249,10 +256,8 @@ def on_both(first: EvalPairs, other: EvalPairs, *, max_pairs: int | None, seed: 
     notes = ()
     if apart := len({*ids[0]} ^ known):
         notes = (f"{apart} pairs are left out, which one of the two models cannot take as its template or length is",)
-    if max_pairs is not None and max_pairs < len(both):
-        notes = (f"{max_pairs} of {len(both)} pairs, chosen by seed {seed}", *notes)
-        both = random.Random(f"{seed} evaluate").sample(both, max_pairs)
-    wanted = {*both}
+    chosen, said = _choose(both, max_pairs, seed)
+    notes, wanted = (*said, *notes), {*chosen}
     taken = ([place for place, row_id in enumerate(each) if row_id in wanted] for each in ids)
     found = [
         dataclasses.replace(each, store=PairStore(each.store.dataset.select(places)), notes=(*notes, *each.notes))

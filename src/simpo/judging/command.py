@@ -25,7 +25,7 @@ from simpo.display import say
 from simpo.evaluation.results import percent, save_json
 from simpo.evaluation.statistics import Interval
 from simpo.judging.alpaca import alpaca_eval_win_rate
-from simpo.judging.answers import Side, answers_of, find_prompts, label_sides, save_prompts
+from simpo.judging.answers import KEPT_COLUMNS, Side, answers_of, find_prompts, label_sides, save_prompts
 from simpo.judging.formats import games_of, save_alpaca_eval, save_arena_hard
 from simpo.judging.winrate import length_controlled_win_rate, win_rate
 from simpo.onpolicy.journal import changed_settings, read_about, read_rows
@@ -141,14 +141,15 @@ class _Both:
 
     def _row(self, prompt: Prompt) -> dict[str, Any]:
         answers = self.answers[prompt.id]
-        more = {name: value for name in ("columns", "tools") if (value := getattr(prompt, name))}
-        told = [answer.text for answer in answers] + [more] * bool(more)
+        more = {"columns": dict(prompt.columns), **({"tools": list(prompt.tools)} if prompt.tools else {})}
+        # But for the names of prompts, which rate nothing, and which were not in it in earlier versions.
+        rating = {**more, "columns": {k: v for k, v in prompt.columns.items() if k not in KEPT_COLUMNS}}
+        told = [answer.text for answer in answers] + [rating] * any(rating.values())
         digest = hashlib.blake2b(json.dumps(told, sort_keys=True, default=str).encode(), digest_size=6).hexdigest()
         return {
             "id": f"{prompt.id}-{digest}",
             "row_id": prompt.row_id,
             "prompt": prompt.turns,
-            "columns": {},
             **more,
             "responses": [
                 {"text": answer.text, "num_tokens": answer.num_tokens, "finished": True, "logprob": None}

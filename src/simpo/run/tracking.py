@@ -18,6 +18,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from simpo.data.files import sync, write_whole
+from simpo.errors import first_line
 from simpo.run.eval_pairs import EVAL_PAIRS_FILE
 
 if TYPE_CHECKING:
@@ -164,8 +165,7 @@ def _start_trackers(
 
 
 def _failed(name: str, error: Exception) -> str:
-    first, *_ = [*str(error).splitlines(), ""]
-    return f"{name} failed ({type(error).__name__}: {first})"
+    return f"{name} failed ({type(error).__name__}: {first_line(error)})"
 
 
 class _TensorBoard:

@@ -38,12 +38,13 @@ def run_push(name: str, overrides: Sequence[str] = (), *, repo: str | None = Non
     card = _card(source, folder)
     if card is None:
         display.say(f"{folder / 'README.md'} was written, or changed, by somebody else than simpo: it is sent as it is")
-    elif source.run is not None and evaluation_of(source) is None and (source.run / EVALUATION).is_file():
-        display.say(f"{source.run / EVALUATION} is of benchmarks or of another model: the card has nothing of it")
     elif source.run is not None and evaluation_of(source) is None:
+        path = source.run / EVALUATION
         display.say(
-            f"the card has the run's own evaluations; one against the base, with intervals of everything, comes with: "
-            f"simpo eval DATA --model {name} --compare {source.base} --output {source.run / EVALUATION}"
+            f"{path} is of benchmarks or of another model: the card has nothing of it"
+            if path.is_file()
+            else "the card has the run's own evaluations; one against the base, with intervals of everything, comes "
+            f"with: simpo eval DATA --model {name} --compare {source.base} --output {path}"
         )
     if dry_run:
         display.table(f"would be sent to {repo}", _sizes(folder))
