@@ -9,7 +9,8 @@ An arm is a recipe on some pairs. It is trained once for each seed, which choose
 measured on held-out pairs, on greedy answers to their prompts and on text that has nothing to do with them. What was
 measured lies in --output, a file for each way to train and seed, and is not measured again. FOLDER holds the sets of
 real pairs, each a folder with train.jsonl(.gz) and test.jsonl(.gz); a section whose set is not there says so. The
-numbers of a run lie beside the page's figures, by its date: the page says how far the runs of other days agree with it.
+numbers of a run lie beside the page's figures, by the day it began: the page says how far those of other days agree
+with it. Give another --output to measure everything again.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import statistics
 import sys
@@ -475,6 +477,7 @@ SECTIONS = [
             "while its margin grows": less(NONE, "margin", SIMPO),
             **{f"{each} keeps it above SimPO's": less(SIMPO, "chosen", each) for each in REMEDIES},
         },
+        ("chosen", "margin"),
     ),
     Section(
         "later",
@@ -505,6 +508,7 @@ SECTIONS = [
         [NONE, *(Arm(f"{n} round{'s' * (n > 1)}", rounds=n) for n in (1, 2))],
         ("pairs", "rule", "readable", "tokens", "repeated", "chosen", "seconds"),
         {"by the rule, two teach more than one": less("1 round", "rule", "2 rounds")},
+        ("rule", "chosen"),
     ),
     Section(
         "lists",
@@ -581,22 +585,54 @@ def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
         cells = (cell(measure, [row[measure] for row in rows]) for measure in section.shown)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
-    seeds = [{name: rows[seed] for name, rows in found.items()} for seed in range(lab.size.seeds)]
-    for words, holds in section.holds.items():
-        lines.append(f"- {words}: with {sum(map(holds, seeds))} of {len(seeds)} seeds")
+    for words, seeds in held(lab, section).items():
+        lines.append(f"- {words}: with {seeds} of {lab.size.seeds} seeds")
     lines += [""] * bool(section.holds)
     if section.chart:
         draw(section, found, pictures / f"{section.name}.svg")
         where = f"{pictures.name}/{section.name}.svg"
         lines += [f"![{section.title}: {', '.join(section.chart)}]({where})", ""]
     lines += [conditions(lab, section, found), ""]
-    data = " --data FOLDER" if {name for arm in section.arms for name in arm.sets} != {"rule"} else ""
+    data = " --data FOLDER" if {name for arm in section.arms for name in arm.sets} - {"lists"} != {"rule"} else ""
     size = "" if lab.args.size == "full" else f" --size {lab.args.size}"
     return [*lines, f"`python benchmarks/evidence.py --model MODEL{data}{size} --only {section.name}`", ""]
 
 
+def held(lab: Lab, section: Section) -> dict[str, int]:
+    """With how many seeds each of what a section claims holds; nothing where it was not measured."""
+    found = lab.measured.get(section.name)
+    if found is None:
+        return {}
+    seeds = [{name: rows[seed] for name, rows in found.items()} for seed in range(lab.size.seeds)]
+    return {words: sum(map(holds, seeds)) for words, holds in section.holds.items()}
+
+
+def summary(lab: Lab, sections: Sequence[Section]) -> list[str]:
+    """All that is claimed, and what held, in one table."""
+    of, lines, counts = lab.size.seeds, [], []
+    for section in sections:
+        if found := held(lab, section):
+            counts += found.values()
+            cells = ("; ".join(words for words, n in found.items() if n == seeds) for seeds in (of, 0))
+            some = "; ".join(f"{words} ({n})" for words, n in found.items() if 0 < n < of)
+            place = re.sub("[^a-z0-9 -]", "", section.title.lower()).replace(" ", "-")
+            lines.append(f"| [{section.title}](#{place}) | {next(cells)} | {some} | {next(cells)} |")
+    return bool(counts) * [
+        "## What held",
+        "",
+        f"{counts.count(of)} of {len(counts)} statements hold with every seed. Where two ways do not differ at all, "
+        f"the first is still ahead with {of} of {of} seeds one time in {2**of}.",
+        "",
+        f"| section | with {of} of {of} seeds | with some | with none |",
+        "|---|---|---|---|",
+        *lines,
+        "",
+    ]
+
+
 def conditions(lab: Lab, section: Section, found: dict[str, list[Row]]) -> str:
-    size, trained = lab.size, {arm.pairs for arm in section.arms if arm.trains}
+    made = "its own answers, as it goes"
+    size, trained = lab.size, {made if arm.rounds else SETS[arm.pairs] for arm in section.arms if arm.trains}
     counts = sorted({row["pairs"] for rows in found.values() for row in rows if row["pairs"]})
     threads = sorted({row["threads"] for rows in found.values() for row in rows if row["pairs"]})
     timed = f" Threads of a timed run: {' or '.join(map(str, threads))}." if "seconds" in section.shown else ""
@@ -604,7 +640,7 @@ def conditions(lab: Lab, section: Section, found: dict[str, list[Row]]) -> str:
     held_out = sorted({len(lab.draw(name, "test", size.test, seed=0)) for name in asked})
     pairs, held_out = (f"{each[0]}" + f" to {each[-1]}" * (len(each) > 1) for each in (counts, held_out))
     return (
-        f"{pairs} training pairs ({', '.join(SETS[name] for name in sorted(trained))}), "
+        f"{pairs} training pairs ({', '.join(sorted(trained))}), "
         f"{RECIPE['per_device_train_batch_size']} a step, one epoch; "
         f"{held_out} held-out pairs, greedy answers of up to {size.tokens} tokens to {size.answers} of their prompts; "
         f"{size.seeds} seeds, means with 95% intervals over them (Student's t).{timed}"
@@ -633,7 +669,7 @@ def draw(section: Section, found: dict[str, list[Row]], path: Path) -> None:
             panel.errorbar([place], [mean], yerr=bars, fmt="D", color="tab:blue", capsize=4)
         names = [name.removeprefix(f"{section.axis} ") for name in found]
         names = [textwrap.fill(name, 60 // len(names), break_long_words=False) for name in names]
-        panel.set_xticks(range(len(names)), names, fontsize=10 if len(names) < 5 else 7)
+        panel.set_xticks(range(len(names)), names, fontsize=10 if len(names) < 5 else 8 if len(names) < 7 else 7)
         panel.set_xlim(-0.5, len(names) - 0.5)
         panel.grid(axis="y", alpha=0.3)
         panel.set_xlabel(section.axis)
@@ -659,7 +695,8 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
 
     began, machine, beside = time.perf_counter(), describe_machine(), page.with_suffix("")
     parts = [line for section in sections for line in write_section(lab, section, beside)]
-    where = {"date": time.strftime("%Y-%m-%d"), "cpu": machine["cpu"], "bf16": RECIPE["bf16"]}
+    first = min((path.stat().st_mtime for path in lab.args.output.glob("*.json")), default=time.time())
+    where = {"date": time.strftime("%Y-%m-%d", time.localtime(first)), "cpu": machine["cpu"], "bf16": RECIPE["bf16"]}
     run = {**where, "size": lab.size.amounts, "measured": lab.measured}
     write_whole(beside / f"{lab.args.size}-{where['date']}.json", json.dumps(run, indent=1) + "\n")
     asked = [each for each in SECTIONS if not lab.size.sections or each.name in lab.size.sections]
@@ -684,9 +721,9 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         "",
         "Intervals are over seeds, each of which trains on other pairs; all are measured on the same held-out ones. "
         f"Other {lab.size.test} of these would move a table's accuracies, by up to {98 / math.sqrt(lab.size.test):.0f} "
-        "points (95%), much of it together. Where two ways do not differ at all, the first is still ahead with "
-        f"{lab.size.seeds} of {lab.size.seeds} seeds one time in {2**lab.size.seeds}.",
+        "points (95%), much of it together.",
         "",
+        *summary(lab, sections),
     ]
     tail = [*agreement(run, sections, beside), *published(), *PAPER]
     write_whole(page, "\n".join([*head, *parts, *tail]).rstrip() + "\n")
@@ -694,23 +731,26 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
 
 
 def agreement(run: Row, sections: Sequence[Section], folder: Path) -> list[str]:
-    """How far the runs of other days, whose numbers lie in the folder, agree with this one."""
+    """How far the runs that began on other days, whose numbers lie in the folder, agree with this one."""
     lines, run = ["## Other days", ""], json.loads(json.dumps(run))
     for path in sorted(folder.glob("*.json")):
         other = json.loads(path.read_text(encoding="utf-8"))
         if other["date"] == run["date"] or other["size"] != run["size"]:
             continue
-        met, apart = 0, []
+        met, apart, alone = 0, [], 0
         for section in sections:
             here, there = (each["measured"].get(section.name, {}) for each in (run, other))
-            for arm in (arm for arm in here if arm in there):
+            for arm in here:
                 for measure in (measure for measure in section.shown if measure != "seconds"):
-                    if meet(*([row[measure] for row in rows[arm]] for rows in (here, there))):
+                    if arm not in there:
+                        alone += 1
+                    elif meet(*([row[measure] for row in rows[arm]] for rows in (here, there))):
                         met += 1
                     else:
                         apart.append(f"{section.name}, {arm}, {measure}")
         precision = "bfloat16" if other["bf16"] else "float32"
         found = f"{met} of {met + len(apart)} intervals meet this page's" + "".join(f"; not: {each}" for each in apart)
+        found += f"; {alone} were not measured then" * bool(alone)
         lines += [f"{other['date']}, {other['cpu']}, {precision}: {found}.", ""]
     return lines if len(lines) > 2 else [*lines, "No other day's run of as many pairs lies beside this page.", ""]
 

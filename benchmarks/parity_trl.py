@@ -12,6 +12,7 @@ in another order. Everything in fp32 on the CPU; nothing is truncated. Needs `pi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import sys
 import tempfile
@@ -53,7 +54,7 @@ def build_recipe(args: argparse.Namespace, loss: str, seed: int, output_dir: str
     return load_recipe(
         {
             **LOSSES[loss][0],
-            **(lora if args.lora else {}),
+            **lora,
             "model_name_or_path": args.model,
             "dataset_mixer": {args.data: 1.0},
             "validation_fraction": 0.0,
@@ -190,11 +191,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--tolerance", type=float, default=1e-4, help="of losses and margins")
     parser.add_argument("--rounding", action="store_true", help="this trainer with other logits_chunk_size, as well")
-    parser.add_argument("--output", help="write the curves here as JSON")
+    parser.add_argument("--output", help="write the curves here as JSON, after each pair of runs")
     args = parser.parse_args(arguments)
-    results = [run(args, loss, seed) for loss in args.losses for seed in args.seeds]
-    if args.output:
-        Path(args.output).write_text(json.dumps(results, indent=1))
+    results = []
+    for loss, seed in itertools.product(args.losses, args.seeds):
+        results.append(run(args, loss, seed))
+        if args.output:
+            Path(args.output).write_text(json.dumps(results, indent=1))
     return int(max(r["differences"][name] for r in results for name in ("loss", "margin")) > args.tolerance)
 
 

@@ -1,6 +1,6 @@
-"""Settings that OpenMP and torch's allocators read from the environment once, when they load: set before torch is.
+"""A process's cores, and the settings that OpenMP and torch's allocators read once, when they load.
 
-`import simpo` calls this first, so the command, `python -m simpo`, a launcher's children and every process they start
+`import simpo` sets them first, so the command, `python -m simpo`, a launcher's children and every process they start
 have them. Where torch was imported before simpo, only those children do. Must not import anything heavy.
 """
 
@@ -18,6 +18,11 @@ _HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # for large tensors on a CPU: spares most 
 # torch 2.11 to 2.13 read the first of these that is set.
 _GPU_ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
 SETTINGS = (_SPINNING, _HUGE_PAGES, *_GPU_ALLOCATOR)
+
+
+def num_cores() -> int:
+    """The CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_defaults(environment: MutableMapping[str, str], *, platform: str) -> None:

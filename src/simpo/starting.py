@@ -27,6 +27,7 @@ from simpo.data.loader import PairStore
 from simpo.data.prepare import prepare_pairs
 from simpo.data.sources import find_sources, load_splits
 from simpo.data.templates import CHATML
+from simpo.environment import num_cores
 from simpo.model.load import SLOW_BF16, has_bf16, load_tokenizer, pick_device
 from simpo.plan.report import launch_line
 from simpo.plan.search import Machines, Plan, gib, plan_recipe
@@ -139,11 +140,9 @@ def choose_recipe(data: str, words: Sequence[str], *, recipe_name: str, gpus: in
     values |= {key: value for key, (value, _) in found.items()}
     for key in sorted(given.model_fields_set - {*values, "dataset_mixer"}, key=list(KEYS).index):
         values[key], reasons[key] = getattr(given, key), "as given"
-    launch = (
-        launch_line(plan, recipe, recipe_name=recipe_name)
-        if machines.gpus > 1
-        else f"simpo train {shlex.quote(recipe_name)}"
-    )
+    launch = f"simpo train {shlex.quote(recipe_name)}"
+    if machines.gpus > 1:
+        launch = launch_line(plan, recipe, recipe_name=recipe_name)
     return Chosen(values, reasons, facts, launch)
 
 
@@ -175,14 +174,12 @@ class _Look:
 
     @property
     def sentence(self) -> str:
-        middle = ", ".join(f"{np.median(self.responses[:, side]):.0f} {name}" for side, name in enumerate(_SIDES))
+        chosen, rejected = np.median(self.responses, axis=0)
         return (
             f"{self.pairs:,} pair{'s' * (self.pairs != 1)} to train, {self.held_out:,} held out; tokens of a median "
-            f"answer: {middle}; 99% of pairs within {np.quantile(self.lengths, 0.99):.0f} tokens{self.dropped}"
+            f"answer: {chosen:.0f} chosen, {rejected:.0f} rejected; 99% of pairs within "
+            f"{np.quantile(self.lengths, 0.99):.0f} tokens{self.dropped}"
         )
-
-
-_SIDES = ("chosen", "rejected")
 
 
 def _look_at(recipe: Recipe, tokenizer: Any) -> _Look:
@@ -234,7 +231,7 @@ def _choose_lengths(look: _Look, given: Recipe, choose: Any) -> None:
 
 def _machine(gpus: int | None) -> tuple[Machines, str]:
     """What a run is planned for, and in words. Without a GPU a process has the machine's free memory."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = num_cores()
     launched = int(os.environ.get("WORLD_SIZE", "0"))
     if not torch.cuda.is_available():
         free = (free_memory(torch.device("cpu")) or 2**33) / 2**30 / max(1, launched)
@@ -278,10 +275,8 @@ def _fit(resolved: Any, machines: Machines, choose: Any) -> tuple[Plan, str]:
 def _choose_rate(size: float, recipe: Recipe, choose: Any) -> None:
     rate, why = next((rate, why) for least, rate, why in _RATES if size >= least)
     if recipe.use_peft:
-        rate, why = (
-            min(round(_ADAPTERS * rate, 9), _MOST_OF_ADAPTERS),
-            f"{_ADAPTERS} times that of all weights, for adapters",
-        )
+        rate = min(round(_ADAPTERS * rate, 9), _MOST_OF_ADAPTERS)
+        why = f"{_ADAPTERS} times that of all weights, for adapters"
     choose("learning_rate", rate, why)
     choose("beta", recipe.beta, "published 2 to 10")
     choose("gamma_beta_ratio", recipe.gamma_beta_ratio, "target margin / beta; published 0.1 to 0.8")

@@ -95,7 +95,7 @@ from simpo.run.stopping import (
     needs_memory,
     not_finite,
 )
-from simpo.run.tracking import MetricsLog, check_trackers, open_log, read_evaluation
+from simpo.run.tracking import MetricsLog, check_trackers, open_log, read_evaluation, sync_logs
 
 _ADVICE_OF_OPTIMIZER = (
     "optim: adamw_bf16 or adamw_8bit, or use_peft: true, need less. Weights may be half updated: resume from the last "
@@ -430,8 +430,11 @@ class Trainer:
         if best_step not in (None, progress.step):
             self.mesh.barrier()
             best = self.mesh.on_main(lambda: best_checkpoint(best_step, folder))
-            state = checkpoints.load_checkpoint(best, model=self.model, mesh=self.mesh)
-            results, kept_step = Progress.from_checkpoint(state, best).last_eval, best.step
+            then = Progress.from_checkpoint(checkpoints.load_checkpoint(best, model=self.model, mesh=self.mesh), best)
+            results, kept_step = then.last_eval, best.step
+            if then.last_eval_step != best.step:  # it was saved before its evaluation
+                log = best.folder.parents[1] / "metrics.jsonl"
+                results = self.mesh.on_main(lambda: read_evaluation(log, best.step)) or {}
             if self.guard.back_to is None:
                 self.display.say(f"the best evaluation was at step {best.step}: its weights are the final model")
         model_dir = self.output_dir / "model"
@@ -524,7 +527,7 @@ class Trainer:
         """Write a checkpoint of this moment, unless this step has one; with `async_save` it is complete later."""
         self.saver.finish()  # what is on its way counts among those that may have to stay
         if self.log is not None:
-            self.log.sync()
+            sync_logs(self.output_dir)
         state = {
             "progress": dataclasses.asdict(self.progress),
             "window": self.window.to_json(),

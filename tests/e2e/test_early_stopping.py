@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from simpo.display import Display
 from simpo.hosts.hf.run import run_recipe
 from simpo.recipe import load_recipe
-from simpo.trainer import Trainer, TrainResult
+from simpo.trainer import Interrupted, Trainer, TrainResult
 
 Settings = dict[str, Any]
 
@@ -82,6 +82,18 @@ def test_a_resumed_run_ends_where_it_would_have(tiny_recipe: Settings):
     assert torch.equal(weights(folder), expected)
     on = run(settings, resume_from_checkpoint=str(folder / "checkpoints" / "step-6"), early_stopping_patience=None)
     assert (on.steps, on.why_early) == (10, None)
+
+
+def test_an_evaluation_that_is_made_up_for_ends_the_run_without_another_step(tiny_recipe: Settings):
+    settings = {**tiny_recipe, **WORSE}
+    trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
+    evaluates_at = trainer._evaluates_at
+    trainer._evaluates_at = lambda step: evaluates_at(step) and (step < 6 or trainer._stop.set() is None)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    assert [line["step"] for line in lines_of(trainer.output_dir) if "eval_loss" in line] == [2, 4]
+    again = run(settings, resume_from_checkpoint=True)
+    assert (again.steps, again.why_early is not None) == (6, True)
 
 
 def test_only_what_surpasses_the_threshold_is_improvement(tiny_recipe: Settings):

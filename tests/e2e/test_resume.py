@@ -91,6 +91,19 @@ def test_resume_from_a_named_earlier_checkpoint_repeats_the_rest(tiny_recipe: Se
     assert (folder / "checkpoints" / "_superseded-1" / "step-8").is_dir()
 
 
+def test_the_card_shows_a_best_evaluation_that_was_made_up_for(tiny_recipe: Settings) -> None:
+    best_first = {"load_best_model_at_end": True, "greater_is_better": True, "save_steps": 2, "eval_steps": 2}
+    settings = {**tiny_recipe, **best_first, "max_steps": 4}
+    trainer = build(settings)
+    stop_after(trainer, 2)  # saved, but not evaluated any more
+    with pytest.raises(Interrupted):
+        trainer.run()
+    result = build(settings, resume_from_checkpoint=True).run()
+    (found,) = [line for line in metrics(result.output_dir) if "eval_loss" in line and line["step"] == 2]
+    assert result.best_step == 2
+    assert f"| eval_loss | {found['eval_loss']:.6g} |" in (result.model_dir / "README.md").read_text()
+
+
 def test_generations_of_steps_done_again_are_not_kept_twice(tiny_recipe: Settings) -> None:
     settings = {**tiny_recipe, "num_eval_generations": 2, "eval_generation_max_new_tokens": 3}
     build(settings).run()

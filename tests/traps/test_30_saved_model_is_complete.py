@@ -109,5 +109,8 @@ def test_model_card_records_recipe_data_and_results(whole: Trainer) -> None:
     assert "base_model:" not in card.split("---")[1]  # a folder here is nothing to the hub, which refuses it
     of_the_hub = load_recipe(whole.recipe, {"model_name_or_path": "org/base"})
     assert build_model_card(of_the_hub, data={}, results={}).startswith("---\nbase_model: org/base\n")
+    at_hand = load_recipe(whole.recipe, {"run_name": None, "output_dir": "."})
+    assert f"# {Path.cwd().name}\n" in build_model_card(at_hand, data={}, results={})
+    assert "# moved\n" in build_model_card(at_hand, data={}, results={}, folder=Path("elsewhere/moved"))
     for part in ("# my-run", whole.data.fingerprint, "eval_rewards/accuracies", "learning_rate: 0.002", "beta: 2.0"):
         assert part in card, part

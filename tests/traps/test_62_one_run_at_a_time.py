@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -16,11 +17,16 @@ from mesh_runs import error_of
 
 from simpo.display import Display
 from simpo.hosts.hf import SimPOConfig, SimPOTrainer, run_recipe
+from simpo.judging.command import run_judge
+from simpo.onpolicy.pair import run_pair
+from simpo.onpolicy.rounds import run_rounds
+from simpo.onpolicy.score import run_score
 from simpo.recipe import load_recipe
 from simpo.run import lock
 from simpo.run.lock import LOCK_FILE, OutputLock
 from simpo.run.resume import record_launch
 from simpo.trainer import Trainer
+from simpo.tuning.sweep import run_sweep
 
 Settings = dict[str, Any]
 
@@ -75,6 +81,28 @@ def test_the_second_process_is_refused_by_name_on_every_host(
     assert {kind for kind, _ in answers} == {"ValueError"}
     assert all("is in use by process" in text for _, text in answers)
     assert [path.name for path in folder.iterdir()] == [LOCK_FILE]
+
+
+def test_every_command_that_writes_a_folder_keeps_to_itself_there(tmp_path: Path, other: Any) -> None:
+    scored = (("Short.", 0.1), ("Much longer.", 0.9))
+    answers = [{"text": text, "score": score, "num_tokens": 2, "finished": True} for text, score in scored]
+    row = {"id": "a", "prompt": "Why?", "responses": answers}
+    for name in ("responses", "scored"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(row) + "\n")
+    scorers = {"length": {"kind": "length", "max": 10}}
+    keys = {"model_name_or_path": "any", "output_dir": str(tmp_path), "dataset_mixer": {"any": 1.0}}
+    recipe = load_recipe({**keys, "score.scorers": scorers, "judge.scorers": scorers, "judge.model": "one"})
+    process = other(tmp_path)
+    for command in (
+        lambda: run_score(recipe),
+        lambda: run_pair(recipe),
+        lambda: run_judge(load_recipe(recipe, {"judge.against": "two"}), output=str(tmp_path)),
+        lambda: run_rounds(recipe),
+        lambda: run_sweep(recipe, {"beta": ("1", "2")}, display=Display(quiet=True)),
+    ):
+        with pytest.raises(ValueError, match=f"{tmp_path} is in use by process {process.pid}"):
+            command()
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK_FILE, "responses.jsonl", "scored.jsonl"}
 
 
 @pytest.mark.parametrize("ends", [signal.SIGKILL, signal.SIGTERM, None], ids=["killed", "terminated", "ended"])

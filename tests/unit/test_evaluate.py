@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import shutil
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +26,9 @@ from simpo.evaluation import run as evaluation_run
 from simpo.evaluation.command import run_eval_command
 from simpo.evaluation.generate import generate_greedy
 from simpo.evaluation.results import Evaluation, PairRecord, build_evaluation, compare
-from simpo.evaluation.run import evaluate, settings_for
+from simpo.evaluation.run import READ_KEYS, evaluate, ready_model, settings_for
 from simpo.model import settle
-from simpo.model.attention import PACKED
+from simpo.model.attention import PACKED, packed_by
 from simpo.model.load import load_tokenizer
 from simpo.recipe import load_recipe
 
@@ -219,6 +220,17 @@ def test_a_model_whose_packed_rows_do_not_fit_is_evaluated_on_padded_ones(
     assert found.margin.value == pytest.approx(evaluation.margin.value, abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "taken", "said"),
+    [("auto", None, ()), ("matmul", "matmul", ()), ("varlen", None, ("attention_kernel: varlen cannot be used here",))],
+)
+def test_the_recipes_kernel_computes_packed_rows_where_it_can(tiny_model, settings, kernel, taken, said):
+    own = load_recipe({**settings, "model_name_or_path": str(tiny_model), "attention_kernel": kernel}, only=READ_KEYS)
+    with ready_model(str(tiny_model), own) as (model, packed, notes):
+        assert (packed, model.config._attn_implementation) == (True, packed_by(taken))
+        assert tuple(note.partition(": it needs")[0] for note in notes) == said
+
+
 # peft 0.21 asks transformers 5.23 for a property it has renamed.
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
 def test_an_adapter_is_evaluated_with_its_base_and_its_tokenizer(
@@ -274,7 +286,9 @@ def test_what_is_undefined_is_null_in_json_and_a_dash_on_screen():
     assert content["length_correlation"] is None
     assert content["margin"]["low"] is None
     assert math.isnan(found.margin.low)
-    assert "preference accuracy" in rendered(found)
+    text = rendered(found) + rendered(compare(found, found))
+    assert "preference accuracy" in text
+    assert not re.search(r"\b1 pairs", text)
 
 
 def test_the_table_shows_the_numbers(evaluation):

@@ -111,15 +111,19 @@ def test_the_numbers_lie_beside_the_page_and_are_compared_with_those_of_another_
     (path,) = (tmp_path / "evidence").glob("tiny-*.json")
     text = page.read_text(encoding="utf-8")
     assert "No other day's run of as many pairs" in text
+    assert "1 of 1 statements hold with every seed." in text
+    assert "| [The SFT term](#the-sft-term) | it is finite |  |  |\n" in text
     assert "| llama-3-8b-instruct-simpo | 2.5 | 1.38 | 2.0177 | 1.6004 |" in text, "the first loss, from the margin"
     run = json.loads(path.read_text(encoding="utf-8"))
     assert run["measured"]["sft"]["SimPO"] == lab.measured["sft"]["SimPO"]
     run["date"] = "2000-01-01"
     for row in run["measured"]["sft"]["SimPO"]:
         row["chosen"] -= 1000
+    del run["measured"]["sft"]["untrained"]
     path.with_name("tiny-2000-01-01.json").write_text(json.dumps(run), encoding="utf-8")
     evidence.write_page(lab, [SECTION], page)
-    assert "8 of 9 intervals meet this page's; not: sft, SimPO, chosen." in page.read_text(encoding="utf-8")
+    expected = "5 of 6 intervals meet this page's; not: sft, SimPO, chosen; 3 were not measured then."
+    assert expected in page.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

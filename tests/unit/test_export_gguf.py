@@ -271,12 +271,14 @@ def test_a_runner_that_adds_what_the_template_lacks_gets_no_modelfile(build_toke
 
 
 def test_the_command_writes_both_files_and_overwrites_neither(tiny_model: Path, tmp_path: Path):
-    words = ["export", str(tiny_model), "--gguf", "--quantize", "f32", "--output", str(tmp_path / "out" / "x.gguf")]
+    out = tmp_path / "my models"
+    words = ["export", str(tiny_model), "--gguf", "--quantize", "f32", "--output", str(out / "x.gguf")]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["x.Modelfile", "x.gguf"]
+    assert f"ollama create NAME -f '{out}/x.Modelfile'" in done.stdout
+    assert sorted(path.name for path in out.iterdir()) == ["x.Modelfile", "x.gguf"]
     expected = logits(AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32))
-    assert torch.equal(logits(read_back(tmp_path / "out" / "x.gguf")[0]), expected)
+    assert torch.equal(logits(read_back(out / "x.gguf")[0]), expected)
     again = CliRunner().invoke(app, words)
     assert (again.exit_code, "nothing is overwritten" in again.stderr) == (2, True)
     for change, message in ((["--quantize", "q4_k"], "must be one of f32"), ([], "")):

@@ -159,7 +159,7 @@ def texts(path: Path) -> list[list[str]]:
 
 
 def test_there_are_no_more_processes_than_memory_has_room_for(settings, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(sampler, "_num_cores", lambda: 4)
+    monkeypatch.setattr(sampler, "num_cores", lambda: 4)
     started = []
 
     def start(self, batches, places, build):

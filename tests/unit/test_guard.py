@@ -188,7 +188,10 @@ def test_a_share_of_all_pairs_is_no_certainty() -> None:
 
 def test_the_best_step_from_before_by_a_metric_that_grows_and_by_one_that_falls(tmp_path: Path) -> None:
     """Steps 1 to 4 have checkpoints; what shows since step 6 may be in the weights that step 5's line is of."""
-    for metric, values in (("eval_loss", [3, 1, 2, 4, 0]), ("eval_rewards/accuracies", [0.3, 0.9, 0.4, 0.1, 1.0])):
+    for metric, values in (
+        ("eval_loss", [math.nan, 1, 2, 4, 0]),
+        ("eval_rewards/accuracies", [math.nan, 0.9, 0.4, 0.1, 1]),
+    ):
         keys = {"metric_for_best_model": metric, "logging_steps": 1, "guard": "back", "eval_strategy": "steps"}
         recipe = load_recipe({"model_name_or_path": "m", **keys, "eval_steps": 1, "save_steps": 1})
         assert recipe.greater_is_better == (metric != "eval_loss")

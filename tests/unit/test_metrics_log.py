@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.tracking import MetricsLog, check_trackers, forget_lines_after
+from simpo.run.logs import read_log
+from simpo.run.tracking import MetricsLog, check_trackers, forget_lines_after, name_of, sync_logs
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -37,10 +38,29 @@ def test_a_fresh_run_starts_a_fresh_file_and_a_resumed_one_keeps_what_it_will_no
         file.write('{"step": 4, "lo')  # cut off by a kill
     log = MetricsLog(path, recipe(), resume_step=2)
     log.write({"loss": 0.5}, step=3)
-    log.sync()
+    sync_logs(tmp_path)
     log.close()
     assert [line["step"] for line in lines(path)] == [1, 2, 3]
     assert lines(path)[-1]["loss"] == 0.5
+
+
+def test_a_half_written_last_line_is_told_from_a_broken_one(tmp_path: Path) -> None:
+    path, broken = tmp_path / "metrics.jsonl", []
+    assert [*read_log(path)] == []
+    path.write_bytes(b'{"step": 1,\r"loss": 2}\n\n{"step": 2, "lo')
+    assert [line["step"] for line in read_log(path)] == [1]
+    path.write_bytes(b'{"step": 1}\n{"step": 2, "lo\n[3]\n{"loss": 4}\n{"step": 5, "text": "\xc3"}\n{"step": 6, "lo\n')
+    assert [line["step"] for line in read_log(path, broken.append)] == [1, 5]
+    assert broken == [2, 3, 4, 6]
+    with pytest.raises(ValueError, match=rf"{path}: line 2 is no JSON object with a step"):
+        [*read_log(path)]
+
+
+def test_a_run_is_called_as_the_recipe_says_or_by_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    here = recipe(output_dir=".")
+    assert (name_of(here), name_of(here, tmp_path / "moved")) == (tmp_path.name, "moved")
+    assert name_of(recipe(output_dir=".", run_name="first"), tmp_path) == "first"
 
 
 def test_a_line_separator_inside_a_response_does_not_end_its_line(tmp_path: Path) -> None:

@@ -104,6 +104,25 @@ def test_rows_held_out_are_read_by_their_own_keys_too(write: Any, data_recipe: A
     assert len(data.train) + len(data.eval) == 20
 
 
+def test_lists_are_kept_but_of_sources_whose_own_columns_name_a_pair(
+    write: Any, data_recipe: Any, build_tokenizer: Any
+) -> None:
+    lists = [{"prompt": f"what is {i}?", "responses": list("abcd"), "scores": [4, 3, 2, 1]} for i in range(3)]
+    mixer = {
+        write("lists", lists): 1.0,
+        write("named", [{**row, "gut": "a", "schlecht": "d"} for row in lists]): {
+            "chosen_column": "gut",
+            "rejected_column": "schlecht",
+        },
+    }
+    recipe = data_recipe(mixer, validation_fraction=0, loss_type="plackett_luce")
+    data = prepare_pairs(recipe, build_tokenizer("chatml"), progress=False)
+    assert [row["more_scores"] for row in data.train] == [[3.0, 2.0]] * 3 + [[]] * 3
+    (note,) = [line for line in data.ledger.notes if "keep_lists" in line]
+    assert note.startswith("keep_lists: without effect on ")
+    assert "named.jsonl: chosen_column or rejected_column names a pair" in note
+
+
 def test_a_cap_is_a_seeded_choice_after_the_fraction(write: Any, data_recipe: Any) -> None:
     path, other = write("a", plain(20)), write("b", plain(5))
 
@@ -154,6 +173,10 @@ def test_a_template_file_of_an_entry_counts_by_its_text(write: Any, data_recipe:
         ({"max_train_samples": 0}, "max_train_samples: must be at least 1"),
         ({"max_train_samples": 1.5}, "max_train_samples: a whole number is needed"),
         ({"prompt_column": 1}, "prompt_column: text is needed"),
+        ({"split": ["train", None]}, "split: a list of names is needed, without null"),
+        ({"columns": []}, "columns: a list of names is needed"),
+        ({"data_files": {}}, "data_files: a list of names is needed"),
+        ({"data_files": {"train": []}}, "data_files: a list of names is needed"),
         ({"max_length": 10}, "'max_length' is not known here; a dataset may have .*max_train_samples"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -243,7 +244,11 @@ def test_machines_are_what_was_given(given, expected):
 
 
 @pytest.mark.parametrize(
-    "given", [{"gpus": 12}, {"gpus": 20, "nodes": 3}, {"gpus": 8, "nodes": 2, "gpus_per_node": 8}, {"gpu_gib": 0.0}]
+    "given",
+    [
+        *({"gpus": 12}, {"gpus": 20, "nodes": 3}, {"gpus": 8, "nodes": 2, "gpus_per_node": 8}),
+        *({"gpu_gib": gib} for gib in (0.0, math.inf, math.nan)),
+    ],
 )
 def test_machines_that_contradict_themselves_are_refused(given):
     with pytest.raises(ValueError, match="--gpu"):

@@ -238,6 +238,13 @@ def test_system_turn_comes_from_the_row_then_the_recipe(row, arguments, prompt):
     assert pair_from_row({**row, "chosen": "a", "rejected": "b"}, **arguments).prompt == prompt
 
 
+def test_a_transcript_with_the_line_ends_of_windows_is_one():
+    expected = pair_from_row({"prompt": HH, "chosen": " One\r\n\r\nmore.", "rejected": "No."})
+    pair = pair_from_row({"prompt": HH.replace("\n", "\r\n"), "chosen": " One\r\n\r\nmore.", "rejected": "No."})
+    assert pair == expected
+    assert [message["content"] for message in pair.turns] == ["Why?", "Because.", "Really?"]
+
+
 def test_text_that_only_looks_like_a_list_stays_text():
     for prompt, chosen, rejected in (
         ("[1, 2, 3]", '{"answer": 6}', "[{'a': 1}]"),
@@ -305,6 +312,13 @@ def test_a_pair_beside_its_scored_list_has_its_scores_and_the_other_responses():
     for other in ({"all_rm_scores": [0.5, None, 0.9, 0.2]}, {"all_generated_responses": ["x"] * 4}):
         assert pair_from_row({**row, **other}).scores is None, "the pair stands, whatever lies beside it"
         assert between({**row, **other}) == []
+
+
+@pytest.mark.parametrize("named", [{"chosen_column": "good"}, {"rejected_column": "bad"}, {"chosen_column": "scores"}])
+def test_one_side_named_beside_a_scored_list_says_that_the_list_is_not_read(named):
+    row = {"prompt": "Why?", "good": "a", "bad": "b", "responses": ["a", "b"], "scores": [0.9, 0.1]}
+    with pytest.raises(RowError, match=r"the list \(responses, scores\) is not read .* name both, or neither"):
+        pair_from_row(row, **named)
 
 
 def test_a_list_beside_columns_that_are_named_is_no_part_of_the_pair():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import re
 import shlex
 import shutil
@@ -244,7 +245,9 @@ def test_a_finished_run_is_pushed_with_a_card_that_has_its_numbers(
     for line in ("| metric | before training | after |", "- training pairs: 40 of 40", "- held-out pairs: 10 of 10"):
         assert line in card
     assert "10 pairs; intervals at 95%" in card
-    assert "fingerprint of the data" in card
+    (known,) = re.findall(r"\n- data fingerprint: .*\n", (run / "model" / "README.md").read_text())
+    assert known in card
+    assert json.loads((run / "audit.json").read_text())["fingerprint"] not in card, "which is not of tokens"
     assert hub.tokens == {f"Bearer {TOKEN}"}
     assert TOKEN not in card + pushed.output
     readme = run / "model" / "README.md"
@@ -320,6 +323,34 @@ def test_a_checkpoint_of_transformers_trainer_is_merged_first(run: Path):
     assert not kept & {"optimizer.pt", "trainer_state.json", "simpo.json"}
 
 
+def test_no_state_of_a_training_is_pushed_whatever_its_folder_is_called(run: Path, tmp_path: Path):
+    renamed = (run / "checkpoints" / "checkpoint-20").rename(run / "checkpoints" / "best so far")
+    (renamed / "trainer_state.json").write_text('{"global_step": 20}')
+    foreign = tmp_path / "foreign"
+    shutil.copytree(run / "model", foreign)
+    (foreign / "checkpoint-3").mkdir()
+    (foreign / "checkpoint-3" / "optimizer.pt").touch()
+    for folder in (renamed, foreign):
+        refused = CliRunner().invoke(app, ["push", str(folder), "--dry-run"])
+        assert refused.exit_code == 2, refused.output
+        assert refused.stderr.endswith(f"write it as a model first: simpo merge {shlex.quote(str(folder))}\n")
+        merged = run_merge(str(folder))
+        assert not [path for path in merged.rglob("*") if "optimizer" in path.name or path.name == "simpo.json"]
+    assert "optimizer step of these weights: 20 of 40" in (run / "best so far-merged" / "README.md").read_text()
+
+
+def test_a_command_to_type_is_quoted_and_a_number_that_is_none_is_a_dash(run: Path):
+    run = run.rename(run.with_name("my run"))
+    metrics = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    lines[-1] |= {"eval_loss": math.nan, "eval_rewards/accuracies": math.nan}
+    metrics.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = dry_run(run)
+    assert f"--model '{run}' --compare " in shown
+    assert f"--output '{run}/evaluation.json'" in shown
+    assert re.search(r"\| rewards/accuracies \| \d.*\| - \|", shown)
+
+
 def test_an_evaluation_is_shown_for_the_model_that_it_is_of(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     path, checkpoint = run / "evaluation.json", run / "checkpoints" / "checkpoint-20"
     path.write_text(json.dumps(evaluation_of(run / "model")))
@@ -347,4 +378,4 @@ def test_a_last_line_that_a_killed_run_left_half_is_skipped_and_another_one_is_n
     assert card_of(find_source(str(run))) == card
     path.write_text('{"step": 41, "lo\n' + whole)
     refused = CliRunner().invoke(app, ["push", str(run), "--dry-run"])
-    assert (refused.exit_code, refused.stderr) == (2, f"error: {path}: line 1 is no JSON\n")
+    assert (refused.exit_code, refused.stderr) == (2, f"error: {path}: line 1 is no JSON object with a step\n")

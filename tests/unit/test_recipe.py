@@ -14,6 +14,7 @@ from simpo.recipe import KEYS, Recipe, keys, load_recipe, nearest_key
 from simpo.recipe.aliases import ALIASES, INPUT_KEYS, KNOWN_ELSEWHERE, REFUSED
 from simpo.recipe.checks import in_vain
 from simpo.recipe.declare import declared_key, in_section
+from simpo.recipe.vocabulary import check_vocabulary
 
 REPO = Path(__file__).resolve().parents[2]
 WILD = Path(__file__).parent / "recipes_in_the_wild"
@@ -303,11 +304,25 @@ def test_a_key_that_another_makes_idle_is_said(keys, named):
     assert [line.partition(":")[0] for line in lines] == ([named] if named else [])
 
 
+def test_a_models_file_that_is_not_json_is_named(tmp_path: Path):
+    (tmp_path / "config.json").write_text("{broken")
+    with pytest.raises(ValueError, match=r"config\.json: not JSON"):
+        check_vocabulary(load_recipe({"model_name_or_path": str(tmp_path)}))
+
+
 def test_nearest_key_prefers_ours():
     assert nearest_key("gama_beta_ratio") == "gamma_beta_ratio"
     assert nearest_key("per-device-train-batchsize") == "per_device_train_batch_size"
     assert nearest_key("temperature") == nearest_key("tempertaure") == "generate.temperature"
-    assert nearest_key("\x00" * 1000) in KEYS or nearest_key("\x00" * 1000) in ALIASES
+
+
+@pytest.mark.parametrize("name", ["\x00" * 1000, "zzqqxx", "wibble_wobble"])
+def test_a_key_that_none_is_near_is_refused_without_a_guess(name):
+    assert nearest_key(name) is None
+    for key, lists in ((name, "simpo keys"), (f"generate.{name}", "simpo keys generate")):
+        with pytest.raises(ValueError, match=f"unknown key .*; `{lists}` lists") as refused:
+            load_recipe({"model_name_or_path": "m", key: 1})
+        assert "nearest" not in str(refused.value)
 
 
 # --- precision, attention --------------------------------------------------------------------------------------------

@@ -81,14 +81,14 @@ def test_any_mixture_of_known_keys_is_valid_or_refused(mapping):
 @brief
 @given(st.text(min_size=1, max_size=80).filter(lambda name: name.replace("-", "_") not in ALL_NAMES))
 @example("score.scorer")
-def test_any_unknown_key_is_refused_with_a_known_one(name):
+def test_any_unknown_key_is_refused_with_a_known_one_or_none(name):
     result = attempt({"model_name_or_path": "m", name: 1})
     if "." in name and name.replace("-", "_").split(".")[0] in ("dataset_mixer", "gradient_checkpointing_kwargs"):
         return
     assert isinstance(result, str)
     assert "unknown key" in result
-    nearest = result.split("nearest known key is ")[1].split("'")[1]
-    assert nearest in ALL_NAMES
+    if "nearest known key is " in result:
+        assert result.split("nearest known key is ")[1].split("'")[1] in ALL_NAMES
 
 
 @brief

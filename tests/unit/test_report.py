@@ -10,6 +10,7 @@ import re
 import socket
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import urljoin
 
 import numpy as np
 import pytest
@@ -201,6 +202,18 @@ def test_every_run_gives_a_page(tmp_path: Path, case: str, words: str) -> None:
     assert words in page_of(write_report([folder])).text
 
 
+@pytest.mark.usefixtures("without_pictures")
+def test_an_evaluation_that_is_not_finite_is_no_change(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run")
+    last = json.loads((folder / "eval_pairs.jsonl").read_text().splitlines()[-1])
+    broken = {name: [math.nan] * 24 for name in ("margin", "logps/chosen", "logps/rejected")}
+    first = (folder / "eval_pairs.jsonl").read_text().splitlines()[0]
+    (folder / "eval_pairs.jsonl").write_text(f"{first}\n{json.dumps(last | broken)}\n")
+    text = page_of(write_report([folder])).text
+    assert not re.search(r"[+\u2212 ]nan\b", text)
+    assert "points (95%" not in text
+
+
 def test_a_long_run_is_thinned_and_keeps_its_extremes(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     values = rng.normal(size=100_000)
@@ -239,6 +252,19 @@ def test_runs_are_compared_in_one_page(tmp_path: Path) -> None:
     links = [attrs["href"] for tag, attrs in page.found if tag == "a" and not attrs["href"].startswith("#")]
     assert links[:2] == ["first/report.html", "report/curves.png"]  # second has none
     assert "2 runs compared" in page_of(write_report([tmp_path / "runs"])).text
+
+
+@pytest.mark.usefixtures("without_pictures")
+def test_links_lead_to_folders_of_any_name(tmp_path: Path) -> None:
+    names = ("50%25 off#1", "why? a&b")
+    for name in names:
+        write_report([write_run(tmp_path / "runs" / name)])
+    path = write_report([tmp_path / "runs"], tmp_path / "all #2.html")
+    links = [attrs["href"] for tag, attrs in page_of(path).found if tag == "a" and not attrs["href"].startswith("#")]
+    assert [urljoin(path.as_uri(), link) for link in links[:2]] == [
+        (tmp_path / "runs" / name / "report.html").as_uri() for name in names
+    ]
+    assert urljoin(path.as_uri(), links[2]) == (tmp_path / "all #2" / "curves.png").as_uri()
 
 
 @pytest.mark.usefixtures("without_pictures")
@@ -318,6 +344,15 @@ def test_a_watched_page_follows_the_run_until_it_ends(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.usefixtures("without_pictures")
+def test_a_run_that_another_process_works_on_is_running(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", steps=10, total=40, finished=False, evaluations=())
+    ended = "not finished: 10 of 40 steps done"
+    for process, words in ((os.getppid(), "running: step 10 of 40"), (os.getpid(), ended), (2**22 + 1, ended)):
+        (folder / LOCK_FILE).write_text(f"process {process} on {socket.gethostname()} since today")
+        assert words in page_of(write_report([folder])).text
+
+
+@pytest.mark.usefixtures("without_pictures")
 def test_a_page_is_not_watched_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It was for a run that ended without a model, and rounds ended with the first of them."""
     folder = write_run(tmp_path / "run", steps=10, total=40, finished=False, evaluations=())
@@ -340,6 +375,10 @@ def test_the_command_names_the_page_and_what_is_no_run(finished: Path, tmp_path:
     result = CliRunner().invoke(app, ["report", str(finished), "--output", str(tmp_path / "pages" / "one.html")])
     assert (result.exit_code, result.output.strip()) == (0, f"report: {tmp_path}/pages/one.html")
     assert (tmp_path / "pages" / "one" / "curves.png").is_file()
+    for _ in range(2):
+        result = CliRunner().invoke(app, ["report", str(finished), "--output", str(tmp_path / "plain")])
+        assert (result.exit_code, result.output.strip()) == (0, f"report: {tmp_path}/plain"), "a name without a suffix"
+    assert (tmp_path / "plain_files" / "curves.png").is_file()
     result = CliRunner().invoke(app, ["report", str(tmp_path / "nowhere")])
     assert result.exit_code == 2
     assert "no such folder; name the output_dir of a run" in result.output

@@ -14,7 +14,9 @@ from typer.testing import CliRunner
 from simpo.cli import app
 from simpo.onpolicy.journal import read_about, read_rows
 from simpo.onpolicy.score import run_score
+from simpo.onpolicy.scorers import build_rater, rules
 from simpo.recipe import load_recipe
+from simpo.recipe.scorers import read_scorer
 from simpo.run.stopping import OutOfMemory
 
 NAMES = (f"own_scorers_{number}" for number in itertools.count())
@@ -199,6 +201,36 @@ def test_scores_of_two_versions_never_mix(own, tmp_path: Path):
         run_score(asked)
 
 
+@pytest.mark.parametrize("standardize", [False, True])
+def test_scores_of_an_earlier_reading_are_not_taken(
+    standardize: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    write(tmp_path, [row("a", "5 million", "5", columns={"answer": "5000000"}), row("b", "6", columns={"answer": "6"})])
+    asked = recipe(tmp_path, {"sums": {"kind": "math"}}, standardize=standardize)
+    with monkeypatch.context() as earlier:  # the version that did not write it down, and read this otherwise
+        earlier.setattr(rules, "_READING", {})
+        earlier.setitem(rules.RULES, "math", lambda *_: 0.5)
+        before = run_score(asked).read_bytes()
+        assert run_score(asked).read_bytes() == before
+    assert "rated anew" not in capsys.readouterr().err
+    found = [each["scores"]["sums"] for row in read_rows(run_score(asked)) for each in row["responses"]]
+    assert found == [1, 0, 1]
+    assert capsys.readouterr().err.count("note: sums: rated anew, as this version reads responses otherwise") == 1
+    run_score(asked)
+    assert "rated anew" not in capsys.readouterr().err
+    assert len([*(tmp_path / "scores").glob("sums-*.jsonl")]) == 2
+
+
+def test_what_reads_responses_says_which_reading_it_is():
+    one = load_recipe({"model_name_or_path": "any"})
+    judge = {"kind": "judge", "url": "http://any/v1", "model": "any"}  # would have to be paid again
+    readings = [
+        build_rater(spec["kind"], read_scorer(spec)[1], one).identity.get("reading")
+        for spec in ({"kind": "math"}, {"kind": "code"}, judge)
+    ]
+    assert readings == [2, 2, None]
+
+
 def test_new_weights_need_no_new_rating(own, tmp_path: Path):
     module = own(
         "def rate(prompt, response, row):\n    with open('calls', 'a') as calls: calls.write('x')\n    return 1"
@@ -216,6 +248,7 @@ def test_new_weights_need_no_new_rating(own, tmp_path: Path):
     [
         ({}, "rule: kind is missing; it is one of function, "),
         ({"kind": "lenght"}, "rule: kind = 'lenght': there are .* the nearest is length"),
+        ({"kind": "wibble"}, "rule: kind = 'wibble': there are [a-z_, ]*.allowed"),
         ({"kind": "length", "minimum": 3}, "rule: 'minimum' is not an option of kind length, which has unit, min, max"),
         (
             {"kind": "length", "min": 0},

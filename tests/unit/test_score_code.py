@@ -8,6 +8,7 @@ import gzip
 import json
 import os
 import re
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def options(**more: Any):
 
 
 def passes(code: str, **more: Any) -> bool:
-    return run_tests([code], TESTS, options(**more))[0]
+    return run_tests([[code]], TESTS, options(**more))[0][0]
 
 
 def test_code_passes_when_its_tests_come_to_their_end():
@@ -167,12 +168,12 @@ def test_which_text_is_code():
 )
 def test_code_is_found_in_any_markdown(text: str):
     found = find_blocks(text.replace("CODE", "def add(a, b): return a + b"))
-    assert run_tests(found, "assert add(2, 3) == 5", options())[0]
+    assert run_tests([found], "assert add(2, 3) == 5", options())[0][0]
 
 
 def test_a_block_keeps_the_indent_that_continues_the_prelude():
     found = find_blocks("```python\n    return a + b\n```\nIt adds.")
-    assert run_tests(found, "assert add(2, 3) == 5", options(), prelude="def add(a, b):")[0]
+    assert run_tests([found], "assert add(2, 3) == 5", options(), prelude="def add(a, b):")[0][0]
 
 
 RIGHT, WRONG = (f"```python\ndef add(a, b):\n    return a {sign} b\n```" for sign in "+-")
@@ -262,6 +263,28 @@ def test_tests_that_test_nothing_leave_their_row_out(tests: Any, says: str):
     error = rate(tests)
     assert isinstance(error, RowError)
     assert re.search(says, str(error))
+
+
+def test_a_row_starts_one_process_and_nothing_of_one_code_reaches_the_next(monkeypatch: pytest.MonkeyPatch):
+    own, started, start = rater(prelude=None), [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *args, **more: started.append(args) or start(*args, **more))
+    texts = ["import builtins\nbuiltins.add = lambda a, b: a + b", "x = 1", "import os; os._exit(0)", RIGHT]
+    rows = [
+        {"id": each, "responses": [{"text": text} for text in texts], "columns": {"tests": "assert add(2, 3) == 5"}}
+        for each in "ab"
+    ]
+    assert dict(own.rate(rows)) == {"a": [1, 0, 0, 1], "b": [1, 0, 0, 1]}
+    assert len(started) == 2
+
+
+def test_a_scorer_that_is_left_leaves_at_once(monkeypatch: pytest.MonkeyPatch):
+    rows = [{"id": "a", "responses": [{"text": RIGHT}], "columns": {"tests": "assert add(2, 3) == 5"}}]
+    rows += [{"id": "b", "responses": [{"text": "while True: pass"}] * 8, "columns": {"tests": "assert add(2, 3)"}}]
+    rated = rater(prelude=None).rate(rows)
+    assert next(rated) == ("a", [1])
+    began = time.monotonic()
+    rated.close()
+    assert time.monotonic() - began < 4
 
 
 def test_real_solutions_pass_and_real_bugs_are_found(real_data: Path):

@@ -36,6 +36,11 @@ def test_every_kind_is_declared_computed_and_explained():
         assert SCORERS[kind].__doc__
         assert all(key.meaning and key.allowed for key in keys)
         assert keys[-1].name == "score.scorers.NAME.weight"
+        columns = [key for key in keys if key.allowed.startswith("name of a column")]
+        assert all("generate.keep_columns" in key.meaning for key in columns), kind
+    (tests,) = (key for key in SCORER_KEYS["code"] if key.name.endswith(".tests"))
+    assert "a list of texts" in tests.meaning
+    assert "entry_point" in tests.meaning
 
 
 @pytest.mark.parametrize(
@@ -164,7 +169,16 @@ def test_answers_of_maths(reference: str, right: list[str], wrong: list[str]):
     [
         ("2", [r"\boxed{\sqrt{2}}", r"\boxed{2\pi}", r"\boxed{e^2}", r"\boxed{2ab}", r"\boxed{2 a}", r"\boxed{\pm 2}"]),
         ("2", ["It is √2.", "So it is 2π.", r"It is $2 \pi$.", r"\boxed{2\mathrm{i}}", r"\boxed{\frac{2}{x}}"]),
-        ("2", ["The answer is not 2.", "The answer is 2 million.", "Answer: 2²", "#### 2. Multiply\n6*7 = 42."]),
+        (
+            "2",
+            [
+                "The answer is not 2.",
+                "The answer is 2 million.",
+                "So 2 quadrillion",
+                "Answer: 2²",
+                "#### 2. Multiply\n6*7 = 42.",
+            ],
+        ),
         ("2", ["#### Step 2: Multiply\n6*7 = 42.\n\nThe answer is 42."]),
         ("3", [r"\boxed{3x}", r"\boxed{3 x}", r"\boxed{3!}", "The answer is $3!$."]),
         ("4", [r"\boxed{\log 4}", "the answer is log 4", r"\boxed{(4, 5)}"]),
@@ -204,6 +218,11 @@ def test_an_answer_that_only_holds_the_number_is_wrong(reference: str, wrong: li
         ("-5", ["\\boxed{\u22125}", "the answer is \u22125.", "The answer is minus 5", r"\boxed{- 5}"]),
         (r"\frac{3}{2}", [r"\boxed{1\frac{1}{2}}", r"\boxed{1\frac12}", "1 1/2", "Answer: 1 1/2 cups", "1½"]),
         ("3/2", ["1 1/2", "The answer is 1 1/2."]),
+        (
+            "5000000",
+            ["The answer is 5 million.", r"\boxed{5\text{ million}}", "It has 5 million people.", "$5 Million"],
+        ),
+        ("2.5 billion", ["2,500,000,000", "2.5 billion dollars", "2500 million"]),
         ("18 dollars", ["#### 18", "$18", "18 dollars a day"]),
         ("5", [r"\boxed{5\text{ cm}^2}", r"\boxed{5^\circ}", r"\boxed{5\text{ m/s}^{2}}", "5 m", "5cm^2", "5 cm²"]),
         (r"5\text{ cm}^2", ["5", r"\boxed{5\text{ cm}^2}"]),

@@ -83,3 +83,36 @@ def test_each_process_reads_its_share_and_all_say_what_is_wrong(two_ranks: Any, 
         check_sealed(folder)
     write_files(folder)
     assert check_sealed(folder) == check_sealed(whole)
+
+
+def refusal_on_two_nodes(folder: Path) -> str:
+    """What this rank, on a node of its own, says of a checkpoint that is damaged on the second node alone."""
+    import os
+    from types import SimpleNamespace
+
+    import torch
+    import torch.distributed as dist
+
+    from simpo.hosts.hf.trainer import SimPOTrainer
+    from simpo.parallel.mesh import Mesh, MeshSizes
+    from simpo.run.saved import check_sealed
+
+    mesh = Mesh(MeshSizes(dp_replicate=2), device=torch.device("cpu"))
+    host = SimpleNamespace(args=SimpleNamespace(save_on_each_node=True), mesh=mesh)
+    before, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
+    try:
+        with pytest.raises(ValueError) as error:
+            SimPOTrainer._check_sealed(host, folder / f"node{dist.get_rank()}" / "checkpoint-2", check_sealed)
+        return str(error.value)
+    finally:
+        os.environ["LOCAL_RANK"] = before
+
+
+def test_what_each_node_saves_for_itself_is_checked_on_each(two_ranks: Any, tmp_path: Path) -> None:
+    from simpo.run.saved import seal
+
+    for node in range(2):
+        seal(write_files(tmp_path / f"node{node}" / "checkpoint-2"), IDENTITY)
+    (tmp_path / "node1" / "checkpoint-2" / "c.bin").write_bytes(b"other")
+    for line in two_ranks.run(refusal_on_two_nodes, tmp_path):
+        assert "node1/checkpoint-2 is damaged: c.bin is not as it was saved" in line

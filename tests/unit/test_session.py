@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +49,11 @@ def test_the_best_may_be_no_gain(metric: str, sign: float):
     recipe = load_recipe({"model_name_or_path": "m", "early_stopping_patience": 3, "save_steps": 1, **keys})
     gains = progress_after(recipe, [sign * value for value in (1.0, 1.25, 1.25, 1.75, 2.5, 2.0)])
     assert gains == [(1, 0), (2, 1), (2, 2), (4, 3), (5, 0), (5, 1)]
+
+
+def test_a_metric_that_is_no_number_is_never_the_best():
+    recipe = load_recipe({"model_name_or_path": "m"})
+    assert progress_after(recipe, [math.nan, 2.0, math.nan, 1.0]) == [(None, 1), (2, 0), (2, 1), (4, 0)]
 
 
 def test_a_resumed_run_whose_best_checkpoint_is_gone_goes_on_counting(tmp_path: Path):

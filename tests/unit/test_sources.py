@@ -275,6 +275,15 @@ def test_files_named_under_the_format_that_reads_them(tmp_path, data_recipe):
         find_sources(data_recipe({str(tmp_path / "a1.jsonl"): {"data_files": "x"}}))
 
 
+def test_brackets_in_a_folder_or_a_file_are_no_pattern(tmp_path, data_recipe):
+    folder = tmp_path / "runs[1]"
+    write_jsonl(folder / "a[2].jsonl", rows(2))
+    write_jsonl(folder / "b.jsonl", rows(1, 50))
+    for names, expected in (("a[2].jsonl", rows(2)), ("[ab]*.jsonl", rows(2) + rows(1, 50))):
+        recipe = data_recipe({str(folder): {"data_files": names}}, validation_fraction=0)
+        assert [row.row for row in load_splits(recipe).train] == expected
+
+
 def test_broken_lines_become_rows_that_say_where(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"prompt": "q"}\n\n{"prompt": \n\xff\xfe\n' + b"[" * 100_000 + b"\n[1]\n")
@@ -376,6 +385,14 @@ def test_real_folders_have_both_splits(real_data, data_recipe):
     splits = load_splits(data_recipe({str(real_data / "zh_oasst1"): 1.0, str(real_data / "code_humanevalpack"): 0.5}))
     assert len(splits.train) == 691 + 444
     assert len(splits.eval) == 76 + 96
+
+
+def test_csv_asks_for_no_longer_cells_than_windows_can_count(tmp_path, monkeypatch):
+    limit, asked = csv.field_size_limit, []
+    monkeypatch.setattr(csv, "field_size_limit", lambda most: asked.append(most) or limit(most))
+    (tmp_path / "a.csv").write_text("prompt,chosen\na,b\n")
+    assert len(list(read_file(tmp_path / "a.csv"))) == 1
+    assert max(asked) < 2**31
 
 
 def test_csv_quote_that_is_never_closed(tmp_path):

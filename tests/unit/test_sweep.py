@@ -27,6 +27,7 @@ def test_keys_with_several_values_are_varied_and_all_others_left():
     space, rest = read_space([*words, "--sft_weight", "0..0.5"])
     assert space == {"learning_rate": ("3e-7", "5e-7"), "beta": ("2", "10"), "sft_weight": Range(0, 0.5)}
     assert rest == ["--dataset_splits=[a, b]", "--seed=1", "--bf16"]
+    assert read_space(["--clean.languages", "en,de", "--report_to=a,b"])[0] == {}, "whose own values are lists"
 
 
 def test_a_grid_is_every_combination_and_a_random_search_has_no_repetition():
@@ -255,7 +256,9 @@ def test_short_rungs_are_judged_by_how_far_pairs_lean_before_any_changes_sides(t
 
 
 @pytest.mark.parametrize("stop_after", [0, 1, 4, 9])
-def test_given_again_it_does_what_was_left_and_the_untrained_model_is_measured_once(stop_after, trainings, tiny_recipe):
+def test_given_again_it_does_what_was_left_and_the_untrained_model_is_measured_once(
+    stop_after, trainings, tiny_recipe, monkeypatch
+):
     recipe, space = load_recipe(tiny_recipe), {"learning_rate": RATES[:3], "beta": ("2", "4")}
     trainings.stop_after = stop_after
     with pytest.raises(KeyboardInterrupt):
@@ -268,6 +271,7 @@ def test_given_again_it_does_what_was_left_and_the_untrained_model_is_measured_o
     done = path.read_text()
     run_sweep(recipe, space)
     assert path.read_text() == done
+    monkeypatch.setattr(sweep, "prepare_pairs", None)  # other settings are refused before the pairs are read
     with pytest.raises(ValueError, match=r"space.beta was \['2', '4'\] and is"):
         run_sweep(recipe, {"learning_rate": RATES[:3], "beta": ("2", "5")})
 
@@ -368,6 +372,23 @@ def test_a_sweep_needs_held_out_pairs_and_one_run_that_can_be_trained(trainings,
     recipe = load_recipe(tiny_recipe, {"dataset_splits": ["train"], "validation_fraction": 0.0, "output_dir": "other"})
     with pytest.raises(ValueError, match="no held-out pairs"):
         run_sweep(recipe, {"learning_rate": ("0.1", "0.2")})
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"push_to_hub": True}, "push_to_hub: not in a sweep"),
+        ({"resume_from_checkpoint": True}, "resume_from_checkpoint: a sweep goes on by itself"),
+        ({"dataset_splits": ["train"], "validation_fraction": 0.0}, "no held-out pairs"),
+    ],
+)
+def test_calibration_refuses_what_its_sweep_would_before_it_measures(
+    keys, message, trainings, tiny_recipe, monkeypatch
+):
+    monkeypatch.setattr(calibrate, "run_command_line", trainings)
+    with pytest.raises(ValueError, match=message):
+        calibrate.run_calibrate(load_recipe(tiny_recipe, keys))
+    assert trainings.words == []
 
 
 def test_margins_that_a_model_begins_with_are_read_by_their_quantiles():

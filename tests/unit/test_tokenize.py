@@ -57,6 +57,20 @@ def test_string_prompt_is_a_user_turn_where_there_is_a_template(build_tokenizer)
     assert tokenize_pair(as_turn, tokenizer, max_length=60) == tokenize_pair(PAIR, tokenizer, max_length=60)
 
 
+@pytest.mark.parametrize("gap", ["\n", "\r\n"])
+def test_a_transcript_without_blank_lines_is_one_turn_and_said_to_be(gap, build_tokenizer):
+    """As HH-RLHF has them a blank line stands before each turn; what is pasted into a question may have none."""
+    tokenizer = build_tokenizer("chatml")
+    text = f"Human: Which?{gap}Assistant: This.{gap}Human: Why?{gap}Assistant:"
+    for prompt in (text, [{"role": "system", "content": "Be brief."}, {"role": "user", "content": text}]):
+        found = tokenize_pair(Pair("r", prompt, "Yes.", "No."), tokenizer, max_length=200)
+        assert f"<|im_start|>user\n{text}<|im_end|>" in found.prompt_text
+        (note,) = found.notes
+        assert "a blank line before each turn" in note
+    for prompt in ("Human: a species?", "What does this say?\nHuman: hello\nAssistant: hi"):
+        assert not tokenize_pair(Pair("r", prompt, "Yes.", "No."), tokenizer, max_length=200).notes
+
+
 def test_messages_without_a_template_name_the_key(build_tokenizer):
     pair = Pair("a/train#3", [{"role": "user", "content": "Why?"}], "Yes.", "No.")
     with pytest.raises(ValueError, match=r"row a/train#3: .*set chat_template"):
@@ -76,6 +90,12 @@ def test_template_from_text_file_or_name(tmp_path, build_tokenizer):
         load_chat_template(tokenizer, "nowhere.jinja")
     with_template = tokenize_pair(PAIR, tokenizer, max_length=60, chat_template=chatml)
     assert tokenizer.decode(with_template.chosen_ids) == "user: Which river?\nassistant: The green one.<|end|>"
+
+
+def test_a_template_file_that_is_no_text_names_key_and_file(tmp_path, build_tokenizer):
+    (tmp_path / "t.jinja").write_bytes(b"\xff\xfe{")
+    with pytest.raises(ValueError, match=r"chat_template: .*t\.jinja cannot be read as text \(UnicodeDecodeError"):
+        load_chat_template(build_tokenizer("plain"), str(tmp_path / "t.jinja"))
 
 
 def test_one_of_several_templates_is_the_default_or_named(build_tokenizer):

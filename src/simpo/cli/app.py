@@ -248,15 +248,16 @@ def exit_by_account(account: Path, *, examples: bool = True, as_json: bool = Fal
 
 @contextlib.contextmanager
 def leaving_when_interrupted() -> Iterator[None]:
-    """Ctrl-C or SIGTERM in a command whose file goes on -> its one line, and exit 130; want of memory -> exit 1."""
-    from simpo.run.stopping import Interrupted, OutOfMemory
+    """Ctrl-C, SIGTERM or a guard in work that goes on from there -> its one line and exit code; a loss that is not
+    finite, or want of memory -> exit 1."""
+    from simpo.run.stopping import Interrupted, NonFiniteError, OutOfMemory
 
     try:
         yield
     except Interrupted as stopped:
         say_once(str(stopped), color="yellow")
-        raise typer.Exit(130) from None
-    except OutOfMemory as error:
+        raise typer.Exit(stopped.exit_code) from None
+    except (NonFiniteError, OutOfMemory) as error:
         say_once(f"error: {error}", color="red")
         raise typer.Exit(1) from None
 
@@ -267,7 +268,7 @@ _FOR_THE_FIRST_S = 10.0
 def say_once(line: str, *, color: str) -> None:
     """A line on stderr: of several processes' equal lines the first process's; another process's own with its rank."""
     rank, local_rank = (os.environ.get(name, "0") for name in ("RANK", "LOCAL_RANK"))
-    if _has_met_others():
+    if "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized():
         from simpo.parallel.mesh import is_said_by_main
 
         if is_said_by_main(line):
@@ -285,11 +286,3 @@ def _complain(line: str, color: str = "yellow") -> None:
     from simpo.display import say
 
     say(line, Console(stderr=True), style=color)
-
-
-def _has_met_others() -> bool:
-    if "torch" not in sys.modules:
-        return False
-    import torch.distributed as dist
-
-    return dist.is_initialized()

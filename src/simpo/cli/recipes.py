@@ -26,15 +26,14 @@ def check(
     resolved = load(recipe, context.args, processes=processes)
     from simpo.recipe.vocabulary import check_vocabulary
 
-    vocabulary = check_vocabulary(resolved)
+    content = _checked(resolved, processes) | {"vocabulary": check_vocabulary(resolved)}
     if as_json:
-        print_json(_checked(resolved, processes) | {"vocabulary": vocabulary})
+        print_json(content)
         return
     tell = typer.echo if full else say
     tell(resolved.to_yaml() if full else _key_lines(resolved))
-    prefix = "# " if full else ""
-    for line in [*_effective_lines(resolved, processes), *([vocabulary] if vocabulary else [])]:
-        tell(prefix + line)
+    for line in _effective_lines(resolved, content, processes):
+        tell("# " * full + line)
 
 
 @app.command(context_settings=TAKES_OVERRIDES)
@@ -145,10 +144,6 @@ def _data_ranks(recipe: Recipe, processes: int) -> int:
     return max(1, processes // (recipe.cp * recipe.tp))  # processes of one cp or tp group compute the same pairs
 
 
-def _missing(recipe: Recipe) -> list[str]:
-    return [name for name in ("dataset_mixer", "output_dir") if not getattr(recipe, name)]
-
-
 def _checked(recipe: Recipe, processes: int) -> dict[str, Any]:
     """What `simpo check` says, for programs."""
     from simpo.recipe.checks import far_from_published, in_vain
@@ -160,14 +155,12 @@ def _checked(recipe: Recipe, processes: int) -> dict[str, Any]:
         "pairs_per_step": pairs,
         "notices": list(recipe.notices),
         "warnings": [*in_vain(recipe), *far_from_published(recipe, pairs)],
-        "missing": _missing(recipe),
+        "missing": [name for name in ("dataset_mixer", "output_dir") if not getattr(recipe, name)],
     }
 
 
-def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
-    """Loss and batch as they will act, notices, and what is still missing to train."""
-    from simpo.recipe.checks import far_from_published, in_vain
-
+def _effective_lines(recipe: Recipe, content: dict[str, Any], processes: int) -> list[str]:
+    """The same for people: loss and batch as they will act, notices, and what is still missing to train."""
     each, accumulation = recipe.per_device_train_batch_size, recipe.gradient_accumulation_steps
     data = _data_ranks(recipe, processes)
     many = f"{data} process{'es' * (data > 1)}" + " that see other pairs" * (data != processes)
@@ -175,15 +168,14 @@ def _effective_lines(recipe: Recipe, processes: int) -> list[str]:
         "",
         f"loss: {recipe.describe_loss()}",
         f"      {recipe.loss.equation}  [{recipe.loss.source}]",
-        f"batch: {recipe.pairs_per_step(data)} pairs an optimizer step "
+        f"batch: {content['pairs_per_step']} pairs an optimizer step "
         f"({each} a micro-batch x {accumulation} accumulated x {many})",
     ]
-    lines += [f"notice: {notice}" for notice in recipe.notices]
-    warnings = [*in_vain(recipe), *far_from_published(recipe, recipe.pairs_per_step(data))]
-    lines += [f"warning: {line}" for line in warnings]
-    missing = _missing(recipe)
-    lines.append(f"to train, still give: {', '.join(missing)}" if missing else "this recipe can be trained")
-    return lines
+    lines += [f"notice: {line}" for line in content["notices"]]
+    lines += [f"warning: {line}" for line in content["warnings"]]
+    missing = ", ".join(content["missing"])
+    lines.append(f"to train, still give: {missing}" if missing else "this recipe can be trained")
+    return [*lines, *filter(None, [content["vocabulary"]])]
 
 
 def _key_text(doc: Key) -> str:

@@ -12,10 +12,10 @@ from simpo.cli.app import (
     AsJson,
     RecipeOrData,
     app,
+    leaving_when_interrupted,
     load,
     output_option,
     print_json,
-    say_once,
     stdout_for_json,
 )
 
@@ -27,22 +27,15 @@ def train(context: typer.Context, recipe: RecipeOrData) -> None:
     resolved.require("dataset_mixer", "output_dir")
     from simpo.hosts.launcher import launched_by_accelerate
     from simpo.parallel.mesh import leave_world
-    from simpo.run.stopping import Interrupted, NonFiniteError, OutOfMemory
     from simpo.trainer import Trainer
 
-    try:
+    with leaving_when_interrupted():
         if launched_by_accelerate():
             from simpo.hosts.hf import run_recipe
 
             run_recipe(resolved)
         else:
             Trainer(resolved).run()
-    except Interrupted as stopped:
-        say_once(str(stopped), color="yellow")
-        raise typer.Exit(stopped.exit_code) from None
-    except (NonFiniteError, OutOfMemory) as error:
-        say_once(f"error: {error}", color="red")
-        raise typer.Exit(1) from None
     leave_world()
 
 

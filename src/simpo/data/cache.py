@@ -74,15 +74,19 @@ def list_lengths(column: pa.ChunkedArray) -> np.ndarray:
     return pc.call_function("list_value_length", [column]).to_numpy()
 
 
+def flatten(column: pa.ChunkedArray) -> np.ndarray:
+    """All numbers of a column of lists."""
+    return pc.call_function("list_flatten", [column]).to_numpy()
+
+
 def count_trained(table: pa.Table, side: str) -> np.ndarray:
     """[rows] trained tokens of one side's responses; the column of gaps may be missing."""
     counts = list_lengths(table[f"{side}_ids"]).astype(np.int64) - table[f"{side}_start"].to_numpy()
     if f"{side}_gaps" in table.column_names:
         gaps = table[f"{side}_gaps"]
-        edges, sizes = pc.call_function("list_flatten", [gaps]).to_numpy(), list_lengths(gaps) // 2
-        counts -= np.bincount(np.repeat(np.arange(len(sizes)), sizes), edges[1::2] - edges[::2], len(sizes)).astype(
-            np.int64
-        )
+        edges, sizes = flatten(gaps), list_lengths(gaps) // 2
+        owners = np.repeat(np.arange(len(sizes)), sizes)
+        counts -= np.bincount(owners, edges[1::2] - edges[::2], len(sizes)).astype(np.int64)
     return counts
 
 
@@ -130,14 +134,14 @@ def fingerprint_tokens(dataset: Any) -> str:
             parts = (
                 {name: table[name].to_numpy()} if name.endswith("_start") else {f"#{name}": list_lengths(table[name])}
             )
-            parts |= {name: _flat(table[name])} if name.endswith("_gaps") else {}
+            parts |= {name: flatten(table[name])} if name.endswith("_gaps") else {}
             for part, values in parts.items():  # copied: a view would hold all that was read with it
                 numbers.setdefault(part, []).append(values.astype("<i4", copy=True))
     whole = {name: np.concatenate(parts) for name, parts in numbers.items()}
     for side in SIDES:
         digest.update(whole[f"#{side}_ids"].data)
         for table in scan(dataset, [f"{side}_ids"]):
-            digest.update(np.ascontiguousarray(_flat(table[f"{side}_ids"]), dtype="<i4").data)
+            digest.update(np.ascontiguousarray(flatten(table[f"{side}_ids"]), dtype="<i4").data)
         if f"#{side}_gaps" in whole and whole[f"#{side}_gaps"].any():
             digest.update(whole[f"#{side}_gaps"].data)
             digest.update(whole[f"{side}_gaps"].data)
@@ -148,12 +152,8 @@ def fingerprint_tokens(dataset: Any) -> str:
             digest.update(list_lengths(table[name]).astype("<i4").data)
             values = table[name] if name == "more_starts" else pc.call_function("list_flatten", [table[name]])
             digest.update(list_lengths(values).astype("<i4").data if name == "more_ids" else b"")
-            digest.update(np.ascontiguousarray(_flat(values), dtype="<i4").data)
+            digest.update(np.ascontiguousarray(flatten(values), dtype="<i4").data)
     return digest.hexdigest()[:32]
-
-
-def _flat(column: pa.ChunkedArray) -> np.ndarray:
-    return pc.call_function("list_flatten", [column]).to_numpy()
 
 
 def scan(dataset: Any, columns: list[str]) -> Iterator[pa.Table]:
@@ -238,7 +238,9 @@ def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None
     if not folder.is_dir():
         return None
     try:
-        _check_digests(folder)
+        for name, digest in load_json(folder / _DIGESTS).items():
+            if digest_file(folder / name) != digest:
+                raise ValueError(f"{name} is not as it was written")
         ledger = Ledger.load(folder / "ledger.json")
         if ledger.fingerprint != key:
             raise ValueError("it holds other data")
@@ -257,14 +259,6 @@ def load_cached(folder: Path, key: str, console: Console) -> PreparedData | None
             folder.rename(aside)
             os.utime(aside)
         return None
-
-
-def _check_digests(folder: Path) -> None:
-    """Raise ValueError, or OSError, for a file of a store that is not as it was written."""
-    written = load_json(folder / _DIGESTS)
-    for name, digest in written.items():
-        if digest_file(folder / name) != digest:
-            raise ValueError(f"{name} is not as it was written")
 
 
 class NotStored(Exception):

@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from enum import IntFlag
 from typing import Any
 
@@ -93,8 +93,7 @@ class PairCleaner:
             load_minhash()
         if clean.languages:
             check_languages(set(clean.languages) - {"prompt"}, "clean.languages")
-        self.checks: list[Callable[[Pair, Sign], str | None]] = []
-        for key, check in (
+        checks: tuple[tuple[str, Callable[[Pair, Sign], str | None]], ...] = (
             ("max_length_ratio", self._length_ratio),
             ("min_score_gap", self._score_gap),
             ("template_residue", self._residue),
@@ -102,9 +101,8 @@ class PairCleaner:
             ("truncated", functools.partial(self._sided, clean.truncated, _TRUNCATED, "stops in the middle")),
             ("languages", self._language),
             ("benchmarks", self._benchmark),
-        ):
-            if getattr(clean, key) != getattr(Clean(), key):
-                self.checks.append(functools.partial(self._check, REASONS[key], check))
+        )
+        self.checks = [(REASONS[key], check) for key, check in checks if getattr(clean, key) != getattr(Clean(), key)]
 
     def __call__(self, pair: Pair) -> dict[str, Any]:
         """What there is to know about a pair, as `FINDINGS`.
@@ -113,8 +111,9 @@ class PairCleaner:
             RowError: a filter drops it; the reason is one of `REASONS`.
         """
         signs = read_signs(pair)
-        for check in self.checks:
-            check(pair, signs)
+        for reason, check in self.checks:
+            if detail := check(pair, signs):
+                raise RowError(reason, detail)
         chosen, rejected = (as_text(answer).strip() for answer in (pair.chosen, pair.rejected))
         scores = pair.scores or (None, None)
         return {
@@ -128,11 +127,6 @@ class PairCleaner:
             "later_pass": later_pass(pair.row_id),
             "signature": (sign_words(split_words(asked(pair))) if self.signs_prompts else None) or _UNSIGNED,
         }
-
-    @staticmethod
-    def _check(reason: str, check: Callable[[Pair, Sign], str | None], pair: Pair, signs: Sign) -> None:
-        if detail := check(pair, signs):
-            raise RowError(reason, detail)
 
     def _length_ratio(self, pair: Pair, signs: Sign) -> str | None:
         chosen, rejected = (len(spoken(answer)) for answer in (pair.chosen, pair.rejected))
@@ -212,7 +206,7 @@ def read_signs(pair: Pair) -> Sign:
         (Sign.RESIDUE, find_residue(pair) is not None),
         (Sign.ALMOST_SAME, are_almost_same(chosen, rejected)),
     )
-    return functools.reduce(Sign.__or__, (sign for sign, holds in found if holds), Sign(0))
+    return Sign(sum(sign for sign, holds in found if holds))
 
 
 def are_almost_same(chosen: str, rejected: str) -> bool:
@@ -296,15 +290,11 @@ def find_residue(pair: Pair) -> str | None:
     """
     if isinstance(pair.prompt, str) and _SPECIAL.match(pair.prompt.lstrip()):
         return None
-    for where, text in _parts(pair):
+    prompt = "\n".join(message["content"] for message in pair.turns)
+    for where, text in (("the prompt", prompt), *zip(SIDES, map(spoken, (pair.chosen, pair.rejected)))):
         found = ("<" in text or "[" in text) and _SPECIAL.search(text)
         found = found or (_ROLE_LINE.search(text) if where != "the prompt" else None)
         if found:
             around = text[max(0, found.start() - 20) : found.end() + 20]
             return f"{found[0].strip()} in {where}: {around!r}"
     return None
-
-
-def _parts(pair: Pair) -> Iterator[tuple[str, str]]:
-    yield "the prompt", "\n".join(message["content"] for message in pair.turns)
-    yield from zip(SIDES, (spoken(pair.chosen), spoken(pair.rejected)))

@@ -46,8 +46,7 @@ class RowError(Exception):
     """Why one row gives no pair.
 
     Args:
-        reason: short and countable: "missing column", "empty", "identical", "malformed", "tie", "one answer" or
-            "unpaired" here; tokenising adds "template", "overlong", "no prompt" and "identical after truncation".
+        reason: short and countable, such as "missing column".
         detail: one sentence about this row.
     """
 
@@ -126,13 +125,7 @@ def scored_answer(row: Any, score_column: str | None) -> tuple[str, str] | None:
 
 def raw_answers(row: Mapping, chosen_column: str | None, rejected_column: str | None) -> tuple[Any, Any]:
     """The raw chosen and rejected values, from their columns, an Alpaca pair or a scored list."""
-    chosen_names = (chosen_column,) if chosen_column else CHOSEN_COLUMNS
-    rejected_names = (rejected_column,) if rejected_column else REJECTED_COLUMNS
-    # A table has every column in every row: null where another row has something.
-    named = (
-        chosen_column or rejected_column or any(row.get(name) is not None for name in (*chosen_names, *rejected_names))
-    )
-    if not named:
+    if not (chosen_column or rejected_column or _names_pair(row)):
         if (found := _read_list(row)) is not None:
             best, worst = found.ends
             if found.scores[best] == found.scores[worst]:
@@ -143,7 +136,15 @@ def raw_answers(row: Mapping, chosen_column: str | None, rejected_column: str | 
             if len(output) != 2:
                 raise RowError("malformed", f"output has {len(output)} entries, expected [chosen, rejected]")
             return output[0], output[1]
-    return find_column(row, chosen_names, "chosen"), find_column(row, rejected_names, "rejected")
+    chosen_names = (chosen_column,) if chosen_column else CHOSEN_COLUMNS
+    rejected_names = (rejected_column,) if rejected_column else REJECTED_COLUMNS
+    try:
+        return find_column(row, chosen_names, "chosen"), find_column(row, rejected_names, "rejected")
+    except RowError as error:
+        if not (chosen_column or rejected_column) or (columns := _list_columns(row)) is None:
+            raise
+        advice = "is not read where chosen_column or rejected_column is given: name both, or neither"
+        raise RowError(error.reason, f"{error.detail}; the list ({', '.join(columns)}) {advice}") from None
 
 
 def _scores(values: Any) -> list[float]:
@@ -177,23 +178,28 @@ class _List(NamedTuple):
     ends: tuple[int, int]
 
 
+def _list_columns(row: Mapping) -> tuple[str, str] | None:
+    return next((each for each in SCORED_COLUMNS if all(row.get(name) is not None for name in each)), None)
+
+
 def _read_list(row: Mapping) -> _List | None:
     """None where there is none; where chosen and rejected are named too, also for one that they are not in.
 
     Raises:
         RowError: it cannot be read, and is all that the row has.
     """
-    columns = next((each for each in SCORED_COLUMNS if all(row.get(name) is not None for name in each)), None)
-    if columns is None:
+    if (columns := _list_columns(row)) is None:
         return None
-    if not _names_pair(row):
-        responses, scores = _responses_and_scores(*(row[name] for name in columns))
-        return _List(responses, scores, (scores.index(max(scores)), scores.index(min(scores))))
+    names_pair = _names_pair(row)
     try:
-        responses, scores = _responses_and_scores(*(row[name] for name in columns))
+        responses, scores = _responses_and_scores(row[columns[0]], row[columns[1]])
+        if not names_pair:
+            return _List(responses, scores, (scores.index(max(scores)), scores.index(min(scores))))
         sides = [_last_text(find_column(row, names, "")) for names in (CHOSEN_COLUMNS, REJECTED_COLUMNS)]
     except RowError:
-        return None
+        if names_pair:
+            return None
+        raise
     texts = [_last_text(each) for each in responses]
     if not all(side is not None and side in texts for side in sides):
         return None
@@ -211,7 +217,7 @@ def _responses_and_scores(responses: Any, scores: Any) -> tuple[list[Any], list[
 
 
 def _names_pair(row: Mapping) -> bool:
-    # A table has every column in every row: null where another row has something.
+    # A table has every column in every row, and null where another row has something.
     return any(row.get(name) is not None for name in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS))
 
 

@@ -17,7 +17,6 @@ import os
 import re
 import secrets
 import shutil
-import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -227,7 +226,8 @@ def _numbered(reader: Any) -> Iterator[tuple[list[str], int]]:
     """The rows of a `csv.reader`, however long their cells, each with the number of its last line."""
     rows = [([], 0)]
     while rows:
-        before = csv.field_size_limit(sys.maxsize)  # of the whole process: set while it is needed
+        # Of the whole process: set while it is needed. The most that a C long of Windows holds.
+        before = csv.field_size_limit(2**31 - 1)
         try:
             rows = [(cells, reader.line_num) for cells in islice(reader, 1000)]
         finally:
@@ -289,36 +289,30 @@ _PIECE = 1 << 24
 
 
 def digest_file(path: Path) -> str:
-    """32 hex digits of the bytes of a file: of its pieces' digests, which several threads make of a large one."""
+    """32 hex digits of the bytes of a file: of its pieces' digests, which several threads make."""
 
     def digest(begin: int) -> bytes:
         with open(path, "rb") as file:
             file.seek(begin)
             return hashlib.sha256(file.read(_PIECE)).digest()
 
-    places = range(0, path.stat().st_size, _PIECE)
-    if len(places) > 1:
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-            digests = b"".join(threads.map(digest, places))
-    else:
-        digests = b"".join(map(digest, places))
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+        digests = b"".join(threads.map(digest, range(0, path.stat().st_size, _PIECE)))
     return hashlib.sha256(digests).hexdigest()[:32]
 
 
 def hash_files(parts: list[Path]) -> str:
     """Hash of the bytes of files, and of those in folders; what datasets caches there aside."""
     digest = hashlib.blake2b(digest_size=32)
-    below = [
-        [file for file in sorted(part.rglob("*")) if file.is_file() and not file.name.startswith("cache-")]
-        if part.is_dir()
-        else [part]
-        for part in parts
-    ]
-    for file in (file for files in below for file in files):
-        digest.update(f"{file.name} {file.stat().st_size}\n".encode())
-        with open(file, "rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
+    for part in parts:
+        files = [part]
+        if part.is_dir():
+            files = [each for each in sorted(part.rglob("*")) if each.is_file() and not each.name.startswith("cache-")]
+        for file in files:
+            digest.update(f"{file.name} {file.stat().st_size}\n".encode())
+            with open(file, "rb") as stream:
+                while block := stream.read(_BLOCK):
+                    digest.update(block)
     return digest.hexdigest()
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from pydantic import BaseModel, computed_field
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from simpo.data.files import write_whole
@@ -116,9 +116,8 @@ class SplitLedger(BaseModel):
 
     def top_reasons(self, count: int | None = 3) -> str:
         """The most frequent reasons with example rows, as lines."""
-        entries = sorted(self.dropped.items(), key=lambda item: -item[1]["count"])[:count]
         lines = []
-        for reason, entry in entries:
+        for reason, entry in sorted(self.dropped.items(), key=lambda item: -item[1]["count"])[:count]:
             lines.append(f"  {entry['count']} {reason}")
             lines += [f"    {example['row_id']}: {example['detail']}" for example in entry["examples"][:2]]
         return "\n".join(lines)
@@ -168,11 +167,11 @@ class Ledger(BaseModel):
         for example in self.splits["train"].examples[:examples]:
             _print_example(console, example)
 
+    def _empty_table(self, title: str) -> Table:
+        return Table("", *(Column(name, justify="right") for name in self.splits), title=title)
+
     def _table(self) -> Table:
-        table, splits = Table(title="pairs"), self.splits.values()
-        table.add_column("")
-        for name in self.splits:
-            table.add_column(name, justify="right")
+        table, splits = self._empty_table("pairs"), self.splits.values()
         table.add_row("rows in", *(f"{split.input}" for split in splits))
         table.add_row("kept", *(f"{split.kept}" for split in splits))
         for reason in dict.fromkeys(reason for split in splits for reason in split.dropped):
@@ -191,10 +190,7 @@ class Ledger(BaseModel):
 
     def _table_of(self, sources: Iterable[str]) -> Table:
         """What each source gives: its pairs, their share of the split, and the share of its rows that is dropped."""
-        table = Table(title="pairs by source")
-        table.add_column("")
-        for name in self.splits:
-            table.add_column(name, justify="right")
+        table = self._empty_table("pairs by source")
         for source in sources:
             cells = []
             for split in self.splits.values():
@@ -225,10 +221,8 @@ def describe_lengths(lengths: np.ndarray) -> dict[str, Any]:
 
 
 def _histogram_table(split: str, lengths: Mapping[str, Mapping[str, Any]], *, width: int) -> Table:
-    table = Table(title=f"{split}: tokens")
-    for column in ("", "mean", "p5", "p50", "p95", "max"):
-        table.add_column(column, justify="left" if not column else "right")
-    table.add_column("pairs by length")
+    numbers = (Column(name, justify="right") for name in ("mean", "p5", "p50", "p95", "max"))
+    table = Table("", *numbers, "pairs by length", title=f"{split}: tokens")
     for side, stats in lengths.items():
         if stats:
             cells = [f"{stats['mean']:.0f}", *(f"{stats[key]}" for key in ("p5", "p50", "p95", "max"))]

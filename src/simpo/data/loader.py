@@ -33,7 +33,7 @@ from simpo.core.packing import (
     plan_micro_batches,
     shared_prefix_length,
 )
-from simpo.data.cache import count_trained, list_lengths, scan
+from simpo.data.cache import count_trained, flatten, list_lengths, scan
 from simpo.data.rows import NamedSources, name_sources
 
 if TYPE_CHECKING:
@@ -96,8 +96,7 @@ class PairStore:
         """The scores of every response."""
         every = [self._column(f"score_{side}") for side in SIDES]
         if "more_scores" in self.dataset.column_names:
-            more = self.dataset.with_format("arrow")[:]["more_scores"]
-            every.append(pc.call_function("list_flatten", [more]).to_numpy())
+            every.append(flatten(self.dataset.with_format("arrow")[:]["more_scores"]))
         return np.concatenate(every)
 
     @cached_property
@@ -159,7 +158,7 @@ class PairStore:
         table = self.dataset.with_format("arrow")[:]
         owners = np.repeat(np.arange(len(self)), list_lengths(table["more_ids"]))
         lengths = list_lengths(pc.call_function("list_flatten", [table["more_ids"]])).astype(np.int64)
-        return owners, lengths, pc.call_function("list_flatten", [table["more_starts"]]).to_numpy()
+        return owners, lengths, flatten(table["more_starts"])
 
     def _per_pair(self, owners: np.ndarray, values: np.ndarray) -> np.ndarray:
         return np.bincount(owners, values, len(self)).astype(np.int64)
@@ -189,12 +188,8 @@ class PairStore:
     def _shared_prefixes(self) -> np.ndarray:
         if "shared_prefix" in self.dataset.column_names:
             return self._column("shared_prefix").astype(np.int64)
-        return np.array(
-            [
-                shared_prefix_length(row["chosen_ids"], row["rejected_ids"], *(row.get("more_ids") or ()))
-                for row in self.dataset
-            ]
-        )
+        every = ((row["chosen_ids"], row["rejected_ids"], *(row.get("more_ids") or ())) for row in self.dataset)
+        return np.array([shared_prefix_length(*ids) for ids in every])
 
     def _column(self, name: str) -> np.ndarray:
         return self.dataset.with_format("numpy")[name][:]
@@ -242,7 +237,7 @@ class StepLoader:
         pairs_per_step: pairs in an optimizer step over all ranks; the last step of an epoch may hold fewer.
         num_micro_batches: micro-batches per rank and step; with max_tokens, the minimum.
         max_tokens: packed tokens a micro-batch may hold; None = no limit.
-        pack, share_prompt, pad_token_id: layout, see `core.batch.build_batch`.
+        pack, pad_token_id: layout, see `core.batch.build_batch`.
         seed: of the order.
         weights: what attention and the head cost, for evening out micro-batches.
         margins: [num_pairs] what each pair's target margin is multiplied by; None = 1.
@@ -285,7 +280,7 @@ class StepLoader:
         digest = hashlib.sha256(repr(settings).encode())
         scores = self.store.all_scores if self.with_scores else None
         for numbers in (self.store.tokens, self.store.response_lengths, self.costs, self.margins, scores):
-            digest.update(b"" if numbers is None else np.ascontiguousarray(numbers).tobytes())
+            digest.update(_bytes(numbers))
         return digest.hexdigest()[:12]
 
     @property
@@ -294,8 +289,7 @@ class StepLoader:
         read = (self.margins, self.store.all_scores if self.with_scores else None)
         if all(numbers is None for numbers in read):
             return None
-        content = [b"" if numbers is None else np.ascontiguousarray(numbers).tobytes() for numbers in read]
-        return hashlib.sha256(b"|".join(content)).hexdigest()[:12]
+        return hashlib.sha256(b"|".join(map(_bytes, read))).hexdigest()[:12]
 
     @property
     def steps_per_epoch(self) -> int:
@@ -342,12 +336,7 @@ class StepLoader:
         if not indices:
             return self.stand_in()
         pairs = [self.store[i] for i in indices]
-        batch = build_batch(
-            pairs,
-            pack=self.pack,
-            share_prompt=self.store.share_prompt,
-            pad_token_id=self.pad_token_id,
-        )
+        batch = build_batch(pairs, pack=self.pack, share_prompt=self.store.share_prompt, pad_token_id=self.pad_token_id)
         margins = None if self.margins is None else torch.from_numpy(self.margins[list(indices)])
         scores = torch.tensor([score for pair in pairs for score in pair.scores]) if self.with_scores else None
         return MicroBatch(batch, tuple(indices), sources=self._sources(indices), margins=margins, scores=scores)
@@ -401,6 +390,10 @@ class StepLoader:
             num_chosen_tokens=int(self.store.response_lengths[pairs, 0].sum()),
             micro_batches=tuple(tuple([pairs[i] for i in items]) for items in shares[self.rank]),
         )
+
+
+def _bytes(numbers: np.ndarray | None) -> bytes:
+    return b"" if numbers is None else np.ascontiguousarray(numbers).tobytes()
 
 
 def evaluation_batches(store: PairStore, *, pairs_per_batch: int, rank: int = 0, num_ranks: int = 1) -> list[list[int]]:

@@ -47,7 +47,7 @@ _TEXTS = ("text", "input_text", "output_text")
 _THOUGHTS = ("thinking", "reasoning")
 _CONTENTS = ("content", "tool_calls", "function_call", *REASONING)
 _KNOWN = {"role", "from", "value", "name", "tool_call_id", *_CONTENTS}
-_TRANSCRIPT_TURN = re.compile(r"\n\n(Human|Assistant):")
+_TRANSCRIPT_TURN = re.compile(r"\r?\n\r?\n(Human|Assistant):")
 
 
 def turn(role: str, content: str) -> Message:
@@ -177,7 +177,7 @@ def is_transcript(text: Any) -> bool:
     if not isinstance(text, str):
         return False
     text = "\n\n" + text.lstrip()
-    return text.startswith("\n\nHuman:") and "\n\nAssistant:" in text
+    return text.startswith("\n\nHuman:") and "Assistant" in _TRANSCRIPT_TURN.findall(text)
 
 
 def read_transcript(text: str) -> list[Message]:

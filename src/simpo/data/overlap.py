@@ -68,11 +68,8 @@ def texts_of(value: Any) -> Iterator[str]:
     """Every text in a row: of its cells, messages and lists."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, Mapping):
-        for held in value.values():
-            yield from texts_of(held)
-    elif isinstance(value, list | tuple):
-        for held in value:
+    elif isinstance(value, Mapping | list | tuple):
+        for held in value.values() if isinstance(value, Mapping) else value:
             yield from texts_of(held)
 
 

@@ -125,19 +125,14 @@ def pair_from_row(
     Raises:
         RowError: the row gives no pair.
     """
-    if isinstance(row, RowError):
-        raise row
-    if not isinstance(row, Mapping):
-        raise RowError("malformed", f"the row is {kind_of(row)}, expected an object with columns")
+    row = _checked(row)
     if not (chosen_column or rejected_column):
         row = our_columns(row)
     drop_ties(row)
     notes: Notes = {}
     prompt_names = (prompt_column,) if prompt_column else PROMPT_COLUMNS
-    raw, scores = (
-        raw_answers(row, chosen_column, rejected_column),
-        read_scores(row, lists=not (chosen_column or rejected_column)),
-    )
+    raw = raw_answers(row, chosen_column, rejected_column)
+    scores = read_scores(row, lists=not (chosen_column or rejected_column))
     dialogues = all(map(is_transcript, raw))
     sides = [_decoded(value, what, notes, transcript=dialogues) for value, what in zip(raw, SIDES)]
     if any(row.get(name) is not None for name in prompt_names):
@@ -150,7 +145,7 @@ def pair_from_row(
             raise missing_column(row, prompt_names, "prompt")  # and no dialogue that holds one
         context, *sides = _common_beginning(row, chosen, rejected, notes)
     context, chosen, rejected = _split(context, sides)
-    context = _with_system(context, row, system_prompt, empty_system)
+    context = _with_system(context, row, system_prompt, empty_system=empty_system)
     tools = read_tools(row.get("tools"))
     _check_prompt(context)
     pair = Pair(row_id, context, _simplest(chosen), _simplest(rejected), tools, notes, scores)
@@ -159,12 +154,7 @@ def pair_from_row(
 
 
 def prompt_from_row(
-    row: Any,
-    *,
-    row_id: str = "",
-    prompt_column: str | None = None,
-    system_prompt: str | None = None,
-    empty_system: bool = False,
+    row: Any, *, row_id: str = "", prompt_column: str | None = None, system_prompt: str | None = None
 ) -> Pair:
     """Read the prompt of a row that has answers or none: a `Pair` whose answers are empty texts.
 
@@ -172,10 +162,7 @@ def prompt_from_row(
 
     Args and errors: as `pair_from_row`.
     """
-    if isinstance(row, RowError):
-        raise row
-    if not isinstance(row, Mapping):
-        raise RowError("malformed", f"the row is {kind_of(row)}, expected an object with columns")
+    row = _checked(row)
     names, notes = (prompt_column,) if prompt_column else PROMPT_COLUMNS, {}
     if any(row.get(name) is not None for name in names):
         context = _prompt(row, names, notes)
@@ -188,11 +175,19 @@ def prompt_from_row(
         except RowError:
             raise missing_column(row, names, "prompt") from None
         context, tools = pair.prompt, pair.tools
-    context = _with_system(context, row, system_prompt, empty_system)
+    context = _with_system(context, row, system_prompt, empty_system=False)
     _check_prompt(context)
     pair = Pair(row_id, context, "", "", tools, notes)
     _check_text(pair)
     return pair
+
+
+def _checked(row: Any) -> Mapping:
+    if isinstance(row, RowError):
+        raise row
+    if not isinstance(row, Mapping):
+        raise RowError("malformed", f"the row is {kind_of(row)}, expected an object with columns")
+    return row
 
 
 def _prompt(row: Mapping, names: Sequence[str], notes: Notes) -> str | list[Message]:
@@ -306,7 +301,7 @@ def _has_system(messages: list[Message]) -> bool:
 
 
 def _with_system(
-    prompt: str | list[Message], row: Mapping, system_prompt: str | None, empty_system: bool
+    prompt: str | list[Message], row: Mapping, system_prompt: str | None, *, empty_system: bool
 ) -> str | list[Message]:
     """The prompt with a system turn: its own, else the row's, else the recipe's, else an empty one if asked."""
     if isinstance(prompt, list) and _has_system(prompt):

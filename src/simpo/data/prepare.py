@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import chain, groupby, pairwise
 from typing import Any
@@ -103,15 +103,20 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
     folder = cache_folder(recipe) / key
     prepared = load_cached(folder, key, console)
     if prepared is None:
-        read_pair = source_files.reader_of(recipe, sources, functools.partial(_reader, tokenizer))
+        read_pair = source_files.reader_of(
+            recipe, sources, lambda each: pair_reader(each, empty_system=inserts_empty_system(tokenizer, each))
+        )
         examine = PairCleaner(recipe.clean, read_benchmarks(recipe))
-        lists = recipe.keep_lists and not (recipe.chosen_column or recipe.rejected_column)  # which name the pair alone
+        lists = {source.label for source in sources if recipe.keep_lists and not _names_pair(source.settings(recipe))}
         build = functools.partial(RowTokenizer, tokenizer, read_pair, examine, own, lists=lists, **limits)
         splits = source_files.load_splits(recipe, sources, read_pair)
         bars = Console(stderr=True, quiet=not progress)
         ledger = Ledger(notes=splits.notes, fingerprint=key)
-        if recipe.keep_lists and not lists:
-            ledger.notes.append("keep_lists: without effect: chosen_column or rejected_column names a pair alone")
+        if recipe.keep_lists and (pairs := [source.name for source in sources if source.label not in lists]):
+            where = f" on {', '.join(pairs)}" if lists else ""
+            ledger.notes.append(
+                f"keep_lists: without effect{where}: chosen_column or rejected_column names a pair alone"
+            )
         if template == CHATML and len(tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) > 1:
             ledger.notes.append("chat_template: this tokenizer writes each of chatml's marks as several tokens")
         write = functools.partial(_write, recipe, tokenizer, build, splits, ledger, bars)
@@ -176,8 +181,9 @@ def _own_limits(source: Source, recipe: Any, tokenizer: Any) -> dict[str, Any]:
         raise ValueError(f"dataset_mixer: {source.name}: {error}") from None
 
 
-def _reader(tokenizer: Any, recipe: Any) -> Callable[..., Pair]:
-    return pair_reader(recipe, empty_system=inserts_empty_system(tokenizer, recipe))
+def _names_pair(recipe: Any) -> bool:
+    """Whether columns are named that hold a pair alone, whatever list stands beside them."""
+    return bool(recipe.chosen_column or recipe.rejected_column)
 
 
 def inserts_empty_system(tokenizer: Any, recipe: Any) -> bool:
@@ -204,7 +210,7 @@ class RowTokenizer:
         read_pair: rows to pairs, see `sources.reader_of`.
         examine: what a pair shows, as `cleaning.FINDINGS`; raises RowError for one that is filtered.
         own: those of the sources that have arguments of their own, by label.
-        lists: whether responses of a scored list between the best and the worst are kept too.
+        lists: labels of the sources whose scored lists keep the responses between the best and the worst too.
         limits: further arguments of `PairTokenizer`.
     """
 
@@ -215,7 +221,7 @@ class RowTokenizer:
         examine: Callable[[Pair], dict[str, Any]],
         own: Mapping[str, Mapping[str, Any]] | None = None,
         *,
-        lists: bool = False,
+        lists: Collection[str] = (),
         **limits: Any,
     ):
         self.read_pair, self.examine, self.lists = read_pair, examine, lists
@@ -236,7 +242,7 @@ class RowTokenizer:
                 pair = self.read_pair(row.row, row_id=row.row_id)
                 findings.append(self.examine(pair))
                 pairs.append(pair)
-                others.append(self._read_others(row, noticed) if self.lists else [])
+                others.append(self._read_others(row, noticed) if source_of(row.row_id) in self.lists else [])
             except RowError as error:
                 dropped.append(Dropped(row.row_id, error.reason, error.detail))
         more = iter(self._tokenized([pair for some in others for pair, _ in some]))

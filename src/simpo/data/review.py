@@ -73,9 +73,8 @@ class Review:
         lines = [*train.advise()]
         if not self.clean.near_duplicates:
             count = int(((train.near_duplicates(self.clean.similarity) >= 0) & train.kept).sum())
-            lines += [f"pairs whose prompt nearly repeats an earlier one: {count} (clean.near_duplicates)"] * bool(
-                count
-            )
+            if count:
+                lines.append(f"pairs whose prompt nearly repeats an earlier one: {count} (clean.near_duplicates)")
         if "eval" in self.splits:
             exact, *rest = (found >= 0 for found, _ in self._leaks("eval", "train", near=bool(train.signatures.any())))
             kept = self.splits["eval"].kept

@@ -132,9 +132,7 @@ def take_limit(rows: Rows, limit: int | None, rng: random.Random) -> Rows:
 
 def _sample(population: int, count: int, rng: random.Random) -> np.ndarray:
     """`count` of the numbers below `population`, ascending."""
-    chosen = np.array(rng.sample(range(population), count), dtype=np.int64)
-    chosen.sort()
-    return chosen
+    return np.sort(np.array(rng.sample(range(population), count), dtype=np.int64))
 
 
 def hold_out(

@@ -209,7 +209,7 @@ def reader_of(
     """How rows become pairs, by their row id: as the recipe says, or as their source's entry does in its place.
 
     Args:
-        build: the reader of a recipe; both can be sent to other processes.
+        build: a recipe to its reader, which can be sent to other processes.
     """
     readers = {"": build(recipe)} | {source.label: build(source.settings(recipe)) for source in sources if source.own}
     return functools.partial(_read_by_source, readers) if len(readers) > 1 else readers[""]
@@ -229,20 +229,15 @@ def _is_eval_name(name: str) -> bool:
     return bool(_EVAL_WORD.search(name.lower()))
 
 
-def _wanted_splits(names: list[str]) -> tuple[list[str], list[str]]:
-    """The first name is train; of the others, those that say train are too, and the rest are for evaluation."""
-    train = [names[0]] + [name for name in names[1:] if "train" in name.lower() and not _is_eval_name(name)]
-    return train, [name for name in names[1:] if name not in train]
-
-
 def _chosen_splits(source: Source, recipe: Any) -> tuple[list[str], list[str]]:
-    """The splits of a source to train on, and those to evaluate on."""
+    """The splits of a source to train on, the first and others that say train, and those to evaluate on."""
     if source.is_plain_file and source.wanted is None:
         return list(source.splits), []
-    train, evaluate = _wanted_splits(source.wanted or recipe.dataset_splits)
+    first, *others = source.wanted or recipe.dataset_splits
+    train = [first, *(name for name in others if "train" in name.lower() and not _is_eval_name(name))]
     return (
         [found for name in train for found in _match(source, name, TRAIN_NAMES)],
-        [found for name in evaluate for found in _match(source, name, EVAL_NAMES)],
+        [found for name in others if name not in train for found in _match(source, name, EVAL_NAMES)],
     )
 
 
@@ -358,8 +353,9 @@ def _find_files(folder: Path, data_files: Any, builder: str | None) -> Source:
     splits: dict[str, list[Path]] = {}
     for split, patterns in named.items():
         for pattern in patterns:
-            found = sorted(glob.glob(str(folder / Path(pattern).expanduser()), recursive=True))
-            splits.setdefault(split, []).extend(map(Path, found))
+            name = str(Path(pattern).expanduser())  # of a file, [ and all, before it is a pattern
+            found = [name] if (folder / name).exists() else sorted(glob.glob(name, root_dir=folder, recursive=True))
+            splits.setdefault(split, []).extend(folder / each for each in found)
             if not found:
                 raise ValueError(f"dataset_mixer: data_files: no such file: {pattern}{_nearest(folder / pattern)}")
     for file in (file for files in splits.values() for file in files):
@@ -369,13 +365,16 @@ def _find_files(folder: Path, data_files: Any, builder: str | None) -> Source:
             raise ValueError(
                 f"dataset_mixer: data_files: {file}: unknown kind of file; use one of {', '.join(FORMATS)}"
             )
-    readers = {
-        split: (lambda files=files: (row for file in files for row in read_file(file, builder)))
-        for split, files in splits.items()
-    }
     every = [file for files in splits.values() for file in files]
     sizes = json.dumps({split: len(files) for split, files in splits.items()})
-    return Source(readers, lambda: hash_files(every) + sizes, is_plain_file=named is not data_files)
+    return Source(_readers(splits, builder), lambda: hash_files(every) + sizes, is_plain_file=named is not data_files)
+
+
+def _readers(splits: Mapping[str, list[Path]], otherwise: str | None = None) -> dict[str, Callable[[], Iterable[Any]]]:
+    return {
+        split: (lambda parts=parts: (row for part in parts for row in read_file(part, otherwise)))
+        for split, parts in splits.items()
+    }
 
 
 def _read_once(path: Path) -> ValueError:
@@ -432,13 +431,9 @@ def _find_folder(path: Path) -> Source:
     has_usual = any("train" in split or split in (*TRAIN_NAMES, *EVAL_NAMES) for split in splits)
     if not has_usual and not (path / "dataset_dict.json").is_file():
         splits = {"train": parts}
-    readers = {
-        split: (lambda parts=parts: (row for part in parts for row in read_file(part)))
-        for split, parts in splits.items()
-    }
     files = {split: [part.relative_to(path).as_posix() for part in parts] for split, parts in splits.items()}
     names = json.dumps([files, unread])  # what is unread is in the ledger
-    return Source(readers, lambda: hash_files(parts) + names, is_plain_file=parts == [path], unread=unread)
+    return Source(_readers(splits), lambda: hash_files(parts) + names, is_plain_file=parts == [path], unread=unread)
 
 
 def _split_of(file: Path, folder: Path) -> str:

@@ -63,8 +63,10 @@ def load_chat_template(tokenizer: Any, chat_template: str | None = None) -> str 
     if "{" in chat_template or chat_template in BUILT_IN:
         return BUILT_IN.get(chat_template, chat_template)
     if os.path.isfile(chat_template):
-        with open(chat_template, encoding="utf-8") as file:
-            return file.read()
+        try:
+            return Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"chat_template: {chat_template} cannot be read as text ({one_line(error)})") from error
     raise ValueError(f"chat_template: {chat_template!r} is neither Jinja text nor a file; set it to {_CHOICES}")
 
 
@@ -136,6 +138,11 @@ def render_chat(
 
 MOST_CHARACTERS = 1 << 24
 
+_ROLES_IN_LINES = re.compile(r"\s*Human:.*^[ \t]*Assistant:", re.DOTALL | re.MULTILINE)
+_AS_ONE_TURN = (
+    'prompts with lines that begin with "Human:" and "Assistant:" taken as one turn: a transcript has a blank line '
+    "before each turn"
+)
 
 _THOUGHT = re.compile(r"\s*(?:<think>)?\n*(.*?)\n*</think>\n*", re.DOTALL)
 _OPENED = r"(?:<think>\s*)?(?:</think>\s*)?"  # a header may end with a thought begun, an empty one, or an end of one
@@ -238,7 +245,7 @@ class TemplateRenderer:
     def _kept(self, pair: Pair) -> PairTexts | None:
         """The texts of a pair that is rendered already, as they are but for one BOS and one end of turn; else None."""
         *before, asked = pair.turns
-        if self.rendered_text == "render" or len(before) > 1 or any(m["role"] != "system" for m in before):
+        if self.rendered_text == "render" or any(m["role"] != "system" for m in before):
             return None
         answers, prompt = [pair.chosen, pair.rejected], asked["content"]
         texts = [each.rstrip() for each in answers if isinstance(each, str)]
@@ -301,6 +308,9 @@ class TemplateRenderer:
             for each in rendered:
                 each.put_behind(header)
         chosen, rejected = rendered
+        *before, asked = pair.turns
+        if all(message["role"] == "system" for message in before) and _ROLES_IN_LINES.match(asked["content"]):
+            notes[_AS_ONE_TURN] = repr(asked["content"][:60])
         return PairTexts(begin, chosen.full, rejected.full, chosen.spans, rejected.spans, notes)
 
     def _spelled(self, message: Message) -> Message:

@@ -296,8 +296,9 @@ class _Encoder:
 
         `spans` count from `skipped` characters before `text`. Trained is a token that reaches into a span.
         """
-        start, shifted = self._seam(text, spans[0][0] - skipped, prompt, full)
-        edges = [start]
+        shifted = full[: len(prompt)] != prompt
+        first = self._first_token(text, spans[0][0] - skipped, full, behind=True) if shifted else len(prompt)
+        edges = [first]
         for (_, gap_begin), (gap_end, _) in pairwise(spans):
             begin = self._first_token(text, gap_begin - skipped, full, behind=False)
             end = self._first_token(text, gap_end - skipped, full, behind=True)
@@ -315,15 +316,7 @@ class _Encoder:
 
     def _anchor(self, prompt: str) -> int:
         """Where the prompt may be cut without changing a token; 0 where nowhere."""
-        return max(0, *(prompt.rfind(token) for token in self.anchors)) if self.anchors else 0
-
-    def _seam(self, text: str, seam: int, prompt: list[int], full: list[int]) -> tuple[int, bool]:
-        """Index of the first trained token of `full`, and whether tokenising apart would have given other tokens."""
-        if full[: len(prompt)] == prompt:
-            return len(prompt), False
-        if self.backend is None:
-            return common_prefix_length(prompt, full), True
-        return self._first_token(text, seam, full, behind=True), True
+        return max([0, *(prompt.rfind(token) for token in self.anchors)])
 
     def _offsets(self, text: str) -> list[tuple[int, int]]:
         """Character spans of the tokens. Post-processors trim blanks off them, so a copy without one is asked."""

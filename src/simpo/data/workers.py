@@ -23,6 +23,8 @@ from typing import IO, Any
 
 from rich.console import Console
 
+from simpo.environment import num_cores
+
 _START = "import sys; sys.path[:] = {path!r}; from simpo.data.workers import serve; serve()"
 CHUNK_ROWS = 256
 ROWS_PER_PROCESS = 2000
@@ -65,9 +67,7 @@ def map_rows(
 
 def _num_processes(num_rows: int, wanted: int | None) -> int:
     """1 stands for this process. At most one for `ROWS_PER_PROCESS` rows; by default at most 8 and the cores."""
-    if wanted is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        wanted = min(cores, 8)
+    wanted = min(num_cores(), 8) if wanted is None else wanted
     return max(1, min(wanted, num_rows // ROWS_PER_PROCESS))
 
 

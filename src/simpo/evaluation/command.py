@@ -79,9 +79,10 @@ def run_eval_command(
     if baseline is not None:  # that it cannot be had is said before the first is measured
         its_tokenizer = find_tokenizer(settings_of(baseline), model_folder(baseline))
     if tasks:
-        names = [settings.model_name_or_path, *([] if baseline is None else [baseline])]
-        measured = [measure_tasks(name, tasks, settings_of(name), max_documents=max_pairs) for name in names]
-        content = compare_tasks(measured[0], measured[1] if baseline is not None else None)
+        names = [name for name in (settings.model_name_or_path, baseline) if name is not None]
+        content = compare_tasks(
+            *(measure_tasks(name, tasks, settings_of(name), max_documents=max_pairs) for name in names)
+        )
         if output is not None:
             save_json(content, output)
         show_tasks(content, console)

@@ -179,23 +179,22 @@ class Evaluation:
         console = console or Console(highlight=False)
         split = "" if self.split is None else f", split {self.split}"
         say(f"model  {self.model}", console, style="bold")
-        count = f"{self.num_pairs} pair{'s' * (self.num_pairs != 1)}"
-        say(f"data   {self.data}{split}: {count}, tokens {self.data_fingerprint}", console)
-        table = _table("", "value", "95% interval")
+        say(f"data   {self.data}{split}: {_pairs(self.num_pairs)}, tokens {self.data_fingerprint}", console)
+        table = table_of("", "value", "95% interval")
         table.add_row("preference accuracy", *percent(self.accuracy))
         table.add_row("margin M, nats per token", *_nats(self.margin))
         table.add_row("accuracy under sums", *percent(self.accuracy_sum))
         for bucket in self.accuracy_by_length:
-            name = f"accuracy, {_BUCKET_WORDS[bucket.name]} ({bucket.num_pairs} pairs)"
+            name = f"accuracy, {_BUCKET_WORDS[bucket.name]} ({_pairs(bucket.num_pairs)})"
             table.add_row(name, *(("-", "") if bucket.accuracy is None else percent(bucket.accuracy)))
         for name, num_pairs, accuracy, margin in self.by_source:
-            table.add_row(Text(f"{name} ({num_pairs} pairs): accuracy"), *percent(accuracy))
+            table.add_row(Text(f"{name} ({_pairs(num_pairs)}): accuracy"), *percent(accuracy))
             table.add_row("  margin M", *_nats(margin))
         known = self.num_pairs > 1 and not math.isnan(self.length_correlation)  # two responses always lie on a line
         correlation = f"{self.length_correlation:+.3f}" if known else "-"
         table.add_row("Spearman of length and mean log-prob", correlation, "")
         console.print(table)
-        table = _table("", "chosen", "rejected")
+        table = table_of("", "chosen", "rejected")
         table.add_row("log-prob per token", f"{self.chosen_mean:.4f}", f"{self.rejected_mean:.4f}")
         table.add_row("log-prob, summed", f"{self.chosen_sum:.2f}", f"{self.rejected_sum:.2f}")
         table.add_row("tokens", f"{self.chosen_length:.1f}", f"{self.rejected_length:.1f}")
@@ -206,7 +205,8 @@ class Evaluation:
 
     def _render_generations(self, console: Console) -> None:
         for generation in self.generations:
-            text = Text(visible(_last_characters(generation.prompt.strip(), 600)), style="dim")
+            prompt = generation.prompt.strip()
+            text = Text(visible(prompt if len(prompt) <= 600 else f"...{prompt[-600:]}"), style="dim")
             text.append("\n\n" + (visible(generation.response) or "(empty)"), style="not dim")
             title = f"{generation.row_id}: {generation.num_tokens} tokens, {generation.repeated_share:.0%} repeated"
             console.print(Panel(text, title=Text(title), title_align="left"))
@@ -261,11 +261,11 @@ class Comparison:
         console = console or Console(highlight=False)
         say(f"a  {self.model_a}", console, style="bold")
         say(f"b  {self.model_b}", console, style="bold")
-        table = _table(f"a - b on {self.num_pairs} pairs", "value", "95% interval", "p")
+        table = table_of(f"a - b on {_pairs(self.num_pairs)}", "value", "95% interval", "p")
         test = self.accuracy_test
         name = f"accuracy {self.accuracy_a.value:.1%} - {self.accuracy_b.value:.1%}, points"
         table.add_row(name, *_points(self.accuracy_difference), _p(test.p_value))
-        table.add_row(f"  a better on {test.a_better}, b on {test.b_better} pairs", "", "", "")
+        table.add_row(f"  a better on {test.a_better}, b on {_pairs(test.b_better)}", "", "", "")
         for name, difference in (
             ("margin M, nats per token", self.margin),
             ("chosen log-prob per token", self.chosen_mean),
@@ -274,7 +274,7 @@ class Comparison:
             table.add_row(name, *_nats(Interval(*difference[:3])), _p(difference.p_value))
         table.add_row("pairs whose chosen log-prob is lower under a", *percent(self.chosen_fell), "")
         for each in self.by_source:
-            name = Text(f"{each.name} ({each.num_pairs} pairs): accuracy, points")
+            name = Text(f"{each.name} ({_pairs(each.num_pairs)}): accuracy, points")
             table.add_row(name, *_points(each.accuracy_difference), _p(each.accuracy_test.p_value))
             table.add_row("  margin M", *_nats(Interval(*each.margin[:3])), _p(each.margin.p_value))
         console.print(table)
@@ -283,8 +283,6 @@ class Comparison:
 
 
 # --- from records to numbers -----------------------------------------------------------------------------------------
-
-_SIDES, _OF_A_SIDE = ("chosen", "rejected"), ("mean", "sum", "length")
 
 
 def build_evaluation(pairs: Sequence[PairRecord], **identity: Any) -> Evaluation:
@@ -306,7 +304,8 @@ def build_evaluation(pairs: Sequence[PairRecord], **identity: Any) -> Evaluation
             f"the model's log-probs are not finite on {len(broken)} of {len(pairs)} pairs: {', '.join(broken[:8])}"
             f"{more}; the model's weights are broken, or overflow in this precision (try bf16: false)"
         )
-    columns = {f"{side}_{what}": _column(pairs, f"{side}_{what}") for what in _OF_A_SIDE for side in _SIDES}
+    names = [f"{side}_{what}" for what in ("mean", "sum", "length") for side in ("chosen", "rejected")]
+    columns = {name: _column(pairs, name) for name in names}
     chosen, rejected = columns["chosen_mean"], columns["rejected_mean"]
     lengths = columns["chosen_length"], columns["rejected_length"]
     return Evaluation(
@@ -421,11 +420,16 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
+    """An empty table of numbers, without lines."""
     table = Table(box=None, padding=(0, 2), pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index else "left", header_style="dim", no_wrap=bool(index))
     return table
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pair{'s' * (count != 1)}"
 
 
 def percent(interval: Interval) -> tuple[str, str]:
@@ -445,7 +449,3 @@ def _points(interval: Interval) -> tuple[str, str]:
 
 def _p(value: float) -> str:
     return f"{value:.3f}" if value >= 0.001 else f"{value:.1e}"
-
-
-def _last_characters(text: str, count: int) -> str:
-    return text if len(text) <= count else "..." + text[-count:]

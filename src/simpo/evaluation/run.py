@@ -40,7 +40,7 @@ from simpo.model.attention import plain_implementation, unwrap
 from simpo.model.head import compute_pair_logps, install_head
 from simpo.model.load import load_model, load_tokenizer, pick_device, set_precision
 from simpo.model.probe import check_forward
-from simpo.model.settle import why_not_packed
+from simpo.model.settle import attend_packed, why_not_packed
 from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.optim import set_threads
@@ -408,8 +408,8 @@ def load_to_evaluate(name: str, settings: Recipe) -> tuple[nn.Module, str | None
     plain = load_recipe(settings, {"pack": False, "share_prompt": False, "attention_kernel": "auto"})
     device = pick_device(settings.device)
     slow = set_precision(settings, device)
-    in_4bit = settings.load_in_4bit
-    return load_model(plain, device=device, name=name, trainable=False, in_4bit=in_4bit, check=False), slow
+    how = {"trainable": False, "in_4bit": settings.load_in_4bit, "check": False}
+    return load_model(plain, device=device, name=name, **how), slow
 
 
 @contextlib.contextmanager
@@ -439,9 +439,14 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
     """Packed rows where the model's packed log-probs are its ordinary ones; padded rows, with a note, elsewhere."""
     base, notes = unwrap(model), ()
     if settings.pack or settings.share_prompt:
+        if settings.attention_kernel != "auto":
+            try:
+                attend_packed(model, settings, device=base.get_input_embeddings().weight.device)
+            except ValueError as error:  # of another machine than the recipe's, perhaps
+                notes = (f"{error}, as it does here",)
         reason = why_not_packed(model, settings, bf16=bool(settings.bf16))
         if reason is None:
-            return True, ()
+            return True, notes
         base.set_attn_implementation(plain_implementation(base))
         notes = (f"padded rows, which are slower, because packed ones do not work here: {reason}",)
     check_forward(model, pack=False, share_prompt=False, bf16=bool(settings.bf16))

@@ -178,7 +178,7 @@ def compare_measures(a: Measure, b: Measure) -> PairedDifference:
     return PairedDifference(*mean_interval(difference), p_value)
 
 
-def compare_tasks(after: TaskResults, before: TaskResults | None) -> dict[str, Any]:
+def compare_tasks(after: TaskResults, before: TaskResults | None = None) -> dict[str, Any]:
     """Plain values of one model, or of two and their differences."""
     known = {} if before is None else {(each.task, each.metric): each for each in before.measures}
     rows = []

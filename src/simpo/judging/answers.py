@@ -15,6 +15,7 @@ from typing import Any
 
 from simpo.data.columns import ANSWER_COLUMNS, RowError
 from simpo.data.files import write_whole
+from simpo.data.ledger import Dropped, count_rows
 from simpo.data.preferences import prompt_from_row
 from simpo.errors import short
 from simpo.evaluation.run import model_folder, settings_for
@@ -75,8 +76,7 @@ def save_prompts(prompts: Sequence[Prompt], path: Path, *, is_own: bool) -> None
     Raises:
         ValueError: other ones are there, unless these are the command's `own`.
     """
-    rows = ({**each.columns, "prompt": each.turns, **({"tools": each.tools} if each.tools else {})} for each in prompts)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    text = "".join(json.dumps(each.to_row(), ensure_ascii=False) + "\n" for each in prompts)
     if path.exists() and not is_own and path.read_bytes() != text.encode():
         raise ValueError(f"{path}: holds other prompts already, and is not overwritten; choose another --output")
     write_whole(path, text)
@@ -112,11 +112,9 @@ def answers_of(recipe: Recipe, name: str, label: str, prompts: Sequence[Prompt],
     """
     if Path(name).is_file() or Path(name).suffix in (".json", ".jsonl"):
         answers, generator = read_answers(Path(name), prompts, recipe)
-        missing = [each for each in prompts if each.id not in answers]
-        left_out = {}
-        if missing:
-            examples = [{"row_id": each.row_id, "detail": f"{name} has no answer to it"} for each in missing[:3]]
-            left_out = {"no answer": {"count": len(missing), "examples": examples}}
+        left_out: dict[str, Any] = {}
+        missing = (each.row_id for each in prompts if each.id not in answers)
+        count_rows(left_out, (Dropped(row_id, "no answer", f"{name} has no answer to it") for row_id in missing))
         return Side(name, generator or label, answers, left_out)
     path = run_generate(_sampling(recipe, name, asked), output=folder / f"{label}.jsonl", keeps_others=True)
     answers = {

@@ -18,12 +18,11 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
 
 from simpo.data.files import check_own, supersede, write_whole
 from simpo.display import say
-from simpo.evaluation.results import percent, save_json
-from simpo.evaluation.statistics import Interval
+from simpo.evaluation.plain import Interval, Z
+from simpo.evaluation.results import percent, save_json, table_of
 from simpo.judging.alpaca import alpaca_eval_win_rate
 from simpo.judging.answers import KEPT_COLUMNS, Side, answers_of, find_prompts, label_sides, save_prompts
 from simpo.judging.formats import games_of, save_alpaca_eval, save_arena_hard
@@ -31,8 +30,9 @@ from simpo.judging.winrate import length_controlled_win_rate, win_rate
 from simpo.onpolicy.journal import changed_settings, read_about, read_rows
 from simpo.onpolicy.prompts import Prompt
 from simpo.onpolicy.score import build_scorer, run_score
+from simpo.onpolicy.scorers.judge import POINTS
 from simpo.recipe import Recipe, load_recipe
-from simpo.run.lock import OutputLock
+from simpo.run.lock import locked
 from simpo.run.stopping import interruptible
 
 
@@ -63,7 +63,10 @@ def run_judge(recipe: Recipe, *, output: str | Path | None = None) -> Path:
     labels = label_sides(first, second)
     folder = Path(output or Path(str(recipe.output_dir), "judged"))
     console = Console(stderr=True)
-    with OutputLock(folder), interruptible(lambda: "what has been answered and judged is kept"):
+    with (
+        locked(folder, lambda line: say(line, console)),
+        interruptible(lambda: "what has been answered and judged is kept"),
+    ):
         found = find_prompts(recipe)
         for note in found.notes:
             say(f"note: {note}", console)
@@ -91,10 +94,9 @@ _RESULTS = ("judgement.json", "judged.jsonl", "judged.json", "compared.jsonl", "
 
 @dataclass(frozen=True)
 class _Judged:
-    """One prompt: the judged side's share of the win, the scores of both, and what a judge said in each order."""
+    """One prompt: the judged side's share of the win, and what a judge said in each order."""
 
     points: float
-    scores: tuple[float, float] | None
     said: Sequence[Mapping[str, Any]] = ()
 
 
@@ -114,7 +116,7 @@ class _Both:
 
     def judge(self, recipe: Recipe, scorers: Mapping[str, Any], folder: Path) -> dict[str, _Judged]:
         """Prompt id -> what was judged. Answers that are the same are a tie, and nobody is asked."""
-        judged = {p.id: _Judged(0.5, None) for p in self.prompts if len({a.text for a in self.answers[p.id]}) == 1}
+        judged = {p.id: _Judged(0.5) for p in self.prompts if len({a.text for a in self.answers[p.id]}) == 1}
         rows = [self._row(prompt) for prompt in self.prompts if prompt.id not in judged]
         if not rows:
             return judged
@@ -136,7 +138,7 @@ class _Both:
             said = ()
             if decides is not None:
                 points, said = row["responses"][0]["scores"][decides], row["because"][decides]
-            judged[row["id"].partition("-")[0]] = _Judged(points, (first, second), said)
+            judged[row["id"].partition("-")[0]] = _Judged(points, said)
         return judged
 
     def _row(self, prompt: Prompt) -> dict[str, Any]:
@@ -173,8 +175,9 @@ def _summarise(both: _Both, judged: Mapping[str, _Judged], scorers: Mapping[str,
     ours, theirs = (
         np.array([len(both.answers[prompt.id][place].text) for prompt in prompts], dtype=float) for place in (0, 1)
     )
-    games = [said for each in judged.values() if (said := each.said)]
-    first = [{"1": 1.0, "2": 0.0, "tie": 0.5}[game["verdict"]] for said in games for game in said]
+    games = [each.said for each in judged.values() if each.said]
+    agreed = [len({_winner(game) for game in said}) == 1 for said in games]
+    first = [POINTS[game["verdict"]] for said in games for game in said]
     return {
         "simpo": version("simpo"),
         "model": both.sides[0].name,
@@ -190,9 +193,7 @@ def _summarise(both: _Both, judged: Mapping[str, _Judged], scorers: Mapping[str,
         "alpaca_eval": None,
         "characters": {"model": float(ours.mean()), "against": float(theirs.mean())},
         # Of a judge that is asked in both orders: how often it comes to the same, and how often to what stands first.
-        "both_orders_agree": sum(len({_winner(game) for game in said}) == 1 for said in games) / len(games)
-        if games
-        else None,
+        "both_orders_agree": sum(agreed) / len(agreed) if agreed else None,
         "first_preferred": sum(first) / len(first) if first else None,
         "notes": [],
     }
@@ -229,14 +230,12 @@ def show_judgement(result: Mapping[str, Any], console: Console) -> None:
     for title in ("model", "against"):
         say(f"{title:<7}  {result[title]}", console)
     kinds = ", ".join(f"{name} ({spec['kind']})" for name, spec in result["judges"].items())
-    say(f"judge    {kinds}, on {result['compared']} prompts", console)
-    table = Table(box=None, padding=(0, 2), pad_edge=False)
-    for place, column in enumerate(("", "value", "95% interval")):
-        table.add_column(column, justify="right" if place else "left", header_style="dim", no_wrap=bool(place))
+    say(f"judge    {kinds}, on {result['compared']} prompt{'s' * (result['compared'] != 1)}", console)
+    table = table_of("", "value", "95% interval")
     table.add_row("win rate", *percent(Interval(**result["win_rate"])))
     table.add_row("at equal length", *percent(Interval(**result["length_controlled_win_rate"])))
     if result["alpaca_eval"]:
-        value, error = result["alpaca_eval"]["value"], 1.959964 * result["alpaca_eval"]["standard_error"]
+        value, error = result["alpaca_eval"]["value"], Z * result["alpaca_eval"]["standard_error"]
         table.add_row("at equal length, by alpaca-eval", *percent(Interval(value, value - error, value + error)))
     table.add_row("won / tied / lost", f"{result['wins']} / {result['ties']} / {result['losses']}", "")
     if result["identical"]:

@@ -112,10 +112,8 @@ def labels_in_head(
         if name not in vars(owner):
             raise ValueError(f"{original_class(unwrap(model)).__name__}: its {name} cannot be moved into the head")
         vars(owner)[name] = neutral
-    head.__dict__["_request"] = (
-        batch,
-        {"scale": scale, "softcap": softcap, "chunk_size": chunk_size, "squares": squares},
-    )
+    options = {"scale": scale, "softcap": softcap, "chunk_size": chunk_size, "squares": squares}
+    head.__dict__["_request"] = batch, options
     try:
         yield
     finally:

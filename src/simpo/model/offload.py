@@ -12,6 +12,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -130,13 +131,9 @@ def _copy_to_cpu(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
     return values, copied
 
 
-def _is_on_gpu(tensor: Tensor) -> bool:
-    return tensor.is_cuda
-
-
 @contextlib.contextmanager
 def offload_activations(
-    model: nn.Module, *, eligible: Callable[[Tensor], bool] = _is_on_gpu, min_bytes: int = 2**20
+    model: nn.Module, *, eligible: Callable[[Tensor], bool] = attrgetter("is_cuda"), min_bytes: int = 2**20
 ) -> Iterator[Offload]:
     """Around a forward pass: what its backward needs waits in (pinned) CPU memory. Gradients are bit for bit the same.
 

@@ -100,7 +100,7 @@ def sample_responses(
     num_samples = len(keys[0])
     device = _device_of(model)
     flat = torch.tensor([key for of_prompt in keys for key in of_prompt], device=device)
-    responses = _Responses(flat, sampling, ends, max_new_tokens, is_stopped, each_step)
+    responses = _Responses(flat, sampling, frozenset(ends), max_new_tokens, is_stopped, each_step)
     if shared:
         _decode_shared(model, prompts, num_samples, responses)
     else:
@@ -111,23 +111,21 @@ def sample_responses(
     return [done[start : start + num_samples] for start in range(0, len(done), num_samples)]
 
 
+@dataclass(eq=False)
 class _Responses:
     """What was drawn for each response so far."""
 
-    def __init__(
-        self,
-        keys: Tensor,
-        sampling: Sampling,
-        ends: Collection[int],
-        max_new_tokens: int,
-        is_stopped: Callable[[list[int]], bool] | None,
-        each_step: Callable[[], Any],
-    ) -> None:
-        self.keys, self.sampling, self.ends = keys, sampling, frozenset(ends)
-        self.max_new_tokens, self.is_stopped, self.each_step = max_new_tokens, is_stopped, each_step
-        self.tokens: list[list[int]] = [[] for _ in keys]
-        self.finished = [False] * len(keys)
-        self.logprobs = torch.zeros(len(keys), dtype=torch.float64, device=keys.device)
+    keys: Tensor
+    sampling: Sampling
+    ends: frozenset[int]
+    max_new_tokens: int
+    is_stopped: Callable[[list[int]], bool] | None
+    each_step: Callable[[], Any]
+
+    def __post_init__(self) -> None:
+        self.tokens: list[list[int]] = [[] for _ in self.keys]
+        self.finished = [False] * len(self.keys)
+        self.logprobs = torch.zeros(len(self.keys), dtype=torch.float64, device=self.keys.device)
 
     def draw(self, logits: Tensor, rows: Tensor, going: Tensor, step: int) -> tuple[Tensor, Tensor]:
         """The next token of each row, and which rows go on after it.
@@ -207,8 +205,7 @@ def _prefill(model: nn.Module, prompts: Sequence[Sequence[int]]) -> tuple[Tensor
 
 def _step(model: nn.Module, chosen: Tensor, cache: Any, mask: Tensor, positions: Tensor) -> Tensor:
     """Logits of the token after `chosen`."""
-    options = {"past_key_values": cache, "use_cache": True}
-    options |= _of_routers(model)
+    options = {"past_key_values": cache, "use_cache": True, **_of_routers(model)}
     out = model(input_ids=chosen[:, None], attention_mask=mask, position_ids=positions, **options)
     return out.logits[:, -1]
 

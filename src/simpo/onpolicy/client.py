@@ -327,7 +327,7 @@ def _read_choice(choice: Any, num_tokens: int | None, is_trial: bool) -> Choice:
             detail = "the limit of tokens came before any text: raise max_tokens (max_new_tokens in generate)"
             raise RowError("cut while thinking", detail)
         text = ""
-    if not isinstance(text, str) or not _is_unicode(text):
+    if not isinstance(text, str) or text.encode(errors="ignore").decode() != text:  # half of a surrogate pair
         raise RowError("not an answer", f"a choice without text: {short(choice)}")
     if choice.get("finish_reason") not in ("stop", "length"):
         raise RowError("not an answer", f"it ended by {short(choice.get('finish_reason'))}, not by stop or length")
@@ -344,12 +344,3 @@ def _read_choice(choice: Any, num_tokens: int | None, is_trial: bool) -> Choice:
         logprob=math.fsum(values) if is_known and not thought else None,
         thought=thought,
     )
-
-
-def _is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write it; JSON can hold half of a pair of surrogates."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True

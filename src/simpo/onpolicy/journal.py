@@ -60,7 +60,7 @@ class Journal:
             self._descriptor = os.open(self.path, _APPENDS | os.O_CREAT, 0o666)
             os.ftruncate(self._descriptor, end)  # what a killed process left of a line
             self._end = end
-            self._is_complete = read_about(self.path).get("complete", None)
+            self._is_complete = read_about(self.path).get("complete")
             if self._is_complete is None or not self.done:
                 self._write_about({"complete": False})
         except BaseException:

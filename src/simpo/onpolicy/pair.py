@@ -26,7 +26,7 @@ from simpo.display import Display
 from simpo.onpolicy.journal import FORMAT, as_line, read_rows
 from simpo.recipe import Recipe
 from simpo.recipe.stages import Pair as PairKeys
-from simpo.run.lock import OutputLock
+from simpo.run.lock import locked
 
 ASKED_FOR = ("unfinished", "min_score", "min_gap", "length_control")
 """Reasons that the recipe's own limits give; every other reason is something wrong with the input."""
@@ -95,7 +95,7 @@ def run_pair(recipe: Recipe, *, input: str | Path | None = None, output: str | P
         raise ValueError(f"{source}: none of {account.prompts} prompts gives a pair ({reasons})")
     settings = keys.model_dump(exclude={"input"}) | {"seed": recipe.seed, "input": hash_files([source])}
     head = {"simpo": version("simpo"), "format": FORMAT, "settings": settings}
-    with OutputLock(folder.parent):
+    with locked(folder.parent, Display().say):
         about, lists = account_of(folder), folder.with_name("lists")
         if check_own(about, "format", "settings").get("settings") != json.loads(json.dumps(settings)):
             for place in (folder, *[lists] * keys.lists):
@@ -156,7 +156,7 @@ def read_answers(row: Mapping[str, Any], left_out: Counter[str] | None = None) -
     found: list[Answer] = []
     for each in responses:
         text, score, length = each.get("text"), each.get("score"), each.get("num_tokens")
-        if isinstance(score, bool) or not isinstance(score, int | float) or not math.isfinite(score):
+        if not _is_number(score):
             left_out["no score"] += 1
         elif not isinstance(text, str) or not text.strip():
             left_out["empty"] += 1

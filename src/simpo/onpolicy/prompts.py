@@ -34,6 +34,10 @@ class Prompt:
     tools: Sequence[dict[str, Any]] = ()
     columns: Mapping[str, Any] = field(default_factory=dict)
 
+    def to_row(self) -> dict[str, Any]:
+        """A row that `read_prompts` reads it from."""
+        return {**self.columns, "prompt": self.turns, **({"tools": self.tools} if self.tools else {})}
+
 
 @dataclass
 class Prompts:

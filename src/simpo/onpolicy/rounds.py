@@ -40,7 +40,7 @@ from simpo.recipe.scorers import SCORER_KEYS
 from simpo.recipe.stages import SERVER_KEYS, STAGES, Generate
 from simpo.report import leave_report
 from simpo.report.read import check_no_run
-from simpo.run.lock import OutputLock
+from simpo.run.lock import locked
 from simpo.run.stopping import on_stop_signal
 
 _CHANGE_NOTHING = {
@@ -74,7 +74,7 @@ def run_rounds(recipe: Recipe) -> Path:
     if not (folder / "settings.json").exists():
         check_no_run(folder)
     loop = _Loop(recipe, folder)
-    with OutputLock(folder), leave_report(folder, loop.display.say):
+    with locked(folder, loop.display.say), leave_report(folder, loop.display.say):
         return loop.run()
 
 
@@ -160,7 +160,8 @@ class _Loop:
     def _check_unchanged(self, prompts: Sequence[Prompt]) -> None:
         """Raise ValueError where the folder belongs to a loop with other settings or prompts."""
         path = self.folder / "settings.json"
-        current = self._settings() | {"prompts": _fingerprint(sorted(prompt.id for prompt in prompts))}
+        ids = "\n".join(sorted(prompt.id for prompt in prompts))
+        current = self._settings() | {"prompts": hashlib.blake2b(ids.encode(), digest_size=16).hexdigest()}
         if not path.exists() and (found := sorted(self.folder.glob("round-*"))):
             raise ValueError(
                 f"{self.folder}: holds {found[0].name}, and no {path.name} that says of which loop; choose another "
@@ -331,8 +332,7 @@ class _Loop:
         recipe = load_recipe(self.recipe, changes)
         self.texts[place] = recipe.to_yaml(for_any_processes=True)
         if not (place / "provenance.json").exists():
-            rows = ({**p.columns, "prompt": p.turns, **({"tools": p.tools} if p.tools else {})} for p in prompts)
-            write_whole(asked, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+            write_whole(asked, (json.dumps(prompt.to_row(), ensure_ascii=False) + "\n" for prompt in prompts))
             about = {
                 **{package: version(package) for package in ("simpo", "torch", "transformers")},
                 "model": model,
@@ -472,10 +472,8 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
     aside.rename(target)
 
 
-# A process goes with the one that started it, however that ends: on Linux by a signal that survives exec. A launcher
-# gets the one that launchers pass on.
 def going_with_this_process(words: Sequence[str], number: signal.Signals) -> Sequence[str]:
-    """The command; on Linux it gets a signal when this process ends, however that ends."""
+    """The command; on Linux it gets a signal, which survives exec, when this process ends, however that ends."""
     if sys.platform != "linux":
         return words
     start = (
@@ -490,6 +488,7 @@ def run_command(words: Sequence[str], *, is_launcher: bool = False) -> int:
 
     Ctrl-C, SIGTERM and SIGHUP here reach it once, as SIGINT, and it is waited for.
     """
+    # A launcher gets the one that launchers pass on.
     words = going_with_this_process(words, signal.SIGTERM if is_launcher else signal.SIGKILL)
     with on_stop_signal():
         child = subprocess.Popen(words, process_group=0)  # not in the group that the terminal sends Ctrl-C to
@@ -506,7 +505,3 @@ def ask_to_stop(child: subprocess.Popen[Any]) -> None:
     if os.name == "posix" and child.poll() is None:
         inherits_deafness = signal.getsignal(signal.SIGINT) is signal.SIG_IGN
         child.send_signal(signal.SIGTERM if inherits_deafness else signal.SIGINT)
-
-
-def _fingerprint(parts: Sequence[str]) -> str:
-    return hashlib.blake2b("\n".join(parts).encode(), digest_size=16).hexdigest()

@@ -24,6 +24,7 @@ from simpo.data.prepare import inserts_empty_system
 from simpo.data.templates import PROBE_ANSWERS
 from simpo.data.tokenize import PairTokenizer
 from simpo.data.workers import WorkersFailed, map_in_processes
+from simpo.environment import num_cores
 from simpo.evaluation.run import READ_KEYS, base_model, find_tokenizer, model_folder
 from simpo.model.costs import decoder_sizes
 from simpo.model.load import digest_ends, load_model, load_pretrained, pick_device, set_precision
@@ -119,13 +120,11 @@ class PromptTokenizer:
         ]
 
     def _asked(self, prompt: Prompt) -> Any:
-        return with_empty_system(prompt.turns) if self._with_empty_system else _prompt_of(prompt)
-
-
-def _prompt_of(prompt: Prompt) -> Any:
-    """A single user's turn as the text that it was."""
-    turns = prompt.turns
-    return turns[0]["content"] if len(turns) == 1 and turns[0].keys() == {"role", "content"} else turns
+        """A single user's turn as the text that it was."""
+        turns = prompt.turns
+        if self._with_empty_system:
+            return with_empty_system(turns)
+        return turns[0]["content"] if len(turns) == 1 and turns[0].keys() == {"role", "content"} else turns
 
 
 class ResponseReader:
@@ -284,8 +283,11 @@ class LocalBackend:
         """See `Backend`."""
         tokens: dict[str, list[int]] = {}
         failed: list[Answer] = []
+        more = self.recipe.generate.max_new_tokens
         for prompt, found in zip(prompts, self.tokenize(prompts), strict=True):
-            found = self._too_long(found) or found
+            if not isinstance(found, RowError) and self.limit is not None and len(found) + more > self.limit:
+                said = f"{len(found)} prompt tokens and generate.max_new_tokens {more} in {self.limit} positions"
+                found = RowError("too long", said)
             if isinstance(found, RowError):
                 failed.append((prompt.id, found))
             else:
@@ -297,14 +299,6 @@ class LocalBackend:
     def _plan(self, tokens: Mapping[str, list[int]], done: Collection[str]) -> list[Job]:
         batches = plan_batches(tokens, self.recipe.generate)
         return [batch for batch in batches if any(row_id not in done for row_id, _ in batch)]
-
-    def _too_long(self, found: list[int] | RowError) -> RowError | None:
-        more = self.recipe.generate.max_new_tokens
-        if isinstance(found, RowError) or self.limit is None or len(found) + more <= self.limit:
-            return None
-        return RowError(
-            "too long", f"{len(found)} prompt tokens and generate.max_new_tokens {more} in {self.limit} positions"
-        )
 
     def _computed(self, batches: Sequence[Job]) -> Iterator[list[Answer]]:
         if not batches:
@@ -340,7 +334,7 @@ class LocalBackend:
         width = max(len(ids) for _, ids in batches[0]) + wanted.max_new_tokens  # the longest prompts come first
         each = number * sum(weight.numel() for weight in model.parameters())
         each += rows * (width * of_token + 3 * 4 * sizes["vocab_size"])
-        count, most = max(1, free // each), min(_num_cores(), len(batches))
+        count, most = max(1, free // each), min(num_cores(), len(batches))
         if count < most:
             self.notes.append(
                 f"{count} of {most} processes: each takes about {each / 2**30:.1f} GiB, and {free / 2**30:.1f} are "
@@ -383,7 +377,7 @@ def find_places(
     recipe: Recipe, num_jobs: int, processes: int | None, *, gpus_each: int = 1
 ) -> tuple[list[dict[str, str]], int]:
     """The environment of each process to work in, and its CPU threads; `processes` None: one a GPU, or core."""
-    cores = _num_cores()
+    cores = num_cores()
     on_gpu = pick_device(recipe.device).type == "cuda"
     gpus = torch.cuda.device_count() if on_gpu else 0
     groups = gpus // gpus_each
@@ -398,10 +392,6 @@ def find_places(
     )
     starts = range(0, count * gpus_each, gpus_each)
     return [{"CUDA_VISIBLE_DEVICES": ",".join(seen[start : start + gpus_each])} for start in starts], threads
-
-
-def _num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def identify_model(name: str, revision: str | None) -> str:

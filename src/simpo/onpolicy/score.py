@@ -7,6 +7,7 @@ output is put together from these.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import math
@@ -27,7 +28,7 @@ from simpo.onpolicy.scorers import build_rater
 from simpo.onpolicy.scorers.rating import Explained, Rater, Row, Scores
 from simpo.recipe import Recipe
 from simpo.recipe.scorers import SCORER_KEYS, Scorer, read_scorer
-from simpo.run.lock import OutputLock
+from simpo.run.lock import locked
 from simpo.run.stopping import interruptible
 
 
@@ -57,7 +58,7 @@ def run_score(
     shared, digest = digest is not None, digest or hash_files([source])
     scorers = {name: _Part(name, spec, digest, recipe, target) for name, spec in settings.scorers.items()}
     console = Console(stderr=True, highlight=False, soft_wrap=True)
-    with OutputLock(target.parent), interruptible(lambda: "what has been scored is kept"):
+    with locked(target.parent, lambda line: say(line, console)), interruptible(lambda: "what has been scored is kept"):
         for part in scorers.values():
             faults |= part.work(source, order, faults, console, shared=shared)
         _combine(source, target, order, scorers, faults, standardize=settings.standardize, digest=digest)
@@ -141,7 +142,8 @@ class _Part:
     def __init__(self, name: str, spec: Mapping[str, Any], digest: str, recipe: Recipe, target: Path) -> None:
         kind, options, self.rater = build_scorer(name, spec, recipe)
         self.name, self.options = name, options
-        self.settings = {"kind": kind, **_deciding(kind, options), **self.rater.identity}
+        decide = (key.name.rpartition(".")[2] for key in SCORER_KEYS[kind] if not key.may_change)
+        self.settings = {"kind": kind, **{key: getattr(options, key) for key in decide}, **self.rater.identity}
         text = json.dumps([digest, self.settings], sort_keys=True)
         key = hashlib.blake2b(text.encode(), digest_size=6).hexdigest()
         self.path = target.parent / "scores" / f"{name}-{key}.jsonl"
@@ -155,6 +157,8 @@ class _Part:
         with Journal(self.path, {"input": self.digest, **self.settings}) as journal:
             left = [row_id for row_id in order if row_id not in journal and row_id not in faults]
             if left:
+                if not journal.done and self._is_read_anew():
+                    say(f"note: {self.name}: rated anew, as this version reads responses otherwise", console)
                 if self.rater.note:
                     say(f"note: {self.name}: {self.rater.note}", console)
                 missing = set(left)
@@ -162,13 +166,12 @@ class _Part:
                 done = len(order) - len(left)
                 with counter(console, f"{self.name}: prompts", len(order), done=done, unit="responses") as advance:
                     for row_id, scores in self.rater.rate(rows):
-                        checked, because = _checked(scores), {}
-                        if isinstance(scores, Explained):
-                            because = {"because": scores.because}
+                        checked = _checked(scores)
                         if isinstance(checked, RowError):
                             failed[row_id] = RowError(f"{self.name}: {checked.reason}", checked.detail)
                             journal.leave_out(row_id, checked)
                         else:
+                            because = {"because": scores.because} if isinstance(scores, Explained) else {}
                             journal.add({"id": row_id, "scores": checked, **because})
                         advance(1, 0 if isinstance(checked, RowError) else len(checked))
             wanted = {*order}
@@ -176,11 +179,17 @@ class _Part:
             journal.finish(order, spread, keeps_others=shared)
         return failed
 
+    def _is_read_anew(self) -> bool:
+        """Whether numbers are there that differ from these in nothing but their reading."""
+        settings = {"input": self.digest, **self.settings}
+        others = {*self.path.parent.glob(f"{glob.escape(self.name)}-*.json")} - {self.path.with_suffix(".json")}
+        return any(_unread(read_about(other).get("settings", {})) == _unread(settings) for other in others)
 
-def _deciding(kind: str, options: Scorer) -> dict[str, Any]:
-    """The options that decide a scorer's numbers."""
-    names = (key.name.rpartition(".")[2] for key in SCORER_KEYS[kind] if not key.may_change)
-    return {name: getattr(options, name) for name in names}
+
+def _unread(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a scorer, or of several, but for their `reading`."""
+    scorers = {name: {**each, "reading": None} for name, each in settings.get("scorers", {}).items()}
+    return json.loads(json.dumps({**settings, "reading": None, "scorers": scorers}))
 
 
 def _checked(scores: Scores) -> list[float] | RowError:
@@ -223,9 +232,9 @@ def _combine(
 ) -> None:
     """Write the output from the scorers' numbers, all of which are there."""
     spreads = {
-        name: {key: read_about(part.path)[key] for key in ("mean", "sd", "min", "max")}
+        name: {key: kept[key] for key in ("mean", "sd", "min", "max")}
         for name, part in parts.items()
-        if read_about(part.path)["responses"]
+        if (kept := read_about(part.path))["responses"]
     }
     settings = {
         "input": digest,
@@ -233,8 +242,11 @@ def _combine(
         "scorers": {name: {"weight": part.options.weight, **part.settings} for name, part in parts.items()},
     }
     about = read_about(target)
-    if standardize and about.get("settings") == json.loads(json.dumps(settings)) and about.get("scores") != spreads:
-        target.unlink(missing_ok=True)  # every score depends on the rows that have come in since
+    before = about.get("settings", {})
+    is_other = before != json.loads(json.dumps(settings))
+    # Every standardised score depends on the rows that have come in since, and each on how responses are read.
+    if _unread(before) == _unread(settings) and (is_other or (standardize and about.get("scores") != spreads)):
+        target.unlink(missing_ok=True)
         target.with_suffix(".json").unlink()
     with Journal(target, settings) as journal:
         rated = {name: _Follower(read_rows(part.path)) for name, part in parts.items()}

@@ -18,6 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from simpo.display import say
+from simpo.evaluation.plain import Z
+from simpo.evaluation.results import plain
 from simpo.evaluation.statistics import Interval, mean_interval, repeated_share
 from simpo.onpolicy.journal import read_rows
 
@@ -47,8 +49,8 @@ class Measures:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, without those of single prompts; what is not a number is None."""
-        found = {"prompts": len(self.by_prompt), **{name: _plain(each) for name, each in self.numbers.items()}}
-        return {"round": self.round, "model": self.model, "gain": self.gain and _plain(self.gain), **found}
+        head = {"round": self.round, "model": self.model, "gain": self.gain, "prompts": len(self.by_prompt)}
+        return plain({**head, **self.numbers})
 
 
 Scales = Mapping[str, tuple[float, float]]
@@ -103,7 +105,7 @@ def compare_models(model: Measures, before: Measures, name: str = "score") -> In
 
 def standard_error(interval: Interval) -> float:
     """That of a mean, from its interval; nan where one observation gives none."""
-    return (interval.high - interval.low) / (2 * 1.959963984540054)
+    return (interval.high - interval.low) / (2 * Z)
 
 
 def table_lines(models: Sequence[Measures]) -> list[str]:
@@ -160,7 +162,3 @@ def _cell(name: str, interval: Interval | None) -> str:
 
 def _interval(values: Sequence[float]) -> Interval:
     return mean_interval(torch.tensor(values, dtype=torch.float64))
-
-
-def _plain(interval: Interval) -> dict[str, float | None]:
-    return {name: None if math.isnan(value) else value for name, value in interval._asdict().items()}

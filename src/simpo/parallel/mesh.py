@@ -190,6 +190,11 @@ class Mesh:
         """function() on rank 0 alone; its result on every process, or the exception it raised."""
         return self.from_main(self._attempt(function, is_my_turn=self.is_main))
 
+    def on_each_node(self, function: Callable[[], T]) -> T | None:
+        """function() on one process of each node, whose folders may differ; None on the others. What one raises, all
+        raise."""
+        return self._attempt(function, is_my_turn=local_rank() == 0)
+
     def main_first(self, function: Callable[[], T]) -> T:
         """function() on every process: on rank 0 first, then on one of each node, then on the rest.
 
@@ -399,10 +404,10 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def is_said_by_main(line: str, *, wait_s: float = 10.0) -> bool:
+def is_said_by_main(line: str) -> bool:
     """Whether rank 0 says this very line too, so that this process need not; on rank 0: False, and the others learn.
 
-    For processes in a group. Waits a moment for rank 0.
+    For processes in a group. Waits ten seconds for rank 0.
     """
     store = dist.distributed_c10d._get_default_store()
     key = f"said {hashlib.sha256(line.encode()).hexdigest()}"
@@ -410,7 +415,7 @@ def is_said_by_main(line: str, *, wait_s: float = 10.0) -> bool:
         if dist.get_rank() == 0:
             store.set(key, "yes")
             return False
-        store.wait([key], timedelta(seconds=wait_s))
+        store.wait([key], timedelta(seconds=10))
     except Exception:  # rank 0, or the machine it was on, is gone
         return False
     return True

@@ -84,7 +84,8 @@ def gather_blocks_in(model: nn.Module, dtype: torch.dtype) -> None:
     input as well.)
     """
     sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    ends = set(_ends(model))
+    base = _base_of(model)
+    ends = {base.get_input_embeddings(), base.get_output_embeddings()}
     # The last norm shares its state with the head: what it belongs to is known by its state, not by its place.
     left_alone = {id(part._get_fsdp_state()) for part in sharded if not ends.isdisjoint(part.modules())}
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
@@ -142,12 +143,6 @@ def drop_gathered(model: nn.Module) -> None:
 def _base_of(model: nn.Module) -> Any:
     """The transformers model in `model`, which may have adapters."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _ends(model: nn.Module) -> list[nn.Module]:
-    """The embedding and the head of the transformers model in `model`."""
-    base = _base_of(model)
-    return [base.get_input_embeddings(), base.get_output_embeddings()]
 
 
 def original_class(module: nn.Module) -> type:

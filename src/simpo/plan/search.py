@@ -8,6 +8,7 @@ no weights, no data, no GPU. Must not import data, the trainer or evaluation.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -58,8 +59,8 @@ class Machines:
         Raises:
             ValueError: they contradict each other, or a node would be half full.
         """
-        if gpu_gib <= 0:
-            raise ValueError(f"--gpu-memory {gpu_gib:g}: must be more than 0 GiB")
+        if not 0 < gpu_gib < math.inf:
+            raise ValueError(f"--gpu-memory {gpu_gib:g}: must be a number of GiB above 0")
         if gpus is None:
             per_node = gpus_per_node or 8
             return cls((nodes or 1) * per_node, per_node, gpu_gib)

@@ -104,11 +104,13 @@ def compute_traffic(
     labels = tokens if labels is None else labels
     found = _of_weights(model, recipe, mesh, micro_batches)
     found += _of_tokens(model, recipe, mesh, tokens / mesh.cp, labels / mesh.cp, micro_batches)
-    return [
-        Exchange(name, kind, ranks, _near(ranks, max(1, gpus_per_node // apart)), times * size, times * calls)
-        for name, kind, ranks, apart, times, size, calls in found
-        if size and ranks > 1
-    ]
+    exchanges = []
+    for name, kind, ranks, apart, times, size, calls in found:
+        if size and ranks > 1:
+            near = max(1, gpus_per_node // apart)
+            near = ranks if ranks <= near else math.gcd(ranks, near)  # how many of them share a node
+            exchanges.append(Exchange(name, kind, ranks, near, times * size, times * calls))
+    return exchanges
 
 
 def compute_seconds(
@@ -173,8 +175,3 @@ def _of_tokens(
         ("TP: vocabulary-parallel head", "all-reduce", mesh.tp, 1, micro_batches, head, 3),
         ("CP: q, k, v and outputs", "all-to-all", mesh.cp, mesh.tp, micro_batches, exchanged, 2 * passes * layers),
     ]
-
-
-def _near(ranks: int, at_most: int) -> int:
-    """How many of a group's ranks share a node."""
-    return max(1, math.gcd(ranks, at_most) if ranks > at_most else ranks)

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 from pydantic import BaseModel, Field
 from pydantic.fields import FieldInfo
 
+from simpo.errors import short
+
 Hosted = Literal["field", "argument", "shared", "run", "launcher", "refused"]
 """How the Hugging Face host takes a key: `field` of SimPOConfig under the recipe's rules; `argument` of
 TrainingArguments, same name and meaning; `shared`, an argument that SimPOConfig also hands to the recipe; `run`, read
@@ -85,9 +87,16 @@ def _allowed(annotation: Any, types: frozenset[Any], bounds: Mapping[str, Any]) 
     return ", ".join(f"x {each}" for each in ranges) or "any finite number"
 
 
+def describe_wrong(name: str, found: Any, allowed: str) -> str:
+    """The line for a value that pydantic found to be wrong."""
+    ours = {"literal_error": "not one of its values", "model_type": "a mapping is needed"}
+    said = str(found["ctx"]["error"]) if found["type"] == "value_error" else ours.get(found["type"]) or found["msg"]
+    return f"{name} = {short(found['input'])}: {said[0].lower() + said[1:]} (allowed: {allowed})"
+
+
 def declared_key(name: str, info: FieldInfo, *, aliases: tuple[str, ...] = ()) -> Key:
     """What the field `name` of a settings model declares."""
-    declared: dict[str, Any] = dict(info.json_schema_extra)  # type: ignore[arg-type]  what `_in` put there
+    declared: dict[str, Any] = dict(info.json_schema_extra)  # type: ignore[arg-type]  what `in_section` put there
     bounds, null, only, derived = (declared.pop(part, "") for part in ("bounds", "null", "only", "derived"))
     types = _plain_types(info.annotation)
     allowed = declared.pop("allowed") or _allowed(info.annotation, types - {NoneType}, bounds)

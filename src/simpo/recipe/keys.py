@@ -43,7 +43,7 @@ from simpo.recipe.values import (
     as_resume,
     as_settings,
     as_trackers,
-    as_words_or_null,
+    as_words,
 )
 from simpo.recipe.yaml import dump_yaml
 
@@ -150,7 +150,7 @@ class Recipe(_LossKeys):
     dataset_splits: Words = _data(
         ["train", "test"], "Splits to read: the first to train on, the others to evaluate on unless they say `train`.",
         "list of names", hf="run", shown=True, min_length=1)
-    dataset_configs: Annotated[list[str | None] | None, BeforeValidator(as_words_or_null)] = _data(
+    dataset_configs: Annotated[list[str | None] | None, BeforeValidator(as_words)] = _data(
         None, "Configuration name of each dataset, in the mixer's order.", "list as long as dataset_mixer, or null",
         hf="run")
     validation_fraction: Number = _data(
@@ -341,7 +341,7 @@ class Recipe(_LossKeys):
         False, "Scale the adapters by alpha / sqrt(r) instead of alpha / r.")
     use_dora: bool = _lora(
         False, "DoRA: train the magnitudes of the adapted weights besides; not with sharded weights.")
-    lora_modules_to_save: Annotated[list[str] | None, BeforeValidator(as_words_or_null)] = _lora(
+    lora_modules_to_save: Annotated[list[str] | None, BeforeValidator(as_words)] = _lora(
         None, "Modules trained whole besides the adapters.", "list of module names, or null")
     load_in_4bit: bool = _lora(
         False, "QLoRA: hold the frozen weights in 4 bits (install simpo[qlora]; needs use_peft).")

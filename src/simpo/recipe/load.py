@@ -33,6 +33,7 @@ from simpo.recipe.aliases import (
     recognise,
     refusal,
 )
+from simpo.recipe.declare import describe_wrong
 from simpo.recipe.keys import KEYS, Recipe
 from simpo.recipe.stages import STAGE_KEYS, STAGES
 from simpo.recipe.values import as_number, as_settings, as_text, as_whole
@@ -156,7 +157,7 @@ def _say_what_it_is_for(layer: _Layer, mapping: Mapping[str, Any], wrong: Sequen
     looks = f"this looks like {kind} recipe ({', '.join(signs)})" if kind else ""
     if wrong:
         means = ", and simpo trains on pairs of a chosen and a rejected answer: " if kind else ""
-        hint = "; `simpo keys` lists all keys" * any("nearest known key" in line for line in wrong)
+        hint = "; `simpo keys` lists all keys" * any("unknown key" in line for line in wrong)
         raise ValueError(f"{looks}{means}{'; '.join(wrong[:20])}{'; ...' * (len(wrong) > 20)}{hint}")
     if kind == "a DPO" and mapping.get("loss_type") in (None, "sigmoid", "hinge", "ipo"):
         layer.notices.append(f"{looks}: loss_type {mapping.get('loss_type') or 'sigmoid'} {_IS_SIMPO}")
@@ -169,23 +170,23 @@ def _is_derived(name: str) -> bool:
     return Recipe.model_fields[name].default is None and not KEYS[name].nullable
 
 
-def nearest_key(name: str) -> str:
-    """The known key, of ours or of others, whose spelling is closest to `name`."""
+def nearest_key(name: str) -> str | None:
+    """The known key, of ours or of others, whose spelling is closest to `name`; None where none is close."""
     name = name[:60].lower().replace("-", "_")
-    ours = [*KEYS, *INPUT_KEYS, *ALIASES]
-    close = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.8)
-    if not close:  # generate.temperature, written without its section
-        own = {key.partition(".")[2]: key for key in reversed(STAGE_KEYS)}
-        close = [own[near] for near in difflib.get_close_matches(name, own, n=1, cutoff=0.8)]
-    close = close or difflib.get_close_matches(name, ours, n=1, cutoff=0.6)
-    close = close or difflib.get_close_matches(name, KNOWN_ELSEWHERE, n=1, cutoff=0.6)
-    close = close or difflib.get_close_matches(name, ours, n=1, cutoff=0.0)
-    return close[0]
+    own = {key.partition(".")[2]: key for key in reversed(STAGE_KEYS)}  # temperature, without generate.
+    for names, cutoff in ((KEYS, 0.8), (own, 0.8), ([*KEYS, *INPUT_KEYS, *ALIASES], 0.6), (KNOWN_ELSEWHERE, 0.6)):
+        if close := difflib.get_close_matches(name, names, n=1, cutoff=cutoff):
+            return own[close[0]] if names is own else close[0]
+    return None
 
 
 def describe_unknown(written: str) -> str:
     """What is said of a key that is neither ours nor another program's."""
-    return f"unknown key {short(written)}: the nearest known key is {nearest_key(written)!r}"
+    return _unknown(written, nearest_key(written))
+
+
+def _unknown(written: str, nearest: str | None) -> str:
+    return f"unknown key {short(written)}" + (f": the nearest known key is {nearest!r}" if nearest else "")
 
 
 def _plain_name(written: str) -> str:
@@ -306,8 +307,7 @@ def _resolve_schedule(layer: _Layer) -> None:
         if "min_lr" in given:
             values["min_lr"] = given["min_lr"]
         if "min_lr_rate" in given:
-            peak = values.get("learning_rate", Recipe.model_fields["learning_rate"].default)
-            peak = _checked(layer, "learning_rate", as_number, peak)
+            peak = _value_of(layer, "learning_rate", as_number)
             layer.spelled.setdefault("min_lr_rate", name)
             values["min_lr"] = _checked(layer, "min_lr_rate", as_number, given["min_lr_rate"]) * peak
     if values.get("lr_scheduler_type") == "cosine_with_min_lr":
@@ -322,10 +322,9 @@ def _resolve_global_batch(layer: _Layer, processes: int) -> int | None:
         return None
     total = _take(layer, "global_batch_size", as_whole)
     for key in ("cp", "tp"):  # their processes compute the same pairs
-        processes = max(1, processes // max(1, _checked(layer, key, as_whole, layer.values.get(key, 1))))
+        processes = max(1, processes // max(1, _value_of(layer, key, as_whole)))
     key = "per_device_train_batch_size"
-    each = layer.values.get(key, Recipe.model_fields[key].default)
-    each = _checked(layer, key, as_whole, each)
+    each = _value_of(layer, key, as_whole)
     if total < 1 or each < 1 or total % (each * processes):
         raise ValueError(
             f"{layer.spelled['global_batch_size']} = {total}: must be a multiple of {layer.spelled.get(key, key)} x "
@@ -339,6 +338,11 @@ def _take(layer: _Layer, key: str, check: Callable[[Any], Any]) -> Any:
     """Remove an input key from the layer and return its checked value."""
     layer.spelled[INPUT_KEYS[key][0]] = layer.spelled[key]
     return _checked(layer, key, check, layer.values.pop(key))
+
+
+def _value_of(layer: _Layer, key: str, check: Callable[[Any], Any]) -> Any:
+    """The checked value of one of our keys, or its default."""
+    return _checked(layer, key, check, layer.values.get(key, Recipe.model_fields[key].default))
 
 
 def _checked(layer: _Layer, key: str, check: Callable[[Any], Any], value: Any) -> Any:
@@ -362,36 +366,31 @@ def _explain(error: ValidationError, spelled: Mapping[str, str]) -> str:
         if key in seen:
             continue  # a union reports one finding for each of its types
         seen.add(key)
-        message = str(found.get("ctx", {})["error"]) if found["type"] == "value_error" else found["msg"]
-        lines.append(_explain_one(key, found, message, spelled) if key else message + _also_written(message, spelled))
+        said = str(found.get("ctx", {}).get("error", found["msg"]))
+        lines.append(_explain_one(key, found, spelled) if key else _as_written(said, spelled))
     return "; ".join(lines[:5]) + (f"; and {len(lines) - 5} more" if len(lines) > 5 else "")
 
 
-def _also_written(message: str, spelled: Mapping[str, str]) -> str:
-    """The names the user wrote for keys that `message` calls by ours."""
+def _as_written(message: str, spelled: Mapping[str, str]) -> str:
+    """The message, with the names the user wrote for keys that it calls by ours."""
     mentioned = set(re.findall(r"\w+", message))
     written = [f"{name} is {key}" for key, name in spelled.items() if key in mentioned and name not in mentioned]
-    return f" ({', '.join(written)})" if written else ""
+    return f"{message} ({', '.join(written)})" if written else message
 
 
-def _explain_one(key: str, found: Any, message: str, spelled: Mapping[str, str]) -> str:
+def _explain_one(key: str, found: Any, spelled: Mapping[str, str]) -> str:
     declared = (KEYS | STAGE_KEYS).get(key)
     if declared is None:
         stage, _, wrong = key.partition(".")
-        near = difflib.get_close_matches(wrong, STAGES[stage].model_fields, n=1, cutoff=0.0)[0]
-        return f"unknown key {short(key)}: the nearest known key is '{stage}.{near}'; `simpo keys {stage}` lists them"
+        near = difflib.get_close_matches(wrong, STAGES[stage].model_fields, n=1)
+        return f"{_unknown(key, f'{stage}.{near[0]}' if near else None)}; `simpo keys {stage}` lists them"
     name = spelled.get(key, key)
     name = key if _plain_name(name) == key else f"{name} ({key})"
     if found["type"] == "missing":
         return f"{name} is missing: {declared.meaning} Write `{key}: ...` or give --{key} VALUE"
-    value = found["input"]
-    if value is None:
+    if found["input"] is None:
         return f"{name}: null is not a value; remove the line to get the default ({declared.default})"
-    if found["type"] == "literal_error":
-        message = "not one of its values"
-    elif found["type"] == "model_type":
-        message = "a mapping is needed"
-    return f"{name} = {short(value)}: {message[0].lower() + message[1:]} (allowed: {declared.allowed})"
+    return describe_wrong(name, found, declared.allowed)
 
 
 def _parse_overrides(arguments: Sequence[str]) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError, model_validator
 
 from simpo.errors import short
-from simpo.recipe.declare import Key, declared_key, in_section
-from simpo.recipe.values import Number, PathText, Text, Whole, as_settings, as_text, as_words_or_null
+from simpo.recipe.declare import Key, declared_key, describe_wrong, in_section
+from simpo.recipe.values import Number, PathText, Text, Whole, as_settings, as_text, as_words
 
 _option = in_section("score")
 
@@ -27,7 +27,7 @@ def _as_function(value: Any) -> Any:
 
 
 def _as_formats(value: Any) -> Any:
-    words = as_words_or_null(value)
+    words = as_words(value)
     if not words or (unknown := [word for word in words if word not in FORMATS]):
         raise ValueError(f"{short(unknown[0]) if words else 'an empty list'} is not among {', '.join(FORMATS)}")
     return words
@@ -84,7 +84,7 @@ class Repetition(Scorer):
 class Language(Scorer):
     """How surely the response is in a language, by py3langid: 0 in another one, 0.5 where it is too short to tell."""
 
-    languages: Annotated[list[str] | None, BeforeValidator(as_words_or_null)] = _option(
+    languages: Annotated[list[str] | None, BeforeValidator(as_words)] = _option(
         None, "Codes such as en or zh; any of them will do.", "list of ISO 639-1 codes",
         null="the language of the prompt's last turn")
 
@@ -134,11 +134,12 @@ class Code(Scorer):
     """1 where the response's Python passes its tests, else 0; it runs apart, without network, files and processes."""
 
     tests: Text = _option(
-        "tests", "Column with the tests: Python that raises where the code is wrong, as assert does; name it in "
-        "generate.keep_columns too.", "name of a column")
+        "tests", "Column with the tests, a text or a list of texts: Python that raises where the code is wrong, as "
+        "assert does. What HumanEval's check(candidate) is called with is read from the column entry_point. Name both "
+        "in generate.keep_columns too.", "name of a column")
     prelude: Text | None = _option(
-        None, "Column with code that runs first: imports, the function's beginning where responses continue it.",
-        "name of a column", null="none")
+        None, "Column with code that runs first, a text or a list of texts: imports, the function's beginning where "
+        "responses continue it; name it in generate.keep_columns too.", "name of a column", null="none")
     timeout_s: Number = _option(
         10.0, "Seconds that code and tests may take, by the clock and of the processor.", gt=0)
     memory_mib: Whole = _option(
@@ -252,8 +253,9 @@ def read_scorer(spec: Mapping[str, Any]) -> tuple[str, Scorer]:
     if kind is None:
         raise ValueError(f"kind is missing; it is one of {', '.join(SCORERS)}")
     if not isinstance(kind, str) or kind not in SCORERS:
-        near = difflib.get_close_matches(str(kind), SCORERS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"kind = {short(kind)}: there are {', '.join(SCORERS)}; the nearest is {near}")
+        near = difflib.get_close_matches(str(kind), SCORERS, n=1)
+        hint = f"; the nearest is {near[0]}" if near else ""
+        raise ValueError(f"kind = {short(kind)}: there are {', '.join(SCORERS)}{hint}")
     try:
         return kind, SCORERS[kind](**{str(name): value for name, value in options.items()})
     except ValidationError as error:
@@ -261,16 +263,15 @@ def read_scorer(spec: Mapping[str, Any]) -> tuple[str, Scorer]:
 
 
 def _explain(kind: str, found: Any) -> str:
-    message = str(found.get("ctx", {})["error"]) if found["type"] == "value_error" else found["msg"]
     if not found["loc"]:
-        return message
+        return str(found["ctx"]["error"])
     name = str(found["loc"][0])
     known = {key.name.rpartition(".")[2]: key for key in SCORER_KEYS[kind]}
     if name not in known:
         return f"{short(name)} is not an option of kind {kind}, which has {', '.join(known)}"
     if found["type"] == "missing":
         return f"{name} is missing: {known[name].meaning}"
-    return f"{name} = {short(found['input'])}: {message[0].lower() + message[1:]} (allowed: {known[name].allowed})"
+    return describe_wrong(name, found, known[name].allowed)
 
 
 def as_scorers_or_null(value: Any) -> Any:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, JsonValue
 
 from simpo.recipe.declare import Key, declared_key, in_section
 from simpo.recipe.scorers import as_scorers_or_null
-from simpo.recipe.values import Number, PathText, Text, Whole, Words, as_mixture_or_null, as_words_or_null
+from simpo.recipe.values import Number, PathText, Text, Whole, Words, as_mixture, as_words
 
 
 class Stage(BaseModel):
@@ -58,10 +58,10 @@ class Clean(Stage):
         "keep", "Drop pairs whose chosen answer, or either, declines to help.")
     truncated: Literal["keep", "chosen", "either"] = _clean(
         "keep", "Drop pairs whose chosen answer, or either, stops in the middle: in a sentence or in a block of code.")
-    languages: Annotated[list[str] | None, BeforeValidator(as_words_or_null)] = _clean(
+    languages: Annotated[list[str] | None, BeforeValidator(as_words)] = _clean(
         None, "Drop pairs with an answer that is clearly in another language than these (install simpo[clean]); "
         "`prompt` stands for the language of the prompt.", "list of two-letter codes", null="any")
-    benchmarks: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture_or_null)] = _clean(
+    benchmarks: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture)] = _clean(
         None, "Drop pairs that share `benchmark_ngram` words in a row with these benchmarks, named as dataset_mixer "
         "names datasets; all of their splits are read, all of their texts or those in `columns`.",
         "mapping of name to 1.0 or to settings", null="none")
@@ -73,10 +73,10 @@ class Clean(Stage):
 class Generate(Stage):
     """`simpo generate`: responses to prompts."""
 
-    prompts: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture_or_null)] = _generate(
+    prompts: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture)] = _generate(
         None, "Where the prompts are: datasets, as dataset_mixer names them, whose rows may have responses or not.",
         "mapping of name to fraction > 0 or to settings", null="the train splits of dataset_mixer")
-    keep_columns: Annotated[list[str] | None, BeforeValidator(as_words_or_null)] = _generate(
+    keep_columns: Annotated[list[str] | None, BeforeValidator(as_words)] = _generate(
         None, "Columns that go along with each prompt, for scorers: a reference answer, tests.",
         "list of column names", null="none")
     max_prompts: Whole | None = _generate(
@@ -209,7 +209,7 @@ class Judge(Stage):
     against: PathText | None = _judge(
         None, "What it is compared with: a model, or a file of answers (of this command or `simpo generate`, of "
         "AlpacaEval or Arena-Hard).", "folder, hub name or file", null="model_name_or_path")
-    prompts: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture_or_null)] = _judge(
+    prompts: Annotated[dict[str, float | dict[str, Any]] | None, BeforeValidator(as_mixture)] = _judge(
         None, "Where the prompts are: datasets, as dataset_mixer names them, whose rows may have responses or not.",
         "mapping of name to fraction > 0 or to settings", null="the held-out rows of dataset_mixer")
     max_prompts: Whole | None = _judge(

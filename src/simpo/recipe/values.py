@@ -73,8 +73,10 @@ def as_path(value: Any) -> Any:
     return None if value is None else os.path.expanduser(value)
 
 
-def _words(value: Any) -> Any:
+def as_words(value: Any) -> Any:
     """A list of text; one text is a list of one."""
+    if value is None:
+        return None
     if isinstance(value, (str, os.PathLike)):
         value = [value]
     if not isinstance(value, (list, tuple)):
@@ -82,17 +84,13 @@ def _words(value: Any) -> Any:
     return [as_text(item) for item in value]
 
 
-def as_words_or_null(value: Any) -> Any:
-    return None if value is None else _words(value)
-
-
 Tracker = Literal["tensorboard", "wandb", "trackio", "mlflow", "swanlab"]
 
 
 def as_trackers(value: Any) -> Any:
-    if value is None or value is False or (isinstance(value, str) and value.lower() == "none"):
+    if value is None or value is False:
         return []
-    words = _words(value)
+    words = as_words(value)
     return [] if [str(word).lower() for word in words] == ["none"] else words
 
 
@@ -123,16 +121,24 @@ def _fraction(value: Any) -> Any:
     return number
 
 
+def _names(value: Any) -> Any:
+    """Names, at least one of them."""
+    words = as_words(value)
+    if not words or None in words:
+        raise ValueError("a list of names is needed, without null")
+    return words
+
+
 def _files(value: Any) -> Any:
     """Names or patterns of files, or a mapping of split to them."""
-    return (
-        {as_text(name): _words(files) for name, files in value.items()} if isinstance(value, Mapping) else _words(value)
-    )
+    if value and isinstance(value, Mapping):
+        return {as_text(name): _names(files) for name, files in value.items()}
+    return _names(value)
 
 
 def _at_least_one(value: Any) -> Any:
     number = as_whole(value)
-    if number is not None and number < 1:
+    if number < 1:
         raise ValueError("must be at least 1")
     return number
 
@@ -141,7 +147,7 @@ def _one_of(choice: Any) -> Callable[[Any], Any]:
     """A check for one of the values of a Literal."""
 
     def check(value: Any) -> Any:
-        if value is not None and value not in get_args(choice):
+        if value not in get_args(choice):
             raise ValueError(f"must be one of {', '.join(get_args(choice))}")
         return value
 
@@ -159,14 +165,14 @@ OWN_KEYS = {
     "train_on": _one_of(TrainOn),
     "max_train_samples": _at_least_one,
 }
-"""Keys of the recipe that an entry of the mixer may give for itself -> their check."""
+"""Keys of the recipe that an entry of the mixer may give for itself -> the check of a value that is not null."""
 
 _ENTRY = {
     "fraction": _fraction,
     "path": as_text,
     "config": as_text,
-    "split": _words,
-    "columns": _words,
+    "split": _names,
+    "columns": _names,
     "data_files": _files,
     **OWN_KEYS,
 }
@@ -175,6 +181,8 @@ _ENTRY = {
 
 def as_mixture(value: Any) -> Any:
     """{name: fraction}, or {name: {what `_ENTRY` knows}}; what an entry leaves null is left out."""
+    if value is None:
+        return None
     if not isinstance(value, Mapping):
         raise ValueError("a mapping of dataset name to fraction is needed, such as {pairs.jsonl: 1.0}")
     if not value:
@@ -186,10 +194,6 @@ def as_mixture(value: Any) -> Any:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{short(name)}: {error}") from None
     return mixer
-
-
-def as_mixture_or_null(value: Any) -> Any:
-    return None if value is None else as_mixture(value)
 
 
 def _entry(value: Mapping[Any, Any]) -> dict[str, Any]:
@@ -226,7 +230,7 @@ def as_guard(value: Any) -> Any:
 def as_lora_targets(value: Any) -> Any:
     if value is None or value == "all-linear" or value == ["all-linear"]:
         return "all-linear"
-    given = _words(value)
+    given = as_words(value)
     if None in given:
         raise ValueError("null is not a module; name modules, or write all-linear")
     words = [part for word in given for part in word.replace(",", " ").split()]
@@ -258,5 +262,5 @@ Whole = Annotated[int, BeforeValidator(as_whole)]
 Steps = Annotated[int | float, BeforeValidator(_steps)]
 Text = Annotated[str, BeforeValidator(as_text)]
 PathText = Annotated[str, BeforeValidator(as_path)]
-Words = Annotated[list[str], BeforeValidator(_words)]
+Words = Annotated[list[str], BeforeValidator(as_words)]
 Strategy = Annotated[Literal["no", "steps", "epoch"], BeforeValidator(_strategy)]

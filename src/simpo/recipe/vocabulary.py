@@ -17,7 +17,8 @@ def check_vocabulary(recipe: Recipe) -> str | None:
     """A line about tokens of the recipe's tokenizer that its model has no embedding for; None = none are to be seen.
 
     Raises:
-        ValueError: every pair would need one: the chat template holds it, or it ends or pads a text.
+        ValueError: every pair would need one: the chat template holds it, or it ends or pads a text; or a file that is
+            not JSON.
     """
     model = Path(recipe.model_name_or_path)
     folder = Path(recipe.tokenizer_name_or_path or model)
@@ -51,4 +52,7 @@ def _token_ids(tokenizer: dict[str, Any]) -> dict[str, int]:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{file}: not JSON ({error}); load the model's folder anew") from error

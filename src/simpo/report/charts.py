@@ -5,16 +5,16 @@ An SVG has no title and no legend: the page says both in its own type. matplotli
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import io
 import itertools
 import math
 import re
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 from markupsafe import escape
@@ -78,11 +78,6 @@ class Chart:
     of: str = "step"
     share: str = "of pairs"
     intervals: Mapping[str, Sequence[Interval]] = field(default_factory=dict)
-
-    @property
-    def legend(self) -> list[tuple[str, str, bool]]:
-        """(label, colour, whether dots)."""
-        return [(line.label, line.colour, line.dots) for line in self.lines]
 
     @property
     def measure(self) -> str:
@@ -163,33 +158,22 @@ def smooth(curve: Curve) -> Curve | None:
 
 # --- drawing ---------------------------------------------------------------------------------------------------------
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-def _plainly(draw: Callable[P, T]) -> Callable[P, T]:
+@contextlib.contextmanager
+def _plainly() -> Iterator[None]:
     """Text as it is, whatever signs are in it, and not a word about fonts that lack some of them."""
+    from matplotlib import rc_context
 
-    @functools.wraps(draw)
-    def wrapped(*args: P.args, **options: P.kwargs) -> T:
-        from matplotlib import rc_context
-
-        settings = {"svg.fonttype": "none", "svg.hashsalt": "simpo", "font.family": ["sans-serif"]}
-        with rc_context({**settings, "text.parse_math": False}), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return draw(*args, **options)
-
-    return wrapped
+    settings = {"svg.fonttype": "none", "svg.hashsalt": "simpo", "font.family": ["sans-serif"]}
+    with rc_context({**settings, "text.parse_math": False}), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
-_WIDTH, _HEIGHT = 380, 210  # units of an SVG, about a pixel each on a telephone
-
-
-@_plainly
+@_plainly()
 def to_svg(chart: Chart) -> str:
     """The chart as an <svg> element that fits its column and takes the page's colours."""
-    figure = _figure(_WIDTH, _HEIGHT)
-    axes = figure.add_axes(_frame(chart, _WIDTH, _HEIGHT))
+    figure, axes = _of_page()
     _draw(axes, chart, _STANDS_FOR)
     return _inline(figure, chart.name, chart.text)
 
@@ -197,7 +181,7 @@ def to_svg(chart: Chart) -> str:
 _CELL = 500, 310  # units of one chart in a picture, with its title
 
 
-@_plainly
+@_plainly()
 def to_png(name: str, charts: Sequence[Chart], folder: Path) -> None:
     """Charts as NAME.png, two in a row with their titles and legends, on white, and each cut out as a picture too."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -234,9 +218,12 @@ def _figure(width: float, height: float) -> Any:
     return Figure(figsize=(width / 72, height / 72), dpi=72)
 
 
-def _frame(chart: Chart, width: float, height: float) -> tuple[float, float, float, float]:
-    left, right, top, bottom = 46, 12, 8, 34
-    return left / width, bottom / height, (width - left - right) / width, (height - top - bottom) / height
+def _of_page(height: float = 210, *, left: float = 46, right: float = 12, bottom: float = 34) -> tuple[Any, Any]:
+    """An SVG's figure and axes; its units are about a pixel each on a telephone."""
+    width = 380
+    figure = _figure(width, height)
+    frame = left / width, bottom / height, (width - left - right) / width, (height - bottom - 8) / height
+    return figure, figure.add_axes(frame)
 
 
 def _draw(axes: Any, chart: Chart, colours: Mapping[str, str]) -> None:
@@ -299,18 +286,14 @@ def _style(axes: Any, chart: Chart, colours: Mapping[str, str]) -> None:
         axes.yaxis.set_major_locator(MaxNLocator(nbins=4))
         if len(values) and values.min() >= 0 and values.min() <= 0.4 * values.max():
             axes.set_ylim(bottom=0)
-    axes.yaxis.set_major_formatter(FuncFormatter(_tick(chart.unit)))
+    tick = (lambda y: f"{100 * y:.3g}%") if chart.unit == "%" else (lambda y: number(0.0 if abs(y) < 1e-12 else y))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: tick(y)))
 
 
-def _tick(unit: str) -> Callable[[float, Any], str]:
-    return lambda value, _: f"{100 * value:.3g}%" if unit == "%" else number(0.0 if abs(value) < 1e-12 else value)
-
-
-@_plainly
+@_plainly()
 def to_bars(name: str, title: str, edges: Sequence[int], counts: Mapping[str, Sequence[int]]) -> str:
     """Counts side by side in bins, as an <svg> element; bins [edges[i], edges[i + 1])."""
-    figure = _figure(_WIDTH, _HEIGHT)
-    axes = figure.add_axes((46 / _WIDTH, 34 / _HEIGHT, (_WIDTH - 58) / _WIDTH, (_HEIGHT - 42) / _HEIGHT))
+    figure, axes = _of_page()
     width, places = 0.8 / len(counts), np.arange(len(edges) - 1)
     for place, (colour, values) in enumerate(zip(SERIES, counts.values())):
         axes.bar(places - 0.4 + width * (place + 0.5), values, width * 0.92, color=_STANDS_FOR[colour])
@@ -324,12 +307,11 @@ def to_bars(name: str, title: str, edges: Sequence[int], counts: Mapping[str, Se
     return _inline(figure, name, f"{title}. {text}.")
 
 
-@_plainly
+@_plainly()
 def to_whiskers(name: str, title: str, groups: Sequence[tuple[str, Sequence[Interval | None]]]) -> str:
     """Shares with their intervals, a row for each group and a colour for each moment, as an <svg> element."""
     height = 46 + (14 + 10 * max(len(moments) for _, moments in groups)) * len(groups)
-    figure = _figure(_WIDTH, height)
-    axes = figure.add_axes((150 / _WIDTH, 30 / height, (_WIDTH - 166) / _WIDTH, (height - 38) / height))
+    figure, axes = _of_page(height, left=150, right=16, bottom=30)
     told = []
     for row, (label, moments) in enumerate(groups):
         for place, each in enumerate(moments):

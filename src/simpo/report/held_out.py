@@ -186,17 +186,19 @@ def _from_means(run: Run) -> HeldOut | None:
     )
 
 
+def as_interval(found: Mapping[str, Any] | None) -> Interval | None:
+    """Of a result in JSON, where None stands for nan."""
+    if found is None:
+        return None
+    return Interval(*(math.nan if found.get(name) is None else float(found[name]) for name in Interval._fields))
+
+
 def of_command(content: Mapping[str, Any]) -> HeldOut:
     """What `simpo eval --output` wrote: a model, and with --compare the one it is compared with, which is "before"."""
     base, comparison = content.get("baseline"), content.get("comparison", {})
 
-    def interval(value: Mapping[str, Any] | None) -> Interval | None:
-        if value is None:
-            return None
-        return Interval(*(math.nan if value.get(name) is None else float(value[name]) for name in Interval._fields))
-
     def row(label: str, of: Callable[[Mapping[str, Any]], Any], change: Any, count: int) -> Row:
-        return Row(label, count, interval(of(base)) if base else None, interval(of(content)), interval(change))
+        return Row(label, count, as_interval(of(base)) if base else None, as_interval(of(content)), as_interval(change))
 
     def entry(entries: Any, name: str) -> Mapping[str, Any]:
         return next((each for each in entries or () if each["name"] == name), {})

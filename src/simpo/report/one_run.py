@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from simpo.display import format_duration
-from simpo.evaluation.plain import Interval, repeated_share
+from simpo.evaluation.plain import repeated_share
 from simpo.recipe import KEYS, STAGES, load_recipe
 from simpo.recipe.checks import far_from_published
 from simpo.report.charts import SERIES, Chart, Level, Line, number, smooth, to_bars, to_whiskers
 from simpo.report.held_out import HeldOut, Row, of_command, of_run
-from simpo.report.page import Answer, Card, Page, Table, answers_side_by_side, last_turn, measure, signed, span
+from simpo.report.page import Answer, Card, Page, Table, answers_side_by_side, last_turn, measure, span
 from simpo.report.read import Curve, Run
 from simpo.run.next_commands import next_commands
 
@@ -57,6 +57,7 @@ def page_of_run(run: Run) -> Page:
     for name, content in run.compared.items():
         evaluations.append(_evaluation(f"simpo eval: {name}", re.sub(r"\W+", "-", name), of_command(content)))
     mains = [chart for spec in SPECS if spec.main for chart in charts if chart.name == spec.name]
+    smoothed = "Faint: single logged steps. Bold: their mean over a twelfth of the run. "
     page = Page(
         title=run.name,
         kind=describe_status(run),
@@ -64,7 +65,7 @@ def page_of_run(run: Run) -> Page:
         cards=_cards(run, held_out),
         guard=run.guard if run.guard or (run.folder / "guard.jsonl").exists() else None,
         charts=charts,
-        chart_note=_chart_note(run),
+        chart_note=smoothed * (smooth(run.curve("loss")) is not None) + "Dots: held-out pairs.",
         values=_values(run),
         evaluations=evaluations,
         eval_advice=_eval_advice(run, held_out),
@@ -81,16 +82,11 @@ def page_of_run(run: Run) -> Page:
     return page
 
 
-def _chart_note(run: Run) -> str:
-    smoothed = "Faint: single logged steps. Bold: their mean over a twelfth of the run. "
-    return smoothed * (smooth(run.curve("loss")) is not None) + "Dots: held-out pairs."
-
-
 def describe_status(run: Run) -> str:
     of = f" of {run.total_steps}" if run.total_steps else ""
     if run.is_finished:
         return f"finished: {run.steps_done} steps"
-    if run.owner:
+    if run.is_running:
         return f"running: step {run.steps_done}{of}"
     return f"not finished: {run.steps_done}{of} steps done"
 
@@ -134,17 +130,16 @@ def _cards(run: Run, held_out: HeldOut | None) -> list[Card]:
 
 def _change_card(label: str, row: Row, unit: str, *, better: int) -> Card:
     value = measure(row.after.value, unit) if row.after else "\u2013"
-    if row.change is None or row.before is None:
-        note, kind = span(row.after, unit), ""
-        return Card(label, value, note and f"95%: {note}", kind)
-    scale, kind_of = (100, "points") if unit == "%" else (1, "change")
-    change = Interval(*(scale * x for x in row.change))
-    note = signed(change.value, kind_of) + (" points" if unit == "%" else "")
-    if not math.isnan(change.low):
-        note += f" (95%: {signed(change.low, kind_of)} to {signed(change.high, kind_of)})"
-        sure = 1 if change.low > 0 else -1 if change.high < 0 else 0
-        return Card(label, value, note, {1: "good", -1: "bad"}.get(sure * better, ""))
-    return Card(label, value, note)
+    change = row.change
+    if change is None or row.before is None or not math.isfinite(change.value):
+        note = span(row.after, unit)
+        return Card(label, value, note and f"95%: {note}")
+    kind_of = "points" if unit == "%" else "change"
+    note = measure(change.value, kind_of) + (" points" if unit == "%" else "")
+    if within := span(change, kind_of):
+        note += f" (95%: {within})"
+    sure = 1 if change.low > 0 else -1 if change.high < 0 else 0
+    return Card(label, value, note, {1: "good", -1: "bad"}.get(sure * better, ""))
 
 
 # --- charts ----------------------------------------------------------------------------------------------------------
@@ -176,7 +171,7 @@ def _levels(run: Run, name: str) -> list[Level]:
     if name == "accuracy":
         return [Level("chance", 0.5)]
     norms = run.curve("grad_norm").values
-    if name == "grad-norm" and recipe.max_grad_norm and len(norms) and np.nanmin(norms) < 5 * recipe.max_grad_norm:
+    if name == "grad-norm" and recipe.max_grad_norm and (norms < 5 * recipe.max_grad_norm).any():
         return [Level("max_grad_norm", recipe.max_grad_norm)]
     return []
 
@@ -203,12 +198,12 @@ def _more_charts(run: Run, marks: Sequence[int]) -> list[Chart]:
     return charts
 
 
-def _values(run: Run, most: int = 12) -> Table | None:
-    """The main numbers at up to `most` logged steps."""
+def _values(run: Run) -> Table | None:
+    """The main numbers at up to 12 logged steps."""
     steps = run.curve("loss").steps
     if not len(steps):
         return None
-    steps = steps[np.unique(np.linspace(0, len(steps) - 1, min(most, len(steps))).round().astype(int))]
+    steps = steps[np.unique(np.linspace(0, len(steps) - 1, min(12, len(steps))).round().astype(int))]
     rows = []
     for spec in SPECS:
         for metric, label in spec.metrics.items():
@@ -359,7 +354,7 @@ def _commands(run: Run) -> list[tuple[str, str]]:
         again = ("make this page again, after anything was added", f"simpo report {folder}")
         host = any(name.startswith("checkpoint-") for name in run.checkpoints)
         train = "accelerate launch -m simpo train" if host else "simpo train"
-        if run.owner:
+        if run.is_running:
             return [("watch it: the page follows the run", f"simpo report {folder} --watch")]
         if run.checkpoints:
             return [(f"go on from {run.checkpoints[-1]}", f"{train} {recipe} --resume_from_checkpoint true"), again]

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from markupsafe import Markup, escape
 
@@ -75,15 +76,16 @@ class Page:
 
 
 def measure(value: float, unit: str = "") -> str:
-    """A measure of a table: below 100 with three decimals, so that columns line up."""
+    """A measure of a table: below 100 with three decimals, so that columns line up.
+
+    Args:
+        unit: "%" = a share; "points" or "change" = what two shares, or two other values, differ by.
+    """
+    if unit in ("points", "change") and math.isfinite(value):
+        return (f"{100 * value:+.1f}" if unit == "points" else f"{value:+.3f}").replace("-", "\u2212")
     if unit == "%" or not math.isfinite(value) or abs(value) >= 100:
         return number(value, unit)
     return f"{value:.3f}".replace("-", "\u2212")
-
-
-def signed(value: float, unit: str = "change") -> str:
-    """A change, with its sign; `unit` is points or change."""
-    return (f"{value:+.1f}" if unit == "points" else f"{value:+.3f}").replace("-", "\u2212")
 
 
 def span(interval: Interval | None, unit: str) -> str:
@@ -107,10 +109,10 @@ def last_turn(prompt: str) -> str:
     return parts[-1] if parts else ""
 
 
-def answers_side_by_side(answers: Sequence[Answer], most: int = 100) -> list[dict[str, Any]]:
-    """Answers with their differences marked where there are two."""
+def answers_side_by_side(answers: Sequence[Answer]) -> list[dict[str, Any]]:
+    """The first 100 answers with their differences marked where there are two."""
     shown = []
-    for answer in answers[:most]:
+    for answer in answers[:100]:
         texts: list[Any] = [text for _, text in answer.texts]
         word = ""
         if len(texts) == 2:
@@ -150,11 +152,11 @@ def render(page: Page, *, reload_s: int | None, pictures: str) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"svg": to_svg, "value": _value, "span": _cell_span, "breakable": _breakable}
+    environment.filters |= {"svg": to_svg, "value": _value, "span": _span, "breakable": _breakable}
     return environment.get_template("page.html").render(
         page=page,
         reload_s=reload_s,
-        pictures=pictures,
+        pictures=quote(pictures),
         made=time.strftime("%Y-%m-%d %H:%M"),
         version=version("simpo"),
     )
@@ -164,23 +166,13 @@ def _value(cell: Cell) -> str:
     if isinstance(cell, str):
         return cell
     interval, unit = cell
-    if interval is None or math.isnan(interval.value):
-        return "\u2013"
-    if unit in ("points", "change"):
-        return signed(interval.value * (100 if unit == "points" else 1), unit)
-    return measure(interval.value, unit)
+    return "\u2013" if interval is None else measure(interval.value, unit)
+
+
+def _span(cell: Cell) -> str:
+    return "" if isinstance(cell, str) else span(*cell)
 
 
 def _breakable(text: str) -> Markup:
     """A line may break after the low lines of a key."""
     return Markup("_<wbr>").join(escape(part) for part in text.split("_"))
-
-
-def _cell_span(cell: Cell) -> str:
-    if isinstance(cell, str) or cell[0] is None or math.isnan(cell[0].low):
-        return ""
-    interval, unit = cell
-    if unit in ("points", "change"):
-        scale = 100 if unit == "points" else 1
-        return f"{signed(scale * interval.low, unit)} to {signed(scale * interval.high, unit)}"
-    return span(interval, unit)

@@ -5,6 +5,7 @@ Plain values and numbers. Nothing here raises for what a file lacks: it is said 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,8 @@ import numpy as np
 from simpo.errors import first_line
 from simpo.recipe import Recipe, load_recipe
 from simpo.recipe.yaml import read_recipe_file
+from simpo.run.lock import LOCK_FILE, is_at_work
+from simpo.run.logs import read_log
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,12 @@ class Run:
         return (self.folder / "model").is_dir()
 
     @cached_property
-    def owner(self) -> str | None:
-        """The process that works in the folder, as far as this machine can tell."""
-        try:
-            text = (self.folder / "_lock").read_text(encoding="utf-8", errors="replace").strip()
-        except OSError:
-            return None
-        found = re.match(r"process (\d+) on (\S+)", text)
-        if found and found[2] == socket.gethostname():
-            is_gone = Path("/proc").is_dir() and not Path("/proc", found[1]).exists()
-            return None if is_gone or int(found[1]) == os.getpid() else text  # this process: it is at its end
-        return text or None
+    def is_running(self) -> bool:
+        """Whether another process works in the folder, as far as this machine can tell; this one is at its end."""
+        own = f"process {os.getpid()} on {socket.gethostname()} "
+        with contextlib.suppress(FileNotFoundError):
+            return is_at_work(self.folder) and not (self.folder / LOCK_FILE).read_text(errors="replace").startswith(own)
+        return False
 
     @cached_property
     def checkpoints(self) -> list[str]:
@@ -151,20 +149,16 @@ def check_no_run(folder: Path) -> None:
 
 
 def read_run(folder: str | Path) -> Run:
-    """What a run's folder holds.
-
-    Raises:
-        ValueError: it is no run's.
-    """
+    """What a run's folder holds; see `is_run`."""
     folder = Path(folder)
-    if not is_run(folder):
-        what = "no run in it (no metrics.jsonl)" if folder.is_dir() else "no such folder"
-        raise ValueError(f"{folder}: {what}; name the output_dir of a run")
     notes: list[str] = []
-    answers = list(_lines(folder / "generations.jsonl", notes))
-    prompts, generations = _generations(answers)
+    prompts: dict[str, str] = {}
+    generations: dict[str, dict[int, str]] = {}
     answer_tokens: dict[int, list[int]] = {}
-    for line in answers:
+    for line in _lines(folder / "generations.jsonl", notes):
+        row_id = str(line.get("row_id", len(prompts)))
+        prompts[row_id] = str(line.get("prompt", ""))
+        generations.setdefault(row_id, {})[line["step"]] = str(line.get("response", ""))
         if isinstance(line.get("tokens"), int):
             answer_tokens.setdefault(line["step"], []).append(line["tokens"])
     settings, recipe = _recipe(folder / "recipe.yaml", notes)
@@ -186,24 +180,11 @@ def read_run(folder: str | Path) -> Run:
 
 
 def _lines(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file; a line that is none is counted, but for the last, which may be in the writing."""
-    if not path.is_file():
-        return
-    broken, waiting = 0, 0
-    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
-        for line in file:
-            broken, waiting = broken + waiting, 0
-            try:
-                row = json.loads(line)
-            except ValueError:
-                waiting = 1
-                continue
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                yield row
-            else:
-                broken += 1
+    """The lines of a log; those that are broken are counted."""
+    broken: list[int] = []
+    yield from read_log(path, broken.append)
     if broken:
-        notes.append(f"{path.name}: {broken} lines could not be read and are left out")
+        notes.append(f"{path.name}: {len(broken)} lines could not be read and are left out")
 
 
 def _curves(lines: Iterable[Mapping[str, Any]]) -> dict[str, Curve]:
@@ -224,16 +205,6 @@ def _in_order(steps: np.ndarray, values: np.ndarray) -> Curve:
         return Curve(steps, values)
     unique, places = np.unique(steps[::-1], return_index=True)
     return Curve(unique, values[::-1][places])
-
-
-def _generations(lines: Iterable[Mapping[str, Any]]) -> tuple[dict[str, str], dict[str, dict[int, str]]]:
-    prompts: dict[str, str] = {}
-    answers: dict[str, dict[int, str]] = {}
-    for line in lines:
-        row_id = str(line.get("row_id", len(prompts)))
-        prompts[row_id] = str(line.get("prompt", ""))
-        answers.setdefault(row_id, {})[line["step"]] = str(line.get("response", ""))
-    return prompts, answers
 
 
 def _recipe(path: Path, notes: list[str]) -> tuple[dict[str, Any], Recipe | None]:

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 import re
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simpo.evaluation.plain import Interval
 from simpo.report.charts import SERIES, Chart, Line, number
+from simpo.report.held_out import as_interval
 from simpo.report.page import Answer, Page, Table, answers_side_by_side
 from simpo.report.read import Curve, is_run, read_run
 from simpo.report.several import page_of_runs
@@ -51,21 +50,16 @@ def page_of_rounds(folder: Path, home: Path) -> Page:
     return page
 
 
-def _interval(model: Mapping[str, Any], name: str) -> Interval | None:
-    found = model.get(name)
-    return found and Interval(*(math.nan if found[key] is None else found[key] for key in Interval._fields))
-
-
 def _table(models: list[dict[str, Any]], names: list[str]) -> Table:
     rows = []
     for name in ("gain", *names):
         unit = "%" if name in _SHARES else ""
-        rows.append((name, [(_interval(model, name), unit) for model in models]))
+        rows.append((name, [(as_interval(model.get(name)), unit) for model in models]))
     return Table(["", *(f"round {model['round']}" for model in models)], rows)
 
 
 def _chart(models: list[dict[str, Any]], name: str) -> Chart:
-    found = [(model["round"], interval) for model in models if (interval := _interval(model, name))]
+    found = [(model["round"], interval) for model in models if (interval := as_interval(model.get(name)))]
     rounds, intervals = zip(*found, strict=True)
     curve = Curve(np.array(rounds), np.array([each.value for each in intervals]))
     title = name.capitalize().replace("Score: ", "Score by ")

@@ -1,4 +1,4 @@
-"""Runs compared: curves in one chart, evaluations side by side, and the keys in which they differ."""
+"""The report of several runs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from simpo.evaluation.plain import Interval
 from simpo.report.charts import SERIES, Chart, Line, to_whiskers
@@ -30,7 +31,7 @@ def page_of_runs(runs: Sequence[Run], home: Path, *, title: str) -> Page:
     )
     for place, (run, name) in enumerate(zip(runs, names)):
         report = run.folder / "report.html"
-        link = os.path.relpath(report, home) if report.is_file() else ""
+        link = quote(Path(os.path.relpath(report, home)).as_posix()) if report.is_file() else ""
         page.runs.append(
             {"name": name, "status": describe_status(run), "link": link, "colour": SERIES[place % len(SERIES)]}
         )
@@ -38,7 +39,7 @@ def page_of_runs(runs: Sequence[Run], home: Path, *, title: str) -> Page:
     if table is not None:
         page.evaluations = [table]
     folders = " ".join(shlex.quote(str(run.folder)) for run in runs)
-    page.commands = [("make this page again", f"simpo report {folders}")] if runs else []
+    page.commands = [("make this page again", f"simpo report {folders}")]
     mains = [chart for chart in page.charts if chart.name.split("_")[0] in {spec.name for spec in SPECS if spec.main}]
     if mains:
         page.pictures = {"curves": mains}
@@ -51,8 +52,7 @@ def _tell_apart(runs: Sequence[Run]) -> list[str]:
     if len(set(names)) == len(names):
         return names
     paths = [Path(os.path.abspath(run.folder)) for run in runs]
-    shared = os.path.commonpath(paths) if paths else ""
-    return [os.path.relpath(path, shared) for path in paths]
+    return [os.path.relpath(path, os.path.commonpath(paths)) for path in paths]
 
 
 def _charts_of(runs: Sequence[Run], names: Sequence[str], spec: Spec) -> list[Chart]:

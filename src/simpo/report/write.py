@@ -56,9 +56,10 @@ def write_report(
         page = page_of_run(read_run(runs[0]))
     else:
         page = page_of_runs([read_run(run) for run in runs], path.parent, title=home.resolve().name)
+    pictures = path.with_suffix("") if path.suffix else path.with_name(f"{path.name}_files")
     for name, charts in page.pictures.items() if not reload_s else ():
-        to_png(name, charts, path.with_suffix(""))
-    write_whole(path, render(page, reload_s=reload_s, pictures=path.with_suffix("").name))
+        to_png(name, charts, pictures)
+    write_whole(path, render(page, reload_s=reload_s, pictures=pictures.name))
     return path
 
 
@@ -124,7 +125,6 @@ def watch_runs(
     output: str | Path | None = None,
     *,
     say: Callable[[str], None],
-    every_s: float = 2.0,
 ) -> None:
     """Write the report whenever a run has logged more; the page follows by itself.
 
@@ -134,8 +134,8 @@ def watch_runs(
     said, quiet_s = False, 0.0
     while True:
         runs = find_runs(places := [Path(folder) for folder in folders])  # rounds and trials become more
-        quiet_s = 0.0 if any(map(is_at_work, {*places, *runs})) else quiet_s + every_s
-        done = quiet_s >= (every_s if all((run / "model").is_dir() for run in runs) else _QUIET_S)
+        quiet_s = 0.0 if any(map(is_at_work, {*places, *runs})) else quiet_s + _EVERY_S
+        done = quiet_s >= (_EVERY_S if all((run / "model").is_dir() for run in runs) else _QUIET_S)
         files = [run / name for run in runs for name in _GROWING]
         now = [(stat.st_mtime_ns, stat.st_size) for file in files if file.is_file() for stat in [file.stat()]]
         if now != seen or done:
@@ -146,9 +146,10 @@ def watch_runs(
                 said = True
         if done:
             return
-        time.sleep(every_s)
+        time.sleep(_EVERY_S)
 
 
 _GROWING = ("metrics.jsonl", "generations.jsonl", "guard.jsonl")
+_EVERY_S = 2.0
 _RELOAD_S = 5
 _QUIET_S = 60.0

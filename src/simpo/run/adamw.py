@@ -122,8 +122,8 @@ class AdamWBf16(torch.optim.Optimizer):
                 state["exp_avg"], state["exp_avg_sq"] = self._moment(p), self._moment(p)
             state["step"] += 1
             # A step has no sums, so the parts of a sharded weight need nothing of each other.
-            parts = (local_part(t) for t in (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"]))
-            weight, grad, first, second = parts
+            tensors = (p.detach(), p.grad, state["exp_avg"], state["exp_avg_sq"])
+            weight, grad, first, second = map(local_part, tensors)
             # Gradients may have strides of their own; the others are written to, so they must be views.
             flat = (weight.view(-1), grad.reshape(-1), first.view(-1), second.view(-1))
             batches.setdefault((int(state["step"]), p.dtype, weight.device), []).append(flat)

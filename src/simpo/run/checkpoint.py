@@ -123,9 +123,8 @@ class CheckpointSaver:
         self._mesh.on_main(make_folder)
         error = None
         try:
-            (aside / RNG_FILE.format(rank=self._mesh.rank)).write_text(
-                json.dumps(rng_state(self._mesh.device)), encoding="utf-8"
-            )
+            random = json.dumps(rng_state(self._mesh.device))
+            (aside / RNG_FILE.format(rank=self._mesh.rank)).write_text(random, encoding="utf-8")
             if self._mesh.is_main:
                 (aside / STATE_FILE).write_text(json.dumps(record, indent=1), encoding="utf-8")
         except Exception as cause:

@@ -9,11 +9,9 @@ import ctypes
 import os
 import sys
 import weakref
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
+import torch
+from torch import Tensor
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # names of glibc's mallopt(3)
 
@@ -52,8 +50,6 @@ def empty_on_cpu(like: Tensor, *, dtype: torch.dtype | None = None) -> Tensor:
         like: a tensor on any device; of a sharded one, the same shards are made.
         dtype: None = `like`'s.
     """
-    import torch
-
     sharded = hasattr(like, "to_local")
     part = like.to_local() if sharded else like
     large = part.numel() * (dtype or like.dtype).itemsize >= _PAGES_OF_ITS_OWN

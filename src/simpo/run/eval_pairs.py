@@ -16,6 +16,7 @@ from torch import Tensor
 
 from simpo.core.losses import PairLogps
 from simpo.data.files import write_whole
+from simpo.run.logs import read_log
 
 if TYPE_CHECKING:
     from simpo.data.loader import MicroBatch
@@ -65,12 +66,7 @@ class EvalPairs:
             return
         row_ids, *columns = zip(*(pairs[index] for index in sorted(pairs)), strict=True)
         numbers = {name: [float(f"{x:.7g}") for x in column] for name, column in zip(COLUMNS, columns, strict=True)}
-        line = json.dumps({"step": step, "row_ids": row_ids, **numbers}, ensure_ascii=False)
-        write_whole(self.path, (each + "\n" for each in [*self._kept(step, keep), line]))
-
-    def _kept(self, step: int, keep: Collection[int | None]) -> list[str]:
-        if not self.path.is_file():
-            return []
-        lines = self.path.read_text(encoding="utf-8").split("\n")[:-1]
-        earlier = [(number, line) for line in lines if (number := json.loads(line)["step"]) < step]
-        return [line for place, (number, line) in enumerate(earlier) if place == 0 or number in keep]
+        earlier = (row for row in read_log(self.path) if row["step"] < step)
+        rows = [row for place, row in enumerate(earlier) if place == 0 or row["step"] in keep]
+        rows.append({"step": step, "row_ids": row_ids, **numbers})
+        write_whole(self.path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

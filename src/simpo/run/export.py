@@ -31,6 +31,7 @@ from simpo.model.load import source_dtype
 from simpo.model.settle import as_configured
 from simpo.parallel.sharding import local_part, on_one_process
 from simpo.run.checkpoint import replace_folder
+from simpo.run.tracking import name_of
 
 if TYPE_CHECKING:
     from simpo.display import Display
@@ -201,7 +202,8 @@ def publish_model(
         found = evaluate()
     found = {name: value for name, value in found.items() if name.startswith("eval_saved_")}
     display.say_evaluation(f"as written in {dtype_name(dtype)}", found, prefix="eval_saved")
-    mesh.on_main(lambda: _write_card(folder, recipe, data, {**results, **found}))
+    card = build_model_card(recipe, data=data, results={**results, **found})
+    mesh.on_main(lambda: (folder / "README.md").write_text(card, encoding="utf-8"))
     return found
 
 
@@ -316,25 +318,31 @@ def record_dtype(folder: Path, dtype: torch.dtype) -> None:
         path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def _write_card(folder: Path, recipe: Recipe, data: Mapping[str, Any], results: Mapping[str, float]) -> None:
-    (folder / "README.md").write_text(build_model_card(recipe, data=data, results=results), encoding="utf-8")
-
-
-def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mapping[str, float] | Sequence[str]) -> str:
+def build_model_card(
+    recipe: Recipe,
+    *,
+    data: Mapping[str, Any],
+    results: Mapping[str, float] | Sequence[str],
+    folder: Path | None = None,
+) -> str:
     """Markdown with the metadata block that model hubs read: what was trained, on what, how, and what came out.
 
     Args:
         results: metrics, or lines that say them.
+        folder: the run directory, where it may have been moved since.
     """
     base = recipe.model_name_or_path
-    header = ["---", f"base_model: {base}", "library_name: transformers", "pipeline_tag: text-generation"]
-    if Path(base).is_dir():
-        del header[1]  # the hub refuses a card whose base_model is a folder
-    header += ["tags: [simpo, preference-optimization]", "---"]
-    name = recipe.run_name or Path(recipe.output_dir or "model").name
+    if isinstance(results, Mapping):
+        rows = [f"| {key} | {value:.6g} |" for key, value in results.items()]
+        results = ["| metric | value |", "|---|---|", *rows] if rows else ["No evaluation was run."]
     lines = [
-        *header,
-        f"# {name}",
+        "---",
+        *([] if Path(base).is_dir() else [f"base_model: {base}"]),  # the hub refuses a folder
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags: [simpo, preference-optimization]",
+        "---",
+        f"# {name_of(recipe, folder)}",
         "",
         f"`{base}` trained on preference pairs with simpo, loss `{recipe.loss_type}`"
         " ([SimPO](https://arxiv.org/abs/2405.14734)).",
@@ -345,17 +353,18 @@ def build_model_card(recipe: Recipe, *, data: Mapping[str, Any], results: Mappin
         "",
         "## Results",
         "",
+        *results,
+        "",
+        "## Recipe",
+        "",
+        "```yaml",
+        *(f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.to_dict().items()),
+        "```",
+        "",
+        f"Trained with simpo {version('simpo')}.",
+        "",
     ]
-    if not isinstance(results, Mapping):
-        lines += results
-    elif results:
-        lines += ["| metric | value |", "|---|---|"]
-        lines += [f"| {key} | {value:.6g} |" for key, value in results.items()]
-    else:
-        lines.append("No evaluation was run.")
-    lines += ["", "## Recipe", "", "```yaml"]
-    lines += [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in recipe.to_dict().items()]
-    return sign_card("\n".join([*lines, "```", "", f"Trained with simpo {version('simpo')}.", ""]))
+    return sign_card("\n".join(lines))
 
 
 def sign_card(card: str) -> str:

@@ -5,7 +5,7 @@ or anybody, gets the same verdicts by reading them again. `RunGuard` is a run's:
 guard.jsonl, shows what was found, and tells every process whether to stop. Thresholds are relative to the run's own
 start and to gamma; each is named here once, and docs/trouble.md shows `CHECKS` word for word.
 
-Must not import the trainer or evaluation; torch only comes with what ends a run.
+Must not import the trainer or evaluation.
 """
 
 from __future__ import annotations
@@ -21,13 +21,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from simpo.data.files import write_whole
+from simpo.data.language import MIN_CONFIDENCE, identify_language
+from simpo.run.logs import read_log
+from simpo.run.resume import record_stop
+from simpo.run.stopping import StoppedByGuard
 from simpo.run.tracking import GENERATIONS_FILE, forget_lines_after
 
 if TYPE_CHECKING:
     from simpo.display import Display
     from simpo.parallel.mesh import Mesh
     from simpo.recipe import Recipe
-    from simpo.run.stopping import StoppedByGuard
 
 WINDOW = 8  # logged lines in "the start" and in "now"
 FALL = 0.75  # of the log-prob at the start
@@ -371,8 +374,6 @@ def _error(*shares: tuple[float, float]) -> float:
 
 def _language(text: str) -> str | None:
     """The language of a text where that is clear, and where simpo[clean] is installed."""
-    from simpo.data.language import MIN_CONFIDENCE, identify_language
-
     try:
         found = identify_language(text)
     except ValueError:
@@ -415,13 +416,13 @@ class RunGuard:
         self.has_chosen, self.back_to = False, None
         if mesh.is_main:
             forget_lines_after(self._path, done if done else -1)
-            rows = _read_lines(self._path)
+            rows = [*read_log(self._path)]
             if any("back_to" in row for row in rows):  # it goes on after all
                 kept = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows if "back_to" not in row)
                 write_whole(self._path, kept)
-            answers = groupby(_read_lines(folder / GENERATIONS_FILE), lambda answer: answer["step"])
+            answers = groupby(read_log(folder / GENERATIONS_FILE), lambda answer: answer["step"])
             by_step = {step: list(group) for step, group in answers}
-            for line in _read_lines(folder / "metrics.jsonl") if history is None else history:
+            for line in read_log(folder / "metrics.jsonl") if history is None else history:
                 self._judge(line, by_step.get(line["step"], ()) if "eval_loss" in line else ())
 
     def begin(self, dropped: Mapping[str, tuple[int, int]]) -> None:
@@ -441,7 +442,7 @@ class RunGuard:
 
     def _judge(self, line: Mapping[str, Any], answers: Sequence[Mapping[str, Any]]) -> list[Finding]:
         metric = self._recipe.metric_for_best_model
-        if metric in line:
+        if not math.isnan(line.get(metric, math.nan)):
             self._evaluated[line["step"]] = line[metric]
         return self._guard.read(line) + (self._guard.read_answers(line["step"], answers) if answers else [])
 
@@ -498,9 +499,6 @@ class RunGuard:
 
     def _stop(self, why: str) -> StoppedByGuard:
         """The error to raise, once it is noted for what may start the same command again."""
-        from simpo.run.resume import record_stop
-        from simpo.run.stopping import StoppedByGuard
-
         self._mesh.on_main(lambda: record_stop(self._path.parent, why))
         return StoppedByGuard(why)
 
@@ -520,15 +518,8 @@ class RunGuard:
 
     def summary(self) -> dict[str, str]:
         """A row for the end of the run: what was warned of."""
-        rows = [row for row in _read_lines(self._path) if row["level"] != "say"] if self._mesh.is_main else []
+        rows = [row for row in read_log(self._path) if row["level"] != "say"] if self._mesh.is_main else []
         if not rows:
             return {}
         kinds = ", ".join(f"{row['kind']} at step {row['step']}" for row in rows)
         return {"guard": f"{len(rows)} warning{'s' * (len(rows) > 1)}: {kinds}; {self._path}"}
-
-
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]

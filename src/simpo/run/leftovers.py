@@ -83,11 +83,8 @@ def find_leftovers(model: nn.Module, name: str, *, revision: str | None = None) 
     known = {short for each in held for short in (each, each.removeprefix(prefix))}
     tensors = {each: file for each, file in source.items() if each not in known}
     config = _find(name, "config.json", revision)
-    same_type = config is None or json.loads(config.read_text(encoding="utf-8")).get("model_type") in (
-        None,
-        base.config.model_type,
-    )
-    if not source or (not tensors and same_type):
+    kind = None if config is None else json.loads(config.read_text(encoding="utf-8")).get("model_type")
+    if not source or (not tensors and kind in (None, base.config.model_type)):
         return None
     tied = set(base.all_tied_weights_keys)
     unmatched = [each for each in held if each not in tied and not {each, each.removeprefix(prefix)} & source.keys()]

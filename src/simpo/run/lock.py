@@ -12,6 +12,7 @@ import errno
 import importlib
 import os
 import socket
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,7 +39,7 @@ class _Held:
 _held: dict[tuple[int, Path], _Held] = {}  # (process, directory): one process may open a directory several times
 
 
-class OutputLock:
+class OutputLock(contextlib.AbstractContextManager):
     """Keeps other processes out of a run directory. As a context: released at its end.
 
     Args:
@@ -89,11 +90,17 @@ class OutputLock:
             except OSError:  # in use by now
                 break
 
-    def __enter__(self) -> OutputLock:
-        return self
-
     def __exit__(self, *error: Any) -> None:
         self.release()
+
+
+@contextlib.contextmanager
+def locked(folder: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Keep other processes out meanwhile; ValueError where one is in."""
+    with OutputLock(folder) as lock:
+        if (line := lock.acquire()) is not None:
+            say(line)
+        yield
 
 
 def is_at_work(folder: Path) -> bool:
@@ -165,9 +172,8 @@ def _open_locked(folder: Path) -> int | None:
         if is_there:
             try:
                 os.ftruncate(descriptor, 0)
-                os.write(
-                    descriptor, f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}".encode()
-                )
+                owner = f"process {os.getpid()} on {socket.gethostname()} since {datetime.now():%F %T}"
+                os.write(descriptor, owner.encode())
             except OSError:
                 path.unlink(missing_ok=True)
                 os.close(descriptor)

@@ -1,8 +1,7 @@
 """What every host trains: log-probs and the loss of each pair by a recipe, its added SFT term, sums of the metrics.
 
 The native trainer, transformers' Trainer and Megatron differ in how they compute log-probs and add up gradients; from
-log-probs on, all of them go through here. Must not import data, the trainer or
-evaluation.
+log-probs on, all of them go through here. Must not import data, the trainer or evaluation.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from simpo.environment import num_cores
 from simpo.errors import first_line
 from simpo.parallel.sharding import local_part, total_norm
 from simpo.run.adamw import AdamWBf16, load_state_as_saved
@@ -192,6 +193,5 @@ def set_threads(num_threads: int | None) -> None:
     if num_threads is None:
         if "OMP_NUM_THREADS" in os.environ:
             return
-        allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        num_threads = min(torch.get_num_threads(), allowed)
+        num_threads = min(torch.get_num_threads(), num_cores())
     torch.set_num_threads(num_threads)

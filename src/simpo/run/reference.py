@@ -25,6 +25,7 @@ from simpo.core.losses import PairLogps
 from simpo.data.cache import cache_folder, user_cache
 from simpo.data.files import write_whole
 from simpo.data.loader import PairStore, evaluation_batches
+from simpo.display import say
 from simpo.errors import first_line
 from simpo.model.load import load_model, load_pretrained
 from simpo.run.objective import recipe_logps
@@ -153,7 +154,8 @@ def _read(path: Path, num_pairs: int) -> ReferenceLogps | None:
         if not logps.is_of(num_pairs):
             raise ValueError("it is of other pairs")
     except (OSError, ValueError, EOFError) as error:
-        _say(f"cached reference log-probs {path} are broken ({first_line(error)}); computing them again")
+        line = f"cached reference log-probs {path} are broken ({first_line(error)}); computing them again"
+        say(line, Console(stderr=True))
         path.unlink(missing_ok=True)
         return None
     return logps
@@ -169,8 +171,4 @@ def _write(path: Path, logps: ReferenceLogps) -> None:
     try:
         write_whole(path, content.getvalue() + digest)
     except OSError as error:
-        _say(f"reference log-probs not cached: {error}")
-
-
-def _say(line: str) -> None:
-    Console(stderr=True, soft_wrap=True).print(line, markup=False, highlight=False)
+        say(f"reference log-probs not cached: {error}", Console(stderr=True))

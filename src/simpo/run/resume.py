@@ -96,7 +96,8 @@ def find_checkpoint(recipe: Recipe, kind: CheckpointKind = NATIVE) -> Checkpoint
     own = output_dir / "checkpoints"
     existing = list_checkpoints(own, kind)
     newest = existing[-1] if existing else None
-    named = _named_checkpoint(Path(wanted), kind) if isinstance(wanted, str) else None
+    beside = list_checkpoints(Path(wanted).parent, kind) if isinstance(wanted, str) else []
+    named = next((c for c in beside if c.folder.name == Path(wanted).name), None)
     if is_begun_by_this_launch(output_dir):
         if named is not None and (newest is None or newest.step <= named.step):
             return named  # lost before the first checkpoint of its own
@@ -139,15 +140,9 @@ def _refuse_to_overwrite(recipe: Recipe, newest: Checkpoint | None, kind: Checkp
         return
     else:
         advice = "add --resume_from_checkpoint true to resume it, or"
-    what, at = (
-        "a finished run" if is_finished else "a run",
-        f"checkpoint at step {newest.step}" if newest else "no checkpoint",
-    )
+    what = "a finished run" if is_finished else "a run"
+    at = f"checkpoint at step {newest.step}" if newest else "no checkpoint"
     raise ValueError(f"output_dir: {output_dir} already holds {what} ({at}); {advice} choose another output_dir")
-
-
-def _named_checkpoint(path: Path, kind: CheckpointKind) -> Checkpoint | None:
-    return next((c for c in list_checkpoints(path.parent, kind) if c.folder.name == path.name), None)
 
 
 def put_aside(recipe: Recipe, resumed: Checkpoint | None, kind: CheckpointKind = NATIVE) -> Path | None:

@@ -79,7 +79,8 @@ class Progress:
         if name not in values:
             raise ValueError(f"metric_for_best_model: {name!r} is not one of {', '.join(sorted(values))}")
         value = values[name]
-        is_better = best is None or (value > best if recipe.greater_is_better else value < best)
+        beats = best is None or (value > best if recipe.greater_is_better else value < best)
+        is_better = beats and not math.isnan(value)
         is_gain = is_better and (best is None or abs(value - best) > recipe.early_stopping_threshold)
         self.evals_without_gain = 0 if is_gain else self.evals_without_gain + 1
         if is_better:

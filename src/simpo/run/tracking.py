@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from simpo.data.files import sync, write_whole
 from simpo.errors import first_line
 from simpo.run.eval_pairs import EVAL_PAIRS_FILE
+from simpo.run.logs import read_log
 
 if TYPE_CHECKING:
     from simpo.parallel.mesh import Mesh
@@ -60,10 +61,6 @@ class MetricsLog:
         numbers = {k: v for k, v in values.items() if isinstance(v, int | float) and math.isfinite(v)}
         self._give_trackers(lambda tracker: tracker.log(numbers, step))
 
-    def sync(self) -> None:
-        """Make what the logs hold survive a power cut; called before a checkpoint that refers to it."""
-        sync_logs(self.path.parent)
-
     def close(self) -> None:
         self._file.close()
         self._give_trackers(lambda tracker: tracker.close())
@@ -95,7 +92,7 @@ def open_log(
 
 
 def sync_logs(folder: Path) -> None:
-    """Make what was written to the logs of a run directory survive a power cut."""
+    """Make what the logs of a run directory hold survive a power cut, before a checkpoint that refers to it."""
     for path in (*(folder / name for name in LOGS), folder):
         if path.exists():
             sync(path)
@@ -117,8 +114,7 @@ def forget_lines_after(path: Path, step: int) -> None:
 
 def read_evaluation(path: Path, step: int) -> dict[str, float] | None:
     """What a metrics.jsonl has of the evaluation after a step; None without one."""
-    lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    found = [line for each in lines if "eval_loss" in (line := json.loads(each)) and line["step"] == step]
+    found = [line for line in read_log(path) if "eval_loss" in line and line["step"] == step]
     return {name: value for name, value in found[-1].items() if name.startswith("eval_")} if found else None
 
 
@@ -130,8 +126,9 @@ def _is_done_again(line: str, step: int) -> bool:
         return False  # no line of ours
 
 
-def _name_of(recipe: Recipe) -> str:
-    return recipe.run_name or Path(recipe.output_dir).resolve().name
+def name_of(recipe: Recipe, folder: Path | None = None) -> str:
+    """The run's name: `run_name`, or that of its folder; `folder` is where that is by now, if not where it was."""
+    return recipe.run_name or Path(folder or recipe.output_dir or "model").resolve().name
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -193,7 +190,7 @@ class _RunTracker:
 
     def __init__(self, name: str, recipe: Recipe, folder: Path, run: str | None, resume_step: int) -> None:
         self._module = module = importlib.import_module(name)
-        options = {"experiment_name" if name == "swanlab" else "name": _name_of(recipe)}
+        options = {"experiment_name" if name == "swanlab" else "name": name_of(recipe)}
         if name == "trackio":  # which has no ids, and takes the latest run of a name
             where = hashlib.blake2b(str(folder.resolve()).encode(), digest_size=3).hexdigest()
             options = {"name": f"{options['name']}-{where}"}
@@ -220,7 +217,7 @@ class _MLflow:
 
         goes_on = run is not None and "MLFLOW_RUN_ID" not in os.environ and mlflow.active_run() is None
         # A run that goes on has its parameters, which MLflow lets nobody change.
-        args = SimpleNamespace(run_name=_name_of(recipe), to_dict=dict if goes_on else recipe.to_dict)
+        args = SimpleNamespace(run_name=name_of(recipe), to_dict=dict if goes_on else recipe.to_dict)
         self._state, self._callback = TrainerState(), MLflowCallback()
         self._about = (args, self._state, TrainerControl())
         self._ends = mlflow.end_run if goes_on else lambda: None  # the callback ends what it started

@@ -5,6 +5,8 @@ files of the run directory alone.
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from typing import Any
 from simpo.evaluation.statistics import wilson_interval
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.export import PLAIN_CARD, build_model_card, sign_card
+from simpo.run.logs import read_log
 from simpo.shipping.source import Source
 
 EVALUATION = "evaluation.json"
@@ -26,10 +29,11 @@ def card_of(source: Source) -> str:
         what = f"`{source.name}` merged into `{source.base}`" if source.is_adapter else f"`{source.name}`"
         return sign_card(f"{PLAIN_CARD}\n{what}.\n")
     recipe = load_recipe(source.run / "recipe.yaml", processes=1)
-    rows = _read_lines(source.run / "metrics.jsonl")
+    rows = [*read_log(source.run / "metrics.jsonl")]
     step = source.checkpoint.step if source.checkpoint is not None else _step_of(rows, recipe, source.run)
     results = _results(evaluation_of(source), rows, step)
-    return build_model_card(recipe, data=dict(_data_lines(source.run, recipe, rows, step)), results=results)
+    data = dict(_data_lines(source.run, recipe, rows, step))
+    return build_model_card(recipe, data=data, results=results, folder=source.run)
 
 
 def evaluation_of(source: Source) -> dict[str, Any] | None:
@@ -48,28 +52,14 @@ def evaluation_of(source: Source) -> dict[str, Any] | None:
     return found if moved or named.resolve() == source.place.resolve() else None
 
 
-def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """Without a last line that a killed run left half."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    lines = [line for line in text.split("\n") if line.strip()]
-    rows: list[dict[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            rows.append(json.loads(line))
-        except ValueError as error:
-            if number < len(lines):
-                raise ValueError(f"{path}: line {number} is no JSON") from error
-    return rows
-
-
 def _step_of(rows: list[dict[str, Any]], recipe: Recipe, run: Path) -> int:
     """The step whose weights a finished run's model has."""
-    for row in _read_lines(run / "guard.jsonl"):
+    for row in read_log(run / "guard.jsonl"):
         if "back_to" in row:
             return row["back_to"]
     name, best = recipe.metric_for_best_model, {}
     for row in rows if recipe.load_best_model_at_end else ():
-        if name in row and row["step"]:
+        if row["step"] and row.get(name) is not None and not math.isnan(row[name]):
             ahead = row[name] - best.get(name, row[name])
             if not best or (ahead if recipe.greater_is_better else -ahead) > 0:
                 best = row
@@ -86,8 +76,10 @@ def _data_lines(run: Path, recipe: Recipe, rows: list[dict[str, Any]], step: int
             if found is not None:
                 dropped = ", ".join(f"{entry['count']} {reason}" for reason, entry in found["dropped"].items())
                 yield title, f"{found['kept']} of {found['input']}" + (f"; dropped: {dropped}" if dropped else "")
-        if "fingerprint" in account:
-            yield "fingerprint of the data", account["fingerprint"]
+    card = run / "model" / "README.md"  # which has the digest of the tokens; audit.json, that of files and settings
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    if found := re.search(r"^- data fingerprint: (\w+)$", text, re.MULTILINE):
+        yield "data fingerprint", found[1]
     yield "optimizer step of these weights", f"{step} of {max((row['step'] for row in rows), default=step)}"
 
 
@@ -117,7 +109,7 @@ def _results(evaluation: Mapping[str, Any] | None, rows: list[dict[str, Any]], s
 
 def _cell(row: Mapping[str, Any], name: str) -> str:
     value, pairs = row.get(f"eval_{name}"), row.get("eval_pairs")
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "-"
     if name != "rewards/accuracies" or not pairs:
         return f"{value:.4f}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -45,7 +46,8 @@ class Speaker:
 
     def __init__(self, source: Source, title: str, *, template: str | None = None) -> None:
         recipe, self.name, self.title = source.recipe, source.name, title
-        self.wanted, self.turns = recipe.generate, _system(recipe.system_prompt)
+        self.wanted = recipe.generate
+        self.turns: list[Message] = [turn("system", recipe.system_prompt)] if recipe.system_prompt else []
         self.seed = recipe.seed if self.wanted.seed is None else self.wanted.seed
         device = pick_device(recipe.device)
         self.slow = set_precision(recipe, device)
@@ -114,10 +116,6 @@ class Speaker:
         """Without half a character at the end."""
         text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text.rstrip("\N{REPLACEMENT CHARACTER}").lstrip()
-
-
-def _system(prompt: str | None) -> list[Message]:
-    return [turn("system", prompt)] if prompt else []
 
 
 def run_chat(name: str, overrides: Sequence[str] = (), *, compare: str | None = None) -> None:
@@ -289,7 +287,8 @@ class _Stream:
         if not text.startswith(self.text):  # a stop text was cut off
             return
         new, self.text = text[len(self.text) :], text
-        for piece in _words(new) if self.width is not None else [new]:
+        # A line may break between words, each with the blanks behind it.
+        for piece in re.findall(r"\n|[^ \n]+ *| +", new) if self.width is not None else [new]:
             self._place(piece)
         self.out.file.flush()
 
@@ -306,23 +305,6 @@ class _Stream:
         self._put(self.whole)
         self.out.file.write("\n")
         self.out.file.flush()
-
-
-def _words(text: str) -> Iterator[str]:
-    """Pieces that a line may break between: words with the blanks after them, and line ends."""
-    word = ""
-    for letter in text:
-        if letter == "\n":
-            yield from ([word] if word else [])
-            yield letter
-            word = ""
-        elif word.endswith(" ") and letter != " ":
-            yield word
-            word = letter
-        else:
-            word += letter
-    if word:
-        yield word
 
 
 def _printable(text: str) -> str:

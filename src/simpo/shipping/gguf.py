@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -51,7 +52,7 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
     except ImportError as error:
         raise ValueError("writing a .gguf file needs the package gguf: pip install 'simpo[gguf]'") from error
     source, display = find_source(name, overrides), Display()
-    path = Path(output) if output is not None else _default(source, quantize)
+    path = Path(output) if output is not None else source.home / f"{source.title}-{quantize}.gguf"
     modelfile = path.with_name("Modelfile" if path.stem == "model" else f"{path.stem}.Modelfile")
     # A Modelfile of a file that is not there is what a killed export left, and stays.
     is_left = modelfile.is_file() and f"FROM ./{path.name}\n" in modelfile.read_text(encoding="utf-8")
@@ -70,7 +71,8 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
     aside = path.with_name(f".{path.name}.writing")
     try:
         if model.config.model_type in ARCHITECTURES:  # type: ignore[union-attr]
-            for note in write_gguf(model, tokenizer, aside, quantize=quantize, name=_title(source)):
+            title = (source.run or source.place).resolve().name if source.place.is_dir() else source.name
+            for note in write_gguf(model, tokenizer, aside, quantize=quantize, name=title):
                 display.say(note)
         else:
             _convert(model, tokenizer, source, aside, quantize)
@@ -83,18 +85,6 @@ def run_export(name: str, overrides: Sequence[str] = (), *, quantize: str = "q8_
     for line in said:
         display.say(line)
     return path
-
-
-def _default(source: Source, quantize: str) -> Path:
-    place = source.place
-    if source.run is not None and place.name == "model":
-        return source.run / f"{source.run.resolve().name}-{quantize}.gguf"
-    folder = source.run or (place.parent if place.is_dir() else Path())
-    return folder / f"{place.resolve().name if place.is_dir() else place.name}-{quantize}.gguf"
-
-
-def _title(source: Source) -> str:
-    return (source.run or source.place).resolve().name if source.place.is_dir() else source.name
 
 
 # --- the file --------------------------------------------------------------------------------------------------------
@@ -112,15 +102,10 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, *, quantize: str, name: s
     writer = gguf.GGUFWriter(path, architecture)
     notes = _add_shape(writer, config, quantize, name)
     _add_tokenizer(writer, tokenizer, config.vocab_size)
-    factors = _rope_factors(model) if architecture == "llama" else None
-    if factors is None and _is_scaled(config):
-        raise ValueError(f"rope_parameters {config.rope_parameters}: not written for {config.model_type}")
-    tensors = list(_tensors(model, architecture))
-    if factors is not None and not bool((factors == 1).all()):
-        tensors.insert(0, ("rope_freqs.weight", factors))
+    tensors = [*_rope_factors(model, architecture), *_tensors(model, architecture)]
+    kinds = [_kind(tensor, quantize) for _, tensor in tensors]
     plain: list[str] = []
-    for each, tensor in tensors:
-        kind = _kind(tensor, quantize)
+    for (each, tensor), kind in zip(tensors, kinds, strict=True):
         if tensor.ndim > 1 and kind.name != FORMATS[quantize]:
             plain.append(each)
         shape = tuple(tensor.shape)
@@ -132,8 +117,7 @@ def write_gguf(model: Any, tokenizer: Any, path: Path, *, quantize: str, name: s
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        for _, tensor in tensors:
-            kind = _kind(tensor, quantize)
+        for (_, tensor), kind in zip(tensors, kinds, strict=True):
             values = gguf.quantize(np.ascontiguousarray(tensor.detach().float().numpy()), kind)
             writer.write_tensor_data(values)
     finally:
@@ -180,26 +164,28 @@ def _add_shape(writer: Any, config: Any, quantize: str, name: str) -> list[str]:
     writer.add_rope_freq_base(float(config.rope_parameters["rope_theta"]))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    kinds = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0"}
-    writer.add_file_type(gguf.LlamaFileType[kinds[quantize]])
+    writer.add_file_type(gguf.LlamaFileType[f"{'ALL' if quantize == 'f32' else 'MOSTLY'}_{FORMATS[quantize]}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     return notes
 
 
-def _is_scaled(config: Any) -> bool:
-    return config.rope_parameters.get("rope_type", "default") != "default"
+def _rope_factors(model: Any, architecture: str) -> Iterator[tuple[str, Tensor]]:
+    """By what each rotary frequency is divided, as the model itself has them, where it is not by 1.
 
-
-def _rope_factors(model: Any) -> Tensor | None:
-    """By what each rotary frequency is divided, as the model itself has them; None where that does not say it all."""
+    Raises:
+        ValueError: that does not say it all.
+    """
     config = model.config
-    if config.rope_parameters.get("rope_type", "default") not in ("default", "linear", "llama3"):
-        return None
+    kind = config.rope_parameters.get("rope_type", "default")
+    if kind == "default":
+        return
+    if architecture != "llama" or kind not in ("linear", "llama3"):
+        raise ValueError(f"rope_parameters {config.rope_parameters}: not written for {config.model_type}")
     rotary = model.get_decoder().rotary_emb
     size = 2 * len(rotary.inv_freq)
     plain = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2, dtype=torch.float64) / size)
     factors = plain / rotary.inv_freq.double()
-    return torch.where((factors - 1).abs() < 1e-5, 1.0, factors).float()
+    yield "rope_freqs.weight", torch.where((factors - 1).abs() < 1e-5, 1.0, factors).float()
 
 
 def _tensors(model: Any, architecture: str) -> Iterator[tuple[str, Tensor]]:
@@ -234,6 +220,8 @@ def _paired(tensor: Tensor, heads: int) -> Tensor:
 
 def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
     """Vocabulary, merges or scores, special tokens, how text is split, and the chat template."""
+    from gguf import TokenType
+
     parts: dict[str, Any] = json.loads(tokenizer.backend_tokenizer.to_str())
     model = parts["model"]
     if model["type"] != "BPE":
@@ -247,7 +235,17 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
     tokens = [by_id.get(index, f"[PAD{index}]") for index in range(size)]
     special = {token["id"]: token["special"] for token in parts["added_tokens"]}
     in_pieces = bool(model.get("byte_fallback"))
-    types = [_token_type(index, token, special, by_id, tokenizer, in_pieces) for index, token in enumerate(tokens)]
+    unknown = tokenizer.unk_token_id if in_pieces else None
+
+    def kind(index: int, token: str) -> int:
+        if index not in by_id:
+            return TokenType.UNUSED
+        if index == unknown:
+            return TokenType.UNKNOWN
+        if index in special:
+            return TokenType.CONTROL if special[index] else TokenType.USER_DEFINED
+        return TokenType.BYTE if in_pieces and re.fullmatch("<0x..>", token) else TokenType.NORMAL
+
     writer.add_tokenizer_model("llama" if in_pieces else "gpt2")
     writer.add_tokenizer_pre("default" if in_pieces else _split_name(parts))
     writer.add_token_list(tokens)
@@ -257,7 +255,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
         writer.add_add_space_prefix(tokenizer.backend_tokenizer.encode("a", add_special_tokens=False).tokens[0] != "a")
     else:
         writer.add_token_merges(merges)
-    writer.add_token_types(types)
+    writer.add_token_types(list(map(kind, range(size), tokens)))
     for name in ("bos", "eos", "unk", "pad"):
         index = getattr(tokenizer, f"{name}_token_id")
         if index is not None:
@@ -267,22 +265,6 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
     writer.add_add_eos_token(around[-1] == tokenizer.eos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
-
-
-def _token_type(
-    index: int, token: str, special: dict[int, bool], by_id: dict[int, str], tokenizer: Any, in_pieces: bool
-) -> int:
-    import gguf
-
-    if index not in by_id:
-        return gguf.TokenType.UNUSED
-    if in_pieces and index == tokenizer.unk_token_id:
-        return gguf.TokenType.UNKNOWN
-    if index in special:
-        return gguf.TokenType.CONTROL if special[index] else gguf.TokenType.USER_DEFINED
-    if in_pieces and len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
-        return gguf.TokenType.BYTE
-    return gguf.TokenType.NORMAL
 
 
 def _scores(tokens: list[str], merges: list[str]) -> list[float]:

@@ -37,7 +37,11 @@ def run_merge(name: str, overrides: Sequence[str] = (), *, output: str | None = 
             f"{source.folder} is an ordinary model already: there is nothing to merge (with --save_dtype bfloat16, "
             "say, it is written again in that number format)"
         )
-    folder = new_folder(Path(output) if output is not None else _default(source))
+    own_name = "merged" if source.is_final else f"{source.title}-merged"
+    folder = Path(output) if output is not None else source.home / own_name
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already, and nothing is overwritten; choose another --output")
+    check_writable(folder, "--output", is_folder=True)
     dtype = stored_dtype(source)
     tokenizer = load_source_tokenizer(source)
     model = load_source(source, device=torch.device("cpu"))
@@ -52,21 +56,6 @@ def run_merge(name: str, overrides: Sequence[str] = (), *, output: str | None = 
 def stored_dtype(source: Source) -> torch.dtype:
     """The dtype to write it in: `save_dtype`, or that of the files that its weights come from."""
     return export_dtype(load_recipe(source.recipe, {"model_name_or_path": source.origin}))
-
-
-def new_folder(folder: Path) -> Path:
-    """Raise ValueError where something is in the way, or nothing can be written."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"{folder} is there already, and nothing is overwritten; choose another --output")
-    check_writable(folder, "--output", is_folder=True)
-    return folder
-
-
-def _default(source: Source) -> Path:
-    place = source.place
-    if source.run is not None and place.name == "model":
-        return place.with_name("merged")
-    return (source.run or place.parent) / f"{place.name}-merged" if place.is_dir() else Path(f"{place.name}-merged")
 
 
 def merge_adapters(model: nn.Module) -> tuple[nn.Module, float]:

@@ -7,6 +7,8 @@ system turn of their own, and a header for the answer. ollama reads no Jinja; th
 
 from __future__ import annotations
 
+import json
+import shlex
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,18 +105,16 @@ def write_modelfile(path: Path, tokenizer: Any, model: str, recipe: Recipe) -> l
             return [f"no Modelfile: ollama would begin with {tokenizer.bos_token}, and the chat template does not"]
         found = replace(found, begin=found.begin.removeprefix(tokenizer.bos_token))
     template, end = found.to_go(), found.around["assistant"][1].strip()
-    lines = [f"FROM ./{model}", f'TEMPLATE """{template}"""', *[f"PARAMETER stop {_quoted(end)}"] * bool(end)]
+    lines = [f"FROM ./{model}", f'TEMPLATE """{template}"""']
+    if end:
+        lines.append(f"PARAMETER stop {json.dumps(end, ensure_ascii=False)}")
     if recipe.system_prompt:
         lines.append(f'SYSTEM """{recipe.system_prompt}"""')
     if '"""' in template or '"""' in (recipe.system_prompt or ""):
         return ['no Modelfile: the chat template or the system prompt holds """']
     write_whole(path, "\n".join([*lines, ""]))
     without = "; the chat template has no system turn, so ollama leaves one out" * (not found.takes_system)
-    return [f"{path}: ollama create NAME -f {path}{without}"]
-
-
-def _quoted(text: str) -> str:
-    return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
+    return [f"{path}: ollama create NAME -f {shlex.quote(str(path))}{without}"]
 
 
 def _adds_bos(tokenizer: Any) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,35 +28,31 @@ def run_push(name: str, overrides: Sequence[str] = (), *, repo: str | None = Non
         OSError: the upload failed; says how to try again.
     """
     source, display = find_source(name, overrides, keys=KEYS), Display()
-    if source.folder is None or source.is_training_state:
-        what = "in shards" if source.folder is None else "with the optimizer's state"
-        raise ValueError(f"{name} is a checkpoint {what}; write it as a model first: simpo merge {name}")
-    folder = Path(source.folder)
+    if source.is_training_state:
+        what = "is a checkpoint in shards" if source.folder is None else "holds the state of a training"
+        raise ValueError(f"{name} {what}; write it as a model first: simpo merge {shlex.quote(name)}")
+    folder = source.place
     if not folder.is_dir():
         raise ValueError(f"{name}: there is no such folder")
-    repo = repo or source.recipe.hub_model_id or _name_of(source)
+    repo = repo or source.recipe.hub_model_id or source.title
     recipe = load_recipe(source.recipe, {"push_to_hub": True, "hub_model_id": repo})
     card = _card(source, folder)
     if card is None:
         display.say(f"{folder / 'README.md'} was written, or changed, by somebody else than simpo: it is sent as it is")
     elif source.run is not None and evaluation_of(source) is None:
         path = source.run / EVALUATION
+        named, base, output = map(shlex.quote, (name, source.base, str(path)))
         display.say(
             f"{path} is of benchmarks or of another model: the card has nothing of it"
             if path.is_file()
             else "the card has the run's own evaluations; one against the base, with intervals of everything, comes "
-            f"with: simpo eval DATA --model {name} --compare {source.base} --output {path}"
+            f"with: simpo eval DATA --model {named} --compare {base} --output {output}"
         )
     if dry_run:
         display.table(f"would be sent to {repo}", _sizes(folder))
         display.say("" if card is None else card)
         return
     upload_model(folder, create_repository(recipe), recipe, display, card=card)
-
-
-def _name_of(source: Source) -> str:
-    folder = Path(source.folder or "").resolve()
-    return (source.run if source.run is not None and folder.name == "model" else folder).resolve().name
 
 
 def _card(source: Source, folder: Path) -> str | None:

@@ -6,6 +6,8 @@ the trainer or the hosts.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -59,8 +61,16 @@ class Source:
 
     @property
     def is_training_state(self) -> bool:
-        """Whether there is more in its folder than a model and a tokenizer."""
-        return self.checkpoint is not None and (self.checkpoint.folder / STATE_FILE).is_file()
+        """Whether its folder, whatever it is called, holds what only a trainer reads: an optimizer's state, say."""
+        if self.folder is None:
+            return True
+        names = (path.name for path in Path(self.folder).rglob("*"))
+        return any(re.fullmatch(rf"optimizer[._].*|.*optim_states\.pt|{TRAINERS.state_file}", name) for name in names)
+
+    @property
+    def is_final(self) -> bool:
+        """Whether it is the model that a run ended with."""
+        return self.run is not None and self.place.resolve().name == "model"
 
     @property
     def is_adapter(self) -> bool:
@@ -76,9 +86,20 @@ class Source:
     @property
     def place(self) -> Path:
         """The folder, for names of what is made of it."""
-        return (
-            self.checkpoint.folder if self.folder is None and self.checkpoint is not None else Path(self.folder or "")
-        )
+        if self.folder is None and self.checkpoint is not None:
+            return self.checkpoint.folder
+        return Path(self.folder or "")
+
+    @property
+    def title(self) -> str:
+        """What is made of it is called so: its run, for the model that ended one, or its folder."""
+        place = self.run if self.run is not None and self.is_final else self.place
+        return place.resolve().name
+
+    @property
+    def home(self) -> Path:
+        """Where what is made of it goes by default: to its run, or next to its folder."""
+        return self.run or (self.place.parent if self.place.is_dir() else Path())
 
 
 def find_source(name: str, overrides: Sequence[str] = (), *, keys: Collection[str] = ()) -> Source:
@@ -127,13 +148,22 @@ def _find(name: str) -> tuple[str | None, Checkpoint | None, Path | None]:
     if any((path / file).is_file() for file in ("config.json", "adapter_config.json")):
         above, own = path.resolve().parent, path.resolve().name
         runs = [above] if own == "model" else [above.parent] if above.name == "checkpoints" else []
-        step = re.fullmatch(rf"{TRAINERS.prefix}-(\d+)", own)
-        checkpoint = Checkpoint(path, int(step[1])) if step else None
+        step = _step_of(path.resolve())
+        checkpoint = None if step is None else Checkpoint(path, step)
         return name, checkpoint, next((run for run in runs if (run / "recipe.yaml").is_file()), None)
     for kind in (NATIVE, TRAINERS):
         if found := list_checkpoints(path / "checkpoints", kind):
             return _find(str(found[-1].folder))
     raise ValueError(f"{name} holds no model, no adapter and no run with a model or a complete checkpoint")
+
+
+def _step_of(folder: Path) -> int | None:
+    """Of a Trainer's checkpoint: as its name says, or where it was renamed as its state does."""
+    if named := re.fullmatch(rf"{TRAINERS.prefix}-(\d+)", folder.name):
+        return int(named[1])
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step")
+    return None
 
 
 def load_source_tokenizer(source: Source) -> Any:

@@ -19,14 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from simpo.data.files import not_own, write_whole
-from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
-from simpo.model.load import load_tokenizer
 from simpo.onpolicy.rounds import count_ranks
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.session import count_steps
-from simpo.tuning.jobs import Trial, read_pairs, run_command_line
-from simpo.tuning.sweep import digests, read_sweep, run_sweep
+from simpo.tuning.jobs import read_pairs, run_command_line
+from simpo.tuning.sweep import Found, check_base, digests, prepare, read_sweep, run_sweep
 
 TARGET_SHARE = 0.9
 """The target margin is what this share of the pairs does not have yet, so that most have a gradient to begin with."""
@@ -81,14 +79,14 @@ def run_calibrate(
             else.
     """
     base, display = load_recipe(recipe), display or Display()
-    base.require("dataset_mixer", "output_dir")
+    check_base(base)
     if base.loss_type != "sigmoid":
         raise ValueError(f"loss_type: {base.loss_type} is not calibrated; `simpo sweep` tries values of its keys")
     folder = Path(base.output_dir or "") / "calibration"
     target = Path(output) if output else Path(base.output_dir or "") / "calibrated.yaml"
     if target.is_file() and not target.read_bytes().startswith(_HEAD.encode()):
         raise not_own(target)
-    data = prepare_pairs(base, load_tokenizer(base), progress=True)
+    data = prepare(base)
     in_a_step = base.global_batch_size or base.pairs_per_step(count_ranks(base) or 1)
     total = count_steps(base, math.ceil(len(data.train) / in_a_step))
     decides = {name: value for name, value in base.to_dict().items() if not KEYS[name].may_change}
@@ -99,14 +97,15 @@ def run_calibrate(
     betas = [_rounded(min(20.0, max(1.0, unit / max(margins.spread, 1e-3)))) for unit in SPREADS]
     first = max(3, round(total / (2 * len(betas) * len(RATES))))
     rates = [float(f"{base.learning_rate * unit:.1e}") for unit in RATES]
-    probed = load_recipe(base, {"output_dir": str(folder / "probes"), "gamma_beta_ratio": ratio, **_SHORT})
+    short = {"save_strategy": "no", "save_dtype": "auto"}  # what probes need not keep
+    probed = load_recipe(base, {"output_dir": str(folder / "probes"), "gamma_beta_ratio": ratio, **short})
     space: Any = {
         "learning_rate": tuple(f"{r:g}" for r in rates),
         "beta": tuple(dict.fromkeys(f"{b:g}" for b in betas)),
     }
     path = run_sweep(probed, space, rungs=(first, 4 * first), display=display)
     found = read_sweep(path)
-    lines = _reasons(margins, ratio, found.best, found.as_good, found.gained, total)
+    lines = _reasons(margins, ratio, found, total)
     chosen = load_recipe(base, {"gamma_beta_ratio": ratio, **{k: float(v) for k, v in found.best.settings.items()}})
     reasons = "".join(f"# {line}\n" for line in lines)
     write_whole(target, f"{_HEAD}{reasons}\n{chosen.to_yaml(for_any_processes=True)}")
@@ -114,10 +113,6 @@ def run_calibrate(
         display.say(line)
     display.say(f"recipe: {target}; train it with `simpo train {shlex.quote(str(target))}`")
     return target
-
-
-_SHORT = {"save_strategy": "no", "save_dtype": "auto"}
-"""What probes need not keep."""
 
 
 def _measure(base: Recipe, place: Path) -> Margins:
@@ -137,15 +132,14 @@ def _rounded(value: float) -> float:
     return float(f"{value:.2g}")
 
 
-def _reasons(
-    margins: Margins, ratio: float, best: Trial, as_good: Sequence[Trial], gained: bool, total: int
-) -> list[str]:
+def _reasons(margins: Margins, ratio: float, found: Found, total: int) -> list[str]:
+    best = found.best
     beta, rate = best.settings["beta"], best.settings["learning_rate"]
-    others = "; ".join(map(str, as_good)) or "none"
+    others = "; ".join(map(str, found.as_good)) or "none"
     steps = best.last.steps or 0
     goes_on = (
         f"it was still gaining between {best.results[-2].steps} and {steps} steps: give it the whole run, {total}"
-        if gained
+        if found.gained
         else f"it gained no more than chance between {best.results[-2].steps} and {steps} steps: a run of {total} "
         "may be longer than these pairs need; watch the held-out accuracy"
     )

@@ -180,15 +180,11 @@ def read_pairs(folder: Path, *names: str) -> list[torch.Tensor]:
     return [torch.tensor([record[name] for record in records], dtype=torch.float64) for name in names]
 
 
-def read_scores(folder: Path) -> torch.Tensor:
-    """[P]: whether chosen was preferred, weighted so that length cannot buy the mean."""
-    margins, chosen, rejected = read_pairs(folder, "margin", "chosen_length", "rejected_length")
-    return length_balanced(preference_scores(margins), chosen, rejected)
-
-
 def compare_folders(a: Path, b: Path) -> Interval:
-    """Of the accuracies of two folders' models, pair by pair."""
-    return Interval(*paired_difference(read_scores(a), read_scores(b))[:3])
+    """Of the accuracies of two folders' models, pair by pair, weighted so that length cannot buy the mean."""
+    read = (read_pairs(folder, "margin", "chosen_length", "rejected_length") for folder in (a, b))
+    scores = [length_balanced(preference_scores(margins), *lengths) for margins, *lengths in read]
+    return Interval(*paired_difference(*scores)[:3])
 
 
 def run_here(jobs: Sequence[Job], note: Callable[[Job, Result], None], *, launcher: bool) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from simpo.recipe import KEYS
+from simpo.recipe import KEYS, STAGE_KEYS
 
 METHODS = ("grid", "random", "optuna")
 Space = dict[str, "tuple[str, ...] | Range"]
@@ -74,7 +74,8 @@ def read_space(words: Sequence[str]) -> tuple[Space, list[str]]:
 
 def _values(key: str, text: str) -> tuple[str, ...] | Range | None:
     """Several values of a key; None for a single one, and for a key whose own value is a list or a mapping."""
-    if key in KEYS and KEYS[key].types & {list, dict}:
+    known = KEYS.get(key) or STAGE_KEYS.get(key)
+    if known is not None and known.types & {list, dict}:
         return None
     if found := _RANGE.fullmatch(text):
         try:

@@ -16,7 +16,7 @@ import itertools
 import json
 import math
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from simpo.onpolicy.rounds import fingerprint_model, what_decides
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.report import report_path, try_report
 from simpo.report.read import check_no_run, is_run
-from simpo.run.lock import OutputLock
+from simpo.run.lock import locked
 from simpo.tuning.jobs import Job, Result, Trial, Workers, compare_folders, run_here, run_on_ray
 from simpo.tuning.space import Settings, Space, foresee, propose_all, propose_next
 
@@ -94,22 +94,38 @@ def run_sweep(
             that could be trained.
     """
     base = load_recipe(recipe)
-    base.require("dataset_mixer", "output_dir")
+    check_base(base)
     _check_varied(base, space, rungs)
     for settings in foresee(space, method=method, trials=trials, seed=base.seed):
         load_recipe(base, _words(settings))
     if any(b <= a for a, b in zip((0, *rungs), rungs)):
         raise ValueError(f"--rungs {','.join(map(str, rungs))}: ascending numbers of steps are needed, as 10,40,160")
+    folder = Path(base.output_dir or "")
+    display = display or Display()
+    with locked(folder, display.say):
+        sweep = _Sweep(base, folder, display, generations=generations, keep_models=keep_models)
+        sweep.begin(space, method=method, trials=trials, rungs=rungs)
+        workers = run_on_ray if ray else functools.partial(run_here, launcher=bool(base.rounds.launcher))
+        return sweep.run(space, workers, method=method, trials=trials, rungs=list(rungs) or [None])
+
+
+def check_base(base: Recipe) -> None:
+    """Raise ValueError for a recipe without data or folder, or with what no trial does."""
+    base.require("dataset_mixer", "output_dir")
     if base.push_to_hub:
         raise ValueError("push_to_hub: not in a sweep; upload the model that you choose")
     if base.resume_from_checkpoint:
         raise ValueError("resume_from_checkpoint: a sweep goes on by itself; remove the key")
-    folder = Path(base.output_dir or "")
-    with OutputLock(folder):
-        sweep = _Sweep(base, folder, display or Display(), generations=generations, keep_models=keep_models)
-        sweep.begin(space, method=method, trials=trials, rungs=rungs)
-        workers = run_on_ray if ray else functools.partial(run_here, launcher=bool(base.rounds.launcher))
-        return sweep.run(space, workers, method=method, trials=trials, rungs=list(rungs) or [None])
+
+
+def prepare(base: Recipe) -> PreparedData:
+    """The pairs that every trial then finds prepared. Raises ValueError where none are held out to choose by."""
+    data = prepare_pairs(base, load_tokenizer(base), progress=True)
+    if not len(data.eval or ()):
+        raise ValueError(
+            "no held-out pairs to choose by: add a test split to dataset_splits, or give validation_fraction 0.1"
+        )
+    return data
 
 
 def _key_of(name: str) -> str:
@@ -176,11 +192,6 @@ def digests(recipe: Recipe, data: PreparedData) -> dict[str, str | None]:
     return {"data_digest": data.fingerprint, "model_digest": model}
 
 
-def _success_of(result: Result) -> float | None:
-    """None for a run that failed, or whose answers did."""
-    return None if result.failed or result.accuracy is None else result.accuracy.value
-
-
 class _Sweep:
     """The sweep in one folder."""
 
@@ -195,25 +206,18 @@ class _Sweep:
     # --- the whole ---------------------------------------------------------------------------------------------------
 
     def begin(self, space: Space, **how: Any) -> None:
-        """Take up what was done before; prepare the data, which every trial then finds prepared."""
-        data = prepare_pairs(self.base, load_tokenizer(self.base), progress=True)
-        asked = {"space": {key: _plain(values) for key, values in space.items()}, **how}
+        """Take up what was done before, and prepare the data."""
         later = what_decides(_as_trained(self.base))
         recipe = {name: value for name, value in self.base.to_dict().items() if not KEYS[name].may_change} | later
-        asked |= {"generations": self.generations, "recipe": recipe, **digests(self.base, data)}
-        asked = json.loads(json.dumps(asked))
-        if self.path.exists():
-            before = check_own(self.path, "asked", "untrained", "trials")
-            was = before["asked"]
+        asked = {"space": {key: _plain(values) for key, values in space.items()}, **how}
+        asked = json.loads(json.dumps(asked | {"generations": self.generations, "recipe": recipe}))
+        before = check_own(self.path, "asked", "untrained", "trials")
+        was, now = before.get("asked"), asked
+        if was is not None:
             was["recipe"] = {name: value for name, value in was["recipe"].items() if name in recipe}  # free by now
-            now = asked
             if "pairs_per_step" not in was["recipe"]:  # begun by a version that did not write these down
                 now = asked | {"recipe": {name: value for name, value in asked["recipe"].items() if name not in later}}
-            if changed := changed_settings(was, now):
-                raise ValueError(
-                    f"{self.folder}: a sweep with other settings lies there ({changed}); give the same ones to go on, "
-                    "or another output_dir"
-                )
+            self._check_same(was, {name: value for name, value in was.items() if name.endswith("_digest")} | now)
             self.untrained = Result.of_json(before["untrained"])
             self.trials = [Trial.of_json(each) for each in before["trials"]]
             self.keep_models |= "best" in before  # it was finished, and what it left is its owner's
@@ -224,14 +228,21 @@ class _Sweep:
             )
         else:
             check_no_run(self.folder)
-        self.about = {"asked": asked}
-        if not len(data.eval or ()):
-            raise ValueError(
-                "no held-out pairs to choose by: add a test split to dataset_splits, or give validation_fraction 0.1"
-            )
-        if not self.path.exists():
+        data = prepare(self.base)
+        files = digests(self.base, data)
+        if was is not None:
+            self._check_same(was, now | files)
+        self.about = {"asked": asked | files}
+        if not before:
             self._save()
         self.display.say(f"pairs: {len(data.train)} to train, {len(data.eval or ())} held out")
+
+    def _check_same(self, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+        if changed := changed_settings(was, now):
+            raise ValueError(
+                f"{self.folder}: a sweep with other settings lies there ({changed}); give the same ones to go on, or "
+                "another output_dir"
+            )
 
     def run(
         self, space: Space, workers: Workers, *, method: str, trials: int | None, rungs: Sequence[int | None]
@@ -261,7 +272,8 @@ class _Sweep:
     def _propose_one_by_one(self, space: Space, workers: Workers, *, steps: int | None, count: int) -> None:
         self._train(self.trials, workers, rung=0, steps=steps)
         while len(self.trials) < count:
-            tried = [(t.settings, _success_of(t.results[0])) for t in self.trials]
+            firsts = [(t.settings, t.results[0]) for t in self.trials]
+            tried = [(s, r.accuracy.value if r.accuracy and not r.failed else None) for s, r in firsts]
             self._train([self._add(propose_next(space, tried, seed=self.base.seed))], workers, rung=0, steps=steps)
 
     def _add(self, settings: Settings) -> Trial:
@@ -293,7 +305,7 @@ class _Sweep:
         workers(list(jobs), note)
 
     def _job(self, trial: Trial, steps: int | None) -> Job:
-        place = self.folder / trial.name / ("run" if steps is None else f"steps-{steps}")
+        place = self._place(trial, steps)
         length = {} if steps is None else {"max_steps": steps}
         recipe = _as_trained(load_recipe(self.base, _words(trial.settings)), output_dir=str(place / "run"), **length)
         write_whole(place / "recipe.yaml", recipe.to_yaml(for_any_processes=True))
@@ -314,18 +326,18 @@ class _Sweep:
         if not best_first:
             reasons = "; ".join(f"{t.name}: {t.last.failed}" for t in self.trials[:3] if t.results)
             raise ValueError(f"every run failed ({reasons}); their logs are in {self.folder}/trial-*/")
-        best = best_first[0]
-        alike = [t for t in best_first[1:] if compare_folders(self._place(best), self._place(t)).low <= 0]
+        best, places = best_first[0], {t.name: self._place(t, t.last.steps) for t in self.trials if t.results}
+        place = places[best.name]
+        alike = [t for t in best_first[1:] if compare_folders(place, places[t.name]).low <= 0]
         if not self.keep_models:
-            for trial in self.trials:
-                for model in (self.folder / trial.name).glob("*/run/model"):
-                    if trial is not best or model != self._place(best) / "run" / "model":
-                        shutil.rmtree(model)
+            for model in (each for t in self.trials for each in (self.folder / t.name).glob("*/run/model")):
+                if model != place / "run" / "model":
+                    shutil.rmtree(model)
         recipe = load_recipe(self.base, _words(best.settings))
         write_whole(self.folder / "best.yaml", recipe.to_yaml(for_any_processes=True))
         self.about |= {"best": best.name, "as_good": [t.name for t in alike]}
         self._save()
-        lines = self._lines(best, alike)
+        lines = self._lines(best, alike, compare_folders(place, self.folder / "untrained"))
         head, rows = self._cells()
         write_whole(self.folder / "sweep.md", "\n".join([*_markdown(head, rows), "", *lines, ""]))
         table = Table(title="held-out pairs", title_justify="left", box=None, padding=(0, 1, 0, 0))
@@ -336,22 +348,20 @@ class _Sweep:
         self.display.console.print(table)
         for line in lines:
             self.display.say(line)
-        runs = [self._place(trial) / "run" for trial in self.trials if trial.results]
-        try_report([run for run in runs if is_run(run)], self.display.say, report_path(self.folder))
-        self.display.say(
-            f"recipe: {self.folder / 'best.yaml'}\nmodel: {self._place(best) / 'run' / 'model'}\nnumbers: {self.path}"
-        )
+        runs = [each / "run" for each in places.values() if is_run(each / "run")]
+        try_report(runs, self.display.say, report_path(self.folder))
+        self.display.say(f"recipe: {self.folder / 'best.yaml'}\nmodel: {place / 'run/model'}\nnumbers: {self.path}")
         return self.path
 
-    def _place(self, trial: Trial) -> Path:
-        steps = trial.last.steps
+    def _place(self, trial: Trial, steps: int | None) -> Path:
         return self.folder / trial.name / ("run" if steps is None else f"steps-{steps}")
 
-    def _lines(self, best: Trial, alike: Sequence[Trial]) -> list[str]:
+    def _lines(self, best: Trial, alike: Sequence[Trial], gain: Interval) -> list[str]:
         steps = sum(r.steps or 0 for t in self.trials for r in t.results)
-        said = [f"best: {best}, accuracy {_percent(best.last.accuracy)}"]
-        before = compare_folders(self._place(best), self.folder / "untrained")
-        said[0] += f"; {before.value:+.1%} ({before.low:+.1%} to {before.high:+.1%}) on the untrained model"
+        said = [
+            f"best: {best}, accuracy {_percent(best.last.accuracy)}; {gain.value:+.1%} ({gain.low:+.1%} to "
+            f"{gain.high:+.1%}) on the untrained model"
+        ]
         said += [f"* {t.name} ({t}) counts for nothing: {t.last.failed}" for t in self.trials if t.last.failed]
         if alike:
             said.append(f"as good within the interval of their difference: {'; '.join(map(str, alike))}")

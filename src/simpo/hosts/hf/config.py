@@ -45,6 +45,18 @@ _NOT_HONOURED = (
     *("data_seed", "dataloader_drop_last", "train_sampling_strategy"),
 )
 
+_ROUNDS = "it would round the weights that train; evaluation computes as training does (bf16)"
+_REFUSED = {
+    "bf16_full_eval": _ROUNDS,
+    "fp16_full_eval": _ROUNDS,
+    "auto_find_batch_size": "micro-batches are planned before training; set max_tokens_per_micro_batch, which limits "
+    "their memory and leaves the update the same (simpo train finds it by itself)",
+    "ignore_data_skip": "a resumed run goes on with the pairs that its plan has next; leave it out",
+    "torch_compile": "not with this trainer; the native one (simpo train) compiles its blocks",
+    # transformers would put Liger's own head in place after the start-up check
+    "use_liger_kernel": "not with this trainer; the native one (simpo train) has Liger's kernels",
+}
+
 _MEANS_HERE = {
     "max_tokens_per_micro_batch": "Tokens after which a micro-batch is split; the update stays the same. null = no "
     "limit.",
@@ -59,7 +71,7 @@ def _field(name: str) -> tuple[str, Any, Any]:
     kind = dict | str if kind is dict else kind  # as transformers has its mappings: JSON on a command line
     meaning = _MEANS_HERE.get(name) or f"{KEYS[name].meaning} Allowed: {KEYS[name].allowed}."
     declared = InitVar[kind | None] if name in KEYWORDS else kind | None
-    return name, declared, field(default=None, metadata={"help": meaning.replace("%", "%%")})
+    return name, declared, _argument(meaning.replace("%", "%%"))
 
 
 def _argument(meaning: str, default: Any = None) -> Any:
@@ -146,26 +158,9 @@ class SimPOConfig(_Arguments):
                 setattr(self, name, getattr(recipe, name))
         for name in _OTHER_NAMES:  # the recipe's own names hold them now
             setattr(self, name, None)
-        if self.bf16_full_eval or self.fp16_full_eval:
-            raise ValueError(
-                "bf16_full_eval, fp16_full_eval: they would round the weights that train; evaluation computes as "
-                "training does (bf16)"
-            )
-        if self.auto_find_batch_size:
-            raise ValueError(
-                "auto_find_batch_size: micro-batches are planned before training; set max_tokens_per_micro_batch, "
-                "which limits their memory and leaves the update the same (simpo train finds it by itself)"
-            )
-        if self.ignore_data_skip:
-            raise ValueError(
-                "ignore_data_skip: a resumed run goes on with the pairs that its plan has next; leave it out"
-            )
-        if self.torch_compile:
-            raise ValueError("torch_compile: not with this trainer; the native one (simpo train) compiles its blocks")
-        if self.use_liger_kernel:  # transformers would put Liger's own head in place after the start-up check
-            raise ValueError(
-                "use_liger_kernel: not with this trainer; the native one (simpo train) has Liger's kernels"
-            )
+        for name, why in _REFUSED.items():
+            if getattr(self, name):
+                raise ValueError(f"{name}: {why}")
 
     def _read_text(self) -> None:
         """Values that parsers of command lines and YAML 1.1 leave as text: "2.5", "1e-6"."""

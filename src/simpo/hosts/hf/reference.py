@@ -47,9 +47,12 @@ class References:
         self._known = {name: ReferenceLogps.compute(forward, store, recipe, mesh) for name, store in stores.items()}
 
     def load(self, checkpoint: Path, stores: Mapping[str, PairStore], mesh: Mesh) -> None:
-        """From a checkpoint's folder: a resumed run has no untrained model to ask; see `read_references`."""
-        by_position = load_state(checkpoint / TRAINERS.state_file)["format"] == 0  # held-out ones were named otherwise
-        self._known = mesh.on_main(lambda: read_references(checkpoint, stores, by_position=by_position))
+        """From a checkpoint's folder, for these pairs by name: a resumed run has no untrained model to ask.
+
+        Raises:
+            ValueError: the file is missing or damaged, or lacks pairs of these stores.
+        """
+        self._known = mesh.on_main(lambda: _read(checkpoint, stores))
 
     def save(self, checkpoint: Path) -> None:
         """Into a checkpoint's folder."""
@@ -73,18 +76,9 @@ class References:
         return dataclasses.replace(logps, **untrained)
 
 
-def read_references(
-    checkpoint: Path, stores: Mapping[str, PairStore], *, by_position: bool
-) -> dict[str, ReferenceLogps]:
-    """From a checkpoint's folder.
-
-    Args:
-        stores: the pairs whose log-probs are needed, by name.
-        by_position: the checkpoint has other names for them, in the same order.
-    Raises:
-        ValueError: the file is missing or damaged, or lacks pairs of these stores.
-    """
+def _read(checkpoint: Path, stores: Mapping[str, PairStore]) -> dict[str, ReferenceLogps]:
     path = checkpoint / REFERENCE_FILE
+    by_position = load_state(checkpoint / TRAINERS.state_file)["format"] == 0  # it had other names, in the same order
     try:
         with np.load(path) as arrays:
             names = stores if by_position else arrays.files

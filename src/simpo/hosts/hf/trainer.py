@@ -569,12 +569,12 @@ class SimPOTrainer(Trainer):
             super()._load_best_model()
 
     def _check_sealed(self, folder: Path, check: Callable[..., Any]) -> None:
-        """Check a checkpoint, if there is one, each process its share of a folder that all of them see."""
-        if not self.mesh.on_main((folder / IDENTITY_FILE).is_file):
-            return
+        """Check a checkpoint, if there is one: each process its share of a folder that all of them see, or one process
+        of each node all of its own."""
+        is_sealed = (folder / IDENTITY_FILE).is_file
         if self.args.save_on_each_node:
-            self.mesh.on_main(lambda: check(folder))
-        else:
+            self.mesh.on_each_node(lambda: check(folder) if is_sealed() else None)
+        elif self.mesh.on_main(is_sealed):
             check(folder, self.mesh)
 
     def _identity(self) -> dict[str, Any]:

@@ -139,11 +139,13 @@ def loss_func(
             tensor-parallel ranks of the replica, before gradients or metrics of it reach any other.
     """
     group, num_pairs = parallel_state.get_context_parallel_group(), len(batch.row_ids)
-    own_sums, lengths = _response_sums(labels, output)
+    trained = labels != IGNORED
+    token_logps = torch.where(trained, -output.to(torch.promote_types(output.dtype, torch.float32)), 0.0)
+    own_sums, lengths = token_logps.sum(dim=1), trained.sum(dim=1).to(token_logps.dtype)
     sums = own_sums
     if group.size() > 1:
         sums, lengths = sum_over(torch.stack([own_sums, lengths]), group)
-    extras = _low_sums(labels, output, lengths, group) if settings.recipe.extras else {}
+    extras = _low_sums(trained, token_logps, lengths, group) if settings.recipe.extras else {}
     by_pair, lengths = sums[: 2 * num_pairs].view(-1, 2), lengths[: 2 * num_pairs].view(-1, 2)
     if non_loss_data:
         return {"row_ids": batch.row_ids, "sums": by_pair.detach(), "lengths": lengths.long()}
@@ -226,18 +228,8 @@ def _forward(
     return output, functools.partial(loss_func, batch.labels, batch=batch, settings=settings, per_token=per_token)
 
 
-def _response_sums(labels: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
-    """Summed log-probs of every row and its number of trained tokens, [R] each in fp32, of this rank's positions."""
-    trained = labels != IGNORED
-    token_logps = -output.to(torch.promote_types(output.dtype, torch.float32))
-    sums = torch.where(trained, token_logps, torch.zeros_like(token_logps)).sum(dim=1)
-    return sums, trained.sum(dim=1).to(sums.dtype)
-
-
-def _low_sums(labels: Tensor, output: Tensor, lengths: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
+def _low_sums(trained: Tensor, token_logps: Tensor, lengths: Tensor, group: dist.ProcessGroup) -> dict[str, Tensor]:
     """What `core.losses.EXTRAS` calls low, [R] each, of whole rows; a mean probability is one over a whole row too."""
-    trained = labels != IGNORED
-    token_logps = -output.to(torch.promote_types(output.dtype, torch.float32))
     probabilities = torch.where(trained, token_logps.detach().double().exp(), 0.0)
     means = sum_over(probabilities.sum(dim=1), group) / lengths
     low = trained & at_most_mean(probabilities, means[:, None])

@@ -9,22 +9,23 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from simpo.data.columns import RowError, kind_of
+from simpo.environment import num_cores
 from simpo.onpolicy.scorers.rating import Rater, Row, Scores, column, guarded, windows
 
 _JAIL = Path(__file__).with_name("jail.py")
-_STARTING_S = 5.0  # for the process itself, which stops the code in time unless the code prevents it
+_STARTING_S = 5.0  # for a code's process itself, which stops it in time unless the code prevents that
+_READING = 2  # raised where what is taken for code, or how its tests are run, changes
 _BLOCK = re.compile(
     r"^([ \t]*(?:(?:[-*+]|\d+[.)])[ \t]+)?)"  # as deep as the item of a list that it is in
     r"(`{3,}|~{3,})[ \t]*\{?\.?(\w*)[^\n`]*\n(.*?)(?:^[ \t]*\2[`~]*[ \t]*$|\Z)",
@@ -43,40 +44,43 @@ def build(options: Any) -> Rater:
     Raises:
         ValueError: code cannot be locked up here.
     """
-    works, said = run_tests([], "", options)
+    try:
+        [(works, said)] = run_tests([[]], "", options)
+    except RowError as error:
+        works, said = False, error.detail
     if not works:
         raise ValueError(
-            f"nothing keeps the code of responses from the network and from your files here ({said or 'no process'}); "
+            f"nothing keeps the code of responses from the network and from your files here ({said}); "
             "run it on Linux from 5.13 on with Landlock and seccomp, or set unsafe: true"
         )
 
     def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        threads = ThreadPoolExecutor(cores)  # each waits for one process
+        threads, running = ThreadPoolExecutor(num_cores()), set()  # each thread waits for one process
         try:
             for some in windows(rows):
-                jobs = [
-                    [threads.submit(_rate, row, each, options) for each in (None, *row["responses"])] for row in some
-                ]
-                for row, futures in zip(some, jobs, strict=True):
-                    yield row["id"], guarded(lambda futures=futures: [future.result() for future in futures][1:])
+                futures = [threads.submit(_rate, row, options, running) for row in some]
+                for row, future in zip(some, futures, strict=True):
+                    yield row["id"], guarded(future.result)
         finally:
-            threads.shutdown(cancel_futures=True)
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                _kill(process)
+            threads.shutdown()
 
-    return Rater(rate_rows)
+    return Rater(rate_rows, {"reading": _READING})
 
 
-def _rate(row: Row, response: Any, options: Any) -> float:
-    """A response's number. Without a response the tests are tried: RowError where they pass whatever the code does."""
+def _rate(row: Row, options: Any, running: set[subprocess.Popen[bytes]]) -> list[float]:
+    """The responses' numbers. The tests are tried before: RowError where they pass whatever the code does."""
     prelude, tests = (_python(row, name) if name else "" for name in (options.prelude, options.tests))
     if not tests.strip():
         raise RowError("no tests", f"{options.tests!r} is blank; {_ALLOWED}")
-    blocks = None if response is None else find_blocks(response["text"])
+    codes = [None, *(find_blocks(response["text"]) for response in row["responses"])]
     entry_point = row["columns"].get("entry_point")
-    passed, _ = run_tests(blocks, tests, options, prelude=prelude, entry_point=entry_point)
-    if response is None and passed:
+    tried, *found = run_tests(codes, tests, options, prelude=prelude, entry_point=entry_point, running=running)
+    if tried[0]:
         raise RowError("no tests", f"{options.tests!r} passes whatever the code does; {_ALLOWED}")
-    return float(passed)
+    return [float(passed) for passed, _ in found]
 
 
 def _python(row: Row, name: str) -> str:
@@ -104,43 +108,58 @@ def find_blocks(text: str) -> list[str]:
 
 
 def run_tests(
-    blocks: list[str] | None, tests: str, options: Any, *, prelude: str = "", entry_point: str | None = None
-) -> tuple[bool, str]:
-    """Whether the tests came to their end within the limits, and what was written about them where they did not.
+    codes: Sequence[list[str] | None],
+    tests: str,
+    options: Any,
+    *,
+    prelude: str = "",
+    entry_point: str | None = None,
+    running: set[subprocess.Popen[bytes]] | None = None,
+) -> list[tuple[bool, str]]:
+    """Of each code whether the tests came to their end within the limits, and what was written where they did not.
 
     Args:
-        blocks: the code; None tries the tests with a code of which nothing is known.
+        codes: the blocks of each; None tries the tests with a code of which nothing is known, and where they pass so it
+            is the last that is run.
+        running: holds the process that runs them as long as it is there.
 
     Raises:
         RowError: tests that cannot run, or of which something is left that nothing calls.
     """
-    secret = secrets.token_hex(16).encode()
-    job = {"prelude": prelude, "blocks": blocks, "tests": tests, "entry_point": entry_point}
-    limits = {"memory_mib": options.memory_mib, "time_s": options.timeout_s, "unsafe": options.unsafe}
-    line = json.dumps({**job, **limits}).encode() + b"\n"
+    most_s = options.timeout_s + _STARTING_S
+    job = {"prelude": prelude, "codes": codes, "tests": tests, "entry_point": entry_point}
+    job |= {"memory_mib": options.memory_mib, "time_s": options.timeout_s, "most_s": most_s, "unsafe": options.unsafe}
+    running = set() if running is None else running
     with tempfile.TemporaryDirectory(prefix="simpo-code-") as folder:
         process = subprocess.Popen(
-            [sys.executable, "-I", "-B", str(_JAIL), folder],
+            [sys.executable, "-I", "-B", str(_JAIL)],
             stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             cwd=folder,
             env={name: os.environ[name] for name in ("SYSTEMROOT",) if name in os.environ},  # without it no Windows
             start_new_session=True,
         )
+        running.add(process)
         try:
-            process.communicate(line + secret, timeout=options.timeout_s + _STARTING_S)
+            written, _ = process.communicate(json.dumps(job).encode(), timeout=most_s * len(codes) + 60)
         except subprocess.TimeoutExpired:
-            pass
+            written = b""
         finally:
-            with suppress(ProcessLookupError):
-                if hasattr(os, "killpg"):
-                    os.killpg(process.pid, signal.SIGKILL)
-                else:
-                    process.kill()
+            _kill(process)
             process.wait()
-        result = Path(folder, "result")
-        written = result.read_bytes() if result.exists() else b""
-    if written.startswith(secret) and written != secret:
-        raise RowError("no tests", f"{written[len(secret) :].decode(errors='replace')}; {_ALLOWED}")
-    return written == secret, written.decode(errors="replace")
+            running.discard(process)
+    if not written:
+        raise RowError("not run", "the process that runs codes gave no answer")
+    found = json.loads(written)
+    if wrong := [said for passed, said in found if passed is None]:
+        raise RowError("no tests", f"{wrong[0]}; {_ALLOWED}")
+    return found
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    with suppress(ProcessLookupError):
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+        else:
+            process.kill()

@@ -1,11 +1,13 @@
-"""Runs Python that a model wrote, and its tests, in this process, after taking from it what it could do harm with.
+"""Runs Python that a model wrote, and its tests, in processes from which it has taken what they could do harm with.
 
-A script of its own, started as `python -I jail.py FOLDER`; imports the standard library alone. On stdin comes a line
-of JSON, {"prelude", "blocks", "tests", "entry_point", "memory_mib", "time_s", "unsafe"}, and behind it a secret. Only
-when the tests have come to their end the secret is read and written to FOLDER/result, and behind it what is wrong with
-the tests: no exit status and no output stands for success.
+A script of its own, started as `python -I jail.py`; imports the standard library alone. On stdin it gets JSON,
+{"prelude", "codes", "tests", "entry_point", "memory_mib", "time_s", "most_s", "unsafe"}; on stdout it gives a list of
+[passed, what was written] for the codes, each of which ran in a process of its own: no exit status and no output stands
+for success. That process has to send a secret back, which it reads only when the tests have come to their end, and
+behind it what is wrong with the tests; `passed` is then null.
 
-Where `blocks` is null it is the tests that are tried: `Anything` stands for the code, and no tests should pass.
+A code that is null tries the tests: `Anything` stands for it, and no tests should pass. Where they do, or something is
+wrong with them, the list ends there.
 
 What holds the code, on Linux on x86-64 and ARM64, without any privilege: resource limits; no capabilities; Landlock,
 which leaves it Python's own files to read and nothing to write; and a seccomp filter, without new processes, programs,
@@ -18,10 +20,12 @@ import ctypes
 import functools
 import json
 import math
+import multiprocessing
 import os
 import platform
 import signal
 import sys
+import tempfile
 import types
 
 _ARCHITECTURES = {  # AUDIT_ARCH_*, and system calls by number
@@ -53,16 +57,38 @@ _LARGEST_FILE, _OPEN_FILES = 2**20, 64
 
 
 def main() -> None:
-    folder = sys.argv[1]
-    line = b""
-    while not line.endswith(b"\n"):
-        line += os.read(0, 1)  # no more than the line: what stands behind it is to stay in the pipe
-    job = json.loads(line)
-    result, secret, nothing = (
-        os.open(os.path.join(folder, "result"), os.O_WRONLY | os.O_CREAT, 0o600),
-        os.dup(0),
-        os.open(os.devnull, os.O_RDWR),
-    )
+    job, parent, found = json.load(sys.stdin), os.getppid(), []
+    for blocks in job["codes"]:
+        ended, text = run_apart(job, blocks)
+        found.append([None if ended and text else ended, text])
+        if (blocks is None and ended) or os.getppid() != parent:  # nobody waits for it any more
+            break
+    print(json.dumps(found))
+
+
+def run_apart(job: dict, blocks) -> tuple:
+    """Run one code in a new process: whether the tests came to their end, and what else it says."""
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=run_code, args=(theirs, job, blocks, tempfile.mkdtemp(dir=".")))
+    child.start()
+    theirs.close()
+    secret, written = os.urandom(16), b""  # made now, so that it is not in the memory of that process
+    with contextlib.suppress(OSError):
+        ours.send_bytes(secret)
+        ours.poll(job["most_s"])
+    child.kill()
+    child.join()
+    with contextlib.suppress(OSError, EOFError):
+        if ours.poll():
+            written = ours.recv_bytes(2**16)
+    ours.close()
+    return written.startswith(secret), written.removeprefix(secret).decode(errors="replace")
+
+
+def run_code(pipe, job: dict, blocks, folder: str) -> None:
+    os.chdir(folder)
+    nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
     limit(job["memory_mib"] * 2**20, job["time_s"])
@@ -70,20 +96,20 @@ def main() -> None:
         isolate()
     except OSError as error:
         if not job["unsafe"]:
-            os.write(result, f"{error.strerror}".encode())
+            pipe.send_bytes(f"{error.strerror}".encode())
             os._exit(1)
     if hasattr(signal, "setitimer"):
         signal.setitimer(signal.ITIMER_REAL, job["time_s"])  # what sets it aside meets the one outside
-    trial, wrong = job["blocks"] is None, ""
+    trial, wrong = blocks is None, ""
     try:
-        names = load_anything(job["prelude"]) if trial else load(job["prelude"], job["blocks"])
+        names = load_anything(job["prelude"]) if trial else load(job["prelude"], blocks)
         if left := run(job["tests"], names, job["entry_point"]):
             wrong = f"nothing calls {', '.join(left)}"
     except BaseException as error:  # whatever it is, exit included, it is not the end of the tests
         if not (trial and isinstance(error, (SyntaxError, ImportError))):
             os._exit(1)
         wrong = f"they cannot run here ({error})"
-    os.write(result, os.read(secret, 64) + wrong.encode())
+    pipe.send_bytes(pipe.recv_bytes() + wrong.encode()[:1000])
     os._exit(0)
 
 

@@ -46,7 +46,8 @@ _GRADE = _line("grade", r"(?<![-\u2212.])(\d+(?:\.\d+)?)(?:[\s*_]*(?:/|out of)\s
 _VERDICT = _line("verdict", "(1|2|tie)")
 _THOUGHT_ENDS = re.compile(r"(?i)</think(?:ing)?>|\[/think\]")
 _THOUGHT_BEGINS = re.compile(r"(?i)<think(?:ing)?>|\[think\]")
-_POINTS = {"1": 1.0, "2": 0.0, "tie": 0.5}  # of the answer that comes first
+POINTS = {"1": 1.0, "2": 0.0, "tie": 0.5}
+"""Verdict -> points of the answer that comes first."""
 
 
 def build(options: Any) -> Rater:
@@ -182,7 +183,7 @@ def _note(state: _Open, places: list[int], answer: list[Choice] | RowError, form
         state.points[first].append(float(found[-1]))
         state.said.append({"response": first, "grade": float(found[-1]), "text": text})
         return
-    points = _POINTS[found[-1].lower()]
+    points = POINTS[found[-1].lower()]
     state.said.append({"first": first, "second": second, "verdict": found[-1].lower(), "text": text})
     if first >= 0:
         state.points[first].append(points)

@@ -49,7 +49,7 @@ def _rate_by(
     if len(places) == 1:
         work = load()
         for some in windows(rows):
-            yield from _named(some, work(some))
+            yield from zip([row["id"] for row in some], work(some), strict=True)
         return
     try:
         build = functools.partial(_Worker, load, threads)
@@ -57,10 +57,6 @@ def _rate_by(
             yield from found
     except WorkersFailed as error:
         raise ValueError(f"a process that scored is gone ({error}), most likely for want of memory") from None
-
-
-def _named(rows: Sequence[Row], scores: Sequence[Scores]) -> list[tuple[str, Scores]]:
-    return [(row["id"], each) for row, each in zip(rows, scores, strict=True)]
 
 
 class _Worker:
@@ -71,7 +67,7 @@ class _Worker:
         self.work = functools.cache(load)
 
     def __call__(self, rows: Sequence[Row]) -> list[tuple[str, Scores]]:
-        return _named(rows, self.work()(rows))
+        return [*zip([row["id"] for row in rows], self.work()(rows), strict=True)]
 
 
 # --- reward models ---------------------------------------------------------------------------------------------------
@@ -83,9 +79,8 @@ def build_reward_model(options: Any, recipe: Recipe) -> Rater:
     Raises:
         ValueError: there is no such model, or it has no chat template.
     """
-    of_model = {name: getattr(options, name) for name in ("trust_remote_code",)}
-    of_model |= {"model_revision": options.revision or "main", "device": recipe.device}
-    own = load_recipe({"model_name_or_path": options.model, **of_model})
+    of_model = {"model_name_or_path": options.model, "model_revision": options.revision or "main"}
+    own = load_recipe({**of_model, "trust_remote_code": options.trust_remote_code, "device": recipe.device})
     load_pretrained(AutoConfig, options.model, own, what="configuration", key="model")
     tokenizer = load_pretrained(AutoTokenizer, options.model, own, what="tokenizer", key="model")
     if load_chat_template(tokenizer, options.chat_template) is None:

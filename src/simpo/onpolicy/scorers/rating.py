@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -32,7 +33,9 @@ class Rater:
 
     Attributes:
         rate: from rows to (id of a row, its scores), in any order.
-        identity: what decides its numbers besides its options: digests of source, weights, versions.
+        identity: what decides its numbers besides its options: digests of source, weights, versions. `reading` is the
+            version of the way in which it reads responses and answers: numbers of another one are not taken. A judge
+            has none, since it would be asked, and paid, again.
         note: a line for the user, said before it begins.
     """
 
@@ -41,14 +44,14 @@ class Rater:
     note: str | None = None
 
 
+def rate_rows(rate: Callable[[Row], list[Any]]) -> Callable[[Iterable[Row]], Iterator[tuple[str, Scores]]]:
+    """A scorer of rows from a function of one."""
+    return lambda rows: ((row["id"], guarded(functools.partial(rate, row))) for row in rows)
+
+
 def rate_each(rate: Callable[[Row, Mapping[str, Any]], Any]) -> Callable[[Iterable[Row]], Iterator[tuple[str, Scores]]]:
     """A scorer of rows from a function of a row and one of its responses."""
-
-    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
-        for row in rows:
-            yield row["id"], guarded(lambda row=row: [rate(row, response) for response in row["responses"]])
-
-    return rate_rows
+    return rate_rows(lambda row: [rate(row, response) for response in row["responses"]])
 
 
 def windows(rows: Iterable[T], size: int = 64) -> Iterator[list[T]]:

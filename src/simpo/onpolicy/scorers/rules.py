@@ -12,7 +12,7 @@ import inspect
 import json
 import re
 import unicodedata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
 from importlib.metadata import version
 from pathlib import Path
@@ -25,10 +25,11 @@ from simpo.data.columns import RowError, kind_of
 from simpo.data.language import identify_language, known_languages
 from simpo.data.near import split_words
 from simpo.evaluation.statistics import repeated_share
-from simpo.onpolicy.scorers.rating import Rater, Row, Scores, column, guarded, rate_each
+from simpo.onpolicy.scorers.rating import Rater, Row, column, rate_each, rate_rows
 
 Response = Mapping[str, Any]
 
+_READING = {"math": 2}  # raised where what is taken for an answer, or for an equal one, changes
 _REGEX_S = 5.0  # on one response; a pattern that takes longer would hardly come to an end
 
 
@@ -36,17 +37,16 @@ def build(kind: str, options: Any) -> Rater:
     """The scorer of a rule's kind, or of a function."""
     if kind == "function":
         return _own_function(options)
-    packages = []
+    identity: dict[str, Any] = {"reading": _READING[kind]} if kind in _READING else {}
     if kind == "language":
-        packages = ["py3langid"]
         if unknown := sorted({*(options.languages or ())} - {*known_languages()}):
             raise ValueError(f"languages: {unknown[0]!r} is not among {', '.join(known_languages())}")
+        identity["py3langid"] = version("py3langid")
     elif kind == "math" and options.compare == "symbolic":
-        packages = ["math-verify"]
         if importlib.util.find_spec("math_verify") is None:
             raise ValueError("compare: symbolic needs math-verify: pip install 'simpo[math]'")
-    versions = {package: version(package) for package in packages}
-    return Rater(rate_each(functools.partial(RULES[kind], options)), versions)
+        identity["math-verify"] = version("math-verify")
+    return Rater(rate_each(functools.partial(RULES[kind], options)), identity)
 
 
 # --- a function of the user's own ------------------------------------------------------------------------------------
@@ -71,12 +71,8 @@ def _own_function(options: Any) -> Rater:
             raise RowError("raised", f"{options.function} returned {len(scores)} numbers for {len(texts)} responses")
         return scores
 
-    def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
-        for row in rows:
-            yield row["id"], guarded(lambda row=row: rate(row))
-
     module = inspect.getmodule(function)
-    return Rater(rate_rows, {"source": _source_digest(module) if module else None})
+    return Rater(rate_rows(rate), {"source": _source_digest(module) if module else None})
 
 
 @functools.cache
@@ -180,7 +176,9 @@ _ORNAMENTS = re.compile(r"\\left|\\right|\\[!,;: ]|\\[()\[\]]|\^\{?\\circ\}?|\\?
 
 _NUMBER = re.compile(  # the first form is a mixed number, 1 1/2
     r"[-+]?(?:\d+\s+\d+/\d+|(?:\d+(?:,\d{3})+(?!\d)(?:\.\d+)?|\d+(?:\.\d+)?|\.\d+)(?:/\d+)?)"
+    r"(?:\s+(?i:million|billion|trillion)\b)?"  # as PRM800K's grader reads them
 )
+_POWERS = {"million": 10**6, "billion": 10**9, "trillion": 10**12}
 _SPELLINGS = [
     (re.compile(pattern), spelling)
     for pattern, spelling in (
@@ -218,7 +216,7 @@ _SHORT = re.compile(  # 5 m may be metres; 5m, which is as often a formula, is a
 _CHANGING = re.compile(  # words that make another number, or a bound, of the one beside them
     r"\b(?:not|than|above|below|half|twice|double|triple|minus|negative|sqrt|cbrt|root|log|ln|lg|exp|abs|mod|floor|ceil|"
     r"(?:a|arc)?(?:sin|cos|tan|cot|csc)h?)\b[^#]*#|"
-    r"#\W*(?:dozen|hundred|thousand|[mbtr]+illion|squared|cubed|factorial)\b",
+    r"#\W*(?:dozen|hundred|thousand|\w*illions?|squared|cubed|factorial)\b",
     re.IGNORECASE,
 )
 
@@ -282,9 +280,11 @@ def read_number(text: str) -> tuple[Fraction, set[str]] | None:
         or not all(len(word) > 3 or (len(word) > 1 and _SHORT.fullmatch(word)) for word in touching)
     ):
         return None
-    parts = [part.partition("/") for part in found[0].lstrip("+-").replace(",", "").split()]
+    *parts, last = found[0].lstrip("+-").replace(",", "").split()
+    scale = _POWERS.get(last.casefold())
+    fractions = [part.partition("/") for part in (parts if scale else (*parts, last))]
     try:
-        number = sum((Fraction(over) / Fraction(under or 1) for over, _, under in parts), Fraction())
+        number = sum((Fraction(over) / Fraction(under or 1) for over, _, under in fractions), Fraction()) * (scale or 1)
     except (ValueError, ZeroDivisionError):
         return None
     unit = {word.casefold().rstrip("s") or word for word in _WORD.findall(beside.partition("#")[2])}

@@ -1,0 +1,34 @@
+"""Reading the logs of a run directory, one JSON object a line. Must not import torch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+
+def read_log(path: Path, broken: Callable[[int], Any] | None = None) -> Iterator[dict[str, Any]]:
+    """The lines of a log, each with its "step"; none where there is no file.
+
+    A last line without its line break is one that is being written, or that a kill cut short: it is passed over.
+
+    Args:
+        broken: is given the number, from 1, of each other line that is no such object; None = raise.
+    Raises:
+        ValueError: names the file and the line.
+    """
+    if not path.is_file():
+        return
+    with path.open(encoding="utf-8", errors="replace", newline="\n") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                row = json.loads(line)
+            except ValueError:
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                yield row
+            elif line.strip() and line.endswith("\n"):
+                if broken is None:
+                    raise ValueError(f"{path}: line {number} is no JSON object with a step")
+                broken(number)
