@@ -185,6 +185,11 @@ def test_settings_of_an_entry_are_checked(own: dict[str, Any], message: str) -> 
         load_recipe({"model_name_or_path": "m", "dataset_mixer": {"a": own}})
 
 
+def test_an_empty_split_in_a_saved_recipe_is_none() -> None:
+    recipe = load_recipe({"model_name_or_path": "m", "dataset_mixer": {"a": {"split": [], "fraction": 0.5}}})
+    assert recipe.dataset_mixer == {"a": {"fraction": 0.5}}
+
+
 def test_the_datasets_of_trl_are_entries_of_the_mixer() -> None:
     datasets = [{"path": "org/a", "name": "en", "split": "train"}, {"path": "org/b", "columns": ["chosen"]}]
     recipe = load_recipe({"model_name_or_path": "m", "datasets": datasets, "test_split_size": 0.2})

@@ -330,10 +330,11 @@ def test_no_state_of_a_training_is_pushed_whatever_its_folder_is_called(run: Pat
     shutil.copytree(run / "model", foreign)
     (foreign / "checkpoint-3").mkdir()
     (foreign / "checkpoint-3" / "optimizer.pt").touch()
-    for folder in (renamed, foreign):
+    for folder, file in ((renamed, "optimizer.pt"), (foreign, "checkpoint-3/optimizer.pt")):
         refused = CliRunner().invoke(app, ["push", str(folder), "--dry-run"])
         assert refused.exit_code == 2, refused.output
-        assert refused.stderr.endswith(f"write it as a model first: simpo merge {shlex.quote(str(folder))}\n")
+        assert f"holds the state of a training ({file}); write it as a model first: " in refused.stderr
+        assert f"simpo merge {shlex.quote(str(folder))}, or move that out of it\n" in refused.stderr
         merged = run_merge(str(folder))
         assert not [path for path in merged.rglob("*") if "optimizer" in path.name or path.name == "simpo.json"]
     assert "optimizer step of these weights: 20 of 40" in (run / "best so far-merged" / "README.md").read_text()

@@ -21,6 +21,7 @@ from simpo.onpolicy.journal import Journal
 from simpo.onpolicy.pair import is_held_out
 from simpo.onpolicy.prompts import Prompt, read_prompts
 from simpo.onpolicy.rounds import StageFailed, run_rounds, split_prompts
+from simpo.onpolicy.scorers.rating import Rater
 from simpo.onpolicy.table import measure_model, table_lines
 from simpo.recipe import Recipe, load_recipe
 
@@ -265,7 +266,7 @@ def test_what_decides_a_rounds_model_stays_and_how_it_is_computed_may_change(sta
     ],
 )
 def test_a_scorers_server_and_speed_may_change_and_what_it_rates_by_may_not(stages, keys, monkeypatch, change, message):
-    monkeypatch.setattr(rounds, "build_scorer", lambda *_: None)
+    monkeypatch.setattr(rounds, "build_scorer", lambda *_: (None, None, Rater(lambda rows: iter(()))))
     judge = {"kind": "judge", "url": "http://a/v1", "model": "m", "weight": 1.0}
     stages.fail_at = lambda words: True
     with pytest.raises(KeyboardInterrupt):
@@ -298,6 +299,17 @@ def test_a_loop_that_an_earlier_version_began_goes_on(stages, keys, tmp_path):
     more = {"rounds": {"rounds": 2, "prompts_per_round": 15}, "save_dtype": "float32", "guard": "stop"}
     run_rounds(load_recipe({**keys, **more}))
     assert stages.names[-4] == "round-2 train"
+
+
+def test_what_an_earlier_version_read_otherwise_is_scored_anew_to_be_compared(stages, keys, tmp_path):
+    run_rounds(load_recipe({**keys, "rounds": {"rounds": 1, "prompts_per_round": 15}}))
+    path = tmp_path / "loop" / "round-0" / "evaluation" / "scored.json"
+    about = json.loads(path.read_text())
+    path.write_text(json.dumps({**about, "settings": {"scorers": {"own": {"reading": 1}, "other": {}}}}))
+    calls = len(stages.names)
+    with pytest.raises(ValueError, match="other settings"):  # of the stand-in, which goes on with no other file
+        run_rounds(load_recipe({**keys, "rounds": {"rounds": 2, "prompts_per_round": 15}}))
+    assert stages.names[calls:] == ["evaluation score"]
 
 
 @pytest.mark.parametrize(("gains", "ends_at"), [([0.0, 9.0], 1), ([3.0, -3.0, 9.0], 2), ([3.0, 3.0, 3.0], 3)])

@@ -54,6 +54,9 @@ def test_the_best_may_be_no_gain(metric: str, sign: float):
 def test_a_metric_that_is_no_number_is_never_the_best():
     recipe = load_recipe({"model_name_or_path": "m"})
     assert progress_after(recipe, [math.nan, 2.0, math.nan, 1.0]) == [(None, 1), (2, 0), (2, 1), (4, 0)]
+    earlier = Progress(step=4, best_step=2, best_metric=math.nan)  # a checkpoint of a version that took it
+    earlier.track_best({"eval_loss": 1.0}, recipe)
+    assert (earlier.best_step, earlier.best_metric) == (4, 1.0)
 
 
 def test_a_resumed_run_whose_best_checkpoint_is_gone_goes_on_counting(tmp_path: Path):

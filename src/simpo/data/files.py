@@ -289,15 +289,19 @@ _PIECE = 1 << 24
 
 
 def digest_file(path: Path) -> str:
-    """32 hex digits of the bytes of a file: of its pieces' digests, which several threads make."""
+    """32 hex digits of the bytes of a file: of its pieces' digests, which several threads make of a large one."""
 
     def digest(begin: int) -> bytes:
         with open(path, "rb") as file:
             file.seek(begin)
             return hashlib.sha256(file.read(_PIECE)).digest()
 
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
-        digests = b"".join(threads.map(digest, range(0, path.stat().st_size, _PIECE)))
+    places = range(0, path.stat().st_size, _PIECE)
+    if len(places) > 1:
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as threads:
+            digests = b"".join(threads.map(digest, places))
+    else:
+        digests = b"".join(map(digest, places))
     return hashlib.sha256(digests).hexdigest()[:32]
 
 

@@ -38,9 +38,10 @@ from simpo.evaluation.results import Evaluation, Generation, PairRecord, build_e
 from simpo.evaluation.statistics import repeated_share
 from simpo.model.attention import plain_implementation, unwrap
 from simpo.model.head import compute_pair_logps, install_head
+from simpo.model.kernels import choose_kernel
 from simpo.model.load import load_model, load_tokenizer, pick_device, set_precision
 from simpo.model.probe import check_forward
-from simpo.model.settle import attend_packed, why_not_packed
+from simpo.model.settle import why_not_packed
 from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.optim import set_threads
@@ -439,12 +440,14 @@ def _choose_rows(model: nn.Module, settings: Recipe) -> tuple[bool, tuple[str, .
     """Packed rows where the model's packed log-probs are its ordinary ones; padded rows, with a note, elsewhere."""
     base, notes = unwrap(model), ()
     if settings.pack or settings.share_prompt:
-        if settings.attention_kernel != "auto":
+        half = bool(settings.bf16)
+        reason = why_not_packed(model, settings, bf16=half)
+        if reason is None and settings.attention_kernel != "auto":
             try:
-                attend_packed(model, settings, device=base.get_input_embeddings().weight.device)
+                choose_kernel(model, settings.attention_kernel, device=next(base.parameters()).device, half=half)
+                reason = why_not_packed(model, settings, bf16=half)
             except ValueError as error:  # of another machine than the recipe's, perhaps
                 notes = (f"{error}, as it does here",)
-        reason = why_not_packed(model, settings, bf16=bool(settings.bf16))
         if reason is None:
             return True, notes
         base.set_attn_implementation(plain_implementation(base))

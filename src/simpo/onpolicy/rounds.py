@@ -69,21 +69,22 @@ def run_rounds(recipe: Recipe) -> Path:
         StageFailed: a command of a round could not do its work.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the command at work has been asked to stop.
     """
-    _check(recipe)
+    readings = _check(recipe)
     folder = Path(recipe.output_dir or "")
     if not (folder / "settings.json").exists():
         check_no_run(folder)
-    loop = _Loop(recipe, folder)
+    loop = _Loop(recipe, folder, readings)
     with locked(folder, loop.display.say), leave_report(folder, loop.display.say):
         return loop.run()
 
 
-def _check(recipe: Recipe) -> None:
+def _check(recipe: Recipe) -> dict[str, Any]:
+    """Raises ValueError for settings that cannot be; scorer -> the version of how it reads responses, None for most."""
     recipe.require("output_dir")
     if not recipe.score.scorers:
         raise ValueError("score.scorers: nothing to rate with; name a scorer there (`simpo keys score` has the kinds)")
-    for name, spec in recipe.score.scorers.items():
-        build_scorer(name, spec, recipe)  # before anything is answered, and not when all has been
+    # Before anything is answered, and not when all has been.
+    raters = {name: build_scorer(name, spec, recipe)[2] for name, spec in recipe.score.scorers.items()}
     if not recipe.pair.test_fraction:
         raise ValueError("pair.test_fraction: 0 holds out no prompts, and rounds are judged by them; set it above 0")
     for stage in ("score", "pair"):
@@ -100,13 +101,14 @@ def _check(recipe: Recipe) -> None:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("simpo rounds is started once; rounds.launcher starts its training on several processes")
+    return {name: rater.identity.get("reading") for name, rater in raters.items()}
 
 
 class _Loop:
     """The loop in one folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self.folder, self.display = recipe, folder, Display()
+    def __init__(self, recipe: Recipe, folder: Path, readings: Mapping[str, Any]) -> None:
+        self.recipe, self.folder, self.display, self.readings = recipe, folder, Display(), readings
         self.keys = recipe.rounds
         self.seed = recipe.seed if recipe.generate.seed is None else recipe.generate.seed
         self.models: list[Measures] = []
@@ -233,7 +235,10 @@ class _Loop:
         recipe = self._write_recipe(place, model, prompts, seed=self.seed, **changes)
         stage = functools.partial(self._stage, place, f"round {number}, evaluation")
         stage("generate", lambda: self._command("generate", recipe))
-        stage("score", lambda: self._command("score", recipe))
+        # Models are compared with each other, also with those of a round that an earlier version has scored.
+        scored = read_about(place / "scored.jsonl").get("settings", {}).get("scorers", self.readings)
+        anew = scored is not self.readings and self.readings != {name: scored[name].get("reading") for name in scored}
+        stage("score", lambda: self._command("score", recipe), anew=anew)
         if number == 0 and samples > 1:
             pairs = self.folder / "round-0" / "pairs"
             stage("pair", lambda: self._held_out_pairs(recipe, pairs))
@@ -277,12 +282,12 @@ class _Loop:
 
     # --- stages ------------------------------------------------------------------------------------------------------
 
-    def _stage(self, place: Path, title: str, name: str, work: Callable[[], Any]) -> None:
-        """Do a step, on the recipe with the present values of what may change, unless it is written down as done; then
-        write it down."""
+    def _stage(self, place: Path, title: str, name: str, work: Callable[[], Any], *, anew: bool = False) -> None:
+        """Do a step, on the recipe with the present values of what may change, unless it is written down as done (and
+        not to be done `anew`); then write it down."""
         path, recipe = place / "provenance.json", place / "recipe.yaml"
         about = json.loads(path.read_text(encoding="utf-8"))
-        if name in about["stages"]:
+        if name in about["stages"] and not anew:
             return
         write_whole(recipe, self.texts[place])
         about["recipe_fingerprint"] = hash_files([recipe])

@@ -7,6 +7,7 @@ output is put together from these.
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import hashlib
 import json
@@ -182,12 +183,18 @@ class _Part:
     def _is_read_anew(self) -> bool:
         """Whether numbers are there that differ from these in nothing but their reading."""
         settings = {"input": self.digest, **self.settings}
-        others = {*self.path.parent.glob(f"{glob.escape(self.name)}-*.json")} - {self.path.with_suffix(".json")}
-        return any(_unread(read_about(other).get("settings", {})) == _unread(settings) for other in others)
+        for other in self.path.parent.glob(f"{glob.escape(self.name)}-{'[0-9a-f]' * 12}.json"):
+            with contextlib.suppress(ValueError):  # one that is damaged is of no account here
+                before = read_about(other).get("settings")
+                if before != json.loads(json.dumps(settings)) and _unread(before) == _unread(settings):
+                    return True
+        return False
 
 
-def _unread(settings: Mapping[str, Any]) -> dict[str, Any]:
+def _unread(settings: Any) -> dict[str, Any]:
     """Settings of a scorer, or of several, but for their `reading`."""
+    if not isinstance(settings, Mapping):
+        return {}
     scorers = {name: {**each, "reading": None} for name, each in settings.get("scorers", {}).items()}
     return json.loads(json.dumps({**settings, "reading": None, "scorers": scorers}))
 

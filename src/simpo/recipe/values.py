@@ -202,7 +202,7 @@ def _entry(value: Mapping[Any, Any]) -> dict[str, Any]:
         if key not in _ENTRY:
             raise ValueError(f"{short(key)} is not known here; a dataset may have {', '.join(_ENTRY)}")
         try:
-            if given is not None:
+            if given is not None and (key, given) != ("split", []):  # recipes of earlier versions may have that one
                 checked[key] = _ENTRY[key](given)
         except ValueError as error:
             raise ValueError(f"{key}: {error}") from None

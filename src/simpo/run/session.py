@@ -79,6 +79,7 @@ class Progress:
         if name not in values:
             raise ValueError(f"metric_for_best_model: {name!r} is not one of {', '.join(sorted(values))}")
         value = values[name]
+        best = None if best is not None and math.isnan(best) else best  # of a checkpoint of an earlier version
         beats = best is None or (value > best if recipe.greater_is_better else value < best)
         is_better = beats and not math.isnan(value)
         is_gain = is_better and (best is None or abs(value - best) > recipe.early_stopping_threshold)

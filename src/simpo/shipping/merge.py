@@ -37,7 +37,7 @@ def run_merge(name: str, overrides: Sequence[str] = (), *, output: str | None = 
             f"{source.folder} is an ordinary model already: there is nothing to merge (with --save_dtype bfloat16, "
             "say, it is written again in that number format)"
         )
-    own_name = "merged" if source.is_final else f"{source.title}-merged"
+    own_name = "merged" if source.is_final else f"{source.place.name or source.title}-merged"
     folder = Path(output) if output is not None else source.home / own_name
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"{folder} is there already, and nothing is overwritten; choose another --output")

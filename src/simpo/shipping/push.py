@@ -29,8 +29,10 @@ def run_push(name: str, overrides: Sequence[str] = (), *, repo: str | None = Non
     """
     source, display = find_source(name, overrides, keys=KEYS), Display()
     if source.is_training_state:
-        what = "is a checkpoint in shards" if source.folder is None else "holds the state of a training"
-        raise ValueError(f"{name} {what}; write it as a model first: simpo merge {shlex.quote(name)}")
+        file = None if source.folder is None else source.training_file
+        what = "is a checkpoint in shards" if file is None else f"holds the state of a training ({file})"
+        advice = f"write it as a model first: simpo merge {shlex.quote(name)}"
+        raise ValueError(f"{name} {what}; {advice}" + (", or move that out of it" if file is not None else ""))
     folder = source.place
     if not folder.is_dir():
         raise ValueError(f"{name}: there is no such folder")

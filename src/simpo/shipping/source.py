@@ -62,10 +62,14 @@ class Source:
     @property
     def is_training_state(self) -> bool:
         """Whether its folder, whatever it is called, holds what only a trainer reads: an optimizer's state, say."""
-        if self.folder is None:
-            return True
-        names = (path.name for path in Path(self.folder).rglob("*"))
-        return any(re.fullmatch(rf"optimizer[._].*|.*optim_states\.pt|{TRAINERS.state_file}", name) for name in names)
+        return self.folder is None or self.training_file is not None
+
+    @property
+    def training_file(self) -> Path | None:
+        """One of those files, by its path in the folder; None where there is none."""
+        folder, pattern = Path(self.folder or ""), rf"optimizer[._].*|.*optim_states\.pt|{TRAINERS.state_file}"
+        found = (path for path in sorted(folder.rglob("*")) if re.fullmatch(pattern, path.name))
+        return next((path.relative_to(folder) for path in found), None)
 
     @property
     def is_final(self) -> bool:
@@ -161,8 +165,10 @@ def _step_of(folder: Path) -> int | None:
     """Of a Trainer's checkpoint: as its name says, or where it was renamed as its state does."""
     if named := re.fullmatch(rf"{TRAINERS.prefix}-(\d+)", folder.name):
         return int(named[1])
-    with contextlib.suppress(OSError, ValueError):
-        return json.loads((folder / "trainer_state.json").read_text(encoding="utf-8")).get("global_step")
+    if (folder / TRAINERS.state_file).is_file():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            step = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["global_step"]
+            return step if isinstance(step, int) else None
     return None
 
 

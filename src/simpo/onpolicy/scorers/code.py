@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -50,12 +51,12 @@ def build(options: Any) -> Rater:
         works, said = False, error.detail
     if not works:
         raise ValueError(
-            f"nothing keeps the code of responses from the network and from your files here ({said}); "
+            f"nothing keeps the code of responses from the network and from your files here ({said or 'no process'}); "
             "run it on Linux from 5.13 on with Landlock and seccomp, or set unsafe: true"
         )
 
     def rate_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Scores]]:
-        threads, running = ThreadPoolExecutor(num_cores()), set()  # each thread waits for one process
+        threads, running, futures = ThreadPoolExecutor(num_cores()), set(), []  # each thread waits for one process
         try:
             for some in windows(rows):
                 futures = [threads.submit(_rate, row, options, running) for row in some]
@@ -63,9 +64,10 @@ def build(options: Any) -> Rater:
                     yield row["id"], guarded(future.result)
         finally:
             threads.shutdown(wait=False, cancel_futures=True)
-            for process in [*running]:
-                _kill(process)
-            threads.shutdown()
+            while not all(future.done() for future in futures):  # one may be about to start its process
+                for process in [*running]:
+                    _kill(process)
+                time.sleep(0.01)
 
     return Rater(rate_rows, {"reading": _READING})
 
@@ -129,8 +131,9 @@ def run_tests(
     most_s = options.timeout_s + _STARTING_S
     job = {"prelude": prelude, "codes": codes, "tests": tests, "entry_point": entry_point}
     job |= {"memory_mib": options.memory_mib, "time_s": options.timeout_s, "most_s": most_s, "unsafe": options.unsafe}
+    job["parent"] = os.getpid()
     running = set() if running is None else running
-    with tempfile.TemporaryDirectory(prefix="simpo-code-") as folder:
+    with tempfile.TemporaryDirectory(prefix="simpo-code-", ignore_cleanup_errors=True) as folder:
         process = subprocess.Popen(
             [sys.executable, "-I", "-B", str(_JAIL)],
             stdin=subprocess.PIPE,
@@ -158,7 +161,7 @@ def run_tests(
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError):
+    with suppress(ProcessLookupError, PermissionError):  # the latter is macOS's for one that has ended
         if hasattr(os, "killpg"):
             os.killpg(process.pid, signal.SIGKILL)
         else:

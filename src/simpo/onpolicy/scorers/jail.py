@@ -1,10 +1,11 @@
 """Runs Python that a model wrote, and its tests, in processes from which it has taken what they could do harm with.
 
 A script of its own, started as `python -I jail.py`; imports the standard library alone. On stdin it gets JSON,
-{"prelude", "codes", "tests", "entry_point", "memory_mib", "time_s", "most_s", "unsafe"}; on stdout it gives a list of
-[passed, what was written] for the codes, each of which ran in a process of its own: no exit status and no output stands
-for success. That process has to send a secret back, which it reads only when the tests have come to their end, and
-behind it what is wrong with the tests; `passed` is then null.
+{"prelude", "codes", "tests", "entry_point", "memory_mib", "time_s", "most_s", "unsafe", "parent"}, the last the number
+of the process that waits for it; on stdout it gives a list of [passed, what was written] for the codes, each of which
+ran in a process of its own: no exit status and no output stands for success. That process has to send a secret back,
+which it reads only when the tests have come to their end, and behind it what is wrong with the tests; `passed` is then
+null.
 
 A code that is null tries the tests: `Anything` stands for it, and no tests should pass. Where they do, or something is
 wrong with them, the list ends there.
@@ -26,6 +27,7 @@ import platform
 import signal
 import sys
 import tempfile
+import threading
 import types
 
 _ARCHITECTURES = {  # AUDIT_ARCH_*, and system calls by number
@@ -57,11 +59,15 @@ _LARGEST_FILE, _OPEN_FILES = 2**20, 64
 
 
 def main() -> None:
-    job, parent, found = json.load(sys.stdin), os.getppid(), []
+    job, found = json.load(sys.stdin), []
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG: it goes with the process that waits for it
     for blocks in job["codes"]:
+        if os.name == "posix" and os.getppid() != job["parent"]:  # nobody waits for it any more
+            break
         ended, text = run_apart(job, blocks)
         found.append([None if ended and text else ended, text])
-        if (blocks is None and ended) or os.getppid() != parent:  # nobody waits for it any more
+        if blocks is None and ended:
             break
     print(json.dumps(found))
 
@@ -78,6 +84,9 @@ def run_apart(job: dict, blocks) -> tuple:
         ours.send_bytes(secret)
         ours.poll(job["most_s"])
     child.kill()
+    if hasattr(os, "killpg"):
+        with contextlib.suppress(OSError):
+            os.killpg(child.pid, signal.SIGKILL)  # and what it started, where nothing keeps it from that
     child.join()
     with contextlib.suppress(OSError, EOFError):
         if ours.poll():
@@ -88,6 +97,10 @@ def run_apart(job: dict, blocks) -> tuple:
 
 def run_code(pipe, job: dict, blocks, folder: str) -> None:
     os.chdir(folder)
+    if hasattr(os, "setsid"):
+        os.setsid()
+    if sys.platform != "linux":  # which has PR_SET_PDEATHSIG
+        threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
     nothing = os.open(os.devnull, os.O_RDWR)
     for standard in (0, 1, 2):
         os.dup2(nothing, standard)
@@ -111,6 +124,11 @@ def run_code(pipe, job: dict, blocks, folder: str) -> None:
         wrong = f"they cannot run here ({error})"
     pipe.send_bytes(pipe.recv_bytes() + wrong.encode()[:1000])
     os._exit(0)
+
+
+def _end_with(parent) -> None:
+    parent.join()
+    os._exit(1)
 
 
 def load(prelude: str, blocks: list) -> dict:
