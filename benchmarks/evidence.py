@@ -613,10 +613,11 @@ def summary(lab: Lab, sections: Sequence[Section]) -> list[str]:
     for section in sections:
         if found := held(lab, section):
             counts += found.values()
-            cells = ("; ".join(words for words, n in found.items() if n == seeds) for seeds in (of, 0))
+            every = "; ".join(words for words, n in found.items() if n == of)
             some = "; ".join(f"{words} ({n})" for words, n in found.items() if 0 < n < of)
+            none = "; ".join(words for words, n in found.items() if n == 0)
             place = re.sub("[^a-z0-9 -]", "", section.title.lower()).replace(" ", "-")
-            lines.append(f"| [{section.title}](#{place}) | {next(cells)} | {some} | {next(cells)} |")
+            lines.append(f"| [{section.title}](#{place}) | {every} | {some} | {none} |")
     return bool(counts) * [
         "## What held",
         "",
