@@ -145,7 +145,7 @@ def measure_mode(staged: StagedModel, mode: Mode) -> ActivationBytes:
 
 def state_bytes(network: torch.nn.Module, plan: WeightPlan, optim: str) -> int:
     """Gradients, moments and the head's work by `run.memory`; without moments where nothing is updated."""
-    total = step_bytes(network, optim=optim)
+    total = step_bytes(network, optim=optim, device=next(network.parameters()).device)
     if plan.optimizer == "none":
         total -= sum(2 * p.numel() * p.element_size() for p in network.parameters() if p.requires_grad)
     return total

@@ -97,6 +97,7 @@ from simpo.run.stopping import (
 )
 from simpo.run.tracking import MetricsLog, check_trackers, open_log, read_evaluation, sync_logs
 
+_ADVICE_OF_MODEL = "use_peft: true, master_dtype: bfloat16, load_in_4bit: true or more GPUs (dp_shard) need less"
 _ADVICE_OF_OPTIMIZER = (
     "optim: adamw_bf16 or adamw_8bit, or use_peft: true, need less. Weights may be half updated: resume from the last "
     "checkpoint, or start anew"
@@ -193,7 +194,8 @@ class Trainer:
             self.display.say(line)
         self.export_dtype = export_dtype(recipe)  # asked now: an unreachable hub must not end a finished run
         self.repository = self.mesh.on_main(lambda: create_repository(recipe))
-        self.model = load_model(recipe, device=self.device, mesh=self.mesh)
+        with needs_memory("loading the model", advice=_ADVICE_OF_MODEL):
+            self.model = load_model(recipe, device=self.device, mesh=self.mesh)
         self.recipe = recipe = as_it_trains(recipe, self.model)
         self.leftovers = find_leftovers(self.model, recipe.model_name_or_path, revision=recipe.model_revision)
         for note in (*notes_of(self.model), *([self.leftovers] if self.leftovers else [])):
@@ -271,7 +273,12 @@ class Trainer:
                 for plan in self.loader.plans(self.progress.step, self.total_steps):
                     if self._is_ended_by_guard() or self.progress.why_early(self.recipe) is not None:
                         break
-                    values = self.train_step(plan)
+                    try:
+                        values = self.train_step(plan)
+                    except OutOfMemory:
+                        if self.mesh.sizes.world == 1:  # others are elsewhere
+                            self.saver.finish()  # the checkpoint on its way is the one to go on from
+                        raise
                     show(self.progress.step, values)
                     with self._naming_what_is_whole(saves=self.mesh.sizes.world == 1):  # others may be elsewhere
                         self._after_step(values)

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -125,6 +126,26 @@ def test_the_trainer_under_accelerate_ends_after_the_same_step(
         run_recipe(load_recipe({**settings, "resume_from_checkpoint": True}))
         assert torch.equal(weights(folder), expected), step
         assert WHY in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_best_of_a_trainers_run_that_was_moved_since_becomes_its_model(
+    tiny_recipe: Settings, monkeypatch: pytest.MonkeyPatch
+):
+    keys = {"load_best_model_at_end": True, "max_steps": 4, "device": "cpu", "save_dtype": "float32"}
+    settings = {**tiny_recipe, **WORSE, **keys, "early_stopping_patience": None}
+    with monkeypatch.context() as patch:
+        patch.setattr("simpo.hosts.hf.run.save_final_model", Mock(side_effect=OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            run_recipe(load_recipe(settings))
+    folder = Path(tiny_recipe["output_dir"]).rename(Path(tiny_recipe["output_dir"]).with_name("larger-disk"))
+    on = {**settings, "output_dir": str(folder), "resume_from_checkpoint": True}
+    run_recipe(load_recipe(on))
+    best = load_file(folder / "checkpoints" / "checkpoint-2" / "model.safetensors")
+    assert torch.equal(weights(folder), best["model.norm.weight"])
+    for name in ("model", "checkpoints/checkpoint-2"):
+        shutil.rmtree(folder / name)
+    with pytest.raises(ValueError, match=r"best evaluation, .*checkpoint-2, is not there any more"):
+        run_recipe(load_recipe(on))
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -48,6 +49,16 @@ def big_steps(tiny_recipe: Settings) -> Settings:
     settings = {**tiny_recipe, **changes}
     del settings["gradient_accumulation_steps"], settings["eval_steps"]
     return settings
+
+
+def test_a_model_that_does_not_fit_is_said_with_the_keys_that_need_less(
+    tiny_recipe: Settings, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("simpo.trainer.load_model", Mock(side_effect=torch.OutOfMemoryError(MESSAGE)))
+    with pytest.raises(
+        OutOfMemory, match=r"loading the model: out of memory \(2.31 GiB more.*; use_peft: true, master_"
+    ):
+        build(tiny_recipe)
 
 
 def hold(trainer: Trainer, tokens: int, where: str) -> list[int]:

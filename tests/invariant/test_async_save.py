@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 from cases import rarely
 from mesh_runs import (
@@ -21,8 +22,10 @@ from mesh_runs import (
     run,
     whole_state,
 )
+from torch.distributed.checkpoint import filesystem
 
 from simpo.run.saved import list_checkpoints
+from simpo.run.stopping import OutOfMemory
 
 KEYS = {"max_steps": 8, "save_steps": 2, "eval_steps": 4, "async_save": True}
 WAIT_S = 120
@@ -153,3 +156,28 @@ def test_a_full_disk_on_one_process_is_reported_by_all(step, mesh, in_background
     if mesh != "1 process":
         assert "rank 1: " in text
     assert list_checkpoints(tmp_path / "run" / "checkpoints") == []
+
+
+def test_a_checkpoint_on_its_way_is_kept_where_memory_runs_out(settings_of, tmp_path):
+    trainer, go_on = build(settings_of("1 process", TIED, name="run", **KEYS)), threading.Event()
+    step = trainer.train_step
+
+    def train_step(plan: Any) -> Any:
+        if plan.step < 3:
+            return step(plan)
+        go_on.set()
+        raise OutOfMemory("step 4")
+
+    trainer.train_step = train_step
+    with writer(lambda: go_on.wait(WAIT_S)), pytest.raises(OutOfMemory):
+        trainer.run()
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]
+
+
+def test_the_thread_that_writes_looks_at_no_gpu(settings_of, monkeypatch, tmp_path):
+    """Its own would be the first one, which another process computes on."""
+    trainer = build(settings_of("1 process", TIED, name="run", **{**KEYS, "max_steps": 2}))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: threading.current_thread() is not threading.main_thread())
+    monkeypatch.setattr(filesystem, "_OverlappingCpuLoader", None)
+    trainer.run()
+    assert [checkpoint.step for checkpoint in list_checkpoints(tmp_path / "run" / "checkpoints")] == [2]

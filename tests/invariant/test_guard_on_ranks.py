@@ -14,7 +14,9 @@ from hf_hosts import read_rows
 from mesh_runs import MESHES, final_weights
 
 from simpo.display import Display
+from simpo.evaluation.generate import generate_greedy
 from simpo.hosts.hf.run import run_recipe
+from simpo.model.sampling import choose_tokens, end_tokens
 from simpo.recipe import load_recipe
 from simpo.run.stopping import StoppedByGuard
 from simpo.trainer import Trainer
@@ -85,3 +87,22 @@ def test_back_gives_every_process_the_weights_from_before(two_ranks: Any, host: 
     two_ranks.run(train, name, again)
     expected = final_weights(Path(again["output_dir"]))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in final_weights(folder).items())
+
+
+def answer_apart(settings: Settings) -> list[list[int]]:
+    """Tokens of a sharded model's samples, where rank 1 by itself would end at once."""
+    trainer = Trainer(load_recipe(settings), display=Display(quiet=True))
+    first, ends = trainer.mesh.is_main, end_tokens(trainer.tokenizer, None)
+
+    def choose(logprobs: torch.Tensor, *others: Any) -> torch.Tensor:
+        return choose_tokens(logprobs, *others) if first else torch.full((len(logprobs),), min(ends))
+
+    with mock.patch("simpo.model.sampling.choose_tokens", choose):
+        answers = generate_greedy(trainer.model, trainer.tokenizer, [[5, 6], [7]], max_new_tokens=4, mesh=trainer.mesh)
+    return [answer.ids for answer in answers]
+
+
+def test_all_processes_of_a_sharded_model_sample_the_same_tokens(two_ranks: Any, tiny_recipe: Settings) -> None:
+    one, other = two_ranks.run(answer_apart, {**tiny_recipe, **MESHES["fsdp2"], "device": "cpu", "bf16": False})
+    assert one == other
+    assert [len(ids) for ids in one] == [4, 4]

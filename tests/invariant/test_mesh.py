@@ -570,7 +570,7 @@ def measure(settings: Settings) -> dict[str, float]:
     import dataclasses
 
     from simpo.display import Display
-    from simpo.parallel.sharding import drop_gathered
+    from simpo.parallel.sharding import drop_gathered, gathered_bytes
     from simpo.recipe import load_recipe
     from simpo.run.memory import measure_activations, step_bytes
     from simpo.trainer import Trainer
@@ -583,8 +583,13 @@ def measure(settings: Settings) -> dict[str, float]:
 
     found = measure_activations(trainer.model, forward, device=trainer.device)
     drop_gathered(trainer.model)
-    state = step_bytes(trainer.model, optim="adamw_torch", chunk_size=8)
-    return dataclasses.asdict(found) | {"state": state, "budget": trainer.loader.max_tokens}
+    gathered = gathered_bytes(trainer.model)
+    state, elsewhere = (
+        step_bytes(trainer.model, optim="adamw_torch", chunk_size=8, device=torch.device(name)) - gathered
+        for name in ("cpu", "meta")
+    )
+    sizes = {"state": state, "elsewhere": elsewhere, "gathered": gathered}
+    return dataclasses.asdict(found) | sizes | {"budget": trainer.loader.max_tokens}
 
 
 def test_sharding_halves_the_state_and_leaves_activations(two_ranks: Ranks, model_folder, step_recipe, tmp_path):
@@ -596,6 +601,10 @@ def test_sharding_halves_the_state_and_leaves_activations(two_ranks: Ranks, mode
         assert sharded[name] == pytest.approx(alone[name], rel=0.01, abs=1)
     head = 8 * 512 * 48 + 2 * 4 * 8 * 512  # put together to compute, and its logits, whatever is sharded
     assert sharded["state"] - head == (alone["state"] - head) / 2
+    assert sharded["elsewhere"] == head  # nothing of weights that wait in another memory
+    assert sharded["fixed"] <= alone["fixed"] + 64  # what was gathered for the pass is emptied after it
+    block = 3 * 48 * 48 + 3 * 48 * 96 + 2 * 48  # its weights twice, its gradients as they come and in fp32
+    assert (alone["gathered"], sharded["gathered"]) == (0, 4 * 4 * block)
 
 
 @pytest.mark.long

@@ -17,6 +17,8 @@ from simpo.model.head import compute_token_logps
 from simpo.model.load import load_model
 from simpo.model.settle import notes_of
 from simpo.recipe import load_recipe
+from simpo.run.reference import _cache_path
+from simpo.shipping.source import find_source, load_source
 
 SIZES = {
     **{"vocab_size": 420, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2},
@@ -27,6 +29,8 @@ ROPES = {
     "longrope": {**LONGROPE, "factor": 4.0, "original_max_position_embeddings": 64},
     "dynamic": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 4.0},
 }
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
+LLAMA3 |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
 SHORT = TokenPair("short", [*range(20, 32), 50, 51, 52], 12, [*range(20, 32), 60, 61], 12)
 LONG = TokenPair("long", [*range(100, 196), 50], 90, [*range(100, 190), 61, 62], 90)
 
@@ -83,3 +87,22 @@ def test_short_runs_keep_the_factors_of_short_texts(saved_model: Any) -> None:
 def test_long_runs_say_that_short_rows_get_the_factors_of_long_ones(saved_model: Any) -> None:
     (note,) = notes_of(load(build(saved_model, "longrope"), max_length=128))
     assert note.startswith("rotary factors (longrope): those of 128 tokens (max_length) for every row")
+
+
+@pytest.mark.parametrize("rope", [*ROPES, None])
+def test_cached_log_probs_of_a_reference_are_of_its_own_factors(rope: str | None, saved_model: Any) -> None:
+    config = transformers.LlamaConfig(**SIZES)
+    folder = build(saved_model, rope) if rope else saved_model(transformers.AutoModelForCausalLM.from_config(config))
+    recipes = [load_recipe({"model_name_or_path": folder, "max_length": length}) for length in (1024, 2048)]
+    paths = {_cache_path(recipe, folder, "data", "train") for recipe in recipes}
+    assert len(paths) == (2 if rope else 1)
+
+
+def test_another_number_format_keeps_the_frequencies(saved_model: Any) -> None:
+    config = transformers.LlamaConfig(**SIZES, rope_parameters=LLAMA3, dtype="bfloat16")
+    folder = saved_model(transformers.AutoModelForCausalLM.from_config(config).bfloat16())
+    source = find_source(folder)
+    model = load_source(source, device=torch.device("cpu"), dtype=torch.bfloat16)
+    assert model.lm_head.weight.dtype == torch.bfloat16
+    expected = transformers.LlamaForCausalLM(config).model.rotary_emb.inv_freq
+    assert torch.equal(model.model.rotary_emb.inv_freq, expected)

@@ -8,9 +8,12 @@ import shutil
 
 import pytest
 from tokenizers_for_tests import trained_texts
+from transformers.models.auto import tokenization_auto
 
 from simpo.data.prepare import prepare_pairs
 from simpo.data.templates import CHATML, install_chat_template, load_chat_template
+from simpo.model.load import load_tokenizer
+from simpo.recipe import load_recipe
 
 ROW = {"prompt": "Which colour has that water?", "chosen": "The water is green.", "rejected": "Wet."}
 MESSAGES = {"prompt": [{"role": "user", "content": "Why?"}], "chosen": "Yes.", "rejected": "No."}
@@ -105,3 +108,19 @@ def test_the_template_that_a_run_was_given_by_name_is_in_its_model(tiny_recipe, 
         Trainer(load_recipe(settings), display=Display(quiet=True))
     Trainer(load_recipe({**settings, "chat_template": "chatml"}), display=Display(quiet=True)).run()
     assert AutoTokenizer.from_pretrained(f"{settings['output_dir']}/model").chat_template == CHATML
+
+
+def test_beside_mistral_common_an_instruct_model_keeps_its_template(base, tmp_path, monkeypatch):
+    """transformers would take that package's tokenizer, which knows of none; vLLM brings it along."""
+    base.chat_template = CHATML
+    base.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "mistral"}')
+    (tmp_path / "tekken.json").write_text("{}")
+    monkeypatch.setitem(tokenization_auto.TOKENIZER_MAPPING_NAMES, "mistral", "MistralCommonBackend")
+    monkeypatch.setattr(
+        tokenization_auto, "_use_mistral_format", lambda *_, mistral_format, **__: asked.append(mistral_format)
+    )
+    asked = []
+    tokenizer = load_tokenizer(load_recipe({"model_name_or_path": str(tmp_path)}))
+    assert load_chat_template(tokenizer) == CHATML
+    assert set(asked) == {False}

@@ -26,7 +26,7 @@ def lines_of(*rows: dict[str, Any]) -> str:
 def test_a_resume_keeps_every_generation_of_the_steps_it_keeps(tmp_path: Path) -> None:
     path = tmp_path / "generations.jsonl"
     rows = [{"step": step, "response": f"one{mark}two"} for step, mark in enumerate(RAW, start=1)]
-    path.write_text(lines_of(*rows) + '{"step": 2, "respo', encoding="utf-8")
+    path.write_bytes(lines_of(*rows).encode() + '{"step": 2, "response": "\u6c34'.encode()[:-1])  # cut in a character
     forget_lines_after(path, 2)
     assert path.read_text(encoding="utf-8") == lines_of(*rows[:2])
 

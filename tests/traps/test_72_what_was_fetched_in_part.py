@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from simpo.model.load import load_model, load_tokenizer
 from simpo.recipe import load_recipe
@@ -23,6 +24,12 @@ def cut(folder: Path) -> None:
 
 def put_a_pointer(folder: Path) -> None:
     (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+
+
+def lose_a_weight(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.norm.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def widen(folder: Path) -> None:
@@ -45,6 +52,10 @@ def leave_no_tokenizer(folder: Path) -> None:
     [
         (cut, r"cannot load the model '.*broken': a .safetensors file is damaged, or was fetched in part"),
         (put_a_pointer, r"cannot load the model '.*broken': a .safetensors file is damaged, or was fetched in part"),
+        (
+            lose_a_weight,
+            r"'.*broken' lacks 1 of the weights of LlamaForCausalLM, such as model.norm.weight, which would",
+        ),
         (widen, r"cannot load the model '.*broken': its weights have other shapes than its config.json says"),
         (cut_the_tokenizer, r"cannot load the tokenizer '.*broken': one of its .json files is damaged"),
         (leave_no_tokenizer, r"cannot load the tokenizer '.*broken': the folder has none; give tokenizer_name_or_path"),

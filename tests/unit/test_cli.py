@@ -10,6 +10,7 @@ import types
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
@@ -170,6 +171,7 @@ def test_train_runs_the_trainer_with_the_overridden_recipe(monkeypatch, recipe_f
         (KeyboardInterrupt(), 130),
         (NonFiniteError("row 3"), 1),
         (OutOfMemory("step 4"), 1),
+        (torch.OutOfMemoryError("out of memory"), 1),
         (ValueError("bad"), 2),
     ],
 )

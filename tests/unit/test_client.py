@@ -97,8 +97,24 @@ def test_n_answers_by_one_request_where_the_server_takes_n():
         choices = client.chat(Request(ASK, {}, seeds=(7, 8, 9)))
     assert [choice.text for choice in choices] == ["a", "b", "c"]
     assert all((choice.logprob, choice.num_tokens, choice.finished) == (-0.5, 1, True) for choice in choices)
-    assert [body["n"] for body in server.asked] == [2, 3]
+    assert [body["n"] for body in server.asked] == [3, 3]
     assert {"model": "small", "n": 3, "seed": 7, "logprobs": True}.items() <= server.asked[1].items()
+
+
+def test_single_requests_where_the_server_gives_fewer_at_once_than_are_wanted():
+    """As llama.cpp's, which refuses more than it has slots."""
+
+    def answer(body):
+        return (
+            400
+            if body.get("n", 1) > 4
+            else completion(*(f"{body['seed']} {place}" for place in range(body.get("n", 1))))
+        )
+
+    with ChatServer(answer) as server, Client(server.url, "small") as client:
+        client.try_out({}, num_choices=5, logprobs=False)
+        assert len(client.chat(Request(ASK, {}, seeds=tuple(range(5))))) == 5
+        assert not client.takes_n
 
 
 @pytest.mark.parametrize("refuses", [(), ("n",), ("logprobs",), ("n", "logprobs")])

@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -278,6 +279,14 @@ def test_saved_json_and_pairs_say_the_same(evaluation, tmp_path):
     assert len(records) == result["num_pairs"]
     assert sum(r["margin"] for r in records) / len(records) == pytest.approx(result["margin"]["value"])
     assert list(tmp_path.glob(".*")) == []
+
+
+def test_results_are_there_once_all_of_them_are(evaluation, tmp_path, monkeypatch):
+    """A sweep goes on from them."""
+    monkeypatch.setattr(type(evaluation), "save_pairs", Mock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        evaluation_command._save(evaluation.to_dict(), evaluation, str(tmp_path / "result.json"))
+    assert not (tmp_path / "result.json").exists()
 
 
 def test_what_is_undefined_is_null_in_json_and_a_dash_on_screen():

@@ -162,7 +162,7 @@ def test_adapters_are_measured_as_they_are_and_frozen_weights_get_no_gradient(mo
     kept = found.fixed + (predicted(found, RAGGED) - found.fixed) * one_block_less(found, LAYERS)
     assert kept == pytest.approx(held, rel=0.03)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    assert step_bytes(wrapped, optim="adamw_torch") == 12 * trainable + 2 * CHUNK_BYTES
+    assert step_bytes(wrapped, device=CPU, optim="adamw_torch") == 12 * trainable + 2 * CHUNK_BYTES
 
 
 def test_measuring_leaves_no_gradient_and_no_trace_in_random_numbers(model):
@@ -178,21 +178,23 @@ def test_measuring_leaves_no_gradient_and_no_trace_in_random_numbers(model):
 def test_a_step_needs_gradients_moments_and_the_heads_work(model, optim, moments):
     weights = sum(p.numel() for p in model.parameters())
     head = 8 * 300 * HIDDEN
-    assert step_bytes(model, optim=optim) == (4 + moments) * weights + 2 * CHUNK_BYTES + head
-    assert step_bytes(model, optim=optim, chunk_size=10) == (4 + moments) * weights + 2 * 10 * 300 * 4 + head
+    assert step_bytes(model, device=CPU, optim=optim) == (4 + moments) * weights + 2 * CHUNK_BYTES + head
+    assert (
+        step_bytes(model, device=CPU, optim=optim, chunk_size=10) == (4 + moments) * weights + 2 * 10 * 300 * 4 + head
+    )
 
 
 def test_moments_that_are_there_already_are_not_counted_again(model):
     model = copy.deepcopy(model)
     optimizer = torch.optim.AdamW(model.parameters())
-    fresh = step_bytes(model, optim="adamw_torch", state=optimizer.state)
-    assert fresh == step_bytes(model, optim="adamw_torch")
+    fresh = step_bytes(model, device=CPU, optim="adamw_torch", state=optimizer.state)
+    assert fresh == step_bytes(model, device=CPU, optim="adamw_torch")
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     weights = sum(p.numel() for p in model.parameters())
-    assert step_bytes(model, optim="adamw_torch", state=optimizer.state) == fresh - 8 * weights
+    assert step_bytes(model, device=CPU, optim="adamw_torch", state=optimizer.state) == fresh - 8 * weights
 
 
 def test_written_out_scores_grow_with_the_square_of_a_sequence():

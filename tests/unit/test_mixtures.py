@@ -123,6 +123,26 @@ def test_lists_are_kept_but_of_sources_whose_own_columns_name_a_pair(
     assert "named.jsonl: chosen_column or rejected_column names a pair" in note
 
 
+def test_the_scores_of_a_list_are_its_own(write: Any, data_recipe: Any, build_tokenizer: Any) -> None:
+    """Also where another rater scored its pair: 2 would rank the worst response first."""
+    row = {"prompt": "q", "chosen": "a", "rejected": "d", "score_chosen": 9, "score_rejected": 2}
+    path = write("lists", [{**row, "responses": list("abcd"), "scores": [0.4, 0.3, 0.2, 0.1]}])
+    recipe = data_recipe(path, validation_fraction=0, loss_type="plackett_luce")
+    (found,) = prepare_pairs(recipe, build_tokenizer("chatml"), progress=False).train
+    assert [found["score_chosen"], *found["more_scores"], found["score_rejected"]] == [0.4, 0.3, 0.2, 0.1]
+
+
+def test_a_filter_leaves_out_responses_of_lists_too(write: Any, data_recipe: Any, build_tokenizer: Any) -> None:
+    responses = ["a b c d", "a b c", "a b " + 12 * "c ", "a b"]
+    rows = [{"prompt": f"what is {i}?", "responses": responses, "scores": [4, 3, 2, 1]} for i in range(2)]
+    keys = {"validation_fraction": 0, "loss_type": "plackett_luce", "clean": {"max_length_ratio": 3}}
+    data = prepare_pairs(data_recipe(write("lists", rows), **keys), build_tokenizer("chatml"), progress=False)
+    assert [row["more_scores"] for row in data.train] == [[3.0]] * 2
+    left_out = data.ledger.splits["train"].noticed["response of a list left out"]
+    assert left_out["count"] == 2
+    assert "length ratio: chosen has 7 characters, rejected 2" in str(left_out)
+
+
 def test_a_cap_is_a_seeded_choice_after_the_fraction(write: Any, data_recipe: Any) -> None:
     path, other = write("a", plain(20)), write("b", plain(5))
 

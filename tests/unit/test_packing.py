@@ -10,7 +10,7 @@ import statistics
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaConfig
+from transformers import Gemma3nTextConfig, LlamaConfig
 
 from simpo.core.packing import (
     CostWeights,
@@ -25,7 +25,7 @@ from simpo.core.packing import (
     shared_prefix_length,
     spread_evenly,
 )
-from simpo.model.costs import cost_weights
+from simpo.model.costs import cost_weights, decoder_sizes
 
 reproducible = settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -99,6 +99,11 @@ def test_cost_of_a_pair_is_its_share_of_the_floor_of_compute(model, block_weight
     """The weights in the blocks are counted by hand: layers * (2 H Hq D + 2 H Hkv D + 3 H I), Hq D = H in both."""
     cost = pair_cost(shape, cost_weights(model), num_labels=shape.chosen + shape.rejected)
     assert 3 * 2 * block_weights * cost / 1e12 == pytest.approx(teraflops, rel=3e-3)
+
+
+def test_sizes_that_differ_between_layers_count_as_the_largest():
+    config = Gemma3nTextConfig(num_hidden_layers=3, intermediate_size=[64, 96, 64], hidden_size=32)
+    assert decoder_sizes(config)["intermediate_size"] == 96
 
 
 def test_cost_of_tokens_alone_counts_tokens():

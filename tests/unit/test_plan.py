@@ -192,6 +192,14 @@ def test_remedies_of_a_fixed_mesh_begin_with_another_mesh():
     assert plan.remedies[0].startswith("another mesh of the same GPUs (dp_shard: 8")
 
 
+def test_the_next_machines_are_nodes_that_there_are():
+    made = {3: (4, 4), 6: (8, 8), 4: (8, 8), 8: (16, 8)}
+    for gpus, next_ in made.items():
+        more = Machines(gpus, min(gpus, 8), 80).more()
+        assert (more.gpus, more.gpus_per_node) == next_
+    assert Machines(8, 4, 80).more().nodes == 4
+
+
 def test_remedies_fit():
     """The first one named for Llama-3-8B on two small cards does."""
     plan = plan_of("llama-8b", 2, 24)

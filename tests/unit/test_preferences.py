@@ -275,6 +275,11 @@ def test_a_prompt_alone_is_read_without_its_answers(row, prompt):
     assert (found.row_id, found.prompt, found.chosen, found.rejected) == ("x/train#1", prompt, "", "")
 
 
+def test_the_dialogues_that_hold_a_prompt_are_those_of_the_columns_named():
+    row = {"better": [USER, say("Yes.")], "worse": [USER, say("No.")]}
+    assert prompt_from_row(row, chosen_column="better", rejected_column="worse").prompt == [USER]
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import subprocess
 import sys
@@ -308,6 +309,18 @@ def test_a_models_file_that_is_not_json_is_named(tmp_path: Path):
     (tmp_path / "config.json").write_text("{broken")
     with pytest.raises(ValueError, match=r"config\.json: not JSON"):
         check_vocabulary(load_recipe({"model_name_or_path": str(tmp_path)}))
+
+
+@pytest.mark.parametrize("given", ["text", "file", "own"])
+def test_a_template_needs_tokens_that_the_model_has(tmp_path: Path, given: str):
+    files = {"config.json": {"vocab_size": 2}, "tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1, "<turn>": 2}}}}
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    text, file = "{{ '<turn>' }}", tmp_path / ("chat_template.jinja" if given == "own" else "template.jinja")
+    file.write_text(text)
+    template = {"text": text, "file": str(file), "own": None}[given]
+    with pytest.raises(ValueError, match=r"there is none for '<turn>' \(2\), which the template"):
+        check_vocabulary(load_recipe({"model_name_or_path": str(tmp_path), "chat_template": template}))
 
 
 def test_nearest_key_prefers_ours():

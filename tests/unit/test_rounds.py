@@ -275,6 +275,19 @@ def test_a_scorers_server_and_speed_may_change_and_what_it_rates_by_may_not(stag
         run_rounds(load_recipe(keys, {"score.scorers": {"judge": judge | change}}))
 
 
+@pytest.mark.parametrize("before", [{"source": "old"}, {}], ids=["noted", "by an earlier version"])
+def test_a_scorer_that_has_become_another_is_refused(stages, keys, monkeypatch, before):
+    now = dict(before)
+    monkeypatch.setattr(rounds, "build_scorer", lambda *_: (None, None, Rater(lambda rows: iter(()), now)))
+    stages.fail_at = lambda words: True
+    with pytest.raises(KeyboardInterrupt):
+        run_rounds(load_recipe(keys))
+    now["source"] = "new"
+    message = "score.own.source_digest was 'old' and is 'new'"
+    with pytest.raises(ValueError, match=message) if before else pytest.raises(KeyboardInterrupt):
+        run_rounds(load_recipe(keys))
+
+
 def test_the_steps_that_are_left_work_by_what_may_change_as_it_is_now(stages, keys, tmp_path):
     stages.fail_at = lambda words: words.startswith("train") and "round-1" in words
     with pytest.raises(KeyboardInterrupt):
@@ -361,6 +374,12 @@ def test_a_launchers_processes_share_the_global_batch_size_that_was_asked_for(st
 def test_a_stage_that_fails_ends_the_loop_with_its_code(keys, monkeypatch):
     monkeypatch.setattr(rounds, "run_command", lambda words, **_: 2)
     with pytest.raises(StageFailed, match=r"`simpo generate .*round-0/evaluation/recipe.yaml` ended with code 2"):
+        run_rounds(load_recipe(keys))
+
+
+def test_of_a_stage_that_was_killed_the_signal_is_named(keys, monkeypatch):
+    monkeypatch.setattr(rounds, "run_command", lambda words, **_: -9)
+    with pytest.raises(StageFailed, match="it was killed by SIGKILL, as the system does where memory runs out: then"):
         run_rounds(load_recipe(keys))
 
 

@@ -34,7 +34,7 @@ FAMILIES = {
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chunk_size": 8},
     "mamba": {},
 }
-PROMPTS = [list(range(10, 10 + size)) for size in (21, 3, 9, 30)]
+PROMPTS = [[10, 0, *range(12, 10 + size)] for size in (21, 3, 9, 30)]  # 0 is a token like any other
 KEYS = [[noise_key(0, place, number) for number in range(3)] for place in range(len(PROMPTS))]
 ENDS = range(64, 92)
 

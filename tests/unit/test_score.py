@@ -135,6 +135,27 @@ def test_what_failed_is_tried_again_and_what_is_rated_is_not(own, tmp_path: Path
     assert (tmp_path / "calls").read_text() == "aabbc"
 
 
+def test_rows_that_come_in_later_are_rated_and_those_before_are_not_rated_again(own, tmp_path: Path):
+    """A judge is paid: an input that has grown costs what is new, and one that has changed is refused beforehand."""
+    module = own(
+        "def rate(prompt, response, row):\n"
+        "    with open('calls', 'a') as calls: calls.write(row['id'])\n"
+        "    return len(response)\n"
+    )
+    asked = recipe(tmp_path, {"rule": {"kind": "function", "function": f"{module}:rate"}})
+    write(tmp_path, ROWS[:2])
+    run_score(asked)
+    write(tmp_path, [row("n", "new"), *ROWS])
+    assert list(scores(run_score(asked))) == ["n", "a", "b", "c"]
+    assert (tmp_path / "calls").read_text() == "aabb" + "nc"
+    write(tmp_path, [row("n", "another"), *ROWS])
+    with pytest.raises(ValueError, match=r"scored.jsonl: was begun with other settings \(input was"):
+        run_score(asked)
+    assert (tmp_path / "calls").read_text() == "aabbnc"
+    assert scores(run_score(asked, output=tmp_path / "other.jsonl"))["n"] == [len("another")]
+    assert (tmp_path / "calls").read_text() == "aabbnc" + "n"
+
+
 def test_what_ends_the_command_is_said_in_one_line(own, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     module = own("def rate(prompt, response, row): raise KeyboardInterrupt")
     write(tmp_path)

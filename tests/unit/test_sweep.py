@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from simpo.cli import app
 from simpo.evaluation.statistics import length_balanced, length_balanced_accuracy, preference_scores
 from simpo.recipe import load_recipe
+from simpo.run.stopping import killed_by
 from simpo.tuning import calibrate, jobs, sweep
 from simpo.tuning.calibrate import Margins
 from simpo.tuning.space import Range, foresee, propose_all, propose_next, read_space
@@ -225,6 +226,26 @@ def test_a_collapsed_run_is_no_success_to_learn_from(trainings, tiny_recipe, mon
     monkeypatch.setattr(sweep, "propose_next", propose)
     run_sweep(load_recipe(tiny_recipe), {"learning_rate": Range(0.01, 0.9)}, method="optuna", trials=3)
     assert [worth for _, worth in known] == [None, pytest.approx(0.82)]
+
+
+def test_a_trial_that_the_system_kills_has_failed_and_one_that_is_stopped_stops_the_sweep(
+    trainings, tiny_recipe, monkeypatch
+):
+    endings = [-2, -15, 130, -9]
+
+    def run(words, log, **options):
+        if words[0] == "train" and "trial-01" in str(log):
+            code = endings.pop(0)
+            return code, killed_by(code)
+        return trainings(words, log, **options)
+
+    monkeypatch.setattr(jobs, "run_command_line", run)
+    for _ in endings[:3]:
+        with pytest.raises(KeyboardInterrupt):
+            run_sweep(load_recipe(tiny_recipe), {"learning_rate": RATES[:2]})
+    trials = json.loads(run_sweep(load_recipe(tiny_recipe), {"learning_rate": RATES[:2]}).read_text())["trials"]
+    assert "it was killed by SIGKILL, as the system does where memory" in trials[0]["results"][0]["failed"]
+    assert trials[1]["results"][0]["failed"] is None
 
 
 def test_of_each_rung_the_best_go_on_and_every_rung_costs_about_the_same(trainings, tiny_recipe):

@@ -42,13 +42,26 @@ class _OneLineErrors(TyperGroup):
             return super().invoke(ctx)
         except Exception as error:
             is_users = isinstance(error, ValueError | OSError | NotImplementedError) or is_disk_full(error)
-            if not is_users or os.environ.get("SIMPO_TRACEBACK"):
+            memory = None if is_users else _wanted_memory(error)
+            if not (is_users or memory) or os.environ.get("SIMPO_TRACEBACK"):
                 raise
-            say_once(f"error: {explain(error)}", color="red")
-            raise typer.Exit(2) from None
+            say_once(f"error: {memory or explain(error)}", color="red")
+            raise typer.Exit(1 if memory else 2) from None
         except KeyboardInterrupt:
             _complain("interrupted")
             raise typer.Exit(130) from None
+
+
+def _wanted_memory(error: Exception) -> str | None:
+    """Of an error that says so, that memory ran out."""
+    if not isinstance(error, RuntimeError) or "torch" not in sys.modules:
+        return None
+    from simpo.run.stopping import OutOfMemory, missing_memory
+
+    if isinstance(error, OutOfMemory):
+        return str(error)
+    missing = missing_memory(error)
+    return None if missing is None else f"out of memory ({missing}); SIMPO_TRACEBACK=1 shows where"
 
 
 class _Command(TyperCommand):

@@ -254,13 +254,14 @@ def between(row: Mapping) -> list[tuple[dict, float]]:
 
 
 def read_scores(row: Mapping, *, lists: bool = True) -> tuple[float, float] | None:
-    """The scores of chosen and rejected, where a row has both: in their columns, or, with `lists`, in a scored list."""
+    """The scores of chosen and rejected, where a row has both: with `lists` in a scored list, else in their columns."""
+    if lists and (found := _read_list(row)) is not None:  # whose other scores are by the same scale
+        return found.scores[found.ends[0]], found.scores[found.ends[1]]
     for names in SCORE_PAIR_COLUMNS:
         chosen, rejected = (_number(row.get(name)) for name in names)
         if chosen is not None and rejected is not None:
             return chosen, rejected
-    found = _read_list(row) if lists else None
-    return None if found is None else (found.scores[found.ends[0]], found.scores[found.ends[1]])
+    return None
 
 
 def drop_ties(row: Mapping) -> None:

@@ -154,7 +154,12 @@ def pair_from_row(
 
 
 def prompt_from_row(
-    row: Any, *, row_id: str = "", prompt_column: str | None = None, system_prompt: str | None = None
+    row: Any,
+    *,
+    row_id: str = "",
+    prompt_column: str | None = None,
+    system_prompt: str | None = None,
+    **answer_columns: str | None,
 ) -> Pair:
     """Read the prompt of a row that has answers or none: a `Pair` whose answers are empty texts.
 
@@ -171,7 +176,7 @@ def prompt_from_row(
         tools = read_tools(row.get("tools"))
     else:
         try:
-            pair = pair_from_row(row, prompt_column=prompt_column)
+            pair = pair_from_row(row, prompt_column=prompt_column, **answer_columns)
         except RowError:
             raise missing_column(row, names, "prompt") from None
         context, tools = pair.prompt, pair.tools

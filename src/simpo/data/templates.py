@@ -7,6 +7,8 @@ where training ends.
 from __future__ import annotations
 
 import contextlib
+import datetime
+import functools
 import json
 import os
 import re
@@ -118,12 +120,12 @@ def render_chat(
 ) -> str:
     """What a template makes of a dialogue. Raises RowError where it cannot, or where that is too long.
 
-    In time and memory it is bounded by `limited` alone, around it.
+    One that writes today's date writes `DAY`. In time and memory it is bounded by `limited` alone, around it.
     """
     options = {"tools": list(tools)} if tools else {}
     try:
         text = tokenizer.apply_chat_template(
-            dialogue, chat_template=template, tokenize=False, add_generation_prompt=header, **options
+            dialogue, chat_template=on_one_day(template), tokenize=False, add_generation_prompt=header, **options
         )
     except RowError:
         raise
@@ -137,6 +139,19 @@ def render_chat(
 
 
 MOST_CHARACTERS = 1 << 24
+DAY = datetime.date(2024, 7, 26)
+"""That of dated templates, as Llama's have it where there is no clock: each day would give other tokens."""
+
+
+@functools.lru_cache
+def on_one_day(template: str) -> str:
+    """The template, with `DAY` where it asks for the clock (`strftime_now("...")`)."""
+    return re.sub(
+        r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""",
+        lambda found: json.dumps(DAY.strftime(found[1] or found[2] or "")),
+        template,
+    )
+
 
 _ROLES_IN_LINES = re.compile(r"\s*Human:.*^[ \t]*Assistant:", re.DOTALL | re.MULTILINE)
 _AS_ONE_TURN = (

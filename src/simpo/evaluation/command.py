@@ -138,5 +138,5 @@ def _beside(output: str) -> Path:
 
 def _save(content: dict[str, Any], evaluation: Evaluation, output: str | None) -> None:
     if output is not None:
-        save_json(content, output)
         evaluation.save_pairs(_beside(output))
+        save_json(content, output)  # at last: where it is, all is

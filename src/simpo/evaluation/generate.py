@@ -41,6 +41,7 @@ def generate_greedy(
     max_new_tokens: int,
     batch_size: int = 16,
     advance: Callable[[int], Any] = lambda count: None,
+    mesh: Mesh | None = None,
 ) -> list[Generated]:
     """The most likely response to each prompt, token by token.
 
@@ -51,6 +52,7 @@ def generate_greedy(
         max_new_tokens: longer responses are cut there, or where learned positions end.
         batch_size: prompts generated together, padded on the left.
         advance: is told how many prompts were answered.
+        mesh: whose processes all give the same prompts; none may end before the others where the model is sharded.
     Returns:
         One response to each prompt.
     """
@@ -70,11 +72,12 @@ def generate_greedy(
         # Compiled blocks would be compiled again for single tokens with a cache and a mask.
         with plain_attention(model), torch.compiler.set_stance("force_eager"):
             shared = why_not_shared(model) is None
+            shared, agree = (shared, {}) if mesh is None else (mesh.from_main(shared), {"agree": mesh.broadcast})
             for room, places in batches:
                 advance(len(places))
                 if room < 1:
                     continue
-                batch, size = [prompts[place] for place in places], {"max_new_tokens": room, "shared": shared}
+                batch, size = [prompts[place] for place in places], {"max_new_tokens": room, "shared": shared, **agree}
                 found = sample_responses(model, batch, [[0]] * len(batch), Sampling(), ends=ends, **size)
                 texts = tokenizer.batch_decode([response.ids for (response,) in found], skip_special_tokens=True)
                 for place, text, (response,) in zip(places, texts, found, strict=True):
@@ -117,7 +120,8 @@ def save_samples(
         return []
     prompts = [store[i].prompt_ids for i in indices]
     with needs_memory("generating samples", advice="lower num_eval_generations or eval_generation_max_new_tokens"):
-        responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=recipe.eval_generation_max_new_tokens)
+        length = recipe.eval_generation_max_new_tokens
+        responses = generate_greedy(model, tokenizer, prompts, max_new_tokens=length, mesh=mesh)
     if not mesh.is_main:
         return []
     records = [

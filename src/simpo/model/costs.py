@@ -48,7 +48,8 @@ def experts_per_token(config: Any) -> int | None:
 def setting(config: Any, name: str) -> Any:
     """A setting of a transformers configuration, None where it has none; the largest where it varies between layers."""
     try:
-        return getattr(config, name, None)
+        value = getattr(config, name, None)
+        return max(value) if isinstance(value, list | tuple) and value else value
     except RuntimeError:
         return max(getattr(layer, name) for layer in config.per_layer_config)
 

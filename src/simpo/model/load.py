@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto import tokenization_auto
 from transformers.utils import logging as transformers_logging
 
 from simpo.errors import first_line
@@ -223,7 +224,10 @@ _OF_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "tekken*")
 def load_pretrained(
     factory: Any, name: str, recipe: Recipe, *, what: str, key: str = "model_name_or_path", **options: Any
 ) -> Any:
-    """factory.from_pretrained with the recipe's revision, which is the model's; a ValueError of one line on failure."""
+    """factory.from_pretrained with the recipe's revision, which is the model's; a ValueError of one line on failure.
+
+    A model that its checkpoint does not hold all weights of is refused: transformers would draw them at random.
+    """
     name = os.path.expanduser(name)
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
     if looks_local and not Path(name).is_dir():
@@ -234,8 +238,21 @@ def load_pretrained(
     unreachable = "" if is_local else unreachable_hub()
     is_other = name in (recipe.ref_model_name_or_path, recipe.tokenizer_name_or_path)
     revision = "main" if is_other and name != recipe.model_name_or_path else recipe.model_revision or "main"
+    if factory is AutoTokenizer and hasattr(tokenization_auto, "_use_mistral_format"):
+        options["mistral_format"] = False  # beside mistral-common, which vLLM brings: it knows no chat template
+    if factory is AutoModelForCausalLM:
+        options["output_loading_info"] = True
     with naming_what_is_loaded(what, name, key=key, unreachable=unreachable):
-        return factory.from_pretrained(name, revision=revision, trust_remote_code=recipe.trust_remote_code, **options)
+        found = factory.from_pretrained(name, revision=revision, trust_remote_code=recipe.trust_remote_code, **options)
+    if factory is not AutoModelForCausalLM:
+        return found
+    model, loaded = found
+    if missing := sorted(loaded["missing_keys"]):
+        raise ValueError(
+            f"{key}: {name!r} lacks {len(missing)} of the weights of {original_class(model).__name__}, such as "
+            f"{missing[0]}, which would be random numbers; give a checkpoint of the whole causal language model"
+        )
+    return model
 
 
 @contextlib.contextmanager

@@ -85,6 +85,7 @@ def sample_responses(
     is_stopped: Callable[[list[int]], bool] | None = None,
     shared: bool = True,
     each_step: Callable[[], Any] = lambda: None,
+    agree: Callable[[Tensor], Tensor] = lambda tokens: tokens,
 ) -> list[list[Sampled]]:
     """Responses to each prompt, as many as it has keys; all are computed together.
 
@@ -96,11 +97,12 @@ def sample_responses(
         is_stopped: whether a response that has these tokens ends here.
         shared: False goes the slow way of models that `why_not_shared` says something about.
         each_step: called before each token.
+        agree: makes the tokens of all processes those of one, where none can go on without the others.
     """
     num_samples = len(keys[0])
     device = _device_of(model)
     flat = torch.tensor([key for of_prompt in keys for key in of_prompt], device=device)
-    responses = _Responses(flat, sampling, frozenset(ends), max_new_tokens, is_stopped, each_step)
+    responses = _Responses(flat, sampling, frozenset(ends), max_new_tokens, is_stopped, each_step, agree)
     if shared:
         _decode_shared(model, prompts, num_samples, responses)
     else:
@@ -121,6 +123,7 @@ class _Responses:
     max_new_tokens: int
     is_stopped: Callable[[list[int]], bool] | None
     each_step: Callable[[], Any]
+    agree: Callable[[Tensor], Tensor]
 
     def __post_init__(self) -> None:
         self.tokens: list[list[int]] = [[] for _ in self.keys]
@@ -137,7 +140,7 @@ class _Responses:
         """
         self.each_step()
         logprobs = logits.log_softmax(-1, dtype=torch.float32)
-        chosen = choose_tokens(logprobs, self.keys[rows], step, self.sampling)
+        chosen = self.agree(choose_tokens(logprobs, self.keys[rows], step, self.sampling))
         self.logprobs[rows] += logprobs.gather(1, chosen[:, None]).squeeze(1) * going
         goes_on = []
         for row, token, was_going in zip(rows.tolist(), chosen.tolist(), going.tolist(), strict=True):
@@ -280,7 +283,8 @@ def _generate_plainly(model: nn.Module, prompt: Sequence[int], rows: Tensor, res
     try:
         base.generate(
             torch.tensor([list(prompt)] * len(rows), device=rows.device),
-            generation_config=GenerationConfig(max_new_tokens=responses.max_new_tokens, pad_token_id=0),
+            # Without a padding token: generate would take the prompt's own tokens of that id for padding.
+            generation_config=GenerationConfig(max_new_tokens=responses.max_new_tokens),
             logits_processor=LogitsProcessorList([process]),
             stopping_criteria=StoppingCriteriaList([lambda ids, scores, **_: ~going]),
         )

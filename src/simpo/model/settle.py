@@ -90,6 +90,17 @@ def _stay_in_eval(mode: bool = True) -> None:
     """In place of a module's `train`."""
 
 
+def follows_length(config: Any) -> bool:
+    """Whether rotary factors follow the longest row of a batch, and are fixed to `max_length` here."""
+    found = getattr(config.get_text_config(), "rope_parameters", None) or {}
+    of_layers = [each for each in found.values() if isinstance(each, dict)] or [found]
+    return any(_follows(each.get("rope_type")) for each in of_layers)
+
+
+def _follows(rope_type: Any) -> bool:
+    return rope_type == "longrope" or "dynamic" in str(rope_type)
+
+
 def fix_rotary_factors(model: nn.Module, max_length: int) -> None:
     """Fix rotary factors that follow the longest row of a batch (longrope, dynamic) to those of `max_length` tokens.
 
@@ -102,7 +113,7 @@ def fix_rotary_factors(model: nn.Module, max_length: int) -> None:
     for module in base.modules():
         kinds = module.__dict__.get("rope_type")
         of_layers = kinds if isinstance(kinds, dict) else {None: kinds}
-        followed = {layer: kind for layer, kind in of_layers.items() if kind == "longrope" or "dynamic" in str(kind)}
+        followed = {layer: kind for layer, kind in of_layers.items() if _follows(kind)}
         for layer, kind in followed.items():
             buffer = "inv_freq" if layer is None else f"{layer}_inv_freq"
             before = getattr(module, buffer).clone()

@@ -212,15 +212,14 @@ class Client:
 
     async def _try_out(self, sampling: Mapping[str, Any], num_choices: int, logprobs: bool, listed: str) -> None:
         body = {**sampling, "messages": TRIAL, "max_tokens": 32, "seed": 0}
-        count = min(num_choices, 2)
         try:
-            choices = await self._find_ways(body, count, logprobs)
-            if len(choices) < count:
+            choices = await self._find_ways(body, num_choices, logprobs)  # servers may give some at once, and not all
+            if len(choices) < min(num_choices, 2):
                 choices += read_choices(await self._post(body | {"seed": 1}), is_trial=True)
         except RowError as error:
             raise ValueError(f"{self.url}: model {self.model!r} gives no answer ({error}){listed}") from None
         # No text: the few tokens went into thinking, which the server gives apart.
-        is_same = count > 1 and choices[0].text == choices[1].text and bool(choices[0].text.strip())
+        is_same = num_choices > 1 and choices[0].text == choices[1].text and bool(choices[0].text.strip())
         if is_same and sampling.get("temperature", 1) >= 0.5:
             raise ValueError(
                 f"{self.url}: model {self.model!r} answers {short(TRIAL[0]['content'])} twice with "

@@ -137,7 +137,7 @@ class Journal:
 
     def rows(self) -> Iterator[dict[str, Any]]:
         """The rows that are there, in the order of the file."""
-        return _rows_of(self.path)
+        return read_rows_of(self.path)
 
     def _rewrite(
         self, ordered: Sequence[str], change: Callable[[dict[str, Any]], Mapping[str, Any]] | None = None
@@ -174,12 +174,7 @@ class Journal:
                 f"{self.about}: written by simpo {about.get('simpo')}, in format {about['format']}; this is simpo "
                 f"{version('simpo')}, which reads up to format {FORMAT}"
             )
-        is_empty = not self.path.exists() or not self.path.stat().st_size  # it came to nothing before
-        if not is_empty and (changed := changed_settings(about.get("settings", {}), self.settings)):
-            raise ValueError(
-                f"{self.path}: was begun with other settings ({changed}); give the same ones to go on, or write into "
-                "another file (--output)"
-            )
+        check_settings(self.path, self.settings)
 
     def _read_done(self) -> int:
         """Fill in `done`; returns where the last whole line ends."""
@@ -239,6 +234,16 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     )
 
 
+def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where a journal with rows was begun with other settings."""
+    is_empty = not path.exists() or not path.stat().st_size  # it came to nothing before
+    if not is_empty and (changed := changed_settings(read_about(path).get("settings", {}), settings)):
+        raise ValueError(
+            f"{path}: was begun with other settings ({changed}); give the same ones to go on, or write into another "
+            "file (--output)"
+        )
+
+
 def read_about(path: str | Path) -> dict[str, Any]:
     """What FILE.json says of FILE.jsonl; empty where there is none.
 
@@ -268,10 +273,11 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         raise ValueError(f"{path}: no such file; the step before writes it, or name another one (`input`)")
     if read_about(path).get("complete") is False:
         raise ValueError(f"{path}: not complete yet; the command that writes it goes on when it is given again")
-    yield from _rows_of(path)
+    yield from read_rows_of(path)
 
 
-def _rows_of(path: Path) -> Iterator[dict[str, Any]]:
+def read_rows_of(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file, complete or not."""
     with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, start=1):
             try:

@@ -131,5 +131,5 @@ def check_rendered_alike(recipe: Recipe) -> None:
 
 
 def _reader(recipe: Recipe) -> Callable[..., Pair]:
-    columns = {"prompt_column": recipe.prompt_column, "system_prompt": recipe.system_prompt}
-    return functools.partial(prompt_from_row, **columns)
+    names = ("prompt_column", "chosen_column", "rejected_column", "system_prompt")
+    return functools.partial(prompt_from_row, **{name: getattr(recipe, name) for name in names})

@@ -41,7 +41,7 @@ from simpo.recipe.stages import SERVER_KEYS, STAGES, Generate
 from simpo.report import leave_report
 from simpo.report.read import check_no_run
 from simpo.run.lock import locked
-from simpo.run.stopping import on_stop_signal
+from simpo.run.stopping import killed_by, on_stop_signal
 
 _CHANGE_NOTHING = {
     "generate": {"batch_size", "processes", "tensor_parallel", *SERVER_KEYS},
@@ -69,17 +69,17 @@ def run_rounds(recipe: Recipe) -> Path:
         StageFailed: a command of a round could not do its work.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the command at work has been asked to stop.
     """
-    readings = _check(recipe)
+    identities = _check(recipe)
     folder = Path(recipe.output_dir or "")
     if not (folder / "settings.json").exists():
         check_no_run(folder)
-    loop = _Loop(recipe, folder, readings)
+    loop = _Loop(recipe, folder, identities)
     with locked(folder, loop.display.say), leave_report(folder, loop.display.say):
         return loop.run()
 
 
-def _check(recipe: Recipe) -> dict[str, Any]:
-    """Raises ValueError for settings that cannot be; scorer -> the version of how it reads responses, None for most."""
+def _check(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Raises ValueError for settings that cannot be; scorer -> what decides its numbers besides its options."""
     recipe.require("output_dir")
     if not recipe.score.scorers:
         raise ValueError("score.scorers: nothing to rate with; name a scorer there (`simpo keys score` has the kinds)")
@@ -101,14 +101,17 @@ def _check(recipe: Recipe) -> dict[str, Any]:
         )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("simpo rounds is started once; rounds.launcher starts its training on several processes")
-    return {name: rater.identity.get("reading") for name, rater in raters.items()}
+    return {name: dict(rater.identity) for name, rater in raters.items()}
 
 
 class _Loop:
     """The loop in one folder."""
 
-    def __init__(self, recipe: Recipe, folder: Path, readings: Mapping[str, Any]) -> None:
-        self.recipe, self.folder, self.display, self.readings = recipe, folder, Display(), readings
+    def __init__(self, recipe: Recipe, folder: Path, identities: Mapping[str, dict[str, Any]]) -> None:
+        self.recipe, self.folder, self.display = recipe, folder, Display()
+        # How responses are read is put right where they are compared; another scale could not be.
+        self.readings = {name: each.pop("reading", None) for name, each in identities.items()}
+        self.identities = identities
         self.keys = recipe.rounds
         self.seed = recipe.seed if recipe.generate.seed is None else recipe.generate.seed
         self.models: list[Measures] = []
@@ -193,6 +196,8 @@ class _Loop:
             of_stage = getattr(self.recipe, stage).model_dump()
             values |= {f"{stage}.{name}": value for name, value in of_stage.items() if name not in free}
         values["score.scorers"] = _what_rates(self.recipe.score.scorers or {})
+        for name, identity in self.identities.items():
+            values |= {f"score.{name}.{what.removesuffix('_digest')}_digest": each for what, each in identity.items()}
         return values | what_decides(self.recipe)
 
     # --- a round -----------------------------------------------------------------------------------------------------
@@ -210,7 +215,7 @@ class _Loop:
         stage("train", lambda: None if (run / "model").is_dir() else self._command(*train))
         if not self.recipe.use_peft:
             return str(run / "model")
-        stage("merge", lambda: merge_adapter(run / "model", place / "merged", dtype=self.recipe.save_dtype))
+        stage("merge", lambda: merge_adapter(run / "model", place / "merged", self.recipe))
         return str(place / "merged")
 
     def _pair(self, place: Path, recipe: str) -> None:
@@ -304,9 +309,10 @@ class _Loop:
         launcher = shlex.split(" ".join(self.keys.launcher)) if words[0] == "train" else []
         code = run_command([*(launcher or [sys.executable]), "-m", "simpo", *words], is_launcher=bool(launcher))
         if code not in (0, LEFT_OUT):  # which was said
+            killed = killed_by(code)
             raise StageFailed(
-                f"`simpo {' '.join(words)}` ended with code {code}; put right what it says above, and give the same "
-                "command again",
+                f"`simpo {' '.join(words)}` ended with code {code}; "
+                f"{f'{killed}: then' if killed else 'put right what it says above, and'} give the same command again",
                 code,
             )
 
@@ -454,11 +460,11 @@ def fingerprint_model(name: str) -> str | None:
     return hash_files([Path(name)]) if Path(name).is_dir() else None
 
 
-def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
+def merge_adapter(adapter: Path, target: Path, recipe: Recipe) -> None:
     """Write the model that an adapter and its base make together, whole or not at all.
 
     Args:
-        dtype: as save_dtype: number format in which they are added up and written; auto = the base's.
+        recipe: its save_dtype is the number format in which they are added up and written; auto = the base's.
     """
     if target.is_dir():
         return
@@ -470,8 +476,10 @@ def merge_adapter(adapter: Path, target: Path, *, dtype: str) -> None:
     aside = target.with_name(f".{target.name}")
     shutil.rmtree(aside, ignore_errors=True)
     with saving_quietly():
-        AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype).merge_and_unload().save_pretrained(aside)
-    AutoTokenizer.from_pretrained(adapter).save_pretrained(aside)
+        own = {"trust_remote_code": recipe.trust_remote_code}
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=recipe.save_dtype, **own)
+        model.merge_and_unload().save_pretrained(aside)
+    AutoTokenizer.from_pretrained(adapter, **own).save_pretrained(aside)
     follow_umask(aside)
     sync_tree(aside)
     aside.rename(target)

@@ -24,7 +24,7 @@ from rich.console import Console
 from simpo.data.columns import RowError
 from simpo.data.files import hash_files
 from simpo.display import counter, say
-from simpo.onpolicy.journal import Journal, as_line, read_about, read_rows
+from simpo.onpolicy.journal import Journal, as_line, check_settings, read_about, read_rows, read_rows_of
 from simpo.onpolicy.scorers import build_rater
 from simpo.onpolicy.scorers.rating import Explained, Rater, Row, Scores
 from simpo.recipe import Recipe
@@ -58,11 +58,19 @@ def run_score(
     order, faults = _read_order(source)
     shared, digest = digest is not None, digest or hash_files([source])
     scorers = {name: _Part(name, spec, digest, recipe, target) for name, spec in settings.scorers.items()}
+    decide = {
+        "input": digest,
+        "standardize": settings.standardize,
+        "scorers": {name: {"weight": part.options.weight, **part.settings} for name, part in scorers.items()},
+    }
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with locked(target.parent, lambda line: say(line, console)), interruptible(lambda: "what has been scored is kept"):
+        has_grown = read_about(target).get("settings", {}).get("input") != digest and _has_grown(target, order)
+        if not _is_made_anew(target, decide, has_grown=has_grown):
+            check_settings(target, decide)  # before anyone is asked
         for part in scorers.values():
             faults |= part.work(source, order, faults, console, shared=shared)
-        _combine(source, target, order, scorers, faults, standardize=settings.standardize, digest=digest)
+        _combine(source, target, order, scorers, faults, decide, has_grown=has_grown)
     about = read_about(target)
     say(f"scored: {target}  ({about['rows']} of {len(order)} prompts)", console)
     for name, spread in about["scores"].items():
@@ -82,23 +90,53 @@ def _path(recipe: Recipe, given: str | Path | None, name: str, key: str) -> Path
     return Path(given) if given is not None else Path(str(recipe.output_dir), name)
 
 
-def _read_order(source: Path) -> tuple[list[str], dict[str, RowError]]:
-    """The ids of all rows, and what is wrong with those that cannot be rated.
+def _read_order(source: Path) -> tuple[dict[str, str], dict[str, RowError]]:
+    """The ids of all rows, each with a digest of what it says, and what is wrong with those that cannot be rated.
 
     Raises:
         ValueError: as `read_rows`; no rows, or two with one id.
     """
-    order: dict[str, None] = {}
+    order: dict[str, str] = {}
     faults = {}
     for row in read_rows(source):
         if row["id"] in order:
             raise ValueError(f"{source}: two rows have the id {row['id']!r}")
-        order[row["id"]] = None
+        order[row["id"]] = _digest_of(row)
         if fault := _fault_of(row):
             faults[row["id"]] = fault
     if not order:
         raise ValueError(f"{source}: no rows")
-    return list(order), faults
+    return order, faults
+
+
+def _digest_of(row: Row) -> str:
+    """Of everything that a row says."""
+    return hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def _has_grown(target: Path, order: Mapping[str, str]) -> bool:
+    """Whether the output is of these rows, or some of them, as they are."""
+    if not target.is_file():
+        return False
+    with contextlib.suppress(ValueError):  # its last line was cut
+        for row in read_rows_of(target):
+            if order.get(row["id"]) != _digest_of(_unscored(row)):
+                return False
+    return True
+
+
+def _unscored(row: Row) -> Row:
+    """A row of the output as it was in the input."""
+    added = ("scores", "score")
+    bare = [{name: value for name, value in each.items() if name not in added} for each in row["responses"]]
+    return {name: value for name, value in row.items() if name != "because"} | {"responses": bare}
+
+
+def _is_made_anew(target: Path, decide: Mapping[str, Any], *, has_grown: bool) -> bool:
+    """Whether the output only differs in how responses are read, or in rows that have come in since."""
+    before = read_about(target).get("settings", {})
+    same = {"input": None} if has_grown else {}
+    return json.loads(json.dumps(decide)) != before and {**_unread(before), **same} == {**_unread(decide), **same}
 
 
 def _fault_of(row: Row) -> RowError | None:
@@ -151,12 +189,15 @@ class _Part:
         self.digest = digest
 
     def work(
-        self, source: Path, order: list[str], faults: dict[str, RowError], console: Console, *, shared: bool
+        self, source: Path, order: dict[str, str], faults: dict[str, RowError], console: Console, *, shared: bool
     ) -> dict[str, RowError]:
         """Rate what is not rated yet; gives the rows that this failed for, and why. `shared`: with other inputs."""
         failed: dict[str, RowError] = {}
         with Journal(self.path, {"input": self.digest, **self.settings}) as journal:
             left = [row_id for row_id in order if row_id not in journal and row_id not in faults]
+            for row in self._rated_elsewhere({row_id: order[row_id] for row_id in left}):
+                journal.add(row)
+            left = [row_id for row_id in left if row_id not in journal]
             if left:
                 if not journal.done and self._is_read_anew():
                     say(f"note: {self.name}: rated anew, as this version reads responses otherwise", console)
@@ -173,22 +214,35 @@ class _Part:
                             journal.leave_out(row_id, checked)
                         else:
                             because = {"because": scores.because} if isinstance(scores, Explained) else {}
-                            journal.add({"id": row_id, "scores": checked, **because})
+                            journal.add({"id": row_id, "of": order[row_id], "scores": checked, **because})
                         advance(1, 0 if isinstance(checked, RowError) else len(checked))
             wanted = {*order}
             spread = _spread(row for row in journal.rows() if row["id"] in wanted)
-            journal.finish(order, spread, keeps_others=shared)
+            journal.finish(list(order), spread, keeps_others=shared)
         return failed
+
+    def _others(self) -> Iterator[tuple[Path, dict[str, Any]]]:
+        """The other journals of the scorer beside this one, with their settings."""
+        for other in sorted(self.path.parent.glob(f"{glob.escape(self.name)}-{'[0-9a-f]' * 12}.json")):
+            with contextlib.suppress(ValueError):  # one that is damaged is of no account here
+                if other.stem != self.path.stem:
+                    yield other.with_suffix(".jsonl"), read_about(other).get("settings", {})
+
+    def _rated_elsewhere(self, wanted: dict[str, str]) -> Iterator[Row]:
+        """What is known of rows that an earlier input had as they are, so that nobody is asked, or paid, again."""
+        settings = json.loads(json.dumps(self.settings))
+        for path, before in self._others():
+            if wanted and before == {**settings, "input": before.get("input")} and path.is_file():
+                with contextlib.suppress(ValueError):  # its last line was cut
+                    for row in read_rows_of(path):
+                        if row.get("of") and row["of"] == wanted.get(row["id"]):
+                            del wanted[row["id"]]
+                            yield row
 
     def _is_read_anew(self) -> bool:
         """Whether numbers are there that differ from these in nothing but their reading."""
         settings = {"input": self.digest, **self.settings}
-        for other in self.path.parent.glob(f"{glob.escape(self.name)}-{'[0-9a-f]' * 12}.json"):
-            with contextlib.suppress(ValueError):  # one that is damaged is of no account here
-                before = read_about(other).get("settings")
-                if before != json.loads(json.dumps(settings)) and _unread(before) == _unread(settings):
-                    return True
-        return False
+        return any(_unread(before) == _unread(settings) for _, before in self._others())
 
 
 def _unread(settings: Any) -> dict[str, Any]:
@@ -230,12 +284,12 @@ def _spread(rows: Iterator[Row]) -> dict[str, Any]:
 def _combine(
     source: Path,
     target: Path,
-    order: list[str],
+    order: Mapping[str, str],
     parts: Mapping[str, _Part],
     faults: Mapping[str, RowError],
+    decide: Mapping[str, Any],
     *,
-    standardize: bool,
-    digest: str,
+    has_grown: bool,
 ) -> None:
     """Write the output from the scorers' numbers, all of which are there."""
     spreads = {
@@ -243,19 +297,15 @@ def _combine(
         for name, part in parts.items()
         if (kept := read_about(part.path))["responses"]
     }
-    settings = {
-        "input": digest,
-        "standardize": standardize,
-        "scorers": {name: {"weight": part.options.weight, **part.settings} for name, part in parts.items()},
-    }
-    about = read_about(target)
-    before = about.get("settings", {})
-    is_other = before != json.loads(json.dumps(settings))
+    about, standardize = read_about(target), decide["standardize"]
     # Every standardised score depends on the rows that have come in since, and each on how responses are read.
-    if _unread(before) == _unread(settings) and (is_other or (standardize and about.get("scores") != spreads)):
+    has_moved = (
+        standardize and about.get("scores") != spreads and about.get("settings") == json.loads(json.dumps(decide))
+    )
+    if has_moved or _is_made_anew(target, decide, has_grown=has_grown):
         target.unlink(missing_ok=True)
         target.with_suffix(".json").unlink()
-    with Journal(target, settings) as journal:
+    with Journal(target, decide) as journal:
         rated = {name: _Follower(read_rows(part.path)) for name, part in parts.items()}
         for row in read_rows(source):
             found = {name: each.row(row["id"]) for name, each in rated.items()}
@@ -263,7 +313,7 @@ def _combine(
                 journal.leave_out(row["id"], faults.get(row["id"], RowError("not rated", "by an earlier call")))
             elif row["id"] not in journal:
                 journal.add(_scored(row, found, parts, spreads if standardize else None))  # type: ignore[arg-type]
-        journal.finish(order, {"prompts": len(order), "scores": spreads})
+        journal.finish(list(order), {"prompts": len(order), "scores": spreads})
 
 
 def _scored(

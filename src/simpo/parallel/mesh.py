@@ -175,6 +175,12 @@ class Mesh:
         dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def broadcast(self, values: Tensor) -> Tensor:
+        """Rank 0's values, on every process, in place where it has to be."""
+        if self.sizes.world > 1:
+            dist.broadcast(values, src=0)
+        return values
+
     def limit_waits(self, seconds: int) -> None:
         """Let each process group, whoever made it, wait as long for a process; new ones wait torch's half an hour."""
         if self.sizes.world > 1:

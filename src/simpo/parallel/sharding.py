@@ -130,6 +130,35 @@ def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
+def gathered_bytes(model: nn.Module) -> int:
+    """The most that FSDP2 holds in one piece at a time on this process, in bytes; 0 where it shards nothing.
+
+    At the head that and a block; in the backward pass two blocks, and of one its gradients as they come and in fp32.
+    """
+    base = _base_of(model)
+    ends = {base.get_input_embeddings(), base.get_output_embeddings()}
+    states = {part._get_fsdp_state(): part for part in base.modules() if isinstance(part, FSDPModule)}
+    at_head, block, backward = 0, 0, 0
+    for state, part in states.items():
+        gathered = gradients = 0
+        for group in _param_groups(state):
+            for weight in (each.sharded_param for each in group.fsdp_params):
+                numel = local_part(weight).numel() * _times_sharded(weight)
+                size = (group.mp_policy.param_dtype or weight.dtype).itemsize
+                gathered, gradients = gathered + numel * size, gradients + numel * (size + 4) * weight.requires_grad
+        if not ends.isdisjoint(part.modules()):
+            at_head = max(at_head, gathered)
+            continue
+        block, backward = max(block, gathered), max(backward, 2 * gathered + gradients)
+    return max(at_head + block, backward)
+
+
+def _times_sharded(weight: DTensor) -> int:
+    """How many processes FSDP2 spreads each part of a weight over."""
+    names = weight.device_mesh.mesh_dim_names or ()
+    return weight.device_mesh.size(names.index("fsdp")) if "fsdp" in names else 1
+
+
 def drop_gathered(model: nn.Module) -> None:
     """Free the weights that sharded parts still hold whole after a forward pass that no backward pass follows.
 

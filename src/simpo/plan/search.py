@@ -52,6 +52,13 @@ class Machines:
     def nodes(self) -> int:
         return self.gpus // self.gpus_per_node
 
+    def more(self) -> Machines:
+        """The next that one would rent: a node of 2, 4 or 8 GPUs, then twice as many nodes."""
+        if self.nodes > 1 or self.gpus >= 8:
+            return replace(self, gpus=2 * self.gpus)
+        gpus = 1 << self.gpus.bit_length()
+        return replace(self, gpus=gpus, gpus_per_node=gpus)
+
     @classmethod
     def of(cls, *, gpus: int | None, nodes: int | None, gpus_per_node: int | None, gpu_gib: float) -> Machines:
         """From what was given of --gpus, --nodes and --gpus-per-node.
@@ -348,8 +355,7 @@ class Plan:
                     words = " and ".join(f"{key}: {str(value).lower()}" for key, value in values.items())
                     yield f"{words} ({other._changes()})"
         while machines.gpus < MOST_GPUS:
-            more = machines.gpus * 2
-            machines = replace(machines, gpus=more, gpus_per_node=min(more, max(8, machines.gpus_per_node)))
+            machines = machines.more()
             other = replace(search, recipe=_unfixed(search.recipe), machines=machines).first_that_fits()
             if other is not None:
                 yield f"{machines.gpus} GPUs ({other._changes()})"

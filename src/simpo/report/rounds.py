@@ -82,7 +82,7 @@ def _answers(folder: Path, first: int, last: int) -> Iterator[Answer]:
 def _responses(place: Path) -> dict[str, tuple[str, str]]:
     path = next((each for each in (place / "scored.jsonl", place / "responses.jsonl") if each.is_file()), None)
     found: dict[str, tuple[str, str]] = {}
-    for line in path.read_text(encoding="utf-8").split("\n") if path else ():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path else ():
         try:
             row = json.loads(line)
             turns = row["prompt"]

@@ -140,7 +140,9 @@ class CheckpointSaver:
         if self._copies is not None:
             thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
             copies = self._copies.of(tensors)
-            written = thread.submit(dcp.save, copies, checkpoint_id=folder, process_group=self._group)
+            # Nothing to copy ahead of: torch would look for it on the first GPU, whichever this process has.
+            writer = dcp.FileSystemWriter(folder, per_thread_copy_ahead=0)
+            written = thread.submit(dcp.save, copies, storage_writer=writer, process_group=self._group)
             thread.shutdown(wait=False)
             return written
         written = Future()

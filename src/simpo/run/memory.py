@@ -30,7 +30,7 @@ from simpo.core.logprobs import CHUNK_BYTES, CHUNK_BYTES_CUDA
 from simpo.core.optimizers import OPTIMIZERS
 from simpo.core.packing import PairShape, TokenPair
 from simpo.model.attention import unwrap
-from simpo.parallel.sharding import local_part
+from simpo.parallel.sharding import gathered_bytes, local_part
 
 if TYPE_CHECKING:
     from simpo.data.loader import PairStore
@@ -137,8 +137,13 @@ class _Storages(TorchDispatchMode):
         return value.ndim == 2 and value.shape[1] == self._vocabulary
 
     def live_bytes(self, *, without: set[int]) -> int:
-        """Bytes of those that still exist, but for the storages named by their address."""
-        return sum(size for key, (ref, size) in self._seen.items() if key not in without and not ref.expired())
+        """Bytes of those that still exist, but for the storages named by their address.
+
+        At the size that they have now: what FSDP2 gathered exists for good, and is emptied.
+        """
+        seen = ((ref, size) for key, (ref, size) in self._seen.items() if key not in without)
+        alive = ((torch.UntypedStorage._new_with_weak_ptr(ref.cdata), size) for ref, size in seen)
+        return sum(min(size, storage.nbytes()) for storage, size in alive if storage is not None)
 
 
 def kept_bytes(model: nn.Module, forward: Forward, batch: PackedPairs, *, device: torch.device) -> int:
@@ -209,11 +214,18 @@ def _without_checkpointing(model: nn.Module) -> Iterator[bool]:
 
 
 def step_bytes(
-    model: nn.Module, *, optim: str, chunk_size: int | None = None, state: Mapping[Tensor, Any] | None = None
+    model: nn.Module,
+    *,
+    optim: str,
+    device: torch.device,
+    chunk_size: int | None = None,
+    state: Mapping[Tensor, Any] | None = None,
 ) -> int:
-    """Bytes that an optimizer step needs whatever its micro-batches: gradients, moments, the head's work.
+    """Bytes that an optimizer step needs whatever its micro-batches: gradients, moments, the head's work, and what
+    FSDP2 gathers.
 
     Args:
+        device: whose memory is looked at; gradients and moments of weights that wait elsewhere are there too.
         model: its trainable parameters count; what already has a gradient does not count again.
         optim: the recipe's optimizer; "offloaded" if its moments are in CPU memory.
         state: the optimizer's; the moments of parameters that it has are allocated already.
@@ -222,18 +234,19 @@ def step_bytes(
     moments = 0 if optim == "offloaded" else OPTIMIZERS[optim].moment_bytes
     total = 0
     for parameter in model.parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and local_part(parameter).device.type == device.type:
             size = parameter.element_size()
             gradient = size if parameter.grad is None else 0
             moment = 0 if state and parameter in state else 2 * size if moments is None else moments
             total += local_part(parameter).numel() * (gradient + moment)
     weight = unwrap(model).get_output_embeddings().weight
-    default = CHUNK_BYTES_CUDA if weight.is_cuda else CHUNK_BYTES
+    default = CHUNK_BYTES_CUDA if device.type == "cuda" else CHUNK_BYTES
     # With tensor parallelism a process has its rows of the head; FSDP2 puts the head together before it computes.
     vocabulary = weight.shape[0] // (getattr(unwrap(model), "_tp_size", None) or 1)
     logits = default if chunk_size is None else 4 * chunk_size * vocabulary
     # The last chunk's logits and the next one's; the weight's fp32 gradient, and the embedding's it is tied to.
-    return total + 2 * logits + (8 * vocabulary * weight.shape[1] if weight.requires_grad else 0)
+    total += 2 * logits + (8 * vocabulary * weight.shape[1] if weight.requires_grad else 0)
+    return total + gathered_bytes(model)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,7 +292,7 @@ def fit_micro_batches(
     if free is None:
         return None
     optim = "offloaded" if recipe.optimizer_offload else recipe.optim
-    fixed_bytes = step_bytes(model, optim=optim, chunk_size=recipe.logits_chunk_size, state=state)
+    fixed_bytes = step_bytes(model, optim=optim, device=device, chunk_size=recipe.logits_chunk_size, state=state)
     options = {"share_prompt": recipe.share_prompt, "offloaded": recipe.activation_offload}
     return pick_token_budget(
         measure_activations(model, forward, device=device, **options).shared_by(cp),

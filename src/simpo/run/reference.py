@@ -28,6 +28,7 @@ from simpo.data.loader import PairStore, evaluation_batches
 from simpo.display import say
 from simpo.errors import first_line
 from simpo.model.load import load_model, load_pretrained
+from simpo.model.settle import follows_length
 from simpo.run.objective import recipe_logps
 from simpo.run.stopping import needs_memory
 
@@ -133,13 +134,20 @@ def _cache_path(recipe: Recipe, name: str, fingerprint: str, split: str) -> Path
 
 
 def _model_fingerprint(name: str, recipe: Recipe) -> str:
-    """A local model by the names, sizes and times of its weight files; a hub model by name and commit."""
+    """A local model by the names, sizes and times of its weight files; a hub model by name and commit.
+
+    Where rotary factors are those of `max_length` tokens, by that too.
+    """
     folder = Path(name)
+    config = load_pretrained(AutoConfig, name, recipe, what="configuration", key="ref_model_name_or_path")
+    length = f"|max_length {recipe.max_length}" * follows_length(config)
     if not folder.is_dir():
-        config = load_pretrained(AutoConfig, name, recipe, what="configuration", key="ref_model_name_or_path")
-        return f"{name}@{getattr(config, '_commit_hash', None) or recipe.model_revision}"
+        return f"{name}@{getattr(config, '_commit_hash', None) or recipe.model_revision}{length}"
     files = sorted(p for p in folder.iterdir() if p.suffix in (".safetensors", ".bin", ".json"))
-    return "|".join([str(folder.resolve()), *(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)])
+    return (
+        "|".join([str(folder.resolve()), *(f"{p.name}:{p.stat().st_size}:{p.stat().st_mtime_ns}" for p in files)])
+        + length
+    )
 
 
 def _read(path: Path, num_pairs: int) -> ReferenceLogps | None:

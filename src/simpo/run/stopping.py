@@ -71,6 +71,14 @@ def not_finite(
 _ASKS_TO_STOP = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
+def killed_by(code: int) -> str:
+    """Of a child's exit code: the signal that ended it, and why, unless that asked it to stop; "" = nothing did."""
+    if code >= 0 or -code in _ASKS_TO_STOP:
+        return ""
+    name = signal.Signals(-code).name if -code in set(signal.Signals) else f"signal {-code}"
+    return f"it was killed by {name}" + ", as the system does where memory runs out" * (name == "SIGKILL")
+
+
 @contextlib.contextmanager
 def on_stop_signal(handler: Callable[[int, Any], Any] = signal.default_int_handler) -> Iterator[None]:
     """Inside, Ctrl-C, SIGTERM and the end of the terminal call `handler`; by default they raise KeyboardInterrupt.

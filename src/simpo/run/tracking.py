@@ -107,9 +107,8 @@ def forget_lines_after(path: Path, step: int) -> None:
     """
     if not path.exists():
         return
-    *lines, _ = path.read_text(encoding="utf-8").split("\n")
-    kept = [line + "\n" for line in lines if not _is_done_again(line, step)]
-    write_whole(path, kept)
+    *lines, _ = path.read_bytes().split(b"\n")  # which may have been cut within a character
+    write_whole(path, b"".join(line + b"\n" for line in lines if not _is_done_again(line, step)))
 
 
 def read_evaluation(path: Path, step: int) -> dict[str, float] | None:
@@ -118,7 +117,7 @@ def read_evaluation(path: Path, step: int) -> dict[str, float] | None:
     return {name: value for name, value in found[-1].items() if name.startswith("eval_")} if found else None
 
 
-def _is_done_again(line: str, step: int) -> bool:
+def _is_done_again(line: bytes, step: int) -> bool:
     try:
         record = json.loads(line)
         return record["step"] > step or "eval_saved_loss" in record  # the end of a run is evaluated anew

@@ -197,7 +197,22 @@ def load_source(source: Source, *, device: torch.device, dtype: torch.dtype = to
     else:
         assert source.checkpoint is not None
         model = _load_native(source, source.checkpoint)
-    return model.to(device=device, dtype=dtype).eval()
+    return cast(model, device=device, dtype=dtype).eval()
+
+
+def cast(model: nn.Module, *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The model with what is saved of it in another format; what it computes at its start, as rotary frequencies, stays
+    fp32, as where it is loaded in that format."""
+    kept = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if name in module._non_persistent_buffers_set and buffer is not None
+    ]
+    model.to(device=device, dtype=dtype)
+    for module, name, buffer in kept:
+        module._buffers[name] = buffer.to(device)
+    return model
 
 
 def _load_base(source: Source, name: str, **options: Any) -> Any:

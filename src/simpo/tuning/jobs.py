@@ -31,7 +31,7 @@ from simpo.evaluation.statistics import (
 )
 from simpo.onpolicy.rounds import ask_to_stop, going_with_this_process
 from simpo.recipe import load_recipe
-from simpo.run.stopping import on_stop_signal
+from simpo.run.stopping import killed_by, on_stop_signal
 from simpo.tuning.space import Settings
 
 
@@ -125,7 +125,7 @@ def run_job(
         code, said = run_command_line(
             words, job.folder / "log.txt", launcher=launched, environment=environment, started=started
         )
-        if code < 0 or code == 130:
+        if code == 130 or (code < 0 and not killed_by(code)):
             raise KeyboardInterrupt
         if code:
             return Result(None, failed=f"simpo {words[0]} ended with {code}: {said}")
@@ -154,7 +154,9 @@ def run_command_line(
         started(child)
         code = child.wait()
     lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return code, next((line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else "")
+    return code, killed_by(code) or next(
+        (line for line in reversed(lines) if "error" in line.lower()), lines[-1] if lines else ""
+    )
 
 
 def _measured(job: Job, time_s: float) -> Result:

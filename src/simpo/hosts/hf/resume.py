@@ -34,3 +34,21 @@ def check_checkpoint(folder: Path, identity: Mapping[str, Any], loader: StepLoad
     counts = [(line["step"], line["pairs_seen"]) for line in history if "pairs_seen" in line]
     fits = all(loader.pairs_before(step) == count for step, count in counts)
     return list(check_same_run(load_state(folder / IDENTITY_FILE), identity, folder, recipe=recipe, pairs_fit=fits))
+
+
+def find_best(resumed: Path) -> str | None:
+    """The checkpoint of the best evaluation before this one: beside it, where the run may have been moved since.
+
+    Raises:
+        ValueError: it is gone.
+    """
+    recorded = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME)).best_model_checkpoint
+    if recorded is None:
+        return None
+    places = (resumed.with_name(Path(recorded).name), Path(recorded))
+    if (found := next((place for place in places if place.is_dir()), None)) is None:
+        raise ValueError(
+            f"load_best_model_at_end: the checkpoint of the best evaluation, {places[0]}, is not there any more; with "
+            "false the last step's weights become the model"
+        )
+    return str(found)

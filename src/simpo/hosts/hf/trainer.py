@@ -37,7 +37,7 @@ from simpo.hosts.hf.launch import check_launch, join_launched_world
 from simpo.hosts.hf.masters import give_masters, take_masters, whole_state_dict, whole_weights
 from simpo.hosts.hf.model import load_by_name, make_ready, tokenizer_of, weights_are_elsewhere, wrap_in_adapters
 from simpo.hosts.hf.reference import References
-from simpo.hosts.hf.resume import IDENTITY_FILE, check_checkpoint
+from simpo.hosts.hf.resume import IDENTITY_FILE, check_checkpoint, find_best
 from simpo.hosts.hf.window import Window
 from simpo.model.attention import plain_attention
 from simpo.model.head import compute_pair_logps
@@ -547,6 +547,8 @@ class SimPOTrainer(Trainer):
             for line in check_checkpoint(Path(resume_from_checkpoint), self._identity(), self.loader, self.recipe):
                 self.display.say(line)
         place = super()._init_training_state(max_steps, *others)
+        if resume_from_checkpoint is not None and self.args.load_best_model_at_end:
+            self.state.best_model_checkpoint = find_best(Path(resume_from_checkpoint))
         stops = [each for each in self.callback_handler.callbacks if isinstance(each, EarlyStop)]
         # The Trainer would do a step beyond the last one before it looks.
         has_ended = (
