@@ -158,8 +158,9 @@ def prompt_from_row(
     *,
     row_id: str = "",
     prompt_column: str | None = None,
+    chosen_column: str | None = None,
+    rejected_column: str | None = None,
     system_prompt: str | None = None,
-    **answer_columns: str | None,
 ) -> Pair:
     """Read the prompt of a row that has answers or none: a `Pair` whose answers are empty texts.
 
@@ -176,7 +177,8 @@ def prompt_from_row(
         tools = read_tools(row.get("tools"))
     else:
         try:
-            pair = pair_from_row(row, prompt_column=prompt_column, **answer_columns)
+            answers = {"chosen_column": chosen_column, "rejected_column": rejected_column}
+            pair = pair_from_row(row, prompt_column=prompt_column, **answers)
         except RowError:
             raise missing_column(row, names, "prompt") from None
         context, tools = pair.prompt, pair.tools
