@@ -91,6 +91,7 @@ from simpo.run.stopping import (
     OutOfMemory,
     StepLosses,
     StopRequest,
+    interrupted,
     name_step,
     needs_memory,
     not_finite,
@@ -412,10 +413,7 @@ class Trainer:
         return any(self.mesh.gather(self._stop.is_set()))
 
     def _interrupted(self, saved: Path) -> Interrupted:
-        return Interrupted(
-            f"stopped after step {self.progress.step} of {self.total_steps} and saved {saved}; "
-            "to resume, run the same command with --resume_from_checkpoint true"
-        )
+        return interrupted(self.progress.step, self.total_steps, saved)
 
     def _evaluates_at(self, step: int) -> bool:
         return is_due(self.recipe.eval_strategy, self.recipe.eval_steps, **self._at(step))
@@ -461,7 +459,7 @@ class Trainer:
             display=self.display,
         )
         if written:
-            self._write(written)
+            self._write(written | ({"of_step": float(kept_step)} if kept_step != progress.step else {}))
         metrics = self.output_dir / "metrics.jsonl"
         done = {"run directory": self.output_dir, "model": model_dir, "metrics": metrics}
         self.display.table("done", done | self.guard.summary())

@@ -17,8 +17,10 @@ import torch
 import yaml
 from mesh_runs import assert_same_run, metrics
 from miniature import recipe_in
+from safetensors.torch import load_file
 
 from simpo.display import Display
+from simpo.hosts.hf.run import RunDirectory, run_recipe
 from simpo.recipe import load_recipe
 from simpo.run.saved import list_checkpoints
 from simpo.trainer import Interrupted, Trainer
@@ -238,3 +240,29 @@ def test_ctrl_c_saves_says_how_to_go_on_and_exits_130(tiny_recipe: Settings, tmp
     assert code == 130, output
     assert "--resume_from_checkpoint true" in output
     assert "Traceback" not in output
+
+
+def test_a_trainers_run_that_is_asked_to_stop_saves_itself_and_goes_on(
+    tiny_recipe: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {**tiny_recipe, "device": "cpu", "max_steps": 5, "save_steps": 4, "eval_steps": 3, "logging_steps": 1}
+    run_recipe(load_recipe({**settings, "output_dir": str(tmp_path / "whole")}))
+    after_step = RunDirectory.on_step_end
+
+    def ask(self: RunDirectory, args: Any, state: Any, control: Any, **others: Any) -> None:
+        if state.global_step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        after_step(self, args, state, control, **others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RunDirectory, "on_step_end", ask)
+        with pytest.raises(Interrupted, match=r"^stopped after step 2 of 5 and saved .*checkpoint-2; to resume, run"):
+            run_recipe(load_recipe(settings))
+    folder = Path(settings["output_dir"])
+    assert not (folder / "model").exists()
+    run_recipe(load_recipe({**settings, "resume_from_checkpoint": True}))
+    names = ("step", "loss", "eval_loss", "tokens_seen")
+    ours, theirs = ([[line.get(n) for n in names] for line in metrics(each)] for each in (folder, tmp_path / "whole"))
+    assert ours == theirs
+    ours, theirs = (load_file(each / "model" / "model.safetensors") for each in (folder, tmp_path / "whole"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -21,11 +23,13 @@ from hf_hosts import (
     settings,
 )
 from miniature import write_pairs
+from safetensors.torch import load_file
 
 from simpo.display import Display
 from simpo.hosts.hf import SimPOConfig, SimPOTrainer
+from simpo.hosts.hf.run import run_recipe
 from simpo.recipe import load_recipe
-from simpo.run.stopping import OutOfMemory
+from simpo.run.stopping import NonFiniteError, OutOfMemory
 from simpo.trainer import Trainer
 
 DPO = {"loss_type": "dpo", "beta": 0.1}
@@ -135,6 +139,34 @@ def test_arguments_that_were_changed_count_and_those_that_came_too_late_are_refu
         with pytest.raises(ValueError, match=rf"^{name}: changed after pairs and model"):
             trainer.train()
         setattr(trainer.args, name, before)
+
+
+def test_a_second_training_has_nothing_of_the_first(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    """In a notebook: the first was stopped by a loss that is not finite."""
+    trainer = trainer_of(tiny_model, pairs, tmp_path / "run", max_steps=1)
+    with mock.patch.object(trainer, "_pair_losses", side_effect=trainer._pair_losses) as losses:
+        losses.side_effect = lambda *args, f=trainer.__class__._pair_losses, **options: [
+            each * math.nan if place == 0 else each for place, each in enumerate(f(trainer, *args, **options))
+        ]
+        with pytest.raises(NonFiniteError):
+            trainer.train()
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_weights_alone_are_no_run_to_go_on_from(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(tiny_model, pairs, tmp_path / "run", max_steps=2, save_only_model=True)
+    trainer.args.save_strategy, trainer.args.save_steps = "steps", 1
+    trainer.train()
+    with pytest.raises(ValueError, match=r"checkpoint-1 holds weights alone \(save_only_model\)"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-1"))
+
+
+def test_leaks_into_sets_that_are_not_compared_are_refused(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
+    args = SimPOConfig(report_to=[], clean={"leaks": "exact"}, **settings(tmp_path / "run"))
+    rows = read_rows(pairs)
+    with pytest.raises(ValueError, match=r"^clean.leaks: the sets of a mapping are not compared"):
+        SimPOTrainer(str(tiny_model), args, train_dataset=rows, eval_dataset={"held": rows[:4]})
 
 
 def test_a_damaged_checkpoint_is_noticed_whatever_names_it(tiny_model: Path, pairs: Path, tmp_path: Path) -> None:
@@ -462,3 +494,55 @@ def test_a_recipes_model_is_evaluated_as_it_is_written(
     expected = Trainer(load_recipe(again), display=Display(quiet=True)).evaluate()
     assert line["eval_saved_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
     assert abs([x for x in lines if "eval_loss" in x][-1]["eval_loss"] - expected["eval_loss"]) > 1e-6
+
+
+# --- FSDP2, which accelerate gives to GPUs alone: here to CPUs, everything else as it is -----------------------------
+
+FSDP2 = {
+    **{"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"},
+    **{"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+    **{"FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT", "ACCELERATE_MIXED_PRECISION": "no"},
+}
+
+
+def train_under_fsdp2(recipe: dict[str, Any]) -> str:
+    """What `accelerate launch` with recipes/accelerate/fsdp2.yaml runs."""
+    from accelerate import state
+    from accelerate.utils import DistributedType
+
+    began = state.AcceleratorState.__init__
+
+    def begin(self: Any, *args: Any, **options: Any) -> None:
+        began(self, *args, **options)
+        if (plugin := options.get("fsdp_plugin")) is not None:
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            self.fsdp_plugin, self.distributed_type = plugin, DistributedType.FSDP
+            state.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    with mock.patch.dict(os.environ, FSDP2), mock.patch.object(state.AcceleratorState, "__init__", begin):
+        try:
+            run_recipe(load_recipe(recipe))
+        finally:
+            state.AcceleratorState._reset_state(True)
+    return "finished"
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bfloat16"])
+def test_accelerates_fsdp2_leaves_the_native_trainers_model(
+    bf16: bool, two_ranks: Any, tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    keys = {"device": "cpu", "bf16": bf16, "max_steps": 3, "save_dtype": "float32", "logging_steps": 1}
+    whole = {**tiny_recipe, **keys, "gradient_accumulation_steps": 2, "output_dir": str(tmp_path / "native")}
+    Trainer(load_recipe(whole), display=Display(quiet=True)).run()
+    halved = {**whole, "gradient_accumulation_steps": 1, "output_dir": str(tmp_path / "fsdp2")}
+    assert two_ranks.run(train_under_fsdp2, halved) == ["finished"] * 2
+    ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("native", "fsdp2"))
+    lines = [read_rows(tmp_path / name / "metrics.jsonl") for name in ("native", "fsdp2")]
+    # In bfloat16 the native trainer's one process computes by autocast, and these by weights of that format.
+    within = 0.02 if bf16 else 1e-5
+    for name in METRICS[:1] + METRICS[3:]:
+        pairs = [[line[name] for line in each if name in line] for each in lines]
+        assert pairs[0] == pytest.approx(pairs[1], rel=within, abs=within), name
+    for name, weight in ours.items() if not bf16 else ():
+        torch.testing.assert_close(theirs[name], weight, rtol=0, atol=1e-6)

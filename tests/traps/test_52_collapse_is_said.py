@@ -115,7 +115,7 @@ def test_back_makes_the_best_checkpoint_from_before_the_model(tiny_recipe: Setti
     assert gone["back_to"] == best
     assert final_line(read_run(result.output_dir))["step"] == best, "the report is of the same weights"
     pushed = card_of(find_source(str(result.output_dir)))
-    assert f"optimizer step of these weights: {best} of {found['step']}" in pushed
+    assert f"optimizer step of these weights: {best} of 40" in pushed
     RunGuard(load_recipe({**tiny_recipe, **keys}), result.output_dir, **at)
     assert "back_to" not in (result.output_dir / "guard.jsonl").read_text(), "a run that goes on has not gone back"
 

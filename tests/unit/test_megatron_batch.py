@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from simpo.core.packing import TokenPair
 from simpo.hosts.megatron.batch import IGNORED, MegatronBatch, collate, iterate_batches
 from simpo.hosts.megatron.settings import MegatronSettings, add_simpo_arguments
 
+NAMES = ("row_id", "chosen_ids", "chosen_start", "rejected_ids", "rejected_start")
+
 
 def settings_of(**arguments: Any) -> MegatronSettings:
     return MegatronSettings.from_arguments({"micro_batch_size": 2, "seq_length": 16, **arguments})
@@ -21,6 +24,11 @@ def settings_of(**arguments: Any) -> MegatronSettings:
 
 def pairs_of(count: int) -> list[TokenPair]:
     return [TokenPair(f"row-{i}", [9, 8, 10 + i, 0], 2, [9, 8, 20 + i], 2) for i in range(count)]
+
+
+def test_pairs_of_ones_own_need_no_gaps() -> None:
+    own = [SimpleNamespace(**{n: getattr(pair, n) for n in NAMES}) for pair in pairs_of(2)]
+    assert torch.equal(collate(own, settings_of()).labels, collate(pairs_of(2), settings_of()).labels)
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------

@@ -365,6 +365,35 @@ def test_an_evaluation_is_shown_for_the_model_that_it_is_of(run: Path, tmp_path:
     assert "98.7%" in dry_run(Path("first"))
 
 
+def test_a_comparison_with_another_model_than_the_one_before_names_it(run: Path):
+    found = {**evaluation_of(run / "model"), "baseline": evaluation_of(Path("somebody/else"))}
+    (run / "evaluation.json").write_text(json.dumps(found))
+    card = card_of(find_source(str(run)))
+    assert "held-out pairs | `somebody/else` | this model |" in card
+    found["baseline"]["model"] = find_source(str(run)).base
+    (run / "evaluation.json").write_text(json.dumps(found))
+    assert "held-out pairs | before | after |" in card_of(find_source(str(run)))
+
+
+def test_the_step_of_a_card_is_what_the_trainer_said(run: Path):
+    """Whatever the run's log would have been the best: it was resumed elsewhere, or lost its best checkpoint."""
+    readme = run / "model" / "README.md"
+    said = "- optimizer step of these weights: 20 of 50"
+    readme.write_text(f"# run\n\n{said}\n")
+    assert said in card_of(find_source(str(run)))
+    state = run / "checkpoints" / "checkpoint-20" / "simpo.json"
+    readme.unlink()
+    state.write_text(json.dumps({"total_steps": 70}))
+    assert "weights: 20 of 70" in card_of(find_source(str(state.parent)))
+
+
+def test_an_evaluation_of_weights_as_written_is_of_their_step(run: Path):
+    with (run / "metrics.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 40, "of_step": 20, "eval_saved_loss": 0.123456}) + "\n")
+    cards = [card_of(find_source(str(place))) for place in (run / "checkpoints" / "checkpoint-20", run)]
+    assert ["0.1235" in card for card in cards] == [True, False]
+
+
 def test_results_of_benchmarks_are_not_on_the_card(run: Path):
     (run / "evaluation.json").write_text(json.dumps({"model": str(run / "model"), "versions": {}, "tasks": {}}))
     shown = dry_run(run)

@@ -311,6 +311,19 @@ def test_a_models_file_that_is_not_json_is_named(tmp_path: Path):
         check_vocabulary(load_recipe({"model_name_or_path": str(tmp_path)}))
 
 
+def test_what_is_relative_to_a_key_follows_it_where_the_key_is_changed_later():
+    """As each trial of a sweep does."""
+    base = {"model_name_or_path": "m", "beta": 2.0, "gamma": 1.0, "learning_rate": 1e-5}
+    base |= {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}}
+    changed = load_recipe(load_recipe(base), ["--beta=10", "--learning_rate=1e-6"])
+    again = load_recipe(changed, {"max_steps": 5})
+    for recipe in (changed, again):
+        assert recipe.gamma_beta_ratio * recipe.beta == pytest.approx(1.0)
+        assert recipe.min_lr == pytest.approx(1e-7)
+    assert load_recipe(changed, {"gamma_beta_ratio": 0.3}).gamma_beta_ratio == 0.3
+    assert load_recipe(changed, {"min_lr": 2e-8}).min_lr == 2e-8
+
+
 @pytest.mark.parametrize("given", ["text", "file", "own"])
 def test_a_template_needs_tokens_that_the_model_has(tmp_path: Path, given: str):
     files = {"config.json": {"vocab_size": 2}, "tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1, "<turn>": 2}}}}

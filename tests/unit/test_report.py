@@ -142,6 +142,13 @@ def test_intervals_and_changes_are_those_of_simpo_eval(tmp_path: Path) -> None:
     assert found.sides[0].change == pytest.approx(difference.chosen_mean[:3])
 
 
+def test_pairs_of_a_step_are_known_where_epochs_end_in_less_than_one(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", per_device_train_batch_size=4, gradient_accumulation_steps=2, logging_steps=10)
+    log = [{"step": 10, "loss": 1.0, "pairs_seen": 110}, {"step": 20, "loss": 1.0, "pairs_seen": 220}]  # 8, 8, 6; ...
+    write_lines(run / "metrics.jsonl", log)
+    assert read_run(run).pairs_per_step == 16  # of two processes
+
+
 def test_the_best_weights_are_judged_where_a_run_keeps_those(tmp_path: Path) -> None:
     folder = write_run(
         tmp_path / "run", eval_strategy="steps", eval_steps=20, save_steps=20, load_best_model_at_end=True

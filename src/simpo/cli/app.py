@@ -162,7 +162,8 @@ def load(
     if not stage and _is_data(recipe, overrides):
         from simpo.starting import choose_recipe
 
-        chosen = choose_recipe(recipe, overrides, recipe_name=recipe)
+        gpus = None if "WORLD_SIZE" in os.environ else 1  # without a launcher it runs on one
+        chosen = choose_recipe(recipe, overrides, recipe_name=recipe, gpus=gpus)
         say_chosen(chosen.facts)
         values = chosen.values
     resolved = load_recipe(values, overrides, processes=processes)

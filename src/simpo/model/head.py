@@ -152,7 +152,10 @@ def _forward(
         inputs["position_ids"] = batch.position_ids  # elsewhere the model counts, from the number that it begins at
     inputs |= {"input_ids": batch.input_ids, "use_cache": False, **options}
     with attention, labels_in_head(model, batch, chunk_size=chunk_size, squares=squares):
-        return model(**inputs)
+        output = model(**inputs)
+    if output.logits.dtype in (torch.bfloat16, torch.float16):  # the head gives float32
+        raise ValueError(f"the engine around the model rounds log-probs to {output.logits.dtype}; they need float32")
+    return output
 
 
 def compute_response_logps(

@@ -467,6 +467,7 @@ class Recipe(_LossKeys):
 
     _notices: tuple[str, ...] = PrivateAttr(())
     _global_batch_size: int | None = PrivateAttr(None)
+    _relative: dict[str, Any] = PrivateAttr(default_factory=dict)  # input keys that other keys were resolved with
     _shared_by: int = PrivateAttr(1)
 
     @model_validator(mode="after")

@@ -74,6 +74,9 @@ def load_recipe(
             key, processes = "global_batch_size", processes or source._shared_by
             values[key], base.spelled[key] = source.global_batch_size, key
             values.pop("gradient_accumulation_steps")
+        for key, given in source._relative.items():  # to the beta, or the rate, that overrides may set
+            values[key], base.spelled[key] = given, key
+            values.pop(INPUT_KEYS[key][0], None)
     elif isinstance(source, Mapping):
         base = _read_layer(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -243,6 +246,7 @@ def _build(layer: _Layer, processes: int) -> Recipe:
     if layer.spelled.get("sft_weight") == "cpo_alpha" and "loss_type" in layer.values:
         (loss,) = loss if isinstance(loss := layer.values["loss_type"], list) and len(loss) == 1 else [loss]
         check_loss_of_trl(loss, "cpo_alpha", ratio=layer.values.get("gamma_beta_ratio"))
+    relative = {key: layer.values[key] for key in ("gamma", "lr_scheduler_kwargs") if key in layer.values}
     _resolve_datasets(layer)
     _resolve_schedule(layer)
     asked = _resolve_global_batch(layer, processes)
@@ -254,7 +258,7 @@ def _build(layer: _Layer, processes: int) -> Recipe:
     if recipe.loss_type in LOSSES and recipe.loss.needs_reference:
         layer.notices = [notice for notice in layer.notices if _IS_SIMPO not in notice]
     recipe._notices = tuple(dict.fromkeys(layer.notices + list(recipe._notices)))
-    recipe._global_batch_size, recipe._shared_by = asked, processes
+    recipe._global_batch_size, recipe._shared_by, recipe._relative = asked, processes, relative
     return recipe
 
 

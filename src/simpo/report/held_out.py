@@ -16,6 +16,7 @@ import numpy as np
 from simpo.data.rows import name_sources
 from simpo.evaluation.plain import SIMILAR_LENGTH, Interval, Z, wilson_interval
 from simpo.report.read import Run
+from simpo.run.logs import steps_of_model
 
 _LENGTHS = {
     "shorter": "chosen is shorter",
@@ -70,6 +71,8 @@ def final_line(run: Run) -> dict[str, Any] | None:
     keeps that, else the last."""
     if not run.evaluations:
         return None
+    if run.is_finished and (known := steps_of_model(run.folder)):
+        return next((line for line in run.evaluations if line["step"] == known[0]), None)  # none was kept here
     last = run.evaluations[-1]
     best = next((row["back_to"] for row in run.guard if "back_to" in row), None)
     metric = run.curve(str(run.settings.get("metric_for_best_model")))

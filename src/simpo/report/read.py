@@ -25,6 +25,8 @@ from simpo.recipe.yaml import read_recipe_file
 from simpo.run.lock import LOCK_FILE, is_at_work
 from simpo.run.logs import read_log
 
+_OF_A_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -94,7 +96,13 @@ class Run:
     @cached_property
     def pairs_per_step(self) -> int | None:
         seen = self.curve("pairs_seen")
-        return round(seen.values[0] / seen.steps[0]) if len(seen) and seen.steps[0] and seen.values[0] > 0 else None
+        if not (len(seen) and seen.steps[0] and seen.values[0] > 0):
+            return None
+        mean = seen.values[0] / seen.steps[0]  # the last step of an epoch may have had fewer
+        asked, *of_one = map(self.settings.get, ("global_batch_size", *_OF_A_PROCESS))
+        if isinstance(asked, int) or not all(isinstance(each, int) for each in of_one):
+            return asked if isinstance(asked, int) else round(mean)
+        return math.ceil(round(mean / math.prod(of_one), 6)) * math.prod(of_one)
 
     @cached_property
     def total_steps(self) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,16 @@ def read_log(path: Path, broken: Callable[[int], Any] | None = None) -> Iterator
                 if broken is None:
                     raise ValueError(f"{path}: line {number} is no JSON object with a step")
                 broken(number)
+
+
+def read_card(run: Path) -> dict[str, str]:
+    """What the card says that a run left with its final model, by name; empty without one."""
+    card = run / "model" / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    return dict(re.findall(r"^- ([a-z -]+): (.*)$", text, re.MULTILINE))
+
+
+def steps_of_model(run: Path) -> tuple[int, int] | None:
+    """The optimizer step whose weights a run's final model has, and of how many; None where its card does not say."""
+    found = re.fullmatch(r"(\d+) of (\d+)", read_card(run).get("optimizer step of these weights", ""))
+    return found and (int(found[1]), int(found[2]))

@@ -10,6 +10,7 @@ import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -97,6 +98,14 @@ def on_stop_signal(handler: Callable[[int, Any], Any] = signal.default_int_handl
     finally:
         for number, own in before.items():
             signal.signal(number, own)
+
+
+def interrupted(step: int, total_steps: int, saved: Path) -> Interrupted:
+    """The end of a run that was asked to stop after a step, with its checkpoint of that."""
+    return Interrupted(
+        f"stopped after step {step} of {total_steps} and saved {saved}; "
+        "to resume, run the same command with --resume_from_checkpoint true"
+    )
 
 
 class StopRequest(threading.Event):

@@ -4,9 +4,9 @@ files of the run directory alone.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from typing import Any
 from simpo.evaluation.statistics import wilson_interval
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.export import PLAIN_CARD, build_model_card, sign_card
-from simpo.run.logs import read_log
+from simpo.run.logs import read_card, read_log, steps_of_model
+from simpo.run.saved import NATIVE, TRAINERS, Checkpoint
 from simpo.shipping.source import Source
 
 EVALUATION = "evaluation.json"
@@ -31,8 +32,8 @@ def card_of(source: Source) -> str:
     recipe = load_recipe(source.run / "recipe.yaml", processes=1)
     rows = [*read_log(source.run / "metrics.jsonl")]
     step = source.checkpoint.step if source.checkpoint is not None else _step_of(rows, recipe, source.run)
-    results = _results(evaluation_of(source), rows, step)
-    data = dict(_data_lines(source.run, recipe, rows, step))
+    results = _results(evaluation_of(source), rows, step, base=source.base)
+    data = dict(_data_lines(source, recipe, rows, step))
     return build_model_card(recipe, data=data, results=results, folder=source.run)
 
 
@@ -54,6 +55,8 @@ def evaluation_of(source: Source) -> dict[str, Any] | None:
 
 def _step_of(rows: list[dict[str, Any]], recipe: Recipe, run: Path) -> int:
     """The step whose weights a finished run's model has."""
+    if known := steps_of_model(run):
+        return known[0]
     for row in read_log(run / "guard.jsonl"):
         if "back_to" in row:
             return row["back_to"]
@@ -66,7 +69,9 @@ def _step_of(rows: list[dict[str, Any]], recipe: Recipe, run: Path) -> int:
     return best.get("step", max((row["step"] for row in rows), default=0))
 
 
-def _data_lines(run: Path, recipe: Recipe, rows: list[dict[str, Any]], step: int) -> Iterator[tuple[str, str]]:
+def _data_lines(source: Source, recipe: Recipe, rows: list[dict[str, Any]], step: int) -> Iterator[tuple[str, str]]:
+    run = source.run
+    assert run is not None
     yield "data sets", ", ".join(f"`{name}`" for name in recipe.dataset_mixer)
     ledger = run / "audit.json"
     if ledger.is_file():
@@ -76,21 +81,31 @@ def _data_lines(run: Path, recipe: Recipe, rows: list[dict[str, Any]], step: int
             if found is not None:
                 dropped = ", ".join(f"{entry['count']} {reason}" for reason, entry in found["dropped"].items())
                 yield title, f"{found['kept']} of {found['input']}" + (f"; dropped: {dropped}" if dropped else "")
-    card = run / "model" / "README.md"  # which has the digest of the tokens; audit.json, that of files and settings
-    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
-    if found := re.search(r"^- data fingerprint: (\w+)$", text, re.MULTILINE):
-        yield "data fingerprint", found[1]
-    yield "optimizer step of these weights", f"{step} of {max((row['step'] for row in rows), default=step)}"
+    said, known = read_card(run), steps_of_model(run)
+    if "data fingerprint" in said:  # of the tokens; audit.json has that of files and settings
+        yield "data fingerprint", said["data fingerprint"]
+    total = known[1] if known else _total_of(source.checkpoint) or max((row["step"] for row in rows), default=step)
+    yield "optimizer step of these weights", f"{step} of {total}"
+    if source.checkpoint is None and "end of the run" in said:
+        yield "end of the run", said["end of the run"]
 
 
-def _results(evaluation: Mapping[str, Any] | None, rows: list[dict[str, Any]], step: int) -> list[str]:
+def _total_of(checkpoint: Checkpoint | None) -> int | None:
+    """The steps of the whole run, of either host, that a checkpoint is of."""
+    for name in (NATIVE.state_file, TRAINERS.state_file) if checkpoint is not None else ():
+        with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+            return int(json.loads((checkpoint.folder / name).read_text(encoding="utf-8"))["total_steps"])
+    return None
+
+
+def _results(evaluation: Mapping[str, Any] | None, rows: list[dict[str, Any]], step: int, *, base: str) -> list[str]:
     """Tables for people; an evaluation by `simpo eval` first, for it has intervals of everything."""
-    lines = _compared(evaluation) if evaluation is not None else []
+    lines = _compared(evaluation, base) if evaluation is not None else []
     evaluated = [row for row in rows if "eval_loss" in row or "eval_saved_loss" in row]
     before = next((row for row in evaluated if row["step"] == 0), {})
     after: dict[str, Any] = {}
     for row in evaluated:
-        if row["step"] == step and step:
+        if step and row.get("of_step", row["step"]) == step:
             after |= {key.replace("eval_saved_", "eval_"): value for key, value in row.items()}
     if not after:
         return lines or ["No evaluation was run."]
@@ -117,11 +132,15 @@ def _cell(row: Mapping[str, Any], name: str) -> str:
     return f"{value:.1%} [{low:.1%}, {high:.1%}]"
 
 
-def _compared(evaluation: Mapping[str, Any]) -> list[str]:
-    """What `simpo eval --output` wrote, against the baseline where there is one."""
-    models = [evaluation.get("baseline"), evaluation]
-    models = [model for model in models if model]
-    title = ["before" if model is not evaluation else "after" for model in models]
+def _compared(evaluation: Mapping[str, Any], base: str) -> list[str]:
+    """What `simpo eval --output` wrote, against the baseline where there is one: the model before, or another."""
+    baseline = evaluation.get("baseline")
+    models = [baseline, evaluation] if baseline else [evaluation]
+    title = ["after"]
+    if baseline:
+        other = str(baseline.get("model", base))
+        is_base = other == base or Path(other).resolve() == Path(base).resolve()
+        title = ["before", "after"] if is_base else [f"`{other}`", "this model"]
     lines = [f"| {evaluation['num_pairs']} held-out pairs | {' | '.join(title)} |", "|---" * (len(models) + 1) + "|"]
     for name, key, form in (("preference accuracy", "accuracy", ".1%"), ("margin, nats per token", "margin", "+.4f")):
         cells = [_interval(model[key], form) for model in models]

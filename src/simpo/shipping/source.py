@@ -192,7 +192,7 @@ def load_source(source: Source, *, device: torch.device, dtype: torch.dtype = to
         ValueError: it cannot be loaded, or a file of the checkpoint is not as it was saved.
     """
     if source.folder is not None:
-        base = _load_base(source, base_model(source.folder))
+        base = _load_base(source, base_model(source.folder), dtype=dtype)
         model: nn.Module = _with_adapter(base, source.folder) if source.is_adapter else base
     else:
         assert source.checkpoint is not None

@@ -97,7 +97,7 @@ def run_calibrate(
     betas = [_rounded(min(20.0, max(1.0, unit / max(margins.spread, 1e-3)))) for unit in SPREADS]
     first = max(3, round(total / (2 * len(betas) * len(RATES))))
     rates = [float(f"{base.learning_rate * unit:.1e}") for unit in RATES]
-    short = {"save_strategy": "no", "save_dtype": "auto"}  # what probes need not keep
+    short = {"save_strategy": "no"}  # what is measured is written as the recipe says
     probed = load_recipe(base, {"output_dir": str(folder / "probes"), "gamma_beta_ratio": ratio, **short})
     space: Any = {
         "learning_rate": tuple(f"{r:g}" for r in rates),

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from simpo.hosts.hf.config import SimPOConfig, check_pairs_are_dealt, parallel_sizes
 from simpo.parallel.mesh import Mesh, MeshSizes
@@ -58,6 +59,9 @@ def check_launch(accelerator: Any, recipe: Recipe) -> None:
         )
     if plugin is not None and getattr(plugin, "fsdp_version", 1) != 2:
         raise ValueError("fsdp_version: only 2 is supported; see recipes/accelerate/fsdp2.yaml")
+    if plugin is not None and accelerator.mixed_precision == "bf16":
+        # accelerate's own would round log-probs on their way out, and add up gradients in bfloat16.
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None:
         config = plugin.deepspeed_config

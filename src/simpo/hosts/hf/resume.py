@@ -30,6 +30,11 @@ def check_checkpoint(folder: Path, identity: Mapping[str, Any], loader: StepLoad
     """
     if not (folder / IDENTITY_FILE).is_file():
         raise ValueError(f"resume_from_checkpoint: {folder} was not saved by this trainer (no {IDENTITY_FILE})")
+    if not any(folder.glob("rng_state*")):  # which transformers writes with the optimizer, whatever holds that
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} holds weights alone (save_only_model), so that nothing can go on from "
+            "it; begin a run with it as the model"
+        )
     history = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
     counts = [(line["step"], line["pairs_seen"]) for line in history if "pairs_seen" in line]
     fits = all(loader.pairs_before(step) == count for step, count in counts)

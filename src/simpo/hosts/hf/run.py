@@ -49,6 +49,7 @@ from simpo.run.session import (
     set_up_process,
 )
 from simpo.run.shared import check_shared
+from simpo.run.stopping import StopRequest, interrupted
 from simpo.run.tracking import MetricsLog, check_trackers, open_log
 
 _THE_LAUNCHER = "accelerate's configuration file says how the run is spread over processes"
@@ -119,7 +120,12 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
         closing.enter_context(leave_report(recipe.output_dir, display.say, is_main=mesh.is_main))
         closing.enter_context(directory.resources)
         try:
-            trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+            with directory.stop.listening():
+                trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
+            if directory.is_stopped:
+                step = trainer.state.global_step
+                saved = Path(args.output_dir, f"{TRAINERS.prefix}-{step}")
+                raise interrupted(step, trainer.state.max_steps, saved)
             why_early = next((stop.why for stop in early), None)
             if why_early is not None:
                 display.say(why_early)
@@ -253,6 +259,8 @@ class RunDirectory(TrainerCallback):
     def __init__(self, recipe: Recipe, display: Display, mesh: Mesh, begin: Callable[[], str | None]) -> None:
         self.recipe, self.display, self.mesh, self.begin = recipe, display, mesh, begin
         self.resources = contextlib.ExitStack()  # to be closed after training: the log and its trackers
+        self.stop = StopRequest(display.say)  # this process was asked to stop
+        self.is_stopped = False  # one of all was, before the last step
         self.log: MetricsLog | None = None
         self.untrained: WeightSample | None = None
         self.evaluates = False
@@ -271,17 +279,29 @@ class RunDirectory(TrainerCallback):
         known = ("loss", "eval_loss", f"{SAVED}_loss")  # the Trainer's own summary has none of them
         if self.log is None or not any(name in logs for name in known):
             return
-        self.log.write(logs, step=state.global_step)
         if f"{SAVED}_loss" in logs:
-            return
+            best = state.best_global_step if args.load_best_model_at_end else None
+            of_step = {"of_step": best} if best not in (None, state.global_step) else {}
+            return self.log.write({**logs, **of_step}, step=state.global_step)
+        self.log.write(logs, step=state.global_step)
         if "eval_loss" in logs:
             self.display.say_evaluation(f"evaluation at step {state.global_step}", logs)
         else:
             left_s = logs["step_time_s"] * (state.max_steps - state.global_step)
             self.display.log_step(state.global_step, state.max_steps, logs, left_s=left_s)
 
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+        """One that a stop cut short is none."""
+        if self.is_stopped:
+            control.should_save = control.should_evaluate = False
+
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
-        """After the last step: log, evaluate and save, whatever the intervals."""
+        """After the last step: log, evaluate and save, whatever the intervals; asked to stop: save, and no more."""
+        asked = self.mesh.sum_over_all(torch.tensor(float(self.stop.is_set()), device=self.mesh.device))
+        if asked and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = self.is_stopped = True
+            control.should_evaluate = False  # which may take longer than whoever asks will wait
+            return
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate |= self.evaluates

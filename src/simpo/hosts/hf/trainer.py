@@ -44,6 +44,7 @@ from simpo.model.head import compute_pair_logps
 from simpo.model.load import weights_at
 from simpo.model.settle import as_configured, as_it_trains, check_rows, notes_of
 from simpo.parallel.agreement import check_agreement, recipe_facts
+from simpo.parallel.sharding import drop_gathered
 from simpo.recipe import KEYS, Recipe, load_recipe
 from simpo.run.checkpoint import prune_checkpoints
 from simpo.run.eval_pairs import EvalPairs
@@ -114,6 +115,12 @@ class SimPOTrainer(Trainer):
         elif args.model_init_kwargs:
             raise ValueError(
                 "model_init_kwargs: the model is loaded already; give its name, or give them to from_pretrained"
+            )
+        is_apart = isinstance(eval_dataset, Mapping) and not isinstance(train_dataset, PreparedData)
+        if is_apart and self.recipe.clean.leaks != "keep":
+            raise ValueError(
+                "clean.leaks: the sets of a mapping are not compared with train_dataset; give one eval_dataset, or "
+                "leave clean.leaks out"
             )
         tokenizer = processing_class or tokenizer or tokenizer_of(model, self.recipe)
         if tokenizer.pad_token is None:
@@ -362,6 +369,8 @@ class SimPOTrainer(Trainer):
         if not self._is_checked or self.is_deepspeed_enabled or self.is_fsdp_enabled:  # these have weights of their own
             with self.compute_loss_context_manager():
                 self._check_forward(model, bf16=False)
+        # FSDP2 keeps the head whole until a backward pass; samples of the weights are of shards.
+        drop_gathered(model)
         facts = {"fingerprint of the data": self.data.fingerprint, "batch plan": self.loader.fingerprint}
         facts["optimizer steps done"] = self.state.global_step
         check_agreement(recipe_facts(self.recipe) | facts)
@@ -372,7 +381,7 @@ class SimPOTrainer(Trainer):
         aside = self.mesh.on_main(lambda: supersede_checkpoints(folder, step, TRAINERS))
         if aside is not None:
             self.display.say(f"later checkpoints of {folder} are kept in {aside}")
-        self._guard = None
+        self._guard, self._step_losses, self._best_saved = None, [], None
         self.mesh.on_main(lambda: forget_lines_after(Path(self.recipe.output_dir, GENERATIONS_FILE), step or -1))
         return model, dataloader
 
@@ -393,6 +402,7 @@ class SimPOTrainer(Trainer):
 
         model.eval()
         self.references.compute(forward, stores, self.recipe, self.mesh)
+        drop_gathered(model)
         model.train()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -417,7 +427,8 @@ class SimPOTrainer(Trainer):
         is_best = self.args.load_best_model_at_end and self.state.best_global_step == step != self._best_saved
         self._best_saved = step if is_best else self._best_saved
         self.control.should_save |= saves or is_best
-        self.control.should_log |= self.control.should_training_stop
+        # A checkpoint's history is complete, or a resumed run would miss the pairs since its last line.
+        self.control.should_log |= self.control.should_training_stop or self.control.should_save
         super()._maybe_log_save_evaluate(*args, **options)
 
     @property

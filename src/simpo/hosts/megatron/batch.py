@@ -79,7 +79,7 @@ def collate(
     for pair in pairs:
         for side in SIDES:
             ids, start = getattr(pair, f"{side}_ids"), getattr(pair, f"{side}_start")
-            gaps, what = getattr(pair, f"{side}_gaps"), f"pair {pair.row_id}: the {side}"
+            gaps, what = getattr(pair, f"{side}_gaps", ()), f"pair {pair.row_id}: the {side}"
             check_response(ids, start, gaps, what=f"{what} response")
             if len(ids) > settings.seq_length:
                 raise ValueError(

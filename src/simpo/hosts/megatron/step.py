@@ -216,6 +216,12 @@ def _forward(
     config = get_model_config(model)
     if getattr(config, "mtp_num_layers", None):
         raise ValueError(f"mtp_num_layers = {config.mtp_num_layers}: multi-token prediction cannot be trained on pairs")
+    for name in ("hidden_dropout", "attention_dropout"):
+        if model.training and (rate := getattr(config, name, 0.0)):
+            raise ValueError(
+                f"{name} = {rate}: a policy's log-probs, and a reference's, must not depend on chance; set it to 0 "
+                f"(--{name.replace('_', '-')} 0)"
+            )
     first, last = (get_attr_wrapped_model(model, name) for name in ("pre_process", "post_process"))
     batch = MegatronBatch(None, None, None, row_ids=())
     if first or last:  # stages between them get hidden states, and read no data
