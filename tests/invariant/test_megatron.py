@@ -312,6 +312,7 @@ def test_nan_on_one_context_parallel_rank_stops_both_and_names_its_source(two: R
 
 def refusals() -> dict[str, str]:
     """Messages of what a step refuses."""
+    from megatron.core.utils import get_model_config
     from megatron_on_cpu import on_cpu
 
     from simpo.hosts.megatron import step as host
@@ -330,11 +331,13 @@ def refusals() -> dict[str, str]:
         wrapped, _ = build_megatron(
             Case(per_token=False), build_model("llama").config, {"tensor_model_parallel_size": 2}
         )
+        vars(get_model_config(wrapped[0])).update(others)
         step = host.dpo_forward_step if options is dpo else host.forward_step
         output, loss = step(iter([batch]), wrapped[0], settings=options)
         loss(output)
 
     with on_cpu(tensor_model_parallel_size=2):
+        attempt("dropout", lambda: lose(settings, collate(pairs, settings), hidden_dropout=0.1))
         attempt("ragged", lambda: lose(settings, collate(pairs[:1], settings)))
         attempt("no reference", lambda: lose(dpo, collate(pairs, dpo)))
         attempt("wrong twin", lambda: host.forward_step(iter([]), None, settings=dpo))
@@ -346,6 +349,7 @@ def refusals() -> dict[str, str]:
 
 def test_what_cannot_be_exact_is_refused(two: Ranks) -> None:
     found = two.run(refusals)[0]
+    assert "hidden_dropout = 0.1: a policy's log-probs" in found["dropout"]
     assert "1 pairs, not micro_batch_size = 2" in found["ragged"]
     assert "calculate_per_token_loss" in found["ragged"]
     assert "no reference_sums" in found["no reference"]

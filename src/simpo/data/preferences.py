@@ -177,8 +177,9 @@ def prompt_from_row(
         tools = read_tools(row.get("tools"))
     else:
         try:
-            answers = {"chosen_column": chosen_column, "rejected_column": rejected_column}
-            pair = pair_from_row(row, prompt_column=prompt_column, **answers)
+            pair = pair_from_row(
+                row, prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column
+            )
         except RowError:
             raise missing_column(row, names, "prompt") from None
         context, tools = pair.prompt, pair.tools
