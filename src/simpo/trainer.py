@@ -278,7 +278,8 @@ class Trainer:
                         values = self.train_step(plan)
                     except OutOfMemory:
                         if self.mesh.sizes.world == 1:  # others are elsewhere
-                            self.saver.finish()  # the checkpoint on its way is the one to go on from
+                            with contextlib.suppress(OSError):
+                                self.saver.finish()  # the checkpoint on its way is the one to go on from
                         raise
                     show(self.progress.step, values)
                     with self._naming_what_is_whole(saves=self.mesh.sizes.world == 1):  # others may be elsewhere

@@ -13,7 +13,7 @@ import pytest
 from transformers.utils import chat_template_utils
 
 from simpo.data.prepare import prepare_pairs
-from simpo.data.templates import on_one_day
+from simpo.data.templates import follows_clock, on_one_day
 
 # As Llama-3.2's has it: the clock where there is one.
 DATED = (
@@ -47,9 +47,16 @@ def test_a_template_that_asks_for_the_clock_writes_the_same_on_every_day(
     ("asked", "text"),
     [
         ('{{ strftime_now("%Y-%m-%d") }}', '{{ "2024-07-26" }}'),
-        ("{{ strftime_now( '%B' ) }}{{ strftime_now('%d') }}", '{{ "July" }}{{ "26" }}'),
+        ("{{ strftime_now( '%B' ) }}{{ strftime_now (format='%d',) }}", "{{ 'July' }}{{ '26' }}"),
+        ("{{ strftime_now('%d\\n%b') }}", "{{ '26\\nJul' }}"),
         ("{{ 'strftime_now' }}", "{{ 'strftime_now' }}"),
     ],
 )
 def test_each_way_to_ask_is_answered(asked: str, text: str) -> None:
     assert on_one_day(asked) == text
+    assert not follows_clock(asked)
+
+
+@pytest.mark.parametrize("asked", ["{{ strftime_now(format) }}", "{{ '%d' | strftime_now }}"])
+def test_what_cannot_be_answered_is_known(asked: str) -> None:
+    assert follows_clock(asked)

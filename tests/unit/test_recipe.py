@@ -329,7 +329,8 @@ def test_a_template_needs_tokens_that_the_model_has(tmp_path: Path, given: str):
     files = {"config.json": {"vocab_size": 2}, "tokenizer.json": {"model": {"vocab": {"a": 0, "b": 1, "<turn>": 2}}}}
     for name, content in files.items():
         (tmp_path / name).write_text(json.dumps(content))
-    text, file = "{{ '<turn>' }}", tmp_path / ("chat_template.jinja" if given == "own" else "template.jinja")
+    text, own, file = "{{ '<turn>' }}", tmp_path / "chat_template.jinja", tmp_path / "template.jinja"
+    own.write_text(text if given == "own" else "{{ 'a' }}")
     file.write_text(text)
     template = {"text": text, "file": str(file), "own": None}[given]
     with pytest.raises(ValueError, match=r"there is none for '<turn>' \(2\), which the template"):

@@ -146,12 +146,19 @@ def test_rows_that_come_in_later_are_rated_and_those_before_are_not_rated_again(
     write(tmp_path, ROWS[:2])
     run_score(asked)
     write(tmp_path, [row("n", "new"), *ROWS])
+    for journal in (tmp_path / "scores").glob("*.jsonl"):  # as an earlier version wrote it
+        rows = [json.loads(line) for line in journal.read_text().splitlines()]
+        journal.write_text("".join(json.dumps({k: v for k, v in row.items() if k != "of"}) + "\n" for row in rows))
     assert list(scores(run_score(asked))) == ["n", "a", "b", "c"]
     assert (tmp_path / "calls").read_text() == "aabb" + "nc"
     write(tmp_path, [row("n", "another"), *ROWS])
     with pytest.raises(ValueError, match=r"scored.jsonl: was begun with other settings \(input was"):
         run_score(asked)
     assert (tmp_path / "calls").read_text() == "aabbnc"
+    mine = tmp_path / "mine.jsonl"
+    mine.write_text('{"id": "a", "note": 1}\n')
+    with pytest.raises(ValueError, match=r"mine.jsonl: is there already, without mine.json that would say how"):
+        run_score(asked, output=mine)
     assert scores(run_score(asked, output=tmp_path / "other.jsonl"))["n"] == [len("another")]
     assert (tmp_path / "calls").read_text() == "aabbnc" + "n"
 

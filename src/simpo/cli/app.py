@@ -146,12 +146,19 @@ def _options(
 
 
 def load(
-    recipe: str, overrides: list[str], *, processes: int | None = None, stage: str = "", writes: bool = False
+    recipe: str,
+    overrides: list[str],
+    *,
+    processes: int | None = None,
+    stage: str = "",
+    writes: bool = False,
+    trains_here: bool = False,
 ) -> Recipe:
     """The recipe with its overrides; keys of `stage` may be given without its name in front.
 
     Args:
         writes: the command will write into output_dir: that it cannot is said at once.
+        trains_here: the command trains, in this process or one like it, unless a launcher starts several.
     """
     from simpo.recipe import load_recipe
 
@@ -162,7 +169,8 @@ def load(
     if not stage and _is_data(recipe, overrides):
         from simpo.starting import choose_recipe
 
-        gpus = None if "WORLD_SIZE" in os.environ else 1  # without a launcher it runs on one
+        is_launched = "WORLD_SIZE" in os.environ or any("launcher" in word for word in overrides)
+        gpus = 1 if trains_here and not is_launched else processes
         chosen = choose_recipe(recipe, overrides, recipe_name=recipe, gpus=gpus)
         say_chosen(chosen.facts)
         values = chosen.values

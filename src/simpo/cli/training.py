@@ -23,7 +23,7 @@ from simpo.cli.app import (
 @app.command(context_settings=TAKES_OVERRIDES)
 def train(context: typer.Context, recipe: RecipeOrData) -> None:
     """Train. Any key can follow the recipe: --learning_rate 5e-7 --output_dir runs/first"""
-    resolved = load(recipe, context.args)
+    resolved = load(recipe, context.args, trains_here=True)
     resolved.require("dataset_mixer", "output_dir")
     from simpo.hosts.launcher import launched_by_accelerate
     from simpo.parallel.mesh import leave_world

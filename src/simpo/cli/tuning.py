@@ -42,7 +42,7 @@ def sweep(
     from simpo.tuning.sweep import run_sweep
 
     space, rest = read_space(context.args)
-    resolved = load(recipe, rest, writes=True)
+    resolved = load(recipe, rest, writes=True, trains_here=True)
     if method not in METHODS:
         raise ValueError(f"--method {method}: one of {', '.join(METHODS)} is needed")
     steps = [int(part) if part.strip().isdecimal() else 0 for part in rungs.split(",")] if rungs else []
@@ -68,7 +68,7 @@ def calibrate(
     output: Annotated[str | None, output_option("[default: calibrated.yaml in output_dir]")] = None,
 ) -> None:
     """Propose gamma_beta_ratio, beta, learning rate and budget by measuring and short probes. Any key can follow."""
-    resolved = load(recipe, context.args, writes=True)
+    resolved = load(recipe, context.args, writes=True, trains_here=True)
     from simpo.tuning.calibrate import run_calibrate
 
     with leaving_when_interrupted():

@@ -40,7 +40,15 @@ from simpo.data.preferences import Pair, RowError, pair_reader
 from simpo.data.review import Review
 from simpo.data.rows import RawRow, Rows, later_pass, source_of
 from simpo.data.sources import Source, Splits
-from simpo.data.templates import CHATML, DAY, NO_TEMPLATE, load_chat_template, on_one_day, template_takes_system
+from simpo.data.templates import (
+    CHATML,
+    DAY,
+    NO_TEMPLATE,
+    follows_clock,
+    load_chat_template,
+    on_one_day,
+    template_takes_system,
+)
 from simpo.data.tokenize import PairTokenizer, TokenizedPair
 from simpo.data.workers import map_rows
 from simpo.display import counter, say
@@ -119,8 +127,13 @@ def _prepare(recipe: Any, tokenizer: Any, sources: list[Source], *, progress: bo
             )
         if template == CHATML and len(tokenizer("<|im_end|>", add_special_tokens=False)["input_ids"]) > 1:
             ledger.notes.append("chat_template: this tokenizer writes each of chatml's marks as several tokens")
-        if any(on_one_day(each) != each for each in (template, *templates.values()) if each):
+        texts = [each for each in (template, *templates.values()) if each]
+        if any(on_one_day(each) != each for each in texts):
             ledger.notes.append(f"chat_template: it writes today's date; {DAY} stands for it, on every day")
+        if any(map(follows_clock, texts)):
+            ledger.notes.append(
+                "chat_template: it writes the time it is; on another day the same rows are other tokens"
+            )
         write = functools.partial(_write, recipe, tokenizer, build, splits, ledger, bars)
         try:
             with PairWriter(folder) as writer:

@@ -147,10 +147,15 @@ DAY = datetime.date(2024, 7, 26)
 def on_one_day(template: str) -> str:
     """The template, with `DAY` where it asks for the clock (`strftime_now("...")`)."""
     return re.sub(
-        r"""strftime_now\(\s*(?:"([^"]*)"|'([^']*)')\s*\)""",
-        lambda found: json.dumps(DAY.strftime(found[1] or found[2] or "")),
+        r"""strftime_now\s*\(\s*(?:format\s*=\s*)?(["'])(.*?)\1\s*,?\s*\)""",
+        lambda found: found[1] + DAY.strftime(found[2]) + found[1],
         template,
     )
+
+
+def follows_clock(template: str) -> bool:
+    """Whether a template asks for the time in a way that `on_one_day` does not know."""
+    return re.search(r"strftime_now\s*\(|\|\s*strftime_now", on_one_day(template)) is not None
 
 
 _ROLES_IN_LINES = re.compile(r"\s*Human:.*^[ \t]*Assistant:", re.DOTALL | re.MULTILINE)

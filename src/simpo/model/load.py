@@ -244,7 +244,7 @@ def load_pretrained(
         options["output_loading_info"] = True
     with naming_what_is_loaded(what, name, key=key, unreachable=unreachable):
         found = factory.from_pretrained(name, revision=revision, trust_remote_code=recipe.trust_remote_code, **options)
-    if factory is not AutoModelForCausalLM:
+    if factory is not AutoModelForCausalLM or not isinstance(found, tuple):  # a class of the checkpoint's own
         return found
     model, loaded = found
     if missing := sorted(loaded["missing_keys"]):

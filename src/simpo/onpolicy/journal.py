@@ -160,15 +160,9 @@ class Journal:
             self._descriptor = os.open(self.path, _APPENDS)
 
     def _check_settings(self) -> None:
-        if not self.about.exists():
-            if self.path.exists() and self.path.stat().st_size:
-                raise ValueError(
-                    f"{self.path}: is there already, without {self.about.name} that would say how it was made; write "
-                    "into another file"
-                )
-            return
         about = read_about(self.path)
-        check_own(self.about, "format", "settings")
+        if about:
+            check_own(self.about, "format", "settings")
         if about.get("format", 0) > FORMAT:
             raise ValueError(
                 f"{self.about}: written by simpo {about.get('simpo')}, in format {about['format']}; this is simpo "
@@ -236,8 +230,14 @@ def changed_settings(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
 
 def check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     """Raise ValueError where a journal with rows was begun with other settings."""
-    is_empty = not path.exists() or not path.stat().st_size  # it came to nothing before
-    if not is_empty and (changed := changed_settings(read_about(path).get("settings", {}), settings)):
+    if not path.exists() or not path.stat().st_size:  # it came to nothing before
+        return
+    about = path.with_suffix(".json")
+    if not about.exists():
+        raise ValueError(
+            f"{path}: is there already, without {about.name} that would say how it was made; write into another file"
+        )
+    if changed := changed_settings(read_about(path).get("settings", {}), settings):
         raise ValueError(
             f"{path}: was begun with other settings ({changed}); give the same ones to go on, or write into another "
             "file (--output)"

@@ -197,7 +197,10 @@ class _Loop:
             values |= {f"{stage}.{name}": value for name, value in of_stage.items() if name not in free}
         values["score.scorers"] = _what_rates(self.recipe.score.scorers or {})
         for name, identity in self.identities.items():
-            values |= {f"score.{name}.{what.removesuffix('_digest')}_digest": each for what, each in identity.items()}
+            known = [
+                what for what in ("source", "weights", "template_text", "chat_template_digest") if what in identity
+            ]
+            values |= {f"score.{name}.{what.removesuffix('_digest')}_digest": identity[what] for what in known}
         return values | what_decides(self.recipe)
 
     # --- a round -----------------------------------------------------------------------------------------------------

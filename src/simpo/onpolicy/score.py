@@ -65,12 +65,13 @@ def run_score(
     }
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with locked(target.parent, lambda line: say(line, console)), interruptible(lambda: "what has been scored is kept"):
-        has_grown = read_about(target).get("settings", {}).get("input") != digest and _has_grown(target, order)
-        if not _is_made_anew(target, decide, has_grown=has_grown):
+        before = read_about(target).get("settings", {}).get("input")
+        kept = _kept_rows(target, order) if before not in (None, digest) else None
+        if not _is_made_anew(target, decide, has_grown=kept is not None):
             check_settings(target, decide)  # before anyone is asked
         for part in scorers.values():
-            faults |= part.work(source, order, faults, console, shared=shared)
-        _combine(source, target, order, scorers, faults, decide, has_grown=has_grown)
+            faults |= part.work(source, order, faults, console, shared=shared, known={before: kept or set()})
+        _combine(source, target, order, scorers, faults, decide, has_grown=kept is not None)
     about = read_about(target)
     say(f"scored: {target}  ({about['rows']} of {len(order)} prompts)", console)
     for name, spread in about["scores"].items():
@@ -114,15 +115,16 @@ def _digest_of(row: Row) -> str:
     return hashlib.blake2b(json.dumps(row, sort_keys=True).encode(), digest_size=8).hexdigest()
 
 
-def _has_grown(target: Path, order: Mapping[str, str]) -> bool:
-    """Whether the output is of these rows, or some of them, as they are."""
-    if not target.is_file():
-        return False
-    with contextlib.suppress(ValueError):  # its last line was cut
-        for row in read_rows_of(target):
-            if order.get(row["id"]) != _digest_of(_unscored(row)):
-                return False
-    return True
+def _kept_rows(target: Path, order: Mapping[str, str]) -> set[str] | None:
+    """The rows of the output, where all of them are among these as they are; None where some are not."""
+    kept: set[str] = set()
+    if target.is_file():
+        with contextlib.suppress(ValueError):  # its last line was cut
+            for row in read_rows_of(target):
+                if order.get(row["id"]) != _digest_of(_unscored(row)):
+                    return None
+                kept.add(row["id"])
+    return kept
 
 
 def _unscored(row: Row) -> Row:
@@ -189,13 +191,25 @@ class _Part:
         self.digest = digest
 
     def work(
-        self, source: Path, order: dict[str, str], faults: dict[str, RowError], console: Console, *, shared: bool
+        self,
+        source: Path,
+        order: dict[str, str],
+        faults: dict[str, RowError],
+        console: Console,
+        *,
+        shared: bool,
+        known: Mapping[str | None, set[str]],
     ) -> dict[str, RowError]:
-        """Rate what is not rated yet; gives the rows that this failed for, and why. `shared`: with other inputs."""
+        """Rate what is not rated yet; gives the rows that this failed for, and why.
+
+        Args:
+            shared: with other inputs.
+            known: digest of an earlier input -> its rows that are as they were.
+        """
         failed: dict[str, RowError] = {}
         with Journal(self.path, {"input": self.digest, **self.settings}) as journal:
             left = [row_id for row_id in order if row_id not in journal and row_id not in faults]
-            for row in self._rated_elsewhere({row_id: order[row_id] for row_id in left}):
+            for row in self._rated_elsewhere({row_id: order[row_id] for row_id in left}, known):
                 journal.add(row)
             left = [row_id for row_id in left if row_id not in journal]
             if left:
@@ -228,16 +242,19 @@ class _Part:
                 if other.stem != self.path.stem:
                     yield other.with_suffix(".jsonl"), read_about(other).get("settings", {})
 
-    def _rated_elsewhere(self, wanted: dict[str, str]) -> Iterator[Row]:
+    def _rated_elsewhere(self, wanted: dict[str, str], known: Mapping[str | None, set[str]]) -> Iterator[Row]:
         """What is known of rows that an earlier input had as they are, so that nobody is asked, or paid, again."""
         settings = json.loads(json.dumps(self.settings))
         for path, before in self._others():
             if wanted and before == {**settings, "input": before.get("input")} and path.is_file():
                 with contextlib.suppress(ValueError):  # its last line was cut
                     for row in read_rows_of(path):
-                        if row.get("of") and row["of"] == wanted.get(row["id"]):
+                        of = wanted.get(row["id"])
+                        # Earlier versions did not write down what a row says.
+                        same = row["of"] == of if "of" in row else row["id"] in known.get(before["input"], ())
+                        if of is not None and same:
                             del wanted[row["id"]]
-                            yield row
+                            yield {**row, "of": of}
 
     def _is_read_anew(self) -> bool:
         """Whether numbers are there that differ from these in nothing but their reading."""

@@ -137,16 +137,17 @@ def gathered_bytes(model: nn.Module) -> int:
     """
     base = _base_of(model)
     ends = {base.get_input_embeddings(), base.get_output_embeddings()}
-    states = {part._get_fsdp_state(): part for part in base.modules() if isinstance(part, FSDPModule)}
+    parts = [part for part in base.modules() if isinstance(part, FSDPModule)]
+    of_ends = {part._get_fsdp_state() for part in parts if not ends.isdisjoint(part.modules())}
     at_head, block, backward = 0, 0, 0
-    for state, part in states.items():
+    for state in dict.fromkeys(part._get_fsdp_state() for part in parts):
         gathered = gradients = 0
         for group in _param_groups(state):
             for weight in (each.sharded_param for each in group.fsdp_params):
                 numel = local_part(weight).numel() * _times_sharded(weight)
                 size = (group.mp_policy.param_dtype or weight.dtype).itemsize
                 gathered, gradients = gathered + numel * size, gradients + numel * (size + 4) * weight.requires_grad
-        if not ends.isdisjoint(part.modules()):
+        if state in of_ends:
             at_head = max(at_head, gathered)
             continue
         block, backward = max(block, gathered), max(backward, 2 * gathered + gradients)

@@ -467,7 +467,8 @@ class Recipe(_LossKeys):
 
     _notices: tuple[str, ...] = PrivateAttr(())
     _global_batch_size: int | None = PrivateAttr(None)
-    _relative: dict[str, Any] = PrivateAttr(default_factory=dict)  # input keys that other keys were resolved with
+    # Input keys that others were resolved with: what was given, and what that became.
+    _relative: dict[str, tuple[Any, Any]] = PrivateAttr(default_factory=dict)
     _shared_by: int = PrivateAttr(1)
 
     @model_validator(mode="after")

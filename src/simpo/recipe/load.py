@@ -74,9 +74,10 @@ def load_recipe(
             key, processes = "global_batch_size", processes or source._shared_by
             values[key], base.spelled[key] = source.global_batch_size, key
             values.pop("gradient_accumulation_steps")
-        for key, given in source._relative.items():  # to the beta, or the rate, that overrides may set
-            values[key], base.spelled[key] = given, key
-            values.pop(INPUT_KEYS[key][0], None)
+        for key, (given, became) in source._relative.items():  # to the beta, or the rate, that overrides may set
+            if getattr(source, INPUT_KEYS[key][0]) == became:  # and not another since
+                values[key], base.spelled[key] = given, key
+                values.pop(INPUT_KEYS[key][0], None)
     elif isinstance(source, Mapping):
         base = _read_layer(source)
     elif isinstance(source, (str, os.PathLike)):
@@ -258,7 +259,8 @@ def _build(layer: _Layer, processes: int) -> Recipe:
     if recipe.loss_type in LOSSES and recipe.loss.needs_reference:
         layer.notices = [notice for notice in layer.notices if _IS_SIMPO not in notice]
     recipe._notices = tuple(dict.fromkeys(layer.notices + list(recipe._notices)))
-    recipe._global_batch_size, recipe._shared_by, recipe._relative = asked, processes, relative
+    recipe._global_batch_size, recipe._shared_by = asked, processes
+    recipe._relative = {key: (given, getattr(recipe, INPUT_KEYS[key][0])) for key, given in relative.items()}
     return recipe
 
 

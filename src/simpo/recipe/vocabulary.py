@@ -29,10 +29,13 @@ def check_vocabulary(recipe: Recipe) -> str | None:
     if not beyond:
         return None
     settings = _read(folder / "tokenizer_config.json")
-    asked = recipe.chat_template
-    file = Path(asked) if asked and "{" not in asked else folder / "chat_template.jinja"
-    own = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else settings.get("chat_template")
-    template = own if file.is_file() or not asked else asked
+    template = recipe.chat_template
+    if not (template and "{" in template):  # no text, but a file's name, a template's, or none
+        file = Path(template or folder / "chat_template.jinja")
+        if file.is_file():
+            template = file.read_text(encoding="utf-8", errors="replace")
+        else:
+            template = template or settings.get("chat_template")
     ends = [settings.get(f"{name}_token") for name in ("eos", "pad", "bos")]
     needed = [end["content"] if isinstance(end, dict) else end for end in ends]
     token = next((token for token in beyond if token in needed or token in str(template)), None)

@@ -15,7 +15,7 @@ import numpy as np
 
 from simpo.data.rows import name_sources
 from simpo.evaluation.plain import SIMILAR_LENGTH, Interval, Z, wilson_interval
-from simpo.report.read import Run
+from simpo.report.read import Curve, Run
 from simpo.run.logs import steps_of_model
 
 _LENGTHS = {
@@ -157,8 +157,16 @@ _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 def _from_means(run: Run) -> HeldOut | None:
     """Of a run without eval_pairs.jsonl: metrics.jsonl has the means, so only accuracies have intervals."""
-    loss = run.curve("eval_loss")
-    if not len(loss):
+    known = steps_of_model(run.folder) if run.is_finished else None
+
+    def curve(name: str) -> Curve:
+        """Up to the step whose weights the model has, where that is known."""
+        whole = run.curve(name)
+        upto = whole.steps <= (known[0] if known else math.inf)
+        return Curve(whole.steps[upto], whole.values[upto])
+
+    loss = curve("eval_loss")
+    if not len(loss) or (known and loss.steps[-1] != known[0]):
         return None
     several = len(loss) > 1
     sources = [name.removeprefix("eval_pairs/") for name in run.curves if name.startswith("eval_pairs/")]
@@ -166,7 +174,7 @@ def _from_means(run: Run) -> HeldOut | None:
     def rows(metric: str, labels: Mapping[str, str], share: bool) -> list[Row]:
         found = []
         for label, of in labels.items():
-            values, pairs = run.curve(f"eval_{metric}{of}").values, run.curve(f"eval_pairs{of}").values
+            values, pairs = curve(f"eval_{metric}{of}").values, curve(f"eval_pairs{of}").values
             if not len(values):
                 continue
             count = int(pairs[-1]) if len(pairs) else 0

@@ -140,7 +140,8 @@ def _compared(evaluation: Mapping[str, Any], base: str) -> list[str]:
     if baseline:
         other = str(baseline.get("model", base))
         is_base = other == base or Path(other).resolve() == Path(base).resolve()
-        title = ["before", "after"] if is_base else [f"`{other}`", "this model"]
+        name = "/".join(Path(other).parts[-2:])  # of a path no more, which a card need not show
+        title = ["before", "after"] if is_base else [f"`{name}`", "this model"]
     lines = [f"| {evaluation['num_pairs']} held-out pairs | {' | '.join(title)} |", "|---" * (len(models) + 1) + "|"]
     for name, key, form in (("preference accuracy", "accuracy", ".1%"), ("margin, nats per token", "margin", "+.4f")):
         cells = [_interval(model[key], form) for model in models]

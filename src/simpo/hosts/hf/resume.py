@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -50,7 +51,7 @@ def find_best(resumed: Path) -> str | None:
     recorded = TrainerState.load_from_json(str(resumed / TRAINER_STATE_NAME)).best_model_checkpoint
     if recorded is None:
         return None
-    places = (resumed.with_name(Path(recorded).name), Path(recorded))
+    places = (resumed.with_name(re.split(r"[\\/]", recorded)[-1]), Path(recorded))  # of any system
     if (found := next((place for place in places if place.is_dir()), None)) is None:
         raise ValueError(
             f"load_best_model_at_end: the checkpoint of the best evaluation, {places[0]}, is not there any more; with "

@@ -106,7 +106,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
         peft_config=lora_config(recipe) if recipe.use_peft else None,
         callbacks=[directory, *early],
     )
-    trainer.eval_pairs = EvalPairs(Path(recipe.output_dir))
+    directory.trainer, trainer.eval_pairs = trainer, EvalPairs(Path(recipe.output_dir))
     # The same settings; with the rest of it, a checkpoint knows the whole run.
     trainer.recipe = recipe = as_it_trains(recipe, trainer.model)
     trainer.remove_callback(PrinterCallback)
@@ -122,7 +122,7 @@ def _train(recipe: Recipe, args: SimPOConfig, resume: Checkpoint | None, mesh: M
         try:
             with directory.stop.listening():
                 trainer.train(resume_from_checkpoint=None if resume is None else str(resume.folder))
-            if directory.is_stopped:
+            if trainer.is_stopped:
                 step = trainer.state.global_step
                 saved = Path(args.output_dir, f"{TRAINERS.prefix}-{step}")
                 raise interrupted(step, trainer.state.max_steps, saved)
@@ -260,7 +260,7 @@ class RunDirectory(TrainerCallback):
         self.recipe, self.display, self.mesh, self.begin = recipe, display, mesh, begin
         self.resources = contextlib.ExitStack()  # to be closed after training: the log and its trackers
         self.stop = StopRequest(display.say)  # this process was asked to stop
-        self.is_stopped = False  # one of all was, before the last step
+        self.trainer: SimPOTrainer | None = None
         self.log: MetricsLog | None = None
         self.untrained: WeightSample | None = None
         self.evaluates = False
@@ -292,14 +292,14 @@ class RunDirectory(TrainerCallback):
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """One that a stop cut short is none."""
-        if self.is_stopped:
+        if self.trainer.is_stopped:
             control.should_save = control.should_evaluate = False
 
     def on_step_end(self, args: Any, state: Any, control: Any, **others: Any) -> None:
         """After the last step: log, evaluate and save, whatever the intervals; asked to stop: save, and no more."""
         asked = self.mesh.sum_over_all(torch.tensor(float(self.stop.is_set()), device=self.mesh.device))
         if asked and state.global_step < state.max_steps:
-            control.should_save = control.should_training_stop = self.is_stopped = True
+            control.should_save = control.should_training_stop = self.trainer.is_stopped = True
             control.should_evaluate = False  # which may take longer than whoever asks will wait
             return
         if state.global_step >= state.max_steps:

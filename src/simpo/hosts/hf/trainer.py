@@ -157,6 +157,7 @@ class SimPOTrainer(Trainer):
         self._eval_totals: StepTotals | None = None
         self.eval_pairs: EvalPairs | None = None  # of a run directory
         self._step_losses: StepLosses = []
+        self.is_stopped = False  # before its end, by whoever listens to signals
 
     def train(self, resume_from_checkpoint: str | os.PathLike | bool | None = None, **options: Any) -> Any:
         """As in transformers. No other process may train into `output_dir` meanwhile, and no checkpoint in it is lost.
@@ -420,6 +421,8 @@ class SimPOTrainer(Trainer):
 
     def _maybe_log_save_evaluate(self, *args: Any, **options: Any) -> None:
         """As in transformers; where training ends here, the steps since the last line are logged before the save."""
+        # What comes here may be saved at once, where it is the best.
+        self.control.should_log |= self.control.should_evaluate and self.args.save_strategy == "best"
         saves, self.control.should_save = self.control.should_save, False
         super()._maybe_log_save_evaluate(*args, **options)
         # Each that is the best so far is saved, once: a step may come here twice.
@@ -572,6 +575,8 @@ class SimPOTrainer(Trainer):
             super()._load_rng_state(checkpoint)
 
     def _load_best_model(self) -> None:
+        if self.is_stopped:  # and goes on from the weights of its last step
+            return
         if self.guard.back_to is not None:  # what was saved since may have been better by its metric
             self.state.best_global_step = self.guard.back_to
             self.state.best_model_checkpoint = str(self._checkpoint_of(self.guard.back_to))
