@@ -28,6 +28,7 @@ from safetensors.torch import load_file
 from simpo.display import Display
 from simpo.hosts.hf import SimPOConfig, SimPOTrainer
 from simpo.hosts.hf.run import run_recipe
+from simpo.parallel.mesh import Mesh, MeshSizes
 from simpo.recipe import load_recipe
 from simpo.run.stopping import NonFiniteError, OutOfMemory
 from simpo.trainer import Trainer
@@ -472,8 +473,6 @@ def test_a_recipes_model_is_evaluated_as_it_is_written(
     """A model that comes in bf16, and steps that bf16 cannot tell apart: fp32 masters differ from what is written."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from simpo.hosts.hf.run import run_recipe
-
     half, source = tmp_path / "half", tiny_recipe["model_name_or_path"]
     AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16).save_pretrained(half)
     AutoTokenizer.from_pretrained(source).save_pretrained(half)
@@ -494,6 +493,23 @@ def test_a_recipes_model_is_evaluated_as_it_is_written(
     expected = Trainer(load_recipe(again), display=Display(quiet=True)).evaluate()
     assert line["eval_saved_loss"] == pytest.approx(expected["eval_loss"], abs=1e-6)
     assert abs([x for x in lines if "eval_loss" in x][-1]["eval_loss"] - expected["eval_loss"]) > 1e-6
+
+
+def test_weights_in_4_bits_go_to_the_gpu_of_their_process(
+    tiny_recipe: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def place(recipe: Any, device: torch.device) -> None:
+        raise Placed(device)
+
+    monkeypatch.setattr("simpo.hosts.hf.run.join_launched_world", lambda args: Mesh(MeshSizes(), device=args.device))
+    monkeypatch.setattr("simpo.hosts.hf.run.quantization_options", place)
+    monkeypatch.setattr(SimPOConfig, "device", torch.device("cuda", 1))
+    with pytest.raises(Placed, match="cuda:1"):
+        run_recipe(load_recipe({**tiny_recipe, "device": "cpu", "use_peft": True, "load_in_4bit": True}))
+
+
+class Placed(Exception):
+    """Where weights were about to go."""
 
 
 # --- FSDP2, which accelerate gives to GPUs alone: here to CPUs, everything else as it is -----------------------------

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from simpo.core.optimizers import OPTIMIZERS
 from simpo.data.prepare import prepare_pairs
@@ -72,6 +73,10 @@ def run_recipe(recipe: Recipe) -> None:
     warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
     args = build_config(recipe, device)
     mesh = join_launched_world(args)
+    if recipe.load_in_4bit:  # on this process's own GPU, which is known now
+        if is_deepspeed_zero3_enabled():
+            raise ValueError("load_in_4bit: not under ZeRO-3; use multi_gpu.yaml or deepspeed_zero2.yaml")
+        args.model_init_kwargs = quantization_options(recipe, args.device)
     check_agreement(recipe_facts(recipe))
     with OutputLock(Path(recipe.output_dir)) as lock:
         no_lock = mesh.on_main(lock.acquire)
@@ -174,8 +179,6 @@ def build_config(recipe: Recipe, device: torch.device) -> SimPOConfig:
         names = {"cosine": ("cosine_with_min_lr", {"min_lr": recipe.min_lr})}
         names["linear"] = ("polynomial", {"lr_end": recipe.min_lr, "power": 1.0})
         values["lr_scheduler_type"], values["lr_scheduler_kwargs"] = names[recipe.lr_scheduler_type]
-    if recipe.load_in_4bit:
-        values["model_init_kwargs"] = quantization_options(recipe, device)
     values["eval_strategy"] = recipe.eval_strategy or "no"  # the run directory asks for the evaluation at the end
     return SimPOConfig(
         output_dir=str(Path(recipe.output_dir) / "checkpoints"),

@@ -142,6 +142,11 @@ class SimPOTrainer(Trainer):
         given = {"train_dataset": self.data.train, "eval_dataset": eval_dataset, "processing_class": tokenizer}
         super().__init__(model=model, args=args, **given, **others)
         check_launch(self.accelerator, self.recipe)
+        if self.is_fsdp_enabled and getattr(self.model, "is_quantized", False):
+            raise ValueError(
+                "load_in_4bit: accelerate's FSDP cannot load what it saves of 4-bit weights; use multi_gpu.yaml or "
+                "deepspeed_zero2.yaml"
+            )
         if args.save_on_each_node and self.is_fsdp_enabled:
             raise ValueError(
                 "save_on_each_node: with FSDP the first process alone gets the whole weights; write to a folder that "
