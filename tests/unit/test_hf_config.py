@@ -297,7 +297,8 @@ def test_a_model_of_no_name_needs_its_tokenizer_given() -> None:
 
 
 def test_answers_are_refused_by_name_under_fsdp(tmp_path: Path):
-    accelerator = SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2)))
+    state = SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=2))
+    accelerator = SimpleNamespace(state=state, mixed_precision="no")
     check_launch(accelerator, recipe_of(tmp_path))
     with pytest.raises(ValueError, match=r"^num_eval_generations = 4: not under accelerate's FSDP"):
         check_launch(accelerator, recipe_of(tmp_path, num_eval_generations=4))

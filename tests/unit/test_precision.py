@@ -109,7 +109,7 @@ def test_the_revision_is_the_models_and_no_other_repositorys(monkeypatch):
         @staticmethod
         def from_pretrained(name: str, revision: str, **options: Any) -> Any:
             asked[name] = revision
-            return SimpleNamespace(_commit_hash=f"commit of {name}")
+            return SimpleNamespace(_commit_hash=f"commit of {name}", get_text_config=SimpleNamespace)
 
     keys = {"model_name_or_path": "a/policy", "model_revision": "abc", "ref_model_name_or_path": "a/guide"}
     recipe = load_recipe({**keys, "tokenizer_name_or_path": "a/words", "loss_type": "dpo"})

@@ -161,7 +161,7 @@ class Journal:
 
     def _check_settings(self) -> None:
         about = read_about(self.path)
-        if about:
+        if self.about.exists():
             check_own(self.about, "format", "settings")
         if about.get("format", 0) > FORMAT:
             raise ValueError(
