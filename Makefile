@@ -18,7 +18,7 @@ CHAOS  ?= all
 DATA   ?=
 # Options of benchmarks/bench.py, for make bench.
 BENCH  ?=
-# A part of the tests of test-long or test-scale, 0/16 to 15/16 or of another number; all when not given.
+# A part of the tests of test-long or test-scale, 0/32 to 31/32 or of another number; all when not given.
 PART   ?=
 
 RUN    := $(VENV)/bin/python
@@ -46,8 +46,8 @@ chaos: engines
 test-scale: engines
 	OMP_NUM_THREADS=1 SIMPO_PART=$(PART) $(RUN) -m pytest -m four_processes $(TWO_FILES) $$(grep -rl --include='test_*.py' mark.four_processes tests | sort)
 
-# And those that take long: Ray, compiling, real weights, kills, further cases of shorter tests. A sixteenth of them:
-# make test-long PART=0/16 (to 15/16)
+# And those that take long: Ray, compiling, real weights, kills, further cases of shorter tests. A 32nd of them:
+# make test-long PART=0/32 (to 31/32)
 test-long: engines
 	OMP_NUM_THREADS=1 SIMPO_PART=$(PART) $(RUN) -m pytest -m 'long and not four_processes' $(TWO_FILES) $$(grep -rlE --include='test_*.py' 'mark\.long|rarely|often\(' tests | sort)
 

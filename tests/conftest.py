@@ -29,7 +29,7 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """SIMPO_PART=3/16 (make test-long PART=3/16): of the tests that were asked for, every sixteenth, from number 3."""
+    """SIMPO_PART=3/32 (make test-long PART=3/32): of the tests that were asked for, every 32nd, from number 3."""
     if part := os.environ.get("SIMPO_PART"):
         first, parts = map(int, part.split("/"))
         items[:] = items[first % parts :: parts]
