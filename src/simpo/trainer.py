@@ -274,13 +274,8 @@ class Trainer:
                 for plan in self.loader.plans(self.progress.step, self.total_steps):
                     if self._is_ended_by_guard() or self.progress.why_early(self.recipe) is not None:
                         break
-                    try:
+                    with self._finishing_what_is_on_its_way():
                         values = self.train_step(plan)
-                    except OutOfMemory:
-                        if self.mesh.sizes.world == 1:  # others are elsewhere
-                            with contextlib.suppress(OSError):
-                                self.saver.finish()  # the checkpoint on its way is the one to go on from
-                        raise
                     show(self.progress.step, values)
                     with self._naming_what_is_whole(saves=self.mesh.sizes.world == 1):  # others may be elsewhere
                         self._after_step(values)
@@ -299,6 +294,17 @@ class Trainer:
             self._evaluate_and_log()
         elif self.progress.last_eval_step != step:
             self._take_note_of(values)
+
+    @contextlib.contextmanager
+    def _finishing_what_is_on_its_way(self) -> Iterator[None]:
+        """Around a step: where it fails, the checkpoint that is being written is the one to go on from."""
+        try:
+            yield
+        except Exception:
+            if self.mesh.sizes.world == 1:  # others are elsewhere
+                with contextlib.suppress(OSError):
+                    self.saver.finish()
+            raise
 
     @contextlib.contextmanager
     def _naming_what_is_whole(self, *, saves: bool = False) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 
 import pytest
@@ -277,7 +278,8 @@ def test_a_prompt_alone_is_read_without_its_answers(row, prompt):
 
 def test_the_dialogues_that_hold_a_prompt_are_those_of_the_columns_named():
     row = {"better": [USER, say("Yes.")], "worse": [USER, say("No.")]}
-    assert prompt_from_row(row, chosen_column="better", rejected_column="worse").prompt == [USER]
+    read_pair = functools.partial(pair_from_row, chosen_column="better", rejected_column="worse")
+    assert prompt_from_row(row, read_pair=read_pair).prompt == [USER]
 
 
 @pytest.mark.parametrize(

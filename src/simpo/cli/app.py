@@ -271,15 +271,15 @@ def exit_by_account(account: Path, *, examples: bool = True, as_json: bool = Fal
 @contextlib.contextmanager
 def leaving_when_interrupted() -> Iterator[None]:
     """Ctrl-C, SIGTERM or a guard in work that goes on from there -> its one line and exit code; a loss that is not
-    finite, or want of memory -> exit 1."""
-    from simpo.run.stopping import Interrupted, NonFiniteError, OutOfMemory
+    finite -> exit 1, as for want of memory."""
+    from simpo.run.stopping import Interrupted, NonFiniteError
 
     try:
         yield
     except Interrupted as stopped:
         say_once(str(stopped), color="yellow")
         raise typer.Exit(stopped.exit_code) from None
-    except (NonFiniteError, OutOfMemory) as error:
+    except NonFiniteError as error:
         say_once(f"error: {error}", color="red")
         raise typer.Exit(1) from None
 

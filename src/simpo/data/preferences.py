@@ -158,15 +158,14 @@ def prompt_from_row(
     *,
     row_id: str = "",
     prompt_column: str | None = None,
-    chosen_column: str | None = None,
-    rejected_column: str | None = None,
     system_prompt: str | None = None,
+    read_pair: Callable[..., Pair] = pair_from_row,
 ) -> Pair:
     """Read the prompt of a row that has answers or none: a `Pair` whose answers are empty texts.
 
-    A dialogue without a prompt of its own is the prompt up to its last answer.
+    A dialogue without a prompt of its own is the prompt up to its last answer, as `read_pair` finds it.
 
-    Args and errors: as `pair_from_row`.
+    Other args and errors: as `pair_from_row`.
     """
     row = _checked(row)
     names, notes = (prompt_column,) if prompt_column else PROMPT_COLUMNS, {}
@@ -177,9 +176,7 @@ def prompt_from_row(
         tools = read_tools(row.get("tools"))
     else:
         try:
-            pair = pair_from_row(
-                row, prompt_column=prompt_column, chosen_column=chosen_column, rejected_column=rejected_column
-            )
+            pair = read_pair(row, prompt_column=prompt_column)
         except RowError:
             raise missing_column(row, names, "prompt") from None
         context, tools = pair.prompt, pair.tools

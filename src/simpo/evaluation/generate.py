@@ -71,14 +71,15 @@ def generate_greedy(
     try:
         # Compiled blocks would be compiled again for single tokens with a cache and a mask.
         with plain_attention(model), torch.compiler.set_stance("force_eager"):
-            shared = why_not_shared(model) is None
-            shared, agree = (shared, {}) if mesh is None else (mesh.from_main(shared), {"agree": mesh.broadcast})
+            shared, together = why_not_shared(model) is None, {}
+            if mesh is not None:
+                shared, together = mesh.from_main(shared), {"agree": mesh.broadcast}
             for room, places in batches:
                 advance(len(places))
                 if room < 1:
                     continue
-                batch, size = [prompts[place] for place in places], {"max_new_tokens": room, "shared": shared, **agree}
-                found = sample_responses(model, batch, [[0]] * len(batch), Sampling(), ends=ends, **size)
+                batch, size = [prompts[place] for place in places], {"max_new_tokens": room, "shared": shared}
+                found = sample_responses(model, batch, [[0]] * len(batch), Sampling(), ends=ends, **size, **together)
                 texts = tokenizer.batch_decode([response.ids for (response,) in found], skip_special_tokens=True)
                 for place, text, (response,) in zip(places, texts, found, strict=True):
                     answers[place] = Generated(text.strip(), response.ids, response.finished)

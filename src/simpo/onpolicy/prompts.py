@@ -12,7 +12,7 @@ from typing import Any
 from simpo.data.columns import RowError
 from simpo.data.ledger import Dropped, count_rows
 from simpo.data.messages import Message
-from simpo.data.preferences import Pair, prompt_from_row
+from simpo.data.preferences import Pair, pair_reader, prompt_from_row
 from simpo.data.sources import find_sources, load_splits, reader_of
 from simpo.recipe import Recipe, load_recipe
 
@@ -131,5 +131,5 @@ def check_rendered_alike(recipe: Recipe) -> None:
 
 
 def _reader(recipe: Recipe) -> Callable[..., Pair]:
-    names = ("prompt_column", "chosen_column", "rejected_column", "system_prompt")
-    return functools.partial(prompt_from_row, **{name: getattr(recipe, name) for name in names})
+    own = {"prompt_column": recipe.prompt_column, "system_prompt": recipe.system_prompt}
+    return functools.partial(prompt_from_row, read_pair=pair_reader(recipe), **own)

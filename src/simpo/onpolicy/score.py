@@ -63,15 +63,18 @@ def run_score(
         "standardize": settings.standardize,
         "scorers": {name: {"weight": part.options.weight, **part.settings} for name, part in scorers.items()},
     }
+    decide = json.loads(json.dumps(decide))  # as it is read again
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     with locked(target.parent, lambda line: say(line, console)), interruptible(lambda: "what has been scored is kept"):
-        before = read_about(target).get("settings", {}).get("input")
-        kept = _kept_rows(target, order) if before not in (None, digest) else None
-        if not _is_made_anew(target, decide, has_grown=kept is not None):
+        before = read_about(target).get("settings", {})
+        kept = _kept_rows(target, order) if before.get("input") not in (None, digest) else None
+        is_anew = _is_made_anew(before, decide, has_grown=kept is not None)
+        if not is_anew:
             check_settings(target, decide)  # before anyone is asked
+        known = {before.get("input"): kept or set()}
         for part in scorers.values():
-            faults |= part.work(source, order, faults, console, shared=shared, known={before: kept or set()})
-        _combine(source, target, order, scorers, faults, decide, has_grown=kept is not None)
+            faults |= part.work(source, order, faults, console, shared=shared, known=known)
+        _combine(source, target, order, scorers, faults, decide, is_anew=is_anew)
     about = read_about(target)
     say(f"scored: {target}  ({about['rows']} of {len(order)} prompts)", console)
     for name, spread in about["scores"].items():
@@ -134,11 +137,10 @@ def _unscored(row: Row) -> Row:
     return {name: value for name, value in row.items() if name != "because"} | {"responses": bare}
 
 
-def _is_made_anew(target: Path, decide: Mapping[str, Any], *, has_grown: bool) -> bool:
+def _is_made_anew(before: Mapping[str, Any], decide: Mapping[str, Any], *, has_grown: bool) -> bool:
     """Whether the output only differs in how responses are read, or in rows that have come in since."""
-    before = read_about(target).get("settings", {})
     same = {"input": None} if has_grown else {}
-    return json.loads(json.dumps(decide)) != before and {**_unread(before), **same} == {**_unread(decide), **same}
+    return decide != before and {**_unread(before), **same} == {**_unread(decide), **same}
 
 
 def _fault_of(row: Row) -> RowError | None:
@@ -306,7 +308,7 @@ def _combine(
     faults: Mapping[str, RowError],
     decide: Mapping[str, Any],
     *,
-    has_grown: bool,
+    is_anew: bool,
 ) -> None:
     """Write the output from the scorers' numbers, all of which are there."""
     spreads = {
@@ -316,10 +318,7 @@ def _combine(
     }
     about, standardize = read_about(target), decide["standardize"]
     # Every standardised score depends on the rows that have come in since, and each on how responses are read.
-    has_moved = (
-        standardize and about.get("scores") != spreads and about.get("settings") == json.loads(json.dumps(decide))
-    )
-    if has_moved or _is_made_anew(target, decide, has_grown=has_grown):
+    if is_anew or (standardize and about.get("scores") != spreads and about.get("settings") == decide):
         target.unlink(missing_ok=True)
         target.with_suffix(".json").unlink()
     with Journal(target, decide) as journal:

@@ -16,7 +16,6 @@ import numpy as np
 from simpo.data.rows import name_sources
 from simpo.evaluation.plain import SIMILAR_LENGTH, Interval, Z, wilson_interval
 from simpo.report.read import Curve, Run
-from simpo.run.logs import steps_of_model
 
 _LENGTHS = {
     "shorter": "chosen is shorter",
@@ -71,8 +70,8 @@ def final_line(run: Run) -> dict[str, Any] | None:
     keeps that, else the last."""
     if not run.evaluations:
         return None
-    if run.is_finished and (known := steps_of_model(run.folder)):
-        return next((line for line in run.evaluations if line["step"] == known[0]), None)  # none was kept here
+    if (known := run.step_of_model) is not None:
+        return next((line for line in run.evaluations if line["step"] == known), None)  # none was kept here
     last = run.evaluations[-1]
     best = next((row["back_to"] for row in run.guard if "back_to" in row), None)
     metric = run.curve(str(run.settings.get("metric_for_best_model")))
@@ -157,16 +156,16 @@ _UNKNOWN = Interval(math.nan, math.nan, math.nan)
 
 def _from_means(run: Run) -> HeldOut | None:
     """Of a run without eval_pairs.jsonl: metrics.jsonl has the means, so only accuracies have intervals."""
-    known = steps_of_model(run.folder) if run.is_finished else None
+    known = run.step_of_model
 
     def curve(name: str) -> Curve:
         """Up to the step whose weights the model has, where that is known."""
         whole = run.curve(name)
-        upto = whole.steps <= (known[0] if known else math.inf)
+        upto = whole.steps <= (math.inf if known is None else known)
         return Curve(whole.steps[upto], whole.values[upto])
 
     loss = curve("eval_loss")
-    if not len(loss) or (known and loss.steps[-1] != known[0]):
+    if not len(loss) or known not in (None, loss.steps[-1]):
         return None
     several = len(loss) > 1
     sources = [name.removeprefix("eval_pairs/") for name in run.curves if name.startswith("eval_pairs/")]

@@ -23,7 +23,7 @@ from simpo.errors import first_line
 from simpo.recipe import Recipe, load_recipe
 from simpo.recipe.yaml import read_recipe_file
 from simpo.run.lock import LOCK_FILE, is_at_work
-from simpo.run.logs import read_log
+from simpo.run.logs import read_log, steps_of_model
 
 _OF_A_PROCESS = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
@@ -99,9 +99,11 @@ class Run:
         if not (len(seen) and seen.steps[0] and seen.values[0] > 0):
             return None
         mean = seen.values[0] / seen.steps[0]  # the last step of an epoch may have had fewer
-        asked, *of_one = map(self.settings.get, ("global_batch_size", *_OF_A_PROCESS))
-        if isinstance(asked, int) or not all(isinstance(each, int) for each in of_one):
-            return asked if isinstance(asked, int) else round(mean)
+        if isinstance(asked := self.settings.get("global_batch_size"), int):
+            return asked
+        of_one = [self.settings.get(name) for name in _OF_A_PROCESS]
+        if not all(isinstance(each, int) for each in of_one):
+            return round(mean)
         return math.ceil(round(mean / math.prod(of_one), 6)) * math.prod(of_one)
 
     @cached_property
@@ -116,6 +118,12 @@ class Run:
         if not kept or not epochs or not self.pairs_per_step:
             return None
         return math.ceil(epochs * math.ceil(kept / self.pairs_per_step))
+
+    @cached_property
+    def step_of_model(self) -> int | None:
+        """Whose weights the final model has; None without one, or where its card does not say."""
+        known = steps_of_model(self.folder)
+        return known and known[0]
 
     @property
     def is_finished(self) -> bool:
