@@ -145,12 +145,16 @@ class Lab:
         if args.data:
             self.folders |= {name: args.data / name for name in SETS if (args.data / name).is_dir()}
 
+    @property
+    def seeds(self) -> range:
+        return range(self.args.first_seed, self.args.first_seed + self.size.seeds)
+
     def lacks(self, arms: Sequence[Arm]) -> set[str]:
         return {name for arm in arms for name in arm.sets} - self.folders.keys() - {"lists"}
 
     def results(self, arm: Arm) -> list[Row]:
         """What was measured, a row for each seed."""
-        return [self._result(arm, seed) for seed in range(self.size.seeds)]
+        return [self._result(arm, seed) for seed in self.seeds]
 
     def measure(self, sections: Sequence[Section]) -> None:
         """Train and measure what the sections lack, --at-once of it in processes that share the cores.
@@ -160,7 +164,7 @@ class Lab:
         arms = [arm for section in sections if not self.lacks(section.arms) for arm in section.arms]
         wanted: dict[Path, tuple[Arm, int]] = {}
         for arm in arms:
-            for seed in range(self.size.seeds):
+            for seed in self.seeds:
                 wanted.setdefault(self._path(arm, seed), (arm, seed))
         missing = [each for path, each in wanted.items() if not path.exists()]
         if any("lists" in arm.sets for arm, _ in missing):
@@ -232,6 +236,8 @@ class Lab:
         count = min(self.size.answers, len({str(row["prompt"]) for row in rows}))
         found = simpo.evaluate(model, held_out, num_generations=count, max_new_tokens=self.size.tokens, **options)
         other = simpo.evaluate(model, write_rows(self.args.output / "unrelated.jsonl", unrelated_text()), **options)
+        if found.num_pairs < len(rows):
+            raise ValueError(f"{len(rows) - found.num_pairs} held-out pairs of {held_out} were left out: {found.notes}")
         answers = [(row["prompt"], answer) for row, answer in zip(rows, found.generations)]
         mean = statistics.fmean
         return {
@@ -245,6 +251,8 @@ class Lab:
             "tokens": mean(answer.num_tokens for _, answer in answers),
             "repeated": mean(answer.repeated_share for _, answer in answers),
             "unrelated": other.chosen_mean,
+            "pairs' sums": [[pair.chosen_sum, pair.rejected_sum] for pair in found.pairs],
+            "pairs' lengths": [[pair.chosen_length, pair.rejected_length] for pair in found.pairs],
             **about,
         }
 
@@ -274,11 +282,17 @@ class Lab:
         return folder / "lists"
 
     def draw(self, name: str, split: str, count: int, seed: int) -> list[Row]:
-        """A seeded choice of a set's pairs; those of a prompt that came before stand at the end."""
+        """A seeded choice of a set's pairs; those of a prompt that came before stand at the end.
+
+        None to train on has a prompt that is held out.
+        """
         if name == "lists" and name not in self.folders:
             self.folders[name] = self.make_lists()
-        (path,) = (path for path in self.folders[name].iterdir() if path.name.startswith(f"{split}.jsonl"))
-        rows = [row for row in read_file(path) if num_characters(row) <= LONGEST[name]]
+        files = {path.name.split(".")[0]: path for path in self.folders[name].iterdir() if ".jsonl" in path.name}
+        rows = [row for row in read_file(files[split]) if num_characters(row) <= LONGEST[name]]
+        if split == "train" and "test" in files:
+            held_out = {str(row["prompt"]) for row in read_file(files["test"])}
+            rows = [row for row in rows if str(row["prompt"]) not in held_out]
         random.Random(f"{seed} {split}").shuffle(rows)
         seen: dict[str, int] = {}
         for row in rows:
@@ -369,6 +383,7 @@ NOISE = [
 ]
 REMEDIES: dict[str, Row] = {
     "SFT weight 1": {"sft_weight": 1.0},
+    "AlphaPO": {"loss_type": "alphapo"},
     "a tenth of the rate": {"learning_rate": RECIPE["learning_rate"] / 10},
     "RC": {"reward_calibration": True},
 }
@@ -488,6 +503,7 @@ SECTIONS = [
             SIMPO,
             Arm("WPO", keys={"wpo_weights": True}),
             Arm("ConfPO", keys={"loss_type": "confpo"}),
+            Arm("score margins", keys={"score_margin": 2.0}),
             Arm("RC", keys={"reward_calibration": True}),
             Arm("R-DPO", keys={"loss_type": "r_dpo"}),
         ],
@@ -815,6 +831,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder of the sets of real pairs")
     parser.add_argument("--size", choices=SIZES, default=os.environ.get("EVIDENCE") or "full")
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS], metavar="SECTION")
+    parser.add_argument("--first-seed", type=int, default=0, help="another gives the same trainings on other pairs")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"), help="what was measured")
     at_once = min(2, torch.get_num_threads()) if pick_device("auto").type == "cpu" else 1
     parser.add_argument("--at-once", type=int, default=at_once, help="runs that share the cores [%(default)s]")

@@ -21,7 +21,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def lab(tiny_model: Path, measured: Path, monkeypatch: pytest.MonkeyPatch) -> evidence.Lab:
     monkeypatch.setattr(evidence, "RECIPE", {**evidence.RECIPE, "bf16": False, "num_threads": 1})
-    words = {"model": str(tiny_model), "data": None, "size": "tiny", "output": measured, "at_once": 2}
+    words = {"model": str(tiny_model), "data": None, "size": "tiny", "output": measured, "at_once": 2, "first_seed": 0}
     return evidence.Lab(argparse.Namespace(**words))
 
 
