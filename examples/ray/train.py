@@ -22,7 +22,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from simpo.recipe import Recipe, load_recipe
 from simpo.run.resume import find_checkpoint, why_stopped
-from simpo.run.saved import list_checkpoints
+from simpo.run.saved import Checkpoint, list_checkpoints
 from simpo.run.stopping import StoppedByGuard
 
 
@@ -32,18 +32,24 @@ def train_on_worker(config: dict[str, Any]) -> None:
 
     os.chdir(config["folder"])  # the driver's: the recipe's relative paths mean the same here
     try:
-        result = Trainer(go_on(config["recipe"])).run()
+        result = Trainer(go_on(**config["run"])).run()
     except StoppedByGuard:  # raised, it would be a failure to recover from; the driver reads why
         return
     ray.train.report({"steps": result.steps, **result.metrics})
 
 
-def go_on(recipe: Recipe) -> Recipe:
-    """The recipe of one attempt: from the newest checkpoint that an earlier one left, or as it was asked for."""
-    begun = list_checkpoints(Path(recipe.output_dir) / "checkpoints")
-    if isinstance(recipe.resume_from_checkpoint, str) and not begun:
+def go_on(recipe: Recipe, found: list[Checkpoint]) -> Recipe:
+    """The recipe of one attempt: from the newest checkpoint that an earlier one left, or as it was asked for.
+
+    `found` are those that were there before any attempt.
+    """
+    if isinstance(recipe.resume_from_checkpoint, str) and list_checkpoints(checkpoints(recipe)) == found:
         return recipe
     return recipe.model_copy(update={"resume_from_checkpoint": True})
+
+
+def checkpoints(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir) / "checkpoints"
 
 
 def read_arguments(arguments: list[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -66,7 +72,10 @@ def main() -> None:
     find_checkpoint(recipe)  # refuses a folder that holds another run before any worker starts
     trainer = TorchTrainer(
         train_on_worker,
-        train_loop_config={"recipe": recipe, "folder": os.getcwd()},
+        train_loop_config={
+            "run": {"recipe": recipe, "found": list_checkpoints(checkpoints(recipe))},
+            "folder": os.getcwd(),
+        },
         # Tensors on GPUs go through NCCL; what lies in CPU memory (checkpoints, texts) through gloo.
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if options.gpu else "gloo", timeout_s=recipe.ddp_timeout),
         scaling_config=ScalingConfig(num_workers=options.workers, use_gpu=options.gpu),

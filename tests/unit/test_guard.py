@@ -213,7 +213,7 @@ def test_the_first_finding_ends_the_run_and_is_what_is_told(tmp_path: Path) -> N
     recipe = load_recipe({"model_name_or_path": "m", "learning_rate": 0.5, "guard": "stop"})
     mesh = SimpleNamespace(is_main=True, from_main=lambda value: value, on_main=lambda function: function())
     guard = RunGuard(recipe, tmp_path, mesh, Display(quiet=True), history=())
-    with pytest.raises(StoppedByGuard, match=r"before the first step \(learning_rate\)"):
+    with pytest.raises(StoppedByGuard, match=r"before the first step \(learning_rate\); --guard.learning_rate warn tr"):
         guard.begin({"a": (30, 50), "b": (0, 40)})
     kinds = [json.loads(line)["kind"] for line in (tmp_path / "guard.jsonl").read_text(encoding="utf-8").splitlines()]
     assert kinds == ["learning_rate", "sources"]

@@ -298,6 +298,8 @@ def _resolve_datasets(layer: _Layer) -> None:
         ]
     for (key, entry), value in layer.entries.items():
         current = values.get(key) or {}
+        if key == "guard" and isinstance(current, (str, bool)):  # of all checks
+            current = {"all": current}
         if not isinstance(current, Mapping):
             raise ValueError(f"{key}: must be a mapping before {key}.{entry} can be set, not {short(current)}")
         values[key] = {**current, entry: value}

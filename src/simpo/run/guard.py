@@ -434,7 +434,10 @@ class RunGuard:
         found = self._guard.read_start(self._recipe.learning_rate, dropped, self._recipe.max_dropped_fraction)
         self._tell([] if self._done or not self._mesh.is_main else found)
         if self.verdict is not None:
-            raise self._stop(f"stopped by the guard before the first step ({self.verdict[0].check})")
+            check = self.verdict[0].check
+            raise self._stop(
+                f"stopped by the guard before the first step ({check}); --guard.{check} warn trains all the same"
+            )
 
     def heed(self, step: int, values: Mapping[str, Any], answers: Sequence[Mapping[str, Any]] = ()) -> None:
         """After a logged step or an evaluation: its values, as metrics.jsonl has them, and the answers made at it."""

@@ -133,7 +133,7 @@ def _refuse_to_overwrite(recipe: Recipe, newest: Checkpoint | None, kind: Checkp
             state = load_state(newest.folder / kind.state_file) if is_finished else {"total_steps": 0}
         if newest.step >= state.get("total_steps", newest.step):
             return
-        advice = f"--resume_from_checkpoint {newest.folder} does the steps after it again; or"
+        advice = f"--resume_from_checkpoint {newest.folder} goes on from it; or"
     elif newest is None and is_finished:
         advice = "there is nothing to resume:"
     elif newest is None and (recipe.resume_from_checkpoint or not (output_dir / "metrics.jsonl").exists()):

@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import re
 import shlex
 import warnings
@@ -179,12 +180,12 @@ def advise_whole(damaged: Checkpoint, kind: CheckpointKind, mesh: Mesh) -> str:
     folder = damaged.folder.parent
     for other in reversed(mesh.on_main(lambda: list_checkpoints(folder, kind))):
         if other.step != damaged.step and _is_whole(other, kind, mesh):
-            recipe = folder.parent / "recipe.yaml"
-            named = shlex.quote(str(recipe)) if recipe.is_file() else "RECIPE"
-            words = f"{named} --resume_from_checkpoint {shlex.quote(str(other.folder))}"
-            return (
-                f"{other.folder.name} is the newest whole one; go on from it: {kind.command.split(' or ')[0]} {words}"
-            )
+            recipe, command = folder.parent / "recipe.yaml", "the same command with"
+            if "WORLD_SIZE" not in os.environ:  # a launcher's options are in no recipe
+                named = shlex.quote(str(recipe)) if recipe.is_file() else "RECIPE"
+                command = f"{kind.command.split(' or ')[0]} {named}"
+            words = f"{command} --resume_from_checkpoint {shlex.quote(str(other.folder))}"
+            return f"{other.folder.name} is the newest whole one; go on from it: {words}"
     return f"no other one in {folder} is whole: start anew in another output_dir"
 
 

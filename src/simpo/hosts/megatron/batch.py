@@ -105,7 +105,7 @@ def collate(
         labels=labels,
         row_ids=tuple(pair.row_id for pair in pairs),
         mean_pairs=mean_pairs,
-        reference_sums=None if reference is None else _look_up(pairs, reference),
+        reference_sums=_look_up(pairs, reference) if reference else None,  # {} on stages that are not the last
     )
 
 
