@@ -1,7 +1,7 @@
 # make demo   set everything up and align a small model, start to finish
 # make test   run the tests (with DeepSpeed, Megatron-Core, Ray and other engines, which it installs as well)
 # make bench  this trainer and TRL's on the same pairs (about 20 minutes on two cores)
-# make evidence   the method's claims in small, into docs/evidence.md (hours; EVIDENCE=quick: a fifth of it)
+# make evidence   the method's claims in small, into docs/evidence.md (hours; EVIDENCE=quick: a sixth of it)
 # make docs   build the documentation into build/docs; a broken link is an error
 # make help   the rest
 

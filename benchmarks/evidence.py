@@ -1,7 +1,7 @@
 """The method's claims in small: trains, measures, and writes docs/evidence.md with its figures. Nothing is typed in.
 
-    make evidence                     everything, 5 times as many trainings as quick
-    EVIDENCE=quick make evidence      the first sections; 108 minutes on two cores with AVX2, in float32, one at a time
+    make evidence                     everything, 6 times as many trainings as quick
+    EVIDENCE=quick make evidence      the first sections
     python benchmarks/evidence.py [--model MODEL] [--data FOLDER] [--size quick] [--only SECTION ...] [--at-once N]
     python benchmarks/evidence.py --paper simpo=MODEL dpo=MODEL ... --pairs PAIRS    the paper's numbers, by its models
 
@@ -16,7 +16,9 @@ with it. Give another --output to measure everything again.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -57,6 +59,7 @@ from simpo.run.optim import learning_rate_at  # noqa: E402
 
 Row = dict[str, Any]
 Interval = tuple[float, float, float]
+Claim = Callable[[dict[str, Row]], float]
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ SIZES = {
     "tiny": Size(2, 12, 4, 2, 4),
 }
 # A part of full, which goes on from it.
-SIZES["quick"] = replace(SIZES["full"], sections=("methods-rule", "length-rule", "gamma", "sft"))
+SIZES["quick"] = replace(SIZES["full"], sections=("methods-rule", "length-rule", "gamma"))
+DRAWING, DRAWN = 2, ("drawing", "first_seed")
+"""How pairs are drawn: 2 = none with a prompt that is held out."""
+SHOWN = ("learning_rate", "lr_scheduler_type", "warmup_ratio", "max_length", "max_prompt_length")
 T_975 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262}
 """Number of seeds -> 97.5% of Student's t with one degree of freedom less."""
 
@@ -153,8 +159,13 @@ class Lab:
         return {name for arm in arms for name in arm.sets} - self.folders.keys() - {"lists"}
 
     def results(self, arm: Arm) -> list[Row]:
-        """What was measured, a row for each seed."""
-        return [self._result(arm, seed) for seed in self.seeds]
+        """What was measured, a row for each seed, with the accuracy of the arm's own reward and its gain."""
+        before = self._result(Arm("", arm.asked or arm.pairs, trains=False), 0)
+        rows = [dict(self._result(arm, seed)) for seed in self.seeds]
+        for row in rows if not recipe_of(arm).loss.extras else ():  # ConfPO's reward is not of all tokens
+            row["own accuracy"] = own_accuracy(arm, row, before)
+            row["gain"] = row["own accuracy"] - own_accuracy(arm, before, before)
+        return rows
 
     def measure(self, sections: Sequence[Section]) -> None:
         """Train and measure what the sections lack, --at-once of it in processes that share the cores.
@@ -166,7 +177,7 @@ class Lab:
         for arm in arms:
             for seed in self.seeds:
                 wanted.setdefault(self._path(arm, seed), (arm, seed))
-        missing = [each for path, each in wanted.items() if not path.exists()]
+        missing = [each for path, each in wanted.items() if not self._is_measured(path)]
         if any("lists" in arm.sets for arm, _ in missing):
             self.draw("lists", "train", 0, seed=0)  # made once, not by each process
         threads = max(1, torch.get_num_threads() // self.args.at_once)
@@ -178,15 +189,24 @@ class Lab:
         """Of what is measured, the same for every way to say the same."""
         if not arm.trains:
             seed = 0  # the same whatever the seed: the held-out pairs are
-        keys = simpo.load_recipe({**RECIPE, "model_name_or_path": str(self.args.model), **arm.keys}).to_dict()
-        way = {**asdict(arm), "keys": keys, "name": "", "asked": arm.asked or arm.pairs}
+        way = {
+            **asdict(arm),
+            "keys": recipe_of(arm, str(self.args.model)).to_dict(),
+            "name": "",
+            "asked": arm.asked or arm.pairs,
+        }
         amount = {**asdict(self.size), "seeds": 0, "sections": ()}
         words = json.dumps([way, amount, seed], sort_keys=True)
         return self.args.output / f"{hashlib.sha256(words.encode()).hexdigest()[:12]}-{seed}.json"
 
+    @staticmethod
+    def _is_measured(path: Path) -> bool:
+        """Whether there are all measures; what earlier versions wrote had no sums."""
+        return path.exists() and "pairs' sums" in path.read_text(encoding="utf-8")
+
     def _result(self, arm: Arm, seed: int) -> Row:
         path = self._path(arm, seed)
-        if not path.exists():
+        if not self._is_measured(path):
             began = time.perf_counter()
             found = {"threads": torch.get_num_threads(), **self._measure(arm, *self._train(arm, seed))}
             shutil.rmtree(self.place, ignore_errors=True)
@@ -300,6 +320,25 @@ class Lab:
         return sorted(rows, key=lambda row: row["turn"])[:count]
 
 
+def recipe_of(arm: Arm, model: str = "model") -> simpo.Recipe:
+    return simpo.load_recipe({**RECIPE, "model_name_or_path": model, **arm.keys})
+
+
+def own_accuracy(arm: Arm, row: Row, before: Row) -> float:
+    """Share of held-out pairs that the reward which the arm's loss trains ranks right, ties half.
+
+    That is the mean log-prob of a token for most; summed log-probs for CPO; and those less the reference's for DPO.
+    """
+    loss, gaps = recipe_of(arm).loss, []
+    for sums, lengths, reference in zip(row["pairs' sums"], row["pairs' lengths"], before["pairs' sums"]):
+        if loss.needs_reference:
+            sums = [sum_ - other for sum_, other in zip(sums, reference)]
+        elif loss.name != "cpo":
+            sums = [sum_ / length for sum_, length in zip(sums, lengths)]
+        gaps.append(sums[0] - sums[1])
+    return statistics.fmean((gap > 0) + (gap == 0) / 2 for gap in gaps)
+
+
 def num_characters(row: Row) -> int:
     turns = [turn["content"] for side in ("prompt", "chosen", "rejected") for turn in row.get(side, [])]
     return sum(map(len, [*turns, *row.get("responses", [])]))
@@ -342,8 +381,8 @@ class Section:
 
     Attributes:
         claim: as its source says it.
-        holds: what is claimed, each with (a seed's rows, by arm) -> whether it holds with that seed; empty: it is only
-            shown.
+        holds: what is claimed, each with (a seed's rows, by arm) -> a difference that is above 0 where it holds; empty:
+            it is only shown.
         chart: measures that are drawn over the arms, in their order.
         axis: the key that the arms differ in; of two, with a comma, a map is drawn.
     """
@@ -353,15 +392,19 @@ class Section:
     claim: str
     arms: Sequence[Arm]
     shown: Sequence[str] = ("accuracy", "margin", "chosen", "rule", "readable", "tokens", "repeated", "unrelated")
-    holds: dict[str, Callable[[dict[str, Row]], bool]] = field(default_factory=dict)
+    holds: dict[str, Claim] = field(default_factory=dict)
     chart: Sequence[str] = ()
     axis: str = ""
 
 
-def less(one: Arm | str, measure: str, other: Arm | str) -> Callable[[dict[str, Row]], bool]:
-    """Whether an arm has less of a measure than another."""
+def less(one: Arm | str, measure: str, other: Arm | str) -> Claim:
+    """That an arm has less of a measure than another."""
     names = [arm if isinstance(arm, str) else arm.name for arm in (one, other)]
-    return lambda by: by[names[0]][measure] < by[names[1]][measure]
+    return lambda by: by[names[1]][measure] - by[names[0]][measure]
+
+
+def gained(arm: Arm) -> Claim:
+    return lambda by: by[arm.name]["gain"]
 
 
 METHODS = (NONE, SIMPO, DPO, ORPO, CPO)
@@ -370,10 +413,10 @@ RATES, BETAS = (1e-5, 1e-4, 4e-4), (2.0, 5.0, 10.0)
 MAP = [Arm(f"beta {b:g}, rate {r:g}", keys={"beta": b, "learning_rate": r}) for b in BETAS for r in RATES]
 
 
-def gains(one: float, other: float, measure: str, least: float = 0.0) -> Callable[[dict[str, Row]], bool]:
-    """Whether a measure is larger by more than so much at the other rate, with each beta."""
+def gains(one: float, other: float, measure: str, least: float = 0.0) -> Claim:
+    """That a measure is larger by more than so much at the other rate, with each beta."""
     at = "beta {:g}, rate {:g}".format
-    return lambda by: all(by[at(b, other)][measure] - by[at(b, one)][measure] > least for b in BETAS)
+    return lambda by: min(by[at(b, other)][measure] - by[at(b, one)][measure] - least for b in BETAS)
 
 
 NOISE = [
@@ -398,22 +441,15 @@ SECTIONS = [
         Section(
             f"methods-{name}",
             f"Methods on {SETS[name]}",
-            "At equal pairs, steps and learning rate, training raises held-out accuracy. Which method is best is not "
-            "claimed at this size.",
+            "At equal pairs, steps and learning rate, training raises the share of held-out pairs that a method's own "
+            "reward ranks right. Which method is best is not claimed at this size.",
             on(name, *METHODS),
             (
-                "accuracy",
-                "margin",
-                "chosen",
-                "rejected",
-                "rule",
-                "readable",
-                "tokens",
-                "repeated",
-                "unrelated",
-                "seconds",
+                *("own accuracy", "gain", "accuracy", "margin", "chosen", "rejected"),
+                *(() if name == "zh_oasst1" else ("rule", "readable")),  # which count words between spaces
+                *("tokens", "repeated", "unrelated", "seconds"),
             ),
-            {f"{arm.name} is more accurate than no training": less(NONE, "accuracy", arm) for arm in METHODS[1:]},
+            {f"{arm.name} ranks more pairs right than before": gained(arm) for arm in METHODS[1:]},
         )
         for name in ("rule", "en_hh_helpful", "zh_oasst1")
     ),
@@ -454,7 +490,7 @@ SECTIONS = [
         ("accuracy", "rule", "chosen", "repeated"),
         {
             "the rate moves the rule's marks more than beta does": lambda by: (
-                spread(by, "rule", "rate") > spread(by, "rule", "beta")
+                spread(by, "rule", "rate") - spread(by, "rule", "beta")
             ),
             "the marks are better at 0.0001 than at 1e-05, whatever beta": gains(RATES[0], RATES[1], "rule"),
             "the chosen log-prob at 0.0004 is more than half a nat lower, whatever beta": gains(
@@ -511,7 +547,9 @@ SECTIONS = [
     Section(
         "policy",
         "Whose answers the pairs are made of",
-        "Pairs of the model's own answers teach more than as many of other people's (measured on the same prompts).",
+        "Pairs of the model's own answers to such prompts, ranked by the rule, teach the rule more than as many of "
+        "human chat. Who answered is one of three differences, the prompts and the ranking being others; "
+        "`benchmarks/results/on_policy.md` has them apart, on the same prompts and by the same rule.",
         [NONE, SIMPO, Arm("SimPO on human chat", "en_hh_helpful", asked="rule")],
         ("rule", "readable", "tokens", "repeated"),
         {"by the rule, the model's own teach more": less("SimPO on human chat", "rule", SIMPO)},
@@ -535,12 +573,12 @@ SECTIONS = [
     Section(
         "noise",
         "Swapped labels",
-        "Accuracy falls with the share of swapped labels; smoothing by about that share makes up for some of it.",
+        "Accuracy falls with the share of swapped labels; smoothing by that share makes up for some of it.",
         NOISE,
         ("accuracy", "margin", "rule"),
         {
             "40% are less accurate than none": less("40% swapped", "accuracy", "0% swapped"),
-            "smoothing makes up for some of 40%": less("40% swapped", "accuracy", "40% swapped, smoothing 0.2"),
+            "smoothing makes up for some of 20%": less("20% swapped", "accuracy", "20% swapped, smoothing 0.2"),
         },
         ("accuracy", "rule"),
         "share of swapped labels",
@@ -559,15 +597,27 @@ def spread(by: dict[str, Row], measure: str, word: str) -> float:
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
-SHARES = ("accuracy", "repeated")
+SHARES = ("accuracy", "own accuracy", "gain", "repeated")
 
 
 PAPER = [
+    "## The pairs",
+    "",
+    "`--data FOLDER` holds a folder for each set that is not in the repository, with `train.jsonl.gz` and "
+    "`test.jsonl.gz`, in rows of `id`, `prompt`, `chosen` and `rejected` (messages):",
+    "",
+    "- `en_hh_helpful`: the test split of Anthropic's HH-RLHF, its three helpful tranches, as DaehanKim/EasyRLHF "
+    "(45eccb72) has it; rows whose transcripts do not share their prompt are left out. 5,313 and 590 pairs.",
+    "- `zh_oasst1`: 775 Chinese prompts of OASST1 with ranked replies, from hiyouga/LLaMA-Factory's history (blob "
+    "ed432cfe), as ordered pairs. 691, less 17 whose prompt is held out, and 76.",
+    "- `code_humanevalpack`: bigcode-project/octopack (e17a8f64), six languages, a canonical solution over the one "
+    "with a bug. 888 and 96.",
+    "",
     "## The paper's own models",
     "",
     "Given its checkpoints and held-out pairs, a script prints accuracy, margin and the correlation of length beside "
     "the paper's numbers. It was not run on them: no hub could be reached where this page was written. On one H100, "
-    "within the hour (three forward passes of an 8B model over 2,000 pairs):",
+    "within the hour (a forward pass of each 8B model over 2,000 pairs):",
     "",
     "`python benchmarks/evidence.py --pairs princeton-nlp/llama3-ultrafeedback --paper "
     "simpo=princeton-nlp/Llama-3-Instruct-8B-SimPO dpo=princeton-nlp/Llama-3-Instruct-8B-DPO`",
@@ -576,17 +626,22 @@ PAPER = [
 
 
 def interval(values: Sequence[float]) -> Interval:
-    """Mean and 95% interval over seeds by Student's t; nan ends where all are one measurement."""
+    """Mean and 95% interval over seeds by Student's t; nan ends where there is one measurement."""
     mean = statistics.fmean(values)
-    if len(set(values)) == 1:
+    if len(values) == 1:
         return mean, math.nan, math.nan
     half = T_975[len(values)] * statistics.stdev(values) / math.sqrt(len(values))
     return mean, mean - half, mean + half
 
 
-def cell(measure: str, values: Sequence[float]) -> str:
+def per_training(rows: Sequence[Row], measure: str) -> list[float]:
+    """A value for each training: one where there was none, whatever the seeds."""
+    return list({row["seed"]: row[measure] for row in rows}.values())
+
+
+def cell(measure: str, rows: Sequence[Row]) -> str:
     form = "{:.1%}" if measure in SHARES else "{:.0f}" if measure in ("pairs", "tokens", "seconds") else "{:.3f}"
-    mean, low, _ = interval(values)
+    mean, low, _ = interval(per_training(rows, measure))
     return form.format(mean) + ("" if math.isnan(low) else f" ± {form.format(mean - low)}")
 
 
@@ -598,11 +653,13 @@ def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
     found = lab.measured[section.name] = {arm.name: lab.results(arm) for arm in section.arms}
     lines += [f"| | {' | '.join(section.shown)} |", "|---" * (len(section.shown) + 1) + "|"]
     for name, rows in found.items():
-        cells = (cell(measure, [row[measure] for row in rows]) for measure in section.shown)
+        cells = (cell(measure, rows) for measure in section.shown)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
-    for words, seeds in held(lab, section).items():
-        lines.append(f"- {words}: with {seeds} of {lab.size.seeds} seeds")
+    for words, differences in held(lab.measured, section).items():
+        mean, low, high = interval(differences)
+        right = sum(difference > 0 for difference in differences)
+        lines.append(f"- {words}: {mean:+.3f} ({low:+.3f} to {high:+.3f}); with {right} of {len(differences)} seeds")
     lines += [""] * bool(section.holds)
     if section.chart:
         draw(section, found, pictures / f"{section.name}.svg")
@@ -614,33 +671,43 @@ def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
     return [*lines, f"`python benchmarks/evidence.py --model MODEL{data}{size} --only {section.name}`", ""]
 
 
-def held(lab: Lab, section: Section) -> dict[str, int]:
-    """With how many seeds each of what a section claims holds; nothing where it was not measured."""
-    found = lab.measured.get(section.name)
-    if found is None:
-        return {}
-    seeds = [{name: rows[seed] for name, rows in found.items()} for seed in range(lab.size.seeds)]
-    return {words: sum(map(holds, seeds)) for words, holds in section.holds.items()}
+def held(measured: dict[str, dict[str, list[Row]]], section: Section) -> dict[str, list[float]]:
+    """The difference of each claim of a section, by seed; nothing of what was not measured."""
+    found, of = measured.get(section.name, {}), {}
+    for words, difference in section.holds.items():
+        with contextlib.suppress(KeyError):  # an arm or a measure that another run had not
+            of[words] = [difference(dict(zip(found, rows))) for rows in zip(*found.values())]
+    return {words: differences for words, differences in of.items() if differences}
+
+
+def verdict(differences: Sequence[float]) -> str:
+    _, low, high = interval(differences)
+    if len(set(differences)) == 1:  # a pair more or less, with each seed: no interval
+        return "open"
+    return "shown" if low > 0 else "refuted" if high < 0 else "open"
 
 
 def summary(lab: Lab, sections: Sequence[Section]) -> list[str]:
     """All that is claimed, and what held, in one table."""
-    of, lines, counts = lab.size.seeds, [], []
+    lines, verdicts = [], []
     for section in sections:
-        if found := held(lab, section):
-            counts += found.values()
-            every = "; ".join(words for words, n in found.items() if n == of)
-            some = "; ".join(f"{words} ({n})" for words, n in found.items() if 0 < n < of)
-            none = "; ".join(words for words, n in found.items() if n == 0)
+        if found := held(lab.measured, section):
+            by: dict[str, list[str]] = {"shown": [], "refuted": [], "open": []}
+            for words, differences in found.items():
+                right = sum(difference > 0 for difference in differences)
+                by[verdict(differences)].append(f"{words} ({right} of {len(differences)})")
+            verdicts += map(verdict, found.values())
             place = re.sub("[^a-z0-9 -]", "", section.title.lower()).replace(" ", "-")
-            lines.append(f"| [{section.title}](#{place}) | {every} | {some} | {none} |")
-    return bool(counts) * [
+            lines.append(f"| [{section.title}](#{place}) | {' | '.join('; '.join(cell) for cell in by.values())} |")
+    return bool(verdicts) * [
         "## What held",
         "",
-        f"{counts.count(of)} of {len(counts)} statements hold with every seed. Where two ways do not differ at all, "
-        f"the first is still ahead with {of} of {of} seeds one time in {2**of}.",
+        f"{verdicts.count('shown')} of {len(verdicts)} statements are shown: the 95% interval of the difference over "
+        "the seeds lies above 0. One in 40 would be if no two ways differed. In brackets: the seeds with which the "
+        "difference is above 0; where no two ways differed, it would be with all of them one time in "
+        f"{2**lab.size.seeds}.",
         "",
-        f"| section | with {of} of {of} seeds | with some | with none |",
+        "| section | shown | refuted: below 0 | open: the interval holds 0 |",
         "|---|---|---|---|",
         *lines,
         "",
@@ -653,6 +720,10 @@ def conditions(lab: Lab, section: Section, found: dict[str, list[Row]]) -> str:
     counts = sorted({row["pairs"] for rows in found.values() for row in rows if row["pairs"]})
     threads = sorted({row["threads"] for rows in found.values() for row in rows if row["pairs"]})
     timed = f" Threads of a timed run: {' or '.join(map(str, threads))}." if "seconds" in section.shown else ""
+    trained_arms = [arm for arm in section.arms if arm.trains]
+    settings = "; ".join(f"{arm.name}: {json.dumps(arm.keys)[1:-1]}" for arm in trained_arms if arm.keys)
+    sets = {name for arm in section.arms for name in arm.sets}
+    longest = ", ".join(f"{LONGEST[name]:,} ({SETS[name]})" for name in SETS if name in sets)
     asked = {arm.asked or arm.pairs for arm in section.arms}
     held_out = sorted({len(lab.draw(name, "test", size.test, seed=0)) for name in asked})
     pairs, held_out = (f"{each[0]}" + f" to {each[-1]}" * (len(each) > 1) for each in (counts, held_out))
@@ -660,7 +731,9 @@ def conditions(lab: Lab, section: Section, found: dict[str, list[Row]]) -> str:
         f"{pairs} training pairs ({', '.join(sorted(trained))}), "
         f"{RECIPE['per_device_train_batch_size']} a step, one epoch; "
         f"{held_out} held-out pairs, greedy answers of up to {size.tokens} tokens to {size.answers} of their prompts; "
-        f"{size.seeds} seeds, means with 95% intervals over them (Student's t).{timed}"
+        f"{size.seeds} seeds, means with 95% intervals over them (Student's t).{timed} Characters of a pair at most: "
+        f"{longest}. All arms: {json.dumps({k: RECIPE[k] for k in SHOWN})[1:-1]}, else the recipe's defaults"
+        f"{'; ' * bool(settings)}{settings}.".replace('"', "")
     )
 
 
@@ -679,7 +752,7 @@ def draw(section: Section, found: dict[str, list[Row]], path: Path) -> None:
             draw_map(panel, {name: statistics.fmean(row[measure] for row in rows) for name, rows in found.items()})
             continue
         for place, rows in enumerate(found.values()):
-            values = [row[measure] for row in rows]
+            values = per_training(rows, measure)
             mean, low, high = interval(values)
             panel.plot([place] * len(values), values, "o", color="0.6", markersize=4)
             bars = None if math.isnan(low) else [[mean - low], [high - mean]]
@@ -708,14 +781,23 @@ def draw_map(panel: Any, means: dict[str, float]) -> None:
 
 
 def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
-    from peers.machine import describe_machine
+    from peers.machine import describe_machine, git_commit
 
     began, machine, beside = time.perf_counter(), describe_machine(), page.with_suffix("")
+    about = {
+        "drawing": DRAWING,
+        "first_seed": lab.seeds.start,
+        "seeds": [*lab.seeds],
+        "model": Path(lab.args.model).name,
+        "commit": git_commit(),
+    }
     parts = [line for section in sections for line in write_section(lab, section, beside)]
     first = min((path.stat().st_mtime for path in lab.args.output.glob("*.json")), default=time.time())
     where = {"date": time.strftime("%Y-%m-%d", time.localtime(first)), "cpu": machine["cpu"], "bf16": RECIPE["bf16"]}
-    run = {**where, "size": lab.size.amounts, "measured": lab.measured}
-    write_whole(beside / f"{lab.args.size}-{where['date']}.json", json.dumps(run, indent=1) + "\n")
+    run = {**where, **about, "size": lab.size.amounts, "measured": lab.measured}
+    own = beside / f"{lab.args.size}-{where['date']}-seed{lab.args.first_seed}.json"
+    text = json.dumps(run, indent=1)
+    write_whole(own, re.sub(r"\[\s+(-?[\d.e-]+),\s+(-?[\d.e-]+)\s+\]", r"[\1, \2]", text) + "\n")
     asked = [each for each in SECTIONS if not lab.size.sections or each.name in lab.size.sections]
     left = [f"{each.title.lower()} ({each.name})" for each in asked if each not in sections]
     head = [
@@ -723,53 +805,113 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         "",
         f"Written by `make evidence`, size {lab.args.size}{', in part' * bool(left)}: {Path(lab.args.model).name} in "
         f"{'bfloat16' if RECIPE['bf16'] else 'float32'} on {machine['cpu']}, {machine['cores_allowed']} cores, "
-        f"torch {torch.__version__}. Numbers and figures are as they came out, also "
-        "where they contradict a claim.",
+        f"torch {torch.__version__}, seeds {lab.seeds.start} to {lab.seeds.stop - 1}. Numbers and figures are as they "
+        "came out, also where they contradict a claim.",
         "",
         *([f"Not measured yet: {'; '.join(left)}.", ""] if left else []),
         "A model of 135 million parameters shows mechanics: what a loss does to log-probs, lengths and answers. It "
         "ranks no methods for models of 8 billion: the largest independent study (arXiv:2603.19335, 240 runs) finds "
         "SimPO worst of twenty at 1.5 billion and best at 7, and the loss worth one point where scale is worth fifty.",
         "",
+        "`accuracy` is the share of held-out pairs whose chosen answer has the higher mean log-prob of a token, which "
+        "is SimPO's reward, whatever was trained; `margin` is the mean of that difference. `own accuracy` is the same "
+        "by the reward that the method trains (summed log-probs for CPO; those less the untrained model's for DPO), "
+        "and `gain` how much that is above the untrained model's (50% for DPO).",
+        "",
         "`rule` is the demo's scoring rule on greedy answers to held-out prompts (the on-policy pairs were made by "
-        "it), `readable` a second one that made no pair. `unrelated` is the mean log-prob, in nats a token, of the "
+        f"it), `readable` a second one that made no pair. Answers are cut at {lab.size.tokens} tokens, which costs "
+        "marks for their end. `unrelated` is the mean log-prob, in nats a token, of the "
         "licence's paragraphs: a fall is forgetting. `chosen` and `rejected` are nats a token, `repeated` is the share "
         "of 4-token sequences that came before in an answer, `seconds` the training with a reference model's pass.",
         "",
-        "Intervals are over seeds, each of which trains on other pairs; all are measured on the same held-out ones. "
+        "Intervals are over seeds, each of which draws its pairs (all there are of lists, in another order); all are "
+        "measured on the same held-out ones. "
         f"Other {lab.size.test} of these would move a table's accuracies, by up to {98 / math.sqrt(lab.size.test):.0f} "
         "points (95%), much of it together.",
         "",
         *summary(lab, sections),
     ]
-    tail = [*agreement(run, sections, beside), *published(), *PAPER]
+    tail = [*agreement(run, sections, beside, own), *published(), *PAPER]
     write_whole(page, "\n".join([*head, *parts, *tail]).rstrip() + "\n")
     print(f"{page}: {(time.perf_counter() - began) / 60:.0f} minutes")
 
 
-def agreement(run: Row, sections: Sequence[Section], folder: Path) -> list[str]:
-    """How far the runs that began on other days, whose numbers lie in the folder, agree with this one."""
-    lines, run = ["## Other days", ""], json.loads(json.dumps(run))
+def agreement(run: Row, sections: Sequence[Section], folder: Path, own: Path) -> list[str]:
+    """How far the runs of as many pairs whose numbers lie in the folder agree with this one."""
+    lines, run = ["## Other runs", ""], json.loads(json.dumps(run))
+    here = numbers(run, sections)
     for path in sorted(folder.glob("*.json")):
         other = json.loads(path.read_text(encoding="utf-8"))
-        if other["date"] == run["date"] or other["size"] != run["size"]:
+        if path == own or any(other.get(each, run[each]) != run[each] for each in ("size", "model")):
             continue
-        met, apart, alone = 0, [], 0
-        for section in sections:
-            here, there = (each["measured"].get(section.name, {}) for each in (run, other))
-            for arm in here:
-                for measure in (measure for measure in section.shown if measure != "seconds"):
-                    if arm not in there:
-                        alone += 1
-                    elif meet(*([row[measure] for row in rows[arm]] for rows in (here, there))):
-                        met += 1
-                    else:
-                        apart.append(f"{section.name}, {arm}, {measure}")
-        precision = "bfloat16" if other["bf16"] else "float32"
-        found = f"{met} of {met + len(apart)} intervals meet this page's" + "".join(f"; not: {each}" for each in apart)
-        found += f"; {alone} were not measured then" * bool(alone)
-        lines += [f"{other['date']}, {other['cpu']}, {precision}: {found}.", ""]
-    return lines if len(lines) > 2 else [*lines, "No other day's run of as many pairs lies beside this page.", ""]
+        if all(other.get(each, 0) == run[each] for each in ("date", "cpu", "first_seed")):  # this one, in part
+            continue
+        there, same = numbers(other, sections), [other.get(each, 0) for each in DRAWN] == [run[each] for each in DRAWN]
+        apart = [name for key, (name, values) in here.items() if key in there and not meet(values, there[key][1])]
+        of = len(here.keys() & there.keys())
+        claims = [
+            (verdict(mine), verdict(theirs), statistics.fmean(mine) * statistics.fmean(theirs) > 0)
+            for section in sections
+            if same_ways(*(each["measured"].get(section.name, {}) for each in (run, other)))
+            for words, mine in held(run["measured"], section).items()
+            if (theirs := held(other["measured"], section).get(words)) is not None
+        ]
+        shown = [theirs for mine, theirs, _ in claims if mine == "shown"]
+        lines += [
+            f"{other['date']}, {other['cpu']}, {'bfloat16' if other['bf16'] else 'float32'}, "
+            f"{'the same pairs' if same else 'other pairs'}: {of - len(apart)} of {of} intervals meet this page's"
+            f"{''.join(f'; not: {each}' for each in apart)}. "
+            f"{len(here) - of} were not measured then. "
+            f"Of {len(claims)} statements that both measured, {sum(sign for *_, sign in claims)} have a mean "
+            f"difference of the same sign; of {len(shown)} shown here, {shown.count('shown')} were shown then, "
+            f"{shown.count('refuted')} refuted.",
+            "",
+        ]
+    if len(lines) == 2:
+        return [*lines, "No other run of as many pairs lies beside this page.", ""]
+    pairs = [
+        meet(one, other)
+        for section in sections
+        for measure in section.shown
+        for (one, other) in itertools.combinations(
+            [per_training(rows, measure) for rows in rows_of(run, section) if rows[0]["arm"]["trains"]], 2
+        )
+        if measure != "seconds"
+    ]
+    return [
+        *lines,
+        "A run on the same pairs shows that numbers can be repeated, one on other pairs that they stand for more than "
+        f"the pairs they were drawn from. With {len(run['seeds'])} seeds intervals are wide: of *different* ways to "
+        f"train in a section, {statistics.fmean(pairs or [1]):.0%} meet as well. Where there was one measurement, 1% "
+        "around it stands for its interval.",
+        "",
+    ]
+
+
+def way_of(rows: Sequence[Row]) -> str:
+    """An arm by what it does, whatever it is called."""
+    arm = rows[0]["arm"]
+    return json.dumps({**arm, "name": "", "asked": arm["asked"] or arm["pairs"]}, sort_keys=True)
+
+
+def same_ways(here: dict[str, list[Row]], there: dict[str, list[Row]]) -> bool:
+    return all(way_of(rows) == way_of(there[name]) for name, rows in here.items() if name in there)
+
+
+def rows_of(run: Row, section: Section) -> list[list[Row]]:
+    return list(run["measured"].get(section.name, {}).values())
+
+
+def numbers(run: Row, sections: Sequence[Section]) -> dict[tuple[str, str], tuple[str, list[float]]]:
+    """What the sections show of a run: (the way to train, measure) -> its name; a value for each training."""
+    found: dict[tuple[str, str], tuple[str, list[float]]] = {}
+    for section in sections:
+        for rows in rows_of(run, section):
+            for measure in section.shown:
+                if measure != "seconds" and measure in rows[0]:
+                    name = f"{section.name}, {rows[0]['arm']['name']}, {measure}"
+                    found.setdefault((way_of(rows), measure), (name, per_training(rows, measure)))
+    return found
 
 
 def meet(here: Sequence[float], there: Sequence[float]) -> bool:
@@ -787,9 +929,11 @@ def published() -> list[str]:
     lines = [
         "## The published settings",
         "",
-        "The loss of the first step is the mean of -log sigmoid(beta M - gamma) over pairs, so a public curve's first "
-        "value tells the margin M of the model that it began with. The rates are those of a run of "
-        f"{steps} steps; the last column is the largest difference from transformers' own schedule, relative.",
+        "The loss of the first step is the mean of -log sigmoid(beta M - gamma) over pairs, as in the table where all "
+        "pairs have the margin M of the model that the run begins with. A spread of margins makes it larger, so the "
+        "mean margin that a public curve's first value seems to tell is too low (by 0.04 to 0.07 at a spread of 0.4). "
+        f"The rates are those of a run of {steps} steps; the last column is the largest difference from transformers' "
+        "own schedule, relative. deepseek-math-7b-simpo is a third party's, not the paper's.",
         "",
         f"| recipe | beta | gamma | loss at M = -0.2 | 0 | 0.2 | {' | '.join(f'rate at {k}' for k in at)} | off by |",
         "|---" * (7 + len(at)) + "|",
@@ -829,7 +973,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="[default: SmolLM2-135M-Instruct, fetched once]")
     parser.add_argument("--data", type=Path, help="folder of the sets of real pairs")
-    parser.add_argument("--size", choices=SIZES, default=os.environ.get("EVIDENCE") or "full")
+    parser.add_argument("--size", choices=SIZES, default="full")
     parser.add_argument("--only", nargs="+", choices=[section.name for section in SECTIONS], metavar="SECTION")
     parser.add_argument("--first-seed", type=int, default=0, help="another gives the same trainings on other pairs")
     parser.add_argument("--output", type=Path, default=Path("runs/evidence"), help="what was measured")
@@ -838,7 +982,10 @@ def main() -> int:
     parser.add_argument("--page", type=Path, help="[default: docs/evidence.md; nothing with --only]")
     parser.add_argument("--paper", nargs="+", metavar="NAME=MODEL", help="simpo, dpo or sums, and its checkpoint")
     parser.add_argument("--pairs", help="held-out pairs for --paper")
-    args = parser.parse_args()
+    size = os.environ.get("EVIDENCE")
+    args = parser.parse_args([*(["--size", size] if size else []), *sys.argv[1:]])
+    if bool(args.paper) != bool(args.pairs):
+        parser.error("--paper and --pairs belong together: models, and the held-out pairs to measure them on")
     if args.paper:
         paper(args.paper, args.pairs)
         return 0
