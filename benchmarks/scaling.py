@@ -50,19 +50,15 @@ SETTINGS: tuple[tuple[str, int, int, dict[str, Any], str], ...] = (
     ("llama-70b", 1024, 80, {}, ""),
     ("llama-70b", 16, 80, BF16, "bf16 weights and moments"),
     ("llama-70b", 8, 80, LORA, "LoRA"),
-    ("llama-70b", 8, 80, {"fsdp_cpu_offload": True}, "`fsdp_cpu_offload`"),
 )
 CLAIMS: tuple[tuple[str, str, int, int, dict[str, Any]], ...] = (
     ("7B on one 40 GB card", "mistral-7b", 1, 40, {}),
     ("the same, bf16 weights, moments offloaded", "mistral-7b", 1, 40, OFFLOADED),
     ("the same with LoRA, bf16 weights", "mistral-7b", 1, 40, LORA_BF16),
-    ("7B on two 40 GB cards, offloaded", "mistral-7b", 2, 40, {"fsdp_cpu_offload": True}),
     ("8B on two 40 GB cards", "llama-8b", 2, 40, {}),
-    ("the same, offloaded", "llama-8b", 2, 40, {"fsdp_cpu_offload": True}),
     ("8B on four 80 GB cards", "llama-8b", 4, 80, {}),
     ("8B on eight 40 GB cards", "llama-8b", 8, 40, {}),
     ("70B on eight 80 GB cards", "llama-70b", 8, 80, {}),
-    ("the same, offloaded", "llama-70b", 8, 80, {"fsdp_cpu_offload": True}),
     ("the same with LoRA", "llama-70b", 8, 80, LORA),
     ("the same, bf16 weights and moments", "llama-70b", 8, 80, BF16),
 )

@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ def run_memory(
     expected = [(mode.name, len(batch)) for mode in modes for batch in batches]
 
     def planned(mode: Mode, pairs: Sequence[TokenPair]) -> float | None:
-        if plan.optimizer == "none":  # which no recipe has
+        if plan.optimizer == "none" or find_spec("pydantic_core") is None:  # no recipe has it; none can be read
             return None
         return plan_bytes(config, plan, mode, pairs, on_cpu=meter.device.type == "cpu")
 

@@ -22,7 +22,8 @@ import torch
 from gpu.device import Deadline, Meter, TimeUp, first_line, stop_at
 from gpu.report import Column, Report, digits
 
-NEEDED = ("datasets", "pydantic", "rich", "accelerate")
+NEEDED = ("datasets", "dill", "multiprocess", "pydantic", "pydantic_core", "annotated_types", "typing_inspection")
+NEEDED += ("rich", "accelerate")
 ROUND_OFF = 0.05
 """Of the weights' displacement: how far a resumed run may be from one without a break, whose additions are in another
 order. AdamW's first steps move each weight by the learning rate in the direction of its gradient's sign, and where the

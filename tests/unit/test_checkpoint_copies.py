@@ -43,6 +43,13 @@ def test_the_digest_waits_for_nothing_but_its_sums() -> None:
     assert digest_tensors(changed, mesh)["model"] != digest["model"]
 
 
+def test_the_digest_leaves_what_it_reads_as_it_is() -> None:
+    """Whole numbers of 64 bits in several dimensions were multiplied where they lay."""
+    places = torch.arange(12).reshape(3, 4)
+    digest_tensors({"model": {"places": places, "doubles": places.double()}}, Mesh(MeshSizes(), device=places.device))
+    assert places.equal(torch.arange(12).reshape(3, 4))
+
+
 def test_a_second_save_is_copied_to_the_memory_of_the_first() -> None:
     copies = HostCopies()
     first = copies.of(state(0))

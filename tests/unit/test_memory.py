@@ -302,3 +302,10 @@ def test_free_memory_is_the_least_that_anything_leaves(monkeypatch):
     monkeypatch.setattr(memory, "_available_memory", lambda: None)
     monkeypatch.setattr(memory, "_cgroup_rooms", list)
     assert free_memory(CPU) is None
+
+
+def test_what_is_compiled_is_compiled_while_it_is_measured() -> None:
+    """torch refuses to compile under a dispatch mode that does not allow it; Gemma-2's FlexAttention is compiled."""
+    double = torch.compile(lambda x: 2 * x, backend="eager", fullgraph=True)
+    with memory._Storages(CPU, vocabulary=10):
+        assert double(torch.ones(2)).tolist() == [2, 2]

@@ -351,11 +351,12 @@ def _check_own_gpu(device: torch.device) -> None:
 def local_rank_of(device: torch.device) -> Iterator[None]:
     """Inside, LOCAL_RANK is the number of this process's GPU, since transformers computes on the GPU of that number."""
     before = os.environ.get("LOCAL_RANK")
-    if before is not None and device.type == "cuda":
+    if device.type == "cuda" and (before is not None or dist.is_initialized()):
         os.environ["LOCAL_RANK"] = str(device.index or 0)
     try:
         yield
     finally:
+        os.environ.pop("LOCAL_RANK", None)
         if before is not None:
             os.environ["LOCAL_RANK"] = before
 

@@ -377,7 +377,6 @@ _REMEDIES: tuple[dict[str, Any], ...] = (
     {"gradient_checkpointing": True},
     {"optim": "adamw_bf16"},
     {"optim": "adamw_8bit"},
-    {"fsdp_cpu_offload": True},
     {"activation_offload": True},
     {**_BF16, "optimizer_offload": True},
     _BF16,

@@ -59,7 +59,7 @@ def traced_passes(
     """
     vocabulary, on_cpu = model.vocab_size / tp, recipe.device == "cpu"
     slice_bytes, chunk_bytes = (SLICE_BYTES, CHUNK_BYTES) if on_cpu else (SLICE_BYTES_CUDA, CHUNK_BYTES_CUDA)
-    number = 2 if recipe.bf16 else 4
+    number = 2 if recipe.computes_in_bf16 else 4
     rows = recipe.logits_chunk_size or max(16, chunk_bytes / (number * vocabulary))
     few = min(64 if on_cpu else 2048, max(64, math.ceil(slice_bytes / (4 * vocabulary))))
     gathered = gathered and recipe.bf16 and recipe.master_dtype == "float32" and recipe.fsdp_param_dtype != "float32"
@@ -90,7 +90,9 @@ def _trace(model: ModelSizes, recipe: Recipe, tokens: int, labels: int, *, tp: i
     on_cuda = contextlib.nullcontext() if recipe.device == "cpu" else every_tensor_counts_as_cuda()
     # torch's own product of groups has sizes for bf16 alone; this one keeps the same tensors.
     by_expert = mock.patch("transformers.integrations.moe._can_use_grouped_mm", return_value=False)
-    with warnings.catch_warnings(), on_cuda, by_expert, FakeTensorMode(allow_non_fake_inputs=True) as fakes:
+    # FlexAttention looks at where tensors are; in its place tiles are traced, as on a machine without a GPU.
+    no_flex = mock.patch("simpo.core.attention.has_compiler", return_value=False)
+    with warnings.catch_warnings(), on_cuda, by_expert, no_flex, FakeTensorMode(allow_non_fake_inputs=True) as fakes:
         warnings.simplefilter("ignore")
         blocks = min(3 if recipe.use_peft else 2, model.num_layers)  # the first one's input needs no gradient with LoRA
         network = build_on_meta(model.config, recipe, num_layers=blocks)

@@ -134,7 +134,7 @@ class Recipe(_LossKeys):
         "float32", "Number format of the weights the optimizer changes. bfloat16 loses most updates at small "
         "learning rates, except with optim: adamw_bf16.", hf="field", shown=True)
     bf16: bool = _model(
-        None, "Compute in bfloat16 (weights stay in master_dtype); false computes in float32.",
+        None, "Compute in bfloat16 (weights stay in master_dtype); false computes in float32 where master_dtype is.",
         derived="true", hf="shared", shown=True)
     tf32: bool | None = _model(
         None, "TensorFloat-32 matrix products where CUDA computes float32.", null="as torch is set", hf="run")
@@ -366,7 +366,8 @@ class Recipe(_LossKeys):
         None, "Number format in which sharded blocks are gathered to compute; gradients are reduced in float32.",
         null="bfloat16 with bf16: true, else float32", hf="launcher")
     fsdp_cpu_offload: bool = _parallel(
-        False, "Keep sharded weights, gradients and moments in CPU memory between uses.",
+        False, "Keep sharded weights, gradients and moments in CPU memory between uses. Planned for, and refused where "
+        "it would be used: transformers does not load shards so.",
         hf="launcher", may_change=True)
     ddp_timeout: Whole = _parallel(
         1800, "Seconds after which a process that waits for another one gives up.",
@@ -485,6 +486,11 @@ class Recipe(_LossKeys):
     def global_batch_size(self) -> int | None:
         """Pairs in one optimizer step over all processes, where they were asked for; None elsewhere."""
         return self._global_batch_size
+
+    @property
+    def computes_in_bf16(self) -> bool:
+        """Under autocast, or because the weights are in it."""
+        return bool(self.bf16) or self.master_dtype == "bfloat16"
 
     @property
     def loss(self) -> Loss:

@@ -104,7 +104,8 @@ def _tensor_digest(tensor: Tensor, device: torch.device, *, is_main: bool) -> Te
     chunk = _DIGEST_CHUNK.get(device.type, _DIGEST_CHUNK["cuda"])
     total, many = torch.zeros((), dtype=torch.int64, device=device), max(1, chunk // words[0].numel())
     for start in range(0, len(words), many):
-        sums = words[start : start + many].to(device, non_blocking=True).to(torch.int64)
+        sums = words[start : start + many].to(device, non_blocking=True)
+        sums = sums.to(torch.int64, copy=sums.dtype == torch.int64)  # else the model's own memory
         for of_dim in reversed(weights[1:]):
             sums = sums.mul_(of_dim).sum(dim=-1)
         total += (sums * weights[0][start : start + many]).sum()

@@ -118,6 +118,11 @@ class _Storages(TorchDispatchMode):
     But for logits [n, V]: however many labels there are, the head keeps one chunk, which `step_bytes` counts.
     """
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let torch compile inside, which it refuses under other modes: FlexAttention (Gemma-2) is compiled."""
+        return True
+
     def __init__(self, device: torch.device, *, vocabulary: int) -> None:
         super().__init__()
         self._device_type = device.type

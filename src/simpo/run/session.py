@@ -235,8 +235,8 @@ def check_device(recipe: Recipe, mesh: Mesh) -> None:
             raise ValueError(f"{key}: on a CPU {what} in CPU memory already; set it to false")
     if recipe.optimizer_offload and mesh.sizes.is_sharded:
         raise ValueError(
-            "optimizer_offload: only for weights that are whole on each process; with sharded ones "
-            "fsdp_cpu_offload: true keeps the moments in CPU memory"
+            "optimizer_offload: only for weights that are whole on each process; with sharded ones accelerate launch "
+            "with DeepSpeed and offload_optimizer_device: cpu keeps the moments in CPU memory"
         )
 
 
