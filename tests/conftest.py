@@ -59,6 +59,13 @@ def real_data() -> Path:
 
 
 @pytest.fixture(scope="session")
+def held_out_files() -> list[Path]:
+    """Files of held-out pairs: the demo's, and the real ones where there are any."""
+    folder = Path(os.environ.get("SIMPO_DATA", REPO.parent / "shared" / "data"))
+    return [REPO / "examples" / "demo" / "pairs" / "test.jsonl", *sorted(folder.glob("*/test.jsonl.gz"))]
+
+
+@pytest.fixture(scope="session")
 def smol_model() -> Path:
     """Folder of SmolLM2-135M-Instruct as safetensors (`SIMPO_MODEL`, else the user cache that `make demo` fills)."""
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))

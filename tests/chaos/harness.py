@@ -160,7 +160,8 @@ class Table:
                 file.write(json.dumps(line) + "\n")
 
     def check(self) -> None:
-        """Raise AssertionError with the trials that did not hold."""
+        """Raise AssertionError with the trials that did not hold, or where there was none."""
+        assert self.held or self.failed, f"{self.kind}, {self.command}: nothing was tried"
         assert not self.failed, "\n".join([f"{len(self.failed)} of {self.held + len(self.failed)}:", *self.failed[:20]])
 
 
@@ -322,7 +323,8 @@ def flip_bits(scene: Scene, flips: int = 3) -> Table:
         scene.reset()
         scene.run(layer.KILL, at)
         for name in sorted(scene._names()):
-            if not any(Path(name).match(pattern) for pattern in scene.case.given):
+            is_given = any(Path(name).match(pattern) for pattern in scene.case.given)
+            if not is_given and (scene.root / name).stat().st_size:
                 kinds[re.sub(r"\d+", "N", name)] = (at, name)
     rng = random.Random(scene.name)
     for at, name in scene.choose([each for each in kinds.values() for _ in range(flips)], table.kind):

@@ -134,6 +134,8 @@ def test_reference_losses_start_at_log_2_and_cache_their_reference(
     run(tiny_recipe, loss_type=loss_type, max_steps=2, eval_strategy="no")
     first = read_metrics(tiny_recipe["output_dir"])[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)  # the policy is the reference
+    untrained = build(tiny_recipe, loss_type=loss_type, output_dir=str(tmp_path / "eval")).evaluate()
+    assert untrained["eval_loss"] == pytest.approx(math.log(2), abs=1e-6)  # each pair its own
     import simpo.run.reference
 
     def refuse(*args: Any, **kwargs: Any) -> None:

@@ -15,6 +15,7 @@ import transformers
 from typer.testing import CliRunner
 
 from simpo.cli import app
+from simpo.data.loader import PairStore
 from simpo.data.prepare import prepare_pairs
 from simpo.display import Display
 from simpo.hosts.hf import SimPOConfig, SimPOTrainer
@@ -62,6 +63,19 @@ def test_data_with_ids_beyond_the_embedding_is_refused_by_audit_and_start(
     trainer = SimPOTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     with pytest.raises(ValueError, match=refusal):
         trainer.train()
+
+
+def test_the_middle_responses_of_lists_are_looked_at_too(tiny_recipe: dict[str, Any], scored_pairs: Path) -> None:
+    recipe = load_recipe({**tiny_recipe, "dataset_mixer": {str(scored_pairs): 1.0}, "loss_type": "plackett_luce"})
+    data = prepare_pairs(recipe, load_tokenizer(recipe), progress=False).train
+    PairStore(data).check_ids(999)
+    PairStore(data).check_lengths(500)
+    one = {"more_starts": [5], "more_scores": [1.5]}
+    other = data.map(lambda row: {"more_ids": [[*row["chosen_ids"], *[999] * 500]], **one})
+    with pytest.raises(ValueError, match=r"pair .* holds token 999, and the model's embedding has 999 rows"):
+        PairStore(other).check_ids(999)
+    with pytest.raises(ValueError, match=r"has a sequence of 5\d\d tokens, but this model takes 500"):
+        PairStore(other).check_lengths(500)
 
 
 def test_check_refuses_a_template_whose_tokens_have_no_embedding(

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,3 +195,16 @@ def test_a_run_computes_broken_log_probs_again(tiny_recipe: dict[str, Any], caps
     assert all(np.array_equal(again[name].sums, first[name].sums) for name in first)
     assert file.read_bytes() == whole
     assert len(entries) == 2
+
+
+def test_cached_log_probs_are_known_by_data_split_precision_and_weights(
+    tiny_recipe: dict[str, Any], tmp_path: Path
+) -> None:
+    model = Path(shutil.copytree(tiny_recipe["model_name_or_path"], tmp_path / "model"))
+
+    def at(data: str = "a", split: str = "train", **keys: Any) -> Path:
+        return reference._cache_path(load_recipe({**tiny_recipe, "loss_type": "dpo", **keys}), str(model), data, split)
+
+    found = [at(), at("b"), at(split="eval"), at(bf16=True), at(master_dtype="bfloat16")]
+    os.utime(model / "model.safetensors", (0, 0))
+    assert len({*found, at()}) == 6

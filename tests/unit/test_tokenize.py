@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 
 import pytest
+from tokenizers import AddedToken
 from tokenizers_for_tests import tokenize_pair, tokenize_pairs
 
 from simpo.data.preferences import Pair, RowError
 from simpo.data.templates import load_chat_template, template_takes_system
-from simpo.data.tokenize import Cut, plan_cut
+from simpo.data.tokenize import Cut, _anchors, plan_cut
 
 PAIR = Pair("r", "Which river?", "The green one.", "No river.")
 
@@ -152,7 +154,15 @@ def test_a_call_with_truncation_before_leaves_no_trace(build_tokenizer):
     assert tokenize_pair(PAIR, tokenizer, max_length=60) == expected
 
 
-def test_cutting_the_text_at_special_tokens_changes_no_token(real_data, smol_model):
+@pytest.mark.parametrize("flag", ["lstrip", "rstrip", "single_word", "normalized"])
+def test_a_text_is_not_cut_at_a_token_that_takes_of_its_neighbours(flag):
+    plain = AddedToken("<a>", special=True, normalized=False)
+    greedy = AddedToken("<a>", special=True, **{"normalized": False, flag: True})
+    tokenizers = [SimpleNamespace(added_tokens_decoder={0: token}) for token in (plain, greedy)]
+    assert [_anchors(tokenizer, "x <a> y") for tokenizer in tokenizers] == [["<a>"], []]
+
+
+def test_cutting_the_text_at_special_tokens_changes_no_token(held_out_files, smol_model):
     """The batch path encodes the prompt once, up to its last special token; the whole text gives the same tokens."""
     from transformers import AutoTokenizer
 
@@ -160,8 +170,10 @@ def test_cutting_the_text_at_special_tokens_changes_no_token(real_data, smol_mod
     from simpo.data.preferences import pair_from_row
 
     tokenizer = AutoTokenizer.from_pretrained(smol_model)
-    for folder in ("en_hh_helpful", "zh_oasst1"):
-        pairs = [pair_from_row(row) for row in read_file(real_data / folder / "test.jsonl.gz")]
+    for file in held_out_files:
+        if file.parent.name not in ("pairs", "en_hh_helpful", "zh_oasst1"):
+            continue
+        pairs = [pair_from_row(row) for row in read_file(file)]
         for pair, tokens in zip(pairs, tokenize_pairs(pairs, tokenizer, max_length=10_000)):
             text = tokens.prompt_text + pair.rejected + "<|im_end|>"
             assert tokenizer(text, add_special_tokens=False)["input_ids"] == tokens.rejected_ids

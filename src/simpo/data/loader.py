@@ -112,7 +112,8 @@ class PairStore:
 
     def check_lengths(self, max_positions: int | None) -> None:
         """Raise ValueError that names the longest sequence if the model takes fewer tokens; None = any number."""
-        lengths = self.sequence_lengths.max(axis=1)
+        lengths, (owners, more, _) = self.sequence_lengths.max(axis=1), self._more
+        np.maximum.at(lengths, owners, more)
         if max_positions is not None and lengths.max(initial=0) > max_positions:
             longest = int(lengths.argmax())
             raise ValueError(
@@ -122,15 +123,17 @@ class PairStore:
 
     def check_ids(self, num_embeddings: int) -> None:
         """Raise ValueError that names a pair with a token for which the model has no embedding."""
-        largest = dict.fromkeys((f"{side}_ids" for side in SIDES), -1)
-        for table in scan(self.dataset, list(largest)):
-            for name in largest:
-                ids = (chunk.flatten().to_numpy() for chunk in table[name].chunks)
-                largest[name] = max(largest[name], *(int(each.max(initial=-1)) for each in ids))
+        names = [*(f"{side}_ids" for side in SIDES), *({"more_ids"} & {*self.dataset.column_names})]
+        largest = dict.fromkeys(names, -1)
+        for table in scan(self.dataset, names):
+            for name in names:
+                ids = table[name] if name != "more_ids" else pc.call_function("list_flatten", [table[name]])
+                largest[name] = max(largest[name], int(flatten(ids).max(initial=-1)))
         for name, token in largest.items():
             if token < num_embeddings:
                 continue
-            pair = next(i for i in range(len(self)) if max(self.dataset[i][name]) == token)
+            every = (row[name] if name == "more_ids" else [row[name]] for row in self.dataset)
+            pair = next(i for i, lists in enumerate(every) if any(token in ids for ids in lists))
             raise ValueError(
                 f"vocabulary: pair {self[pair].row_id} holds token {token}, and the model's embedding has "
                 f"{num_embeddings} rows, 0 to {num_embeddings - 1}; give the model's own tokenizer "
