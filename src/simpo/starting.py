@@ -13,7 +13,7 @@ import shlex
 import tempfile
 import textwrap
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -103,28 +103,33 @@ def choose_recipe(data: str, words: Sequence[str], *, recipe_name: str, gpus: in
     Raises:
         ValueError: as reading data and model does, and where no model is given.
     """
-    given = load_recipe({"dataset_name": data}, words)
+    # What others depend on stands for what will be chosen, so that a key which needs it is not refused.
+    later = {"eval_steps": 1, "learning_rate": 1.0}
+    given = load_recipe({"dataset_name": data, **later}, words)
+    own = given.model_fields_set - {key for key, value in later.items() if getattr(given, key) in (value, None)}
     tokenizer = load_tokenizer(given)
     found: dict[str, tuple[Any, str]] = {}
 
     def resolved(**more: Any) -> Recipe:
-        base = {"dataset_name": data, **{key: value for key, (value, _) in found.items()}, **more}
+        base = {"dataset_name": data, **later, **{key: value for key, (value, _) in found.items()}, **more}
         return load_recipe(base, words, processes=1)
 
     def choose(key: str, value: Any, why: str) -> None:
-        if key not in given.model_fields_set:
+        if key not in own:
             found[key] = (value, why)
 
     if not getattr(tokenizer, "chat_template", None):
         choose("chat_template", CHATML, "the model has no chat template of its own")
     look = _look_at(resolved(), tokenizer)
-    _choose_lengths(look, given, choose)
+    share = given.validation_fraction if "validation_fraction" in own else look.share_to_hold_out
+    share *= not look.held_out  # where the data has no split for it
+    _choose_lengths(look, share, given, own, choose)
     machines, where = _machine(gpus)
     plan, trained = _fit(resolved, machines, choose)
     size = plan.model.num_parameters / 1e9
     recipe = resolved()
     _choose_rate(size, recipe, choose)
-    _choose_steps(look, plan, given, choose)
+    _choose_steps(look, share, plan, given, own, choose)
     name = f"{Path(given.model_name_or_path).name}-{Path(data).name.split('.')[0]}"
     choose("output_dir", str(Path("runs", name)), "the run: checkpoints, metrics, the model")
 
@@ -137,9 +142,14 @@ def choose_recipe(data: str, words: Sequence[str], *, recipe_name: str, gpus: in
     facts |= {"worth knowing": look.advice} if look.advice else {}
     values = {"model_name_or_path": given.model_name_or_path, **_data_keys(given)}
     reasons = dict.fromkeys(values, "") | {key: why for key, (_, why) in found.items()}
-    values |= {key: value for key, (value, _) in found.items()}
-    for key in sorted(given.model_fields_set - {*values, "dataset_mixer"}, key=list(KEYS).index):
-        values[key], reasons[key] = getattr(given, key), "as given"
+    final = resolved()
+    plain = final.to_dict()  # without secrets
+    values |= {key: plain.get(key, value) for key, (value, _) in found.items()}
+    for key in sorted((own & plain.keys()) - {*values, "dataset_mixer"}, key=list(KEYS).index):
+        value = plain[key]
+        if key == "gradient_accumulation_steps" and final.global_batch_size:  # the same on any number of processes
+            key, value = "global_batch_size", final.global_batch_size
+        values[key], reasons[key] = value, "as given"
     launch = f"simpo train {shlex.quote(recipe_name)}"
     if machines.gpus > 1:
         launch = launch_line(plan, recipe, recipe_name=recipe_name)
@@ -169,8 +179,8 @@ class _Look:
 
     @property
     def share_to_hold_out(self) -> float:
-        """Of the training prompts, where the data has no split for it."""
-        return 0.0 if self.held_out else min(0.1, max(0.01, round(200 / self.pairs, 2)))
+        """Of the training prompts."""
+        return min(0.1, max(0.01, round(200 / self.pairs, 2)))
 
     @property
     def sentence(self) -> str:
@@ -211,19 +221,22 @@ def _languages(store: PairStore) -> str:
     return f"{', '.join(shares)} (of {found.total()} chosen answers)"
 
 
-def _choose_lengths(look: _Look, given: Recipe, choose: Any) -> None:
+def _choose_lengths(look: _Look, share: float, given: Recipe, own: Collection[str], choose: Any) -> None:
     config = load_config(given.model_name_or_path, revision=given.model_revision or "main").get_text_config()
     positions = getattr(config, "max_position_embeddings", None) or 2**30
     longest = math.ceil(np.quantile(look.lengths, 0.99) / _LENGTHS_TO) * _LENGTHS_TO
     if longest > _PUBLISHED_LENGTH and np.quantile(look.lengths, 0.9) <= _PUBLISHED_LENGTH:
         longest = _PUBLISHED_LENGTH
+    if "max_prompt_length" in own and given.max_prompt_length is not None:  # some room for an answer behind it
+        longest = max(longest, (given.max_prompt_length // _LENGTHS_TO + 1) * _LENGTHS_TO)
     longest = min(longest, positions)
     cut = float((look.lengths > longest).mean())
     choose("max_length", int(longest), f"prompt + answer; {cut:.1%} of pairs are longer, and are cut")
-    if share := look.share_to_hold_out:
+    if share:
         choose("validation_fraction", share, f"{share * look.pairs:.0f} pairs are held out: there is no test split")
-    elif look.held_out > _SAMPLE:
-        choose("max_eval_samples", _SAMPLE, f"of {look.held_out:,}: enough to know accuracy to 3%")
+    held_out = look.held_out or round(share * look.pairs)
+    if held_out > _SAMPLE:
+        choose("max_eval_samples", _SAMPLE, f"of {held_out:,}: enough to know accuracy to 3%")
 
 
 # --- machine ---------------------------------------------------------------------------------------------------------
@@ -282,24 +295,34 @@ def _choose_rate(size: float, recipe: Recipe, choose: Any) -> None:
     choose("gamma_beta_ratio", recipe.gamma_beta_ratio, "target margin / beta; published 0.1 to 0.8")
 
 
-def _choose_steps(look: _Look, plan: Plan, given: Recipe, choose: Any) -> None:
-    pairs = max(1, round(look.pairs * (1 - look.share_to_hold_out) * given.num_train_epochs))
+def _choose_steps(look: _Look, share: float, plan: Plan, given: Recipe, own: Collection[str], choose: Any) -> None:
+    pairs = max(1, round(look.pairs * (1 - share) * given.num_train_epochs))
     ranks = plan.mesh.data
     batch = _PUBLISHED_PAIRS
     while batch > _FEWEST_PAIRS and pairs / batch < _FEWEST_STEPS:
         batch //= 2
     fit = max(1, int(plan.tokens_that_fit / max(1, 2 * look.lengths.mean())))
     each = next(n for n in (8, 4, 2, 1) if (n <= fit and batch % (n * ranks) == 0) or n == 1)
+    if "per_device_train_batch_size" in own:
+        each = given.per_device_train_batch_size
     batch = math.ceil(batch / (each * ranks)) * each * ranks
+    if "gradient_accumulation_steps" in own:
+        batch = given.global_batch_size or given.pairs_per_step(ranks)
     steps = given.max_steps if given.max_steps > 0 else math.ceil(pairs / batch)
-    if not {"per_device_train_batch_size", "gradient_accumulation_steps"} & given.model_fields_set:
+    if "gradient_accumulation_steps" not in own:
         why = "as published" if batch == _PUBLISHED_PAIRS else f"published 128; so that a run has {steps} steps"
         choose("global_batch_size", batch, f"pairs of an optimizer step; {why}")
         choose("per_device_train_batch_size", each, "pairs of a micro-batch; split further where memory is short")
     choose("num_train_epochs", 1, "as published")
-    choose("eval_steps", max(1, math.ceil(steps / 4)), "optimizer steps from one evaluation to the next")
+    evaluated, saved = max(1, math.ceil(steps / 4)), max(50, math.ceil(steps / 10))
+    in_steps = given.eval_strategy not in ("epoch", "no")
+    if in_steps and (given.load_best_model_at_end or "back" in given.guard.values()):  # what is saved was evaluated
+        evaluated = given.eval_steps if "eval_steps" in own else given.save_steps if "save_steps" in own else evaluated
+        saved = math.ceil(saved / evaluated) * evaluated
+    if in_steps:
+        choose("eval_steps", evaluated, "optimizer steps from one evaluation to the next")
     choose("num_eval_generations", 4, "answers to look at, at each evaluation")
-    choose("save_steps", max(50, math.ceil(steps / 10)), "and at the end; Ctrl-C saves one too")
+    choose("save_steps", saved, "and at the end; Ctrl-C saves one too")
     choose("save_total_limit", 2, "checkpoints kept")
     choose("logging_steps", max(1, steps // 200), "optimizer steps from one line to the next")
 

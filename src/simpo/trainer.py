@@ -655,7 +655,8 @@ class Trainer:
         return not_finite(plan.step, losses, self.mesh, grad_norm=norm, saved=last)
 
     def _describe(self) -> dict[str, str]:
-        precision, first = "bf16" if self.recipe.bf16 else "fp32", next(self.loader.plans(0, 1)).micro_batches
+        precision = "bf16" if self.recipe.computes_in_bf16 else "fp32"
+        first = next(self.loader.plans(0, 1)).micro_batches
         cut = f"{len(first)} in the first step"
         if self.loader.max_tokens is not None:
             cut = f"up to {self.loader.max_tokens:,} tokens, {cut}"

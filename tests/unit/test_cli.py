@@ -261,6 +261,23 @@ def test_the_seed_on_the_command_line_is_that_of_the_samples(words):
     assert (recipe.seed, recipe.generate.seed, recipe.generate.temperature) == (7, 7, 0)
 
 
+def test_the_key_rounds_of_its_own_command_is_their_number():
+    """The mapping of the same name took its place."""
+    assert load_recipe({"model_name_or_path": "m"}, name_stage(["--rounds", "3"], "rounds")).rounds.rounds == 3
+
+
+@pytest.mark.parametrize("name", ["score.math", "fp16", "use_dora_quant", "beta"])
+def test_what_is_explained_is_explained_to_programs_too(name):
+    (found,) = json.loads(run("keys", name, "--json").stdout)
+    assert found["name"] == name
+    assert found["meaning"]
+
+
+def test_help_names_where_things_are_written():
+    """rich took [default: ...] for markup."""
+    assert "[default: judged in output_dir]" in run("judge", "--help").output
+
+
 def test_an_option_may_be_written_as_a_key_is():
     for word in ("--max_pairs=none", "--max-pairs=none"):
         assert "Invalid value for '--max-pairs'" in run("eval", "model", "pairs", word).output

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from typer.testing import CliRunner
 
 from simpo.cli import app
 from simpo.display import Display
+from simpo.onpolicy.rounds import merge_adapter
 from simpo.recipe import load_recipe
+from simpo.run.export import is_own_card
 from simpo.run.saved import list_checkpoints
 from simpo.shipping.merge import run_merge
 from simpo.shipping.source import find_source, load_source_tokenizer
@@ -79,6 +82,39 @@ def test_merged_adapters_have_the_trained_logits(
     assert json.loads((merged / "config.json").read_text())["dtype"] == "float32"
     again = run_merge(str(run / "checkpoints" / "step-4"), ["--save_dtype", "float32"], output=str(run / "again"))
     torch.testing.assert_close(logits(load(again)), expected, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21
+def test_what_a_coarse_base_loses_of_its_adapters_is_said(
+    tiny_recipe: Settings, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Small changes to weights on bfloat16's own grid were rounded away, and the card had the adapters' numbers."""
+    pytest.importorskip("peft")
+    from peft import PeftModel
+
+    base = tmp_path / "base"
+    AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.bfloat16).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    trainer = train({**tiny_recipe, "model_name_or_path": str(base)}, use_peft=True, learning_rate=0.01)
+    written = PeftModel.from_pretrained(load(base), trainer.output_dir / "model")
+    expected = logits(written).log_softmax(-1)
+    capsys.readouterr()
+    for dtype in ("auto", "float32"):
+        merged = run_merge(str(trainer.output_dir), ["--save_dtype", dtype], output=str(tmp_path / dtype))
+        lost = (logits(load(merged)).log_softmax(-1) - expected).abs().max().item()
+        said = re.findall(r"written in (\w+), which changes log-probs by up to ([\d.]+) nats", capsys.readouterr().out)
+        card = (merged / "README.md").read_text()
+        assert is_own_card(card)
+        assert len(re.findall("Its weights were written in", card)) == len(said)
+        if dtype == "float32":
+            assert said == []
+            assert lost < 1e-4
+        else:
+            assert lost > 1e-3
+            assert said[0][0] == "bfloat16"
+            assert 0.3 * lost < float(said[0][1]) < 3 * lost, "of other tokens"
+    merge_adapter(trainer.output_dir / "model", tmp_path / "round", trainer.recipe)
+    assert (logits(load(tmp_path / "round")).log_softmax(-1) - expected).abs().max() < 1e-4, "between rounds nothing is"
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft 0.21

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from cases import rarely
 from typer.testing import CliRunner
 
@@ -43,6 +45,45 @@ def test_init_writes_a_recipe_that_checks_and_trains_as_it_stands(tiny_model: Pa
     assert (Path(recipe.output_dir) / "model" / "model.safetensors").is_file()
     assert "not overwritten" in run("init", "--model", tiny_model, "--data", pair_files).stderr
     assert Path("recipe.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        ("--per_device_train_batch_size 1", {"global_batch_size": 8, "eval_steps": 2}),
+        ("--global_batch_size 20", {"global_batch_size": 20, "eval_steps": 1}),
+        ("--gradient_accumulation_steps 20", {"gradient_accumulation_steps": 20, "eval_steps": 1}),
+        (
+            "--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {min_lr_rate:\\ 0.1}",
+            {"learning_rate": 2e-5, "min_lr": pytest.approx(2e-6)},
+        ),
+        ("--lr_scheduler_type cosine_with_min_lr --min_lr 2e-6", {"min_lr": 2e-6}),
+        ("--early_stopping_patience 3 --load_best_model_at_end true", {"early_stopping_patience": 3, "save_steps": 50}),
+        ("--load_best_model_at_end true --eval_steps 20", {"eval_steps": 20, "save_steps": 60}),
+        ("--load_best_model_at_end true --save_steps 50", {"eval_steps": 50, "save_steps": 50}),
+        ("--guard back --eval_steps 20", {"eval_steps": 20, "save_steps": 60}),
+        (
+            "--eval_strategy epoch --save_strategy epoch --load_best_model_at_end true",
+            {"eval_strategy": "epoch", "eval_steps": None},
+        ),
+        ("--max_prompt_length 100", {"max_prompt_length": 100, "max_length": 128}),
+        ("--eval_steps 1 --learning_rate 1.0", {"eval_steps": 1, "learning_rate": 1.0}),
+        ("--clean.contradictions true --guard stop", {"guard": {"all": "stop"}}),
+        ("--push_to_hub true --hub_token hf_SECRET", {"push_to_hub": True}),
+    ],
+)
+def test_what_is_given_is_kept_and_the_rest_is_chosen_around_it(
+    words: str, written: dict[str, Any], tiny_model: Path, pair_files: Path
+):
+    """Batches of other sizes, numbers of the default learning rate, a token in clear text, refusals and a traceback."""
+    done = run("init", "--model", tiny_model, "--data", pair_files, *shlex.split(words))
+    assert done.exit_code == 0, done.output
+    text = Path("recipe.yaml").read_text()
+    keys = yaml.safe_load(text)
+    assert {key: keys.get(key) for key in written} == written
+    assert "hf_SECRET" not in text
+    assert run("check", "recipe.yaml").exit_code == 0
+    assert load_recipe("recipe.yaml").clean.contradictions is ("contradictions" in words)
 
 
 def test_train_needs_no_recipe_and_what_is_given_wins(tiny_model: Path, pair_files: Path):

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from simpo.cli import app
 from simpo.evaluation.statistics import length_balanced, length_balanced_accuracy, preference_scores
 from simpo.recipe import load_recipe
+from simpo.run.resume import find_checkpoint
 from simpo.run.stopping import killed_by
 from simpo.tuning import calibrate, jobs, sweep
 from simpo.tuning.calibrate import Margins
@@ -199,6 +200,7 @@ def test_the_best_is_named_and_collapsed_and_failed_runs_are_not(trainings, tiny
     assert failed["0.03"] is None
     best = load_recipe(path.parent / "best.yaml")
     assert (best.learning_rate, best.beta) == (0.1, 3)
+    assert find_checkpoint(best) is None, "it can be trained as it stands"
     assert len(list(path.parent.glob("trial-*/run/run/model"))) == 1
     table = (path.parent / "sweep.md").read_text()
     assert "| none |" in table

@@ -187,7 +187,7 @@ def name_stage(overrides: list[str], stage: str) -> list[str]:
     from simpo.recipe import KEYS, STAGE_KEYS
 
     own = {f"--{key.partition('.')[2]}" for key in STAGE_KEYS if key.startswith(f"{stage}.")}
-    own -= {f"--{key}" for key in KEYS}
+    own -= {f"--{key}" for key in KEYS if key != stage}
     named = [
         f"--{stage}.{word[2:]}" if word.partition("=")[0].replace("-", "_").replace("__", "--", 1) in own else word
         for word in overrides

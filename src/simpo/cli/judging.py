@@ -25,7 +25,7 @@ def judge(
     context: typer.Context,
     recipe: RecipeFile,
     output: Annotated[
-        str | None, output_option("[default: judged in output_dir]", metavar="FOLDER", is_folder=True)
+        str | None, output_option("\\[default: judged in output_dir]", metavar="FOLDER", is_folder=True)
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -24,7 +24,7 @@ from simpo.cli.app import (
 def generate(
     context: typer.Context,
     recipe: RecipeFile,
-    output: Annotated[str | None, output_option("File to write. [default: responses.jsonl in output_dir]")] = None,
+    output: Annotated[str | None, output_option("File to write. \\[default: responses.jsonl in output_dir]")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Sample responses to prompts; given again, it goes on. Keys can follow: --num_samples 8 --temperature 0.7"""
@@ -40,7 +40,7 @@ def generate(
 def score(
     context: typer.Context,
     recipe: RecipeFile,
-    output: Annotated[str | None, output_option("[default: scored.jsonl in output_dir]")] = None,
+    output: Annotated[str | None, output_option("\\[default: scored.jsonl in output_dir]")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rate responses by rules, functions, models, a judge. Any key can follow: --input FILE --standardize true"""
@@ -57,7 +57,7 @@ def pair(
     context: typer.Context,
     recipe: RecipeFile,
     output: Annotated[
-        str | None, output_option("Folder. [default: pairs in output_dir]", metavar="FOLDER", is_folder=True)
+        str | None, output_option("Folder. \\[default: pairs in output_dir]", metavar="FOLDER", is_folder=True)
     ] = None,
     as_json: AsJson = False,
 ) -> None:

@@ -40,11 +40,11 @@ def check(
 def plan(
     context: typer.Context,
     recipe: RecipeFile,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs of the run. [default: one node's]")] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs of the run. \\[default: one node's]")] = None,
     gpu_memory: Annotated[float, typer.Option("--gpu-memory", help="GiB of one GPU.")] = 80,
-    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Machines. [default: as the GPUs say]")] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", min=1, help="Machines. \\[default: as the GPUs say]")] = None,
     gpus_per_node: Annotated[
-        int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of one machine. [default: 8]")
+        int | None, typer.Option("--gpus-per-node", min=1, help="GPUs of one machine. \\[default: 8]")
     ] = None,
     shape: Annotated[
         str | None,
@@ -187,13 +187,17 @@ def _keys_as_dicts(name: str | None) -> list[dict[str, Any]]:
     """All keys, or those that a name stands for, for programs."""
     from simpo.recipe import KEYS, STAGE_KEYS
     from simpo.recipe.aliases import ALIASES, INPUT_KEYS
+    from simpo.recipe.scorers import SCORERS
 
+    asked, explained = name, "" if name is None else _explain_key(name)  # an unknown one is an error
     if name is not None:
-        _explain_key(name)  # an unknown one is an error
         name = ALIASES[name].target if name in ALIASES else INPUT_KEYS.get(name, (name,))[0]
     shown = ("name", "section", "meaning", "allowed", "default", "aliases", "nullable")
     found = [key for key in (KEYS | STAGE_KEYS).values() if name in (None, key.name, key.section)]
-    return [{part: getattr(key, part) for part in shown} for key in found]
+    content = [{part: getattr(key, part) for part in shown} for key in found]
+    if name == "score":
+        content += [{"name": f"score.{kind}", "meaning": _scorer_text(kind)} for kind in SCORERS]
+    return content or [{"name": asked, "meaning": explained}]
 
 
 def _explain_key(name: str) -> str:

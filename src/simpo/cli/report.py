@@ -16,7 +16,7 @@ def report(
         list[Path],
         typer.Argument(metavar="RUN...", help="Output folders of runs, of rounds, or folders that hold some."),
     ],
-    output: Annotated[Path | None, output_option("The page. [default: report.html in the folder]")] = None,
+    output: Annotated[Path | None, output_option("The page. \\[default: report.html in the folder]")] = None,
     watch: Annotated[bool, typer.Option("--watch", help="Write it anew whenever a run has logged more.")] = False,
 ) -> None:
     """Write the report of a run as one HTML page, also while it goes on; of several runs, compare them."""

@@ -40,7 +40,7 @@ def merge(
     context: typer.Context,
     model: Model,
     output: Annotated[
-        str | None, output_option("New folder. [default: beside the model, -merged]", metavar="DIR", is_folder=True)
+        str | None, output_option("New folder. \\[default: beside the model, -merged]", metavar="DIR", is_folder=True)
     ] = None,
 ) -> None:
     """Write adapters merged into their base, or a checkpoint, as an ordinary model folder. --save_dtype can follow."""
@@ -57,7 +57,7 @@ def export(
     quantize: Annotated[
         str, typer.Option("--quantize", metavar="FORMAT", help="Of the weights: q8_0, f16, bf16 or f32.")
     ] = "q8_0",
-    output: Annotated[str | None, output_option("New file. [default: beside the model, .gguf]")] = None,
+    output: Annotated[str | None, output_option("New file. \\[default: beside the model, .gguf]")] = None,
 ) -> None:
     """Write a model as a .gguf file, adapters merged, with a Modelfile for ollama beside it."""
     if not gguf:
@@ -72,7 +72,7 @@ def push(
     context: typer.Context,
     model: Model,
     repo: Annotated[
-        str | None, typer.Option("--repo", metavar="NAME", help="Repository on the hub. [default: the run's name]")
+        str | None, typer.Option("--repo", metavar="NAME", help="Repository on the hub. \\[default: the run's name]")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be sent, and send nothing.")] = False,
 ) -> None:

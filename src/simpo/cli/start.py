@@ -17,13 +17,15 @@ def init(
     context: typer.Context,
     recipe: Annotated[str, typer.Argument(metavar="[RECIPE]", help="File to write.")] = "recipe.yaml",
     data: Annotated[
-        str | None, typer.Option("--data", help="Pairs: a file, a folder or a hub name. [default: asked]")
+        str | None, typer.Option("--data", help="Pairs: a file, a folder or a hub name. \\[default: asked]")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Model to train: a folder or a hub name. [default: asked]")
+        str | None, typer.Option("--model", help="Model to train: a folder or a hub name. \\[default: asked]")
     ] = None,
-    output_dir: Annotated[str | None, typer.Option("--output_dir", help="Folder of the run. [default: asked]")] = None,
-    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs to plan with. [default: all]")] = None,
+    output_dir: Annotated[
+        str | None, typer.Option("--output_dir", help="Folder of the run. \\[default: asked]")
+    ] = None,
+    gpus: Annotated[int | None, typer.Option("--gpus", min=1, help="GPUs to plan with. \\[default: all]")] = None,
 ) -> None:
     """Look at pairs, model and machine, and write a commented recipe that fits them. Any key can follow."""
     words = list(context.args)
@@ -49,9 +51,10 @@ def init(
     from simpo.starting import choose_recipe
 
     chosen = choose_recipe(data, name_model(words), recipe_name=recipe, gpus=gpus)
+    text = chosen.to_yaml()
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
-        file.write(chosen.to_yaml())
+        file.write(text)
     say_chosen(chosen.facts)
     typer.echo(
         f"{recipe} is written; its comments say why. Next:\n  simpo check {shlex.quote(recipe)}\n  {chosen.launch}"

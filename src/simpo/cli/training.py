@@ -86,7 +86,7 @@ def evaluate(
         ),
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", help="Model to evaluate: a folder or a hub name. [default: the recipe's]")
+        str | None, typer.Option("--model", help="Model to evaluate: a folder or a hub name. \\[default: the recipe's]")
     ] = None,
     compare: Annotated[str | None, typer.Option("--compare", help="A second model, on the same pairs.")] = None,
     tasks: Annotated[

@@ -65,7 +65,7 @@ def sweep(
 def calibrate(
     context: typer.Context,
     recipe: RecipeFile,
-    output: Annotated[str | None, output_option("[default: calibrated.yaml in output_dir]")] = None,
+    output: Annotated[str | None, output_option("\\[default: calibrated.yaml in output_dir]")] = None,
 ) -> None:
     """Propose gamma_beta_ratio, beta, learning rate and budget by measuring and short probes. Any key can follow."""
     resolved = load(recipe, context.args, writes=True, trains_here=True)

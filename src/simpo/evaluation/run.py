@@ -373,7 +373,7 @@ def evaluate_pairs(
         generations=tuple(_describe_answers(store, answered, responses, tokenizer)),
         settings={
             "device": str(device),
-            "compute": "bfloat16" if settings.bf16 else "float32",
+            "compute": "bfloat16" if settings.computes_in_bf16 else "float32",
             "weights": _kind_of_weights(network),
             "rows": "packed, shared prompt" if packed else "padded",
             "batch_pairs": batch_pairs,

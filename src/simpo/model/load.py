@@ -93,7 +93,8 @@ def set_precision(recipe: Recipe, device: torch.device) -> str | None:
         raise ValueError(f"tf32: {name} has no TensorFloat-32, which needs 8.0 (Ampere) or more; remove the key")
     if recipe.tf32 is not None:
         torch.backends.cuda.matmul.allow_tf32 = recipe.tf32
-    return slow_bf16(device, "bf16: false") if recipe.bf16 else None
+    instead = "bf16: false" + " with master_dtype: float32" * (recipe.master_dtype == "bfloat16")
+    return slow_bf16(device, instead) if recipe.computes_in_bf16 else None
 
 
 def load_tokenizer(recipe: Recipe) -> Any:

@@ -160,7 +160,7 @@ def check_rows(model: nn.Module, recipe: Recipe, *, bf16: bool, mesh: Mesh | Non
     recipe = as_it_trains(recipe, model)
     implementation = base.config._attn_implementation
     # Kernels that take no fp32 are checked where autocast or the weights' dtype spares them it.
-    if not is_packed(implementation) and (implementation in ("sdpa", "eager") or recipe.bf16):
+    if not is_packed(implementation) and (implementation in ("sdpa", "eager") or recipe.computes_in_bf16):
         check_forward(model, pack=False, share_prompt=False, bf16=bf16, mesh=mesh)
     if recipe.disable_dropout and any(parameter.requires_grad for parameter in model.parameters()):
         settle_chance(model, recipe, bf16=bf16, mesh=mesh)

@@ -467,7 +467,8 @@ def merge_adapter(adapter: Path, target: Path, recipe: Recipe) -> None:
     """Write the model that an adapter and its base make together, whole or not at all.
 
     Args:
-        recipe: its save_dtype is the number format in which they are added up and written; auto = the base's.
+        recipe: its save_dtype is the number format in which they are added up and written; auto = float32, for the
+            base's own may be too coarse for what a round adds.
     """
     if target.is_dir():
         return
@@ -480,7 +481,8 @@ def merge_adapter(adapter: Path, target: Path, recipe: Recipe) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     with saving_quietly():
         own = {"trust_remote_code": recipe.trust_remote_code}
-        model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=recipe.save_dtype, **own)
+        dtype = "float32" if recipe.save_dtype == "auto" else recipe.save_dtype
+        model = AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=dtype, **own)
         model.merge_and_unload().save_pretrained(aside)
     AutoTokenizer.from_pretrained(adapter, **own).save_pretrained(aside)
     follow_umask(aside)

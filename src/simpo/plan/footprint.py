@@ -37,7 +37,7 @@ _BNB_BLOCK, _BNB_SMALLEST = 256, 4096  # bitsandbytes: numbers that share a scal
 
 def compute_bytes(recipe: Recipe) -> int:
     """Of a number computed with."""
-    return 2 if recipe.bf16 else 4
+    return 2 if recipe.computes_in_bf16 else 4
 
 
 def master_bytes(recipe: Recipe) -> int:

@@ -297,9 +297,10 @@ def _resolve_datasets(layer: _Layer) -> None:
             _take(layer, key, as_text) if key in values else name for key, name in usual.items()
         ]
     for (key, entry), value in layer.entries.items():
-        current = values.get(key) or {}
+        current = values.get(key)
         if key == "guard" and isinstance(current, (str, bool)):  # of all checks
             current = {"all": current}
+        current = current or {}
         if not isinstance(current, Mapping):
             raise ValueError(f"{key}: must be a mapping before {key}.{entry} can be set, not {short(current)}")
         values[key] = {**current, entry: value}

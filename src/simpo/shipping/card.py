@@ -24,15 +24,15 @@ EVALUATION = "evaluation.json"
 _SHOWN = ("rewards/accuracies", "rewards/margins", "loss", "logps/chosen", "logps/rejected")
 
 
-def card_of(source: Source) -> str:
-    """Markdown for a model's README.md."""
+def card_of(source: Source, note: str = "") -> str:
+    """Markdown for a model's README.md, with a note on its numbers."""
     if source.run is None or not (source.run / "recipe.yaml").is_file():
         what = f"`{source.name}` merged into `{source.base}`" if source.is_adapter else f"`{source.name}`"
-        return sign_card(f"{PLAIN_CARD}\n{what}.\n")
+        return sign_card(f"{PLAIN_CARD}\n{what}. {note}".rstrip() + "\n")
     recipe = load_recipe(source.run / "recipe.yaml", processes=1)
     rows = [*read_log(source.run / "metrics.jsonl")]
     step = source.checkpoint.step if source.checkpoint is not None else _step_of(rows, recipe, source.run)
-    results = _results(evaluation_of(source), rows, step, base=source.base)
+    results = [*_results(evaluation_of(source), rows, step, base=source.base), *(["", note] if note else [])]
     data = dict(_data_lines(source, recipe, rows, step))
     return build_model_card(recipe, data=data, results=results, folder=source.run)
 

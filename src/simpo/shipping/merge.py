@@ -48,8 +48,10 @@ def run_merge(name: str, overrides: Sequence[str] = (), *, output: str | None = 
     if source.is_adapter:
         model, apart = merge_adapters(model)
         display.say(f"merged: log-probs differ from the adapters' own by {apart:.1g} nats at most")
-    write_folder(model, tokenizer, source, folder, dtype)
+    lost = write_folder(model, tokenizer, source, folder, dtype)
     display.say(f"{folder}: an ordinary model in {dtype_name(dtype)}, with its tokenizer")
+    if not lost <= _APART:
+        display.say(f"{_describe_rounding(lost, dtype)}; --save_dtype float32 keeps all of it", style="yellow")
     return folder
 
 
@@ -87,13 +89,28 @@ def _probe(model: nn.Module) -> Tensor:
     return model(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
 
 
-def write_folder(model: nn.Module, tokenizer: object, source: Source, folder: Path, dtype: torch.dtype) -> None:
-    """Write a whole model that has no adapters any more."""
+def write_folder(model: nn.Module, tokenizer: object, source: Source, folder: Path, dtype: torch.dtype) -> float:
+    """Write a whole model that has no adapters any more; it has the rounded values afterwards.
+
+    Returns:
+        How far rounding moves its log-probs, in nats.
+    """
     leftovers = find_leftovers(model, source.origin, revision=source.recipe.model_revision)
-    if overflows(model.state_dict().values(), dtype):
+    state = {name: value for name, value in model.state_dict().items() if value.is_floating_point()}
+    if overflows(state.values(), dtype):
         raise ValueError(f"save_dtype: a weight is too large for {dtype_name(dtype)}; choose bfloat16 or float32")
-    state = {
-        each: value.to(dtype) if value.is_floating_point() else value for each, value in model.state_dict().items()
-    }
+    lost = 0.0
+    if any(value.dtype != dtype for value in state.values()):
+        before = _probe(model)
+        for value in state.values():
+            value.copy_(value.to(dtype))
+        lost = (_probe(model) - before).abs().max().item()
+    note = "" if lost <= _APART else f"Its weights were {_describe_rounding(lost, dtype)}; numbers are of those before."
+    state = {**model.state_dict(), **{name: value.to(dtype) for name, value in state.items()}}
     tie(state, model)
-    write_model(model, state, tokenizer, folder, leftovers=leftovers, dtype=dtype, card=card_of(source))
+    write_model(model, state, tokenizer, folder, leftovers=leftovers, dtype=dtype, card=card_of(source, note))
+    return lost
+
+
+def _describe_rounding(lost: float, dtype: torch.dtype) -> str:
+    return f"written in {dtype_name(dtype)}, which changes log-probs by up to {lost:.2g} nats"

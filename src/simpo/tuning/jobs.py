@@ -228,7 +228,7 @@ def run_on_ray(jobs: Sequence[Job], note: Callable[[Job, Result], None]) -> None
     try:
         from ray import tune
     except ImportError:
-        raise ValueError("--ray: Ray Tune is not installed; install simpo[sweep]") from None
+        raise ValueError("--ray: Ray Tune is not installed; install simpo[ray]") from None
     import ray
 
     if not ray.is_initialized():

@@ -333,7 +333,7 @@ class _Sweep:
             for model in (each for t in self.trials for each in (self.folder / t.name).glob("*/run/model")):
                 if model != place / "run" / "model":
                     shutil.rmtree(model)
-        recipe = load_recipe(self.base, _words(best.settings))
+        recipe = load_recipe(self.base, [*_words(best.settings), "--output_dir", str(self.folder / "best")])
         write_whole(self.folder / "best.yaml", recipe.to_yaml(for_any_processes=True))
         self.about |= {"best": best.name, "as_good": [t.name for t in alike]}
         self._save()

@@ -203,7 +203,7 @@ def describe(trainer: SimPOTrainer) -> dict[str, str]:
         where={
             "host": "transformers' Trainer",
             "engine": engine,
-            "device": f"{trainer.args.device}, {'bf16' if recipe.bf16 else 'fp32'} compute",
+            "device": f"{trainer.args.device}, {'bf16' if recipe.computes_in_bf16 else 'fp32'} compute",
         },
         total_steps=count_steps(recipe, loader.steps_per_epoch),
         micro_batches="no limit of tokens" if limit is None else f"up to {limit:,} tokens",
