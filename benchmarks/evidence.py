@@ -640,27 +640,33 @@ def per_training(rows: Sequence[Row], measure: str) -> list[float]:
 
 
 def cell(measure: str, rows: Sequence[Row]) -> str:
+    if measure not in rows[0]:  # of another run
+        return ""
     form = "{:.1%}" if measure in SHARES else "{:.0f}" if measure in ("pairs", "tokens", "seconds") else "{:.3f}"
     mean, low, _ = interval(per_training(rows, measure))
     return form.format(mean) + ("" if math.isnan(low) else f" ± {form.format(mean - low)}")
 
 
-def write_section(lab: Lab, section: Section, pictures: Path) -> list[str]:
-    """The Markdown of a section; its figure lies in `pictures`."""
+def write_section(lab: Lab, section: Section, pictures: Path, other: Row | None = None) -> list[str]:
+    """The Markdown of a section, of another run where there is one; its figure lies in `pictures`."""
     lines = [f"## {section.title}", "", f"*Claim:* {section.claim}", ""]
     if lacking := lab.lacks(section.arms):
         return [*lines, f"Not measured: {', '.join(sorted(lacking))} was not given (--data).", ""]
-    found = lab.measured[section.name] = {arm.name: lab.results(arm) for arm in section.arms}
+    if other is None:
+        found = lab.measured[section.name] = {arm.name: lab.results(arm) for arm in section.arms}
+    else:
+        found = other["measured"][section.name]
+        lines += [f"Measured in the run of {describe_run(other)}, not in this page's.", ""]
     lines += [f"| | {' | '.join(section.shown)} |", "|---" * (len(section.shown) + 1) + "|"]
     for name, rows in found.items():
         cells = (cell(measure, rows) for measure in section.shown)
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")
-    for words, differences in held(lab.measured, section).items():
+    for words, differences in held({section.name: found}, section).items():
         mean, low, high = interval(differences)
         right = sum(difference > 0 for difference in differences)
         lines.append(f"- {words}: {mean:+.3f} ({low:+.3f} to {high:+.3f}); with {right} of {len(differences)} seeds")
-    lines += [""] * bool(section.holds)
+    lines += [""] * lines[-1].startswith("- ")
     if section.chart:
         draw(section, found, pictures / f"{section.name}.svg")
         where = f"{pictures.name}/{section.name}.svg"
@@ -791,15 +797,23 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         "model": Path(lab.args.model).name,
         "commit": git_commit(),
     }
-    parts = [line for section in sections for line in write_section(lab, section, beside)]
     first = min((path.stat().st_mtime for path in lab.args.output.glob("*.json")), default=time.time())
     where = {"date": time.strftime("%Y-%m-%d", time.localtime(first)), "cpu": machine["cpu"], "bf16": RECIPE["bf16"]}
     run = {**where, **about, "size": lab.size.amounts, "measured": lab.measured}
     own = beside / f"{lab.args.size}-{where['date']}-seed{lab.args.first_seed}.json"
+    others = other_runs(run, beside, own)
+    asked = [each for each in SECTIONS if each.name in (lab.size.sections or [each.name])]
+    asked += [each for each in sections if each not in asked]
+    measured_by = {each.name: run for each in sections} | {
+        each.name: other for each in asked if each not in sections for other in others if each.name in other["measured"]
+    }
+    left = [f"{each.title.lower()} ({each.name})" for each in asked if each.name not in measured_by]
+    parts = []
+    for section in (each for each in asked if each.name in measured_by):
+        by = measured_by[section.name]
+        parts += write_section(lab, section, beside, None if by is run else by)
     text = json.dumps(run, indent=1)
     write_whole(own, re.sub(r"\[\s+(-?[\d.e-]+),\s+(-?[\d.e-]+)\s+\]", r"[\1, \2]", text) + "\n")
-    asked = [each for each in SECTIONS if not lab.size.sections or each.name in lab.size.sections]
-    left = [f"{each.title.lower()} ({each.name})" for each in asked if each not in sections]
     head = [
         "# Evidence",
         "",
@@ -831,21 +845,28 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         "",
         *summary(lab, sections),
     ]
-    tail = [*agreement(run, sections, beside, own), *published(), *PAPER]
+    tail = [*agreement(run, sections, others), *published(), *PAPER]
     write_whole(page, "\n".join([*head, *parts, *tail]).rstrip() + "\n")
     print(f"{page}: {(time.perf_counter() - began) / 60:.0f} minutes")
 
 
-def agreement(run: Row, sections: Sequence[Section], folder: Path, own: Path) -> list[str]:
-    """How far the runs of as many pairs whose numbers lie in the folder agree with this one."""
+def other_runs(run: Row, folder: Path, own: Path) -> list[Row]:
+    """Of as many pairs and this model, whose numbers lie in the folder."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*.json")) if path != own]
+    alike = [other for other in found if all(other.get(each, run[each]) == run[each] for each in ("size", "model"))]
+    begun = ("date", "cpu", "first_seed")  # where all are the same, it is this one, in part
+    return [other for other in alike if any(other.get(each, 0) != run[each] for each in begun)]
+
+
+def describe_run(run: Row) -> str:
+    return f"{run['date']}, {run['cpu']}, {'bfloat16' if run['bf16'] else 'float32'}"
+
+
+def agreement(run: Row, sections: Sequence[Section], others: Sequence[Row]) -> list[str]:
+    """How far other runs agree with this one."""
     lines, run = ["## Other runs", ""], json.loads(json.dumps(run))
     here = numbers(run, sections)
-    for path in sorted(folder.glob("*.json")):
-        other = json.loads(path.read_text(encoding="utf-8"))
-        if path == own or any(other.get(each, run[each]) != run[each] for each in ("size", "model")):
-            continue
-        if all(other.get(each, 0) == run[each] for each in ("date", "cpu", "first_seed")):  # this one, in part
-            continue
+    for other in others:
         there, same = numbers(other, sections), [other.get(each, 0) for each in DRAWN] == [run[each] for each in DRAWN]
         apart = [name for key, (name, values) in here.items() if key in there and not meet(values, there[key][1])]
         of = len(here.keys() & there.keys())
@@ -858,7 +879,7 @@ def agreement(run: Row, sections: Sequence[Section], folder: Path, own: Path) ->
         ]
         shown = [theirs for mine, theirs, _ in claims if mine == "shown"]
         lines += [
-            f"{other['date']}, {other['cpu']}, {'bfloat16' if other['bf16'] else 'float32'}, "
+            f"{describe_run(other)}, "
             f"{'the same pairs' if same else 'other pairs'}: {of - len(apart)} of {of} intervals meet this page's"
             f"{''.join(f'; not: {each}' for each in apart)}. "
             f"{len(here) - of} were not measured then. "

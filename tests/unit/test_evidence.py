@@ -131,11 +131,17 @@ def test_the_numbers_lie_beside_the_page_and_are_compared_with_those_of_another_
         "1 refuted."
     )
     assert expected in page.read_text(encoding="utf-8")
+    later = next(each for each in evidence.SECTIONS if each.name == "later")
+    run["measured"]["later"] = {"untrained": [{"chosen": -7.125, "seed": 0, "pairs": 3, "threads": 1}]}
     for row in run["measured"]["sft"]["half swapped"]:
         row["arm"]["noise"] = 0.25  # of that name, and another way to train
     path.with_name("tiny-2000-01-01.json").write_text(json.dumps(run), encoding="utf-8")
     evidence.write_page(lab, [SECTION], page)
-    assert "2 of 3 intervals meet this page's; not: sft, SimPO, chosen. 6 were not" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "2 of 3 intervals meet this page's; not: sft, SimPO, chosen. 6 were not" in text
+    assert f"## {later.title}\n\n*Claim:* {later.claim}\n\nMeasured in the run of 2000-01-01, " in text
+    assert "| untrained |  |  | -7.125 |  |" in text, "what this run has not measured is shown as another has it"
+    assert "(later)" not in text
 
 
 @pytest.mark.parametrize(
