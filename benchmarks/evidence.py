@@ -189,12 +189,7 @@ class Lab:
         """Of what is measured, the same for every way to say the same."""
         if not arm.trains:
             seed = 0  # the same whatever the seed: the held-out pairs are
-        way = {
-            **asdict(arm),
-            "keys": recipe_of(arm, str(self.args.model)).to_dict(),
-            "name": "",
-            "asked": arm.asked or arm.pairs,
-        }
+        way = {**way_of(asdict(arm)), "keys": recipe_of(arm, str(self.args.model)).to_dict()}
         amount = {**asdict(self.size), "seeds": 0, "sections": ()}
         words = json.dumps([way, amount, seed], sort_keys=True)
         return self.args.output / f"{hashlib.sha256(words.encode()).hexdigest()[:12]}-{seed}.json"
@@ -909,14 +904,14 @@ def agreement(run: Row, sections: Sequence[Section], others: Sequence[Row]) -> l
     ]
 
 
-def way_of(rows: Sequence[Row]) -> str:
-    """An arm by what it does, whatever it is called."""
-    arm = rows[0]["arm"]
-    return json.dumps({**arm, "name": "", "asked": arm["asked"] or arm["pairs"]}, sort_keys=True)
+def way_of(arm: Row) -> Row:
+    """What an arm does, whatever it is called."""
+    return {**arm, "name": "", "asked": arm["asked"] or arm["pairs"]}
 
 
 def same_ways(here: dict[str, list[Row]], there: dict[str, list[Row]]) -> bool:
-    return all(way_of(rows) == way_of(there[name]) for name, rows in here.items() if name in there)
+    shared = [(here[name][0]["arm"], there[name][0]["arm"]) for name in here.keys() & there.keys()]
+    return all(way_of(one) == way_of(other) for one, other in shared)
 
 
 def rows_of(run: Row, section: Section) -> list[list[Row]]:
@@ -928,10 +923,11 @@ def numbers(run: Row, sections: Sequence[Section]) -> dict[tuple[str, str], tupl
     found: dict[tuple[str, str], tuple[str, list[float]]] = {}
     for section in sections:
         for rows in rows_of(run, section):
+            way = json.dumps(way_of(rows[0]["arm"]), sort_keys=True)
             for measure in section.shown:
                 if measure != "seconds" and measure in rows[0]:
                     name = f"{section.name}, {rows[0]['arm']['name']}, {measure}"
-                    found.setdefault((way_of(rows), measure), (name, per_training(rows, measure)))
+                    found.setdefault((way, measure), (name, per_training(rows, measure)))
     return found
 
 

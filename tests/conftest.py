@@ -49,20 +49,21 @@ def pytest_runtestloop(session: pytest.Session) -> None:
         forks.serve()
 
 
+REAL_DATA = Path(os.environ.get("SIMPO_DATA", REPO.parent / "shared" / "data"))
+"""Folder of real preference pairs, `../shared/data` beside the checkout unless SIMPO_DATA says another."""
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
-    """Folder of real preference pairs (`SIMPO_DATA`, else `../shared/data` beside the checkout)."""
-    folder = Path(os.environ.get("SIMPO_DATA", REPO.parent / "shared" / "data"))
-    if not folder.is_dir():
-        pytest.skip(f"no real preference pairs at {folder}; set SIMPO_DATA to a folder that has them")
-    return folder
+    if not REAL_DATA.is_dir():
+        pytest.skip(f"no real preference pairs at {REAL_DATA}; set SIMPO_DATA to a folder that has them")
+    return REAL_DATA
 
 
 @pytest.fixture(scope="session")
 def held_out_files() -> list[Path]:
     """Files of held-out pairs: the demo's, and the real ones where there are any."""
-    folder = Path(os.environ.get("SIMPO_DATA", REPO.parent / "shared" / "data"))
-    return [REPO / "examples" / "demo" / "pairs" / "test.jsonl", *sorted(folder.glob("*/test.jsonl.gz"))]
+    return [REPO / "examples" / "demo" / "pairs" / "test.jsonl", *sorted(REAL_DATA.glob("*/test.jsonl.gz"))]
 
 
 @pytest.fixture(scope="session")

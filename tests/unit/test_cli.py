@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 import types
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from typer.main import get_command
 from typer.testing import CliRunner
 
 from simpo.cli import app
@@ -275,6 +277,11 @@ def test_what_is_explained_is_explained_to_programs_too(name):
 
 def test_help_names_where_things_are_written():
     """rich took [default: ...] for markup."""
+    words = [
+        getattr(each, "help", None) or "" for command in get_command(app).commands.values() for each in command.params
+    ]
+    assert any("\\[default: " in each for each in words)
+    assert not [each for each in words if re.search(r"(?<!\\)\[default", each)]
     assert "[default: judged in output_dir]" in run("judge", "--help").output
 
 
