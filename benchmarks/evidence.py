@@ -27,6 +27,7 @@ import re
 import shutil
 import statistics
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
@@ -48,8 +49,9 @@ from examples.demo import readable, rule  # noqa: E402
 from examples.demo.get_model import get_model  # noqa: E402
 from simpo.core.losses import softplus  # noqa: E402
 from simpo.data.files import read_file, write_whole  # noqa: E402
+from simpo.data.prepare import prepare_rows  # noqa: E402
 from simpo.display import Display  # noqa: E402
-from simpo.model.load import has_bf16, pick_device  # noqa: E402
+from simpo.model.load import has_bf16, load_tokenizer, pick_device  # noqa: E402
 from simpo.onpolicy.generate import run_generate  # noqa: E402
 from simpo.onpolicy.pair import run_pair  # noqa: E402
 from simpo.onpolicy.rounds import run_rounds  # noqa: E402
@@ -178,6 +180,7 @@ class Lab:
             for seed in self.seeds:
                 wanted.setdefault(self._path(arm, seed), (arm, seed))
         missing = [each for path, each in wanted.items() if not self._is_measured(path)]
+        missing.sort(key=lambda each: -each[0].rounds)  # in processes of their own: before others fill the memory
         if any("lists" in arm.sets for arm, _ in missing):
             self.draw("lists", "train", 0, seed=0)  # made once, not by each process
         threads = max(1, torch.get_num_threads() // self.args.at_once)
@@ -224,6 +227,8 @@ class Lab:
         began = time.perf_counter()
         if arm.rounds:
             each = {"rounds.rounds": arm.rounds, "rounds.prompts_per_round": self.size.prompts // arm.rounds}
+            if self.args.at_once > 1:  # as many threads as this process has
+                each |= {"num_threads": torch.get_num_threads(), "generate.processes": 1}
             run_rounds(self.on_policy(place, {**each, "rounds.eval_prompts": 1, "seed": seed, **arm.keys}))
             made = [row for each in place.glob("round-[1-9]") for row in read_file(each / "pairs" / "train.jsonl")]
             found = {"pairs": len(made), "seconds": time.perf_counter() - began}
@@ -437,11 +442,13 @@ SECTIONS = [
             f"methods-{name}",
             f"Methods on {SETS[name]}",
             "At equal pairs, steps and learning rate, training raises the share of held-out pairs that a method's own "
-            "reward ranks right. Which method is best is not claimed at this size.",
+            "reward ranks right. Which method is best is not claimed at this size."
+            + " The rules of the demo count words between spaces, so they mark no Chinese."
+            * (name == "zh_oasst1"),
             on(name, *METHODS),
             (
                 *("own accuracy", "gain", "accuracy", "margin", "chosen", "rejected"),
-                *(() if name == "zh_oasst1" else ("rule", "readable")),  # which count words between spaces
+                *(() if name == "zh_oasst1" else ("rule", "readable")),
                 *("tokens", "repeated", "unrelated", "seconds"),
             ),
             {f"{arm.name} ranks more pairs right than before": gained(arm) for arm in METHODS[1:]},
@@ -453,7 +460,8 @@ SECTIONS = [
             f"length-{name}",
             f"Length and log-prob on {SETS[name]}",
             "Spearman's correlation of a response's length with its mean log-prob: SimPO 0.34, DPO 0.59, SimPO without "
-            "length normalisation 0.82 (arXiv:2405.14734, figure 2).",
+            "length normalisation 0.82 (arXiv:2405.14734, figures 2 and 4). That is CPO's preference term here: summed "
+            "log-probs, with them another beta and no target margin.",
             on(name, NONE, SIMPO, DPO, SUMS),
             ("length correlation", "accuracy", "tokens"),
             {
@@ -504,6 +512,7 @@ SECTIONS = [
             "the chosen log-prob is higher at 1 than at 0": less(SIMPO, "chosen", "SFT weight 1"),
             "the margin is smaller": less("SFT weight 1", "margin", SIMPO),
             "accuracy is lower": less("SFT weight 1", "accuracy", SIMPO),
+            "unrelated text is forgotten less": less(SIMPO, "unrelated", "SFT weight 1"),
         },
         chart=("chosen", "accuracy", "rule"),
         axis="sft_weight",
@@ -537,6 +546,7 @@ SECTIONS = [
             Arm("score margins", keys={"score_margin": 2.0}),
             Arm("RC", keys={"reward_calibration": True}),
             Arm("R-DPO", keys={"loss_type": "r_dpo"}),
+            Arm("DPO, mean log-probs", keys={"loss_type": "dpo_norm"}),
         ],
     ),
     Section(
@@ -562,7 +572,8 @@ SECTIONS = [
     Section(
         "lists",
         "Lists",
-        "Nothing is claimed of their rank: four answers to a prompt, as the best against the worst, or as a list.",
+        "Nothing is claimed of their rank: four answers to a prompt, as the best against the worst, or as a list. The "
+        "answers were sampled once: seeds are other orders of the same lists, and intervals are of no more than that.",
         [NONE, *(Arm(name, "lists", keys, asked="rule") for name, keys in OF_LISTS.items())],
     ),
     Section(
@@ -637,7 +648,7 @@ def per_training(rows: Sequence[Row], measure: str) -> list[float]:
 def cell(measure: str, rows: Sequence[Row]) -> str:
     if measure not in rows[0]:  # of another run
         return ""
-    form = "{:.1%}" if measure in SHARES else "{:.0f}" if measure in ("pairs", "tokens", "seconds") else "{:.3f}"
+    form = "{:z.1%}" if measure in SHARES else "{:.0f}" if measure in ("pairs", "tokens", "seconds") else "{:z.3f}"
     mean, low, _ = interval(per_training(rows, measure))
     return form.format(mean) + ("" if math.isnan(low) else f" ± {form.format(mean - low)}")
 
@@ -668,8 +679,14 @@ def write_section(lab: Lab, section: Section, pictures: Path, other: Row | None 
         lines += [f"![{section.title}: {', '.join(section.chart)}]({where})", ""]
     lines += [conditions(lab, section, found), ""]
     data = " --data FOLDER" if {name for arm in section.arms for name in arm.sets} - {"lists"} != {"rule"} else ""
+    first = lab.args.first_seed if other is None else other.get("first_seed", 0)
+    return [*lines, f"`{command(lab, data, first)} --only {section.name}`", ""]
+
+
+def command(lab: Lab, data: str, first_seed: int) -> str:
+    """That measures this page's size; which pairs a seed draws follows from its number."""
     size = "" if lab.args.size == "full" else f" --size {lab.args.size}"
-    return [*lines, f"`python benchmarks/evidence.py --model MODEL{data}{size} --only {section.name}`", ""]
+    return f"python benchmarks/evidence.py --model MODEL{data}{size}" + f" --first-seed {first_seed}" * bool(first_seed)
 
 
 def held(measured: dict[str, dict[str, list[Row]]], section: Section) -> dict[str, list[float]]:
@@ -812,7 +829,8 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
     head = [
         "# Evidence",
         "",
-        f"Written by `make evidence`, size {lab.args.size}{', in part' * bool(left)}: {Path(lab.args.model).name} in "
+        f"Written by `{command(lab, ' --data FOLDER', lab.args.first_seed)}` (`make evidence` begins with seed 0), "
+        f"size {lab.args.size}{', in part' * bool(left)}: {Path(lab.args.model).name} in "
         f"{'bfloat16' if RECIPE['bf16'] else 'float32'} on {machine['cpu']}, {machine['cores_allowed']} cores, "
         f"torch {torch.__version__}, seeds {lab.seeds.start} to {lab.seeds.stop - 1}. Numbers and figures are as they "
         "came out, also where they contradict a claim.",
@@ -831,7 +849,8 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         f"it), `readable` a second one that made no pair. Answers are cut at {lab.size.tokens} tokens, which costs "
         "marks for their end. `unrelated` is the mean log-prob, in nats a token, of the "
         "licence's paragraphs: a fall is forgetting. `chosen` and `rejected` are nats a token, `repeated` is the share "
-        "of 4-token sequences that came before in an answer, `seconds` the training with a reference model's pass.",
+        "of 4-token sequences that came before in an answer, `seconds` the training with a reference model's pass. In "
+        "figures a dot is a seed, a diamond their mean, with its 95% interval.",
         "",
         "Intervals are over seeds, each of which draws its pairs (all there are of lists, in another order); all are "
         "measured on the same held-out ones. "
@@ -840,7 +859,7 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
         "",
         *summary(lab, sections),
     ]
-    tail = [*agreement(run, sections, others), *published(), *PAPER]
+    tail = [*agreement(run, sections, others), *published(), *formats(lab.args.model), *PAPER]
     write_whole(page, "\n".join([*head, *parts, *tail]).rstrip() + "\n")
     print(f"{page}: {(time.perf_counter() - began) / 60:.0f} minutes")
 
@@ -948,13 +967,16 @@ def published() -> list[str]:
         "",
         "The loss of the first step is the mean of -log sigmoid(beta M - gamma) over pairs, as in the table where all "
         "pairs have the margin M of the model that the run begins with. A spread of margins makes it larger, so the "
-        "mean margin that a public curve's first value seems to tell is too low (by 0.04 to 0.07 at a spread of 0.4). "
+        "mean margin that a public curve's first value seems to tell is too low: by the column `read low`, where "
+        "margins are normal with mean 0 and deviation 0.4. "
         f"The rates are those of a run of {steps} steps; the last column is the largest difference from transformers' "
         "own schedule, relative. deepseek-math-7b-simpo is a third party's, not the paper's.",
         "",
-        f"| recipe | beta | gamma | loss at M = -0.2 | 0 | 0.2 | {' | '.join(f'rate at {k}' for k in at)} | off by |",
-        "|---" * (7 + len(at)) + "|",
+        "| recipe | beta | gamma | loss at M = -0.2 | 0 | 0.2 | read low "
+        f"| {' | '.join(f'rate at {k}' for k in at)} | off by |",
+        "|---" * (8 + len(at)) + "|",
     ]
+    normal = [statistics.NormalDist(0, 0.4).inv_cdf((k + 0.5) / 1000) for k in range(1000)]
     for path in sorted(set((REPO / "recipes").glob("*-simpo*.yaml")) - set((REPO / "recipes").glob("*-1x*.yaml"))):
         recipe = simpo.load_recipe(path, processes=1)
         losses = [softplus(recipe.gamma - recipe.beta * margin) for margin in (-0.2, 0.0, 0.2)]
@@ -966,14 +988,82 @@ def published() -> list[str]:
             off = max(off, abs(rate - stand_in.param_groups[0]["lr"]) / recipe.learning_rate)
             stand_in.step()
             theirs.step()
-        cells = [f"{recipe.beta:g}", f"{recipe.gamma:.3g}", *(f"{loss:.4f}" for loss in losses)]
+        first = statistics.fmean(softplus(recipe.gamma - recipe.beta * margin) for margin in normal)
+        low = (math.log(math.expm1(first)) - recipe.gamma) / recipe.beta  # the margin of which all pairs lose as much
+        cells = [f"{recipe.beta:g}", f"{recipe.gamma:.3g}", *(f"{loss:.4f}" for loss in losses), f"{low:.3f}"]
         cells += [*(f"{ours[step]:.2e}" for step in at), f"{off:.0e}"]
         lines.append(f"| {path.stem} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 
+ASK = "Why is the sky blue?"
+
+
+def dialogue(answer: str) -> list[Row]:
+    return [{"role": "user", "content": ASK}, {"role": "assistant", "content": answer}]
+
+
+FORMATS: dict[str, Callable[[str, str, float, float], Row]] = {
+    "HuggingFaceH4/ultrafeedback_binarized": lambda better, worse, high, low: {
+        **{"prompt": ASK, "prompt_id": "1", "messages": dialogue(better)},
+        **{"chosen": dialogue(better), "rejected": dialogue(worse), "score_chosen": high, "score_rejected": low},
+    },
+    "princeton-nlp/*-ultrafeedback, *-armorm": lambda better, worse, high, low: {
+        **{"prompt": ASK, "prompt_id": "1", "chosen": dialogue(better), "rejected": dialogue(worse)},
+        **{"all_generated_responses": [worse, "I do not know.", better], "all_rm_scores": [low, low - 1, high]},
+    },
+    "argilla/ultrafeedback-binarized-preferences-cleaned": lambda better, worse, high, low: {
+        **{"source": "s", "prompt": ASK, "chosen": dialogue(better), "rejected": dialogue(worse)},
+        **{"chosen-rating": high, "chosen-model": "m", "rejected-rating": low, "rejected-model": "n"},
+    },
+    "argilla/distilabel-math-preference-dpo": lambda better, worse, high, low: {
+        **{"metadata": "{}", "instruction": ASK, "chosen_response": better, "rejected_response": worse},
+        **{"chosen_rating": high, "rejected_rating": low},
+    },
+    "Anthropic/hh-rlhf": lambda better, worse, high, low: {
+        "chosen": f"\n\nHuman: {ASK}\n\nAssistant: {better}",
+        "rejected": f"\n\nHuman: {ASK}\n\nAssistant: {worse}",
+    },
+}
+"""Data set -> a row of its format of (chosen, rejected, their scores)."""
+GOOD, BAD = "Air scatters blue light most.", "It mirrors the sea."
+CASES = {
+    "a pair": (GOOD, BAD, 8.0, 5.0),
+    "both answers the same": (GOOD, GOOD, 8.0, 5.0),
+    "an empty answer": (GOOD, "", 8.0, 5.0),
+    "equal scores": (GOOD, BAD, 5.0, 5.0),
+    "scores against the order": (GOOD, BAD, 5.0, 8.0),
+}
+
+
+def formats(model: str) -> list[str]:
+    """What becomes of stand-ins for rows of the data sets that the authors and their guides name."""
+    lines = [
+        "## The formats of the authors' data",
+        "",
+        "Rows of our own, laid out as these data sets are, through what `simpo train` does with rows: a pair is "
+        "trained on, or the reason for which the row is dropped and counted. `simpo audit` also counts scores that are "
+        "against the order. HH-RLHF has no scores.",
+        "",
+        f"| | {' | '.join(CASES)} |",
+        "|---" * (1 + len(CASES)) + "|",
+    ]
+    keys = {"dataset_name": "rows", "validation_fraction": 0.0, "max_dropped_fraction": 1.0}
+    for name, row in FORMATS.items():
+        with tempfile.TemporaryDirectory() as cache:
+            recipe = simpo.load_recipe({"model_name_or_path": model, **keys, "cache_dir": cache})
+            prepared = prepare_rows(
+                recipe, load_tokenizer(recipe), [row(*case) for case in CASES.values()], progress=False
+            )
+            dropped = prepared.ledger.splits["train"].dropped
+        became = {each["row_id"]: why for why, entry in dropped.items() for each in entry["examples"]}
+        cells = (became.get(f"dataset/train#{at}", "trained") for at in range(len(CASES)))
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
 def paper(models: Sequence[str], pairs: str) -> None:
-    """The paper's figure 2 for given checkpoints and held-out pairs, beside its numbers."""
+    """The paper's correlations of length, for given checkpoints and held-out pairs, beside its numbers."""
     print("| model | accuracy | margin | Spearman of length and mean log-prob | the paper's |\n|---|---|---|---|---|")
     known = {"simpo": "0.34", "dpo": "0.59", "sums": "0.82"}
     for each in models:

@@ -94,12 +94,17 @@ def pair_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def scored_pairs(pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same pairs with scores, which losses of lists want."""
+def scored_lists(pair_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same pairs as lists of 2 to 5 scored responses: up to 3 of other rows are between."""
     folder = tmp_path_factory.mktemp("scored")
     for path in pair_files.glob("*.jsonl"):
-        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
-        rows = [json.loads(line) | {"score_chosen": 2.0, "score_rejected": 1.0} for line in lines]
+        pairs = [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+        rows = []
+        for at, pair in enumerate(pairs):
+            others = [pairs[at - k]["rejected"] for k in range(1, 1 + at % 4)]
+            responses = [pair["rejected"], *others, pair["chosen"]]
+            scores = [*(1.0 + k for k in range(len(others) + 1)), 5.0 + at % 3]
+            rows.append({"prompt": pair["prompt"], "responses": responses, "scores": scores})
         (folder / path.name).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return folder
 

@@ -178,8 +178,6 @@ class Trainer:
         check_not_stopped(self.output_dir, self.mesh)
         resume = self.mesh.on_main(lambda: find_checkpoint(recipe))
         check_device(recipe, self.mesh)
-        if recipe.fsdp_cpu_offload and not self.mesh.sizes.is_sharded:
-            self.display.say("fsdp_cpu_offload: without effect: every process has the weights whole")
         if (slow := set_up_process(recipe, self.device, sharded=self.mesh.sizes.is_sharded)) is not None:
             self.display.say(slow)
         seed_everything(recipe.seed)

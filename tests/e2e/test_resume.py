@@ -85,6 +85,29 @@ def test_dropout_and_logging_windows_survive_a_resume(tiny_recipe: Settings, tmp
     assert metrics(Path(settings["output_dir"])) == metrics(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"wpo_weights": True, "reward_calibration": True},
+        {"loss_type": "confpo"},
+        {"loss_type": "plackett_luce"},
+        {"score_margin": 2.0},
+    ],
+    ids=str,
+)
+def test_methods_that_came_after_resume_to_the_same_bits(
+    tiny_recipe: Settings, scored_lists: Path, tmp_path: Path, method: Settings
+) -> None:
+    settings = {**tiny_recipe, "dataset_mixer": {str(scored_lists): 1.0}, **method}
+    whole = build(settings, output_dir=str(tmp_path / "whole")).run().output_dir
+    trainer = build(settings)
+    stop_after(trainer, 4)
+    with pytest.raises(Interrupted):
+        trainer.run()
+    build(settings, resume_from_checkpoint=True).run()
+    assert_same_run(Path(settings["output_dir"]), whole)
+
+
 def test_resume_from_a_named_earlier_checkpoint_repeats_the_rest(tiny_recipe: Settings, uninterrupted: Path) -> None:
     build(tiny_recipe).run()
     folder = Path(tiny_recipe["output_dir"])

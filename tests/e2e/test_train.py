@@ -117,8 +117,8 @@ def test_token_budget_splits_a_step_without_changing_it(tiny_recipe: Settings, t
 
 
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
-def test_every_loss_trains(tiny_recipe: Settings, scored_pairs: Path, loss_type: str) -> None:
-    data = {"dataset_mixer": {str(scored_pairs): 1.0}} if LOSSES[loss_type].is_of_lists else {}
+def test_every_loss_trains(tiny_recipe: Settings, scored_lists: Path, loss_type: str) -> None:
+    data = {"dataset_mixer": {str(scored_lists): 1.0}} if LOSSES[loss_type].is_of_lists else {}
     result = run(tiny_recipe, loss_type=loss_type, max_steps=3, eval_steps=3, **data)
     values = [value for m in read_metrics(result.output_dir) for value in m.values()]
     assert all(math.isfinite(value) for value in values)

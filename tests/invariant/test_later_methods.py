@@ -185,6 +185,17 @@ def test_pairs_far_from_what_the_model_would_say_weigh_little_and_its_own_answer
     assert float(near.max()) <= 1.0
 
 
+def test_confpo_looks_at_the_few_tokens_that_the_model_does_not_expect(random_model):
+    """What it was made for: a mistake of a token in twenty is a twentieth of SimPO's reward."""
+    model, pairs = random_model("Llama"), near_identical_pairs(4)
+    sharpen(model, [pair.chosen_ids for pair in pairs])
+    logps = compute_pair_logps(model, build_batch(pairs), extras={"low"})
+    (low_chosen, low_rejected), (_, kept) = logps.extra("low_sum"), logps.extra("low_length")
+    assert int(kept.max()) <= 3 < int(logps.rejected_length.min()) == 20
+    margins = low_chosen / logps.extra("low_length")[0] - low_rejected / kept
+    assert bool((margins > 5 * (logps.chosen_mean - logps.rejected_mean)).all())
+
+
 def test_responses_whose_tokens_are_all_alike_keep_them_all_and_finite_gradients(random_model, ragged_pairs):
     """Every token is equally likely: a mean may be rounded below what it is a mean of."""
     model, pairs = random_model("Llama", tied=False), ragged_pairs(5, longest=40)

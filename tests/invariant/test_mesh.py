@@ -537,7 +537,6 @@ CANNOT_BE: list[tuple[Settings, Settings, str]] = [
     ({"num_key_value_heads": 1}, {"tp": 2}, "tp = 2: does not divide this model's num_key_value_heads = 1"),
     ({"num_attention_heads": 3, "num_key_value_heads": 3}, {"cp": 2}, "cp = 2: does not divide the 3 attention heads"),
     ({}, {"cp": 2, "pack": False, "share_prompt": False}, "cp = 2: padded rows cannot be split"),
-    ({}, {"dp_shard": 2, "fsdp_cpu_offload": True}, "fsdp_cpu_offload: on a CPU"),
     ({}, {"dp_shard": 2, "optim": "adamw_8bit"}, "optim: adamw_8bit does not support sharded weights"),
     ({}, {**TP, "torch_compile": True}, "torch_compile: torch's compiler cannot trace tensor-parallel blocks"),
     ({}, {**TP, "use_liger_kernel": True}, "use_liger_kernel: Liger's kernels do not support tensor-parallel weights"),
@@ -610,12 +609,19 @@ def test_sharding_halves_the_state_and_leaves_activations(two_ranks: Ranks, mode
 @pytest.mark.long
 @pytest.mark.parametrize("case", ["dp2", "fsdp2 checkpointed", "tp2 tied", "cp2"])
 def test_what_is_known_of_tokens_makes_the_update_of_one_process(
-    case, two_ranks: Ranks, model_folder, step_recipe, tmp_path
+    case, two_ranks: Ranks, model_folder, step_recipe, scored_lists, tmp_path
 ):
-    """Weights and balances of gradients of SimPO's pairs, and ConfPO: each mesh against one process."""
+    """Weights and balances of gradients of SimPO's pairs, ConfPO, scores and lists: each mesh against one process."""
     shape, data, keys = TWO[case]
-    for method in ({"wpo_weights": True, "reward_calibration": True}, {"loss_type": "confpo", "wpo_weights": True}):
-        folders = [str(tmp_path / f"{method.get('loss_type')} {world}") for world in (1, 2)]
+    lists = {"dataset_mixer": {str(scored_lists): 1.0}}
+    methods: tuple[Settings, ...] = (
+        {"wpo_weights": True, "reward_calibration": True},
+        {"loss_type": "confpo", "wpo_weights": True},
+        {**lists, "score_margin": 2.0},
+        {**lists, "loss_type": "plackett_luce"},
+    )
+    for number, method in enumerate(methods):
+        folders = [str(tmp_path / f"{number} {world}") for world in (1, 2)]
         one = run_steps(step_recipe(model_folder(**SHAPES[shape]), 1, output_dir=folders[0], **method))
         method["output_dir"] = folders[1]
         found = two_ranks.run(run_steps, step_recipe(model_folder(**SHAPES[shape]), data, **keys, **method))[0]

@@ -16,7 +16,7 @@ from simpo.trainer import Trainer
 
 @pytest.mark.parametrize("loss_type", sorted(LOSSES))
 def test_only_losses_that_need_a_reference_load_one(
-    tiny_recipe: dict[str, Any], scored_pairs: Path, loss_type: str, monkeypatch: pytest.MonkeyPatch
+    tiny_recipe: dict[str, Any], scored_lists: Path, loss_type: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[str] = []
     original = loading.AutoModelForCausalLM.from_pretrained
@@ -26,6 +26,6 @@ def test_only_losses_that_need_a_reference_load_one(
         return original(name, *args, **kwargs)
 
     monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", count)
-    data = {"dataset_mixer": {str(scored_pairs): 1.0}} if LOSSES[loss_type].is_of_lists else {}
+    data = {"dataset_mixer": {str(scored_lists): 1.0}} if LOSSES[loss_type].is_of_lists else {}
     Trainer(load_recipe({**tiny_recipe, "loss_type": loss_type, **data}), display=Display(quiet=True))
     assert len(loads) == (2 if loss_type in ("dpo", "dpo_norm", "r_dpo") else 1)

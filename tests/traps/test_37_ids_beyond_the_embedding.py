@@ -65,8 +65,8 @@ def test_data_with_ids_beyond_the_embedding_is_refused_by_audit_and_start(
         trainer.train()
 
 
-def test_the_middle_responses_of_lists_are_looked_at_too(tiny_recipe: dict[str, Any], scored_pairs: Path) -> None:
-    recipe = load_recipe({**tiny_recipe, "dataset_mixer": {str(scored_pairs): 1.0}, "loss_type": "plackett_luce"})
+def test_the_middle_responses_of_lists_are_looked_at_too(tiny_recipe: dict[str, Any], scored_lists: Path) -> None:
+    recipe = load_recipe({**tiny_recipe, "dataset_mixer": {str(scored_lists): 1.0}, "loss_type": "plackett_luce"})
     data = prepare_pairs(recipe, load_tokenizer(recipe), progress=False).train
     PairStore(data).check_ids(999)
     PairStore(data).check_lengths(500)

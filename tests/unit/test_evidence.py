@@ -114,6 +114,7 @@ def test_the_numbers_lie_beside_the_page_and_are_compared_with_those_of_another_
     (path,) = (tmp_path / "evidence").glob("tiny-*.json")
     text = page.read_text(encoding="utf-8")
     assert "No other run of as many pairs" in text
+    assert "`python benchmarks/evidence.py --model MODEL --size tiny --only sft`" in text
     assert "1 of 1 statements are shown: " in text
     assert "| [The SFT term](#the-sft-term) | it is above -1000 (2 of 2) |  |  |\n" in text
     assert "| llama-3-8b-instruct-simpo | 2.5 | 1.38 | 2.0177 | 1.6004 |" in text, "the first loss, from the margin"
@@ -173,6 +174,7 @@ def test_no_prompt_is_trained_on_and_held_out_and_other_seeds_draw_other_pairs(
     assert drawn[0] != drawn[1]
     lab.args.first_seed = 3
     assert lab.seeds == range(3, 5)
+    assert evidence.command(lab, "", lab.args.first_seed).endswith("MODEL --size tiny --first-seed 3")
 
 
 def test_the_papers_numbers_stand_beside_a_checkpoints(
@@ -182,6 +184,15 @@ def test_the_papers_numbers_stand_beside_a_checkpoints(
     assert evidence.main() == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("| simpo |"))
     assert re.fullmatch(r"\| simpo \| [\d.]+% \| -?[\d.]+ \| -?[\d.]+ \| 0.34 \|", line)
+
+
+def test_rows_of_the_authors_formats_become_pairs_or_are_counted(tiny_model: Path) -> None:
+    rows = [line.strip("| ").split(" | ") for line in evidence.formats(str(tiny_model))[6:-1]]
+    cells = {name: rest for name, *rest in rows}
+    assert cells.keys() == evidence.FORMATS.keys()
+    without_scores = cells.pop("Anthropic/hh-rlhf")
+    assert without_scores == ["trained", "identical", "empty", "trained", "trained"]
+    assert all(each == ["trained", "identical", "empty", "tie", "trained"] for each in cells.values())
 
 
 @pytest.mark.parametrize("words", [["--paper", "simpo=m"], ["--pairs", "p"], ["--size", "quik"]])

@@ -191,7 +191,7 @@ def test_the_authors_recipes_run_under_accelerate_as_they_are(path: Path):
     ("key", "value"),
     [
         *(("dp_replicate", 2), ("dp_shard", 2), ("cp", 2), ("tp", 2), ("fsdp_param_dtype", "float32")),
-        *(("fsdp_cpu_offload", True), ("async_save", True), ("activation_offload", True), ("torch_compile", True)),
+        *(("async_save", True), ("activation_offload", True), ("torch_compile", True)),
         *(("use_liger_kernel", True), ("optim", "adamw_bf16")),
     ],
 )

@@ -11,8 +11,6 @@ import torch.distributed as dist
 from ranks import Ranks
 
 from simpo.parallel import mesh
-from simpo.parallel.sharding import loading_options
-from simpo.recipe import load_recipe
 
 
 def see(gpus: list[str]) -> list[torch.device]:
@@ -82,10 +80,3 @@ def test_transformers_is_told_the_number_of_the_gpu_while_it_loads(monkeypatch):
     with mesh.local_rank_of(torch.device("cuda", 1)):  # in a group that somebody else made
         assert os.environ["LOCAL_RANK"] == "1"
     assert "LOCAL_RANK" not in os.environ
-
-
-def test_shards_in_cpu_memory_are_refused_before_anything_is_read():
-    sharded = SimpleNamespace(sizes=mesh.MeshSizes(dp_shard=2), device=torch.device("cuda", 0))
-    recipe = load_recipe({"model_name_or_path": "m", "fsdp_cpu_offload": True})
-    with pytest.raises(ValueError, match="fsdp_cpu_offload: transformers reads shards into the GPU's memory"):
-        loading_options(sharded, recipe)

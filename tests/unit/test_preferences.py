@@ -187,6 +187,11 @@ REFUSED = {
         "tie",
         "1",
     ),
+    "scores of the pair equal, in its list": (
+        {"prompt": "Why?", "responses": ["a", "b", "c"], "scores": [1, 1, 2], "chosen": "a", "rejected": [say("b")]},
+        "tie",
+        "both score 1",
+    ),
     "NaN": (
         {"prompt": "Why?", "all_generated_responses": ["a", "b"], "all_rm_scores": [1, float("nan")]},
         "malformed",

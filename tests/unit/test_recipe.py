@@ -258,6 +258,7 @@ def test_a_key_known_elsewhere_gives_exactly_one_line(name):
         ({"fp16": True}, "bf16"),
         ({"bf16": False, "fp16": True}, "bf16"),
         ({"load_in_8bit": True}, "load_in_4bit"),
+        ({"fsdp_cpu_offload": True}, "offload_param_device"),  # once a key here
         ({"stage": "dpo"}, "loss_type"),
         ({"label_smoothing_factor": 0.1}, "label_smoothing"),
         ({"torch_dtype": "float16"}, "bfloat16"),

@@ -60,6 +60,6 @@ def test_the_sbatch_script_is_a_shell_script():
 
 
 def test_keys_and_options_that_the_document_names_exist():
-    for key in ("dp_replicate", "dp_shard", "cp", "tp", "ddp_timeout", "async_save", "save_steps", "fsdp_cpu_offload"):
+    for key in ("dp_replicate", "dp_shard", "cp", "tp", "ddp_timeout", "async_save", "save_steps"):
         assert f"`{key}" in TEXT
         assert key in KEYS

@@ -150,6 +150,8 @@ def pair_from_row(
     _check_prompt(context)
     pair = Pair(row_id, context, _simplest(chosen), _simplest(rejected), tools, notes, scores)
     _check_answers(pair)
+    if scores is not None and scores[0] == scores[1]:
+        raise RowError("tie", f"chosen and rejected both score {scores[0]:g} in the list beside them")
     return pair
 
 

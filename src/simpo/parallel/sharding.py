@@ -54,14 +54,6 @@ def loading_options(mesh: Mesh, recipe: Recipe) -> dict[str, Any]:
             raise ValueError(f"{key}: not supported with sharded weights; leave it out, or set dp_shard: 1")
     if sizes.cp > 1 and not (recipe.pack or recipe.share_prompt):
         raise ValueError(f"cp = {sizes.cp}: padded rows cannot be split; set pack: true, or cp: 1")
-    if recipe.fsdp_cpu_offload:
-        why = "on a CPU weights are in CPU memory already"
-        if mesh.device.type != "cpu":
-            why = (
-                "transformers reads shards into the GPU's memory, where FSDP2 refuses them; accelerate launch with "
-                "DeepSpeed ZeRO-3 and offload_param_device: cpu keeps them in the CPU's"
-            )
-        raise ValueError(f"fsdp_cpu_offload: {why}; set it to false")
     options = {"fsdp_size": sizes.shard, "tp_size": sizes.tp}
     if sizes.dp_replicate > 1:
         if "dp_replicate_size" not in DistributedConfig.__dataclass_fields__:

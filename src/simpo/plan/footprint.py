@@ -85,11 +85,6 @@ def _moment_bytes(numel: int, size: int, optim: str) -> int:
     return numel * (2 * size if per_weight is None else per_weight)
 
 
-def offloads_weights(recipe: Recipe, mesh: MeshSizes) -> bool:
-    """Whether weights, gradients and moments wait in CPU memory, as they can where they are sharded."""
-    return recipe.fsdp_cpu_offload and uses_fsdp(mesh)
-
-
 def uses_fsdp(mesh: MeshSizes) -> bool:
     """Whether weights are gathered: on a mesh that transformers shards, wherever gradients are shared."""
     return mesh.is_sharded and mesh.gradient > 1
@@ -155,9 +150,7 @@ def compute_footprint(
     passes = _passes(model, recipe, mesh, tokens=tokens, labels=labels)
     always: Parts = state._asdict()
     offloaded: Parts = {}
-    if offloads_weights(recipe, mesh):
-        always, offloaded = {}, always
-    elif recipe.optimizer_offload:
+    if recipe.optimizer_offload:
         offloaded = {"moments": state.moments}
         always["moments"] = _BERTHS * PIECE["cuda"]
     if recipe.activation_offload:
@@ -182,10 +175,8 @@ def compute_footprint(
     moments = {moment: always | added.get(moment, {}) for moment in MOMENTS}
     moments["save"].pop("gradients", None)
     if recipe.loss.needs_reference:  # before the first step; taken to be as large as the model, and spread alike
-        kept, own = ("weights", "CUDA and NCCL"), {"the reference's weights": state.weights}
-        offloaded = offloaded | own if offloads_weights(recipe, mesh) else offloaded
-        moments["reference"] = {part: always[part] for part in kept if part in always}
-        moments["reference"] |= {} if offloads_weights(recipe, mesh) else own
+        moments["reference"] = {part: always[part] for part in ("weights", "CUDA and NCCL") if part in always}
+        moments["reference"]["the reference's weights"] = state.weights
     found = {moment: {part: size for part, size in parts.items() if size} for moment, parts in moments.items()}
     return Footprint(found, offloaded, on_cpu)
 
@@ -285,7 +276,7 @@ def _save(model: ModelSizes, recipe: Recipe, mesh: MeshSizes, state: StateBytes)
         if mesh.tp > 1 and mesh.shard > 1 and weight.unit and weight.split_dim == 0:
             in_one_piece += numel * weight.num_bytes + _moment_bytes(numel, int(weight.num_bytes), recipe.optim)
     as_saved = state.weights if not recipe.use_peft and written < master_bytes(recipe) else 0
-    on_gpu: Parts = {"copies to save": 0 if offloads_weights(recipe, mesh) else max(whole, in_one_piece, as_saved)}
+    on_gpu: Parts = {"copies to save": max(whole, in_one_piece, as_saved)}
     on_cpu: Parts = {"the final model, in the first process": sum(weight.local_numel() for weight in changed) * written}
     if recipe.async_save:
         on_cpu["a checkpoint on its way to the disk"] = trained + state.moments

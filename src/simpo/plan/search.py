@@ -24,7 +24,6 @@ from simpo.plan.footprint import (
     StateBytes,
     compute_footprint,
     compute_state,
-    offloads_weights,
 )
 from simpo.plan.shapes import load_config
 from simpo.plan.sizes import ModelSizes, describe_model
@@ -225,16 +224,14 @@ class Plan:
     @property
     def reserve(self) -> int:
         """Bytes that are not planned with: as a run does, a tenth of what is free once the weights are loaded."""
-        weights = 0 if offloads_weights(self.recipe, self.mesh) else self.state.weights
-        return int((1 - SHARE_OF_FREE["cuda"]) * max(0, self.machines.gpu_bytes - RUNTIME_BYTES - weights))
+        free = self.machines.gpu_bytes - RUNTIME_BYTES - self.state.weights
+        return int((1 - SHARE_OF_FREE["cuda"]) * max(0, free))
 
     def leaves_reserve(self, tokens: int) -> bool:
         """Whether a micro-batch of so many tokens does; nothing is traced where the state alone does not."""
         room, state = self.machines.gpu_bytes - self.reserve, self.state
         least = RUNTIME_BYTES + state.weights + state.gradients + state.moments * (not self.recipe.optimizer_offload)
-        if least > room and not offloads_weights(self.recipe, self.mesh):
-            return False
-        return self.peak(tokens) <= room
+        return least <= room and self.peak(tokens) <= room
 
     @cached_property
     def fits(self) -> bool:

@@ -294,6 +294,9 @@ _REFUSED: Mapping[str, str] = {
     "8-bit bases are not supported; use load_in_4bit: true with use_peft: true": "load_in_8bit",
     "write use_peft: true and load_in_4bit: true": "qlora",
     "encoder-decoder models are not supported": "is_encoder_decoder",
+    "no weights are offloaded here; accelerate launch with DeepSpeed ZeRO-3 and offload_param_device: cpu does it": (
+        "fsdp_cpu_offload"
+    ),
     "only simpo; for other losses set loss_type": "stage",
     "that smooths token labels; for noisy preferences use label_smoothing": "label_smoothing_factor",
     "set label_smoothing": "dpo_label_smoothing",

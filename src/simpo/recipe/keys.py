@@ -365,10 +365,6 @@ class Recipe(_LossKeys):
     fsdp_param_dtype: Literal["float32", "bfloat16"] | None = _parallel(
         None, "Number format in which sharded blocks are gathered to compute; gradients are reduced in float32.",
         null="bfloat16 with bf16: true, else float32", hf="launcher")
-    fsdp_cpu_offload: bool = _parallel(
-        False, "Keep sharded weights, gradients and moments in CPU memory between uses. Planned for, and refused where "
-        "it would be used: transformers does not load shards so.",
-        hf="launcher", may_change=True)
     ddp_timeout: Whole = _parallel(
         1800, "Seconds after which a process that waits for another one gives up.",
         hf="argument", may_change=True, ge=1)

@@ -146,8 +146,11 @@ def interruptible(progress: Callable[[], str]) -> Iterator[None]:
         raise Interrupted(f"interrupted; {progress()}; the same command goes on") from None
 
 
-# What torch raises for want of memory without its own class for it: cuBLAS, cuDNN, other CUDA calls, the CPU.
-_OTHER_WORDS = ("CUBLAS_STATUS_ALLOC_FAILED", "error: out of memory", "can't allocate memory")
+# What torch raises for want of memory without its own class for it: cuBLAS, cuDNN, other CUDA calls, the CPU; NCCL.
+_OTHER_WORDS = (
+    *("CUBLAS_STATUS_ALLOC_FAILED", "error: out of memory", "can't allocate memory"),
+    *("'out of memory'", "Failed to CUDA calloc"),
+)
 
 
 def missing_memory(error: BaseException) -> str | None:
