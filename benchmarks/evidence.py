@@ -327,13 +327,13 @@ def recipe_of(arm: Arm, model: str = "model") -> simpo.Recipe:
 def own_accuracy(arm: Arm, row: Row, before: Row) -> float:
     """Share of held-out pairs that the reward which the arm's loss trains ranks right, ties half.
 
-    That is the mean log-prob of a token for most; summed log-probs for CPO; and those less the reference's for DPO.
+    That is the mean log-prob of a token for most, summed log-probs for CPO and DPO; for DPO less the reference's.
     """
     loss, gaps = recipe_of(arm).loss, []
     for sums, lengths, reference in zip(row["pairs' sums"], row["pairs' lengths"], before["pairs' sums"]):
         if loss.needs_reference:
             sums = [sum_ - other for sum_, other in zip(sums, reference)]
-        elif loss.name != "cpo":
+        if loss.name not in ("cpo", "dpo", "r_dpo"):
             sums = [sum_ / length for sum_, length in zip(sums, lengths)]
         gaps.append(sums[0] - sums[1])
     return statistics.fmean((gap > 0) + (gap == 0) / 2 for gap in gaps)
@@ -460,8 +460,8 @@ SECTIONS = [
             f"length-{name}",
             f"Length and log-prob on {SETS[name]}",
             "Spearman's correlation of a response's length with its mean log-prob: SimPO 0.34, DPO 0.59, SimPO without "
-            "length normalisation 0.82 (arXiv:2405.14734, figures 2 and 4). That is CPO's preference term here: summed "
-            "log-probs, with them another beta and no target margin.",
+            "length normalisation 0.82 (arXiv:2405.14734, figures 2 and 4). The last is CPO's preference term here: "
+            "summed log-probs, with them another beta and no target margin.",
             on(name, NONE, SIMPO, DPO, SUMS),
             ("length correlation", "accuracy", "tokens"),
             {
@@ -506,7 +506,7 @@ SECTIONS = [
     Section(
         "sft",
         "The SFT term",
-        "It holds the chosen answers' log-prob up, and costs margin and accuracy.",
+        "It holds the chosen answers' log-prob up and forgets less of other text; it costs margin and accuracy.",
         [SIMPO, *varied("SFT weight", "sft_weight", (0.1, 1.0))],
         holds={
             "the chosen log-prob is higher at 1 than at 0": less(SIMPO, "chosen", "SFT weight 1"),
@@ -829,7 +829,8 @@ def write_page(lab: Lab, sections: Sequence[Section], page: Path) -> None:
     head = [
         "# Evidence",
         "",
-        f"Written by `{command(lab, ' --data FOLDER', lab.args.first_seed)}` (`make evidence` begins with seed 0), "
+        f"Written by `{command(lab, ' --data FOLDER' * bool(lab.args.data), lab.args.first_seed)}`"
+        f"{' (`make evidence` begins with seed 0)' * bool(lab.args.first_seed)}, "
         f"size {lab.args.size}{', in part' * bool(left)}: {Path(lab.args.model).name} in "
         f"{'bfloat16' if RECIPE['bf16'] else 'float32'} on {machine['cpu']}, {machine['cores_allowed']} cores, "
         f"torch {torch.__version__}, seeds {lab.seeds.start} to {lab.seeds.stop - 1}. Numbers and figures are as they "

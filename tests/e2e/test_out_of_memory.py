@@ -286,6 +286,7 @@ def test_other_errors_are_left_alone(big_steps: Settings) -> None:
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", "some allocation failed"),
         ("ncclUnhandledCudaError: Last error:\nCuda failure 2 'out of memory'", "some allocation failed"),
         ("ncclUnhandledCudaError: Last error:\nFailed to CUDA calloc async 4 bytes", "some allocation failed"),
+        ("ncclUnhandledCudaError: Last error:\nFailed to CUDA malloc 4 bytes", "some allocation failed"),
         ("ncclUnhandledCudaError: Last error:\nCuda failure 1 'invalid argument'", None),
         (
             "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "

@@ -114,6 +114,7 @@ def test_the_numbers_lie_beside_the_page_and_are_compared_with_those_of_another_
     (path,) = (tmp_path / "evidence").glob("tiny-*.json")
     text = page.read_text(encoding="utf-8")
     assert "No other run of as many pairs" in text
+    assert "Written by `python benchmarks/evidence.py --model MODEL --size tiny`, size tiny, in part: " in text
     assert "`python benchmarks/evidence.py --model MODEL --size tiny --only sft`" in text
     assert "1 of 1 statements are shown: " in text
     assert "| [The SFT term](#the-sft-term) | it is above -1000 (2 of 2) |  |  |\n" in text
@@ -152,6 +153,7 @@ def test_the_numbers_lie_beside_the_page_and_are_compared_with_those_of_another_
         ({"loss_type": "alphapo"}, 0.5),
         ({"loss_type": "cpo"}, 1.0),  # sums: 1 ahead, 2 ahead
         ({"loss_type": "dpo"}, 0.25),  # less the reference's: level, 1 behind
+        ({"loss_type": "dpo_norm"}, 0.5),  # the same by the token: level, level
     ],
 )
 def test_pairs_are_ranked_by_the_reward_that_is_trained(keys, expected) -> None:

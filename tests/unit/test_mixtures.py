@@ -107,7 +107,7 @@ def test_rows_held_out_are_read_by_their_own_keys_too(write: Any, data_recipe: A
 def test_lists_are_kept_but_of_sources_whose_own_columns_name_a_pair(
     write: Any, data_recipe: Any, build_tokenizer: Any
 ) -> None:
-    lists = [{"prompt": f"what is {i}?", "responses": list("abcd"), "scores": [4, 3, 2, 1]} for i in range(3)]
+    lists = [{"prompt": f"what is {i}?", "responses": list("abcd"), "scores": [4, 4, 2, 1]} for i in range(3)]
     mixer = {
         write("lists", lists): 1.0,
         write("named", [{**row, "gut": "a", "schlecht": "d"} for row in lists]): {
@@ -117,7 +117,7 @@ def test_lists_are_kept_but_of_sources_whose_own_columns_name_a_pair(
     }
     recipe = data_recipe(mixer, validation_fraction=0, loss_type="plackett_luce")
     data = prepare_pairs(recipe, build_tokenizer("chatml"), progress=False)
-    assert [row["more_scores"] for row in data.train] == [[3.0, 2.0]] * 3 + [[]] * 3
+    assert [row["more_scores"] for row in data.train] == [[4.0, 2.0]] * 3 + [[]] * 3, "that of the best too"
     (note,) = [line for line in data.ledger.notes if "keep_lists" in line]
     assert note.startswith("keep_lists: without effect on ")
     assert "named.jsonl: chosen_column or rejected_column names a pair" in note

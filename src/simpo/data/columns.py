@@ -7,6 +7,7 @@ Pure Python, of one row at a time. What a cell cannot be is a `RowError`, for th
 from __future__ import annotations
 
 import ast
+import itertools
 import json
 import math
 import numbers
@@ -245,7 +246,8 @@ def between(row: Mapping) -> list[tuple[dict, float]]:
     if (found := _read_list(row)) is None:
         return []
     chosen = find_column(row, CHOSEN_COLUMNS, "chosen") if _names_pair(row) else found.responses[found.ends[0]]
-    row = {name: value for name, value in row.items() if name not in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS)}
+    other = {*CHOSEN_COLUMNS, *REJECTED_COLUMNS, *itertools.chain.from_iterable(SCORED_COLUMNS)}
+    row = {name: value for name, value in row.items() if name not in other}
     return [
         ({**row, "chosen": chosen, "rejected": _in_its_place(chosen, found.responses[at])}, found.scores[at])
         for at in range(len(found.scores))

@@ -149,7 +149,7 @@ def interruptible(progress: Callable[[], str]) -> Iterator[None]:
 # What torch raises for want of memory without its own class for it: cuBLAS, cuDNN, other CUDA calls, the CPU; NCCL.
 _OTHER_WORDS = (
     *("CUBLAS_STATUS_ALLOC_FAILED", "error: out of memory", "can't allocate memory"),
-    *("'out of memory'", "Failed to CUDA calloc"),
+    *("'out of memory'", "Failed to CUDA "),
 )
 
 
