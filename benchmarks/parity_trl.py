@@ -5,8 +5,9 @@
     python benchmarks/parity_trl.py ... --steps 200 --lora 16 --rounding
 
 Prints the loss and reward margin of each optimizer step from both sides and the largest differences; exits 1 when one
-exceeds --tolerance. --rounding measures what no two programs can agree beyond: this trainer against itself, adding up
-in another order. Everything in fp32 on the CPU; nothing is truncated. Needs `pip install 'simpo[trl]'`.
+exceeds --tolerance, as a share of a value above 1. --rounding measures what no two programs can agree beyond: this
+trainer against itself, adding up in another order. Everything in fp32 on the CPU; nothing is truncated. Needs
+`pip install 'simpo[trl]'`.
 """
 
 from __future__ import annotations
@@ -167,10 +168,15 @@ def run_trl(
     return collect.records
 
 
-def compare(ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]]) -> dict[str, float]:
-    """Largest absolute difference of each quantity over the steps."""
+def compare(
+    ours: Sequence[dict[str, float]], theirs: Sequence[dict[str, float]], *, relative: bool = False
+) -> dict[str, float]:
+    """Largest difference of each quantity over the steps; relative: as a share of values above 1."""
     return {
-        name: max(abs(a[name] - b[name]) for a, b in zip(ours, theirs, strict=True))
+        name: max(
+            abs(a[name] - b[name]) / (max(1.0, abs(b[name])) if relative else 1.0)
+            for a, b in zip(ours, theirs, strict=True)
+        )
         for name in ("loss", "margin", "grad_norm")
     }
 
@@ -198,7 +204,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         results.append(run(args, loss, seed))
         if args.output:
             Path(args.output).write_text(json.dumps(results, indent=1))
-    return int(max(r["differences"][name] for r in results for name in ("loss", "margin")) > args.tolerance)
+    found = [compare(each["ours"], each["trl"], relative=True) for each in results]
+    return int(max(each[name] for each in found for name in ("loss", "margin")) > args.tolerance)
 
 
 def run(args: argparse.Namespace, loss: str, seed: int) -> dict[str, Any]:

@@ -4,10 +4,11 @@ chat template may take all time and memory there is.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,8 +143,11 @@ HOSTILE = {
 
 
 @pytest.fixture
-def little_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def little_time(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(limits, "SECONDS", 0.1)
+    gc.disable()  # what a timer raises in hypothesis' callback of the collector is lost, and pytest says so
+    yield
+    gc.enable()
 
 
 @pytest.mark.usefixtures("little_time")
@@ -191,11 +195,9 @@ def test_ordinary_long_rows_are_within_them() -> None:
     assert limits.MEMORY > 8 * 4 * templates.MOST_CHARACTERS - 1
 
 
-def test_a_hostile_template_is_one_line_of_a_command(
-    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("little_time")
+def test_a_hostile_template_is_one_line_of_a_command(tmp_path: Path, tiny_model: Path) -> None:
     """jinja works out what is constant when it reads a template: also in a branch that is never taken."""
-    monkeypatch.setattr(limits, "SECONDS", 0.1)
     (tmp_path / "rows.jsonl").write_text(f"{json.dumps(ROW)}\n")
     recipe = {"model_name_or_path": str(tiny_model), "dataset_mixer": {str(tmp_path / "rows.jsonl"): 1.0}}
     path = tmp_path / "recipe.yaml"
