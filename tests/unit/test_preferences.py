@@ -274,6 +274,14 @@ def test_every_real_row_gives_a_pair(held_out_files):
         ({"prompt": "Why?"}, "Why?"),
         ({"messages": [*TURNS, say("Yes.")], "tools": []}, TURNS),
         ({"chosen": [USER, say("Yes.")], "rejected": [USER, say("No.")]}, [USER]),
+        (
+            {"chosen": [USER, say("Yes.")], "rejected": [USER, say("No.")], "score_chosen": 1, "score_rejected": 1},
+            [USER],
+        ),
+        (
+            {"chosen": [USER, say("a")], "rejected": [USER, say("b")], "responses": ["a", "b"], "scores": [1, 1]},
+            [USER],
+        ),
     ],
 )
 def test_a_prompt_alone_is_read_without_its_answers(row, prompt):

@@ -32,6 +32,7 @@ SCORE_PAIR_COLUMNS = (
     ("chosen_rating", "rejected_rating"),
     ("chosen-rating", "rejected-rating"),
 )
+_SCORES = frozenset(itertools.chain.from_iterable((*SCORED_COLUMNS, *SCORE_PAIR_COLUMNS)))
 PREFERENCE_COLUMNS = (
     ("response1", "response2", "overall_preference"),
     ("response_1", "response_2", "preference_strength"),
@@ -246,8 +247,7 @@ def between(row: Mapping) -> list[tuple[dict, float]]:
     if (found := _read_list(row)) is None:
         return []
     chosen = find_column(row, CHOSEN_COLUMNS, "chosen") if _names_pair(row) else found.responses[found.ends[0]]
-    other = {*CHOSEN_COLUMNS, *REJECTED_COLUMNS, *itertools.chain.from_iterable(SCORED_COLUMNS)}
-    row = {name: value for name, value in row.items() if name not in other}
+    row = {name: value for name, value in row.items() if name not in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS, *_SCORES)}
     return [
         ({**row, "chosen": chosen, "rejected": _in_its_place(chosen, found.responses[at])}, found.scores[at])
         for at in range(len(found.scores))
@@ -264,6 +264,11 @@ def read_scores(row: Mapping, *, lists: bool = True) -> tuple[float, float] | No
         if chosen is not None and rejected is not None:
             return chosen, rejected
     return None
+
+
+def without_scores(row: Mapping) -> Mapping:
+    """A row that names its pair without what would make it a tie; every other row as it is."""
+    return {name: value for name, value in row.items() if name not in _SCORES} if _names_pair(row) else row
 
 
 def drop_ties(row: Mapping) -> None:

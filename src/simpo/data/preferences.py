@@ -32,6 +32,7 @@ from simpo.data.columns import (
     our_columns,
     raw_answers,
     read_scores,
+    without_scores,
 )
 from simpo.data.messages import (
     Message,
@@ -178,7 +179,7 @@ def prompt_from_row(
         tools = read_tools(row.get("tools"))
     else:
         try:
-            pair = read_pair(row, prompt_column=prompt_column)
+            pair = read_pair(without_scores(row), prompt_column=prompt_column)
         except RowError:
             raise missing_column(row, names, "prompt") from None
         context, tools = pair.prompt, pair.tools
