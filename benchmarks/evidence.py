@@ -1050,16 +1050,15 @@ def formats(model: str) -> list[str]:
         "|---" * (1 + len(CASES)) + "|",
     ]
     keys = {"dataset_name": "rows", "validation_fraction": 0.0, "max_dropped_fraction": 1.0}
-    for name, row in FORMATS.items():
-        with tempfile.TemporaryDirectory() as cache:
-            recipe = simpo.load_recipe({"model_name_or_path": model, **keys, "cache_dir": cache})
-            prepared = prepare_rows(
-                recipe, load_tokenizer(recipe), [row(*case) for case in CASES.values()], progress=False
-            )
+    with tempfile.TemporaryDirectory() as cache:
+        recipe = simpo.load_recipe({"model_name_or_path": model, **keys, "cache_dir": cache})
+        tokenizer = load_tokenizer(recipe)
+        for name, row in FORMATS.items():
+            prepared = prepare_rows(recipe, tokenizer, [row(*case) for case in CASES.values()], progress=False)
             dropped = prepared.ledger.splits["train"].dropped
-        became = {each["row_id"]: why for why, entry in dropped.items() for each in entry["examples"]}
-        cells = (became.get(f"dataset/train#{at}", "trained") for at in range(len(CASES)))
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+            became = {each["row_id"]: why for why, entry in dropped.items() for each in entry["examples"]}
+            cells = (became.get(f"dataset/train#{at}", "trained") for at in range(len(CASES)))
+            lines.append(f"| {name} | {' | '.join(cells)} |")
     return [*lines, ""]
 
 

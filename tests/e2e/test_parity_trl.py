@@ -26,7 +26,7 @@ def parity() -> ModuleType:
     ("pairs", "accumulation", "more"),
     [
         ("4", "1", ["--rounding"]),
-        ("2", "2", []),
+        ("2", "2", ["--rounding"]),
         ("4", "1", ["--losses", "cpo"]),
         ("4", "1", ["--losses", "alphapo"]),
         ("4", "1", ["--lora", "4"]),
@@ -47,11 +47,11 @@ def test_losses_margins_and_gradient_norms_equal_trls(
     assert parity.main([*arguments, *more, "--output", str(output)]) == 0
     (result,) = json.loads(output.read_text())
     assert len(result["ours"]) == len(result["trl"]) == 10
-    first = result["ours"][0]["loss"]
-    assert first - result["ours"][-1]["loss"] > 0.1 * first  # it did train
-    assert result["differences"]["loss"] < 2e-5 * max(1, first)
-    assert result["differences"]["grad_norm"] < 2e-4 * max(1, first)
-    if "rounding" in result:
+    assert result["ours"][0]["loss"] - result["ours"][-1]["loss"] > 0.1  # it did train
+    scale = max(1.0, result["ours"][0]["loss"]) if "--losses" in more else 1.0  # theirs are larger than SimPO's
+    assert result["differences"]["loss"] < 2e-5 * scale
+    assert result["differences"]["grad_norm"] < 2e-4 * scale
+    if "--rounding" in more:
         assert 0 < result["rounding"]["loss"] < 2e-5, "this trainer against itself, in another order"
 
 

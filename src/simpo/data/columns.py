@@ -33,6 +33,7 @@ SCORE_PAIR_COLUMNS = (
     ("chosen-rating", "rejected-rating"),
 )
 _SCORES = frozenset(itertools.chain.from_iterable((*SCORED_COLUMNS, *SCORE_PAIR_COLUMNS)))
+_OF_A_PAIR = _SCORES.union(CHOSEN_COLUMNS, REJECTED_COLUMNS)
 PREFERENCE_COLUMNS = (
     ("response1", "response2", "overall_preference"),
     ("response_1", "response_2", "preference_strength"),
@@ -247,7 +248,7 @@ def between(row: Mapping) -> list[tuple[dict, float]]:
     if (found := _read_list(row)) is None:
         return []
     chosen = find_column(row, CHOSEN_COLUMNS, "chosen") if _names_pair(row) else found.responses[found.ends[0]]
-    row = {name: value for name, value in row.items() if name not in (*CHOSEN_COLUMNS, *REJECTED_COLUMNS, *_SCORES)}
+    row = {name: value for name, value in row.items() if name not in _OF_A_PAIR}
     return [
         ({**row, "chosen": chosen, "rejected": _in_its_place(chosen, found.responses[at])}, found.scores[at])
         for at in range(len(found.scores))
